@@ -1,0 +1,139 @@
+"""Non-maximum suppression of axis-aligned boxes, plain and per class.
+
+Shape legend: N boxes, K kept boxes.
+"""
+
+import torch
+
+from detlib.ops._checks import check_same_length, check_tensor
+from detlib.ops._library import define, torchvision_ops
+
+
+def nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torch.Tensor:
+    """Keep the boxes that no better box overlaps by more than a threshold.
+
+    Boxes are visited by falling score (equal scores: in input order). A box is dropped when its intersection
+    over union with a box kept before exceeds `iou_threshold`; a box of no area overlaps nothing. Not
+    differentiable.
+
+    Args:
+        boxes: (N, 4) floating point, absolute `x1, y1, x2, y2` with `x1 <= x2` and `y1 <= y2`. Reduced
+            precision is compared in float32.
+        scores: (N,) floating point.
+        iou_threshold: in [0, 1].
+
+    Returns:
+        (K,) int64: indices of the kept boxes, by falling score.
+
+    Raises:
+        TypeError: an argument is no tensor.
+        ValueError: a shape, dtype, device or the threshold does not fit; the message names the argument.
+    """
+    _check_arguments(boxes, scores, iou_threshold)
+    return torch.ops.detlib.nms(boxes, scores, iou_threshold)
+
+
+def batched_nms(
+    boxes: torch.Tensor, scores: torch.Tensor, idxs: torch.Tensor, iou_threshold: float
+) -> torch.Tensor:
+    """Non-maximum suppression within each category: boxes of different `idxs` never suppress each other.
+
+    Categories are compared as such, not by shifting the boxes apart, so coordinates keep their precision
+    however many categories there are.
+
+    Args:
+        boxes: (N, 4) floating point, absolute `x1, y1, x2, y2`, as for `nms`.
+        scores: (N,) floating point.
+        idxs: (N,) integer or boolean, the category of each box; any values, negative ones included.
+        iou_threshold: in [0, 1].
+
+    Returns:
+        (K,) int64: indices of the kept boxes of all categories, by falling score.
+
+    Raises:
+        TypeError: an argument is no tensor.
+        ValueError: a shape, dtype, device or the threshold does not fit; the message names the argument.
+    """
+    _check_arguments(boxes, scores, iou_threshold)
+    check_tensor("idxs", idxs, "(N,)", floating=False)
+    check_same_length("idxs", idxs, "boxes", boxes)
+    if idxs.is_complex():
+        raise ValueError(f"idxs must hold integers, got {idxs.dtype}")
+    return torch.ops.detlib.batched_nms(boxes, scores, idxs, iou_threshold)
+
+
+def _check_arguments(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> None:
+    check_tensor("boxes", boxes, "(N, 4)")
+    check_tensor("scores", scores, "(N,)")
+    check_same_length("scores", scores, "boxes", boxes)
+    if not 0 <= iou_threshold <= 1:
+        raise ValueError(f"iou_threshold must be in [0, 1], got {iou_threshold}")
+
+
+def reference_nms(
+    boxes: torch.Tensor, scores: torch.Tensor, idxs: torch.Tensor | None, iou_threshold: float
+) -> torch.Tensor:
+    """NMS in plain PyTorch, one kept box at a time; `idxs` of None means one category."""
+    boxes = _at_least_float32(boxes)
+    order = scores.sort(descending=True, stable=True).indices
+    kept = []
+    while order.numel():
+        best, rest = order[:1], order[1:]
+        kept.append(best)
+        overlaps = _iou_with(boxes[best], boxes[rest]) > iou_threshold
+        if idxs is not None:
+            overlaps &= idxs[rest] == idxs[best]
+        order = rest[~overlaps]
+    return torch.cat(kept) if kept else order
+
+
+def _iou_with(box: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """IoU of one box (1, 4) with `others` (N, 4); nan where both have no area."""
+    top_left = torch.maximum(box[:, :2], others[:, :2])
+    bottom_right = torch.minimum(box[:, 2:], others[:, 2:])
+    intersection = (bottom_right - top_left).clamp(min=0).prod(dim=1)
+    area = (box[:, 2:] - box[:, :2]).prod(dim=1)
+    areas = (others[:, 2:] - others[:, :2]).prod(dim=1)
+    return intersection / (area + areas - intersection)
+
+
+def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _fallback_nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torch.Tensor:
+    torchvision, _ = torchvision_ops()
+    if torchvision is None:
+        return reference_nms(boxes, scores, None, iou_threshold)
+    boxes = _at_least_float32(boxes)
+    # torchvision wants one dtype for both: scores are replaced by their rank, which no rounding can tie.
+    order = scores.sort(descending=True, stable=True).indices
+    rank = torch.arange(len(order), 0, -1, dtype=boxes.dtype, device=boxes.device)
+    if len(order) >= 1 << 24:
+        rank = scores.to(boxes.dtype)[order]
+    return order[torchvision.nms(boxes[order], rank, iou_threshold)]
+
+
+def _fallback_batched_nms(
+    boxes: torch.Tensor, scores: torch.Tensor, idxs: torch.Tensor, iou_threshold: float
+) -> torch.Tensor:
+    if torchvision_ops()[0] is None:
+        return reference_nms(boxes, scores, idxs, iou_threshold)
+    keep = torch.zeros_like(scores, dtype=torch.bool)
+    for category in idxs.unique():
+        members = (idxs == category).nonzero().squeeze(1)
+        keep[members[_fallback_nms(boxes[members], scores[members], iou_threshold)]] = True
+    order = scores.sort(descending=True, stable=True).indices
+    return order[keep[order]]
+
+
+def _fake_nms(boxes, scores, iou_threshold):
+    return boxes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+
+
+def _fake_batched_nms(boxes, scores, idxs, iou_threshold):
+    return boxes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+
+
+define("nms", _fallback_nms, _fake_nms)
+define("batched_nms", _fallback_batched_nms, _fake_batched_nms)

@@ -1,0 +1,276 @@
+"""RoIAlign (He et al., Mask R-CNN, 2017): average of bilinear samples in the bins of each box.
+
+Shape legend: N images, C channels, H and W of the feature map, K boxes, P and Q bins of a box (height,
+width).
+
+For one box the average over a bin's regular sampling grid is separable: with `rows` (P, H) and `columns` (Q,
+W) the weights that bins give to map rows and columns, `output = rows @ map @ columns.T` for every channel,
+and the gradient of the map is `rows.T @ gradient @ columns`. The reference below and the compiled CPU kernel
+both work this way.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from detlib.ops._checks import check_positive, check_same_device, check_tensor
+from detlib.ops._library import define, library, torchvision_ops
+
+
+def roi_align(
+    input: torch.Tensor,
+    boxes: torch.Tensor | Sequence[torch.Tensor],
+    output_size: int | tuple[int, int],
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = -1,
+    aligned: bool = False,
+) -> torch.Tensor:
+    """Pool every box of a feature map to a fixed size, RoIAlign.
+
+    A box is cut into P x Q bins; the value of a bin is the mean of bilinear samples on a regular grid inside
+    it. Samples more than one cell outside the map count as zero. Gradients flow to `input`, not to `boxes`;
+    double backward works, as the operator is linear in `input`.
+
+    Args:
+        input: (N, C, H, W) floating point. float16 and bfloat16 are summed in float32.
+        boxes: (K, 5) floating point, `batch_index, x1, y1, x2, y2`, with `0 <= batch_index < N` and
+            coordinates in units where the map's cell has side `1 / spatial_scale` (pixels, as a rule); or one
+            (K_i, 4) tensor of `x1, y1, x2, y2` for each image. The dtype may differ from `input`: keep
+            float32 boxes for float16 maps, whose precision is too small for coordinates. A box that is not
+            finite gives nan.
+        output_size: P and Q, or one int for both.
+        spatial_scale: factor from box coordinates to map cells, e.g. 1/16.
+        sampling_ratio: samples per bin along each axis; with 0 or less, `ceil(box side in cells / bins)`,
+            chosen for each box and axis.
+        aligned: True puts cell centres at half-integers (Detectron2's "ROIAlignV2"), so boxes are shifted by
+            half a cell; False is Detectron1's convention, where a box also covers at least one cell.
+
+    Returns:
+        (K, C, P, Q), contiguous, of `input`'s dtype.
+
+    Raises:
+        TypeError: an argument is no tensor.
+        ValueError: a shape, dtype or device does not fit; the message names the argument.
+    """
+    check_tensor("input", input, "(N, C, H, W)")
+    if not isinstance(boxes, torch.Tensor):
+        boxes = _with_batch_index(boxes, input)
+    check_tensor("boxes", boxes, "(K, 5)")
+    check_same_device("boxes", boxes, "input", input)
+    if isinstance(output_size, Sequence) and len(output_size) != 2:
+        raise ValueError(f"output_size must be an int or a pair of ints, got {output_size!r}")
+    height, width = output_size if isinstance(output_size, Sequence) else (output_size, output_size)
+    check_positive("output_size", height)
+    check_positive("output_size", width)
+    return torch.ops.detlib.roi_align(
+        input, boxes, spatial_scale, height, width, max(int(sampling_ratio), 0), aligned
+    )
+
+
+def _with_batch_index(boxes: Sequence[torch.Tensor], input: torch.Tensor) -> torch.Tensor:
+    if len(boxes) != input.shape[0]:
+        raise ValueError(f"boxes must hold one tensor per image, got {len(boxes)} for {len(input)} images")
+    for index, image_boxes in enumerate(boxes):
+        check_tensor(f"boxes[{index}]", image_boxes, "(K, 4)")
+    numbered = [torch.nn.functional.pad(b, (1, 0), value=float(index)) for index, b in enumerate(boxes)]
+    return torch.cat(numbered) if numbered else input.new_empty((0, 5))
+
+
+def _compute_dtype(input: torch.Tensor) -> torch.dtype:
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def _axis_weights(
+    start: torch.Tensor, extent: torch.Tensor, num_bins: int, size: int, sampling_ratio: int
+) -> torch.Tensor:
+    """Weights (K, num_bins, size) that each bin gives to the cells along one axis of the map.
+
+    Args:
+        start, extent: (K,) where the boxes begin and how long they are, in cells, finite.
+        num_bins: bins along the axis.
+        size: cells along the axis.
+        sampling_ratio: samples per bin; 0 for `ceil(extent / num_bins)`.
+    """
+    bin_size = extent / num_bins
+    count = torch.full_like(bin_size, sampling_ratio) if sampling_ratio > 0 else bin_size.ceil()
+    count = count.clamp(min=0)
+    step = bin_size / count.clamp(min=1)
+    bins = torch.arange(num_bins, dtype=start.dtype, device=start.device)
+    bin_start = start[:, None] + bins * bin_size[:, None]
+    # Only samples within [-1, size] matter; a huge box has far more of them outside, which are never formed.
+    forward = step.clamp(min=1e-12)
+    first = ((-1 - bin_start) / forward[:, None]).floor().sub(1).clamp(min=0)
+    in_range = torch.minimum(((size + 2) / forward).ceil() + 3, count)
+    # A box whose second corner comes first, with a fixed number of samples: all are formed.
+    backward = step < 0
+    first, in_range = first.masked_fill(backward[:, None], 0), torch.where(backward, count, in_range)
+    most = int(in_range.max()) if count.numel() else 0
+    sample = first[..., None] + torch.arange(most, dtype=start.dtype, device=start.device)
+    position = bin_start[..., None] + (sample + 0.5) * step[:, None, None]
+    valid = (position >= -1) & (position <= size) & (sample < count[:, None, None])
+    position = position.clamp(min=0, max=size - 1)
+    low = position.floor()
+    fraction = position - low
+    low = low.long()
+    share = valid.to(start.dtype) / count.clamp(min=1)[:, None, None]
+    weights = start.new_zeros((len(start), num_bins, size))
+    weights.scatter_add_(2, low, (1 - fraction) * share)
+    weights.scatter_add_(2, (low + 1).clamp(max=size - 1), fraction * share)
+    return weights
+
+
+def _span(weights: torch.Tensor) -> list[tuple[int, int]]:
+    """First and one-past-last cell along the axis that any bin of each box uses."""
+    used = (weights != 0).any(dim=1).long()
+    size = used.shape[1]
+    begin = torch.where(used.any(dim=1), used.argmax(dim=1), 0)
+    end = torch.where(used.any(dim=1), size - used.flip(1).argmax(dim=1), 0)
+    return list(zip(begin.tolist(), end.tolist()))
+
+
+def _box_weights(boxes, dtype, spatial_scale, pooled, size, sampling_ratio, aligned):
+    """Yield per box: index, image, map rows, map columns, and (P, rows) and (Q, columns) weights.
+
+    The weights are None for a box that is not finite.
+    """
+    boxes = boxes.to(dtype)
+    finite = boxes.isfinite().all(dim=1)
+    corners = boxes[:, 1:].where(finite[:, None], 0) * spatial_scale - (0.5 if aligned else 0.0)
+    extent = corners[:, 2:] - corners[:, :2]
+    if not aligned:
+        extent = extent.clamp(min=1)
+    rows = _axis_weights(corners[:, 1], extent[:, 1], pooled[0], size[0], sampling_ratio)
+    columns = _axis_weights(corners[:, 0], extent[:, 0], pooled[1], size[1], sampling_ratio)
+    images = boxes[:, 0].nan_to_num(0).long().tolist()
+    spans = zip(images, finite.tolist(), _span(rows), _span(columns))
+    for index, (image, is_finite, (top, bottom), (left, right)) in enumerate(spans):
+        weights = (rows[index, :, top:bottom], columns[index, :, left:right]) if is_finite else None
+        yield index, image, slice(top, bottom), slice(left, right), weights
+
+
+def reference_roi_align(input, boxes, spatial_scale, pooled_height, pooled_width, sampling_ratio, aligned):
+    """RoIAlign in plain PyTorch: two small matrix products per box. Arguments as the operator's."""
+    dtype = _compute_dtype(input)
+    output = input.new_zeros((len(boxes), input.shape[1], pooled_height, pooled_width), dtype=dtype)
+    if output.numel() and input.numel():
+        _check_images(boxes, input.shape[0])
+        pooled, size = (pooled_height, pooled_width), input.shape[2:]
+        for index, image, rows, columns, weights in _box_weights(
+            boxes, dtype, spatial_scale, pooled, size, sampling_ratio, aligned
+        ):
+            if weights is None:
+                output[index] = torch.nan
+            else:
+                window = input[image, :, rows, columns].to(dtype)
+                output[index] = weights[0] @ window @ weights[1].T
+    return output.to(input.dtype)
+
+
+def reference_roi_align_backward(
+    grad, boxes, spatial_scale, pooled_height, pooled_width, batch_size, channels, height, width,
+    sampling_ratio, aligned,
+):  # fmt: skip
+    """Gradient of `reference_roi_align` with respect to the map, (N, C, H, W). Box by box, so
+    deterministic."""
+    dtype = _compute_dtype(grad)
+    grad_input = grad.new_zeros((batch_size, channels, height, width), dtype=dtype)
+    if grad.numel() and grad_input.numel():
+        _check_images(boxes, batch_size)
+        pooled, size = (pooled_height, pooled_width), (height, width)
+        for index, image, rows, columns, weights in _box_weights(
+            boxes, dtype, spatial_scale, pooled, size, sampling_ratio, aligned
+        ):
+            if weights is not None:
+                grad_input[image, :, rows, columns] += weights[0].T @ grad[index].to(dtype) @ weights[1]
+    return grad_input.to(grad.dtype)
+
+
+def _check_images(boxes: torch.Tensor, num_images: int) -> None:
+    images = boxes[:, 0].nan_to_num(0)
+    if int(images.min()) < 0 or int(images.max()) >= num_images:
+        raise RuntimeError(
+            f"boxes[:, 0] must be image indices in [0, {num_images}),"
+            f" got {int(images.min())} to {int(images.max())}"
+        )
+
+
+def _fallback_is_reference(boxes: torch.Tensor) -> bool:
+    """torchvision's kernels hang or crash on boxes that are not finite, and add in any order on CUDA."""
+    if torchvision_ops()[0] is None or not bool(boxes.isfinite().all()):
+        return True
+    return boxes.device.type == "cuda" and torch.are_deterministic_algorithms_enabled()
+
+
+def _fallback_roi_align(input, boxes, spatial_scale, pooled_height, pooled_width, sampling_ratio, aligned):
+    if _fallback_is_reference(boxes):
+        return reference_roi_align(
+            input, boxes, spatial_scale, pooled_height, pooled_width, sampling_ratio, aligned
+        )
+    if len(boxes) and input.numel():
+        _check_images(boxes, input.shape[0])
+    dtype = _compute_dtype(input)
+    output = torch.ops.torchvision.roi_align(
+        input.to(dtype), boxes.to(dtype), spatial_scale, pooled_height, pooled_width, sampling_ratio, aligned
+    )
+    return output.to(input.dtype)
+
+
+def _fallback_roi_align_backward(
+    grad, boxes, spatial_scale, pooled_height, pooled_width, batch_size, channels, height, width,
+    sampling_ratio, aligned,
+):  # fmt: skip
+    sizes = (pooled_height, pooled_width, batch_size, channels, height, width)
+    if _fallback_is_reference(boxes):
+        return reference_roi_align_backward(grad, boxes, spatial_scale, *sizes, sampling_ratio, aligned)
+    dtype = _compute_dtype(grad)
+    grad_input = torch.ops.torchvision._roi_align_backward(
+        grad.to(dtype), boxes.to(dtype), spatial_scale, *sizes, sampling_ratio, aligned
+    )
+    return grad_input.to(grad.dtype)
+
+
+def _fake_roi_align(input, boxes, spatial_scale, pooled_height, pooled_width, sampling_ratio, aligned):
+    return input.new_empty((boxes.shape[0], input.shape[1], pooled_height, pooled_width))
+
+
+def _fake_roi_align_backward(
+    grad, boxes, spatial_scale, pooled_height, pooled_width, batch_size, channels, height, width,
+    sampling_ratio, aligned,
+):  # fmt: skip
+    return grad.new_empty((batch_size, channels, height, width))
+
+
+def _save_forward(ctx, inputs, output):
+    input, boxes, *scalars = inputs
+    ctx.save_for_backward(boxes)
+    ctx.input_size = input.shape
+    ctx.scalars = scalars
+
+
+def _backward(ctx, grad):
+    (boxes,) = ctx.saved_tensors
+    scale, height, width, *sampling = ctx.scalars
+    grad_input = torch.ops.detlib.roi_align_backward(
+        grad, boxes, scale, height, width, *ctx.input_size, *sampling
+    )
+    return grad_input, None, None, None, None, None, None
+
+
+def _save_backward(ctx, inputs, output):
+    _, boxes, scale, height, width, _, _, _, _, *sampling = inputs
+    ctx.save_for_backward(boxes)
+    ctx.scalars = (scale, height, width, *sampling)
+
+
+def _double_backward(ctx, grad_grad_input):
+    # The backward is linear in `grad`; its transpose is the forward again.
+    (boxes,) = ctx.saved_tensors
+    return (torch.ops.detlib.roi_align(grad_grad_input, boxes, *ctx.scalars), *[None] * 10)
+
+
+define("roi_align", _fallback_roi_align, _fake_roi_align)
+define("roi_align_backward", _fallback_roi_align_backward, _fake_roi_align_backward)
+torch.library.register_autograd("detlib::roi_align", _backward, setup_context=_save_forward, lib=library)
+torch.library.register_autograd(
+    "detlib::roi_align_backward", _double_backward, setup_context=_save_backward, lib=library
+)
