@@ -1,0 +1,363 @@
+"""Deterministic transforms of images and of what is drawn on them.
+
+Coordinates are continuous: a picture of shape (H, W) spans [0, W] x [0, H], and pixel (row i, column j) has
+    its
+centre at (j + 0.5, i + 0.5).
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from fvcore.transforms import transform as fvt
+from fvcore.transforms.transform import (
+    HFlipTransform,
+    NoOpTransform,
+    Transform,
+    TransformList,
+    VFlipTransform,
+)
+from PIL import Image
+
+__all__ = [
+    "ColorTransform",
+    "CropTransform",
+    "ExtentTransform",
+    "HFlipTransform",
+    "NoOpTransform",
+    "PILColorTransform",
+    "PadTransform",
+    "ResizeTransform",
+    "RotationTransform",
+    "Transform",
+    "TransformList",
+    "VFlipTransform",
+]
+
+_TORCH_MODES = {
+    Image.Resampling.NEAREST: "nearest",
+    Image.Resampling.BILINEAR: "bilinear",
+    Image.Resampling.BICUBIC: "bicubic",
+}
+
+
+def _to_pil(img: np.ndarray) -> Image.Image:
+    """A uint8 array of shape (H, W), (H, W, 1) or (H, W, C) as a PIL image."""
+    if img.ndim == 3 and img.shape[2] == 1:
+        img = img[:, :, 0]
+    return Image.fromarray(img)
+
+
+def _from_pil(image: Image.Image, like: np.ndarray) -> np.ndarray:
+    """``image`` as an array with as many dimensions as ``like``."""
+    array = np.asarray(image)
+    return array[:, :, None] if like.ndim == 3 and array.ndim == 2 else array
+
+
+class ResizeTransform(Transform):
+    """Resize a picture to a given size.
+
+    uint8 images are resized by Pillow, which filters over the whole source area when it shrinks; other types
+    by `torch.nn.functional.interpolate` with ``align_corners=False`` and no such filter.
+    """
+
+    def __init__(self, h: int, w: int, new_h: int, new_w: int, interp: int | None = None):
+        """
+        Args:
+            h, w: size of the images it is applied to.
+            new_h, new_w: size afterwards.
+            interp: a `PIL.Image.Resampling` method; bilinear when left out.
+        """
+        super().__init__()
+        if interp is None:
+            interp = Image.Resampling.BILINEAR
+        self._set_attributes(locals())
+
+    def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
+        """Resize ``img``, an array of shape (H, W), (H, W, C) or (N, H, W, C); the dtype stays.
+
+        Raises:
+            ValueError: if the size of ``img`` is not the one the transform was made for.
+        """
+        spatial = img.shape[1:3] if img.ndim == 4 else img.shape[:2]
+        if img.ndim not in (2, 3, 4) or tuple(spatial) != (self.h, self.w):
+            raise ValueError(
+                f"ResizeTransform was made for images of height {self.h} and width {self.w}, "
+                f"got an array of shape {img.shape}"
+            )
+        method = Image.Resampling(self.interp if interp is None else interp)
+        if img.dtype == np.uint8 and img.ndim < 4:
+            resized = _to_pil(img).resize((self.new_w, self.new_h), method)
+            return _from_pil(resized, img)
+        if method == Image.Resampling.NEAREST and not np.issubdtype(img.dtype, np.floating):
+            return self._pick_nearest(img)
+        return self._interpolate(img, method)
+
+    def _pick_nearest(self, img: np.ndarray) -> np.ndarray:
+        """Nearest neighbour by pixel centres, as Pillow does it, for any dtype (ids, masks)."""
+        rows = ((np.arange(self.new_h) + 0.5) * (self.h / self.new_h)).astype(np.int64)
+        cols = ((np.arange(self.new_w) + 0.5) * (self.w / self.new_w)).astype(np.int64)
+        axis = 1 if img.ndim == 4 else 0
+        return img.take(rows, axis=axis).take(cols, axis=axis + 1)
+
+    def _interpolate(self, img: np.ndarray, method: Image.Resampling) -> np.ndarray:
+        if method not in _TORCH_MODES:
+            legal = ", ".join(m.name for m in _TORCH_MODES)
+            raise ValueError(f"interp {method.name} needs uint8 images; for {img.dtype} use one of {legal}")
+        mode = _TORCH_MODES[method]
+        if np.issubdtype(img.dtype, np.floating):
+            source = np.ascontiguousarray(img)
+        else:
+            source = img.astype(np.float32)
+        batch = source.reshape((-1, self.h, self.w, 1 if img.ndim == 2 else img.shape[-1]))
+        tensor = torch.from_numpy(batch).permute(0, 3, 1, 2)
+        resized = F.interpolate(
+            tensor,
+            (self.new_h, self.new_w),
+            mode=mode,
+            align_corners=None if mode == "nearest" else False,
+        )
+        out = resized.permute(0, 2, 3, 1).numpy()
+        out = out.reshape(
+            img.shape[:-3] + (self.new_h, self.new_w) + (img.shape[-1:] if img.ndim > 2 else ())
+        )
+        if out.dtype == img.dtype:
+            return out
+        if img.dtype == np.bool_:
+            return out >= 0.5
+        limits = np.iinfo(img.dtype)
+        return np.rint(out).clip(limits.min, limits.max).astype(img.dtype)
+
+    def apply_coords(self, coords: np.ndarray) -> np.ndarray:
+        """Scale (N, 2) xy coordinates, in place."""
+        coords[:, 0] = coords[:, 0] * (self.new_w * 1.0 / self.w)
+        coords[:, 1] = coords[:, 1] * (self.new_h * 1.0 / self.h)
+        return coords
+
+    def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
+        """Resize by nearest neighbour, so that no new ids appear."""
+        return self.apply_image(segmentation, interp=Image.Resampling.NEAREST)
+
+    def inverse(self) -> Transform:
+        return ResizeTransform(self.new_h, self.new_w, self.h, self.w, self.interp)
+
+
+class ExtentTransform(Transform):
+    """Cut a sub-rectangle out of a picture and scale it to an output size (Pillow's EXTENT).
+
+    What of the rectangle lies outside the picture is filled.
+    """
+
+    def __init__(self, src_rect, output_size, interp: int = Image.Resampling.BILINEAR, fill: float = 0):
+        """
+        Args:
+            src_rect: (x0, y0, x1, y1) in the source picture, absolute pixels.
+            output_size: (height, width) of the result.
+            interp: a `PIL.Image.Resampling` method.
+            fill: value of pixels outside the source picture; a segmentation is filled with 0.
+        """
+        super().__init__()
+        self._set_attributes(locals())
+
+    def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
+        """Cut and scale ``img``, a uint8 array of shape (H, W) or (H, W, C)."""
+        return self._extent(img, self.interp if interp is None else interp, self.fill)
+
+    def _extent(self, img: np.ndarray, interp: int, fill: float) -> np.ndarray:
+        height, width = self.output_size
+        source = _to_pil(img)
+        color = int(fill) if source.mode == "L" else (int(fill),) * len(source.getbands())
+        out = source.transform(
+            size=(width, height),
+            method=Image.Transform.EXTENT,
+            data=tuple(float(v) for v in self.src_rect),
+            resample=interp,
+            fillcolor=color,
+        )
+        return _from_pil(out, img)
+
+    def apply_coords(self, coords: np.ndarray) -> np.ndarray:
+        """Move and scale (N, 2) xy coordinates."""
+        height, width = self.output_size
+        x0, y0, x1, y1 = self.src_rect
+        scale = np.array([width / (x1 - x0), height / (y1 - y0)], dtype=np.float64)
+        return (coords.astype(np.float64) - np.array([x0, y0], dtype=np.float64)) * scale
+
+    def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
+        """Cut and scale by nearest neighbour."""
+        return self._extent(segmentation, Image.Resampling.NEAREST, 0)
+
+
+class RotationTransform(Transform):
+    """Rotate a picture by an angle, counter-clockwise in degrees, about a point."""
+
+    def __init__(
+        self, h: int, w: int, angle: float, expand: bool = True, center=None, interp: int | None = None
+    ):
+        """
+        Args:
+            h, w: size of the pictures it is applied to.
+            angle: degrees, counter-clockwise as seen on the screen.
+            expand: enlarge the result so that it holds the whole rotated picture; ``center`` then has no
+                effect.
+            center: (x, y) of the fixed point, absolute pixels; the middle of the picture when left out.
+            interp: an OpenCV interpolation flag; ``cv2.INTER_LINEAR`` when left out.
+        """
+        super().__init__()
+        import cv2
+
+        image_center = np.array((w / 2, h / 2))
+        if center is None:
+            center = image_center
+        if interp is None:
+            interp = cv2.INTER_LINEAR
+        abs_cos, abs_sin = (abs(np.cos(np.deg2rad(angle))), abs(np.sin(np.deg2rad(angle))))
+        if expand:
+            bound_w, bound_h = np.rint([h * abs_sin + w * abs_cos, h * abs_cos + w * abs_sin]).astype(int)
+        else:
+            bound_w, bound_h = w, h
+        self._set_attributes(locals())
+        self.rm_coords = self.create_rotation_matrix()
+        # OpenCV places pixel centres at whole numbers: half a pixel before and after.
+        self.rm_image = self.create_rotation_matrix(offset=-0.5)
+
+    def create_rotation_matrix(self, offset: float = 0) -> np.ndarray:
+        """The (2, 3) affine matrix of the rotation in a frame shifted by ``offset`` pixels."""
+        import cv2
+
+        center = (self.center[0] + offset, self.center[1] + offset)
+        matrix = cv2.getRotationMatrix2D(tuple(float(c) for c in center), self.angle, 1)
+        if self.expand:
+            middle = matrix[:, :2] @ (self.image_center + offset) + matrix[:, 2]
+            matrix[:, 2] += np.array([self.bound_w / 2, self.bound_h / 2]) + offset - middle
+        return matrix
+
+    def _is_identity(self) -> bool:
+        return self.angle % 360 == 0
+
+    def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
+        """Rotate ``img`` of shape (H, W) or (H, W, C); pixels from outside the picture become 0."""
+        import cv2
+
+        if len(img) == 0 or self._is_identity():
+            return img
+        if tuple(img.shape[:2]) != (self.h, self.w):
+            raise ValueError(
+                f"RotationTransform was made for images of height {self.h} and width {self.w}, "
+                f"got an array of shape {img.shape}"
+            )
+        interp = self.interp if interp is None else interp
+        size = (int(self.bound_w), int(self.bound_h))
+        out = cv2.warpAffine(np.ascontiguousarray(img), self.rm_image, size, flags=interp)
+        return out[:, :, None] if out.ndim < img.ndim else out
+
+    def apply_coords(self, coords: np.ndarray) -> np.ndarray:
+        """Rotate (N, 2) xy coordinates."""
+        coords = np.asarray(coords, dtype=float)
+        if len(coords) == 0 or self._is_identity():
+            return coords
+        return coords @ self.rm_coords[:, :2].T + self.rm_coords[:, 2]
+
+    def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
+        """Rotate by nearest neighbour."""
+        import cv2
+
+        return self.apply_image(segmentation, interp=cv2.INTER_NEAREST)
+
+    def inverse(self) -> Transform:
+        """Rotate back; with ``expand``, the frame that grew is cut to the original size again."""
+        if not self.expand:
+            return RotationTransform(self.h, self.w, -self.angle, False, self.center, self.interp)
+        back = RotationTransform(self.bound_h, self.bound_w, -self.angle, True, None, self.interp)
+        crop = CropTransform((back.bound_w - self.w) // 2, (back.bound_h - self.h) // 2, self.w, self.h)
+        return TransformList([back, crop])
+
+
+class ColorTransform(Transform):
+    """Change the colours of a picture by any function; its geometry stays."""
+
+    def __init__(self, op):
+        """
+        Args:
+            op: function from an image array to an image array of the same size.
+        """
+        if not callable(op):
+            raise TypeError(f"{type(self).__name__}: op must be callable, got {type(op).__name__}")
+        super().__init__()
+        self._set_attributes(locals())
+
+    def apply_image(self, img: np.ndarray) -> np.ndarray:
+        return self.op(img)
+
+    def apply_coords(self, coords: np.ndarray) -> np.ndarray:
+        return coords
+
+    def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
+        return segmentation
+
+    def inverse(self) -> Transform:
+        return NoOpTransform()
+
+
+class PILColorTransform(ColorTransform):
+    """:class:`ColorTransform` whose function takes and returns a PIL image."""
+
+    def apply_image(self, img: np.ndarray) -> np.ndarray:
+        return np.asarray(super().apply_image(Image.fromarray(img)))
+
+
+def _clip_half_plane(points: np.ndarray, axis: int, limit: float, sign: int) -> np.ndarray:
+    """One step of Sutherland-Hodgman: the part of a polygon where ``sign * (coordinate - limit) >= 0``."""
+    if len(points) == 0:
+        return points
+    distance = (points[:, axis] - limit) * sign
+    following, next_distance = np.roll(points, -1, axis=0), np.roll(distance, -1)
+    inside = distance >= 0
+    crosses = inside != (next_distance >= 0)
+    span = np.where(crosses, distance - next_distance, 1.0)
+    cuts = points + (distance / span)[:, None] * (following - points)
+    cuts[:, axis] = limit
+    candidates = np.stack([points, cuts], axis=1).reshape(-1, 2)
+    return candidates[np.stack([inside, crosses], axis=1).reshape(-1)]
+
+
+def clip_polygon(points: np.ndarray, x0: float, y0: float, x1: float, y1: float) -> np.ndarray:
+    """Clip a polygon to a rectangle (Sutherland and Hodgman, 1974).
+
+    A concave polygon that falls into several parts stays one polygon, whose parts are joined along the border
+    of the rectangle by edges without area; area and rasterised mask are the same as those of the parts.
+
+    Args:
+        points: (P, 2) float, xy.
+        x0, y0, x1, y1: the rectangle.
+
+    Returns:
+        (Q, 2) float64 array; Q = 0 where nothing of positive area is left.
+    """
+    points = np.array(points, dtype=np.float64).reshape(-1, 2)
+    for axis, limit, sign in ((0, x0, 1), (0, x1, -1), (1, y0, 1), (1, y1, -1)):
+        points = _clip_half_plane(points, axis, limit, sign)
+    if len(points) < 3:
+        return np.zeros((0, 2))
+    x, y = (points - points[0]).T
+    area = 0.5 * abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))
+    return points if area > 1e-9 else np.zeros((0, 2))
+
+
+class CropTransform(fvt.CropTransform):
+    """Cut out ``image[y0 : y0 + h, x0 : x0 + w]``; polygons are clipped to it, boxes only moved."""
+
+    def apply_polygons(self, polygons: list) -> list:
+        """Clip polygons ((P, 2) arrays, xy) to the rectangle; those wholly outside are dropped."""
+        corners = (self.x0, self.y0, self.x0 + self.w, self.y0 + self.h)
+        clipped = [clip_polygon(polygon, *corners) for polygon in polygons]
+        return [self.apply_coords(points) for points in clipped if len(points)]
+
+
+class PadTransform(fvt.PadTransform):
+    """Add margins of ``x0``, ``y0`` (left, top) and ``x1``, ``y1`` (right, bottom) pixels."""
+
+    def inverse(self) -> Transform:
+        if self.orig_w is None or self.orig_h is None:
+            raise ValueError("PadTransform can be inverted only when orig_w and orig_h are given")
+        width, height = self.orig_w + self.x0 + self.x1, self.orig_h + self.y0 + self.y1
+        return CropTransform(self.x0, self.y0, self.orig_w, self.orig_h, orig_w=width, orig_h=height)
