@@ -1,0 +1,61 @@
+"""Neural network layers: thin wrappers of torch.nn, norms, blocks and modules around `detlib.ops`."""
+
+from .aspp import ASPP
+from .batch_norm import (
+    CycleBatchNormList,
+    FrozenBatchNorm2d,
+    LayerNorm,
+    NaiveSyncBatchNorm,
+    get_norm,
+)
+from .blocks import CNNBlockBase, DepthwiseSeparableConv2d
+from .losses import ciou_loss, diou_loss
+from .mask_ops import paste_masks_in_image
+from .nms import batched_nms, nms
+from .roi_align import ROIAlign, roi_align
+from .shape_spec import ShapeSpec
+from .wrappers import (
+    BatchNorm2d,
+    Conv2d,
+    ConvTranspose2d,
+    Linear,
+    cat,
+    check_if_dynamo_compiling,
+    cross_entropy,
+    empty_input_loss_func_wrapper,
+    interpolate,
+    move_device_like,
+    nonzero_tuple,
+    shapes_to_tensor,
+)
+
+__all__ = [
+    "ASPP",
+    "BatchNorm2d",
+    "CNNBlockBase",
+    "Conv2d",
+    "ConvTranspose2d",
+    "CycleBatchNormList",
+    "DepthwiseSeparableConv2d",
+    "FrozenBatchNorm2d",
+    "LayerNorm",
+    "Linear",
+    "NaiveSyncBatchNorm",
+    "ROIAlign",
+    "ShapeSpec",
+    "batched_nms",
+    "cat",
+    "check_if_dynamo_compiling",
+    "ciou_loss",
+    "cross_entropy",
+    "diou_loss",
+    "empty_input_loss_func_wrapper",
+    "get_norm",
+    "interpolate",
+    "move_device_like",
+    "nms",
+    "nonzero_tuple",
+    "paste_masks_in_image",
+    "roi_align",
+    "shapes_to_tensor",
+]

@@ -1,0 +1,298 @@
+"""Normalisation layers and the table of their config names (`get_norm`).
+
+Shapes: N images, C channels, H height, W width.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+
+from detlib.utils import comm
+from detlib.utils.suggest import suggest
+
+from .wrappers import BatchNorm2d
+
+__all__ = [
+    "CycleBatchNormList",
+    "FrozenBatchNorm2d",
+    "LayerNorm",
+    "NaiveSyncBatchNorm",
+    "differentiable_all_reduce",
+    "get_norm",
+]
+
+_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+def _affine(x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """`x * scale + bias` with (C,) scale and bias, in the dtype of x (N, C, H, W)."""
+    # One pass over memory, and backward keeps `scale` alone.
+    return torch.addcmul(bias.to(x.dtype).reshape(1, -1, 1, 1), x, scale.to(x.dtype).reshape(1, -1, 1, 1))
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """Batch normalisation whose statistics and affine parameters are constants.
+
+    It computes `(x - running_mean) / sqrt(running_var + eps) * weight + bias` per channel. All four are (C,)
+    float32 buffers, so they are saved and loaded under the names of `torch.nn.BatchNorm2d` and no optimizer
+    ever sees them. A new module is the identity.
+
+    Args:
+        num_features: number of channels C.
+        eps: added to the variance.
+    """
+
+    # Files written by version 1 (and files converted from Caffe2) lack the running statistics.
+    _version = 3
+
+    def __init__(self, num_features, eps=1e-5):
+        super().__init__()
+        self.num_features = num_features
+        self.eps = eps
+        self.register_buffer("weight", torch.ones(num_features))
+        self.register_buffer("bias", torch.zeros(num_features))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features) - eps)
+
+    def forward(self, x):
+        """Maps (N, C, H, W) to the same shape and dtype."""
+        if not x.requires_grad:
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+            )
+        # F.batch_norm would compute gradients of weight and bias too and keep x for them.
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return _affine(x, scale, self.bias - self.running_mean * scale)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        version = local_metadata.get("version", None)
+        if version is None or version < 2:
+            state_dict.setdefault(prefix + "running_mean", torch.zeros_like(self.running_mean))
+            state_dict.setdefault(prefix + "running_var", torch.ones_like(self.running_var))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def __repr__(self):
+        return f"FrozenBatchNorm2d(num_features={self.num_features}, eps={self.eps})"
+
+    @classmethod
+    def convert_frozen_batchnorm(cls, module):
+        """Replaces every BatchNorm2d and SyncBatchNorm in `module` by a frozen one of the same values.
+
+        Returns:
+            `module`, changed in place, or the new FrozenBatchNorm2d when `module` is itself a batch norm.
+        """
+        return _replace_modules(
+            module, _BATCH_NORMS, lambda old: _copy_norm(old, cls(old.num_features, old.eps))
+        )
+
+    @classmethod
+    def convert_frozenbatchnorm2d_to_batchnorm2d(cls, module: nn.Module) -> nn.Module:
+        """Replaces every FrozenBatchNorm2d in `module` by a trainable BatchNorm2d of the same values.
+
+        Returns:
+            `module`, changed in place, or the new BatchNorm2d when `module` is itself a frozen one.
+        """
+        return _replace_modules(
+            module, (cls,), lambda old: _copy_norm(old, BatchNorm2d(old.num_features, old.eps))
+        )
+
+
+def _copy_norm(old: nn.Module, new: nn.Module) -> nn.Module:
+    """Copies affine parameters and running statistics, as far as `old` has them; keeps device and mode."""
+    with torch.no_grad():
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            value = getattr(old, name)
+            if value is not None:
+                new.to(value.device)
+                getattr(new, name).copy_(value)
+    return new.train(old.training)
+
+
+def _replace_modules(module: nn.Module, types: tuple, replace: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    if isinstance(module, types):
+        return replace(module)
+    for name, child in module.named_children():
+        new_child = _replace_modules(child, types, replace)
+        if new_child is not child:
+            setattr(module, name, new_child)
+    return module
+
+
+class _AllReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input):
+        output = input.clone()
+        dist.all_reduce(output)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        # Each process's loss depends on every process's input.
+        grad = grad_output.clone()
+        dist.all_reduce(grad)
+        return grad
+
+
+def differentiable_all_reduce(input: torch.Tensor) -> torch.Tensor:
+    """Sum of `input` over all processes, with a gradient; the identity when there is one process."""
+    if comm.get_world_size() == 1:
+        return input
+    return _AllReduceSum.apply(input)
+
+
+class NaiveSyncBatchNorm(BatchNorm2d):
+    """Batch normalisation with statistics taken over all processes, written with differentiable all-reduce.
+
+    Unlike `torch.nn.SyncBatchNorm` it works on the CPU and gives every picture the same weight whatever
+    its size. The running variance is the biased one.
+
+    Args:
+        stats_mode: "" averages the statistics of the processes with equal weights (each needs at least one
+            picture); "N" weights them by their number of pictures, which may be zero.
+        *args, **kwargs: the arguments of `torch.nn.BatchNorm2d`.
+    """
+
+    def __init__(self, *args, stats_mode="", **kwargs):
+        super().__init__(*args, **kwargs)
+        if stats_mode not in ("", "N"):
+            raise ValueError(f'stats_mode must be "" or "N", got {stats_mode!r}')
+        self._stats_mode = stats_mode
+
+    def forward(self, input):
+        """Maps (N, C, H, W) to the same shape and dtype."""
+        if comm.get_world_size() == 1 or not self.training:
+            return super().forward(input)
+        x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+        mean, mean_of_squares, momentum = self._global_statistics(x)
+        var = mean_of_squares - mean * mean
+        scale = (var + self.eps).rsqrt()
+        if self.weight is not None:
+            scale = self.weight * scale
+        bias = -mean * scale if self.bias is None else self.bias - mean * scale
+        if self.track_running_stats:
+            self.running_mean += momentum * (mean.detach() - self.running_mean)
+            self.running_var += momentum * (var.detach() - self.running_var)
+        return _affine(x, scale, bias).to(input.dtype)
+
+    def _global_statistics(self, x):
+        """Mean and mean of squares, (C,) each, over all processes, and the momentum of this update."""
+        num_images, num_channels = x.shape[:2]
+        if num_images == 0:
+            if self._stats_mode == "":
+                raise ValueError(
+                    'NaiveSyncBatchNorm(stats_mode="") got an empty batch; use stats_mode="N" (naiveSyncBN_N)'
+                )
+            # The sum ties the zeros to the graph, so that backward's all-reduce runs on every process.
+            stats = x.new_zeros(2 * num_channels) + x.sum()
+        else:
+            stats = torch.cat([x.mean(dim=(0, 2, 3)), (x * x).mean(dim=(0, 2, 3))])
+        if self._stats_mode == "":
+            stats = differentiable_all_reduce(stats) / comm.get_world_size()
+            return *stats.split(num_channels), self.momentum
+        stats = differentiable_all_reduce(torch.cat([stats * num_images, stats.new_tensor([num_images])]))
+        total = stats[-1].detach()
+        mean, mean_of_squares = (stats[:-1] / total.clamp(min=1)).split(num_channels)
+        # Without any picture the running statistics stay as they are.
+        return mean, mean_of_squares, self.momentum * total.clamp(max=1)
+
+
+class CycleBatchNormList(nn.ModuleList):
+    """Several batch norms for one shared layer: call number k uses the norm k modulo length.
+
+    It serves heads that one pass applies to several feature levels in a fixed order, when each level should
+    have its own statistics while weight and bias are shared.
+
+    Args:
+        length: number of norms, i.e. of levels.
+        bn_class: class of the norms, called as `bn_class(**kwargs, affine=False)`.
+        **kwargs: arguments of `bn_class`, with `num_features`; `affine=False` leaves out weight and bias.
+    """
+
+    def __init__(self, length: int, bn_class=nn.BatchNorm2d, **kwargs):
+        self._affine = kwargs.pop("affine", True)
+        super().__init__([bn_class(**kwargs, affine=False) for _ in range(length)])
+        if self._affine:
+            num_features = self[0].num_features
+            self.weight = nn.Parameter(torch.ones(num_features))
+            self.bias = nn.Parameter(torch.zeros(num_features))
+        self._pos = 0
+
+    def forward(self, x):
+        """Maps (N, C, H, W) to the same shape with the norm whose turn it is."""
+        out = self[self._pos](x)
+        self._pos = (self._pos + 1) % len(self)
+        return _affine(out, self.weight, self.bias) if self._affine else out
+
+    def extra_repr(self):
+        return f"affine={self._affine}"
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the channels of each pixel of a (N, C, H, W) map.
+
+    Args:
+        normalized_shape: number of channels C.
+        eps: added to the variance.
+    """
+
+    def __init__(self, normalized_shape, eps=1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(normalized_shape))
+        self.bias = nn.Parameter(torch.zeros(normalized_shape))
+        self.eps = eps
+        self.normalized_shape = (normalized_shape,)
+
+    def forward(self, x):
+        """Maps (N, C, H, W) to the same shape and dtype."""
+        centred = x - x.mean(dim=1, keepdim=True)
+        var = centred.square().mean(dim=1, keepdim=True)
+        return _affine(centred / torch.sqrt(var + self.eps), self.weight, self.bias)
+
+
+def _group_norm(num_channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, num_channels)
+
+
+def _naive_sync_batch_norm_n(num_channels: int) -> NaiveSyncBatchNorm:
+    return NaiveSyncBatchNorm(num_channels, stats_mode="N")
+
+
+_NORMS = {
+    "BN": BatchNorm2d,
+    "SyncBN": nn.SyncBatchNorm,
+    "nnSyncBN": nn.SyncBatchNorm,
+    "naiveSyncBN": NaiveSyncBatchNorm,
+    "naiveSyncBN_N": _naive_sync_batch_norm_n,
+    "FrozenBN": FrozenBatchNorm2d,
+    "GN": _group_norm,
+    "LN": LayerNorm,
+}
+
+
+def get_norm(norm: str | Callable[[int], nn.Module] | None, out_channels: int) -> nn.Module | None:
+    """Builds a normalisation layer from its config name.
+
+    Args:
+        norm: one of BN, SyncBN, nnSyncBN, naiveSyncBN, naiveSyncBN_N, FrozenBN, GN (32 groups), LN; or a
+            callable that takes the number of channels; or None or "" for no norm.
+        out_channels: number of channels C of the (N, C, H, W) maps to normalise.
+
+    Returns:
+        The layer, or None.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if norm is None or norm == "":
+        return None
+    if isinstance(norm, str):
+        if norm not in _NORMS:
+            raise ValueError(
+                f"Unknown norm '{norm}'. Legal: {', '.join(_NORMS)}, or '' for none."
+                + suggest(norm, list(_NORMS))
+            )
+        norm = _NORMS[norm]
+    return norm(out_channels)

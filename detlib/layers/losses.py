@@ -1,0 +1,38 @@
+"""Box regression losses on IoU (https://arxiv.org/abs/1911.08287), computed by torchvision."""
+
+import torch
+from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss
+
+__all__ = ["ciou_loss", "diou_loss"]
+
+
+def diou_loss(
+    boxes1: torch.Tensor, boxes2: torch.Tensor, reduction: str = "none", eps: float = 1e-7
+) -> torch.Tensor:
+    """Distance IoU loss: 1 - IoU + squared distance of centres / squared diagonal of the enclosing box.
+
+    Args:
+        boxes1, boxes2: (N, 4) boxes, x0 y0 x1 y1 with x1 >= x0 and y1 >= y0, compared row by row.
+        reduction: "none", "mean" (zero for no boxes) or "sum".
+        eps: added to denominators.
+
+    Returns:
+        (N,) losses, or a scalar.
+    """
+    return distance_box_iou_loss(boxes1, boxes2, reduction, eps)
+
+
+def ciou_loss(
+    boxes1: torch.Tensor, boxes2: torch.Tensor, reduction: str = "none", eps: float = 1e-7
+) -> torch.Tensor:
+    """Complete IoU loss: the distance IoU loss plus a penalty for differing aspect ratios.
+
+    Args:
+        boxes1, boxes2: (N, 4) boxes, x0 y0 x1 y1 with x1 >= x0 and y1 >= y0, compared row by row.
+        reduction: "none", "mean" (zero for no boxes) or "sum".
+        eps: added to denominators.
+
+    Returns:
+        (N,) losses, or a scalar.
+    """
+    return complete_box_iou_loss(boxes1, boxes2, reduction, eps)

@@ -1,0 +1,54 @@
+"""RoIAlign as a module."""
+
+from torch import nn
+
+from detlib.ops import roi_align
+
+__all__ = ["ROIAlign", "roi_align"]
+
+
+class ROIAlign(nn.Module):
+    """Crops regions of a feature map to one size by averaging bilinear samples (Mask R-CNN, section 3).
+
+    Args:
+        output_size: (height, width) of the result, or one int for both.
+        spatial_scale: factor from box coordinates to pixels of the feature map, 1 / stride.
+        sampling_ratio: samples per bin along each axis; 0 takes as many as the bin has pixels, rounded up.
+        aligned: whether pixel i covers [i, i + 1] (box coordinates are shifted by half a pixel of the map).
+            False is the behaviour of the original Caffe2 code, half a pixel off.
+    """
+
+    def __init__(self, output_size, spatial_scale, sampling_ratio, aligned=True):
+        super().__init__()
+        self.output_size = output_size
+        self.spatial_scale = spatial_scale
+        self.sampling_ratio = sampling_ratio
+        self.aligned = aligned
+
+    def forward(self, input, rois):
+        """Crops.
+
+        Args:
+            input: (N, C, H, W) feature map.
+            rois: (R, 5), each row the index of its picture in the batch, then x0, y0, x1, y1; float32 also
+                for feature maps of lower precision.
+
+        Returns:
+            (R, C, *output_size) tensor of input's dtype.
+        """
+        if rois.dim() != 2 or rois.size(1) != 5:
+            raise ValueError(f"rois must have shape (R, 5), got {tuple(rois.shape)}")
+        return roi_align(
+            input,
+            rois,
+            self.output_size,
+            self.spatial_scale,
+            self.sampling_ratio,
+            self.aligned,
+        )
+
+    def extra_repr(self):
+        return (
+            f"output_size={self.output_size}, spatial_scale={self.spatial_scale}, "
+            f"sampling_ratio={self.sampling_ratio}, aligned={self.aligned}"
+        )

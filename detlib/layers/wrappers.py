@@ -1,0 +1,118 @@
+"""Small functions and modules that the rest of the library builds on instead of their torch.nn originals."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+__all__ = [
+    "BatchNorm2d",
+    "Conv2d",
+    "ConvTranspose2d",
+    "Linear",
+    "cat",
+    "check_if_dynamo_compiling",
+    "cross_entropy",
+    "empty_input_loss_func_wrapper",
+    "interpolate",
+    "move_device_like",
+    "nonzero_tuple",
+    "shapes_to_tensor",
+]
+
+# Names that users import from here; torch itself handles empty batches in all of them.
+BatchNorm2d = nn.BatchNorm2d
+ConvTranspose2d = nn.ConvTranspose2d
+Linear = nn.Linear
+interpolate = F.interpolate
+
+
+def check_if_dynamo_compiling() -> bool:
+    """Whether the caller runs inside `torch.compile` or `torch.export`."""
+    return torch.compiler.is_compiling()
+
+
+def shapes_to_tensor(x: Sequence[int | torch.Tensor], device: torch.device | None = None) -> torch.Tensor:
+    """Turns a list of sizes into an int64 tensor; sizes may be ints or 0-dimensional integer tensors.
+
+    Args:
+        x: S sizes.
+        device: device of the result; by default that of the sizes when they are tensors, else the CPU.
+
+    Returns:
+        (S,) integer tensor.
+    """
+    if any(isinstance(size, torch.Tensor) for size in x):
+        if device is None:
+            device = next(size.device for size in x if isinstance(size, torch.Tensor))
+        return torch.stack([torch.as_tensor(size, device=device) for size in x])
+    return torch.as_tensor(x, dtype=torch.int64, device=device)
+
+
+def cat(tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    """`torch.cat` that hands a single tensor back as it is, without a copy."""
+    if not isinstance(tensors, (list, tuple)):
+        raise TypeError(f"cat() takes a list or tuple of tensors, got {type(tensors).__name__}")
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+
+
+def empty_input_loss_func_wrapper(loss_func: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Makes a loss give zero, not NaN, when it averages over no samples.
+
+    The zero is computed from `input`, so that it still has a graph: under DistributedDataParallel every
+    process must produce a gradient for every parameter, those without a single sample included.
+
+    Args:
+        loss_func: function `(input, target, *, reduction, **kwargs)` with torch's meaning of the arguments.
+    """
+
+    @functools.wraps(loss_func)
+    def wrapped(input, target, *, reduction="mean", **kwargs):
+        if target.numel() == 0 and reduction == "mean":
+            return input.sum() * 0.0
+        return loss_func(input, target, reduction=reduction, **kwargs)
+
+    # The wrapper's own signature (keyword-only reduction) is what callers may rely on.
+    del wrapped.__wrapped__
+    return wrapped
+
+
+cross_entropy = empty_input_loss_func_wrapper(F.cross_entropy)
+
+
+class Conv2d(nn.Conv2d):
+    """`torch.nn.Conv2d` followed by an optional norm and an optional activation.
+
+    Args:
+        norm: a module applied to the output, kept as the submodule `norm`, or None.
+        activation: a callable applied after the norm, or None.
+        *args, **kwargs: the arguments of `torch.nn.Conv2d`.
+    """
+
+    def __init__(self, *args, **kwargs):
+        norm = kwargs.pop("norm", None)
+        activation = kwargs.pop("activation", None)
+        super().__init__(*args, **kwargs)
+        self.norm = norm
+        self.activation = activation
+
+    def forward(self, x):
+        """Maps (N, C_in, H, W) to (N, C_out, H', W')."""
+        x = self._conv_forward(x, self.weight, self.bias)
+        if self.norm is not None:
+            x = self.norm(x)
+        if self.activation is not None:
+            x = self.activation(x)
+        return x
+
+
+def nonzero_tuple(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Indices of the non-zero elements, one int64 tensor per dimension; a scalar counts as one element."""
+    return torch.atleast_1d(x).nonzero(as_tuple=True)
+
+
+def move_device_like(src: torch.Tensor, dst: torch.Tensor) -> torch.Tensor:
+    """Moves `src` to the device of `dst`."""
+    return src.to(dst.device)

@@ -1,0 +1,42 @@
+"""Boxes, masks, keypoints and the containers that hold them per picture and per batch."""
+
+from .boxes import (
+    Boxes,
+    BoxMode,
+    matched_pairwise_iou,
+    pairwise_intersection,
+    pairwise_ioa,
+    pairwise_iou,
+    pairwise_point_box_distance,
+)
+from .image_list import ImageList
+from .instances import Instances
+from .keypoints import Keypoints, heatmaps_to_keypoints
+from .masks import (
+    BitMasks,
+    PolygonMasks,
+    ROIMasks,
+    polygon_area,
+    polygons_to_bitmask,
+    rasterize_polygons_within_box,
+)
+
+__all__ = [
+    "BitMasks",
+    "BoxMode",
+    "Boxes",
+    "ImageList",
+    "Instances",
+    "Keypoints",
+    "PolygonMasks",
+    "ROIMasks",
+    "heatmaps_to_keypoints",
+    "matched_pairwise_iou",
+    "pairwise_intersection",
+    "pairwise_ioa",
+    "pairwise_iou",
+    "pairwise_point_box_distance",
+    "polygon_area",
+    "polygons_to_bitmask",
+    "rasterize_polygons_within_box",
+]

@@ -1,0 +1,242 @@
+"""Axis-aligned boxes: the `Boxes` type, its functions and `BoxMode`.
+
+Shapes: N, M numbers of boxes. Boxes are rows x0, y0, x1, y1 in absolute pixels of a picture whose top left
+corner is (0, 0), so that pixel (i, j) covers [j, j + 1] x [i, i + 1].
+"""
+
+from collections.abc import Iterator
+from numbers import Integral
+
+import numpy as np
+import torch
+
+from detlib.ops import batched_nms
+
+from .box_mode import BoxMode
+
+__all__ = [
+    "BoxMode",
+    "Boxes",
+    "matched_pairwise_iou",
+    "pairwise_intersection",
+    "pairwise_ioa",
+    "pairwise_iou",
+    "pairwise_point_box_distance",
+]
+
+
+class Boxes:
+    """A list of boxes in one (N, 4) float32 tensor.
+
+    It supports `len()`, indexing, iteration (over (4,) tensors), `to()` and `cat()`.
+
+    Args:
+        tensor: (N, 4) tensor, array or nested list of absolute xyxy pixels; anything empty gives N = 0.
+
+    Attributes:
+        tensor: (N, 4) float32.
+
+    Raises:
+        ValueError: if the shape is not (N, 4).
+    """
+
+    box_dim = 4
+
+    def __init__(self, tensor: torch.Tensor):
+        if not isinstance(tensor, torch.Tensor):
+            tensor = torch.as_tensor(np.asarray(tensor, dtype=np.float32))
+        tensor = tensor.to(torch.float32)
+        if tensor.numel() == 0:
+            # The reshape keeps the graph, which losses of empty predictions need.
+            tensor = tensor.reshape((-1, self.box_dim))
+        if tensor.dim() != 2 or tensor.size(-1) != self.box_dim:
+            raise ValueError(
+                f"{type(self).__name__} needs shape (N, {self.box_dim}), got {tuple(tensor.shape)}"
+            )
+        self.tensor = tensor
+
+    def clone(self) -> "Boxes":
+        """A copy with its own memory."""
+        return type(self)(self.tensor.clone())
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Boxes":
+        """The same boxes on another device."""
+        return type(self)(self.tensor.to(device=device, non_blocking=non_blocking))
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensor.device
+
+    def area(self) -> torch.Tensor:
+        """(N,) areas in square pixels."""
+        return (self.tensor[:, 2] - self.tensor[:, 0]) * (self.tensor[:, 3] - self.tensor[:, 1])
+
+    def clip(self, box_size: tuple[int, int]) -> None:
+        """Moves all coordinates into [0, width] x [0, height], in place.
+
+        Args:
+            box_size: (height, width) of the picture.
+
+        Raises:
+            ValueError: if a coordinate is infinite or NaN.
+        """
+        self._check_finite()
+        height, width = box_size
+        x0, y0, x1, y1 = self.tensor.unbind(dim=-1)
+        self.tensor = torch.stack(
+            (x0.clamp(0, width), y0.clamp(0, height), x1.clamp(0, width), y1.clamp(0, height)), dim=-1
+        )
+
+    def _check_finite(self) -> None:
+        # A graph being traced cannot branch on values.
+        if torch.compiler.is_compiling():
+            return
+        finite = torch.isfinite(self.tensor)
+        if not finite.all():
+            bad = int((~finite).any(dim=1).sum())
+            raise ValueError(f"{bad} of {len(self)} boxes have coordinates that are infinite or NaN")
+
+    def nonempty(self, threshold: float = 0.0) -> torch.Tensor:
+        """(N,) bool: which boxes are wider and higher than `threshold` pixels."""
+        widths = self.tensor[:, 2] - self.tensor[:, 0]
+        heights = self.tensor[:, 3] - self.tensor[:, 1]
+        return (widths > threshold) & (heights > threshold)
+
+    def __getitem__(self, item: int | slice | torch.Tensor) -> "Boxes":
+        """Selects boxes by an index (giving N = 1), a slice, an integer or a boolean vector.
+
+        Slices share memory with the original.
+        """
+        if isinstance(item, Integral):
+            return type(self)(self.tensor[item].reshape(1, -1))
+        selected = self.tensor[item]
+        if selected.dim() != 2:
+            raise IndexError(
+                f"Indexing {type(self).__name__} with {item} gives shape {tuple(selected.shape)}"
+            )
+        return type(self)(selected)
+
+    def __len__(self) -> int:
+        return self.tensor.shape[0]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.tensor})"
+
+    def inside_box(self, box_size: tuple[int, int], boundary_threshold: int = 0) -> torch.Tensor:
+        """Which boxes lie in the picture.
+
+        Args:
+            box_size: (height, width) of the picture.
+            boundary_threshold: pixels by which a box may reach beyond the picture.
+
+        Returns:
+            (N,) bool.
+        """
+        height, width = box_size
+        x0, y0, x1, y1 = self.tensor.unbind(dim=1)
+        inside_low = (x0 >= -boundary_threshold) & (y0 >= -boundary_threshold)
+        return inside_low & (x1 < width + boundary_threshold) & (y1 < height + boundary_threshold)
+
+    def get_centers(self) -> torch.Tensor:
+        """(N, 2) centres x, y."""
+        return (self.tensor[:, :2] + self.tensor[:, 2:]) / 2
+
+    def scale(self, scale_x: float, scale_y: float) -> None:
+        """Multiplies x coordinates by `scale_x` and y coordinates by `scale_y`, in place."""
+        self.tensor[:, 0::2] *= scale_x
+        self.tensor[:, 1::2] *= scale_y
+
+    def pairwise_iou(self, other: "Boxes") -> torch.Tensor:
+        """(N, M) intersection over union with the boxes of another object of the same type."""
+        return pairwise_iou(self, other)
+
+    def batched_nms(self, scores: torch.Tensor, idxs: torch.Tensor, iou_threshold: float) -> torch.Tensor:
+        """Non-maximum suppression within each group.
+
+        Args:
+            scores: (N,) float.
+            idxs: (N,) group of each box, e.g. its class; boxes of different groups never suppress each other.
+            iou_threshold: a box is dropped if its IoU with a kept box of its group exceeds this.
+
+        Returns:
+            (K,) int64 indices of the boxes kept, by falling score.
+        """
+        return batched_nms(self.tensor, scores, idxs, iou_threshold)
+
+    @classmethod
+    def cat(cls, boxes_list: list["Boxes"]) -> "Boxes":
+        """Joins lists of boxes into one, with its own memory."""
+        if not isinstance(boxes_list, (list, tuple)):
+            raise TypeError(f"{cls.__name__}.cat takes a list, got {type(boxes_list).__name__}")
+        if len(boxes_list) == 0:
+            return cls(torch.empty(0))
+        for boxes in boxes_list:
+            if not isinstance(boxes, cls):
+                raise TypeError(
+                    f"{cls.__name__}.cat takes a list of {cls.__name__}, got {type(boxes).__name__}"
+                )
+        return cls(torch.cat([boxes.tensor for boxes in boxes_list], dim=0))
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """Yields each box as a (4,) tensor."""
+        yield from self.tensor
+
+
+def _spans(low1, high1, low2, high2):
+    """Length of the overlap of intervals along one axis, 0 where they are apart."""
+    return (torch.minimum(high1, high2) - torch.maximum(low1, low2)).clamp_(min=0)
+
+
+def pairwise_intersection(boxes1: Boxes, boxes2: Boxes) -> torch.Tensor:
+    """(N, M) areas in square pixels that each of N boxes shares with each of M boxes."""
+    # One axis after the other: the (N, M, 2) intermediates of a joint formula would double the peak memory.
+    x0, y0, x1, y1 = boxes1.tensor[:, :, None].unbind(dim=1)
+    u0, v0, u1, v1 = boxes2.tensor[None].unbind(dim=2)
+    return _spans(x0, x1, u0, u1) * _spans(y0, y1, v0, v1)
+
+
+def pairwise_iou(boxes1: Boxes, boxes2: Boxes) -> torch.Tensor:
+    """(N, M) intersection over union of each of N boxes with each of M boxes; 0 where they do not overlap."""
+    inter = pairwise_intersection(boxes1, boxes2)
+    union = boxes1.area()[:, None] + boxes2.area() - inter
+    return _ratio(inter, union)
+
+
+def pairwise_ioa(boxes1: Boxes, boxes2: Boxes) -> torch.Tensor:
+    """(N, M) areas that N boxes share with M boxes, as a fraction of the area of the box in `boxes2`."""
+    inter = pairwise_intersection(boxes1, boxes2)
+    return _ratio(inter, boxes2.area().expand_as(inter))
+
+
+def matched_pairwise_iou(boxes1: Boxes, boxes2: Boxes) -> torch.Tensor:
+    """(N,) intersection over union of the i-th box of one list with the i-th of the other.
+
+    Raises:
+        ValueError: if the lists have different lengths.
+    """
+    if len(boxes1) != len(boxes2):
+        raise ValueError(f"boxes1 and boxes2 must have the same length, got {len(boxes1)} and {len(boxes2)}")
+    x0, y0, x1, y1 = boxes1.tensor.unbind(dim=1)
+    u0, v0, u1, v1 = boxes2.tensor.unbind(dim=1)
+    inter = _spans(x0, x1, u0, u1) * _spans(y0, y1, v0, v1)
+    return _ratio(inter, boxes1.area() + boxes2.area() - inter)
+
+
+def _ratio(inter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """inter / whole, and 0 (not NaN) where nothing is shared."""
+    return torch.where(inter > 0, inter / whole, inter.new_zeros(()))
+
+
+def pairwise_point_box_distance(points: torch.Tensor, boxes: Boxes):
+    """Distances from points to the four sides of boxes.
+
+    Args:
+        points: (N, 2) float, x and y.
+        boxes: M boxes.
+
+    Returns:
+        (N, M, 4) signed distances to the left, top, right and bottom side; all positive inside the box.
+    """
+    x, y = points[:, :, None].unbind(dim=1)
+    x0, y0, x1, y1 = boxes.tensor[None].unbind(dim=2)
+    return torch.stack([x - x0, y - y0, x1 - x, y1 - y], dim=2)
