@@ -1,0 +1,231 @@
+"""Saves and loads a model together with whatever else has a state."""
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from detlib.checkpoint.formats import read_checkpoint, write_bytes_atomically, write_checkpoint
+from detlib.checkpoint.key_matching import group_by_module, strip_common_prefix
+from detlib.utils.file_io import PathManager
+
+__all__ = ["Checkpointer", "IncompatibleKeys"]
+
+logger = logging.getLogger(__name__)
+
+
+class IncompatibleKeys(NamedTuple):
+    """How a file's parameters differ from the model's."""
+
+    missing_keys: list[str]
+    """In the model, not in the file."""
+    unexpected_keys: list[str]
+    """In the file, not in the model."""
+    incorrect_shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
+    """(name, shape in the file, shape in the model)."""
+
+
+class Checkpointer:
+    """Saves and loads a model and any number of objects with ``state_dict`` and ``load_state_dict``.
+
+    A checkpoint is a ``.pth`` file of one dict: the parameters under "model", and each other object's state
+    under its name. The file "last_checkpoint" beside it names the newest one.
+    """
+
+    def __init__(self, model: nn.Module, save_dir: str = "", *, save_to_disk: bool = True, **checkpointables):
+        """
+        Args:
+            model: a model; wrappers for parallel training are taken off.
+            save_dir: folder of the checkpoints.
+            save_to_disk: False makes `save` do nothing, as on all processes but one.
+            **checkpointables: the other objects, by the name that they have in the file.
+        """
+        self.is_distributed = isinstance(model, DistributedDataParallel)
+        if isinstance(model, DistributedDataParallel | DataParallel):
+            model = model.module
+        self.model = model
+        self.save_dir = save_dir
+        self.save_to_disk = save_to_disk
+        self.path_manager = PathManager
+        self.checkpointables: dict[str, Any] = {}
+        for key, checkpointable in checkpointables.items():
+            self.add_checkpointable(key, checkpointable)
+
+    def add_checkpointable(self, key: str, checkpointable: Any) -> None:
+        """Adds an object whose state is saved and loaded under `key`.
+
+        Raises:
+            KeyError: if `key` is in use.
+            TypeError: if the object lacks ``state_dict`` or ``load_state_dict``.
+        """
+        if key in self.checkpointables or key == "model":
+            raise KeyError(f"The checkpointer already has an object under '{key}'")
+        for method in ("state_dict", "load_state_dict"):
+            if not callable(getattr(checkpointable, method, None)):
+                raise TypeError(f"'{key}' ({type(checkpointable).__name__}) has no method {method}()")
+        self.checkpointables[key] = checkpointable
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Saves a checkpoint to ``save_dir/name.pth`` and makes it the last one.
+
+        The file appears whole or not at all: a crash leaves the former one, and its mark, in place.
+
+        Args:
+            name: file name without ending.
+            **kwargs: more entries, of plain types.
+        """
+        if self.write(name, **kwargs):
+            self.tag_last_checkpoint(f"{name}.pth")
+
+    def write(self, name: str, **kwargs: Any) -> bool:
+        """As `save`, but the mark of the last checkpoint stays where it is.
+
+        Returns:
+            Whether a file was written: without `save_dir` or `save_to_disk` none is.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return False
+        content = {"model": self.model.state_dict()}
+        for key, checkpointable in self.checkpointables.items():
+            content[key] = checkpointable.state_dict()
+        content.update(kwargs)
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.path_manager.mkdirs(self.save_dir)
+        write_checkpoint(path, content)
+        logger.info("Saved checkpoint %s", path)
+        return True
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """Loads a checkpoint into the model and the other objects.
+
+        Args:
+            path: a file or an address that `PathManager` knows; "" leaves the model as it is.
+            checkpointables: names of the objects to load, None for all. Those that the file lacks keep
+                their state.
+
+        Returns:
+            The file's other entries.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is no checkpoint, or would run code.
+            KeyError: if `checkpointables` names an unknown object.
+        """
+        if not path:
+            logger.info("No checkpoint given: the model starts from its random initialization")
+            return {}
+        logger.info("Loading checkpoint %s", path)
+        checkpoint = self._load_file(path)
+        incompatible = self._load_model(checkpoint)
+        if incompatible is not None:
+            self._log_incompatible_keys(incompatible, path)
+        wanted = self.checkpointables if checkpointables is None else checkpointables
+        for key in wanted:
+            if key not in self.checkpointables:
+                raise KeyError(f"'{key}' is none of the checkpointer's objects: {list(self.checkpointables)}")
+            if key in checkpoint:
+                logger.info("Loading the state of '%s' from %s", key, path)
+                self.checkpointables[key].load_state_dict(checkpoint.pop(key))
+            else:
+                logger.warning("%s has no state of '%s': it starts afresh", path, key)
+        return checkpoint
+
+    def has_checkpoint(self) -> bool:
+        """Whether `save_dir` has a last checkpoint."""
+        return self.path_manager.exists(self._mark_path)
+
+    def get_checkpoint_file(self) -> str:
+        """Path of the last checkpoint in `save_dir`, "" if there is none."""
+        if not self.has_checkpoint():
+            return ""
+        with self.path_manager.open(self._mark_path, "r") as f:
+            return os.path.join(self.save_dir, f.read().strip())
+
+    def get_all_checkpoint_files(self) -> list[str]:
+        """Paths of all ``.pth`` files in `save_dir`, in the order of their names."""
+        if not self.path_manager.isdir(self.save_dir):
+            return []
+        paths = [os.path.join(self.save_dir, name) for name in sorted(self.path_manager.ls(self.save_dir))]
+        return [path for path in paths if path.endswith(".pth") and self.path_manager.isfile(path)]
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """Loads the last checkpoint of `save_dir` with all states, or else only the model of `path`.
+
+        Args:
+            path: what to start from if `resume` is False or there is no last checkpoint.
+            resume: whether to go on from the last checkpoint.
+
+        Returns:
+            What `load` returns.
+        """
+        if resume and self.has_checkpoint():
+            return self.load(self.get_checkpoint_file())
+        if resume and self.save_dir:
+            logger.info("There is no checkpoint in %s to resume from", self.save_dir)
+        return self.load(path, checkpointables=[])
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Makes a file of `save_dir` the one that `get_checkpoint_file` names."""
+        write_bytes_atomically(self._mark_path, lambda f: f.write(last_filename_basename.encode()))
+
+    @property
+    def _mark_path(self) -> str:
+        return os.path.join(self.save_dir, "last_checkpoint")
+
+    def _load_file(self, path: str) -> dict[str, Any]:
+        """Reads the file at `path`, or at the address `path`."""
+        return read_checkpoint(self.path_manager.get_local_path(path))
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> IncompatibleKeys | None:
+        """Takes "model" out of `checkpoint` and copies what fits into the model."""
+        state = {name: _to_tensor(value, name) for name, value in checkpoint.pop("model").items()}
+        state = strip_common_prefix(state, "module.")
+        state = self._rename_keys(state, checkpoint)
+        own = {name: value for name, value in self.model.state_dict().items() if _has_shape(value)}
+        wrong = [
+            (name, tuple(value.shape), tuple(own[name].shape))
+            for name, value in state.items()
+            if name in own and value.shape != own[name].shape
+        ]
+        for name, _, _ in wrong:
+            del state[name]
+        result = self.model.load_state_dict(state, strict=False)
+        skipped = {name for name, _, _ in wrong}
+        missing = [name for name in result.missing_keys if name not in skipped]
+        return IncompatibleKeys(missing, list(result.unexpected_keys), wrong)
+
+    def _rename_keys(self, state: dict[str, torch.Tensor], checkpoint: Mapping) -> dict[str, torch.Tensor]:
+        """For subclasses: gives the file's parameters the model's names."""
+        return state
+
+    def _log_incompatible_keys(self, incompatible: IncompatibleKeys, path: str) -> None:
+        """Says in one message a kind what did not fit, a line a module."""
+        missing, unexpected, wrong = incompatible
+        if wrong:
+            lines = "\n".join(f"  {name}: {theirs} in the file, {ours} here" for name, theirs, ours in wrong)
+            logger.warning("Not loaded from %s, as the shapes differ:\n%s", path, lines)
+        if missing:
+            logger.warning("Missing in %s, so left as they were:\n%s", path, group_by_module(missing))
+        if unexpected:
+            logger.warning("In %s but not in the model:\n%s", path, group_by_module(unexpected))
+        if not (missing or unexpected or wrong):
+            logger.info("All parameters of the model were loaded from %s", path)
+
+
+def _has_shape(value: Any) -> bool:
+    """False for extra states and for parameters of lazy modules, which have no shape yet."""
+    return isinstance(value, torch.Tensor) and not nn.parameter.is_lazy(value)
+
+
+def _to_tensor(value: Any, name: str) -> Any:
+    """Turns the arrays of a ``.pkl`` into tensors."""
+    if isinstance(value, np.ndarray | np.generic):
+        return torch.as_tensor(np.asarray(value))
+    if not isinstance(value, torch.Tensor) and not name.endswith("_extra_state"):
+        raise ValueError(f"The checkpoint's entry '{name}' is a {type(value).__name__}, not an array")
+    return value

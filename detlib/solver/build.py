@@ -1,0 +1,241 @@
+"""Builds optimizers and learning-rate schedules from the ``SOLVER`` section of a config."""
+
+import copy
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from fvcore.common.param_scheduler import (
+    CosineParamScheduler,
+    MultiStepParamScheduler,
+    ParamScheduler,
+    StepWithFixedGammaParamScheduler,
+)
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from detlib.config import CfgNode
+from detlib.solver.gradient_clipping import (
+    GradientClipType,
+    add_gradient_clipping,
+    build_gradient_clipper,
+)
+from detlib.solver.lr_scheduler import LRMultiplier, WarmupParamScheduler
+
+__all__ = [
+    "CfgNode",
+    "CosineParamScheduler",
+    "GradientClipType",
+    "LRMultiplier",
+    "MultiStepParamScheduler",
+    "StepWithFixedGammaParamScheduler",
+    "WarmupParamScheduler",
+    "build_lr_scheduler",
+    "build_optimizer",
+    "get_default_optimizer_params",
+    "maybe_add_gradient_clipping",
+    "reduce_param_groups",
+]
+
+logger = logging.getLogger(__name__)
+
+# The base classes of torch.nn's normalization layers are private; LayerNorm and the others have none.
+_NORM_MODULES = (
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.LocalResponseNorm,
+    nn.RMSNorm,
+)
+
+_SCHEDULE_NAMES = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
+
+
+def maybe_add_gradient_clipping(
+    cfg: CfgNode, optimizer: torch.optim.Optimizer | type[torch.optim.Optimizer]
+) -> torch.optim.Optimizer | type[torch.optim.Optimizer]:
+    """Adds the clipping of ``cfg.SOLVER.CLIP_GRADIENTS``, if it is enabled, to an optimizer or its class.
+
+    Returns:
+        `optimizer` itself when clipping is off or an instance was given, else a class derived from it.
+    """
+    if not cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
+        return optimizer
+    return add_gradient_clipping(optimizer, build_gradient_clipper(cfg.SOLVER.CLIP_GRADIENTS))
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """Builds SGD with momentum over the trainable parameters of `model`, as ``cfg.SOLVER`` says."""
+    solver = cfg.SOLVER
+    params = get_default_optimizer_params(
+        model,
+        base_lr=solver.BASE_LR,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        bias_lr_factor=solver.BIAS_LR_FACTOR,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+    )
+    if not params:
+        raise ValueError("The model has no trainable parameter; check MODEL.BACKBONE.FREEZE_AT")
+    optimizer = torch.optim.SGD(
+        params,
+        lr=solver.BASE_LR,
+        momentum=solver.MOMENTUM,
+        nesterov=solver.NESTEROV,
+        weight_decay=solver.WEIGHT_DECAY,
+    )
+    return maybe_add_gradient_clipping(cfg, optimizer)
+
+
+def get_default_optimizer_params(
+    model: nn.Module,
+    base_lr: float | None = None,
+    weight_decay: float | None = None,
+    weight_decay_norm: float | None = None,
+    bias_lr_factor: float | None = 1.0,
+    weight_decay_bias: float | None = None,
+    lr_factor_func: Callable[[str], float] | None = None,
+    overrides: dict[str, dict[str, float]] | None = None,
+) -> list[dict[str, Any]]:
+    """Sorts the trainable parameters of a model into groups with their own settings.
+
+    A setting that is None is left to the optimizer's default. Later entries of this list win:
+    `base_lr` and `weight_decay`, `weight_decay_norm`, `lr_factor_func`, and last `overrides` and the two
+    settings for biases, which both go by the parameter's own name.
+
+    Args:
+        model: parameters used in several places count once, with the settings of the first place.
+        base_lr: learning rate of every group; the factors below multiply it.
+        weight_decay: weight decay of every group.
+        weight_decay_norm: weight decay of the parameters of normalization layers.
+        bias_lr_factor: factor on the learning rate of parameters named "bias".
+        weight_decay_bias: weight decay of parameters named "bias".
+        lr_factor_func: gives the factor on the learning rate for a parameter's full name.
+        overrides: settings by parameter name (the last part of the full name, such as "bias" or
+            "absolute_pos_embed"), for example ``{"embedding": {"lr": 0.01, "weight_decay": 0.1}}``.
+
+    Returns:
+        Parameter groups for a PyTorch optimizer, parameters of equal settings sharing one.
+
+    Raises:
+        ValueError: if a factor is given without `base_lr`, or "bias" is set twice.
+    """
+    by_name = _settings_by_name(base_lr, bias_lr_factor, weight_decay_bias, overrides)
+    if lr_factor_func is not None and base_lr is None:
+        raise ValueError("lr_factor_func needs base_lr, which is None")
+    defaults = {"lr": base_lr, "weight_decay": weight_decay}
+    defaults = {key: value for key, value in defaults.items() if value is not None}
+
+    groups: list[dict[str, Any]] = []
+    seen: set[nn.Parameter] = set()
+    for module_name, module in model.named_modules():
+        is_norm = isinstance(module, _NORM_MODULES)
+        for name, param in module.named_parameters(recurse=False):
+            if not param.requires_grad or param in seen:
+                continue
+            seen.add(param)
+            settings = dict(defaults)
+            if is_norm and weight_decay_norm is not None:
+                settings["weight_decay"] = weight_decay_norm
+            if lr_factor_func is not None:
+                settings["lr"] *= lr_factor_func(f"{module_name}.{name}" if module_name else name)
+            settings.update(by_name.get(name, {}))
+            groups.append({"params": [param], **settings})
+    return reduce_param_groups(groups)
+
+
+def _settings_by_name(
+    base_lr: float | None,
+    bias_lr_factor: float | None,
+    weight_decay_bias: float | None,
+    overrides: dict[str, dict[str, float]] | None,
+) -> dict[str, dict[str, float]]:
+    """Joins `overrides` with the settings for biases."""
+    by_name = copy.deepcopy(overrides) if overrides else {}
+    bias: dict[str, float] = {}
+    if bias_lr_factor is not None and bias_lr_factor != 1.0:
+        if base_lr is None:
+            raise ValueError(f"bias_lr_factor={bias_lr_factor} needs base_lr, which is None")
+        bias["lr"] = base_lr * bias_lr_factor
+    if weight_decay_bias is not None:
+        bias["weight_decay"] = weight_decay_bias
+    if bias:
+        if "bias" in by_name:
+            raise ValueError(
+                "overrides['bias'] and bias_lr_factor or weight_decay_bias both set biases; give only one"
+            )
+        by_name["bias"] = bias
+    return by_name
+
+
+def reduce_param_groups(params: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Merges parameter groups of equal settings: fewer groups make for faster optimizer steps.
+
+    Args:
+        params: parameter groups, each with a list (or one tensor) under "params" and any settings; a
+            parameter that comes again takes the settings of the later group on top of its earlier ones.
+
+    Returns:
+        The merged groups, in the order in which their settings first come up.
+    """
+    settings_of: dict[nn.Parameter, dict[str, Any]] = {}
+    for group in params:
+        members = [group["params"]] if isinstance(group["params"], torch.Tensor) else group["params"]
+        settings = {key: value for key, value in group.items() if key != "params"}
+        for param in members:
+            settings_of.setdefault(param, {}).update(settings)
+
+    merged: dict[tuple, dict[str, Any]] = {}
+    for param, settings in settings_of.items():
+        key = tuple(sorted(settings.items()))
+        merged.setdefault(key, {**settings, "params": []})["params"].append(param)
+    return list(merged.values())
+
+
+def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRScheduler:
+    """Builds the schedule ``cfg.SOLVER.LR_SCHEDULER_NAME`` with its warm-up.
+
+    Raises:
+        ValueError: for an unknown name or settings that do not fit together, naming the key.
+    """
+    solver = cfg.SOLVER
+    if solver.MAX_ITER < 1:
+        raise ValueError(f"SOLVER.MAX_ITER must be at least 1, got {solver.MAX_ITER}")
+    multiplier = WarmupParamScheduler(
+        _build_multiplier(solver),
+        solver.WARMUP_FACTOR,
+        min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0),
+        solver.WARMUP_METHOD,
+        solver.RESCALE_INTERVAL,
+    )
+    return LRMultiplier(optimizer, multiplier=multiplier, max_iter=solver.MAX_ITER)
+
+
+def _build_multiplier(solver: CfgNode) -> ParamScheduler:
+    """The schedule without its warm-up, as a factor on the base learning rate."""
+    name, max_iter = solver.LR_SCHEDULER_NAME, solver.MAX_ITER
+    if name == "WarmupMultiStepLR":
+        steps = [step for step in solver.STEPS if step < max_iter]
+        if len(steps) != len(solver.STEPS):
+            logger.warning(
+                "SOLVER.STEPS %s: steps from SOLVER.MAX_ITER=%d on are never reached and are left out",
+                tuple(solver.STEPS),
+                max_iter,
+            )
+        if steps != sorted(set(steps)) or (steps and steps[0] < 1):
+            raise ValueError(f"SOLVER.STEPS must be increasing and positive, got {tuple(solver.STEPS)}")
+        values = [solver.GAMMA**k for k in range(len(steps) + 1)]
+        return MultiStepParamScheduler(values, milestones=steps, num_updates=max_iter)
+    if name == "WarmupCosineLR":
+        end = solver.BASE_LR_END / solver.BASE_LR
+        if not 0.0 <= end <= 1.0:
+            raise ValueError(
+                f"SOLVER.BASE_LR_END must lie in [0, SOLVER.BASE_LR={solver.BASE_LR}], "
+                f"got {solver.BASE_LR_END}"
+            )
+        return CosineParamScheduler(1.0, end)
+    if name == "WarmupStepWithFixedGammaLR":
+        return StepWithFixedGammaParamScheduler(
+            base_value=1.0, gamma=solver.GAMMA, num_decays=solver.NUM_DECAYS, num_updates=max_iter
+        )
+    raise ValueError(f"SOLVER.LR_SCHEDULER_NAME must be one of {_SCHEDULE_NAMES}, got {name!r}")
