@@ -63,6 +63,7 @@ class _Evil:
         return os.system, (self.command,)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 @pytest.mark.parametrize("ending", [".pkl", ".pth"])
 def test_code_is_refused_and_not_run(tmp_path, protocol, ending):
@@ -73,7 +74,9 @@ def test_code_is_refused_and_not_run(tmp_path, protocol, ending):
         path.write_bytes(pickle.dumps(content, protocol=protocol))
     else:
         torch.save(content, path, pickle_protocol=max(protocol, 2))
-    with pytest.raises(ValueError, match=r"(posix|nt)\.system") as error:
+    # PyTorch's reader knows protocol 2 alone, and gives up on newer ones before it meets the name.
+    said = r"(posix|nt)\.system" if ending == ".pkl" or protocol <= 3 else "cannot be loaded"
+    with pytest.raises(ValueError, match=said) as error:
         read_checkpoint(str(path))
     assert str(path) in str(error.value)
     assert not witness.exists()
@@ -90,7 +93,7 @@ def test_code_is_refused_and_not_run(tmp_path, protocol, ending):
         (b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93\x8c\x011\x85R.", "builtins.eval"),
         (b"\x80\x04\x8c\x08builtins\x8c\x07getattr\x93.", "builtins.getattr"),
         (b"(S'1'\ni__builtin__\neval\n.", "__builtin__.eval"),
-        (b"\x80\x04\x8c\x05numpy\x8c\x10core.multiarray.x\x93.", "numpy.core.multiarray.x"),
+        (b"\x80\x04\x8c\x05numpy\x8c\x11core.multiarray.x\x93.", "numpy.core.multiarray.x"),
         (b"cnumpy.testing._private.utils\nrunstring\n.", "runstring"),
         (b"cnumpy\nload\n.", "numpy.load"),
     ],
