@@ -1,0 +1,198 @@
+"""Anchors: the reference boxes that dense detectors classify and refine.
+
+Shape legend: L feature levels, H and W the size of one level's map, A anchors per pixel of the map.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from detlib.config import configurable
+from torch import nn
+
+from detlib.layers import ShapeSpec
+from detlib.structures import Boxes
+from detlib.utils.registry import Registry
+
+__all__ = [
+    "ANCHOR_GENERATOR_REGISTRY",
+    "BufferList",
+    "DefaultAnchorGenerator",
+    "build_anchor_generator",
+]
+
+ANCHOR_GENERATOR_REGISTRY = Registry("ANCHOR_GENERATOR")
+ANCHOR_GENERATOR_REGISTRY.__doc__ = """
+Classes of anchor generators, called as `cls(cfg, input_shape: list[ShapeSpec])`, found by
+`cfg.MODEL.ANCHOR_GENERATOR.NAME`.
+"""
+
+
+class BufferList(nn.Module):
+    """A list of tensors that move with the module and are not part of its state dict."""
+
+    def __init__(self, buffers):
+        super().__init__()
+        for i, buffer in enumerate(buffers):
+            self.register_buffer(str(i), buffer, persistent=False)
+
+    def __len__(self):
+        return len(self._buffers)
+
+    def __iter__(self):
+        return iter(self._buffers.values())
+
+    def __getitem__(self, index):
+        return list(self._buffers.values())[index]
+
+
+def broadcast_params(params, num_features: int, name: str) -> list[list[float]]:
+    """One list of numbers for each feature level.
+
+    Args:
+        params: a list of numbers for all levels, or a list of such lists, either one for all levels or one
+            for each.
+        num_features: the number of levels, L.
+        name: what the error calls it.
+
+    Raises:
+        ValueError: `params` is empty, mixes numbers and lists, or does not fit `num_features`.
+    """
+    if not isinstance(params, Sequence) or isinstance(params, str) or not len(params):
+        raise ValueError(f"{name} must be a non-empty list, got {params!r}")
+    nested = [isinstance(p, Sequence) and not isinstance(p, str) for p in params]
+    if not any(nested):
+        return [list(params)] * num_features
+    if not all(nested) or not all(len(p) for p in params):
+        raise ValueError(f"{name} must hold either numbers or non-empty lists of numbers, got {params!r}")
+    if len(params) == 1:
+        return [list(params[0])] * num_features
+    if len(params) != num_features:
+        raise ValueError(
+            f"{name} has {len(params)} lists for {num_features} feature levels; give one for all levels or "
+            f"one for each, got {params!r}"
+        )
+    return [list(p) for p in params]
+
+
+def grid_points(size: tuple[int, int], stride: int, offset: float, device: torch.device) -> torch.Tensor:
+    """Where the anchors of one feature level sit in the picture.
+
+    Args:
+        size: (H, W) of the level's map.
+        stride: pixels of the picture for one of the map.
+        offset: where in its cell a point lies, as a fraction of the stride; 0 is the top left corner.
+        device: where to make them.
+
+    Returns:
+        (H*W, 2) float32 tensor of x, y in absolute pixels, row by row.
+    """
+    height, width = size
+    x = (torch.arange(width, dtype=torch.float32, device=device) + offset) * stride
+    y = (torch.arange(height, dtype=torch.float32, device=device) + offset) * stride
+    return torch.stack((x.expand(height, width), y[:, None].expand(height, width)), dim=-1).view(-1, 2)
+
+
+@ANCHOR_GENERATOR_REGISTRY.register()
+class DefaultAnchorGenerator(nn.Module):
+    """Axis-aligned anchors of several sizes and aspect ratios on every pixel of every level.
+
+    As published for Faster R-CNN (arXiv:1506.01497). An anchor of size s and ratio r has the area s*s and the
+    height r times the width.
+    """
+
+    box_dim: int = 4
+    """Numbers that describe one anchor."""
+
+    @configurable
+    def __init__(self, *, sizes, aspect_ratios, strides, offset=0.5):
+        """
+        Args:
+            sizes: list of anchor sizes (square roots of areas, in pixels) for all levels, or a list of such
+                lists, one for each level.
+            aspect_ratios: height / width, as `sizes`: for all levels or one list for each.
+            strides: stride of each level's map, in pixels.
+            offset: where in its cell an anchor's centre lies, as a fraction of the stride, in [0, 1).
+
+        Raises:
+            ValueError: an offset outside [0, 1), or sizes or ratios that do not fit the levels.
+        """
+        super().__init__()
+        if not 0.0 <= offset < 1.0:
+            raise ValueError(f"MODEL.ANCHOR_GENERATOR.OFFSET must lie in [0, 1), got {offset!r}")
+        self.strides = list(strides)
+        self.num_features = len(self.strides)
+        sizes = broadcast_params(sizes, self.num_features, "MODEL.ANCHOR_GENERATOR.SIZES")
+        ratios = broadcast_params(aspect_ratios, self.num_features, "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS")
+        self.cell_anchors = BufferList(self.generate_cell_anchors(s, r) for s, r in zip(sizes, ratios))
+        self.offset = offset
+
+    @classmethod
+    def from_config(cls, cfg, input_shape: list[ShapeSpec]):
+        """Translate `cfg.MODEL.ANCHOR_GENERATOR`; `input_shape` brings the stride of each level."""
+        return {
+            "sizes": cfg.MODEL.ANCHOR_GENERATOR.SIZES,
+            "aspect_ratios": cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS,
+            "strides": [shape.stride for shape in input_shape],
+            "offset": cfg.MODEL.ANCHOR_GENERATOR.OFFSET,
+        }
+
+    @property
+    def num_anchors(self) -> list[int]:
+        """Anchors on one pixel of each level's map, A: sizes times ratios, in the order of the levels."""
+        return [len(cell) for cell in self.cell_anchors]
+
+    @property
+    def num_cell_anchors(self) -> list[int]:
+        """Another name of `num_anchors`."""
+        return self.num_anchors
+
+    def generate_cell_anchors(self, sizes=(32, 64, 128, 256, 512), aspect_ratios=(0.5, 1, 2)) -> torch.Tensor:
+        """The anchors of one pixel, around the origin.
+
+        Args:
+            sizes: square roots of the anchors' areas, in pixels.
+            aspect_ratios: heights / widths.
+
+        Returns:
+            (len(sizes) * len(aspect_ratios), 4) float32 XYXY boxes; the ratios change fastest.
+        """
+        anchors = []
+        for size in sizes:
+            for ratio in aspect_ratios:
+                width = math.sqrt(size**2.0 / ratio)
+                height = ratio * width
+                anchors.append([-width / 2.0, -height / 2.0, width / 2.0, height / 2.0])
+        return torch.tensor(anchors, dtype=torch.float32)
+
+    def forward(self, features: list[torch.Tensor]) -> list[Boxes]:
+        """The anchors of a batch: they depend on the maps' sizes only.
+
+        Args:
+            features: L maps, each (N, C, H, W).
+
+        Returns:
+            list[Boxes]: for each level H*W*A boxes in absolute pixels of the padded pictures; the order is
+            that of a contiguous (H, W, A) tensor.
+
+        Raises:
+            ValueError: not as many maps as the generator has levels.
+        """
+        if len(features) != self.num_features:
+            raise ValueError(f"{self.num_features} feature levels expected, got {len(features)} maps")
+        levels = []
+        for feature, stride, cell in zip(features, self.strides, self.cell_anchors):
+            points = grid_points(feature.shape[-2:], stride, self.offset, cell.device)
+            shifts = torch.cat((points, points), dim=1)
+            levels.append(Boxes((shifts[:, None, :] + cell).view(-1, self.box_dim)))
+        return levels
+
+
+def build_anchor_generator(cfg, input_shape):
+    """Build the generator that `cfg.MODEL.ANCHOR_GENERATOR.NAME` names.
+
+    Args:
+        cfg: the whole config.
+        input_shape: a `ShapeSpec` for each feature level, of which the stride is used.
+    """
+    return ANCHOR_GENERATOR_REGISTRY.get(cfg.MODEL.ANCHOR_GENERATOR.NAME)(cfg, input_shape)

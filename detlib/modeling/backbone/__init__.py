@@ -1,0 +1,38 @@
+"""Feature extractors: from a batch of pictures to named feature maps."""
+
+from detlib.modeling.backbone.backbone import Backbone
+from detlib.modeling.backbone.build import BACKBONE_REGISTRY, build_backbone
+from detlib.modeling.backbone.fpn import (
+    FPN,
+    LastLevelMaxPool,
+    LastLevelP6P7,
+    build_resnet_fpn_backbone,
+    build_retinanet_resnet_fpn_backbone,
+)
+from detlib.modeling.backbone.resnet import (
+    BasicBlock,
+    BasicStem,
+    BottleneckBlock,
+    ResNet,
+    ResNetBlockBase,
+    build_resnet_backbone,
+    make_stage,
+)
+
+__all__ = [
+    "BACKBONE_REGISTRY",
+    "Backbone",
+    "BasicBlock",
+    "BasicStem",
+    "BottleneckBlock",
+    "FPN",
+    "LastLevelMaxPool",
+    "LastLevelP6P7",
+    "ResNet",
+    "ResNetBlockBase",
+    "build_backbone",
+    "build_resnet_backbone",
+    "build_resnet_fpn_backbone",
+    "build_retinanet_resnet_fpn_backbone",
+    "make_stage",
+]

@@ -1,0 +1,31 @@
+"""The registry of backbones and the function that builds one from a config."""
+
+from detlib.layers import ShapeSpec
+from detlib.modeling.backbone.backbone import Backbone
+from detlib.utils.registry import Registry
+
+__all__ = ["BACKBONE_REGISTRY", "build_backbone"]
+
+BACKBONE_REGISTRY = Registry("BACKBONE")
+BACKBONE_REGISTRY.__doc__ = """
+Callables `(cfg, input_shape: ShapeSpec) -> Backbone`, found by `cfg.MODEL.BACKBONE.NAME`.
+"""
+
+
+def build_backbone(cfg, input_shape: ShapeSpec | None = None) -> Backbone:
+    """Build the backbone that `cfg.MODEL.BACKBONE.NAME` names.
+
+    Args:
+        cfg: the whole config.
+        input_shape: what goes in; by default as many channels as `cfg.MODEL.PIXEL_MEAN` has entries.
+
+    Raises:
+        TypeError: the registered builder returned something that is no `Backbone`.
+    """
+    if input_shape is None:
+        input_shape = ShapeSpec(channels=len(cfg.MODEL.PIXEL_MEAN))
+    name = cfg.MODEL.BACKBONE.NAME
+    backbone = BACKBONE_REGISTRY.get(name)(cfg, input_shape)
+    if not isinstance(backbone, Backbone):
+        raise TypeError(f"MODEL.BACKBONE.NAME {name!r} built a {type(backbone).__name__}, not a Backbone")
+    return backbone

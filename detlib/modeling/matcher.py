@@ -1,0 +1,136 @@
+"""Which ground truth each anchor or proposal answers for.
+
+Shape legend: M ground-truth boxes, N predictions (anchors or proposals).
+"""
+
+import math
+
+import torch
+
+__all__ = ["Matcher", "match_boxes"]
+
+# Above this many (ground truth, prediction) pairs `match_boxes` goes through the ground truth in parts.
+# A part's float32 matrix takes 128 MiB, its intermediate tensors a few times that.
+_MAX_PAIRS = 2**25
+
+
+class Matcher:
+    """Assigns each prediction the ground truth that fits it best, and a label by how good the fit is.
+
+    The quality of a pair is usually its IoU. Thresholds cut the range of qualities into intervals, each of
+    which has a label, usually 1 for foreground, 0 for background, -1 for "does not count". With
+    thresholds [0.3, 0.5] and labels [0, -1, 1], a best quality q gives 0 for q < 0.3, -1 for
+    0.3 <= q < 0.5, and 1 for q >= 0.5.
+    """
+
+    def __init__(self, thresholds: list[float], labels: list[int], allow_low_quality_matches: bool = False):
+        """
+        Args:
+            thresholds: rising qualities above 0 where one label gives way to the next.
+            labels: one label more than there are thresholds, each -1, 0 or 1.
+            allow_low_quality_matches: whether the predictions that fit a ground truth best (all that tie)
+                get the label 1 however bad the fit is, so that no ground truth goes without one. See
+                `set_low_quality_matches_`.
+
+        Raises:
+            ValueError: thresholds that do not rise or are not above 0, or labels that do not fit.
+        """
+        thresholds, labels = list(thresholds), list(labels)
+        if any(not t > 0 for t in thresholds) or any(a > b for a, b in zip(thresholds, thresholds[1:])):
+            raise ValueError(f"thresholds must be above 0 and rise, got {thresholds}")
+        if len(labels) != len(thresholds) + 1:
+            raise ValueError(f"{len(thresholds)} thresholds need {len(thresholds) + 1} labels, got {labels}")
+        if any(label not in (-1, 0, 1) for label in labels):
+            raise ValueError(f"labels must be -1 (ignore), 0 (background) or 1 (foreground), got {labels}")
+        self.thresholds = [-math.inf, *thresholds, math.inf]
+        self.labels = labels
+        self.allow_low_quality_matches = allow_low_quality_matches
+
+    def __call__(self, match_quality_matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Match predictions to ground truth.
+
+        Args:
+            match_quality_matrix: (M, N) float tensor, no entry below 0: row i holds how well ground truth i
+                fits each prediction. M and N may be 0.
+
+        Returns:
+            matches: (N,) int64, for each prediction the row of its best ground truth, in [0, M); 0 where
+                M is 0.
+            match_labels: (N,) int8, its label; the first of `labels` where M is 0.
+
+        Raises:
+            ValueError: not a matrix.
+        """
+        if match_quality_matrix.dim() != 2:
+            raise ValueError(f"the quality must be an (M, N) matrix, got {tuple(match_quality_matrix.shape)}")
+        num_gt, num_pred = match_quality_matrix.shape
+        if num_gt == 0 or num_pred == 0:
+            return self._without_pairs(num_pred, match_quality_matrix.device)
+        quality, matches = match_quality_matrix.max(dim=0)
+        match_labels = self._labels_of(quality)
+        if self.allow_low_quality_matches:
+            self.set_low_quality_matches_(match_labels, match_quality_matrix)
+        return matches, match_labels
+
+    def _without_pairs(self, num_pred: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+        matches = torch.zeros(num_pred, dtype=torch.int64, device=device)
+        return matches, torch.full((num_pred,), self.labels[0], dtype=torch.int8, device=device)
+
+    def _labels_of(self, quality: torch.Tensor) -> torch.Tensor:
+        labels = torch.full_like(quality, self.labels[0], dtype=torch.int8)
+        for threshold, label in zip(self.thresholds[1:-1], self.labels[1:]):
+            labels.masked_fill_(quality >= threshold, label)
+        return labels
+
+    def set_low_quality_matches_(
+        self, match_labels: torch.Tensor, match_quality_matrix: torch.Tensor
+    ) -> None:
+        """Give the label 1 to every prediction that is the best one (or ties) for some ground truth.
+
+        Section 3.1.2 of Faster R-CNN (arXiv:1506.01497). The prediction's own match stays its best ground
+        truth, even where another one brought the label. A ground truth that overlaps nothing labels nothing.
+
+        Args:
+            match_labels: (N,) int8, changed in place.
+            match_quality_matrix: (M, N), M and N above 0.
+        """
+        best_of_gt = match_quality_matrix.amax(dim=1, keepdim=True)
+        best = (match_quality_matrix == best_of_gt) & (best_of_gt > 0)
+        match_labels.masked_fill_(best.any(dim=0), 1)
+
+
+def match_boxes(matcher, gt_boxes, boxes, max_pairs: int = _MAX_PAIRS) -> tuple[torch.Tensor, torch.Tensor]:
+    """`matcher(gt_boxes.pairwise_iou(boxes))` in bounded memory.
+
+    A picture with a thousand objects and a quarter of a million anchors has a matrix of 1 GB. Rows can be
+    worked off in parts: what a prediction keeps from each is its best quality so far.
+
+    Args:
+        matcher: a `Matcher`. One of another class gets the whole matrix.
+        gt_boxes: M boxes of any type with `pairwise_iou`.
+        boxes: N boxes of the same type.
+        max_pairs: how many pairs to compare at once, at least one row.
+
+    Returns:
+        `matches` and `match_labels`, as the matcher returns them.
+    """
+    num_gt, num_pred = len(gt_boxes), len(boxes)
+    if type(matcher) is not Matcher or num_gt * num_pred <= max_pairs:
+        return matcher(gt_boxes.pairwise_iou(boxes))
+    rows = max(1, max_pairs // num_pred)
+    quality, matches = None, None
+    low_quality = torch.zeros(num_pred, dtype=torch.int8, device=boxes.device)
+    for start in range(0, num_gt, rows):
+        part = gt_boxes[start : start + rows].pairwise_iou(boxes)
+        part_quality, part_matches = part.max(dim=0)
+        part_matches += start
+        if quality is None:
+            quality, matches = part_quality, part_matches
+        else:
+            better = part_quality > quality
+            quality = torch.where(better, part_quality, quality)
+            matches = torch.where(better, part_matches, matches)
+        if matcher.allow_low_quality_matches:
+            matcher.set_low_quality_matches_(low_quality, part)
+    match_labels = matcher._labels_of(quality)
+    return matches, match_labels.masked_fill_(low_quality.bool(), 1)

@@ -1,0 +1,28 @@
+"""The registry of proposal generators and the function that builds one from a config."""
+
+from detlib.utils.registry import Registry
+
+__all__ = ["PROPOSAL_GENERATOR_REGISTRY", "build_proposal_generator"]
+
+PROPOSAL_GENERATOR_REGISTRY = Registry("PROPOSAL_GENERATOR")
+PROPOSAL_GENERATOR_REGISTRY.__doc__ = """
+Classes called as `cls(cfg, input_shape: dict[str, ShapeSpec])`, found by
+`cfg.MODEL.PROPOSAL_GENERATOR.NAME`. A generator maps `(images: ImageList, features: dict[str, Tensor],
+gt_instances: list[Instances] | None)` to proposals (`list[Instances]`) and losses (`dict[str, Tensor]`).
+"""
+
+
+def build_proposal_generator(cfg, input_shape):
+    """Build the generator that `cfg.MODEL.PROPOSAL_GENERATOR.NAME` names.
+
+    Args:
+        cfg: the whole config.
+        input_shape: the backbone's `output_shape()`.
+
+    Returns:
+        nn.Module | None: None for "PrecomputedProposals", where the data brings the proposals.
+    """
+    name = cfg.MODEL.PROPOSAL_GENERATOR.NAME
+    if name == "PrecomputedProposals":
+        return None
+    return PROPOSAL_GENERATOR_REGISTRY.get(name)(cfg, input_shape)

@@ -1,0 +1,167 @@
+"""From a dense detector's boxes to proposals, and ground truth as proposals.
+
+Shape legend: N images, L feature levels, R boxes of a level, T boxes left after the choice by score, B
+numbers for one box (4: XYXY in absolute pixels of the padded picture).
+"""
+
+import math
+
+import torch
+
+from detlib.modeling.dense_ops import gather_rows, top_per_level
+from detlib.structures import Boxes, Instances
+
+__all__ = [
+    "add_ground_truth_to_proposals",
+    "add_ground_truth_to_proposals_single_image",
+    "filter_and_nms",
+    "find_top_rpn_proposals",
+]
+
+# The objectness of ground truth among proposals: the logit of a probability next to 1.
+_GT_LOGIT = math.log((1.0 - 1e-10) / (1 - (1.0 - 1e-10)))
+
+
+def find_top_rpn_proposals(
+    proposals: list[torch.Tensor],
+    pred_objectness_logits: list[torch.Tensor],
+    image_sizes: list[tuple[int, int]],
+    nms_thresh: float,
+    pre_nms_topk: int,
+    post_nms_topk: int,
+    min_box_size: float,
+    training: bool,
+    box_type: type = Boxes,
+) -> list[Instances]:
+    """Turn decoded boxes into proposals: the best of each level, clipped, without duplicates.
+
+    Args:
+        proposals: L tensors (N, R, B) of boxes.
+        pred_objectness_logits: L tensors (N, R).
+        image_sizes: N pairs (height, width) of the pictures before padding.
+        nms_thresh: IoU above which the worse of two boxes of one level is dropped.
+        pre_nms_topk: boxes to keep on each level before NMS, for each image.
+        post_nms_topk: boxes to keep of all levels after NMS, for each image.
+        min_box_size: boxes whose width or height is not above this are dropped, in pixels.
+        training: whether numbers that are not finite are an error; otherwise their boxes are dropped.
+        box_type: the class of the boxes, with `clip`, `nonempty` and `batched_nms`.
+
+    Returns:
+        list[Instances]: for each image at most `post_nms_topk` `proposal_boxes` with
+        `objectness_logits`, by falling score.
+
+    Raises:
+        FloatingPointError: in training, boxes or scores that are not finite.
+    """
+    scores, indices, level_ids = top_per_level(pred_objectness_logits, pre_nms_topk)
+    boxes = torch.cat([gather_rows(p, i) for p, i in zip(proposals, indices)], dim=1)
+    return filter_and_nms(
+        boxes, scores, level_ids, image_sizes, nms_thresh, post_nms_topk, min_box_size, training, box_type
+    )
+
+
+def _check_finite(finite: torch.Tensor) -> None:
+    """Raise unless all of the (N, T) bool `finite` are set."""
+    num_bad = finite.numel() - int(finite.sum())
+    if num_bad:
+        images = (~finite).any(dim=1).nonzero().flatten().tolist()
+        raise FloatingPointError(
+            f"{num_bad} of {finite.numel()} predicted boxes or scores are not finite (Inf or NaN), in the "
+            f"images {images} of the batch: the training has diverged. A lower SOLVER.BASE_LR, a longer "
+            "SOLVER.WARMUP_ITERS or SOLVER.CLIP_GRADIENTS may help"
+        )
+
+
+def filter_and_nms(
+    boxes: torch.Tensor,
+    scores: torch.Tensor,
+    level_ids: torch.Tensor,
+    image_sizes: list[tuple[int, int]],
+    nms_thresh: float,
+    post_nms_topk: int,
+    min_box_size: float,
+    training: bool,
+    box_type: type = Boxes,
+) -> list[Instances]:
+    """The second half of `find_top_rpn_proposals`, from the boxes chosen by score on.
+
+    Args:
+        boxes: (N, T, B) boxes.
+        scores: (N, T) logits.
+        level_ids: (T,) int64; boxes of different levels do not suppress each other.
+        image_sizes: and the others: see `find_top_rpn_proposals`.
+
+    Returns:
+        list[Instances]: see `find_top_rpn_proposals`.
+    """
+    finite = torch.isfinite(boxes).all(dim=2) & torch.isfinite(scores)
+    if training:
+        _check_finite(finite)
+    boxes = boxes.masked_fill(~finite[:, :, None], 0.0)  # boxes without area, which are dropped
+    clipped = [box_type(image_boxes) for image_boxes in boxes]
+    for image_boxes, size in zip(clipped, image_sizes):
+        image_boxes.clip(size)
+    keep = torch.stack([b.nonempty(threshold=min_box_size) for b in clipped]) & finite
+    boxes = torch.stack([b.tensor for b in clipped])
+    num_kept = keep.sum(dim=1).tolist()
+    image_idxs, box_idxs = keep.nonzero(as_tuple=True)
+    boxes = boxes[image_idxs, box_idxs].split(num_kept)
+    scores = scores[image_idxs, box_idxs].split(num_kept)
+    level_ids = level_ids[box_idxs].split(num_kept)
+    results = []
+    for b, s, levels, size in zip(boxes, scores, level_ids, image_sizes):
+        typed = box_type(b)
+        best = typed.batched_nms(s, levels, nms_thresh)[:post_nms_topk]
+        proposals = Instances(size)
+        proposals.proposal_boxes = typed[best]
+        proposals.objectness_logits = s[best]
+        results.append(proposals)
+    return results
+
+
+def add_ground_truth_to_proposals(gt, proposals: list[Instances]) -> list[Instances]:
+    """Append each image's ground truth to its proposals, so that heads see true boxes from the first step on.
+
+    Args:
+        gt: for each image an `Instances` with `gt_boxes`, or the boxes themselves.
+        proposals: for each image an `Instances` with `proposal_boxes` and `objectness_logits`.
+
+    Returns:
+        list[Instances]: new ones, the ground truth behind the proposals.
+
+    Raises:
+        ValueError: lists of different lengths.
+    """
+    if len(gt) != len(proposals):
+        raise ValueError(f"ground truth of {len(gt)} images for proposals of {len(proposals)}")
+    return [add_ground_truth_to_proposals_single_image(g, p) for g, p in zip(gt, proposals)]
+
+
+def add_ground_truth_to_proposals_single_image(gt, proposals: Instances) -> Instances:
+    """As `add_ground_truth_to_proposals`, for one image.
+
+    Args:
+        gt: an `Instances` with `gt_boxes`, or the boxes themselves.
+        proposals: an `Instances` with `proposal_boxes` and `objectness_logits`; `gt` must have its
+            other fields too.
+
+    Returns:
+        Instances: the fields of `proposals`, with one more row for each ground truth.
+
+    Raises:
+        ValueError: `proposals` has a field that `gt` lacks.
+    """
+    if not isinstance(gt, Instances):
+        gt = Instances(proposals.image_size, gt_boxes=gt)
+    device = proposals.objectness_logits.device
+    added = Instances(proposals.image_size)
+    for name, value in proposals.get_fields().items():
+        if name == "proposal_boxes":
+            added.proposal_boxes = gt.gt_boxes.to(device)
+        elif name == "objectness_logits":
+            added.objectness_logits = value.new_full((len(gt),), _GT_LOGIT)
+        elif gt.has(name):
+            added.set(name, gt.get(name))
+        else:
+            raise ValueError(f"proposals have the field {name!r}, which the ground truth lacks")
+    return Instances.cat([proposals, added])

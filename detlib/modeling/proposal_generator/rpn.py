@@ -1,0 +1,371 @@
+"""The region proposal network of Faster R-CNN (arXiv:1506.01497).
+
+Shape legend: N images, L feature levels, H and W one level's size, A anchors per pixel, R = H*W*A anchors of
+one level (or of all), B numbers for one box.
+"""
+
+import torch
+from detlib.config import configurable
+from torch import nn
+from torch.nn import functional as F
+
+from detlib.layers import Conv2d, ShapeSpec
+from detlib.modeling.anchor_generator import build_anchor_generator
+from detlib.modeling.box_regression import Box2BoxTransform
+from detlib.modeling.dense_ops import (
+    decode_top_predictions,
+    dense_box_regression_loss,
+    permute_to_N_HWA_K,
+)
+from detlib.modeling.matcher import Matcher
+from detlib.modeling.proposal_generator.build import PROPOSAL_GENERATOR_REGISTRY
+from detlib.modeling.proposal_generator.proposal_utils import filter_and_nms
+from detlib.modeling.sampling import label_and_sample
+from detlib.structures import Boxes, ImageList, Instances
+from detlib.utils.events import get_event_storage, has_event_storage
+from detlib.utils.registry import Registry
+
+__all__ = ["RPN", "RPN_HEAD_REGISTRY", "StandardRPNHead", "build_rpn_head"]
+
+RPN_HEAD_REGISTRY = Registry("RPN_HEAD")
+RPN_HEAD_REGISTRY.__doc__ = """
+Classes called as `cls(cfg, input_shape: list[ShapeSpec])`, found by `cfg.MODEL.RPN.HEAD_NAME`. A head maps
+L feature maps to L objectness maps (N, A, H, W) and L delta maps (N, A*B, H, W).
+"""
+
+
+def build_rpn_head(cfg, input_shape):
+    """Build the head that `cfg.MODEL.RPN.HEAD_NAME` names, for features of the shapes `input_shape`."""
+    return RPN_HEAD_REGISTRY.get(cfg.MODEL.RPN.HEAD_NAME)(cfg, input_shape)
+
+
+def _one_value(values, what: str) -> int:
+    if len(set(values)) != 1:
+        raise ValueError(
+            f"an RPN head is shared by all levels, so {what} must be the same on each; got {values}"
+        )
+    return values[0]
+
+
+@RPN_HEAD_REGISTRY.register()
+class StandardRPNHead(nn.Module):
+    """3x3 convolutions, then 1x1 ones to objectness and box deltas; the same weights for all levels."""
+
+    @configurable
+    def __init__(self, *, in_channels: int, num_anchors: int, box_dim: int = 4, conv_dims: list[int] = (-1,)):
+        """
+        Args:
+            in_channels: channels of every feature map, C.
+            num_anchors: anchors per pixel of the maps, A.
+            box_dim: numbers that describe one box, B.
+            conv_dims: output channels of each 3x3 convolution; -1 keeps the channels that come in.
+
+        Raises:
+            ValueError: `conv_dims` is empty or holds other numbers than -1 and positive ones.
+        """
+        super().__init__()
+        conv_dims = list(conv_dims)
+        if not conv_dims or any(dim != -1 and dim <= 0 for dim in conv_dims):
+            raise ValueError(
+                f"conv_dims (MODEL.RPN.CONV_DIMS) must hold -1 or positive numbers, got {conv_dims}"
+            )
+        convs, channels = [], in_channels
+        for dim in conv_dims:
+            out_channels = channels if dim == -1 else dim
+            convs.append(Conv2d(channels, out_channels, kernel_size=3, padding=1, activation=nn.ReLU()))
+            channels = out_channels
+        if len(convs) == 1:
+            self.conv = convs[0]
+        else:
+            self.conv = nn.Sequential()
+            for i, conv in enumerate(convs):
+                self.conv.add_module(f"conv{i}", conv)
+        self.objectness_logits = nn.Conv2d(channels, num_anchors, kernel_size=1)
+        self.anchor_deltas = nn.Conv2d(channels, num_anchors * box_dim, kernel_size=1)
+        for conv in (*convs, self.objectness_logits, self.anchor_deltas):
+            nn.init.normal_(conv.weight, std=0.01)
+            nn.init.zeros_(conv.bias)
+
+    @classmethod
+    def from_config(cls, cfg, input_shape):
+        """Translate `cfg.MODEL.RPN.CONV_DIMS`; the anchor generator says how many anchors of what kind."""
+        anchor_generator = build_anchor_generator(cfg, input_shape)
+        return {
+            "in_channels": _one_value([s.channels for s in input_shape], "channels (MODEL.RPN.IN_FEATURES)"),
+            "num_anchors": _one_value(
+                anchor_generator.num_anchors, "the number of anchors (MODEL.ANCHOR_GENERATOR)"
+            ),
+            "box_dim": anchor_generator.box_dim,
+            "conv_dims": cfg.MODEL.RPN.CONV_DIMS,
+        }
+
+    def forward(self, features: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Predict on each level.
+
+        Args:
+            features: L maps (N, C, H, W).
+
+        Returns:
+            L objectness maps (N, A, H, W) of logits, and L delta maps (N, A*B, H, W).
+        """
+        hidden = [self.conv(x) for x in features]
+        return [self.objectness_logits(t) for t in hidden], [self.anchor_deltas(t) for t in hidden]
+
+
+@PROPOSAL_GENERATOR_REGISTRY.register()
+class RPN(nn.Module):
+    """Scores and refines anchors, and returns the best of them as proposals.
+
+    What kind of boxes it deals in follows from the anchor generator: the anchors' class brings IoU, clipping
+    and NMS, and `box2box_transform` must fit it.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        in_features: list[str],
+        head: nn.Module,
+        anchor_generator: nn.Module,
+        anchor_matcher: Matcher,
+        box2box_transform: Box2BoxTransform,
+        batch_size_per_image: int,
+        positive_fraction: float,
+        pre_nms_topk: tuple[float, float],
+        post_nms_topk: tuple[float, float],
+        nms_thresh: float = 0.7,
+        min_box_size: float = 0.0,
+        anchor_boundary_thresh: float = -1.0,
+        loss_weight: float | dict[str, float] = 1.0,
+        box_reg_loss_type: str = "smooth_l1",
+        smooth_l1_beta: float = 0.0,
+    ):
+        """
+        Args:
+            in_features: names of the backbone's features to use, in the order of the generator's levels.
+            head: see `RPN_HEAD_REGISTRY`.
+            anchor_generator: maps L feature maps to L sets of anchors.
+            anchor_matcher: labels anchors foreground (1), background (0) or ignored (-1) by their IoU.
+            box2box_transform: what relates anchors, deltas and boxes.
+            batch_size_per_image: anchors of an image that enter the losses.
+            positive_fraction: largest part of them that is foreground.
+            pre_nms_topk: boxes of each level and image to keep before NMS, in training and in testing.
+            post_nms_topk: boxes of each image to keep after NMS, in training and in testing.
+            nms_thresh: IoU above which the worse of two boxes is dropped.
+            min_box_size: boxes whose sides are not above this are dropped, in pixels of the network's input.
+            anchor_boundary_thresh: anchors that reach further than this over the picture's border, in pixels,
+                do not count in training; all count if it is negative.
+            loss_weight: factor of the losses, one for all or by name: "loss_rpn_cls", "loss_rpn_loc".
+            box_reg_loss_type: "smooth_l1", "giou", "diou" or "ciou".
+            smooth_l1_beta: where smooth L1 turns from a parabola to a line; 0 is the L1 loss.
+        """
+        super().__init__()
+        self.in_features = in_features
+        self.rpn_head = head
+        self.anchor_generator = anchor_generator
+        self.anchor_matcher = anchor_matcher
+        self.box2box_transform = box2box_transform
+        self.batch_size_per_image = batch_size_per_image
+        self.positive_fraction = positive_fraction
+        self.pre_nms_topk = {True: pre_nms_topk[0], False: pre_nms_topk[1]}  # by self.training
+        self.post_nms_topk = {True: post_nms_topk[0], False: post_nms_topk[1]}
+        self.nms_thresh = nms_thresh
+        self.min_box_size = float(min_box_size)
+        self.anchor_boundary_thresh = anchor_boundary_thresh
+        if not isinstance(loss_weight, dict):
+            loss_weight = {"loss_rpn_cls": loss_weight, "loss_rpn_loc": loss_weight}
+        self.loss_weight = loss_weight
+        self.box_reg_loss_type = box_reg_loss_type
+        self.smooth_l1_beta = smooth_l1_beta
+
+    @classmethod
+    def from_config(cls, cfg, input_shape: dict[str, ShapeSpec]):
+        """Translate `cfg.MODEL.RPN` and `cfg.MODEL.PROPOSAL_GENERATOR.MIN_SIZE`."""
+        rpn = cfg.MODEL.RPN
+        unknown = [name for name in rpn.IN_FEATURES if name not in input_shape]
+        if unknown:
+            raise ValueError(f"MODEL.RPN.IN_FEATURES has {unknown}; the backbone returns {list(input_shape)}")
+        shapes = [input_shape[name] for name in rpn.IN_FEATURES]
+        return {
+            "in_features": rpn.IN_FEATURES,
+            "head": build_rpn_head(cfg, shapes),
+            "anchor_generator": build_anchor_generator(cfg, shapes),
+            "anchor_matcher": Matcher(rpn.IOU_THRESHOLDS, rpn.IOU_LABELS, allow_low_quality_matches=True),
+            "box2box_transform": Box2BoxTransform(weights=rpn.BBOX_REG_WEIGHTS),
+            "batch_size_per_image": rpn.BATCH_SIZE_PER_IMAGE,
+            "positive_fraction": rpn.POSITIVE_FRACTION,
+            "pre_nms_topk": (rpn.PRE_NMS_TOPK_TRAIN, rpn.PRE_NMS_TOPK_TEST),
+            "post_nms_topk": (rpn.POST_NMS_TOPK_TRAIN, rpn.POST_NMS_TOPK_TEST),
+            "nms_thresh": rpn.NMS_THRESH,
+            "min_box_size": cfg.MODEL.PROPOSAL_GENERATOR.MIN_SIZE,
+            "anchor_boundary_thresh": rpn.BOUNDARY_THRESH,
+            "loss_weight": {
+                "loss_rpn_cls": rpn.LOSS_WEIGHT,
+                "loss_rpn_loc": rpn.BBOX_REG_LOSS_WEIGHT * rpn.LOSS_WEIGHT,
+            },
+            "box_reg_loss_type": rpn.BBOX_REG_LOSS_TYPE,
+            "smooth_l1_beta": rpn.SMOOTH_L1_BETA,
+        }
+
+    def forward(
+        self,
+        images: ImageList,
+        features: dict[str, torch.Tensor],
+        gt_instances: list[Instances] | None = None,
+    ):
+        """Propose boxes, and in training compare the predictions with the ground truth.
+
+        Args:
+            images: N pictures, of which the sizes before padding are used.
+            features: maps (N, C, H, W) by name.
+            gt_instances: N `Instances` with `gt_boxes`; needed in training.
+
+        Returns:
+            proposals: list[Instances], N with `proposal_boxes` and `objectness_logits` by falling score.
+            losses: dict[str, Tensor], empty unless in training.
+
+        Raises:
+            ValueError: in training, no ground truth.
+        """
+        features = [features[name] for name in self.in_features]
+        anchors = self.anchor_generator(features)
+        logits, deltas = self.rpn_head(features)
+        logits = [permute_to_N_HWA_K(x, 1).squeeze(2) for x in logits]
+        deltas = [permute_to_N_HWA_K(x, self.anchor_generator.box_dim) for x in deltas]
+        losses = {}
+        if self.training:
+            if gt_instances is None:
+                raise ValueError("RPN needs gt_instances in training; each input dict must have 'instances'")
+            gt_labels, gt_boxes = self.label_and_sample_anchors(anchors, gt_instances)
+            losses = self.losses(anchors, logits, gt_labels, deltas, gt_boxes)
+        return self.predict_proposals(anchors, logits, deltas, images.image_sizes), losses
+
+    @torch.no_grad()
+    def label_and_sample_anchors(
+        self, anchors: list[Boxes], gt_instances: list[Instances]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Decide which anchors the losses look at, and what they should say.
+
+        Args:
+            anchors: anchors of each level.
+            gt_instances: N `Instances` with `gt_boxes`.
+
+        Returns:
+            gt_labels: N tensors (R,) int8 over all levels: 1 foreground, 0 background, -1 not drawn.
+            gt_boxes: N tensors (R, B): each anchor's best ground truth; it means something only where the
+            label is 1.
+        """
+        anchors = type(anchors[0]).cat(anchors)
+        gt_labels, matched_gt_boxes = [], []
+        for gt in gt_instances:
+            ignore = None
+            if self.anchor_boundary_thresh >= 0:
+                ignore = ~anchors.inside_box(gt.image_size, self.anchor_boundary_thresh)
+            sample = label_and_sample(
+                anchors,
+                gt.gt_boxes,
+                self.anchor_matcher,
+                num_samples=self.batch_size_per_image,
+                positive_fraction=self.positive_fraction,
+                bg_label=0,
+                ignore=ignore,
+            )
+            labels = torch.full_like(sample.labels, -1, dtype=torch.int8)
+            labels[sample.fg_idxs] = 1
+            labels[sample.bg_idxs] = 0
+            gt_labels.append(labels)
+            if len(gt.gt_boxes):
+                matched_gt_boxes.append(gt.gt_boxes.tensor[sample.matched_idxs])
+            else:
+                matched_gt_boxes.append(torch.zeros_like(anchors.tensor))
+        return gt_labels, matched_gt_boxes
+
+    def losses(
+        self,
+        anchors: list[Boxes],
+        pred_objectness_logits: list[torch.Tensor],
+        gt_labels: list[torch.Tensor],
+        pred_anchor_deltas: list[torch.Tensor],
+        gt_boxes: list[torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        """The losses, summed over the anchors drawn and divided by `batch_size_per_image * N`.
+
+        Args:
+            anchors: anchors of each level.
+            pred_objectness_logits: L tensors (N, R).
+            gt_labels: N tensors (R,) over all levels, see `label_and_sample_anchors`.
+            pred_anchor_deltas: L tensors (N, R, B).
+            gt_boxes: N tensors (R, B), see `label_and_sample_anchors`.
+
+        Returns:
+            dict[str, Tensor]: the scalars "loss_rpn_cls" and "loss_rpn_loc".
+        """
+        num_images = len(gt_labels)
+        labels = torch.stack(gt_labels)
+        drawn = (labels >= 0).nonzero(as_tuple=True)
+        drawn_labels = labels[drawn]
+        is_fg = (drawn_labels == 1).nonzero().flatten()
+        if has_event_storage():
+            storage = get_event_storage()
+            num_fg, num_drawn = len(is_fg), len(drawn_labels)
+            storage.put_scalar("rpn/num_pos_anchors", num_fg / num_images)
+            storage.put_scalar("rpn/num_neg_anchors", (num_drawn - num_fg) / num_images)
+        box_loss = dense_box_regression_loss(
+            type(anchors[0]).cat(anchors),
+            self.box2box_transform,
+            pred_anchor_deltas,
+            gt_boxes,
+            (drawn[0][is_fg], drawn[1][is_fg]),
+            self.box_reg_loss_type,
+            self.smooth_l1_beta,
+        )
+        logits = torch.cat(pred_objectness_logits, dim=1)[drawn]
+        objectness_loss = F.binary_cross_entropy_with_logits(
+            logits, drawn_labels.to(logits.dtype), reduction="sum"
+        )
+        normalizer = self.batch_size_per_image * num_images
+        losses = {"loss_rpn_cls": objectness_loss / normalizer, "loss_rpn_loc": box_loss / normalizer}
+        return {name: loss * self.loss_weight.get(name, 1.0) for name, loss in losses.items()}
+
+    @torch.no_grad()
+    def predict_proposals(
+        self,
+        anchors: list[Boxes],
+        pred_objectness_logits: list[torch.Tensor],
+        pred_anchor_deltas: list[torch.Tensor],
+        image_sizes: list[tuple[int, int]],
+    ) -> list[Instances]:
+        """Decode the best predictions of each level and drop duplicates.
+
+        The proposals are constants to whatever uses them: no gradient flows through their coordinates.
+
+        Args:
+            anchors: anchors of each level.
+            pred_objectness_logits: L tensors (N, R).
+            pred_anchor_deltas: L tensors (N, R, B).
+            image_sizes: N pairs (height, width) of the pictures before padding.
+
+        Returns:
+            list[Instances]: see `forward`.
+
+        Raises:
+            FloatingPointError: in training, predictions that are not finite.
+        """
+        boxes, scores, level_ids = decode_top_predictions(
+            anchors,
+            pred_objectness_logits,
+            pred_anchor_deltas,
+            self.box2box_transform,
+            self.pre_nms_topk[self.training],
+        )
+        return filter_and_nms(
+            boxes,
+            scores,
+            level_ids,
+            image_sizes,
+            self.nms_thresh,
+            self.post_nms_topk[self.training],
+            self.min_box_size,
+            self.training,
+            type(anchors[0]),
+        )

@@ -1,0 +1,115 @@
+"""Which anchors or proposals a loss looks at: match, label, and draw a balanced sample.
+
+Shape legend: R boxes (anchors or proposals) of one picture, M ground-truth boxes.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from detlib.modeling.matcher import match_boxes
+
+__all__ = ["Sample", "label_and_sample", "label_boxes", "subsample_labels"]
+
+
+class Sample(NamedTuple):
+    """What `label_and_sample` found out about the R boxes of one picture."""
+
+    matched_idxs: torch.Tensor
+    """(R,) int64: each box's best ground truth, in [0, M); 0 where there is none."""
+    labels: torch.Tensor
+    """(R,) int64: each box's class, the background label, or -1 where it does not count."""
+    fg_idxs: torch.Tensor
+    """Indices in [0, R) of the foreground boxes drawn, in random order."""
+    bg_idxs: torch.Tensor
+    """Indices in [0, R) of the background boxes drawn, in random order."""
+
+
+def subsample_labels(labels: torch.Tensor, num_samples: int, positive_fraction: float, bg_label: int):
+    """Draw foreground and background at random, without repetition.
+
+    At most `int(num_samples * positive_fraction)` are foreground; background fills up to `num_samples`.
+    Fewer come back where there are not enough.
+
+    Args:
+        labels: (R,) integer tensor: -1 does not count, `bg_label` is background, all else foreground.
+        num_samples: how many to draw.
+        positive_fraction: largest part that is foreground, in [0, 1].
+        bg_label: the background's label.
+
+    Returns:
+        pos_idx, neg_idx: two int64 tensors of indices into `labels`, in random order.
+    """
+    background = labels == bg_label
+    positive = ((labels != -1) & ~background).nonzero().flatten()
+    negative = background.nonzero().flatten()
+    num_pos = min(int(num_samples * positive_fraction), positive.numel())
+    num_neg = min(num_samples - num_pos, negative.numel())
+    pos_order = torch.randperm(positive.numel(), device=positive.device)[:num_pos]
+    neg_order = torch.randperm(negative.numel(), device=negative.device)[:num_neg]
+    return positive[pos_order], negative[neg_order]
+
+
+def label_boxes(boxes, gt_boxes, matcher, *, gt_classes: torch.Tensor | None = None, bg_label: int = 0):
+    """Match boxes to ground truth and give each a label.
+
+    Args:
+        boxes: R boxes of any box type.
+        gt_boxes: M boxes of the same type.
+        matcher: a `Matcher` with labels -1, 0, 1.
+        gt_classes: (M,) int64 classes; if None, foreground has the label 1.
+        bg_label: the background's label.
+
+    Returns:
+        matched_idxs: (R,) int64, see `Sample`.
+        labels: (R,) int64: the matched ground truth's class (or 1), `bg_label`, or -1.
+    """
+    matched_idxs, match_labels = match_boxes(matcher, gt_boxes, boxes)
+    match_labels = match_labels.to(torch.int64)
+    if gt_classes is None:
+        labels = match_labels.clone()
+    elif len(gt_boxes):
+        labels = gt_classes[matched_idxs]
+        labels = torch.where(match_labels == -1, match_labels, labels)
+    else:
+        labels = match_labels.clone()
+    labels.masked_fill_(match_labels == 0, bg_label)
+    return matched_idxs, labels
+
+
+@torch.no_grad()
+def label_and_sample(
+    boxes,
+    gt_boxes,
+    matcher,
+    *,
+    num_samples: int,
+    positive_fraction: float,
+    bg_label: int,
+    gt_classes: torch.Tensor | None = None,
+    ignore: torch.Tensor | None = None,
+) -> Sample:
+    """Match the boxes of one picture to its ground truth, label them and draw a balanced sample.
+
+    RPN calls it with anchors, `bg_label=0` and no classes; box heads with proposals, `gt_classes` and
+    `bg_label=num_classes`. The draw goes through this module's `subsample_labels`, so that replacing that one
+    function changes the draw everywhere.
+
+    Args:
+        boxes: R boxes of any box type (`pairwise_iou` is its measure).
+        gt_boxes: M boxes of the same type; M may be 0, then all boxes are background.
+        matcher: a `Matcher` with labels -1, 0, 1.
+        num_samples: how many boxes to draw.
+        positive_fraction: largest part of them that is foreground, in [0, 1].
+        bg_label: the background's label.
+        gt_classes: (M,) int64 classes; if None, foreground has the label 1.
+        ignore: (R,) bool, boxes that do not count however they match.
+
+    Returns:
+        Sample: matches and labels of all boxes and the indices of those drawn.
+    """
+    matched_idxs, labels = label_boxes(boxes, gt_boxes, matcher, gt_classes=gt_classes, bg_label=bg_label)
+    if ignore is not None:
+        labels.masked_fill_(ignore, -1)
+    fg_idxs, bg_idxs = subsample_labels(labels, num_samples, positive_fraction, bg_label)
+    return Sample(matched_idxs, labels, fg_idxs, bg_idxs)
