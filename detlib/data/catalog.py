@@ -133,8 +133,8 @@ class Metadata(types.SimpleNamespace):
             catalog = f"MetadataCatalog.get({self.name!r})"
             raise ValueError(
                 f"Metadata {key!r} of dataset {self.name!r} is set already, to {_shorten(known[key])}; the "
-                f"new value {_shorten(value)} differs. Replace it with {catalog}.set(overwrite=True, {key}=...), "
-                f"or forget all of it with MetadataCatalog.remove({self.name!r})."
+                f"new value {_shorten(value)} differs. Replace it with {catalog}.set(overwrite=True, "
+                f"{key}=...), or forget all of it with MetadataCatalog.remove({self.name!r})."
             )
         super().__setattr__(key, value)
 
@@ -227,10 +227,14 @@ def check_datasets_exist(names: str | Iterable[str]) -> None:
 
     Raises:
         KeyError: a name is neither registered nor an address. The message lists near names.
-        FileNotFoundError, ValueError: an address is malformed, or leads to a file that does not exist.
+        FileNotFoundError, ValueError: an address is malformed, or leads to a file that does not exist; or the
+            function that a name was registered with has a method `check` that raises it.
     """
     for name in [names] if isinstance(names, str) else names:
         if name in DatasetCatalog:
+            check = getattr(DatasetCatalog[name], "check", None)
+            if check is not None:
+                check()
             continue
         address = _addresses.find(name)
         if address is None:

@@ -1,0 +1,128 @@
+"""The data sets that have names from the start: the same names and places as in detectron2.
+
+They lie below one folder: `$DETLIB_DATASETS`, else `$DETECTRON2_DATASETS`, else `./datasets`. The variable is
+read when detlib.data is imported.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from detlib.data.catalog import DatasetCatalog, MetadataCatalog
+from detlib.utils.file_io import PathManager
+
+from .builtin_meta import _get_builtin_metadata
+from .coco import load_coco_json
+from .pascal_voc import CLASS_NAMES, load_voc_instances
+
+__all__ = ["register_all_coco", "register_all_pascal_voc"]
+
+_ROOT_VARIABLES = ("DETLIB_DATASETS", "DETECTRON2_DATASETS")
+
+# Metadata, name -> (folder of the pictures, annotation file).
+_COCO: dict[str, dict[str, tuple[str, str]]] = {
+    "coco": {
+        "coco_2014_train": ("train2014", "instances_train2014"),
+        "coco_2014_val": ("val2014", "instances_val2014"),
+        "coco_2014_minival": ("val2014", "instances_minival2014"),
+        "coco_2014_valminusminival": ("val2014", "instances_valminusminival2014"),
+        "coco_2017_train": ("train2017", "instances_train2017"),
+        "coco_2017_val": ("val2017", "instances_val2017"),
+        "coco_2017_test": ("test2017", "image_info_test2017"),
+        "coco_2017_test-dev": ("test2017", "image_info_test-dev2017"),
+        "coco_2017_val_100": ("val2017", "instances_val2017_100"),
+    },
+    "coco_person": {
+        "keypoints_coco_2014_train": ("train2014", "person_keypoints_train2014"),
+        "keypoints_coco_2014_val": ("val2014", "person_keypoints_val2014"),
+        "keypoints_coco_2014_minival": ("val2014", "person_keypoints_minival2014"),
+        "keypoints_coco_2014_valminusminival": ("val2014", "person_keypoints_valminusminival2014"),
+        "keypoints_coco_2017_train": ("train2017", "person_keypoints_train2017"),
+        "keypoints_coco_2017_val": ("val2017", "person_keypoints_val2017"),
+        "keypoints_coco_2017_val_100": ("val2017", "person_keypoints_val2017_100"),
+    },
+}
+
+_VOC_SPLITS = {"2007": ("trainval", "train", "val", "test"), "2012": ("trainval", "train", "val")}
+
+
+def _check_exists(name: str, path: str) -> None:
+    if not PathManager.exists(path):
+        raise FileNotFoundError(
+            f"Dataset {name!r} needs {path!r}, which does not exist. The built-in data sets are looked for "
+            f"below the folder that the environment variable {_ROOT_VARIABLES[0]} names "
+            f"({_ROOT_VARIABLES[1]} works too), or else below './datasets'."
+        )
+
+
+@dataclass(frozen=True)
+class _BuiltinCoco:
+    """Loads one of COCO's own sets."""
+
+    name: str
+    json_file: str
+    image_root: str
+
+    def check(self) -> None:
+        _check_exists(self.name, self.json_file)
+
+    def __call__(self) -> list[dict]:
+        self.check()
+        # COCO's own training set has two boxes without an area.
+        return load_coco_json(self.json_file, self.image_root, self.name, empty_boxes="drop")
+
+
+@dataclass(frozen=True)
+class _BuiltinVoc:
+    """Loads one of Pascal VOC's own sets."""
+
+    name: str
+    dirname: str
+    split: str
+
+    def check(self) -> None:
+        _check_exists(self.name, os.path.join(self.dirname, "ImageSets", "Main", self.split + ".txt"))
+
+    def __call__(self) -> list[dict]:
+        self.check()
+        return load_voc_instances(self.dirname, self.split, CLASS_NAMES)
+
+
+def register_all_coco(root: str) -> None:
+    """Registers COCO 2014 and 2017, with instances and with persons' keypoints, below `root`/coco."""
+    for kind, sets in _COCO.items():
+        metadata: dict[str, Any] = _get_builtin_metadata(kind)
+        for name, (folder, file_name) in sets.items():
+            image_root = os.path.join(root, "coco", folder)
+            json_file = os.path.join(root, "coco", "annotations", file_name + ".json")
+            DatasetCatalog.register(name, _BuiltinCoco(name, json_file, image_root))
+            MetadataCatalog.get(name).set(
+                json_file=json_file, image_root=image_root, evaluator_type="coco", **metadata
+            )
+
+
+def register_all_pascal_voc(root: str) -> None:
+    """Registers Pascal VOC 2007 and 2012 below `root`/VOC2007 and `root`/VOC2012."""
+    for year, splits in _VOC_SPLITS.items():
+        dirname = os.path.join(root, f"VOC{year}")
+        for split in splits:
+            name = f"voc_{year}_{split}"
+            DatasetCatalog.register(name, _BuiltinVoc(name, dirname, split))
+            MetadataCatalog.get(name).set(
+                thing_classes=list(CLASS_NAMES),
+                dirname=dirname,
+                year=int(year),
+                split=split,
+                evaluator_type="pascal_voc",
+            )
+
+
+def _root() -> str:
+    found = next((os.environ[name] for name in _ROOT_VARIABLES if os.environ.get(name)), "datasets")
+    return os.path.expanduser(found)
+
+
+register_all_coco(_root())
+register_all_pascal_voc(_root())

@@ -1,0 +1,221 @@
+"""Data sets in the folder layout of Pascal VOC (http://host.robots.ox.ac.uk/pascal/VOC/).
+
+DIR/ImageSets/Main/SPLIT.txt    one picture name a line
+DIR/Annotations/NAME.xml
+DIR/JPEGImages/NAME.jpg         or .jpeg, .png, ...
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+
+from PIL import Image
+
+from detlib.data.catalog import DatasetCatalog, MetadataCatalog
+from detlib.structures import BoxMode
+from detlib.utils.file_io import PathManager
+from detlib.utils.suggest import suggest
+
+__all__ = ["CLASS_NAMES", "find_voc_class_names", "load_voc_instances", "register_pascal_voc"]
+
+logger = logging.getLogger(__name__)
+
+CLASS_NAMES = (
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable"),
+    *("dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
+
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+
+
+def register_pascal_voc(
+    name: str,
+    dirname: str,
+    split: str,
+    year: int,
+    class_names: Sequence[str] = CLASS_NAMES,
+    *,
+    one_based: bool = True,
+    overwrite: bool = False,
+) -> None:
+    """Registers a data set in Pascal VOC's layout.
+
+    Args:
+        name: the name, as it will stand in `cfg.DATASETS`.
+        dirname: the folder with `Annotations`, `ImageSets` and `JPEGImages`.
+        split: name of a list in `ImageSets/Main`, without `.txt`.
+        year: 2007 or 2012; VOC's own metric differs between them.
+        class_names: all classes, in the order of their indices.
+        one_based: see `load_voc_instances`.
+        overwrite: replace what `name` stands for already.
+    """
+
+    def load() -> list[dict]:
+        return load_voc_instances(dirname, split, class_names, one_based=one_based)
+
+    DatasetCatalog.register(name, load, overwrite=overwrite)
+    if overwrite:
+        MetadataCatalog.pop(name, None)
+    MetadataCatalog.get(name).set(
+        thing_classes=list(class_names),
+        dirname=dirname,
+        year=year,
+        split=split,
+        evaluator_type="pascal_voc",
+    )
+
+
+def load_voc_instances(
+    dirname: str, split: str, class_names: Sequence[str], *, one_based: bool = True
+) -> list[dict]:
+    """Loads a Pascal VOC split as dicts in the standard format.
+
+    Args:
+        dirname: the folder with `Annotations`, `ImageSets` and `JPEGImages`.
+        split: name of a list in `ImageSets/Main`, without `.txt`.
+        class_names: all classes, in the order of their indices.
+        one_based: the XML counts pixels from 1, with the maximum included, as VOC's own does; so 1 is taken
+            off xmin and ymin. If False, the boxes are taken as they are written. Those that span one pixel
+            (minimum and maximum are equal) have no area then, and are left out with a warning.
+
+    Returns:
+        One dict for each picture, in the order of the list; boxes are XYXY_ABS, floats. The size is the
+        XML's, or the picture's own where the XML has none.
+
+    Raises:
+        FileNotFoundError: the list, an annotation or a picture does not exist.
+        ValueError: an annotation is malformed, names an unknown class or has a box whose maximum is below its
+            minimum; the message names file and object.
+    """
+    names = read_voc_split(dirname, split)
+    images = _image_files(dirname)
+    class_index = {name: i for i, name in enumerate(class_names)}
+    dicts = []
+    for name in names:
+        if name not in images:
+            raise FileNotFoundError(
+                f"{os.path.join(dirname, 'JPEGImages')} has no picture {name!r} "
+                f"({', '.join(_IMAGE_SUFFIXES)}), which ImageSets/Main/{split}.txt lists."
+            )
+        xml_file = os.path.join(dirname, "Annotations", name + ".xml")
+        root = _parse_xml(xml_file)
+        width, height = _picture_size(root, xml_file, images[name])
+        objects = (_read_object(element, xml_file, class_index, one_based) for element in root.iter("object"))
+        dicts.append(
+            {
+                "file_name": images[name],
+                "image_id": name,
+                "height": height,
+                "width": width,
+                "annotations": [annotation for annotation in objects if annotation is not None],
+            }
+        )
+    logger.info("Loaded %d images of split %r in VOC layout from %s", len(dicts), split, dirname)
+    return dicts
+
+
+def read_voc_split(dirname: str, split: str) -> list[str]:
+    """Returns the picture names of a split.
+
+    Raises:
+        FileNotFoundError: there is no such list; the message names those that there are.
+        ValueError: the list is empty.
+    """
+    folder = os.path.join(dirname, "ImageSets", "Main")
+    path = os.path.join(folder, split + ".txt")
+    if not PathManager.isfile(path):
+        if not PathManager.isdir(dirname):
+            raise FileNotFoundError(f"Folder {dirname!r} does not exist.")
+        there = PathManager.ls(folder) if PathManager.isdir(folder) else []
+        splits = sorted(entry.removesuffix(".txt") for entry in there if entry.endswith(".txt"))
+        raise FileNotFoundError(
+            f"{path!r} does not exist. {folder!r} has the splits: {', '.join(splits) or 'none'}."
+        )
+    with PathManager.open(path) as file:
+        names = [line.split()[0] for line in file if line.strip()]
+    if not names:
+        raise ValueError(f"{path!r} lists no pictures.")
+    return names
+
+
+def find_voc_class_names(dirname: str) -> list[str]:
+    """Returns the sorted names of all objects in `DIR/Annotations`, whatever split they belong to."""
+    folder = os.path.join(dirname, "Annotations")
+    if not PathManager.isdir(folder):
+        raise FileNotFoundError(f"Folder {folder!r} does not exist.")
+    names: set[str] = set()
+    for entry in PathManager.ls(folder):
+        if entry.endswith(".xml"):
+            root = _parse_xml(os.path.join(folder, entry))
+            names.update((element.findtext("name") or "").strip() for element in root.iter("object"))
+    names.discard("")
+    if not names:
+        raise ValueError(f"No annotation in {folder!r} has a named object.")
+    return sorted(names)
+
+
+def _image_files(dirname: str) -> dict[str, str]:
+    """Returns the paths of the pictures by their names without suffix."""
+    folder = os.path.join(dirname, "JPEGImages")
+    if not PathManager.isdir(folder):
+        raise FileNotFoundError(f"Folder {folder!r} does not exist.")
+    files: dict[str, str] = {}
+    for entry in PathManager.ls(folder):
+        stem, suffix = os.path.splitext(entry)
+        if suffix.lower() == ".jpg" or (suffix.lower() in _IMAGE_SUFFIXES and stem not in files):
+            files[stem] = os.path.join(folder, entry)
+    return files
+
+
+def _parse_xml(path: str) -> ElementTree.Element:
+    if not PathManager.isfile(path):
+        raise FileNotFoundError(f"Annotation file {path!r} does not exist.")
+    try:
+        with PathManager.open(path, "rb") as file:
+            return ElementTree.parse(file).getroot()
+    except ElementTree.ParseError as error:
+        raise ValueError(f"Annotation file {path!r} is not valid XML: {error}") from error
+
+
+def _picture_size(root: ElementTree.Element, xml_file: str, image_file: str) -> tuple[int, int]:
+    """Returns width and height from the XML, or from the picture's header where the XML has none or zeros."""
+    texts = [root.findtext("size/width"), root.findtext("size/height")]
+    try:
+        width, height = (int(float(text)) if text else 0 for text in texts)
+    except ValueError as error:
+        raise ValueError(f"{xml_file}: the size is {texts}, which are not two numbers.") from error
+    if width > 0 and height > 0:
+        return width, height
+    with PathManager.open(image_file, "rb") as file, Image.open(file) as image:
+        return image.size
+
+
+def _read_object(
+    element: ElementTree.Element, xml_file: str, class_index: dict[str, int], one_based: bool
+) -> dict | None:
+    """Returns one annotation in the standard format, or None if it is left out."""
+    name = (element.findtext("name") or "").strip()
+    if name not in class_index:
+        raise ValueError(
+            f"{xml_file}: an object is a {name!r}, which is none of the {len(class_index)} classes: "
+            f"{', '.join(class_index)}.{suggest(name, class_index)}"
+        )
+    texts = [element.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
+    try:
+        box = [float(text) for text in texts]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{xml_file}: object {name!r} has the box {texts}, not four numbers.") from error
+    if not (box[2] >= box[0] and box[3] >= box[1]):
+        raise ValueError(
+            f"{xml_file}: object {name!r} has a box of no area: [xmin, ymin, xmax, ymax] = {texts}."
+        )
+    if one_based:
+        box[0] -= 1.0
+        box[1] -= 1.0
+    elif box[2] == box[0] or box[3] == box[1]:
+        logger.warning("%s: left out an object %r whose box has no area: %s", xml_file, name, texts)
+        return None
+    return {"category_id": class_index[name], "bbox": box, "bbox_mode": BoxMode.XYXY_ABS}

@@ -1,0 +1,167 @@
+"""A generated data set to learn and test with: circles, squares and triangles on textured ground.
+
+It has boxes, polygons, keypoints and stuff labels, and is made where it is needed, in a few seconds.
+The same parameters give the same pictures on any machine; with more pictures, the first ones stay the same.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from detlib.structures import BoxMode
+
+from .shapes_scene import KEYPOINTS, KINDS, STUFF, UNIT, Scene, draw_scene, sample_scene
+
+__all__ = ["SHAPES_METADATA", "ShapesParameters", "load_shapes"]
+
+logger = logging.getLogger(__name__)
+
+# Part of the cache folder's name: to be raised with any change of what is drawn or written.
+_VERSION = 1
+_SPLITS = {"train": 0, "val": 1}
+
+SHAPES_METADATA: dict[str, Any] = {
+    "evaluator_type": "coco",
+    "thing_classes": list(KINDS),
+    "thing_colors": [(230, 60, 60), (60, 90, 230), (240, 190, 40)],
+    "stuff_classes": ["things", *STUFF],
+    "stuff_colors": [(120, 40, 120), (60, 130, 55), (196, 170, 112), (50, 105, 165)],
+    "ignore_label": 255,
+    "keypoint_names": list(KEYPOINTS),
+    "keypoint_flip_map": [("left", "right")],
+    "keypoint_connection_rules": [
+        ("center", "top", (255, 255, 255)),
+        ("center", "left", (255, 120, 0)),
+        ("center", "right", (0, 160, 255)),
+        ("center", "bottom", (160, 160, 160)),
+    ],
+    "keypoint_oks_sigmas": [0.05] * len(KEYPOINTS),
+}
+
+
+@dataclass(frozen=True)
+class ShapesParameters:
+    """What a generated set depends on.
+
+    Attributes:
+        split: "train" or "val"; they share no picture.
+        num: number of pictures, 1000 for train and 200 for val by default.
+        size: height and width of the pictures in pixels, 32 to 1024.
+        seed: another seed, other pictures.
+    """
+
+    split: str
+    num: int = 0
+    size: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.split not in _SPLITS:
+            raise ValueError(f"the generated shapes have no split {self.split!r}, only 'train' and 'val'")
+        if not self.num:
+            object.__setattr__(self, "num", {"train": 1000, "val": 200}[self.split])
+        for name, low, high in (("num", 1, 10**6), ("size", 32, 1024), ("seed", 0, 2**31 - 1)):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name}={getattr(self, name)} is out of range: {low} to {high}")
+
+
+def load_shapes(parameters: ShapesParameters) -> list[dict]:
+    """Returns a generated set as dicts in the standard format, after drawing its pictures if need be.
+
+    The pictures are kept as PNG below `$DETLIB_CACHE`, or `~/.cache/detlib` where that is not set.
+
+    Each dict has `sem_seg_file_name` as well: a PNG of indices into `stuff_classes`, 0 where a shape is.
+    Polygons are whole, and keypoints that another shape hides have visibility 1.
+    """
+    folder = _cache_folder(parameters)
+    if not _is_complete(folder, parameters.num):
+        _generate(parameters, folder)
+    with open(os.path.join(folder, "dataset.json"), encoding="utf-8") as file:
+        dicts = json.load(file)
+    for record in dicts:
+        record["file_name"] = os.path.join(folder, record["file_name"])
+        record["sem_seg_file_name"] = os.path.join(folder, record["sem_seg_file_name"])
+        for annotation in record["annotations"]:
+            annotation["bbox_mode"] = BoxMode.XYXY_ABS
+    return dicts
+
+
+def _cache_folder(parameters: ShapesParameters) -> str:
+    root = os.environ.get("DETLIB_CACHE") or os.path.join("~", ".cache", "detlib")
+    name = "-".join(f"{key}_{value}" for key, value in asdict(parameters).items())
+    return os.path.join(os.path.expanduser(root), "shapes", f"v{_VERSION}-{name}")
+
+
+def _is_complete(folder: str, num: int) -> bool:
+    return os.path.isdir(folder) and len(os.listdir(folder)) == 2 * num + 1
+
+
+def _generate(parameters: ShapesParameters, folder: str) -> None:
+    """Draws the set into a folder of its own, which then takes its place as a whole.
+
+    Several processes may do so at the same time: the first one's folder stays.
+    """
+    logger.info("Drawing %d pictures of shapes into %s", parameters.num, folder)
+    root = os.path.dirname(folder)
+    try:
+        os.makedirs(root, exist_ok=True)
+        temporary = tempfile.mkdtemp(prefix="drawing-", dir=root)
+    except OSError as error:
+        raise OSError(
+            f"Cannot write the generated shapes into {root!r} ({error}). Set the environment variable "
+            "DETLIB_CACHE to a folder that can be written."
+        ) from error
+    try:
+        dicts = [_generate_picture(parameters, i, temporary) for i in range(parameters.num)]
+        with open(os.path.join(temporary, "dataset.json"), "w", encoding="utf-8") as file:
+            json.dump(dicts, file)
+        if os.path.isdir(folder) and not _is_complete(folder, parameters.num):
+            shutil.rmtree(folder, ignore_errors=True)
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if not _is_complete(folder, parameters.num):
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _generate_picture(parameters: ShapesParameters, index: int, folder: str) -> dict:
+    """Draws and writes picture `index` and its labels. Returns its dict, names relative to the folder."""
+    random = np.random.RandomState([parameters.seed, _SPLITS[parameters.split], index])
+    scene = sample_scene(random, parameters.size)
+    image, labels, owners = draw_scene(random, scene)
+    names = {"file_name": f"{index:06d}.png", "sem_seg_file_name": f"{index:06d}_stuff.png"}
+    for name, array in zip(names.values(), (image, labels)):
+        Image.fromarray(array).save(os.path.join(folder, name), compress_level=1)
+    return {
+        **names,
+        "image_id": index + 1,
+        "height": parameters.size,
+        "width": parameters.size,
+        "annotations": [_annotation(scene, i, owners) for i in range(len(scene.shapes))],
+    }
+
+
+def _annotation(scene: Scene, index: int, owners: np.ndarray) -> dict:
+    shape = scene.shapes[index]
+    keypoints: list[float] = []
+    for x, y in shape.keypoints.tolist():
+        seen = owners[min(y // UNIT, scene.size - 1), min(x // UNIT, scene.size - 1)]
+        keypoints += [x / UNIT, y / UNIT, 1 if seen > index else 2]
+    return {
+        "category_id": shape.kind,
+        "bbox": (shape.box / UNIT).tolist(),
+        "segmentation": [(shape.outline / UNIT).ravel().tolist()],
+        "keypoints": keypoints,
+        "iscrowd": 0,
+    }
