@@ -352,7 +352,7 @@ class CommonMetricPrinter(EventWriter):
 
     ::
 
-        iter: 39/480  eta: 0:16:52  total_loss: 1.93  loss_cls: 0.71  ...  time: 2.2951  last_time: 2.3107
+        iter: 40/480  eta: 0:16:52  total_loss: 1.93  loss_cls: 0.71  ...  time: 2.2951  last_time: 2.3107
         data_time: 0.0083  last_data_time: 0.0079  lr: 0.0078  max_mem: 1893M
 
     Scalars other than these are for the other writers.
@@ -373,7 +373,7 @@ class CommonMetricPrinter(EventWriter):
         storage = get_event_storage()
         if self._max_iter is not None and storage.iter == self._max_iter:
             return  # hooks after the last iteration write once more: nothing is new
-        done = f"iter: {storage.iter}" + ("" if self._max_iter is None else f"/{self._max_iter}")
+        done = f"iter: {storage.iter + 1}" + ("" if self._max_iter is None else f"/{self._max_iter}")
         eta = self._eta(storage)
         times = []
         for name in ("time", "data_time"):

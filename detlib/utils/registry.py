@@ -15,6 +15,10 @@ def _describe(obj: Any) -> str:
     return f"{obj.__module__}.{name}" if name else repr(obj)
 
 
+class _NotLocated(ImportError):
+    """There is nothing at a dotted path, as opposed to a module there that fails when imported."""
+
+
 def locate(name: str) -> Any:
     """Returns the object that lies at a dotted path, importing what is needed on the way.
 
@@ -27,7 +31,7 @@ def locate(name: str) -> Any:
     """
     parts = name.split(".")
     if not all(part.isidentifier() for part in parts):
-        raise ImportError(f"{name!r} is not a dotted path of Python names.")
+        raise _NotLocated(f"{name!r} is not a dotted path of Python names.")
     module, depth = None, 0
     for depth in range(len(parts), 0, -1):
         path = ".".join(parts[:depth])
@@ -39,13 +43,13 @@ def locate(name: str) -> Any:
             if error.name is None or not (path == error.name or path.startswith(error.name + ".")):
                 raise
     if module is None:
-        raise ImportError(f"Cannot locate {name!r}: there is no module {parts[0]!r}.")
+        raise _NotLocated(f"Cannot locate {name!r}: there is no module {parts[0]!r}.")
     obj: Any = module
     for i in range(depth, len(parts)):
         if not hasattr(obj, parts[i]):
             owner = ".".join(parts[:i])
             near = suggest(parts[i], (n for n in dir(obj) if not n.startswith("_")))
-            raise ImportError(f"Cannot locate {name!r}: {owner!r} has no attribute {parts[i]!r}.{near}")
+            raise _NotLocated(f"Cannot locate {name!r}: {owner!r} has no attribute {parts[i]!r}.{near}")
         obj = getattr(obj, parts[i])
     return obj
 
@@ -106,9 +110,7 @@ class Registry(Iterable[tuple[str, Any]]):
         if isinstance(name, str) and "." in name:
             try:
                 return locate(name)
-            except ModuleNotFoundError:
-                raise  # the module is there and lacks a dependency: its own words serve best
-            except ImportError as error:
+            except _NotLocated as error:
                 reason = f" {error}"
         near = (
             suggest(name, self._obj_map) or f" Registered: {', '.join(sorted(self._obj_map)) or 'nothing'}."

@@ -1,0 +1,210 @@
+"""Reading YAML configs: safely, with bases, and with errors that name file and line."""
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from detlib.config._expression import evaluate
+from detlib.utils.file_io import PathManager
+from detlib.utils.suggest import near_names
+
+__all__ = ["BASE_KEY", "parse_yaml", "read_yaml", "read_yaml_with_bases"]
+
+BASE_KEY = "_BASE_"
+_PYTHON_TAG = "tag:yaml.org,2002:python/"
+_EVAL_TAG = _PYTHON_TAG + "object/apply:eval"
+
+logger = logging.getLogger(__name__)
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data, plus the one Python tag that published configs use, read by `evaluate`."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and isinstance(key.value, str):
+                line = key.start_mark.line + 1
+                logger.warning(
+                    "%s, line %d: key %r appears twice; the last one counts", self.name, line, key.value
+                )
+            seen.add(key.value if isinstance(key.value, str) else id(key))
+        return super().construct_mapping(node, deep=deep)
+
+
+def _construct_eval(loader: _Loader, node: yaml.Node) -> Any:
+    arguments = loader.construct_sequence(node) if isinstance(node, yaml.SequenceNode) else []
+    if len(arguments) != 1 or not isinstance(arguments[0], str):
+        raise yaml.constructor.ConstructorError(
+            None, None, 'the tag !!python/object/apply:eval takes one string: ["..."]', node.start_mark
+        )
+    try:
+        return evaluate(arguments[0])
+    except ValueError as error:
+        raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from error
+
+
+def _refuse_python(loader: _Loader, suffix: str, node: yaml.Node) -> Any:
+    raise yaml.constructor.ConstructorError(
+        None,
+        None,
+        f"the tag !!python/{suffix} is refused, since it can run code; write plain YAML "
+        "(a list [a, b] also serves where a tuple is meant)",
+        node.start_mark,
+    )
+
+
+_Loader.add_constructor(_EVAL_TAG, _construct_eval)
+_Loader.add_multi_constructor(_PYTHON_TAG, _refuse_python)
+# YAML 1.1 takes 1e-3 for a string, since it lacks the point; everybody means the number.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def parse_yaml(text: str, name: str = "<string>") -> dict[str, Any]:
+    """Returns the mapping that a YAML text holds (empty for an empty text).
+
+    Args:
+        text: the YAML.
+        name: where it is from, for messages.
+
+    Raises:
+        ValueError: it is not valid YAML, asks for a Python object, or is not a mapping.
+    """
+    loader = _Loader(text)
+    loader.name = name
+    try:
+        data = loader.get_single_data()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(f"{name}{place}: {error.problem or error.context}.") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{name}: this is not valid YAML: {error}") from error
+    finally:
+        loader.dispose()
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ValueError(f"{name}: a config is a mapping of keys to values, this is a {type(data).__name__}.")
+    return data
+
+
+def _near_paths(path: str) -> Iterator[str]:
+    """Existing files that the user may have meant by a path that does not exist."""
+    wanted = Path(path)
+    below_configs = Path("configs") / wanted
+    if not wanted.is_absolute() and below_configs.is_file():
+        yield str(below_configs)
+    parent = wanted.parent
+    if parent.is_dir():
+        yield from (str(parent / name) for name in near_names(wanted.name, os.listdir(parent)))
+        folders = parent.parent
+    else:
+        folders = (
+            next(folder for folder in parent.parents if folder.is_dir()) if parent.parents else Path(".")
+        )
+    # The right file in the wrong folder.
+    for folder in sorted(folders.iterdir()):
+        candidate = folder / wanted.name
+        if candidate.is_file() and candidate != wanted:
+            yield str(candidate)
+
+
+def _missing(path: str, asked_by: str | None) -> FileNotFoundError:
+    near = list(dict.fromkeys(_near_paths(path)))[:3]
+    by = f", which {asked_by!r} names as its {BASE_KEY}" if asked_by else ""
+    hint = (
+        f" Did you mean {' or '.join(map(repr, near))}?"
+        if near
+        else f" The working directory is {os.getcwd()!r}."
+    )
+    return FileNotFoundError(f"There is no config file {path!r}{by}.{hint}")
+
+
+def read_yaml(path: str, asked_by: str | None = None) -> dict[str, Any]:
+    """Reads one YAML file, leaving its `_BASE_` alone.
+
+    Args:
+        path: a file or an address that `PathManager` knows.
+        asked_by: the config that has it as its base, for messages.
+
+    Raises:
+        FileNotFoundError: it does not exist; near paths are listed.
+        ValueError: see `parse_yaml`.
+    """
+    if "://" not in path and not os.path.isfile(path):
+        raise _missing(path, asked_by)
+    with (
+        PathManager.open(path, "r", encoding="utf-8")
+        if "://" not in path
+        else PathManager.open(path, "r") as f
+    ):
+        return parse_yaml(f.read(), path)
+
+
+def _resolve(base: str, path: str) -> str:
+    """The path of a base: absolute, below the home directory (~), an address, or relative to the config."""
+    if base.startswith("~"):
+        return os.path.expanduser(base)
+    if "://" in base or os.path.isabs(base):
+        return base
+    return os.path.join(os.path.dirname(path), base)
+
+
+def _overlay(upper: dict[str, Any], lower: dict[str, Any], path: str, prefix: str = "") -> None:
+    """Merges `upper` into `lower`: sections key by key, everything else replaced."""
+    for key, value in upper.items():
+        if isinstance(value, dict) and key in lower:
+            if not isinstance(lower[key], dict):
+                raise ValueError(
+                    f"{path}: {prefix}{key} is a section here, but a single value in its {BASE_KEY}."
+                )
+            _overlay(value, lower[key], path, f"{prefix}{key}.")
+        else:
+            lower[key] = value
+
+
+def _keys(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _keys(value, f"{prefix}{key}.")
+
+
+def read_yaml_with_bases(path: str, _chain: tuple[str, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
+    """Reads a YAML config on top of the config or configs that its key `_BASE_` names.
+
+    `_BASE_` is a path or a list of paths, of which later ones win over earlier ones; the file itself wins
+    over all. Paths are relative to the file, absolute, below ``~``, or addresses.
+
+    Returns:
+        The merged mapping, and for each of its dotted keys the file that gave the value.
+
+    Raises:
+        FileNotFoundError: the file or a base does not exist.
+        ValueError: a file is not a valid config, or the bases go in a circle.
+    """
+    path = os.fspath(path)
+    identity = path if "://" in path else os.path.realpath(path)
+    if identity in _chain:
+        raise ValueError(f"{BASE_KEY} goes in a circle: {' -> '.join((*_chain, identity))}")
+    own = read_yaml(path, asked_by=_chain[-1] if _chain else None)
+    bases = own.pop(BASE_KEY, [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ValueError(f"{path}: {BASE_KEY} must be a path or a list of paths, got {bases!r}.")
+    merged: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for base in bases:
+        tree, base_origins = read_yaml_with_bases(_resolve(base, path), (*_chain, identity))
+        _overlay(tree, merged, path)
+        origins |= base_origins
+    _overlay(own, merged, path)
+    return merged, origins | dict.fromkeys(_keys(own), path)

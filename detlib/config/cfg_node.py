@@ -1,0 +1,136 @@
+"""`CfgNode`: a tree of config keys that is read from YAML."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import yaml
+from yacs.config import CfgNode as _YacsNode
+
+from detlib.config._merge import LEAF_TYPES, Assignment, plan_override, plan_tree
+from detlib.config._yaml import BASE_KEY, parse_yaml, read_yaml_with_bases
+from detlib.config.compat import upgrade_tree
+from detlib.utils.suggest import suggest
+
+__all__ = ["CfgNode"]
+
+
+class CfgNode(_YacsNode):
+    """A section of a config: a dict whose keys are attributes too, with values, or sections again.
+
+    Values are int, float, str, bool, None, or lists and tuples. Merging takes existing keys only and keeps
+    their types (an int may stand for a float, a list for a tuple, a name for a tuple of names); a merge that
+    fails changes nothing. YAML is read safely: no code runs from a config file.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
+            return self[name]
+        near = "" if name.startswith("_") else suggest(name, (str(key) for key in self))
+        raise AttributeError(f"This config section has no key {name!r}.{near}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self.is_frozen():
+            raise AttributeError(
+                f"Cannot set {name} to {value!r}: the config is frozen (cfg.defrost() undoes it)."
+            )
+        if name in self.__dict__:
+            raise AttributeError(f"{name!r} is internal to CfgNode and no config key.")
+        if isinstance(value, dict) and not isinstance(value, _YacsNode):
+            value = type(self)(value)
+        if not isinstance(value, _YacsNode) and type(value) not in LEAF_TYPES:
+            legal = ", ".join(t.__name__ for t in LEAF_TYPES)
+            raise TypeError(
+                f"Config key {name} cannot hold {value!r} of type {type(value).__name__}; legal are {legal}."
+            )
+        self[name] = value
+
+    @classmethod
+    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
+        """Reads a YAML file on top of its `_BASE_` files into nested dicts; see `merge_from_file`."""
+        return read_yaml_with_bases(filename)[0]
+
+    @classmethod
+    def load_cfg(cls, cfg_file_obj_or_str: Any) -> "CfgNode":
+        """Makes a config of an open YAML file or a YAML text; `_BASE_` has no meaning there."""
+        is_text = isinstance(cfg_file_obj_or_str, str)
+        text = cfg_file_obj_or_str if is_text else cfg_file_obj_or_str.read()
+        return cls(
+            parse_yaml(text, "<string>" if is_text else getattr(cfg_file_obj_or_str, "name", "<file>"))
+        )
+
+    def merge_from_file(self, cfg_filename: str, allow_unsafe: bool = True) -> None:
+        """Merges a YAML file, and below it the files that its key `_BASE_` names.
+
+        `_BASE_` is a path or a list of them: relative to the file, absolute, below ``~``, or an address. A
+        file of VERSION 1 is brought up to the current one on the way.
+
+        Args:
+            cfg_filename: the file, or an address such as "https://...".
+            allow_unsafe: accepted for compatibility and without effect: Python objects are never loaded. Only
+                ``!!python/object/apply:eval ["..."]`` is understood, and read as arithmetic.
+
+        Raises:
+            FileNotFoundError: the file or a base is missing; near paths are listed.
+            KeyError: a key does not exist; near keys are listed.
+            ValueError: the file is no valid config, or a value has the wrong type.
+        """
+        tree, origins = read_yaml_with_bases(cfg_filename)
+        if "VERSION" in self:
+            model = self.get("MODEL")
+            meta_architecture = model.get("META_ARCHITECTURE") if isinstance(model, dict) else None
+            upgrade_tree(tree, str(cfg_filename), meta_architecture)
+        self._carry_out(plan_tree(tree, self, self, lambda key: f" (in {origins.get(key, cfg_filename)})"))
+
+    def merge_from_other_cfg(self, cfg_other: dict[str, Any]) -> None:
+        """Merges another config, or nested dicts.
+
+        Raises:
+            KeyError, ValueError: as `merge_from_file`.
+        """
+        if not isinstance(cfg_other, dict):
+            raise TypeError(f"cfg_other must be a CfgNode or a dict, got {type(cfg_other).__name__}.")
+        if BASE_KEY in cfg_other:
+            raise KeyError(f"{BASE_KEY} is only understood in files; use merge_from_file.")
+        self._carry_out(plan_tree(cfg_other, self, self))
+
+    def merge_from_list(self, cfg_list: list[Any]) -> None:
+        """Merges pairs, as a command line gives them: ``["SOLVER.BASE_LR", "0.01", "INPUT.MIN_SIZE_TRAIN",
+        "(240,)"]``.
+
+        Strings are read as Python literals where they are one and the key does not want a string.
+
+        Raises:
+            KeyError: a key does not exist; near keys are listed.
+            ValueError: the number of items is odd, or a value has the wrong type.
+        """
+        if len(cfg_list) % 2:
+            stray = next((item for item in cfg_list if isinstance(item, str) and "=" in item), None)
+            hint = f" Write {' '.join(stray.split('=', 1))}, with a space." if stray else ""
+            raise ValueError(
+                f"Overrides are pairs of KEY VALUE, but {len(cfg_list)} items came: {list(cfg_list)}.{hint}"
+            )
+        pairs = list(zip(cfg_list[0::2], cfg_list[1::2]))
+        for key, _ in pairs:
+            if not isinstance(key, str):
+                raise ValueError(f"Overrides are pairs of KEY VALUE, but {key!r} stands where a key should.")
+        self._carry_out(step for key, value in pairs for step in plan_override(key, value, self))
+
+    def _carry_out(self, plan: Iterable[Assignment]) -> None:
+        steps = list(plan)  # an error in any of them comes before the first is done
+        if self.is_frozen():
+            raise AttributeError("Cannot merge: the config is frozen (cfg.defrost() undoes it).")
+        for node, key, value in steps:
+            node[key] = value
+
+    def dump(self, *args: Any, **kwargs: Any) -> str:
+        """Returns the config as YAML for `merge_from_file`; arguments go to ``yaml.safe_dump``."""
+        return yaml.safe_dump(_plain(self), *args, **kwargs)
+
+
+def _plain(value: Any) -> Any:
+    """Nested dicts and lists, which is what YAML has."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,49 @@
+"""Keys of the optimiser and its schedule: SOLVER. Iterations count optimiser steps from 0."""
+
+SOLVER = {
+    # Pictures in a batch, over all processes.
+    "IMS_PER_BATCH": 16,
+    # With N > 0 the config is meant for N processes: started with another number, batch, learning rate and
+    # schedule are scaled to it (see DefaultTrainer.auto_scale_workers). 0: never.
+    "REFERENCE_WORLD_SIZE": 0,
+    "MAX_ITER": 40000,
+    # A name of detlib.solver: WarmupMultiStepLR, WarmupCosineLR, WarmupStepWithFixedGammaLR.
+    "LR_SCHEDULER_NAME": "WarmupMultiStepLR",
+    "BASE_LR": 0.001,
+    # Where WarmupCosineLR ends.
+    "BASE_LR_END": 0.0,
+    # At these iterations the rate is multiplied by GAMMA (WarmupMultiStepLR).
+    "STEPS": (30000,),
+    "GAMMA": 0.1,
+    # How often WarmupStepWithFixedGammaLR multiplies by GAMMA, evenly over the run.
+    "NUM_DECAYS": 3,
+    # The rate rises from BASE_LR * WARMUP_FACTOR within WARMUP_ITERS iterations: "linear", or "constant" and
+    # then a jump.
+    "WARMUP_FACTOR": 1.0 / 1000,
+    "WARMUP_ITERS": 1000,
+    "WARMUP_METHOD": "linear",
+    # Whether the schedule's whole course is squeezed into what the warm-up leaves, or the warm-up covers its
+    # start.
+    "RESCALE_INTERVAL": False,
+    # Stochastic gradient descent.
+    "MOMENTUM": 0.9,
+    "NESTEROV": False,
+    # Weight decay in general, of normalisation layers, and of biases (None: as in general).
+    "WEIGHT_DECAY": 0.0001,
+    "WEIGHT_DECAY_NORM": 0.0,
+    "WEIGHT_DECAY_BIAS": None,
+    # Factor of the learning rate of biases.
+    "BIAS_LR_FACTOR": 1.0,
+    # Gradients of each parameter: "value" cuts every element to +-CLIP_VALUE, "norm" scales the NORM_TYPE
+    # norm down to it, "full_model" the norm of all parameters together.
+    "CLIP_GRADIENTS": {
+        "ENABLED": False,
+        "CLIP_TYPE": "value",
+        "CLIP_VALUE": 1.0,
+        "NORM_TYPE": 2.0,
+    },
+    # Iterations between checkpoints.
+    "CHECKPOINT_PERIOD": 5000,
+    # Automatic mixed precision, float16 on CUDA.
+    "AMP": {"ENABLED": False},
+}
