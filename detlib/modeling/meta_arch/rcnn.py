@@ -1,0 +1,268 @@
+"""Two-stage detectors: backbone, proposals, region heads; and the first stage alone.
+
+Shape legend: N images, C channels, H_i and W_i the size of one image before padding.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from detlib.config import CfgNode, configurable
+from detlib.modeling.backbone import Backbone, build_backbone
+from detlib.modeling.meta_arch.build import META_ARCH_REGISTRY
+from detlib.modeling.postprocessing import detector_postprocess
+from detlib.modeling.preprocess import describe_item, preprocess_images, take_instances
+from detlib.modeling.proposal_generator import build_proposal_generator
+from detlib.modeling.roi_heads import build_roi_heads
+from detlib.structures import ImageList, Instances
+
+__all__ = ["GeneralizedRCNN", "ProposalNetwork"]
+
+
+def _register_pixel_stats(model: nn.Module, pixel_mean: Sequence[float], pixel_std: Sequence[float]) -> None:
+    """Give the model (C, 1, 1) buffers for normalisation; they are not part of its state dict."""
+    if len(pixel_mean) != len(pixel_std):
+        raise ValueError(
+            f"pixel_mean and pixel_std must be of one length, got {list(pixel_mean)} and {list(pixel_std)}."
+        )
+    for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
+        model.register_buffer(
+            name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1), persistent=False
+        )
+
+
+def _postprocess(
+    results: list[Instances], batched_inputs: list[dict], image_sizes: list[tuple[int, int]]
+) -> list[Instances]:
+    """Bring each image's results to the size its dict asks for, or to the input's own."""
+    return [
+        detector_postprocess(r, item.get("height", height), item.get("width", width))
+        for r, item, (height, width) in zip(results, batched_inputs, image_sizes)
+    ]
+
+
+@META_ARCH_REGISTRY.register()
+class GeneralizedRCNN(nn.Module):
+    """Faster and Mask R-CNN: a backbone, a proposal generator and region heads.
+
+    Args:
+        backbone: pictures to a dict of feature maps.
+        proposal_generator: feature maps to proposals; None when each input dict brings its "proposals" (Fast
+            R-CNN).
+        roi_heads: proposals to detections.
+        pixel_mean: mean of each channel, in the pixels' own unit (0 to 255 for the built-in models).
+        pixel_std: standard deviation of each channel.
+        input_format: what the channels mean, such as "BGR"; for whoever draws the inputs.
+        vis_period: every how many iterations to draw; models do not draw, a hook reads this.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        proposal_generator: nn.Module | None,
+        roi_heads: nn.Module,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        input_format: str | None = None,
+        vis_period: int = 0,
+    ):
+        super().__init__()
+        if vis_period > 0 and input_format is None:
+            raise ValueError(
+                "GeneralizedRCNN: vis_period needs input_format, to draw the inputs in true colours."
+            )
+        self.backbone = backbone
+        self.proposal_generator = proposal_generator
+        self.roi_heads = roi_heads
+        self.input_format = input_format
+        self.vis_period = vis_period
+        _register_pixel_stats(self, pixel_mean, pixel_std)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        backbone = build_backbone(cfg)
+        return {
+            "backbone": backbone,
+            "proposal_generator": build_proposal_generator(cfg, backbone.output_shape()),
+            "roi_heads": build_roi_heads(cfg, backbone.output_shape()),
+            "input_format": cfg.INPUT.FORMAT,
+            "vis_period": cfg.VIS_PERIOD,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies; inputs are moved there."""
+        return self.pixel_mean.device
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor] | list[dict]:
+        """Losses in training, detections otherwise.
+
+        Args:
+            batched_inputs: N dicts, each with
+
+                * "image": (C, H_i, W_i) uint8 or float tensor, channels as `input_format` says;
+                * "instances": `Instances` with the truth in pixels of "image"; training only;
+                * "proposals": `Instances` with `proposal_boxes` and `objectness_logits`, for models without a
+                  proposal generator;
+                * "height", "width": the size that outputs shall have; the image's own when left out.
+
+        Returns:
+            In training a dict of scalar losses. Otherwise N dicts with "instances": `pred_boxes`, `scores`,
+            `pred_classes`, and with a mask head `pred_masks` (detections, height, width) bool.
+
+        Raises:
+            TypeError, ValueError: an input of the wrong kind; the message names the item and what is wrong.
+        """
+        if not self.training:
+            return self.inference(batched_inputs)
+        images = self.preprocess_image(batched_inputs)
+        self._check_classes(batched_inputs)
+        gt_instances = take_instances(batched_inputs, "instances", self.device, "Training")
+        features = self.backbone(images.tensor)
+        if self.proposal_generator is not None:
+            proposals, losses = self.proposal_generator(images, features, gt_instances)
+        else:
+            proposals, losses = self._given_proposals(batched_inputs), {}
+        _, head_losses = self.roi_heads(images, features, proposals, gt_instances)
+        return {**head_losses, **losses}
+
+    def inference(
+        self,
+        batched_inputs: list[dict],
+        detected_instances: list[Instances] | None = None,
+        do_postprocess: bool = True,
+    ) -> list[dict] | list[Instances]:
+        """Detect, or run only the heads that follow the boxes.
+
+        Args:
+            batched_inputs: as `forward`'s.
+            detected_instances: N `Instances` with `pred_boxes` and `pred_classes` in pixels of "image"; when
+                given, boxes are taken from here and not predicted.
+            do_postprocess: scale the results to the wanted size and paste masks.
+
+        Returns:
+            As `forward`; without `do_postprocess` the N `Instances` themselves, in pixels of "image", with
+            `pred_masks` (detections, 1, M, M).
+        """
+        if self.training:
+            raise ValueError("GeneralizedRCNN.inference: the model is in training mode; call eval() first.")
+        images = self.preprocess_image(batched_inputs)
+        features = self.backbone(images.tensor)
+        if detected_instances is None:
+            if self.proposal_generator is not None:
+                proposals, _ = self.proposal_generator(images, features, None)
+            else:
+                proposals = self._given_proposals(batched_inputs)
+            results, _ = self.roi_heads(images, features, proposals, None)
+        else:
+            detected_instances = [x.to(self.device) for x in detected_instances]
+            results = self.roi_heads.forward_with_given_boxes(features, detected_instances)
+        if not do_postprocess:
+            return results
+        return [{"instances": r} for r in _postprocess(results, batched_inputs, images.image_sizes)]
+
+    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
+        """Normalise the pictures, pad them to one size and put them on the model's device."""
+        return preprocess_images(
+            batched_inputs,
+            self.pixel_mean,
+            self.pixel_std,
+            size_divisibility=self.backbone.size_divisibility,
+            padding_constraints=self.backbone.padding_constraints,
+        )
+
+    def _given_proposals(self, batched_inputs: list[dict]) -> list[Instances]:
+        return take_instances(batched_inputs, "proposals", self.device, "A model without proposal generator")
+
+    def _check_classes(self, batched_inputs: list[dict]) -> None:
+        """Refuse labels beyond the classes: the first trains as background, others stop a GPU without a word.
+
+        Labels that already lie on a GPU are left alone: to look at them is to wait for it.
+        """
+        num_classes = getattr(self.roi_heads, "num_classes", None)
+        for i, item in enumerate(batched_inputs):
+            instances = item.get("instances")
+            if num_classes is None or not isinstance(instances, Instances) or not instances.has("gt_classes"):
+                continue
+            labels = instances.gt_classes
+            if (
+                labels.device.type == "cpu"
+                and len(labels)
+                and not 0 <= labels.min() <= labels.max() < num_classes
+            ):
+                raise ValueError(
+                    f"'gt_classes' of {describe_item(batched_inputs, i)} must lie in [0, {num_classes}) "
+                    f"(MODEL.ROI_HEADS.NUM_CLASSES), got {sorted(set(labels.tolist()))}."
+                )
+
+
+@META_ARCH_REGISTRY.register()
+class ProposalNetwork(nn.Module):
+    """A backbone and a proposal generator: the first stage of a two-stage detector by itself.
+
+    Args:
+        backbone: pictures to a dict of feature maps.
+        proposal_generator: feature maps to proposals.
+        pixel_mean: mean of each channel.
+        pixel_std: standard deviation of each channel.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        proposal_generator: nn.Module,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.proposal_generator = proposal_generator
+        _register_pixel_stats(self, pixel_mean, pixel_std)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        backbone = build_backbone(cfg)
+        return {
+            "backbone": backbone,
+            "proposal_generator": build_proposal_generator(cfg, backbone.output_shape()),
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies; inputs are moved there."""
+        return self.pixel_mean.device
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor] | list[dict]:
+        """Losses in training, proposals otherwise.
+
+        Args:
+            batched_inputs: as `GeneralizedRCNN.forward`'s; of "instances" only `gt_boxes` are used.
+
+        Returns:
+            In training a dict of scalar losses. Otherwise N dicts with "proposals": `proposal_boxes` in the
+            wanted size's pixels and `objectness_logits`, by falling score.
+        """
+        images = preprocess_images(
+            batched_inputs,
+            self.pixel_mean,
+            self.pixel_std,
+            size_divisibility=self.backbone.size_divisibility,
+            padding_constraints=self.backbone.padding_constraints,
+        )
+        gt_instances = None
+        if self.training:
+            gt_instances = take_instances(batched_inputs, "instances", self.device, "Training")
+        features = self.backbone(images.tensor)
+        proposals, losses = self.proposal_generator(images, features, gt_instances)
+        if self.training:
+            return losses
+        return [{"proposals": r} for r in _postprocess(proposals, batched_inputs, images.image_sizes)]

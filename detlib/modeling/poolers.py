@@ -1,0 +1,171 @@
+"""Pooling of region features from one level or a whole feature pyramid.
+
+Shape legend: N images, R boxes of all images together, L pyramid levels, C channels, B numbers of a box (4,
+or 5 for rotated boxes), H and W height and width.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torchvision.ops import RoIPool
+
+from detlib.layers import ROIAlign, cat
+from detlib.structures import Boxes
+
+__all__ = ["ROIPooler", "assign_boxes_to_levels", "convert_boxes_to_pooler_format"]
+
+
+def assign_boxes_to_levels(
+    box_lists: list[Boxes],
+    min_level: int,
+    max_level: int,
+    canonical_box_size: int,
+    canonical_level: int,
+) -> torch.Tensor:
+    """Choose the pyramid level of each box by its size: equation 1 of the FPN paper (arXiv:1612.03144).
+
+    A box whose square root of area is `canonical_box_size` goes to `canonical_level`; each doubling goes one
+    up.
+
+    Args:
+        box_lists: N box objects, absolute pixels of the network input.
+        min_level: the finest level, as log2 of its stride.
+        max_level: the coarsest level.
+        canonical_box_size: side in pixels.
+        canonical_level: the level of boxes of that side.
+
+    Returns:
+        (R,) int64, index into the levels, 0 for `min_level`.
+    """
+    sizes = torch.sqrt(cat([boxes.area() for boxes in box_lists]))
+    # The small summand keeps log2 finite for a box of no area; its size is part of the numbers that published
+    # weights were trained with.
+    levels = torch.floor(canonical_level + torch.log2(sizes / canonical_box_size + 1e-8))
+    return levels.clamp(min=min_level, max=max_level).to(torch.int64) - min_level
+
+
+def convert_boxes_to_pooler_format(box_lists: list[Boxes]) -> torch.Tensor:
+    """Join the boxes of N images into one tensor of regions with the image's index in front.
+
+    Args:
+        box_lists: N box objects, (R_i, B) each.
+
+    Returns:
+        (R, 1 + B): column 0 is the index of the image, the rest the box (absolute xyxy pixels for `Boxes`).
+    """
+    boxes = cat([x.tensor for x in box_lists])
+    counts = torch.tensor([len(x) for x in box_lists])
+    images = torch.repeat_interleave(
+        torch.arange(len(box_lists)), counts
+    )  # on the CPU: no wait for the device
+    return cat([images.to(boxes)[:, None], boxes], dim=1)
+
+
+def _level_of_scale(scale: float) -> int:
+    level = -math.log2(scale)
+    if not math.isclose(level, round(level), abs_tol=1e-6):
+        raise ValueError(f"ROIPooler: a scale must be one over a power of 2, got {scale}.")
+    return round(level)
+
+
+def _build_level_pooler(
+    pooler_type: str, output_size: tuple[int, int], scale: float, sampling_ratio: int
+) -> nn.Module:
+    if pooler_type == "ROIAlign":
+        return ROIAlign(output_size, spatial_scale=scale, sampling_ratio=sampling_ratio, aligned=False)
+    if pooler_type == "ROIAlignV2":
+        return ROIAlign(output_size, spatial_scale=scale, sampling_ratio=sampling_ratio, aligned=True)
+    if pooler_type == "ROIPool":
+        return RoIPool(output_size, spatial_scale=scale)
+    raise ValueError(
+        f"ROIPooler: pooler_type {pooler_type!r} is unknown; legal are 'ROIAlign', 'ROIAlignV2', 'ROIPool'."
+    )
+
+
+class ROIPooler(nn.Module):
+    """Pools each box from the level of the pyramid that fits its size.
+
+    Args:
+        output_size: side of the pooled square, or (height, width).
+        scales: one over the stride of each level, finest first; successive powers of 2 when there are
+            several.
+        sampling_ratio: samples a bin along each axis, for the ROIAlign types; 0 takes as many as the box
+            needs.
+        pooler_type: "ROIAlign" (as Detectron's, shifted by half a pixel), "ROIAlignV2" (aligned) or
+            "ROIPool".
+        canonical_box_size: side in pixels of the boxes that go to `canonical_level`.
+        canonical_level: log2 of that level's stride.
+
+    Raises:
+        ValueError: a scale that is no power of 2, levels with a gap, an unknown type.
+    """
+
+    def __init__(
+        self,
+        output_size: int | tuple[int, int],
+        scales: list[float],
+        sampling_ratio: int,
+        pooler_type: str,
+        canonical_box_size: int = 224,
+        canonical_level: int = 4,
+    ):
+        super().__init__()
+        if isinstance(output_size, int):
+            output_size = (output_size, output_size)
+        if len(output_size) != 2 or any(int(side) != side or side < 1 for side in output_size):
+            raise ValueError(
+                f"ROIPooler: output_size must be one or two positive integers, got {output_size}."
+            )
+        if canonical_box_size <= 0:
+            raise ValueError(f"ROIPooler: canonical_box_size must be positive, got {canonical_box_size}.")
+        levels = [_level_of_scale(scale) for scale in scales]
+        if not levels or levels != list(range(levels[0], levels[0] + len(levels))):
+            raise ValueError(
+                f"ROIPooler: scales must fall by factors of 2 from level to level, got {list(scales)}."
+            )
+        self.output_size = tuple(output_size)
+        self.level_poolers = nn.ModuleList(
+            _build_level_pooler(pooler_type, self.output_size, scale, sampling_ratio) for scale in scales
+        )
+        self.min_level = levels[0]
+        self.max_level = levels[-1]
+        self.canonical_level = canonical_level
+        self.canonical_box_size = canonical_box_size
+
+    def forward(self, x: list[torch.Tensor], box_lists: list[Boxes]) -> torch.Tensor:
+        """Pool all boxes of all images.
+
+        Args:
+            x: L feature maps (N, C, H_l, W_l), finest first, one for each scale.
+            box_lists: N box objects, absolute pixels of the network input.
+
+        Returns:
+            (R, C, output height, output width), the boxes in the order of `box_lists`. With no box at all it
+            has R = 0 and still hangs on the features' graph.
+        """
+        if len(x) != len(self.level_poolers):
+            raise ValueError(f"ROIPooler has {len(self.level_poolers)} levels, got {len(x)} feature maps.")
+        if len(box_lists) != x[0].shape[0]:
+            raise ValueError(
+                f"ROIPooler got the boxes of {len(box_lists)} images, features of {x[0].shape[0]}."
+            )
+        if len(box_lists) == 0:
+            return x[0].new_zeros((0, x[0].shape[1], *self.output_size))
+        rois = convert_boxes_to_pooler_format(box_lists)
+        if len(self.level_poolers) == 1:
+            return self.level_poolers[0](x[0], rois)
+        levels = assign_boxes_to_levels(
+            box_lists, self.min_level, self.max_level, self.canonical_box_size, self.canonical_level
+        )
+        return self._pool_by_level(x, rois, levels)
+
+    def _pool_by_level(self, x: list[torch.Tensor], rois: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+        # Sorting by level makes each level's boxes a slice, so the device is waited for once and not once a
+        # level. Levels without boxes are pooled too: their maps stay in the graph, which distributed
+        # training needs.
+        order = torch.argsort(levels)
+        counts = torch.bincount(levels, minlength=len(x)).tolist()
+        slices = rois[order].split(counts)
+        pooled = cat([pool(f, part) for pool, f, part in zip(self.level_poolers, x, slices)])
+        return torch.empty_like(pooled).index_copy(0, order, pooled)

@@ -1,0 +1,102 @@
+"""From a batch of picture dicts to one normalised, padded tensor: shared by every meta architecture."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from detlib.layers import move_device_like
+from detlib.structures import ImageList, Instances
+
+__all__ = ["describe_item", "preprocess_images", "take_instances"]
+
+
+def describe_item(batched_inputs: Sequence[Mapping], index: int) -> str:
+    """Name one item of a batch for messages: its position and, where known, the file it came from."""
+    name = batched_inputs[index].get("file_name")
+    return f"item {index} of the batch" + (f" ({name})" if name else "")
+
+
+def _check_batch(batched_inputs: Sequence[Mapping], num_channels: int) -> None:
+    if isinstance(batched_inputs, (Mapping, torch.Tensor, str)) or not all(
+        isinstance(item, Mapping) for item in batched_inputs
+    ):
+        raise TypeError(
+            "A model takes a list of dicts, one for each image, such as [{'image': tensor}]; "
+            f"got {type(batched_inputs).__name__}."
+        )
+    if len(batched_inputs) == 0:
+        raise ValueError("A model takes a list of at least one image dict; got an empty list.")
+    for i, item in enumerate(batched_inputs):
+        if "image" not in item:
+            raise ValueError(f"{describe_item(batched_inputs, i)} has no 'image'; it has {sorted(item)}.")
+        image = item["image"]
+        if not isinstance(image, torch.Tensor):
+            raise TypeError(
+                f"'image' of {describe_item(batched_inputs, i)} must be a torch.Tensor of shape (C, H, W), "
+                f"got {type(image).__name__}."
+            )
+        if image.dim() != 3 or image.shape[0] != num_channels:
+            hint = ""
+            if image.dim() == 3 and image.shape[2] == num_channels:
+                hint = " It looks like (H, W, C): use image.permute(2, 0, 1)."
+            raise ValueError(
+                f"'image' of {describe_item(batched_inputs, i)} must have shape ({num_channels}, H, W), "
+                f"got {tuple(image.shape)}.{hint}"
+            )
+        if image.dtype == torch.bool or image.is_complex():
+            raise ValueError(
+                f"'image' of {describe_item(batched_inputs, i)} must hold pixel values (uint8 or floating "
+                f"point, in [0, 255] for the built-in models), got {image.dtype}."
+            )
+        if image.numel() == 0:
+            raise ValueError(f"'image' of {describe_item(batched_inputs, i)} is empty: {tuple(image.shape)}.")
+
+
+def preprocess_images(
+    batched_inputs: Sequence[Mapping],
+    pixel_mean: torch.Tensor,
+    pixel_std: torch.Tensor,
+    *,
+    size_divisibility: int = 0,
+    padding_constraints: Mapping[str, int] | None = None,
+) -> ImageList:
+    """Normalise the pictures of a batch on the model's device and pad them to one size.
+
+    Args:
+        batched_inputs: N dicts with "image": (C, H_i, W_i), uint8 or floating point, any device.
+        pixel_mean: (C, 1, 1) float, on the model's device.
+        pixel_std: (C, 1, 1) float.
+        size_divisibility: padded height and width become multiples of it.
+        padding_constraints: the backbone's further wishes, see `ImageList.from_tensors`.
+
+    Returns:
+        `ImageList` of (N, C, H, W) in `pixel_mean`'s dtype; the padding is 0, that is the mean colour.
+
+    Raises:
+        TypeError, ValueError: the batch is no list of dicts, or an image is no (C, H, W) tensor of numbers.
+    """
+    _check_batch(batched_inputs, pixel_mean.shape[0])
+    images = [
+        (move_device_like(item["image"], pixel_mean) - pixel_mean) / pixel_std for item in batched_inputs
+    ]
+    return ImageList.from_tensors(
+        images, size_divisibility, padding_constraints=dict(padding_constraints or {})
+    )
+
+
+def take_instances(
+    batched_inputs: Sequence[Mapping], key: str, device: torch.device, why: str
+) -> list[Instances]:
+    """Take the `Instances` under `key` ("instances", "proposals") out of every dict, on `device`.
+
+    Raises:
+        ValueError: a dict lacks the key; `why` says what needs it.
+    """
+    for i, item in enumerate(batched_inputs):
+        if not isinstance(item.get(key), Instances):
+            found = type(item[key]).__name__ if key in item else "nothing"
+            raise ValueError(
+                f"{why} needs {key!r}, an Instances, in every dict; {describe_item(batched_inputs, i)} "
+                f"has {found} there."
+            )
+    return [item[key].to(device) for item in batched_inputs]

@@ -1,0 +1,33 @@
+"""The second stage of two-stage detectors."""
+
+from detlib.modeling.roi_heads.box_head import ROI_BOX_HEAD_REGISTRY, FastRCNNConvFCHead, build_box_head
+from detlib.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
+from detlib.modeling.roi_heads.mask_head import (
+    ROI_MASK_HEAD_REGISTRY,
+    BaseMaskRCNNHead,
+    MaskRCNNConvUpsampleHead,
+    build_mask_head,
+)
+from detlib.modeling.roi_heads.roi_heads import (
+    ROI_HEADS_REGISTRY,
+    ROIHeads,
+    StandardROIHeads,
+    build_roi_heads,
+    select_foreground_proposals,
+)
+
+__all__ = [
+    "BaseMaskRCNNHead",
+    "FastRCNNConvFCHead",
+    "FastRCNNOutputLayers",
+    "MaskRCNNConvUpsampleHead",
+    "ROIHeads",
+    "ROI_BOX_HEAD_REGISTRY",
+    "ROI_HEADS_REGISTRY",
+    "ROI_MASK_HEAD_REGISTRY",
+    "StandardROIHeads",
+    "build_box_head",
+    "build_mask_head",
+    "build_roi_heads",
+    "select_foreground_proposals",
+]

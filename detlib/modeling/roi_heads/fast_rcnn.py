@@ -1,0 +1,398 @@
+"""The Fast R-CNN box predictor (arXiv:1504.08083): layers, losses and inference.
+
+Shape legend: R regions of all images together, R_i those of one image, K classes (label K is the background),
+B numbers of a box (4, or 5 for rotated boxes).
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from detlib.config import CfgNode, configurable
+from detlib.layers import ShapeSpec, cat, cross_entropy, nonzero_tuple
+from detlib.modeling.box_regression import Box2BoxTransform, box_regression_loss
+from detlib.modeling.roi_heads.training_stats import put_scalars, to_floats
+from detlib.structures import Boxes, Instances
+
+__all__ = ["FastRCNNOutputLayers", "fast_rcnn_inference", "fast_rcnn_inference_single_image"]
+
+
+def fast_rcnn_inference(
+    boxes: list[torch.Tensor],
+    scores: list[torch.Tensor],
+    image_shapes: list[tuple[int, int]],
+    score_thresh: float,
+    nms_thresh: float,
+    topk_per_image: int,
+    box_type: type[Boxes] = Boxes,
+) -> tuple[list[Instances], list[torch.Tensor]]:
+    """Turn scored boxes into detections, image by image: see `fast_rcnn_inference_single_image`.
+
+    Args:
+        boxes: for each image (R_i, K * B), or (R_i, B) when boxes do not depend on the class; absolute
+            pixels.
+        scores: for each image (R_i, K + 1) probabilities, the background last.
+        image_shapes: (height, width) of each image.
+        score_thresh: only scores above it are kept.
+        nms_thresh: overlap above which the lower scoring of two boxes of a class is dropped.
+        topk_per_image: at most so many detections an image; negative for all.
+        box_type: what kind of boxes these are; it brings clipping and NMS.
+
+    Returns:
+        The detections of each image (`pred_boxes`, `scores`, `pred_classes`, by falling score), and for each
+        image the rows of `boxes` that they come from, (detections,) int64.
+    """
+    results = [
+        fast_rcnn_inference_single_image(
+            image_boxes, image_scores, shape, score_thresh, nms_thresh, topk_per_image, box_type
+        )
+        for image_boxes, image_scores, shape in zip(boxes, scores, image_shapes)
+    ]
+    return [r[0] for r in results], [r[1] for r in results]
+
+
+def fast_rcnn_inference_single_image(
+    boxes: torch.Tensor,
+    scores: torch.Tensor,
+    image_shape: tuple[int, int],
+    score_thresh: float,
+    nms_thresh: float,
+    topk_per_image: int,
+    box_type: type[Boxes] = Boxes,
+) -> tuple[Instances, torch.Tensor]:
+    """Threshold the scores, clip the boxes, apply NMS class by class and keep the best.
+
+    Regions with a box or score that is not finite are left out. Arguments and results are those of
+    `fast_rcnn_inference` for one image.
+    """
+    finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores).all(dim=1)
+    scores = scores[:, :-1]
+    boxes = boxes.reshape(len(boxes), -1, box_type.box_dim)  # (R_i, K or 1, B)
+    rows, classes = nonzero_tuple((scores > score_thresh) & finite[:, None])
+    candidates = box_type(boxes[rows, 0 if boxes.shape[1] == 1 else classes])
+    candidates.clip(image_shape)
+    scores = scores[rows, classes]
+    keep = candidates.batched_nms(scores, classes, nms_thresh)
+    if topk_per_image >= 0:
+        keep = keep[:topk_per_image]
+    result = Instances(
+        image_shape, pred_boxes=candidates[keep], scores=scores[keep], pred_classes=classes[keep]
+    )
+    return result, rows[keep]
+
+
+def _log_classification_stats(logits: torch.Tensor, gt_classes: torch.Tensor) -> None:
+    """Write accuracy, foreground accuracy and the part of the foreground that was called background."""
+    if gt_classes.numel() == 0:
+        return
+    background = logits.shape[1] - 1
+    predicted = logits.argmax(dim=1)
+    right = predicted == gt_classes
+    foreground = (gt_classes >= 0) & (gt_classes < background)
+    num_right, num_foreground, num_foreground_right, num_missed = to_floats(
+        right.sum(),
+        foreground.sum(),
+        (right & foreground).sum(),
+        (foreground & (predicted == background)).sum(),
+    )
+    put_scalars("fast_rcnn", cls_accuracy=num_right / gt_classes.numel())
+    if num_foreground > 0:
+        put_scalars(
+            "fast_rcnn",
+            fg_cls_accuracy=num_foreground_right / num_foreground,
+            false_negative=num_missed / num_foreground,
+        )
+
+
+def _cat_gt_boxes(proposals: list[Instances]) -> torch.Tensor:
+    """(R, B); the images without objects have no true boxes, and their regions need none."""
+    return cat([(p.gt_boxes if p.has("gt_boxes") else p.proposal_boxes).tensor for p in proposals])
+
+
+class FastRCNNOutputLayers(nn.Module):
+    """Two linear layers that give class scores and box deltas for each region.
+
+    Args:
+        input_shape: shape of a region's features; a bare int means so many channels.
+        box2box_transform: `Box2BoxTransform`, or `Box2BoxTransformRotated` for boxes of 5 numbers.
+        num_classes: K, the background not counted.
+        test_score_thresh: only detections that score above it are kept.
+        test_nms_thresh: NMS overlap threshold.
+        test_topk_per_image: at most so many detections an image.
+        cls_agnostic_bbox_reg: one box a region instead of one for each class.
+        smooth_l1_beta: where smooth L1 turns from a parabola to a line; 0 is plain L1.
+        box_reg_loss_type: "smooth_l1", "giou", "diou" or "ciou".
+        loss_weight: one factor for all losses, or a dict with "loss_cls" and "loss_box_reg".
+        use_fed_loss: classify only among the classes present and some sampled ones (federated loss,
+            arXiv:2103.07461); needs `use_sigmoid_ce`.
+        use_sigmoid_ce: one sigmoid a class in place of the softmax.
+        get_fed_loss_cls_weights: how likely each class is to be sampled by the federated loss: (K,) tensor,
+            or a function that returns it.
+        fed_loss_num_classes: how many classes the federated loss takes.
+
+    Raises:
+        ValueError: an unknown loss type, or the federated loss without its weights or without sigmoids.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        input_shape: ShapeSpec | int,
+        *,
+        box2box_transform: Box2BoxTransform,
+        num_classes: int,
+        test_score_thresh: float = 0.0,
+        test_nms_thresh: float = 0.5,
+        test_topk_per_image: int = 100,
+        cls_agnostic_bbox_reg: bool = False,
+        smooth_l1_beta: float = 0.0,
+        box_reg_loss_type: str = "smooth_l1",
+        loss_weight: float | dict[str, float] = 1.0,
+        use_fed_loss: bool = False,
+        use_sigmoid_ce: bool = False,
+        get_fed_loss_cls_weights: Callable[[], torch.Tensor] | torch.Tensor | None = None,
+        fed_loss_num_classes: int = 50,
+    ):
+        super().__init__()
+        if isinstance(input_shape, int):
+            input_shape = ShapeSpec(channels=input_shape)
+        if box_reg_loss_type not in ("smooth_l1", "giou", "diou", "ciou"):
+            raise ValueError(
+                f"FastRCNNOutputLayers: box_reg_loss_type {box_reg_loss_type!r} is unknown; legal are "
+                "'smooth_l1', 'giou', 'diou' and 'ciou'."
+            )
+        self.num_classes = num_classes
+        self.box2box_transform = box2box_transform
+        self.box_dim = box2box_transform.box_dim
+        input_size = math.prod((input_shape.channels, input_shape.height or 1, input_shape.width or 1))
+        self.cls_score = nn.Linear(input_size, num_classes + 1)
+        self.bbox_pred = nn.Linear(input_size, (1 if cls_agnostic_bbox_reg else num_classes) * self.box_dim)
+        for layer, std in ((self.cls_score, 0.01), (self.bbox_pred, 0.001)):
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
+
+        self.smooth_l1_beta = smooth_l1_beta
+        self.test_score_thresh = test_score_thresh
+        self.test_nms_thresh = test_nms_thresh
+        self.test_topk_per_image = test_topk_per_image
+        self.box_reg_loss_type = box_reg_loss_type
+        if not isinstance(loss_weight, dict):
+            loss_weight = {"loss_cls": loss_weight, "loss_box_reg": loss_weight}
+        self.loss_weight = loss_weight
+        self.use_fed_loss = use_fed_loss
+        self.use_sigmoid_ce = use_sigmoid_ce
+        self.fed_loss_num_classes = fed_loss_num_classes
+        if use_fed_loss:
+            self._init_fed_loss(get_fed_loss_cls_weights)
+
+    def _init_fed_loss(self, weights: Callable[[], torch.Tensor] | torch.Tensor | None) -> None:
+        if not self.use_sigmoid_ce:
+            raise ValueError("FastRCNNOutputLayers: use_fed_loss needs use_sigmoid_ce = True.")
+        weights = weights() if callable(weights) else weights
+        if weights is None or tuple(weights.shape) != (self.num_classes,):
+            found = "none" if weights is None else f"shape {tuple(weights.shape)}"
+            raise ValueError(
+                "FastRCNNOutputLayers: use_fed_loss needs get_fed_loss_cls_weights, sampling weights of the "
+                f"{self.num_classes} classes (a tensor, or a function that returns it); got {found}."
+            )
+        self.register_buffer("fed_loss_cls_weights", weights.float(), persistent=False)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
+        head = cfg.MODEL.ROI_BOX_HEAD
+        return {
+            "input_shape": input_shape,
+            "box2box_transform": Box2BoxTransform(weights=head.BBOX_REG_WEIGHTS),
+            "num_classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES,
+            "cls_agnostic_bbox_reg": head.CLS_AGNOSTIC_BBOX_REG,
+            "smooth_l1_beta": head.SMOOTH_L1_BETA,
+            "test_score_thresh": cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST,
+            "test_nms_thresh": cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST,
+            "test_topk_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "box_reg_loss_type": head.BBOX_REG_LOSS_TYPE,
+            "loss_weight": {"loss_box_reg": head.BBOX_REG_LOSS_WEIGHT},
+            "use_fed_loss": head.USE_FED_LOSS,
+            "use_sigmoid_ce": head.USE_SIGMOID_CE,
+            "fed_loss_num_classes": head.FED_LOSS_NUM_CLASSES,
+        }
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Score regions and predict their box deltas.
+
+        Args:
+            x: (R, ...) features; what follows R is flattened.
+
+        Returns:
+            (R, K + 1) logits, the background last, and (R, K * B) deltas, or (R, B) when class agnostic.
+        """
+        x = x.flatten(start_dim=1)
+        return self.cls_score(x), self.bbox_pred(x)
+
+    def losses(
+        self, predictions: tuple[torch.Tensor, torch.Tensor], proposals: list[Instances]
+    ) -> dict[str, torch.Tensor]:
+        """Classification and box regression losses of sampled regions.
+
+        Args:
+            predictions: what `forward` returned, R regions.
+            proposals: N sampled `Instances` with `proposal_boxes`, `gt_classes` (K for background) and,
+                where the image has objects, `gt_boxes`; R in all.
+
+        Returns:
+            {"loss_cls": scalar, "loss_box_reg": scalar}, weighted; zeros with a graph when R is 0.
+        """
+        logits, deltas = predictions
+        logits = logits.float()
+        if proposals:
+            gt_classes = cat([p.gt_classes for p in proposals])
+            proposal_boxes = cat([p.proposal_boxes.tensor for p in proposals])
+            gt_boxes = _cat_gt_boxes(proposals)
+        else:
+            gt_classes = torch.empty(0, dtype=torch.int64, device=logits.device)
+            proposal_boxes = gt_boxes = logits.new_empty((0, self.box_dim))
+        if proposal_boxes.requires_grad:
+            raise ValueError("FastRCNNOutputLayers: proposal boxes must not require gradients; detach them.")
+        _log_classification_stats(logits.detach(), gt_classes)
+        if self.use_sigmoid_ce:
+            loss_cls = self.sigmoid_cross_entropy_loss(logits, gt_classes)
+        else:
+            loss_cls = cross_entropy(logits, gt_classes, reduction="mean")
+        losses = {
+            "loss_cls": loss_cls,
+            "loss_box_reg": self.box_reg_loss(proposal_boxes, gt_boxes, deltas, gt_classes),
+        }
+        return {name: loss * self.loss_weight.get(name, 1.0) for name, loss in losses.items()}
+
+    def get_fed_loss_classes(
+        self, gt_classes: torch.Tensor, num_fed_loss_classes: int, num_classes: int, weight: torch.Tensor
+    ) -> torch.Tensor:
+        """Choose the classes that take part in the federated loss: all that are present, and some drawn ones.
+
+        Args:
+            gt_classes: (R,) int64 in [0, K].
+            num_fed_loss_classes: how many classes there shall be at least; present ones may be more.
+            num_classes: K.
+            weight: (K,) how likely each absent class is to be drawn.
+
+        Returns:
+            int64 labels without repetition; K, the background, is among them when it is present.
+        """
+        present = torch.unique(gt_classes)
+        chances = torch.cat([weight.float(), weight.new_zeros(1, dtype=torch.float32)])
+        chances[present] = 0
+        num_drawn = min(num_fed_loss_classes - len(present), int((chances > 0).sum()))
+        if num_drawn <= 0:
+            return present
+        return torch.cat([present, torch.multinomial(chances, num_drawn, replacement=False)])
+
+    def sigmoid_cross_entropy_loss(
+        self, pred_class_logits: torch.Tensor, gt_classes: torch.Tensor
+    ) -> torch.Tensor:
+        """Binary cross-entropy of every class, summed over classes and averaged over regions.
+
+        Args:
+            pred_class_logits: (R, K + 1); the last column is not used.
+            gt_classes: (R,) int64 in [0, K]; background regions are negatives of every class.
+
+        Returns:
+            Scalar; zero with a graph when R is 0.
+        """
+        num_regions, num_classes = pred_class_logits.shape[0], pred_class_logits.shape[1] - 1
+        if num_regions == 0:
+            return pred_class_logits.sum() * 0
+        logits = pred_class_logits[:, :-1]
+        target = F.one_hot(gt_classes, num_classes + 1)[:, :-1].to(logits.dtype)
+        loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        if self.use_fed_loss:
+            chosen = self.get_fed_loss_classes(
+                gt_classes, self.fed_loss_num_classes, num_classes, self.fed_loss_cls_weights
+            )
+            mask = loss.new_zeros(num_classes + 1)
+            mask[chosen] = 1
+            loss = loss * mask[:-1]
+        return loss.sum() / num_regions
+
+    def box_reg_loss(
+        self,
+        proposal_boxes: torch.Tensor,
+        gt_boxes: torch.Tensor,
+        pred_deltas: torch.Tensor,
+        gt_classes: torch.Tensor,
+    ) -> torch.Tensor:
+        """Box loss of the foreground, summed and divided by the number of all regions.
+
+        All regions count in the divisor, so every foreground region weighs the same whatever the number of
+        foreground regions that its image happens to have.
+
+        Args:
+            proposal_boxes: (R, B), absolute pixels.
+            gt_boxes: (R, B) matched true boxes; rows of background regions are not looked at.
+            pred_deltas: (R, K * B), or (R, B).
+            gt_classes: (R,) int64 in [0, K].
+
+        Returns:
+            Scalar float32.
+        """
+        (foreground,) = nonzero_tuple((gt_classes >= 0) & (gt_classes < self.num_classes))
+        deltas = pred_deltas.reshape(len(pred_deltas), -1, self.box_dim)  # (R, K or 1, B)
+        chosen = 0 if deltas.shape[1] == 1 else gt_classes[foreground]
+        loss = box_regression_loss(
+            self.box2box_transform,
+            proposal_boxes[foreground],
+            deltas[foreground, chosen].float(),
+            gt_boxes[foreground],
+            self.box_reg_loss_type,
+            self.smooth_l1_beta,
+        )
+        return loss / max(gt_classes.numel(), 1.0)
+
+    def inference(
+        self, predictions: tuple[torch.Tensor, torch.Tensor], proposals: list[Instances]
+    ) -> tuple[list[Instances], list[torch.Tensor]]:
+        """Detections of each image, from what `forward` returned and the regions it was for.
+
+        Returns:
+            As `fast_rcnn_inference`.
+        """
+        return fast_rcnn_inference(
+            self.predict_boxes(predictions, proposals),
+            self.predict_probs(predictions, proposals),
+            [x.image_size for x in proposals],
+            self.test_score_thresh,
+            self.test_nms_thresh,
+            self.test_topk_per_image,
+            type(proposals[0].proposal_boxes) if proposals else Boxes,
+        )
+
+    def predict_boxes_for_gt_classes(
+        self, predictions: tuple[torch.Tensor, torch.Tensor], proposals: list[Instances]
+    ) -> tuple[torch.Tensor, ...]:
+        """For each image (R_i, B): the box of each region's true class; the background's is class K - 1's."""
+        if not proposals:
+            return ()
+        boxes = cat(self.predict_boxes(predictions, proposals))
+        boxes = boxes.reshape(len(boxes), -1, self.box_dim)
+        gt_classes = cat([p.gt_classes for p in proposals]).clamp(0, boxes.shape[1] - 1)
+        boxes = boxes[torch.arange(len(boxes), device=boxes.device), gt_classes]
+        return boxes.split([len(p) for p in proposals])
+
+    def predict_boxes(
+        self, predictions: tuple[torch.Tensor, torch.Tensor], proposals: list[Instances]
+    ) -> tuple[torch.Tensor, ...]:
+        """For each image (R_i, K * B), or (R_i, B): regions with the deltas applied, absolute pixels."""
+        if not proposals:
+            return ()
+        proposal_boxes = cat([p.proposal_boxes.tensor for p in proposals])
+        boxes = self.box2box_transform.apply_deltas(predictions[1], proposal_boxes)
+        return boxes.split([len(p) for p in proposals])
+
+    def predict_probs(
+        self, predictions: tuple[torch.Tensor, torch.Tensor], proposals: list[Instances]
+    ) -> tuple[torch.Tensor, ...]:
+        """For each image (R_i, K + 1) float32: the probability of each class, the background last."""
+        logits = predictions[0].float()
+        probs = logits.sigmoid() if self.use_sigmoid_ce else logits.softmax(dim=-1)
+        return probs.split([len(p) for p in proposals])

@@ -1,0 +1,17 @@
+"""The second stages under the path that detectron2's users import them from."""
+
+from detlib.modeling.roi_heads.base import (
+    ROI_HEADS_REGISTRY,
+    ROIHeads,
+    build_roi_heads,
+    select_foreground_proposals,
+)
+from detlib.modeling.roi_heads.standard import StandardROIHeads
+
+__all__ = [
+    "ROI_HEADS_REGISTRY",
+    "ROIHeads",
+    "StandardROIHeads",
+    "build_roi_heads",
+    "select_foreground_proposals",
+]
