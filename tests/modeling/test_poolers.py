@@ -1,0 +1,131 @@
+"""ROIPooler against a loop over boxes with torchvision's operators."""
+
+import math
+
+import pytest
+import torch
+from torchvision.ops import roi_align, roi_pool
+
+from detlib.modeling.poolers import ROIPooler, assign_boxes_to_levels, convert_boxes_to_pooler_format
+from detlib.structures import Boxes
+
+STRIDES = (4, 8, 16, 32)
+
+
+def random_boxes(count: int, generator: torch.Generator, height: int = 256, width: int = 320) -> Boxes:
+    sides = 2 ** (3 + 5 * torch.rand(count, 2, generator=generator))
+    corner = torch.rand(count, 2, generator=generator) * torch.tensor([width, height]) - 10
+    return Boxes(torch.cat([corner, corner + sides], dim=1))
+
+
+def slow_level(box, min_level: int, max_level: int, size: int = 224, level: int = 4) -> int:
+    side = math.sqrt((box[2] - box[0]) * (box[3] - box[1]))
+    wanted = math.floor(level + math.log2(side / size + 1e-8))
+    return min(max(wanted, min_level), max_level) - min_level
+
+
+def test_levels_follow_the_formula():
+    boxes = random_boxes(300, torch.Generator().manual_seed(0))
+    got = assign_boxes_to_levels([boxes[:100], boxes[100:]], 2, 5, 224, 4)
+    assert got.dtype == torch.int64
+    assert got.tolist() == [slow_level(b.tolist(), 2, 5) for b in boxes.tensor]
+    assert len(set(got.tolist())) == 4
+
+
+def test_levels_at_the_borders():
+    def boxes_of_sides(*sides):
+        return [Boxes(torch.tensor([[0.0, 0.0, s, s] for s in sides]))]
+
+    # A doubling of the side goes one level up; the border belongs to the upper level.
+    sides = (0.0, 1.0, 55.0, 56.0, 111.9, 112.0, 223.9, 224.0, 447.9, 448.0, 5000.0)
+    assert assign_boxes_to_levels(boxes_of_sides(*sides), 2, 5, 224, 4).tolist() == [
+        *(0, 0, 0, 0, 0, 1, 1, 2, 2, 3, 3)
+    ]
+    assert assign_boxes_to_levels(boxes_of_sides(31.9, 32.0, 64.0), 3, 5, 32, 4).tolist() == [0, 1, 2]
+
+
+def test_pooler_format_names_the_image():
+    first, second = torch.tensor([[1.0, 2, 3, 4], [5, 6, 7, 8]]), torch.tensor([[9.0, 10, 11, 12]])
+    rois = convert_boxes_to_pooler_format([Boxes(first), Boxes(torch.empty(0, 4)), Boxes(second)])
+    assert rois.tolist() == [[0, 1, 2, 3, 4], [0, 5, 6, 7, 8], [2, 9, 10, 11, 12]]
+
+
+def pool_one_by_one(kind: str, features, box_lists, output_size, sampling_ratio: int) -> torch.Tensor:
+    pooled = []
+    for image, boxes in enumerate(box_lists):
+        for box in boxes.tensor:
+            level = slow_level(box.tolist(), 2, 5) if len(features) > 1 else 0
+            roi = torch.cat([torch.tensor([float(image)]), box])[None]
+            scale = 1 / STRIDES[level]
+            if kind == "ROIPool":
+                pooled.append(roi_pool(features[level], roi, output_size, scale))
+            else:
+                aligned = kind == "ROIAlignV2"
+                pooled.append(roi_align(features[level], roi, output_size, scale, sampling_ratio, aligned))
+    return torch.cat(pooled)
+
+
+@pytest.mark.parametrize("num_levels", [1, 4])
+@pytest.mark.parametrize("kind, sampling_ratio", [("ROIAlign", 2), ("ROIAlignV2", 0), ("ROIPool", 0)])
+def test_pooling_equals_torchvision_box_by_box(kind, sampling_ratio, num_levels):
+    generator = torch.Generator().manual_seed(1)
+    features = [torch.randn(3, 5, 256 // s, 320 // s, generator=generator) for s in STRIDES[:num_levels]]
+    box_lists = [random_boxes(n, generator) for n in (17, 0, 8)]
+    ours = [f.clone().requires_grad_() for f in features]
+    theirs = [f.clone().requires_grad_() for f in features]
+
+    pooler = ROIPooler((3, 4), [1 / s for s in STRIDES[:num_levels]], sampling_ratio, kind)
+    got = pooler(ours, box_lists)
+    want = pool_one_by_one(kind, theirs, box_lists, (3, 4), sampling_ratio)
+    assert got.shape == (25, 5, 3, 4)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+    weights = torch.randn(want.shape, generator=generator)
+    (got * weights).sum().backward()
+    (want * weights).sum().backward()
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a.grad, torch.zeros_like(a) if b.grad is None else b.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_no_boxes_leaves_a_graph():
+    features = [torch.randn(2, 3, 256 // s, 320 // s, requires_grad=True) for s in STRIDES]
+    pooler = ROIPooler(7, [1 / s for s in STRIDES], 0, "ROIAlignV2")
+    out = pooler(features, [Boxes(torch.empty(0, 4))] * 2)
+    assert out.shape == (0, 3, 7, 7)
+    out.sum().backward()
+    assert all(f.grad is not None and not f.grad.any() for f in features)
+
+
+def test_every_level_stays_in_the_graph():
+    features = [torch.randn(1, 3, 256 // s, 320 // s, requires_grad=True) for s in STRIDES]
+    pooler = ROIPooler(7, [1 / s for s in STRIDES], 0, "ROIAlignV2")
+    pooler(features, [Boxes(torch.tensor([[0.0, 0, 20, 20]]))]).sum().backward()
+    assert features[0].grad.any()
+    assert all(f.grad is not None for f in features)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"scales": [1 / 4, 1 / 12]}, "power of 2"),
+        ({"scales": [1 / 4, 1 / 16]}, "factors of 2"),
+        ({"scales": [1 / 8, 1 / 4]}, "factors of 2"),
+        ({"scales": []}, "factors of 2"),
+        ({"pooler_type": "RoIAlign"}, "'ROIAlignV2'"),
+        ({"output_size": (7, 7, 7)}, "output_size"),
+        ({"canonical_box_size": 0}, "canonical_box_size"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    args = {"output_size": 7, "scales": [1 / 4, 1 / 8], "sampling_ratio": 0, "pooler_type": "ROIAlignV2"}
+    with pytest.raises(ValueError, match=message):
+        ROIPooler(**(args | change))
+
+
+def test_wrong_inputs_are_named():
+    pooler = ROIPooler(7, [1 / 4, 1 / 8], 0, "ROIAlignV2")
+    features = [torch.zeros(2, 1, 8, 8), torch.zeros(2, 1, 4, 4)]
+    with pytest.raises(ValueError, match="2 levels, got 1"):
+        pooler(features[:1], [Boxes(torch.zeros(0, 4))] * 2)
+    with pytest.raises(ValueError, match="1 images, features of 2"):
+        pooler(features, [Boxes(torch.zeros(0, 4))])
