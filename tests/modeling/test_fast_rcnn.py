@@ -59,7 +59,7 @@ def slow_inference(boxes, scores, shape, score_thresh, nms_thresh, topk):
         row_boxes = row_boxes.reshape(-1, 4)
         for c, score in enumerate(row_scores[:-1]):
             box = row_boxes[c if len(row_boxes) > 1 else 0]
-            box = np.clip(box, 0, [width, height, width, height])
+            box = box.clip(0, np.array([width, height, width, height], box.dtype))
             if score > score_thresh:
                 found.append((row, c, float(score), box))
     found.sort(key=lambda x: -x[2])
@@ -224,7 +224,9 @@ def test_sigmoid_loss_and_probabilities():
             p = torch.sigmoid(row[k])
             want -= torch.log(p if k == c else 1 - p)
     torch.testing.assert_close(loss, want / 11)
-    torch.testing.assert_close(torch.cat(layers.predict_probs(predictions, proposals)), predictions[0].sigmoid())
+    torch.testing.assert_close(
+        torch.cat(layers.predict_probs(predictions, proposals)), predictions[0].sigmoid()
+    )
 
 
 def test_federated_loss_counts_the_chosen_classes_only():
@@ -264,7 +266,9 @@ def test_federated_loss_needs_weights():
 def test_no_regions_give_zero_losses_with_a_graph(sigmoid, num_images):
     layers = make_layers(use_sigmoid_ce=sigmoid)
     proposals = [
-        Instances((9, 9), proposal_boxes=Boxes(torch.zeros(0, 4)), gt_classes=torch.zeros(0, dtype=torch.int64))
+        Instances(
+            (9, 9), proposal_boxes=Boxes(torch.zeros(0, 4)), gt_classes=torch.zeros(0, dtype=torch.int64)
+        )
         for _ in range(num_images)
     ]
     with EventStorage():

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -34,28 +36,38 @@ def test_proposals_are_scaled_too():
     assert out.objectness_logits.tolist() == [0.5]
 
 
+def slow_paste(mask, box, height: int, width: int, threshold: float) -> torch.Tensor:
+    """Bilinear reading of the mask at each pixel's centre; outside the mask there is nothing."""
+    side = len(mask)
+
+    def value(row: int, column: int) -> float:
+        return mask[row][column] if 0 <= row < side and 0 <= column < side else 0.0
+
+    out = torch.zeros(height, width, dtype=torch.bool)
+    for y in range(height):
+        for x in range(width):
+            v = (y + 0.5 - box[1]) / (box[3] - box[1]) * side - 0.5
+            u = (x + 0.5 - box[0]) / (box[2] - box[0]) * side - 0.5
+            r, c = math.floor(v), math.floor(u)
+            a, b = v - r, u - c
+            top = (1 - b) * value(r, c) + b * value(r, c + 1)
+            bottom = (1 - b) * value(r + 1, c) + b * value(r + 1, c + 1)
+            out[y, x] = (1 - a) * top + a * bottom >= threshold
+    return out
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.3])
 @pytest.mark.parametrize("wrap", [lambda m: m, lambda m: ROIMasks(m[:, 0])])
-def test_masks_are_pasted_into_their_boxes(wrap):
+def test_masks_are_pasted_into_their_boxes(wrap, threshold):
     x = detections()
-    masks = torch.zeros(5, 1, 4, 4)
-    masks[0] = 1  # all of the box
-    masks[2, :, :, :2] = 1  # its left half, part of a box that is cut by the border
+    masks = torch.rand(5, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     x.pred_masks = wrap(masks)
-    out = detector_postprocess(x, 100, 100)
-    assert out.pred_masks.shape == (3, 100, 100) and out.pred_masks.dtype == torch.bool
-    want = torch.zeros(100, 100, dtype=torch.bool)
-    want[20:60, 10:30] = True
-    assert torch.equal(out.pred_masks[0], want)
-    assert not out.pred_masks[1].any()
-    # The mask belongs to the box as it is in the picture after clipping: 90 to 100.
-    assert out.pred_masks[2, 15].nonzero().flatten().tolist() == [90, 91, 92, 93, 94]
-
-
-def test_mask_threshold():
-    x = detections()
-    x.pred_masks = torch.full((5, 1, 4, 4), 0.4)
-    assert not detector_postprocess(x, 100, 100).pred_masks.any()
-    assert detector_postprocess(x, 100, 100, mask_threshold=0.3).pred_masks[0].sum() == 40 * 20
+    out = detector_postprocess(x, 50, 80, mask_threshold=threshold)
+    assert out.pred_masks.shape == (3, 50, 80) and out.pred_masks.dtype == torch.bool
+    # A mask belongs to the box as it is after clipping: the last one reaches from 72 to 80, not to 96.
+    for got, mask, box in zip(out.pred_masks, masks, [[8, 10, 24, 30], [0, 0, 4, 2.5], [72, 5, 80, 10]]):
+        want = slow_paste(mask[0].tolist(), box, 50, 80, threshold)
+        assert torch.equal(got, want) and want.any()
 
 
 def test_keypoints_are_scaled():

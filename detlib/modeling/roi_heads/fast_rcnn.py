@@ -70,7 +70,7 @@ def fast_rcnn_inference_single_image(
     """
     finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores).all(dim=1)
     scores = scores[:, :-1]
-    boxes = boxes.reshape(len(boxes), -1, box_type.box_dim)  # (R_i, K or 1, B)
+    boxes = boxes.unflatten(1, (-1, box_type.box_dim))  # (R_i, K or 1, B)
     rows, classes = nonzero_tuple((scores > score_thresh) & finite[:, None])
     candidates = box_type(boxes[rows, 0 if boxes.shape[1] == 1 else classes])
     candidates.clip(image_shape)
@@ -337,7 +337,7 @@ class FastRCNNOutputLayers(nn.Module):
             Scalar float32.
         """
         (foreground,) = nonzero_tuple((gt_classes >= 0) & (gt_classes < self.num_classes))
-        deltas = pred_deltas.reshape(len(pred_deltas), -1, self.box_dim)  # (R, K or 1, B)
+        deltas = pred_deltas.unflatten(1, (-1, self.box_dim))  # (R, K or 1, B)
         chosen = 0 if deltas.shape[1] == 1 else gt_classes[foreground]
         loss = box_regression_loss(
             self.box2box_transform,
@@ -374,7 +374,7 @@ class FastRCNNOutputLayers(nn.Module):
         if not proposals:
             return ()
         boxes = cat(self.predict_boxes(predictions, proposals))
-        boxes = boxes.reshape(len(boxes), -1, self.box_dim)
+        boxes = boxes.unflatten(1, (-1, self.box_dim))
         gt_classes = cat([p.gt_classes for p in proposals]).clamp(0, boxes.shape[1] - 1)
         boxes = boxes[torch.arange(len(boxes), device=boxes.device), gt_classes]
         return boxes.split([len(p) for p in proposals])
