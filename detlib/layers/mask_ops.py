@@ -19,7 +19,8 @@ def paste_masks_in_image(
 ):
     """Resizes each mask to its box and sets it into an otherwise empty picture.
 
-    The value of a pixel is the mask sampled bilinearly at the pixel's centre, zero outside the box.
+    The value of a pixel is the mask sampled bilinearly at the pixel's centre; beyond its outermost cells the
+    mask counts as zero.
 
     Args:
         masks: (N, M, M) probabilities in [0, 1].
@@ -54,7 +55,9 @@ def paste_masks_in_image(
         chunk_size, crop = max(1, _MEMORY_LIMIT_BYTES // (height * width * 4)), False
     for start in range(0, num_masks, chunk_size):
         chunk = slice(start, start + chunk_size)
-        region = _pixels_near(boxes[chunk], height, width) if crop else (slice(0, height), slice(0, width))
+        region = (slice(0, height), slice(0, width))
+        if crop:
+            region = _pixels_near(boxes[chunk], masks.shape[-1], height, width)
         if region[0].start == region[0].stop or region[1].start == region[1].stop:
             continue
         values = _sample(masks[chunk], boxes[chunk], *region)
@@ -63,16 +66,20 @@ def paste_masks_in_image(
     return pasted
 
 
-def _pixels_near(boxes: torch.Tensor, height: int, width: int) -> tuple[slice, slice]:
-    """Rows and columns of the picture that the boxes touch, with one pixel around."""
+def _pixels_near(boxes: torch.Tensor, mask_size: int, height: int, width: int) -> tuple[slice, slice]:
+    """Rows and columns of the picture where masks in these boxes may be above zero."""
     x0, y0 = boxes[:, :2].amin(dim=0).tolist()
     x1, y1 = boxes[:, 2:].amax(dim=0).tolist()
     if not all(map(math.isfinite, (x0, y0, x1, y1))):
         raise ValueError("boxes to paste masks into must be finite")
-    return _clipped_range(y0, y1, height), _clipped_range(x0, x1, width)
+    # Bilinear sampling fades out over half a cell of the mask outside the box.
+    margin_y, margin_x = (y1 - y0) / (2 * mask_size), (x1 - x0) / (2 * mask_size)
+    return _pixel_range(y0 - margin_y, y1 + margin_y, height), _pixel_range(
+        x0 - margin_x, x1 + margin_x, width
+    )
 
 
-def _clipped_range(low: float, high: float, size: int) -> slice:
+def _pixel_range(low: float, high: float, size: int) -> slice:
     start = min(max(math.floor(low) - 1, 0), size)
     return slice(start, max(min(math.ceil(high) + 1, size), start))
 

@@ -1,0 +1,222 @@
+import copy
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn import functional as F
+
+from detlib.layers import CycleBatchNormList, FrozenBatchNorm2d, NaiveSyncBatchNorm, get_norm
+from detlib.layers.batch_norm import LayerNorm
+
+
+def make_frozen(num_features=5):
+    generator = torch.Generator().manual_seed(0)
+    norm = FrozenBatchNorm2d(num_features, eps=1e-3)
+    for name in ("weight", "bias", "running_mean"):
+        getattr(norm, name).copy_(torch.randn(num_features, generator=generator))
+    norm.running_var.copy_(torch.rand(num_features, generator=generator) + 0.1)
+    return norm
+
+
+class TestFrozenBatchNorm:
+    @pytest.mark.parametrize("needs_grad", [False, True])
+    def test_formula(self, needs_grad):
+        norm = make_frozen()
+        x = torch.randn(2, 5, 4, 3, requires_grad=needs_grad)
+        y = norm(x)
+        for c in range(5):
+            expected = (x[:, c] - norm.running_mean[c]) / (norm.running_var[c] + 1e-3) ** 0.5
+            torch.testing.assert_close(y[:, c], expected * norm.weight[c] + norm.bias[c])
+        if needs_grad:
+            y.sum().backward()
+            scale = norm.weight / (norm.running_var + 1e-3).sqrt()
+            torch.testing.assert_close(x.grad, scale[None, :, None, None].expand_as(x))
+
+    def test_new_one_is_the_identity_and_has_no_parameters(self):
+        norm = FrozenBatchNorm2d(3)
+        x = torch.randn(2, 3, 4, 4)
+        torch.testing.assert_close(norm(x), x)
+        assert list(norm.parameters()) == []
+        assert list(norm.state_dict()) == ["weight", "bias", "running_mean", "running_var"]
+        assert "num_features=3" in repr(norm)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_keeps_low_precision(self, dtype):
+        x = torch.randn(2, 5, 4, 3).to(dtype)
+        for needs_grad in (False, True):
+            y = make_frozen()(x.clone().requires_grad_(needs_grad))
+            assert y.dtype == dtype
+            torch.testing.assert_close(y.float(), make_frozen()(x.float()), rtol=0.02, atol=0.05)
+
+    def test_loads_files_without_running_statistics(self):
+        norm = make_frozen()
+        norm.load_state_dict({"weight": torch.full((5,), 2.0), "bias": torch.full((5,), 3.0)})
+        assert norm.weight.tolist() == [2] * 5 and norm.running_mean.tolist() == [0] * 5
+        assert norm.running_var.tolist() == [1] * 5
+        # A file of the present version must be complete.
+        state = norm.state_dict()
+        del state["running_var"]
+        with pytest.raises(RuntimeError, match="running_var"):
+            norm.load_state_dict(state)
+
+    def test_conversion_both_ways(self):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, eps=1e-3), nn.Sequential(nn.SyncBatchNorm(4))
+        )
+        for norm in (model[1], model[2][0]):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+            nn.init.normal_(norm.weight)
+        x = torch.randn(2, 3, 6, 6)
+        expected = copy.deepcopy(model).eval()(x)
+        names = {n for n in model.state_dict() if "num_batches" not in n}
+
+        frozen = FrozenBatchNorm2d.convert_frozen_batchnorm(model)
+        assert (
+            frozen is model and type(model[1]) is FrozenBatchNorm2d and type(model[2][0]) is FrozenBatchNorm2d
+        )
+        assert model[1].eps == 1e-3 and set(model.state_dict()) == names
+        torch.testing.assert_close(model.train()(x), expected)
+
+        FrozenBatchNorm2d.convert_frozenbatchnorm2d_to_batchnorm2d(model)
+        assert type(model[1]) is nn.BatchNorm2d and model[1].weight.requires_grad
+        torch.testing.assert_close(model.eval()(x), expected)
+
+    def test_converts_a_norm_itself_and_one_without_affine(self):
+        norm = nn.BatchNorm2d(3, affine=False)
+        norm.running_mean.fill_(2.0)
+        frozen = FrozenBatchNorm2d.convert_frozen_batchnorm(norm)
+        assert type(frozen) is FrozenBatchNorm2d and frozen.weight.tolist() == [1, 1, 1]
+        assert frozen.running_mean.tolist() == [2, 2, 2]
+
+
+def test_layer_norm_is_over_channels():
+    norm = LayerNorm(6)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = torch.randn(2, 6, 3, 4)
+    expected = F.layer_norm(x.permute(0, 2, 3, 1), (6,), norm.weight, norm.bias, norm.eps).permute(0, 3, 1, 2)
+    torch.testing.assert_close(norm(x), expected)
+
+
+class TestGetNorm:
+    @pytest.mark.parametrize(
+        "name, kind",
+        [
+            ("BN", nn.BatchNorm2d),
+            ("SyncBN", nn.SyncBatchNorm),
+            ("nnSyncBN", nn.SyncBatchNorm),
+            ("naiveSyncBN", NaiveSyncBatchNorm),
+            ("naiveSyncBN_N", NaiveSyncBatchNorm),
+            ("FrozenBN", FrozenBatchNorm2d),
+            ("GN", nn.GroupNorm),
+            ("LN", LayerNorm),
+        ],
+    )
+    def test_names(self, name, kind):
+        norm = get_norm(name, 64)
+        assert type(norm) is kind
+        assert norm(torch.randn(2, 64, 3, 3)).shape == (2, 64, 3, 3)
+        if name == "GN":
+            assert norm.num_groups == 32
+
+    def test_none_and_callables(self):
+        assert get_norm("", 8) is None and get_norm(None, 8) is None
+        assert get_norm(lambda channels: nn.GroupNorm(4, channels), 8).num_groups == 4
+
+    def test_unknown_name_lists_the_legal_ones(self):
+        with pytest.raises(
+            ValueError, match=r"Unknown norm 'FrozenBn'\. Legal: BN, .*Did you mean 'FrozenBN'"
+        ):
+            get_norm("FrozenBn", 8)
+
+
+def test_cycle_batch_norm_list():
+    norms = CycleBatchNormList(2, num_features=3)
+    norms.weight.data.fill_(2.0)
+    norms.bias.data.fill_(1.0)
+    first, second = torch.randn(4, 3, 5, 5), torch.randn(4, 3, 5, 5) * 3 + 7
+    for x in (first, second, first):
+        torch.testing.assert_close(norms(x), F.batch_norm(x, None, None, training=True) * 2 + 1)
+    assert norms[1].running_mean.min() > 0.4 and norms[0].num_batches_tracked == 2
+    assert {"weight", "bias"} == {name for name, _ in norms.named_parameters()}
+    assert norms.extra_repr() == "affine=True"
+    plain = CycleBatchNormList(2, num_features=3, affine=False)
+    assert list(plain.parameters()) == [] and plain(first).shape == first.shape
+
+
+def test_naive_sync_in_one_process_is_batch_norm():
+    x = torch.randn(3, 4, 5, 5)
+    ours, plain = NaiveSyncBatchNorm(4), nn.BatchNorm2d(4)
+    assert torch.equal(ours(x), plain(x)) and torch.equal(ours.running_var, plain.running_var)
+    with pytest.raises(ValueError, match='stats_mode must be "" or "N", got \'M\''):
+        NaiveSyncBatchNorm(4, stats_mode="M")
+
+
+def _batches(sizes):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(size, 4, 3, 5, generator=generator) * 2 + 1 for size in sizes]
+
+
+_SYNC_CASES = [((2, 2), ""), ((3, 1), "N"), ((2, 0), "N")]
+
+
+def _run_sync_norms(rank, port, results):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    for case, (sizes, stats_mode) in enumerate(_SYNC_CASES):
+        results[case, rank] = _run_sync_norm(rank, sizes, stats_mode)
+    dist.destroy_process_group()
+
+
+def _run_sync_norm(rank, sizes, stats_mode):
+    torch.manual_seed(0)
+    norm = NaiveSyncBatchNorm(4, stats_mode=stats_mode)
+    nn.init.normal_(norm.weight)
+    x = _batches(sizes)[rank].requires_grad_()
+    y = norm(x)
+    (y * torch.arange(y.numel()).reshape(y.shape).cos()).sum().backward()
+    return y.detach(), x.grad, norm.weight.grad, norm.running_mean, norm.running_var
+
+
+@pytest.fixture(scope="module")
+def sync_results():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_run_sync_norms, (port, results), nprocs=2)
+        return dict(results)
+
+
+@pytest.mark.parametrize("case", range(len(_SYNC_CASES)))
+def test_naive_sync_over_processes(case, sync_results):
+    sizes, _ = _SYNC_CASES[case]
+    outputs = [sync_results[case, rank] for rank in range(2)]
+
+    # One process with all pictures must give the same.
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(4)
+    nn.init.normal_(norm.weight)
+    x = torch.cat(_batches(sizes)).requires_grad_()
+    y = norm(x)
+    parts = [torch.arange(part.numel()).reshape(part.shape).cos() for part in y.split(sizes)]
+    (y * torch.cat(parts)).sum().backward()
+    torch.testing.assert_close(torch.cat([o[0] for o in outputs]), y.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.cat([o[1] for o in outputs]), x.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sum(o[2] for o in outputs), norm.weight.grad, rtol=1e-4, atol=1e-3)
+    mean, var = x.detach().mean((0, 2, 3)), x.detach().var((0, 2, 3), unbiased=False)
+    for output in outputs:
+        torch.testing.assert_close(output[3], 0.1 * mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(output[4], 0.9 + 0.1 * var, rtol=1e-4, atol=1e-5)
+
+
+def test_naive_sync_refuses_an_empty_batch_in_plain_mode(monkeypatch):
+    monkeypatch.setattr("detlib.layers.batch_norm.comm.get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match="naiveSyncBN_N"):
+        NaiveSyncBatchNorm(4)(torch.zeros(0, 4, 2, 2))

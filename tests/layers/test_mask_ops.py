@@ -1,0 +1,78 @@
+import math
+
+import pytest
+import torch
+
+from detlib.layers import mask_ops, paste_masks_in_image
+from detlib.structures import Boxes
+from tests.helpers import random_boxes
+
+
+def slow_paste(mask, box, height, width):
+    """Bilinear sampling of a mask, zero outside it, at pixel centres: one picture, plain Python."""
+    size = len(mask)
+    x0, y0, x1, y1 = box
+    picture = torch.zeros(height, width, dtype=torch.float64)
+    for i in range(height):
+        for j in range(width):
+            v = (i + 0.5 - y0) / (y1 - y0) * size - 0.5
+            u = (j + 0.5 - x0) / (x1 - x0) * size - 0.5
+            top, left = math.floor(v), math.floor(u)
+            for row in (top, top + 1):
+                for column in (left, left + 1):
+                    if 0 <= row < size and 0 <= column < size:
+                        picture[i, j] += (1 - abs(v - row)) * (1 - abs(u - column)) * mask[row][column]
+    return picture
+
+
+def make_case():
+    masks = torch.rand(4, 7, 7, generator=torch.Generator().manual_seed(0))
+    boxes = random_boxes(4, (24, 30), min_side=4, seed=5)
+    boxes[1] = torch.tensor([-6.0, -3.5, 20.0, 12.0])
+    boxes[2] = torch.tensor([20.0, 15.0, 50.0, 40.0])
+    return masks, boxes
+
+
+def test_against_slow_formula():
+    masks, boxes = make_case()
+    pasted = paste_masks_in_image(masks, boxes, (24, 30), threshold=0.5)
+    soft = paste_masks_in_image(masks, boxes, (24, 30), threshold=-1)
+    assert pasted.shape == (4, 24, 30) and pasted.dtype == torch.bool and soft.dtype == torch.uint8
+    for i in range(4):
+        expected = slow_paste(masks[i].double().tolist(), boxes[i].double().tolist(), 24, 30)
+        decided = (expected - 0.5).abs() > 1e-5
+        assert torch.equal(pasted[i][decided], (expected >= 0.5)[decided])
+        assert (soft[i].double() - expected * 255).abs().max() <= 1 + 1e-3
+    assert pasted.any()
+
+
+def test_whole_pictures_in_chunks_give_the_same(monkeypatch):
+    masks, boxes = make_case()
+    expected = paste_masks_in_image(masks, boxes, (24, 30))
+    whole = mask_ops._sample(masks, boxes, slice(0, 24), slice(0, 30)) >= 0.5
+    assert torch.equal(whole, expected)
+
+
+def test_boxes_object_threshold_and_low_precision():
+    masks, boxes = make_case()
+    at_half = paste_masks_in_image(masks, Boxes(boxes), (24, 30), 0.5)
+    assert torch.equal(at_half, paste_masks_in_image(masks, boxes, (24, 30)))
+    assert paste_masks_in_image(masks, boxes, (24, 30), 0.7).sum() < at_half.sum()
+    half = paste_masks_in_image(masks.half(), boxes, (24, 30))
+    assert (half != at_half).float().mean() < 0.01
+
+
+def test_outside_degenerate_and_empty():
+    masks = torch.ones(3, 5, 5)
+    boxes = torch.tensor([[100.0, 100.0, 120.0, 120.0], [-30.0, -30.0, -20.0, -20.0], [5.0, 5.0, 5.0, 9.0]])
+    assert not paste_masks_in_image(masks, boxes, (24, 30)).any()
+    assert paste_masks_in_image(masks[:0], boxes[:0], (24, 30)).shape == (0, 24, 30)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match=r"\(N, M, M\), got \(2, 3, 4\)"):
+        paste_masks_in_image(torch.zeros(2, 3, 4), torch.zeros(2, 4), (5, 5))
+    with pytest.raises(ValueError, match=r"shape \(2, 4\), got \(3, 4\)"):
+        paste_masks_in_image(torch.zeros(2, 3, 3), torch.zeros(3, 4), (5, 5))
+    with pytest.raises(ValueError, match="finite"):
+        paste_masks_in_image(torch.zeros(1, 3, 3), torch.tensor([[0, 0, math.nan, 1]]), (5, 5))
