@@ -1,0 +1,168 @@
+"""Reading pictures from files, and their colour formats.
+
+Formats are the names of Pillow's modes ("RGB", "L", ...) and two more: "BGR", and "YUV-BT.601", floating
+point YUV of ITU-R BT.601 with Y in [0, 1].
+"""
+
+import logging
+import struct
+
+import numpy as np
+import torch
+from PIL import Image
+
+from detlib.utils.file_io import PathManager
+
+__all__ = [
+    "ImageReadError",
+    "SizeMismatchError",
+    "check_image_size",
+    "convert_PIL_to_numpy",
+    "convert_image_to_rgb",
+    "read_image",
+]
+
+logger = logging.getLogger(__name__)
+
+# https://en.wikipedia.org/wiki/YUV#SDTV_with_BT.601
+_RGB_TO_YUV = np.array([[0.299, 0.587, 0.114], [-0.14713, -0.28886, 0.436], [0.615, -0.51499, -0.10001]])
+_YUV_TO_RGB = np.array([[1.0, 0.0, 1.13983], [1.0, -0.39465, -0.58060], [1.0, 2.03211, 0.0]])
+
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class SizeMismatchError(ValueError):
+    """A picture's size differs from the one that its dataset says."""
+
+
+class ImageReadError(OSError, ValueError):
+    """A file is there, but it is no picture that can be read: truncated, empty, or of another kind."""
+
+
+def convert_PIL_to_numpy(image: Image.Image, format: str | None) -> np.ndarray:
+    """Convert a PIL image to an array of a given format.
+
+    Args:
+        image: any PIL image.
+        format: one of the formats above; None keeps the image's own mode.
+
+    Returns:
+        (H, W, C) array, uint8 for most formats, float64 for "YUV-BT.601"; "L" has C = 1. With None, a picture
+        of one channel comes as (H, W).
+    """
+    if format is not None:
+        image = image.convert("RGB" if format in ("BGR", "YUV-BT.601") else format)
+    array = np.asarray(image)
+    if format == "L":
+        return array[:, :, None]
+    if format == "BGR":
+        return array[:, :, ::-1]
+    if format == "YUV-BT.601":
+        return np.dot(array / 255.0, _RGB_TO_YUV.T)
+    return array
+
+
+def convert_image_to_rgb(image: np.ndarray | torch.Tensor, format: str) -> np.ndarray:
+    """Convert an image of a given format to RGB.
+
+    Args:
+        image: (H, W, C) array or tensor, in the value range of its format.
+        format: one of the formats above.
+
+    Returns:
+        (H, W, 3) array in [0, 255]; uint8, but for "YUV-BT.601" (float) and "BGR" (the dtype of ``image``).
+    """
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu().numpy()
+    if format == "BGR":
+        return image[:, :, [2, 1, 0]]
+    if format == "YUV-BT.601":
+        return np.dot(image, _YUV_TO_RGB.T) * 255.0
+    image = image.astype(np.uint8, copy=False)
+    if format == "RGB":
+        return image
+    if format == "L" and image.ndim == 3:
+        image = image[:, :, 0]
+    pil_image = Image.fromarray(image)
+    if pil_image.mode != format:  # same bytes, other meaning (HSV, LAB, YCbCr)
+        pil_image = Image.frombytes(format, pil_image.size, pil_image.tobytes())
+    return np.asarray(pil_image.convert("RGB"))
+
+
+def _upright(image: Image.Image, file_name: str) -> Image.Image:
+    """Turn ``image`` as its EXIF orientation says; broken EXIF data does not spoil a good picture."""
+    try:
+        orientation = image.getexif().get(_EXIF_ORIENTATION)
+    except (SyntaxError, ValueError, KeyError, TypeError, EOFError, struct.error) as error:
+        logger.warning("%s: EXIF data cannot be read (%s); orientation taken as upright", file_name, error)
+        return image
+    method = _UPRIGHT.get(orientation)
+    return image if method is None else image.transpose(method)
+
+
+def read_image(file_name: str, format: str | None = None) -> np.ndarray:
+    """Read a picture from a file, upright by its EXIF orientation.
+
+    Args:
+        file_name: path or address that PathManager knows.
+        format: see :func:`convert_PIL_to_numpy`.
+
+    Returns:
+        (H, W, C) array, see :func:`convert_PIL_to_numpy`.
+
+    Raises:
+        FileNotFoundError: the file is not there.
+        ImageReadError: the file is not a readable picture.
+    """
+    try:
+        handle = PathManager.open(file_name, "rb")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"image file not found: {file_name}") from error
+    with handle:
+        try:
+            image = Image.open(handle)
+            image.load()
+        except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error) as error:
+            raise ImageReadError(f"broken image file {file_name}: {error}") from error
+        image = _upright(image, file_name)
+        try:
+            return convert_PIL_to_numpy(image, format)
+        except ValueError as error:
+            message = f"image file {file_name} cannot be converted to format {format!r}: {error}"
+            raise ValueError(message) from error
+
+
+def check_image_size(dataset_dict: dict, image: np.ndarray) -> None:
+    """Compare a picture's size with the dataset's "height" and "width", and fill these in where they are
+    missing.
+
+    Args:
+        dataset_dict: dict of one picture in the standard format.
+        image: (H, W) or (H, W, C) array.
+
+    Raises:
+        SizeMismatchError: they differ.
+    """
+    height, width = image.shape[:2]
+    said = dataset_dict.get("height", height), dataset_dict.get("width", width)
+    if said != (height, width):
+        name = f"image {dataset_dict['image_id']!r}" if "image_id" in dataset_dict else "an image"
+        file_name = f" (file {dataset_dict['file_name']})" if "file_name" in dataset_dict else ""
+        hint = ""
+        if said == (width, height):
+            hint = "; is the picture turned by its EXIF orientation, or are height and width swapped?"
+        raise SizeMismatchError(
+            f"{name}{file_name} has width {width} and height {height}, but its annotation says width "
+            f"{said[1]} and height {said[0]}{hint}"
+        )
+    dataset_dict.setdefault("height", height)
+    dataset_dict.setdefault("width", width)
