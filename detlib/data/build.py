@@ -1,0 +1,316 @@
+"""Data loaders for training and testing."""
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+from detlib.config import configurable
+from detlib.utils import comm
+from detlib.utils.env import seed_all_rng
+
+from .catalog import MetadataCatalog
+from .common import AspectRatioGroupedDataset, DatasetFromList, MapDataset
+from .dataset_dicts import (
+    check_category_ids,
+    filter_images_with_few_keypoints,
+    filter_images_with_only_crowd_annotations,
+    get_detection_dataset_dicts,
+    print_instances_class_histogram,
+)
+from .dataset_mapper import DatasetMapper
+from .samplers import (
+    InferenceSampler,
+    RandomSubsetTrainingSampler,
+    RepeatFactorTrainingSampler,
+    TrainingSampler,
+)
+
+__all__ = [
+    "build_batch_data_loader",
+    "build_detection_test_loader",
+    "build_detection_train_loader",
+    "filter_images_with_few_keypoints",
+    "filter_images_with_only_crowd_annotations",
+    "get_detection_dataset_dicts",
+    "print_instances_class_histogram",
+    "trivial_batch_collator",
+    "worker_init_reset_seed",
+]
+
+logger = logging.getLogger(__name__)
+
+
+def trivial_batch_collator(batch: list) -> list:
+    """A batch is the list of its elements."""
+    return batch
+
+
+def _as_is(element: Any) -> Any:
+    return element
+
+
+def worker_init_reset_seed(worker_id: int) -> None:
+    """Give each loader worker random numbers of its own, in Python, numpy and torch."""
+    seed_all_rng(torch.initial_seed() % 2**31 + worker_id)
+    if "cv2" in sys.modules:  # its threads do not survive a fork, and workers are parallel already
+        sys.modules["cv2"].setNumThreads(0)
+
+
+def _batch_size_per_process(total_batch_size: int | None, single_gpu_batch_size: int | None) -> int:
+    if (total_batch_size is None) == (single_gpu_batch_size is None):
+        raise ValueError(
+            "build_batch_data_loader: give either total_batch_size or single_gpu_batch_size, got "
+            f"{total_batch_size} and {single_gpu_batch_size}"
+        )
+    if total_batch_size is None:
+        return single_gpu_batch_size
+    world_size = comm.get_world_size()
+    if total_batch_size <= 0 or total_batch_size % world_size != 0:
+        raise ValueError(
+            f"the total batch size (SOLVER.IMS_PER_BATCH) must be a positive multiple of the number of "
+            f"processes: got {total_batch_size} images for {world_size} processes"
+        )
+    return total_batch_size // world_size
+
+
+def build_batch_data_loader(
+    dataset: Dataset,
+    sampler: Sampler | None,
+    total_batch_size: int | None,
+    *,
+    aspect_ratio_grouping: bool = False,
+    num_workers: int = 0,
+    collate_fn: Callable | None = None,
+    drop_last: bool = True,
+    single_gpu_batch_size: int | None = None,
+    prefetch_factor: int = 2,
+    persistent_workers: bool = False,
+    pin_memory: bool = False,
+    seed: int | None = None,
+    **kwargs,
+):
+    """Build a loader of batches.
+
+    With a map-style dataset the order of the pictures does not depend on the number of workers.
+
+    Args:
+        dataset: map-style, or iterable; an iterable one must share itself out between processes and workers.
+        sampler: yields indices into a map-style dataset; None for an iterable one.
+        total_batch_size: number of pictures of a batch over all processes, a multiple of their number; None
+            when ``single_gpu_batch_size`` is given.
+        aspect_ratio_grouping: make each batch of pictures that are all wider than high, or all not. Elements
+            must be dicts with "width" and "height".
+        num_workers: number of loader processes; 0 loads in this process.
+        collate_fn: makes a batch of a list of elements; the list itself is the batch when left out.
+        drop_last: drop a last batch that is not full; must be True with ``aspect_ratio_grouping``.
+        single_gpu_batch_size: number of pictures of a batch in this process, instead of ``total_batch_size``.
+        prefetch_factor: number of batches (elements, with ``aspect_ratio_grouping``) that each worker
+            prepares.
+        persistent_workers: keep the workers when the loader is iterated again.
+        pin_memory: see `torch.utils.data.DataLoader`.
+        seed: of the workers' random numbers; None derives it from torch's global generator.
+        **kwargs: further arguments of `torch.utils.data.DataLoader`.
+
+    Returns:
+        An iterable of batches.
+
+    Raises:
+        ValueError: arguments do not go together, or the batch cannot be shared out between the processes.
+    """
+    batch_size = _batch_size_per_process(total_batch_size, single_gpu_batch_size)
+    if isinstance(dataset, IterableDataset) and sampler is not None:
+        raise ValueError("build_batch_data_loader: sampler must be None with an iterable dataset")
+    if num_workers > 0:
+        kwargs.update(prefetch_factor=prefetch_factor, persistent_workers=persistent_workers)
+    kwargs.update(num_workers=num_workers, pin_memory=pin_memory, sampler=sampler)
+    kwargs.setdefault("worker_init_fn", worker_init_reset_seed)
+    if seed is not None:
+        kwargs["generator"] = torch.Generator().manual_seed(seed)
+
+    if not aspect_ratio_grouping:
+        collate_fn = trivial_batch_collator if collate_fn is None else collate_fn
+        return DataLoader(
+            dataset, batch_size=batch_size, drop_last=drop_last, collate_fn=collate_fn, **kwargs
+        )
+    if not drop_last:
+        raise ValueError("build_batch_data_loader: aspect_ratio_grouping needs drop_last=True")
+    elements = DataLoader(dataset, batch_size=None, collate_fn=_as_is, **kwargs)
+    batches = AspectRatioGroupedDataset(elements, batch_size)
+    return batches if collate_fn is None else MapDataset(batches, collate_fn)
+
+
+# Where each meta architecture has its number of classes, in config keys.
+_NUM_CLASSES_KEYS = {
+    "GeneralizedRCNN": "MODEL.ROI_HEADS.NUM_CLASSES",
+    "PanopticFPN": "MODEL.ROI_HEADS.NUM_CLASSES",
+    "RetinaNet": "MODEL.RETINANET.NUM_CLASSES",
+}
+
+
+def _check_num_classes(cfg, dataset_dicts: list[dict]) -> None:
+    """Compare the model's number of classes with the data, before a label fails in the middle of a loss."""
+    key = _NUM_CLASSES_KEYS.get(cfg.MODEL.META_ARCHITECTURE)
+    if key is None:
+        return
+    num_classes = cfg
+    for part in key.split("."):
+        num_classes = num_classes[part]
+    check_category_ids(dataset_dicts, num_classes, f"{key} is {num_classes}")
+    name = _as_names(cfg.DATASETS.TRAIN)[0]
+    class_names = getattr(MetadataCatalog.get(name), "thing_classes", None)
+    if class_names is not None and len(class_names) != num_classes:
+        logger.warning("%s is %d, but dataset %r has %d classes", key, num_classes, name, len(class_names))
+
+
+def _as_names(names) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _build_train_sampler(cfg, dataset) -> Sampler:
+    name = cfg.DATALOADER.SAMPLER_TRAIN
+    logger.info("Using training sampler %s", name)
+    if name == "TrainingSampler":
+        return TrainingSampler(len(dataset), seed=cfg.SEED)
+    if name == "RepeatFactorTrainingSampler":
+        repeat_factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            dataset, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
+        )
+        return RepeatFactorTrainingSampler(repeat_factors, seed=cfg.SEED)
+    if name == "RandomSubsetTrainingSampler":
+        ratio = cfg.DATALOADER.get("RANDOM_SUBSET_RATIO")
+        if ratio is None:
+            raise KeyError("DATALOADER.RANDOM_SUBSET_RATIO is needed by RandomSubsetTrainingSampler, not set")
+        return RandomSubsetTrainingSampler(len(dataset), ratio, seed_shuffle=cfg.SEED, seed_subset=cfg.SEED)
+    raise ValueError(
+        "DATALOADER.SAMPLER_TRAIN must be TrainingSampler, RepeatFactorTrainingSampler or "
+        f"RandomSubsetTrainingSampler, got {name!r}"
+    )
+
+
+def _train_loader_from_config(cfg, mapper=None, *, dataset=None, sampler=None) -> dict:
+    if dataset is None:
+        keypoint_on = cfg.MODEL.KEYPOINT_ON
+        dataset = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if keypoint_on else 0,
+            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+        )
+        if mapper is None and isinstance(dataset, list):  # a mapper of the user's may change category ids
+            _check_num_classes(cfg, dataset)
+    if mapper is None:
+        mapper = DatasetMapper(cfg, True)
+    if sampler is None and not isinstance(dataset, IterableDataset):
+        sampler = _build_train_sampler(cfg, dataset)
+    return {
+        "dataset": dataset,
+        "sampler": sampler,
+        "mapper": mapper,
+        "total_batch_size": cfg.SOLVER.IMS_PER_BATCH,
+        "aspect_ratio_grouping": cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        "num_workers": cfg.DATALOADER.NUM_WORKERS,
+    }
+
+
+@configurable(from_config=_train_loader_from_config)
+def build_detection_train_loader(
+    dataset: list | Dataset,
+    *,
+    mapper: Callable | None,
+    sampler: Sampler | None = None,
+    total_batch_size: int,
+    aspect_ratio_grouping: bool = True,
+    num_workers: int = 0,
+    collate_fn: Callable | None = None,
+    **kwargs,
+):
+    """Build the endless loader for training; also as ``build_detection_train_loader(cfg, mapper=...)``.
+
+    Args:
+        dataset: list of dicts in the standard format, or a map-style or iterable dataset.
+        mapper: turns an element into a model's input; None if the elements are such already.
+        sampler: yields indices; a shuffling :class:`TrainingSampler` when left out. None for an iterable
+            dataset.
+        total_batch_size: number of pictures of a batch over all processes.
+        aspect_ratio_grouping, num_workers, collate_fn, **kwargs: see :func:`build_batch_data_loader`.
+
+    Returns:
+        An iterable of batches, each a list of the mapper's results, or what ``collate_fn`` makes of it.
+    """
+    if isinstance(dataset, list):
+        dataset = DatasetFromList(dataset, copy=False)
+    if mapper is not None:
+        dataset = MapDataset(dataset, mapper)
+    if sampler is None and not isinstance(dataset, IterableDataset):
+        sampler = TrainingSampler(len(dataset))
+    return build_batch_data_loader(
+        dataset,
+        sampler,
+        total_batch_size,
+        aspect_ratio_grouping=aspect_ratio_grouping,
+        num_workers=num_workers,
+        collate_fn=collate_fn,
+        **kwargs,
+    )
+
+
+def _test_loader_from_config(cfg, dataset_name, mapper=None) -> dict:
+    names = _as_names(dataset_name)
+    proposal_files = None
+    if cfg.MODEL.LOAD_PROPOSALS:
+        # The files are listed in the order of the datasets.
+        files = dict(zip(_as_names(cfg.DATASETS.TEST), cfg.DATASETS.PROPOSAL_FILES_TEST))
+        proposal_files = [files[name] for name in names if name in files]
+    dataset = get_detection_dataset_dicts(names, filter_empty=False, proposal_files=proposal_files)
+    return {
+        "dataset": dataset,
+        "mapper": DatasetMapper(cfg, False) if mapper is None else mapper,
+        "num_workers": cfg.DATALOADER.NUM_WORKERS,
+        "sampler": None if isinstance(dataset, IterableDataset) else InferenceSampler(len(dataset)),
+    }
+
+
+@configurable(from_config=_test_loader_from_config)
+def build_detection_test_loader(
+    dataset: list | Dataset,
+    *,
+    mapper: Callable | None,
+    sampler: Sampler | None = None,
+    batch_size: int = 1,
+    num_workers: int = 0,
+    collate_fn: Callable | None = None,
+) -> DataLoader:
+    """Build the loader for testing, which gives each picture once and in order; also as
+    ``build_detection_test_loader(cfg, dataset_name, mapper=...)``.
+
+    Args:
+        dataset: list of dicts in the standard format, or a map-style or iterable dataset.
+        mapper: turns an element into a model's input; None if the elements are such already.
+        sampler: yields indices; an :class:`InferenceSampler`, which shares them out between the processes,
+            when left out. None for an iterable dataset.
+        batch_size: number of pictures of a batch in each process.
+        num_workers: number of loader processes; 0 loads in this process.
+        collate_fn: makes a batch of a list of elements; the list itself is the batch when left out.
+    """
+    if isinstance(dataset, list):
+        dataset = DatasetFromList(dataset, copy=False)
+    if mapper is not None:
+        dataset = MapDataset(dataset, mapper)
+    if isinstance(dataset, IterableDataset):
+        if sampler is not None:
+            raise ValueError("build_detection_test_loader: sampler must be None with an iterable dataset")
+    elif sampler is None:
+        sampler = InferenceSampler(len(dataset))
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        drop_last=False,
+        num_workers=num_workers,
+        worker_init_fn=worker_init_reset_seed,
+        collate_fn=trivial_batch_collator if collate_fn is None else collate_fn,
+    )
