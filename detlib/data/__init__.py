@@ -1,7 +1,33 @@
 """Data sets, loaders and transforms."""
 
 # Imported for their effect: the built-in names and the addresses that the catalogs know.
-from . import addresses, datasets
+from . import addresses, datasets, samplers, transforms
+from .build import (
+    build_batch_data_loader,
+    build_detection_test_loader,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+    print_instances_class_histogram,
+)
 from .catalog import DatasetCatalog, Metadata, MetadataCatalog
+from .common import DatasetFromList, MapDataset, ToIterableDataset
+from .dataset_mapper import DatasetMapper
 
-__all__ = ["DatasetCatalog", "Metadata", "MetadataCatalog", "addresses", "datasets"]
+__all__ = [
+    "DatasetCatalog",
+    "DatasetFromList",
+    "DatasetMapper",
+    "MapDataset",
+    "Metadata",
+    "MetadataCatalog",
+    "ToIterableDataset",
+    "addresses",
+    "build_batch_data_loader",
+    "build_detection_test_loader",
+    "build_detection_train_loader",
+    "datasets",
+    "get_detection_dataset_dicts",
+    "print_instances_class_histogram",
+    "samplers",
+    "transforms",
+]

@@ -76,7 +76,7 @@ def _transform_segmentation(segmentation, transforms: Transform, image_size: tup
         if tuple(mask.shape[:2]) != tuple(image_size):
             raise ValueError(
                 f"the mask (RLE) has size {tuple(segmentation['size'])} and becomes {tuple(mask.shape[:2])} "
-                f"under the transforms of the picture, which becomes {tuple(image_size)}; the sizes must agree"
+                f"under the transforms of the picture, which becomes {tuple(image_size)}; they must agree"
             )
         return mask
     raise TypeError(

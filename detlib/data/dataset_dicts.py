@@ -38,8 +38,7 @@ def filter_images_with_only_crowd_annotations(dataset_dicts: list[dict]) -> list
         if any(anno.get("iscrowd", 0) == 0 for anno in record.get("annotations", ()))
     ]
     logger.info(
-        "Dropped %d of %d images: they have no objects, and DATALOADER.FILTER_EMPTY_ANNOTATIONS is True. "
-        "%d are left",
+        "DATALOADER.FILTER_EMPTY_ANNOTATIONS: dropped %d of %d images, those without objects; %d are left",
         len(dataset_dicts) - len(kept),
         len(dataset_dicts),
         len(kept),
@@ -64,7 +63,8 @@ def filter_images_with_few_keypoints(dataset_dicts: list[dict], min_keypoints_pe
 
     kept = [record for record in dataset_dicts if count(record) >= min_keypoints_per_image]
     logger.info(
-        "Dropped %d of %d images, those with fewer than %d keypoints; %d are left",
+        "MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE: dropped %d of %d images, those with fewer than %d "
+        "keypoints; %d are left",
         len(dataset_dicts) - len(kept),
         len(dataset_dicts),
         min_keypoints_per_image,
@@ -96,9 +96,10 @@ def check_category_ids(dataset_dicts: list[dict], num_classes: int, source: str)
             category_id = anno.get("category_id")
             is_int = isinstance(category_id, (int, np.integer))
             if not is_int or not 0 <= category_id < num_classes:
+                image = f"image {record.get('image_id')!r} (file {record.get('file_name')})"
                 raise ValueError(
-                    f"annotation {index} of image {record.get('image_id')!r} (file "
-                    f"{record.get('file_name')}): category_id must be an int from 0 to {num_classes - 1} ({source}), got {category_id!r}"
+                    f"annotation {index} of {image}: category_id must be an int from 0 to {num_classes - 1} "
+                    f"({source}), got {category_id!r}"
                 )
 
 
@@ -176,8 +177,8 @@ def get_detection_dataset_dicts(
         raise ValueError("no dataset is named; set DATASETS.TRAIN or DATASETS.TEST")
     if proposal_files:
         raise ValueError(
-            f"precomputed proposals are not read from files; got proposal_files={list(proposal_files)}. "
-            "Put them into the dataset dicts (proposal_boxes, proposal_bbox_mode, proposal_objectness_logits) instead"
+            f"precomputed proposals are not read from files; got proposal_files={list(proposal_files)}; give "
+            "the dataset dicts proposal_boxes, proposal_bbox_mode and proposal_objectness_logits instead"
         )
     datasets = _load(names)
     if any(isinstance(dataset, Dataset) for dataset in datasets):
