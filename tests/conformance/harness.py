@@ -1,0 +1,251 @@
+"""Holding a model against a stored case: parameter names, features, outputs, losses and gradients.
+
+A case is a pair of files: NAME.json (config, overrides, inputs, and the numbers that are few) and NAME.npz
+(arrays). Its training losses are of a model that samples every anchor and proposal, so no random draw takes part.
+"""
+
+import json
+import pathlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from detlib.config import get_cfg
+from detlib.modeling import build_model
+from detlib.structures import Boxes, Instances, PolygonMasks
+from detlib.utils.events import EventStorage
+from tests.conformance.synthetic import objects, picture, weight
+
+RTOL = (
+    2e-3  # float32 noise of other kernels and thread counts; a changed sampling ratio or threshold exceeds it
+)
+
+
+@dataclass
+class Case:
+    """One stored case."""
+
+    facts: dict
+    arrays: dict[str, np.ndarray]
+
+    @classmethod
+    def load(cls, path: pathlib.Path) -> "Case":
+        with np.load(path.with_suffix(".npz")) as arrays:
+            return cls(json.loads(path.read_text()), dict(arrays))
+
+    def outputs(self, index: int) -> dict[str, dict[str, np.ndarray]]:
+        """Kind of output ("instances", "proposals") to its arrays, of one image."""
+        kinds: dict[str, dict[str, np.ndarray]] = {}
+        for key, value in self.arrays.items():
+            if key.startswith(f"out{index}/"):
+                _, kind, name = key.split("/", 2)
+                kinds.setdefault(kind, {})[name] = value
+        return kinds
+
+
+def run_case(case: Case, config_dir: pathlib.Path) -> list[str]:
+    """Build the case's model, run it and list what differs; an empty list is conformance."""
+    cfg = get_cfg()
+    cfg.merge_from_file(str(config_dir / case.facts["config"]))
+    cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", *case.facts["overrides"]])
+    model = build_model(cfg).eval()
+    differences = compare_state(model, case)
+    if differences:
+        return differences
+    fill_weights(model, case)
+    items = make_inputs(case)
+    features: dict[str, torch.Tensor] = {}
+    hook = model.backbone.register_forward_hook(lambda module, args, output: features.update(output))
+    with torch.no_grad():
+        outputs = model(items)
+    hook.remove()
+    differences += compare_features(features, case)
+    for i, output in enumerate(outputs):
+        differences += compare_outputs(output, case.outputs(i), f"image {i}")
+
+    add_truth(items, case, with_masks=cfg.MODEL.MASK_ON)
+    with EventStorage() as storage:
+        losses = model.train()(items)
+    sum(losses.values()).backward()
+    counts = {name: value for name, (value, _) in storage.latest().items()}
+    return (
+        differences
+        + compare_losses(losses, case)
+        + compare_counts(counts, case)
+        + compare_gradients(model, case)
+    )
+
+
+def _counted(named_shapes, alias: dict[str, str]) -> dict[str, tuple[int, ...]]:
+    return {
+        alias.get(name, name): tuple(shape)
+        for name, shape in named_shapes
+        if not name.endswith("num_batches_tracked")
+    }
+
+
+def compare_state(model: torch.nn.Module, case: Case) -> list[str]:
+    """Names and shapes of parameters and buffers."""
+    alias = case.facts.get("alias", {})
+    have = _counted(((k, v.shape) for k, v in model.state_dict().items()), alias)
+    want = _counted(case.facts["state"], alias)
+    return (
+        [f"state: {name} is missing" for name in sorted(want.keys() - have.keys())]
+        + [f"state: {name} is not wanted" for name in sorted(have.keys() - want.keys())]
+        + [
+            f"state: {name} has shape {have[name]}, want {want[name]}"
+            for name in sorted(have.keys() & want.keys())
+            if have[name] != want[name]
+        ]
+    )
+
+
+def fill_weights(model: torch.nn.Module, case: Case) -> None:
+    """Give every parameter and buffer the value that its name stands for."""
+    alias = case.facts.get("alias", {})
+    values = {
+        name: torch.from_numpy(weight(name, tuple(v.shape), case.facts["scale"], alias))
+        for name, v in model.state_dict().items()
+    }
+    model.load_state_dict(values)
+
+
+def make_inputs(case: Case) -> list[dict]:
+    """The case's pictures, with the proposals that it brings."""
+    items = []
+    for i, facts in enumerate(case.facts["inputs"]):
+        height, width = facts["image"]
+        image = torch.from_numpy(picture(height, width, facts["image_seed"]))
+        item = {"image": image, "height": facts["height"], "width": facts["width"]}
+        if "proposals" in facts:
+            boxes = torch.from_numpy(case.arrays[f"proposals/{i}/boxes"])
+            item["proposals"] = Instances(
+                (height, width),
+                proposal_boxes=Boxes(boxes),
+                objectness_logits=torch.linspace(5, -5, len(boxes)),
+            )
+        items.append(item)
+    return items
+
+
+def add_truth(items: list[dict], case: Case, with_masks: bool) -> None:
+    """Add the objects to train on."""
+    for item, facts in zip(items, case.facts["inputs"]):
+        height, width = facts["image"]
+        found = objects(height, width, facts["image_seed"], case.facts["num_classes"])
+        truth = Instances((height, width), gt_boxes=Boxes(torch.tensor([x["box"] for x in found])))
+        truth.gt_classes = torch.tensor([x["class"] for x in found])
+        if with_masks:
+            truth.gt_masks = PolygonMasks([[np.array(x["polygon"])] for x in found])
+        item["instances"] = truth
+
+
+def compare_features(features: dict[str, torch.Tensor], case: Case) -> list[str]:
+    """A stored grid of each feature map; errors count in units of its spread."""
+    found = []
+    for name in case.facts["features"]:
+        if name not in features:
+            found.append(f"features: {name} is missing")
+            continue
+        x = features[name]
+        steps = [max(1, side // 8) for side in x.shape[2:]]
+        have = x[:, :8, :: steps[0], :: steps[1]].numpy()
+        want = case.arrays[f"feature/{name}"]
+        if have.shape != want.shape:
+            found.append(f"features: {name} gives a grid of {have.shape}, want {want.shape}")
+            continue
+        error = np.abs(have - want).max() / (want.std() + 0.01 * np.abs(want).max())
+        if not error < RTOL:
+            found.append(f"features: {name} is off by {error:.2g} of its spread")
+    return found
+
+
+def compare_outputs(output: dict, kinds: dict[str, dict[str, np.ndarray]], where: str) -> list[str]:
+    """Detections and proposals; near ties may change places or be lost, so 3 % may differ."""
+    found = [f"{where}: no {kind!r}" for kind in kinds.keys() - output.keys()]
+    for kind in kinds.keys() & output.keys():
+        have, want = output[kind], kinds[kind]
+        count = int(want["count"])
+        spare = max(1, int(0.03 * count))
+        if abs(len(have) - count) > spare:
+            found.append(f"{where}: {len(have)} {kind}, want {count}")
+            continue
+        pairs = _pair_up(have, want)
+        if len(pairs) < count - spare:
+            found.append(f"{where}: {len(pairs)} of {count} {kind} are found again")
+        elif "pred_masks_bits" in want and (bad := _count_other_masks(have, want, pairs)) > spare:
+            found.append(f"{where}: {bad} of {len(pairs)} masks differ")
+    return found
+
+
+def _pair_up(have: Instances, want: dict[str, np.ndarray]) -> list[tuple[int, int]]:
+    """Pairs of indices of `have` and `want` with the same class and nearly the same box and score."""
+    is_detection = "pred_boxes" in want
+    boxes = getattr(have, "pred_boxes" if is_detection else "proposal_boxes").tensor.numpy()
+    scores = getattr(have, "scores" if is_detection else "objectness_logits").numpy()
+    want_boxes = want["pred_boxes" if is_detection else "proposal_boxes"]
+    want_scores = want["scores" if is_detection else "objectness_logits"]
+    free, pairs = np.ones(len(have), bool), []
+    for j, (box, score) in enumerate(zip(want_boxes, want_scores)):
+        side = max(1.0, box[2] - box[0], box[3] - box[1])
+        distance = np.maximum(
+            np.abs(boxes - box).max(axis=1, initial=0) / (0.3 + 10 * RTOL * side),
+            np.abs(scores - score) / (5 * RTOL * max(1.0, abs(float(score)))),
+        )
+        legal = free & (have.pred_classes.numpy() == want["pred_classes"][j]) if is_detection else free
+        distance[~legal] = np.inf
+        if len(distance) and distance.min() < 1:
+            i = int(distance.argmin())
+            free[i] = False
+            pairs.append((i, j))
+    return pairs
+
+
+def _count_other_masks(have: Instances, want: dict[str, np.ndarray], pairs: list[tuple[int, int]]) -> int:
+    """Masks that differ by more than 5 % of their union and 4 pixels."""
+    shape = tuple(want["pred_masks_shape"])
+    masks = np.unpackbits(want["pred_masks_bits"], count=int(np.prod(shape))).reshape(shape).astype(bool)
+    ours = have.pred_masks.numpy().astype(bool)
+    return sum((ours[i] ^ masks[j]).sum() > 0.05 * (ours[i] | masks[j]).sum() + 4 for i, j in pairs)
+
+
+def compare_losses(losses: dict[str, torch.Tensor], case: Case) -> list[str]:
+    """Training losses by name."""
+    want = case.facts["losses"]
+    have = {name: loss.item() for name, loss in losses.items()}
+    return [f"losses: {name} is missing" for name in sorted(want.keys() - have.keys())] + [
+        f"losses: {name} {value:.6g}, want {want.get(name, 0.0):.6g}"
+        for name, value in have.items()
+        if not abs(value - want.get(name, 0.0)) <= RTOL * max(abs(want.get(name, 0.0)), 1e-3)
+    ]
+
+
+def compare_counts(counts: dict[str, float], case: Case) -> list[str]:
+    """How many anchors and proposals an image counted as objects and as background, as they were logged."""
+    return [
+        f"counts: {name} {counts.get(name)}, want {want}"
+        for name, want in case.facts.get("num_fg", {}).items()
+        if counts.get(name) != want
+    ]
+
+
+def compare_gradients(model: torch.nn.Module, case: Case) -> list[str]:
+    """Which parameters train, and the norm of each one's gradient."""
+    alias = case.facts.get("alias", {})
+    have = {
+        alias.get(name, name): p.grad.norm().item()
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
+    want = {alias.get(name, name): norm for name, norm in case.facts["grad_norms"].items()}
+    floor = 1e-4 * max(want.values())
+    return (
+        [f"gradients: {name} should train" for name in sorted(want.keys() - have.keys())]
+        + [f"gradients: {name} should be frozen" for name in sorted(have.keys() - want.keys())]
+        + [
+            f"gradients: {name} has norm {have[name]:.5g}, want {want[name]:.5g}"
+            for name in sorted(have.keys() & want.keys())
+            if not abs(have[name] - want[name]) <= 10 * RTOL * max(want[name], floor)
+        ]
+    )
