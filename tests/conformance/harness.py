@@ -1,7 +1,8 @@
 """Holding a model against a stored case: parameter names, features, outputs, losses and gradients.
 
 A case is a pair of files: NAME.json (config, overrides, inputs, and the numbers that are few) and NAME.npz
-(arrays). Its training losses are of a model that samples every anchor and proposal, so no random draw takes part.
+(arrays). Its training losses are of a model that samples every anchor and proposal, so no random draw takes
+part.
 """
 
 import json

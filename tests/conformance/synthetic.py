@@ -18,7 +18,7 @@ def _generator(text: str) -> np.random.Generator:
 
 
 def _spread(name: str, shape: tuple[int, ...]) -> float:
-    """Standard deviation of a weight with several axes: He's, smaller where activations would grow too far."""
+    """Standard deviation of a weight with several axes: He's, or less where activations would grow."""
     spread = math.sqrt(2.0 / math.prod(shape[1:]))
     if ".stem.conv1." in name or "patch_embed" in name:
         return spread * 0.015

@@ -10,7 +10,7 @@ from detlib.config import CfgNode, configurable
 from detlib.layers import ShapeSpec
 from detlib.modeling.matcher import Matcher
 from detlib.modeling.proposal_generator.proposal_utils import add_ground_truth_to_proposals
-from detlib.modeling.roi_heads.training_stats import put_scalars, to_floats
+from detlib.modeling.roi_heads.training_stats import has_event_storage, put_scalars, to_floats
 from detlib.modeling.sampling import label_and_sample
 from detlib.structures import ImageList, Instances
 from detlib.utils.registry import Registry
@@ -135,6 +135,8 @@ class ROIHeads(nn.Module):
         return sampled_proposals
 
     def _log_sample_stats(self, proposals: list[Instances]) -> None:
+        if not has_event_storage():
+            return
         is_background = torch.cat([p.gt_classes for p in proposals]) == self.num_classes
         (num_background,) = to_floats(is_background.sum())
         put_scalars(

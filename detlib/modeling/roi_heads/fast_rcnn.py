@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from detlib.config import CfgNode, configurable
 from detlib.layers import ShapeSpec, cat, cross_entropy, nonzero_tuple
 from detlib.modeling.box_regression import Box2BoxTransform, box_regression_loss
-from detlib.modeling.roi_heads.training_stats import put_scalars, to_floats
+from detlib.modeling.roi_heads.training_stats import has_event_storage, put_scalars, to_floats
 from detlib.structures import Boxes, Instances
 
 __all__ = ["FastRCNNOutputLayers", "fast_rcnn_inference", "fast_rcnn_inference_single_image"]
@@ -86,7 +86,7 @@ def fast_rcnn_inference_single_image(
 
 def _log_classification_stats(logits: torch.Tensor, gt_classes: torch.Tensor) -> None:
     """Write accuracy, foreground accuracy and the part of the foreground that was called background."""
-    if gt_classes.numel() == 0:
+    if gt_classes.numel() == 0 or not has_event_storage():
         return
     background = logits.shape[1] - 1
     predicted = logits.argmax(dim=1)

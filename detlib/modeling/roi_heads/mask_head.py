@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from detlib.config import CfgNode, configurable
 from detlib.layers import Conv2d, ConvTranspose2d, ShapeSpec, cat, get_norm
-from detlib.modeling.roi_heads.training_stats import put_scalars, to_floats
+from detlib.modeling.roi_heads.training_stats import has_event_storage, put_scalars, to_floats
 from detlib.structures import Instances
 from detlib.utils.registry import Registry
 
@@ -38,6 +38,8 @@ def _select_class(mask_logits: torch.Tensor, classes: torch.Tensor) -> torch.Ten
 
 
 def _log_mask_stats(mask_logits: torch.Tensor, gt_masks: torch.Tensor) -> None:
+    if not has_event_storage():
+        return
     wrong = (mask_logits > 0) != gt_masks
     num_wrong, num_positive, num_missed = to_floats(wrong.sum(), gt_masks.sum(), (wrong & gt_masks).sum())
     num_pixels = gt_masks.numel()

@@ -2,9 +2,9 @@
 
 import torch
 
-from detlib.utils.events import get_event_storage
+from detlib.utils.events import get_event_storage, has_event_storage
 
-__all__ = ["put_scalars", "to_floats"]
+__all__ = ["has_event_storage", "put_scalars", "to_floats"]
 
 
 def to_floats(*values: torch.Tensor) -> list[float]:
@@ -13,7 +13,7 @@ def to_floats(*values: torch.Tensor) -> list[float]:
 
 
 def put_scalars(prefix: str, **values: float) -> None:
-    """Write `prefix/name` for each value to the event storage."""
+    """Write `prefix/name` for each value to the event storage that is in force."""
     storage = get_event_storage()
     for name, value in values.items():
         storage.put_scalar(f"{prefix}/{name}", value)
