@@ -7,9 +7,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-from detlib.config import configurable
 from torch import nn
 
+from detlib.config import configurable
 from detlib.layers import ShapeSpec
 from detlib.structures import Boxes
 from detlib.utils.registry import Registry

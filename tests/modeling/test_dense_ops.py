@@ -79,7 +79,10 @@ def test_dense_box_loss(loss_type):
             diff = (d - TRANSFORM.get_deltas(anchors.tensor[i : i + 1], gt[image][i : i + 1])[0]).abs()
             want += sum(x * x / 0.2 if x < 0.1 else x - 0.05 for x in diff.tolist())
         else:
-            p, t = TRANSFORM.apply_deltas(d[None], anchors.tensor[i : i + 1])[0].tolist(), gt[image][i].tolist()
+            p, t = (
+                TRANSFORM.apply_deltas(d[None], anchors.tensor[i : i + 1])[0].tolist(),
+                gt[image][i].tolist(),
+            )
             inter = max(min(p[2], t[2]) - max(p[0], t[0]), 0) * max(min(p[3], t[3]) - max(p[1], t[1]), 0)
             union = (p[2] - p[0]) * (p[3] - p[1]) + (t[2] - t[0]) * (t[3] - t[1]) - inter
             hull = (max(p[2], t[2]) - min(p[0], t[0])) * (max(p[3], t[3]) - min(p[1], t[1]))

@@ -5,10 +5,10 @@ one level (or of all), B numbers for one box.
 """
 
 import torch
-from detlib.config import configurable
 from torch import nn
 from torch.nn import functional as F
 
+from detlib.config import configurable
 from detlib.layers import Conv2d, ShapeSpec
 from detlib.modeling.anchor_generator import build_anchor_generator
 from detlib.modeling.box_regression import Box2BoxTransform

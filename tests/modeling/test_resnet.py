@@ -1,0 +1,196 @@
+"""ResNet against torchvision's, whose weights are carried over by name."""
+
+import re
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from detlib.config import get_cfg
+from detlib.layers import FrozenBatchNorm2d, ShapeSpec
+from detlib.modeling.backbone import (
+    BACKBONE_REGISTRY,
+    BasicBlock,
+    BasicStem,
+    BottleneckBlock,
+    ResNet,
+    build_backbone,
+    build_resnet_backbone,
+    make_stage,
+)
+
+STAGES = ["res2", "res3", "res4", "res5"]
+
+
+def from_torchvision(state):
+    """Names of torchvision's ResNet in ours."""
+    out = {}
+    for name, value in state.items():
+        name = re.sub(r"^(conv1|bn1)\.", r"stem.\1.", name)
+        name = re.sub(r"^layer(\d)\.", lambda m: f"res{int(m[1]) + 1}.", name)
+        name = re.sub(r"\bbn(\d)\.", r"conv\1.norm.", name)
+        name = name.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
+        out[re.sub(r"^fc\.", "linear.", name)] = value
+    return out
+
+
+def randomize_norms(model):
+    g = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.copy_(0.1 * torch.randn(module.num_features, generator=g))
+            module.running_var.copy_(0.5 + torch.rand(module.num_features, generator=g))
+            module.weight.data.copy_(0.5 + 0.3 * torch.rand(module.num_features, generator=g))
+
+
+@pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
+def test_stages_have_torchvisions_parameters(depth):
+    with torch.device("meta"):
+        ours = ResNet(BasicStem(), ResNet.make_default_stages(depth), num_classes=1000)
+        theirs = getattr(torchvision.models, f"resnet{depth}")()
+    want = {k: v.shape for k, v in from_torchvision(theirs.state_dict()).items()}
+    assert {k: v.shape for k, v in ours.state_dict().items()} == want
+
+
+@pytest.mark.parametrize(
+    "name, config",
+    [
+        ("resnet18", {"DEPTH": 18, "RES2_OUT_CHANNELS": 64}),
+        ("resnet50", {}),
+        ("resnext50_32x4d", {"NUM_GROUPS": 32, "WIDTH_PER_GROUP": 4}),
+    ],
+)
+def test_features_are_torchvisions(name, config):
+    torch.manual_seed(0)
+    theirs = getattr(torchvision.models, name)().eval()
+    randomize_norms(theirs)
+    cfg = get_cfg()
+    for key, value in {"OUT_FEATURES": ["stem", *STAGES], "STRIDE_IN_1X1": False, **config}.items():
+        cfg.MODEL.RESNETS[key] = value
+    ours = build_backbone(cfg).eval()
+    state = {k: v for k, v in from_torchvision(theirs.state_dict()).items() if not k.startswith("linear")}
+    ours.load_state_dict({k: v for k, v in state.items() if not k.endswith("num_batches_tracked")})
+    image = torch.randn(2, 3, 70, 97)
+    with torch.no_grad():
+        features = ours(image)
+        x = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(image))))
+        want = {"stem": x}
+        for stage, layer in zip(STAGES, [theirs.layer1, theirs.layer2, theirs.layer3, theirs.layer4]):
+            x = want[stage] = layer(x)
+    assert list(features) == list(want)
+    shapes = ours.output_shape()
+    for key, value in want.items():
+        torch.testing.assert_close(features[key], value, rtol=1e-4, atol=1e-4 * value.abs().max().item())
+        assert shapes[key].channels == value.shape[1]
+        assert -(-97 // shapes[key].stride) == value.shape[3]
+
+
+def test_classifier():
+    torch.manual_seed(0)
+    theirs = torchvision.models.resnet18(num_classes=7).eval()
+    ours = ResNet(BasicStem(), ResNet.make_default_stages(18), num_classes=7).eval()
+    ours.load_state_dict(from_torchvision(theirs.state_dict()))
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        out = ours(image)
+        torch.testing.assert_close(out["linear"], theirs(image), rtol=1e-4, atol=1e-4)
+    assert list(out) == ["linear"] and ours.output_shape()["linear"].channels == 7
+
+
+def test_stride_in_1x1_and_dilation():
+    block = BottleneckBlock(8, 16, bottleneck_channels=4, stride=2, stride_in_1x1=True)
+    assert (block.conv1.stride, block.conv2.stride) == ((2, 2), (1, 1))
+    block = BottleneckBlock(8, 16, bottleneck_channels=4, stride=2)
+    assert (block.conv1.stride, block.conv2.stride) == ((1, 1), (2, 2))
+    cfg = get_cfg()
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res5"]
+    cfg.MODEL.RESNETS.RES5_DILATION = 2
+    net = build_resnet_backbone(cfg, ShapeSpec(channels=3))
+    assert net.output_shape()["res5"].stride == 16
+    assert net.res5[0].conv2.dilation == (2, 2) and net.res5[0].conv2.padding == (2, 2)
+    assert net.res4[0].conv2.dilation == (1, 1)
+    assert net(torch.zeros(1, 3, 64, 64))["res5"].shape == (1, 2048, 4, 4)
+
+
+def test_only_stages_that_are_used_are_built():
+    net = build_backbone(get_cfg())
+    assert list(net.output_shape()) == ["res4"] and not hasattr(net, "res5")
+    net = ResNet(BasicStem(), ResNet.make_default_stages(18), out_features=["stem", "res3"])
+    assert net.stage_names == ("res2", "res3")
+
+
+@pytest.mark.parametrize("freeze_at", range(6))
+def test_freeze(freeze_at):
+    net = ResNet(BasicStem(), ResNet.make_default_stages(18), freeze_at=freeze_at)
+    for i, name in enumerate(["stem", *STAGES], start=1):
+        part, frozen = getattr(net, name), i <= freeze_at
+        assert all(p.requires_grad != frozen for p in part.parameters())
+        assert any(isinstance(m, nn.BatchNorm2d) for m in part.modules()) != frozen
+        assert any(isinstance(m, FrozenBatchNorm2d) for m in part.modules()) == frozen
+    net.train()
+    before = net.stem.conv1.norm.running_mean.clone()
+    net(torch.randn(2, 3, 32, 32))
+    assert torch.equal(before, net.stem.conv1.norm.running_mean) == (freeze_at > 0)
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    net = ResNet(BasicStem(), ResNet.make_default_stages(50), num_classes=10)
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            assert module.bias is None
+            fan_out = module.out_channels * module.kernel_size[0] ** 2 / module.groups
+            assert module.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.1)
+    assert net.linear.weight.std().item() == pytest.approx(0.01, rel=0.1)
+
+
+def test_make_stage():
+    blocks = make_stage(BasicBlock, 3, in_channels=4, out_channels=32, norm="GN", stride_per_block=[2, 1, 1])
+    assert [b.stride for b in blocks] == [2, 1, 1]
+    assert [b.in_channels for b in blocks] == [4, 32, 32]
+    assert isinstance(blocks[0].conv1.norm, nn.GroupNorm)
+    with pytest.raises(ValueError, match="stride_per_block has 2 entries for 3 blocks"):
+        make_stage(BasicBlock, 3, in_channels=4, out_channels=8, stride_per_block=[2, 1])
+    with pytest.raises(ValueError, match="both stride and stride_per_block"):
+        make_stage(BasicBlock, 1, in_channels=4, out_channels=8, stride=1, stride_per_block=[2])
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"DEPTH": 20}, r"RESNETS.DEPTH is 20; legal are 18, 34, 50, 101, 152"),
+        ({"DEPTH": 18}, r"RESNETS.RES2_OUT_CHANNELS is 256, but MODEL.RESNETS.DEPTH 18 needs 64"),
+        ({"DEPTH": 34, "RES2_OUT_CHANNELS": 64, "NUM_GROUPS": 2}, r"RESNETS.NUM_GROUPS is 2"),
+        ({"DEPTH": 34, "RES2_OUT_CHANNELS": 64, "RES5_DILATION": 2}, r"RESNETS.RES5_DILATION is 2"),
+        ({"RES5_DILATION": 3}, r"RESNETS.RES5_DILATION is 3; legal are 1 and 2"),
+        ({"OUT_FEATURES": ["res6"]}, r"RESNETS.OUT_FEATURES is \['res6'\]; legal are .*res5"),
+        ({"OUT_FEATURES": []}, r"RESNETS.OUT_FEATURES is \[\]"),
+        ({"DEFORM_ON_PER_STAGE": [False, True, True, True]}, "DEFORM_ON_PER_STAGE"),
+    ],
+)
+def test_illegal_configs_name_the_key(changes, words):
+    cfg = get_cfg()
+    for key, value in changes.items():
+        cfg.MODEL.RESNETS[key] = value
+    with pytest.raises(ValueError, match=f"MODEL.{words}" if words.startswith("RES") else words):
+        build_backbone(cfg)
+
+
+def test_illegal_arguments():
+    with pytest.raises(ValueError, match="depth is 33"):
+        ResNet.make_default_stages(33)
+    with pytest.raises(ValueError, match=r"out_features \['res9'\]"):
+        ResNet(BasicStem(), ResNet.make_default_stages(18), out_features=["res9"])
+    with pytest.raises(ValueError, match="stages must be non-empty"):
+        ResNet(BasicStem(), [])
+    with pytest.raises(ValueError, match=r"\(N, C, H, W\) tensor, got the shape \(3, 8, 8\)"):
+        ResNet(BasicStem(), ResNet.make_default_stages(18))(torch.zeros(3, 8, 8))
+
+
+def test_a_builder_must_return_a_backbone():
+    cfg = get_cfg()
+    cfg.MODEL.BACKBONE.NAME = "torch.nn.Identity"
+    with pytest.raises(TypeError, match="'torch.nn.Identity' built a Identity, not a Backbone"):
+        build_backbone(cfg)
+    assert "build_resnet_backbone" in BACKBONE_REGISTRY
