@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from detlib.layers import ciou_loss, diou_loss
 
 __all__ = [
+    "BOX_LOSS_TYPES",
     "Box2BoxTransform",
     "Box2BoxTransformLinear",
     "box_regression_loss",
@@ -22,6 +23,9 @@ __all__ = [
 _DEFAULT_SCALE_CLAMP = math.log(1000.0 / 16)
 
 _IOU_LOSSES = {"giou": giou_loss, "diou": diou_loss, "ciou": ciou_loss}
+
+BOX_LOSS_TYPES = ("smooth_l1", *_IOU_LOSSES)
+"""What `box_regression_loss` takes as `loss_type`."""
 
 
 def _check_boxes(src_boxes: torch.Tensor, target_boxes: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from detlib.config import configurable
 from detlib.layers import Conv2d, ShapeSpec
 from detlib.modeling.anchor_generator import build_anchor_generator
-from detlib.modeling.box_regression import Box2BoxTransform
+from detlib.modeling.box_regression import BOX_LOSS_TYPES, Box2BoxTransform
 from detlib.modeling.dense_ops import (
     decode_top_predictions,
     dense_box_regression_loss,
@@ -182,6 +182,9 @@ class RPN(nn.Module):
     def from_config(cls, cfg, input_shape: dict[str, ShapeSpec]):
         """Translate `cfg.MODEL.RPN` and `cfg.MODEL.PROPOSAL_GENERATOR.MIN_SIZE`."""
         rpn = cfg.MODEL.RPN
+        if rpn.BBOX_REG_LOSS_TYPE not in BOX_LOSS_TYPES:
+            legal = list(BOX_LOSS_TYPES)
+            raise ValueError(f"MODEL.RPN.BBOX_REG_LOSS_TYPE is {rpn.BBOX_REG_LOSS_TYPE!r}; legal are {legal}")
         unknown = [name for name in rpn.IN_FEATURES if name not in input_shape]
         if unknown:
             raise ValueError(f"MODEL.RPN.IN_FEATURES has {unknown}; the backbone returns {list(input_shape)}")

@@ -1,0 +1,114 @@
+"""Choice of proposals and ground truth among them, against slow formulas."""
+
+import math
+
+import pytest
+import torch
+import torchvision
+
+from detlib.modeling.proposal_generator.proposal_utils import (
+    add_ground_truth_to_proposals,
+    add_ground_truth_to_proposals_single_image,
+    find_top_rpn_proposals,
+)
+from detlib.structures import Boxes, Instances
+
+SIZES = [(60, 64), (48, 50)]
+
+
+def random_boxes(n, seed, shape=()):
+    g = torch.Generator().manual_seed(seed)
+    corner = torch.rand(*shape, n, 2, generator=g) * 50 - 10
+    return torch.cat((corner, corner + torch.rand(*shape, n, 2, generator=g) * 40), dim=-1)
+
+
+def slow_proposals(boxes, scores, sizes, thresh, pre, post, min_size):
+    """`find_top_rpn_proposals`, a box at a time, NMS by torchvision."""
+    out = []
+    for i, (height, width) in enumerate(sizes):
+        rows = []
+        for level, (b, s) in enumerate(zip(boxes, scores)):
+            order = sorted(range(b.shape[1]), key=lambda j: -s[i, j].item())[:pre]  # noqa: B023
+            for j in order:
+                x0, y0, x1, y1 = b[i, j].tolist()
+                x0, x1 = (min(max(v, 0), width) for v in (x0, x1))
+                y0, y1 = (min(max(v, 0), height) for v in (y0, y1))
+                if x1 - x0 > min_size and y1 - y0 > min_size:
+                    rows.append([x0, y0, x1, y1, s[i, j].item(), level])
+        rows = torch.tensor(rows)
+        keep = torchvision.ops.batched_nms(rows[:, :4], rows[:, 4], rows[:, 5], thresh)[:post]
+        out.append((rows[keep, :4], rows[keep, 4]))
+    return out
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("pre, post, min_size", [(30, 1000, 0.0), (1000, 20, 0.0), (25, 15, 12.0)])
+def test_find_top_proposals(training, pre, post, min_size):
+    g = torch.Generator().manual_seed(0)
+    boxes = [random_boxes(60, 1, (2,)), random_boxes(20, 2, (2,))]
+    scores = [torch.randn(2, 60, generator=g), torch.randn(2, 20, generator=g)]
+    given = [b.clone() for b in boxes]
+    got = find_top_rpn_proposals(boxes, scores, SIZES, 0.5, pre, post, min_size, training)
+    assert all(torch.equal(a, b) for a, b in zip(boxes, given))
+    for inst, size, (want_boxes, want_scores) in zip(
+        got, SIZES, slow_proposals(boxes, scores, SIZES, 0.5, pre, post, min_size)
+    ):
+        assert inst.image_size == size and len(inst) > 5
+        torch.testing.assert_close(inst.proposal_boxes.tensor, want_boxes)
+        torch.testing.assert_close(inst.objectness_logits, want_scores)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["boxes", "scores"])
+def test_numbers_that_are_not_finite(bad, where):
+    boxes, scores = [random_boxes(10, 1, (2,))], [torch.arange(20.0).view(2, 10)]
+    if where == "boxes":
+        boxes[0][1, 9, 2] = bad
+    else:
+        scores[0][1, 9] = bad
+    args = (boxes, scores, SIZES, 0.9, 100, 100, 0.0)
+    with pytest.raises(FloatingPointError, match=r"1 of 20 predicted.*images \[1\].*diverged"):
+        find_top_rpn_proposals(*args, training=True)
+    first, second = find_top_rpn_proposals(*args, training=False)
+    assert len(first) > 0 and torch.isfinite(second.proposal_boxes.tensor).all()
+    assert second.objectness_logits.max() == 18
+
+
+def test_no_proposal_survives():
+    boxes, scores = [torch.full((1, 4, 4), 500.0)], [torch.zeros(1, 4)]
+    (inst,) = find_top_rpn_proposals(boxes, scores, SIZES[:1], 0.7, 10, 10, 0.0, False)
+    assert len(inst) == 0 and inst.proposal_boxes.tensor.shape == (0, 4)
+
+
+def make_proposals(n, seed):
+    inst = Instances((50, 60))
+    inst.proposal_boxes = Boxes(random_boxes(n, seed))
+    inst.objectness_logits = torch.arange(float(n))
+    return inst
+
+
+def test_ground_truth_joins_the_proposals():
+    proposals = make_proposals(3, 0)
+    gt = Instances((50, 60))
+    gt.gt_boxes, gt.gt_classes = Boxes(random_boxes(2, 1)), torch.tensor([1, 2])
+    for truth in (gt, gt.gt_boxes):
+        (joined,) = add_ground_truth_to_proposals([truth], [proposals])
+        assert len(joined) == 5 and set(joined.get_fields()) == {"proposal_boxes", "objectness_logits"}
+        assert torch.equal(joined.proposal_boxes.tensor[3:], gt.gt_boxes.tensor)
+        assert torch.equal(joined.objectness_logits[:3], torch.arange(3.0))
+        assert (joined.objectness_logits[3:].sigmoid() == 1).all() and joined.objectness_logits[3] > 20
+    assert len(proposals) == 3
+    assert len(add_ground_truth_to_proposals_single_image(gt[:0], proposals)) == 3
+
+
+def test_ground_truth_must_have_the_proposals_fields():
+    proposals = make_proposals(2, 0)
+    proposals.keep_me = torch.tensor([1, 2])
+    gt = Instances((50, 60))
+    gt.gt_boxes = Boxes(random_boxes(1, 1))
+    with pytest.raises(ValueError, match="'keep_me'"):
+        add_ground_truth_to_proposals_single_image(gt, proposals)
+    gt.keep_me = torch.tensor([3])
+    assert add_ground_truth_to_proposals_single_image(gt, proposals).keep_me.tolist() == [1, 2, 3]
+    with pytest.raises(ValueError, match="1 images for proposals of 0"):
+        add_ground_truth_to_proposals([gt], [])
