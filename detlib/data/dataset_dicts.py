@@ -5,7 +5,7 @@ from itertools import chain, zip_longest
 
 import numpy as np
 from tabulate import tabulate
-from torch.utils.data import ConcatDataset, Dataset
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset
 
 from detlib.utils.logger import log_first_n
 
@@ -139,7 +139,7 @@ def _load(names: list[str]) -> list:
     datasets = []
     for name in names:
         dataset = DatasetCatalog.get(name)
-        if len(dataset) == 0:
+        if not isinstance(dataset, IterableDataset) and len(dataset) == 0:
             raise ValueError(f"dataset {name!r} is empty: it holds no image")
         datasets.append(dataset)
     return datasets

@@ -28,6 +28,17 @@ logger = logging.getLogger(__name__)
 _RGB_TO_YUV = np.array([[0.299, 0.587, 0.114], [-0.14713, -0.28886, 0.436], [0.615, -0.51499, -0.10001]])
 _YUV_TO_RGB = np.array([[1.0, 0.0, 1.13983], [1.0, -0.39465, -0.58060], [1.0, 2.03211, 0.0]])
 
+# What Pillow's decoders raise on files that are not as they should be.
+_PIL_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -131,8 +142,8 @@ def read_image(file_name: str, format: str | None = None) -> np.ndarray:
         try:
             image = Image.open(handle)
             image.load()
-        except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error) as error:
-            raise ImageReadError(f"broken image file {file_name}: {error}") from error
+        except _PIL_ERRORS as error:
+            raise ImageReadError(f"image file {file_name} is broken or cannot be read: {error}") from error
         image = _upright(image, file_name)
         try:
             return convert_PIL_to_numpy(image, format)

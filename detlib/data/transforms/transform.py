@@ -53,6 +53,12 @@ def _from_pil(image: Image.Image, like: np.ndarray) -> np.ndarray:
     return array[:, :, None] if like.ndim == 3 and array.ndim == 2 else array
 
 
+def _nearest_indices(size: int, new_size: int) -> np.ndarray:
+    """Which of ``size`` pixels Pillow picks for each of ``new_size``; asked of Pillow, for its rounding of ties."""
+    line = Image.fromarray(np.arange(size, dtype=np.int32)[None])
+    return np.asarray(line.resize((new_size, 1), Image.Resampling.NEAREST))[0]
+
+
 class ResizeTransform(Transform):
     """Resize a picture to a given size.
 
@@ -93,9 +99,9 @@ class ResizeTransform(Transform):
         return self._interpolate(img, method)
 
     def _pick_nearest(self, img: np.ndarray) -> np.ndarray:
-        """Nearest neighbour by pixel centres, as Pillow does it, for any dtype (ids, masks)."""
-        rows = ((np.arange(self.new_h) + 0.5) * (self.h / self.new_h)).astype(np.int64)
-        cols = ((np.arange(self.new_w) + 0.5) * (self.w / self.new_w)).astype(np.int64)
+        """Nearest neighbour for any dtype (ids, masks): the pixels that Pillow picks from a uint8 picture."""
+        rows = _nearest_indices(self.h, self.new_h)
+        cols = _nearest_indices(self.w, self.new_w)
         axis = 1 if img.ndim == 4 else 0
         return img.take(rows, axis=axis).take(cols, axis=axis + 1)
 
