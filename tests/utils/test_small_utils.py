@@ -1,0 +1,199 @@
+"""env, file_io, memory, serialize, colormap."""
+
+import functools
+import http.server
+import json
+import logging
+import pickle
+import random
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from detlib.utils import env
+from detlib.utils.colormap import colormap, random_color, random_colors
+from detlib.utils.env import resolve_device, seed_all_rng
+from detlib.utils.file_io import PathManager
+from detlib.utils.memory import retry_if_cuda_oom
+from detlib.utils.serialize import PicklableWrapper
+
+
+def draw():
+    return random.random(), np.random.rand(), torch.rand(1).item()
+
+
+@pytest.fixture
+def random_state(monkeypatch):
+    monkeypatch.setenv("PYTHONHASHSEED", "0")  # seed_all_rng sets it: restored at the end
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+
+
+def test_seed_all_rng(random_state):
+    assert seed_all_rng(5) == 5
+    first = draw()
+    seed_all_rng(5)
+    assert draw() == first
+    drawn = seed_all_rng(-1)
+    again = draw()
+    assert drawn >= 0 and again != first
+    seed_all_rng(drawn)
+    assert draw() == again
+    assert seed_all_rng() != seed_all_rng()
+
+
+def test_resolve_device(monkeypatch, caplog):
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device(torch.device("cpu")) == torch.device("cpu")
+    monkeypatch.setattr(env, "_announced", set())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(env.logger, "propagate", True)
+    monkeypatch.setattr(logging.getLogger("detlib"), "propagate", True)
+    with caplog.at_level(logging.INFO, logger="detlib.utils.env"):
+        assert resolve_device("auto") == resolve_device("AUTO") == torch.device("cpu")
+    assert len(caplog.messages) == 1 and "cpu" in caplog.messages[0]
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert resolve_device("auto") == torch.device("mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert resolve_device("auto") == torch.device("cuda")
+    assert resolve_device("cuda:0") == torch.device("cuda:0")
+    with pytest.raises(ValueError, match="'cuda:1'.*1 cuda device"):
+        resolve_device("cuda:1")
+
+
+def test_resolve_device_errors(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ValueError, match="'gpu'.*'auto'"):
+        resolve_device("gpu")
+    with pytest.raises(ValueError, match="'cuda'.*no cuda device.*'auto'"):
+        resolve_device("cuda")
+
+
+def test_downloads_are_cached(tmp_path, monkeypatch):
+    (tmp_path / "www").mkdir()
+    (tmp_path / "www" / "file.txt").write_text("content")
+    requests = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            requests.append(args)
+
+    monkeypatch.setenv("DETLIB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    handler = functools.partial(Handler, directory=str(tmp_path / "www"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/file.txt"
+        local = PathManager.get_local_path(url)
+        with PathManager.open(url) as f:
+            assert f.read() == "content"
+        server.shutdown()
+    assert Path(local).is_relative_to(tmp_path / "cache")
+    assert len(requests) == 1
+
+
+def test_local_files(tmp_path):
+    path = str(tmp_path / "a.txt")
+    with PathManager.open(path, "w") as f:
+        f.write("x")
+    assert PathManager.isfile(path) and PathManager.get_local_path(path) == path
+
+
+class FailsOnce:
+    """Runs out of memory the first `times` calls."""
+
+    def __init__(self, times):
+        self.times, self.calls = times, []
+
+    def __call__(self, *args, **kwargs):
+        self.calls.append((args, kwargs))
+        if len(self.calls) <= self.times:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return "done"
+
+
+class OnGpu:
+    """Looks like a tensor on a GPU."""
+
+    def __init__(self, device="cuda"):
+        self.device = torch.device(device)
+
+    def to(self, device):
+        return OnGpu(device)
+
+
+@pytest.mark.parametrize("times", [0, 1, 2])
+def test_retry_if_cuda_oom(times):
+    func = FailsOnce(times)
+    given = OnGpu()
+    assert retry_if_cuda_oom(func)(given, [given, 3], key={"a": (given,)}) == "done"
+    assert len(func.calls) == times + 1
+    args, kwargs = func.calls[-1]
+    wanted = "cpu" if times == 2 else "cuda"
+    assert {x.device.type for x in (args[0], args[1][0], kwargs["key"]["a"][0])} == {wanted}
+    assert args[1][1] == 3 and isinstance(kwargs["key"]["a"], tuple)
+
+
+def test_retry_gives_up_and_leaves_other_errors():
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        retry_if_cuda_oom(FailsOnce(3))()
+
+    def broken():
+        raise RuntimeError("other")
+
+    with pytest.raises(RuntimeError, match="other"):
+        retry_if_cuda_oom(broken)()
+
+
+def test_picklable_wrapper(monkeypatch):
+    wrapped = PicklableWrapper(PicklableWrapper(json.dumps))
+    assert wrapped._obj is json.dumps
+    again = pickle.loads(pickle.dumps(wrapped))
+    assert again([1]) == "[1]" and again.__name__ == "dumps"
+    monkeypatch.setitem(sys.modules, "cloudpickle", None)
+    with pytest.raises(pickle.PicklingError, match="cloudpickle"):
+        pickle.dumps(PicklableWrapper(lambda x: x))
+
+
+def test_colormap():
+    colors = colormap(rgb=True)
+    assert colors.shape == (74, 3) and colors.dtype == np.float32
+    # Points of the published map, floored to uint8.
+    known = {0: (0, 113, 188), 7: (76, 76, 76), 11: (190, 190, 0), 24: (0, 84, 127), 39: (0, 84, 255)}
+    known |= {53: (84, 0, 0), 58: (0, 42, 0), 70: (0, 0, 0), 71: (36, 36, 36), 73: (255, 255, 255)}
+    for index, color in known.items():
+        assert tuple(colors[index].astype(int)) == color, index
+    np.testing.assert_allclose(colormap(rgb=False, maximum=1)[:, ::-1] * 255, colors, rtol=1e-6)
+    with pytest.raises(ValueError, match="maximum"):
+        colormap(maximum=2)
+
+
+def test_random_colors():
+    table = {tuple(color) for color in colormap(rgb=True, maximum=1)}
+    assert tuple(random_color(rgb=True, maximum=1)) in table
+    assert len({tuple(color) for color in random_colors(60, rgb=True, maximum=1)}) > 55  # a few repeat
+    many = random_colors(100, rgb=True, maximum=1)
+    assert len(many) == 100 and {tuple(color) for color in many} == table
+
+
+def test_utils_import_nothing_else_of_detlib_and_stay_light():
+    code = (
+        "import sys; import detlib.utils.events, detlib.utils.logger, detlib.utils.comm, "
+        "detlib.utils.registry, detlib.utils.env, detlib.utils.memory, detlib.utils.serialize, detlib.utils.colormap; "
+        "print([m for m in sys.modules if m.startswith('detlib') and m != 'detlib' "
+        "and not m.startswith('detlib.utils')], "
+        "[m for m in ('tensorboard', 'tabulate', 'matplotlib', 'cv2', 'torchvision') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[] []"
