@@ -1,0 +1,366 @@
+"""The COCO metric for boxes, masks, keypoints and box proposals."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import json
+import logging
+import math
+import os
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from yacs.config import CfgNode
+
+from detlib.data.catalog import MetadataCatalog
+from detlib.structures import BoxMode
+from detlib.utils import comm
+from detlib.utils.file_io import PathManager
+from detlib.utils.logger import create_small_table
+
+from .box_proposals import evaluate_box_proposals
+from .coco_json import GroundTruth, instances_to_coco_json, load_ground_truth
+from .coco_metrics import METRICS, CocoScores, evaluate_coco, make_coco_api
+from .evaluator import DatasetEvaluator
+
+__all__ = ["COCOEvaluator", "instances_to_coco_json"]
+
+_DEFAULT_MAX_DETS = 100
+_NUM_COCO_KEYPOINTS = 17
+
+
+class COCOEvaluator(DatasetEvaluator):
+    """Computes COCO's average precision of instance predictions, or the average recall of box proposals.
+
+    The metric is faster-coco-eval's, whose numbers are those of pycocotools. The ground truth is the data
+    set's `json_file` if its metadata names one, else the registered data set, converted; it is read anew for
+    each evaluator, so it is never out of date.
+
+    Args:
+        dataset_name: a registered name or an address.
+        tasks: of "bbox", "segm" and "keypoints"; by default, what the predictions have. A config in this
+            place, as old programs pass it, is accepted with a warning.
+        distributed: gather the predictions of all processes into the main one.
+        output_dir: folder for `instances_predictions.pth`, `coco_instances_results.json` (in COCO's result
+            format) or `box_proposals.pkl`, and for ground truth that was converted. Image ids that are no
+            whole numbers are numbers in the JSON files, the same in both.
+        max_dets_per_image: so many detections of a picture count, the best first; default 100.
+        use_fast_impl: if False, use pycocotools.
+        kpt_oks_sigmas: one number for each keypoint; by default those of the data set's metadata
+            (`keypoint_oks_sigmas`), or COCO's for 17 keypoints.
+        allow_cached_coco: accepted for compatibility. Nothing is taken from earlier runs in any case.
+    """
+
+    def __init__(
+        self,
+        dataset_name: str,
+        tasks: Sequence[str] | None = None,
+        distributed: bool = True,
+        output_dir: str | None = None,
+        *,
+        max_dets_per_image: int | None = None,
+        use_fast_impl: bool = True,
+        kpt_oks_sigmas: Sequence[float] = (),
+        allow_cached_coco: bool = True,
+    ) -> None:
+        self._logger = logging.getLogger(__name__)
+        if isinstance(tasks, CfgNode):
+            self._logger.warning(
+                "COCOEvaluator(name, cfg, ...) is the old form: pass tasks, max_dets_per_image and "
+                "kpt_oks_sigmas instead of the config."
+            )
+            kpt_oks_sigmas = kpt_oks_sigmas or tasks.TEST.KEYPOINT_OKS_SIGMAS
+            max_dets_per_image = max_dets_per_image or tasks.TEST.DETECTIONS_PER_IMAGE
+            tasks = None
+        self._dataset_name = dataset_name
+        self._tasks = _check_tasks(tasks)
+        self._distributed = distributed
+        self._output_dir = output_dir
+        self._use_fast_impl = use_fast_impl
+        self._max_dets_per_image = max_dets_per_image
+        self._metadata = MetadataCatalog.get(dataset_name)
+        self._kpt_oks_sigmas = tuple(kpt_oks_sigmas) or tuple(self._metadata.get("keypoint_oks_sigmas", ()))
+        json_file = self._metadata.get("json_file")
+        if json_file and "://" not in json_file and not PathManager.isfile(json_file):
+            raise FileNotFoundError(
+                f"COCOEvaluator: dataset {dataset_name!r} has the annotation file {json_file!r}, which does "
+                "not exist."
+            )
+        self._check_keypoints()
+        self._predictions: list[dict] = []
+        self._results: OrderedDict[str, dict[str, float]] = OrderedDict()
+
+    def _check_keypoints(self) -> None:
+        """Raises ValueError if the keypoints cannot be evaluated, before the work is done."""
+        num_keypoints = len(self._metadata.get("keypoint_names", ()))
+        if not num_keypoints:
+            return
+        if self._kpt_oks_sigmas and len(self._kpt_oks_sigmas) != num_keypoints:
+            raise ValueError(
+                f"COCOEvaluator: kpt_oks_sigmas (TEST.KEYPOINT_OKS_SIGMAS) has {len(self._kpt_oks_sigmas)} "
+                f"numbers; dataset {self._dataset_name!r} has {num_keypoints} keypoints."
+            )
+        if "keypoints" in (self._tasks or ()) and not self._sigmas_known(num_keypoints):
+            raise ValueError(self._missing_sigmas(num_keypoints))
+
+    def _sigmas_known(self, num_keypoints: int) -> bool:
+        return num_keypoints == len(self._kpt_oks_sigmas or range(_NUM_COCO_KEYPOINTS))
+
+    def _missing_sigmas(self, num_keypoints: int) -> str:
+        return (
+            f"The {num_keypoints} keypoints of dataset {self._dataset_name!r} are no persons' as in COCO, so "
+            "their evaluation needs one number for each in TEST.KEYPOINT_OKS_SIGMAS (kpt_oks_sigmas)."
+        )
+
+    @functools.cached_property
+    def _ground_truth(self) -> GroundTruth:
+        ground_truth = load_ground_truth(self._dataset_name, self._metadata)
+        if self._output_dir and not self._metadata.get("json_file"):
+            name = re.sub(r"[^\w.-]+", "_", self._dataset_name)
+            self._write_json(f"{name}_coco_format.json", ground_truth.coco)
+        return ground_truth
+
+    @functools.cached_property
+    def _coco_api(self) -> Any:
+        """The ground truth as a `COCO` object."""
+        return make_coco_api(self._ground_truth.coco, fast=self._use_fast_impl)
+
+    def reset(self) -> None:
+        """Forgets the predictions."""
+        self._predictions = []
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        """Takes in one batch.
+
+        Args:
+            inputs: the model's input dicts, each with `image_id`.
+            outputs: the model's output dicts, with `instances` or `proposals`.
+        """
+        for image, output in zip(inputs, outputs):
+            prediction = {"image_id": image["image_id"]}
+            if "instances" in output:
+                prediction["instances"] = self._to_json(output["instances"], image["image_id"])
+            if "proposals" in output:
+                prediction["proposals"] = output["proposals"].to(torch.device("cpu"))
+            if len(prediction) > 1:
+                self._predictions.append(prediction)
+
+    def _to_json(self, instances: Any, img_id: Any) -> list[dict]:
+        """Converts one picture's instances to COCO's result format, with class indices as category ids."""
+        return instances_to_coco_json(instances, img_id)
+
+    def evaluate(self, img_ids: Sequence[Any] | None = None) -> dict[str, dict[str, float]]:
+        """Computes the metrics of all that was taken in.
+
+        Args:
+            img_ids: evaluate on the pictures with these ids only; all by default.
+
+        Returns:
+            A dict of "bbox", "segm" and "keypoints", each with "AP", "AP50", "AP75", "APs", "APm", "APl" and
+            "AP-<class>" in percent; or of "box_proposals" with "AR@100", "ARs@100" and so on. Empty in
+            processes other than the main one, and where nothing can be evaluated.
+        """
+        predictions = self._gather()
+        if predictions is None:
+            return {}
+        if not predictions:
+            self._logger.warning("COCOEvaluator has received no predictions.")
+            return {}
+        if self._output_dir:
+            PathManager.mkdirs(self._output_dir)
+            with PathManager.open(os.path.join(self._output_dir, "instances_predictions.pth"), "wb") as file:
+                torch.save(predictions, file)
+        self._results = OrderedDict()
+        if "proposals" in predictions[0]:
+            self._eval_box_proposals(predictions)
+        if "instances" in predictions[0]:
+            self._eval_predictions(predictions, img_ids)
+        return copy.deepcopy(self._results)
+
+    def _gather(self) -> list[dict] | None:
+        """Returns the predictions of all processes, or None if this is not the main one."""
+        if not self._distributed:
+            return self._predictions
+        comm.synchronize()
+        gathered = comm.gather(self._predictions, dst=0)
+        comm.synchronize()
+        return list(itertools.chain(*gathered)) if comm.is_main_process() else None
+
+    def _eval_predictions(self, predictions: list[dict], img_ids: Sequence[Any] | None = None) -> None:
+        """Evaluates instances and puts the metrics into `self._results`."""
+        results = list(itertools.chain(*(prediction["instances"] for prediction in predictions)))
+        tasks = self._check_tasks_of(results)
+        numbers = self._ground_truth.image_numbers
+        category_ids = self._category_ids()
+        results = [
+            {
+                **result,
+                "image_id": numbers[result["image_id"]],
+                "category_id": self._category_id(result["category_id"], category_ids),
+            }
+            for result in results
+        ]
+        if self._output_dir:
+            self._write_json("coco_instances_results.json", results)
+        if not self._ground_truth.has_annotations:
+            self._logger.info("Dataset %r has no annotations to evaluate with.", self._dataset_name)
+            return
+        self._warn_of_limit(predictions)
+        selected = None if img_ids is None else [numbers[i] for i in img_ids]
+        for task in sorted(tasks):
+            if task == "keypoints" and results and not self._sigmas_known(len(results[0]["keypoints"]) // 3):
+                self._logger.error(self._missing_sigmas(len(results[0]["keypoints"]) // 3))
+                continue
+            scores = self._score(results, task, selected) if results else None
+            self._results[task] = self._derive_coco_results(scores, task, self._class_names())
+
+    def _check_tasks_of(self, results: list[dict]) -> set[str]:
+        """Returns the tasks to evaluate. Raises ValueError if the predictions lack what one of them needs."""
+        there = _tasks_of(results)
+        missing = set(self._tasks or ()) - there
+        if results and missing:
+            raise ValueError(
+                f"COCOEvaluator: tasks is {self._tasks}, but the predictions have nothing for "
+                f"{sorted(missing)}, only for {sorted(there)}."
+            )
+        return set(self._tasks or there)
+
+    def _score(self, results: list[dict], task: str, img_ids: Sequence[int] | None) -> CocoScores:
+        """Computes precision and recall for one task; image ids are the ground truth's numbers."""
+        max_dets = self._max_dets_per_image or _DEFAULT_MAX_DETS
+        return evaluate_coco(
+            self._coco_api,
+            results,
+            task,
+            max_dets=(*(n for n in (1, 10) if n < max_dets), max_dets),
+            kpt_oks_sigmas=self._kpt_oks_sigmas,
+            img_ids=img_ids,
+            fast=self._use_fast_impl,
+        )
+
+    def _eval_box_proposals(self, predictions: list[dict]) -> None:
+        """Evaluates proposals, and saves them in the form that DATASETS.PROPOSAL_FILES takes."""
+        if self._output_dir:
+            proposals = [prediction["proposals"] for prediction in predictions]
+            saved = {
+                "ids": [prediction["image_id"] for prediction in predictions],
+                "boxes": [p.proposal_boxes.tensor.numpy() for p in proposals],
+                "objectness_logits": [p.objectness_logits.numpy() for p in proposals],
+                "bbox_mode": BoxMode.XYXY_ABS.value,
+            }
+            with PathManager.open(os.path.join(self._output_dir, "box_proposals.pkl"), "wb") as file:
+                pickle.dump(saved, file)
+        if not self._ground_truth.has_annotations:
+            self._logger.info("Dataset %r has no annotations to evaluate with.", self._dataset_name)
+            return
+        recalls = evaluate_box_proposals(predictions, self._ground_truth)
+        self._logger.info("Proposal metrics:\n%s", create_small_table(recalls))
+        self._results["box_proposals"] = recalls
+
+    def _derive_coco_results(
+        self, coco_eval: CocoScores | None, iou_type: str, class_names: Sequence[str] | None = None
+    ) -> dict[str, float]:
+        """Returns the metrics of one task by name, and logs them.
+
+        Args:
+            coco_eval: None if there are no predictions: all metrics are nan then.
+            iou_type: the task.
+            class_names: with two or more, there is "AP-<class>" for each.
+        """
+        if coco_eval is None:
+            self._logger.warning("The model has predicted nothing: all %s metrics are nan.", iou_type)
+            return {metric: math.nan for metric in METRICS[iou_type]}
+        results = {metric: coco_eval.ap(metric) for metric in METRICS[iou_type]}
+        self._logger.info("Evaluation results for %s:\n%s", iou_type, create_small_table(results))
+        recalls = {f"AR@{n}": coco_eval.ar(i) for i, n in enumerate(coco_eval.max_dets)}
+        self._logger.info("Average recall for %s:\n%s", iou_type, create_small_table(recalls))
+        if any(math.isnan(value) for value in results.values()):
+            self._logger.info("nan stands where there is no ground truth of that kind.")
+        if class_names is None or len(class_names) <= 1:
+            return results
+        per_class = {f"AP-{name}": coco_eval.ap_of_class(i) for i, name in enumerate(class_names)}
+        self._logger.info("AP of each class for %s:\n%s", iou_type, _class_table(class_names, per_class))
+        return {**results, **per_class}
+
+    def _category_ids(self) -> dict[int, int]:
+        """Returns the map from class index to category id."""
+        id_map = self._metadata.get("thing_dataset_id_to_contiguous_id")
+        if id_map is None:
+            return {i: i for i in self._ground_truth.category_ids}
+        return {index: category_id for category_id, index in id_map.items()}
+
+    def _category_id(self, class_index: int, category_ids: dict[int, int]) -> int:
+        if class_index not in category_ids:
+            raise ValueError(
+                f"The model has predicted class {class_index}, but dataset {self._dataset_name!r} has the "
+                f"{len(category_ids)} classes {', '.join(map(str, sorted(category_ids)[:100]))}. Is "
+                "NUM_CLASSES of the model right, and is it the data set that it was trained for?"
+            )
+        return category_ids[class_index]
+
+    def _class_names(self) -> list[str]:
+        """Returns the class names in the order of the category ids, which is that of the scores."""
+        names = self._metadata.get("thing_classes")
+        id_map = self._metadata.get("thing_dataset_id_to_contiguous_id")
+        if names is None or id_map is None:
+            return self._ground_truth.class_names
+        return [names[id_map[i]] for i in self._ground_truth.category_ids]
+
+    def _warn_of_limit(self, predictions: list[dict]) -> None:
+        most = max(len(prediction["instances"]) for prediction in predictions)
+        if self._max_dets_per_image is None and most > _DEFAULT_MAX_DETS:
+            self._logger.warning(
+                "There are pictures with up to %d detections, of which the best %d count. Pass "
+                "max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE to COCOEvaluator to let all count.",
+                most,
+                _DEFAULT_MAX_DETS,
+            )
+
+    def _write_json(self, name: str, content: Any) -> None:
+        path = os.path.join(self._output_dir, name)
+        PathManager.mkdirs(self._output_dir)
+        with PathManager.open(path, "w") as file:
+            json.dump(content, file)
+        self._logger.info("Wrote %s", path)
+
+
+def _check_tasks(tasks: Sequence[str] | None) -> tuple[str, ...] | None:
+    if tasks is None:
+        return None
+    if isinstance(tasks, str) or not all(isinstance(task, str) for task in tasks):
+        raise TypeError(
+            f"COCOEvaluator: tasks must be a tuple of names such as ('bbox', 'segm'), not {tasks!r}."
+        )
+    unknown = [task for task in tasks if task not in METRICS]
+    if unknown:
+        raise ValueError(f"COCOEvaluator: there are no tasks {unknown}; legal are {', '.join(METRICS)}.")
+    return tuple(tasks)
+
+
+def _tasks_of(results: list[dict]) -> set[str]:
+    """Returns the tasks that predictions are there for; boxes are always one."""
+    tasks = {"bbox"}
+    for result in results:
+        if "segmentation" in result:
+            tasks.add("segm")
+        if "keypoints" in result:
+            tasks.add("keypoints")
+    return tasks
+
+
+def _class_table(class_names: Sequence[str], per_class: dict[str, float]) -> str:
+    """Returns AP of each class as a table of up to three pairs of columns."""
+    from tabulate import tabulate
+
+    cells = list(itertools.chain(*zip(class_names, per_class.values())))
+    columns = min(6, len(cells))
+    rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
+    return tabulate(
+        rows, headers=["class", "AP"] * (columns // 2), tablefmt="pipe", floatfmt=".3f", numalign="left"
+    )

@@ -1,0 +1,152 @@
+"""Both sides of the COCO metric as data: predictions in COCO's result format, and the ground truth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from detlib.data.catalog import Metadata
+from detlib.data.datasets.coco import read_coco_json
+from detlib.data.datasets.coco_writer import convert_to_coco_dict
+from detlib.structures import BoxMode, Instances
+
+__all__ = ["GroundTruth", "instances_to_coco_json", "load_ground_truth"]
+
+# So many masks are compressed at a time, to bound the memory for their copy.
+_MASKS_AT_A_TIME = 64
+
+
+def instances_to_coco_json(instances: Instances, img_id: Any) -> list[dict]:
+    """Converts one picture's predictions to COCO's result format (https://cocodataset.org/#format-results).
+
+    Args:
+        instances: with `pred_boxes`, `scores` and `pred_classes`, and if there are, `pred_masks` (N, H, W)
+            bool and `pred_keypoints` (N, K, 3), with x and y that become COCO's pixel indices (0.5 less).
+        img_id: the picture's id.
+
+    Returns:
+        One dict for each instance: `image_id`, `category_id` (the class index), `bbox` (XYWH), `score`, and
+        if there are, `segmentation` (compressed RLE) and `keypoints` (flat).
+    """
+    if len(instances) == 0:
+        return []
+    boxes = instances.pred_boxes.tensor.detach().cpu().numpy()
+    boxes = BoxMode.convert(boxes, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS).tolist()
+    scores = instances.scores.tolist()
+    classes = instances.pred_classes.tolist()
+    results = [
+        {"image_id": img_id, "category_id": category, "bbox": box, "score": score}
+        for box, score, category in zip(boxes, scores, classes)
+    ]
+    if instances.has("pred_masks"):
+        for result, rle in zip(results, _encode_masks(instances.pred_masks)):
+            result["segmentation"] = rle
+    if instances.has("pred_keypoints"):
+        keypoints = instances.pred_keypoints.detach().cpu().numpy().astype(np.float64)
+        keypoints[:, :, :2] -= 0.5
+        for result, flat in zip(results, keypoints.reshape(len(keypoints), -1).tolist()):
+            result["keypoints"] = flat
+    return results
+
+
+def _encode_masks(masks: Any) -> list[dict]:
+    """Compresses (N, H, W) masks, given as a tensor or as BitMasks, to RLE that JSON can hold."""
+    from pycocotools import mask as mask_utils
+
+    masks = getattr(masks, "tensor", masks)
+    rles: list[dict] = []
+    for start in range(0, len(masks), _MASKS_AT_A_TIME):
+        block = masks[start : start + _MASKS_AT_A_TIME].detach().cpu().numpy().astype(np.uint8)
+        # The encoder wants (H, W, N) with each mask stored by columns.
+        rles += mask_utils.encode(np.ascontiguousarray(block.transpose(0, 2, 1)).T)
+    for rle in rles:
+        rle["counts"] = rle["counts"].decode("ascii")
+    return rles
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """The annotations of a data set, in COCO's format and complete.
+
+    Attributes:
+        coco: `images`, `categories` and `annotations`, where each annotation has `id` (from 1), `area` and
+            `iscrowd`, and image ids are whole numbers.
+        image_numbers: from the data set's image ids, which may be anything, to the numbers in `coco`.
+        has_annotations: False for a test set, whose annotations are not known.
+    """
+
+    coco: dict
+    image_numbers: dict[Any, int]
+    has_annotations: bool
+
+    @property
+    def category_ids(self) -> list[int]:
+        """The category ids in rising order."""
+        return sorted(category["id"] for category in self.coco["categories"])
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the categories in the order of `category_ids`."""
+        names = {category["id"]: category["name"] for category in self.coco["categories"]}
+        return [names[i] for i in self.category_ids]
+
+
+def load_ground_truth(dataset_name: str, metadata: Metadata) -> GroundTruth:
+    """Reads `metadata.json_file`, or where there is none converts the registered data set."""
+    json_file = metadata.get("json_file")
+    return complete_ground_truth(
+        read_coco_json(json_file) if json_file else convert_to_coco_dict(dataset_name)
+    )
+
+
+def complete_ground_truth(coco: dict) -> GroundTruth:
+    """Fills in what annotation files may lack and the metric needs, without changing `coco`.
+
+    Annotations are numbered anew: the metric takes id 0 for "no match", and ids may be missing.
+    """
+    ids = [image["id"] for image in coco["images"]]
+    numbers = {i: i if _all_integers(ids) else n for n, i in enumerate(ids, start=1)}
+    sizes = {image["id"]: (image["height"], image["width"]) for image in coco["images"]}
+    annotations = []
+    for annotation in coco.get("annotations") or ():
+        if annotation["image_id"] not in numbers:
+            continue
+        complete = {
+            **annotation,
+            "id": len(annotations) + 1,
+            "image_id": numbers[annotation["image_id"]],
+            "iscrowd": int(annotation.get("iscrowd", 0)),
+        }
+        if "area" not in complete:
+            complete["area"] = _area(annotation, *sizes[annotation["image_id"]])
+        if "keypoints" in complete and "num_keypoints" not in complete:
+            complete["num_keypoints"] = sum(v > 0 for v in complete["keypoints"][2::3])
+        annotations.append(complete)
+    completed = {
+        "info": coco.get("info", {}),
+        "images": [{**image, "id": numbers[image["id"]]} for image in coco["images"]],
+        "categories": coco["categories"],
+        "annotations": annotations,
+    }
+    return GroundTruth(completed, numbers, "annotations" in coco)
+
+
+def _all_integers(ids: list) -> bool:
+    return all(type(i) is int for i in ids)
+
+
+def _area(annotation: dict, height: int, width: int) -> float:
+    """Returns the area of the annotation's mask in pixels, or of its box where it has none."""
+    segmentation = annotation.get("segmentation")
+    if not segmentation:
+        return float(annotation["bbox"][2] * annotation["bbox"][3])
+    from pycocotools import mask as mask_utils
+
+    rle = segmentation
+    if isinstance(rle, list):
+        rle = mask_utils.merge(mask_utils.frPyObjects(rle, height, width))
+    elif isinstance(rle["counts"], list):
+        rle = mask_utils.frPyObjects(rle, height, width)
+    return float(mask_utils.area(rle))

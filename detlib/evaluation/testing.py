@@ -1,0 +1,70 @@
+"""Results of evaluations: printing, comparing with what is expected, flattening."""
+
+from __future__ import annotations
+
+import logging
+import math
+import pprint
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["flatten_results_dict", "print_csv_format", "verify_results"]
+
+logger = logging.getLogger(__name__)
+
+
+def print_csv_format(results: Mapping[str, Any]) -> None:
+    """Logs the main metrics so that they can be pasted into a table: names and values, separated by commas.
+
+    Args:
+        results: `{task: {metric: value}}`; metrics of single classes, with a dash in the name, are left out.
+            A value that is no dict is logged as it is.
+    """
+    for task, metrics in results.items():
+        if not isinstance(metrics, Mapping):
+            logger.info("copypaste: %s=%s", task, metrics)
+            continue
+        main = {name: value for name, value in metrics.items() if "-" not in name}
+        logger.info("copypaste: Task: %s", task)
+        logger.info("copypaste: %s", ",".join(main))
+        logger.info("copypaste: %s", ",".join(f"{value:.4f}" for value in main.values()))
+
+
+def verify_results(cfg: Any, results: Mapping[str, Mapping[str, float]]) -> bool:
+    """Compares results with `cfg.TEST.EXPECTED_RESULTS`, and ends the program with status 1 if they differ.
+
+    Args:
+        cfg: the config. The expected results are a list of (task, metric, value, tolerance).
+        results: `{task: {metric: value}}`.
+
+    Returns:
+        True.
+    """
+    expected_results = cfg.TEST.EXPECTED_RESULTS
+    if not expected_results:
+        return True
+    wrong = []
+    for task, metric, expected, tolerance in expected_results:
+        actual = results.get(task, {}).get(metric)
+        if actual is None:
+            wrong.append(f"{task}/{metric} is missing, expected {expected} +- {tolerance}")
+        elif not (math.isfinite(actual) and abs(actual - expected) <= tolerance):
+            wrong.append(f"{task}/{metric} is {actual}, expected {expected} +- {tolerance}")
+    if wrong:
+        logger.error("The results are not as expected: %s", "; ".join(wrong))
+        logger.error("All results:\n%s", pprint.pformat(dict(results)))
+        sys.exit(1)
+    logger.info("The results are as expected.")
+    return True
+
+
+def flatten_results_dict(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns nested results as one dict, with keys such as `bbox/AP`."""
+    flat: dict[str, Any] = {}
+    for key, value in results.items():
+        if isinstance(value, Mapping):
+            flat.update({f"{key}/{inner}": v for inner, v in flatten_results_dict(value).items()})
+        else:
+            flat[key] = value
+    return flat

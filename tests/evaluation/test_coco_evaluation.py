@@ -1,0 +1,426 @@
+"""COCOEvaluator held against pycocotools on random detections, and its way with unusual input."""
+
+import contextlib
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as mask_utils
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from detlib.config import get_cfg
+from detlib.data import DatasetCatalog, MetadataCatalog
+from detlib.data.datasets import load_coco_json, register_coco_instances
+from detlib.evaluation import COCOEvaluator
+from detlib.evaluation.coco_json import complete_ground_truth, instances_to_coco_json
+from detlib.evaluation.fast_eval_api import COCOeval_opt
+from detlib.structures import Boxes, BoxMode, Instances
+
+SIZE = 160
+CATEGORY_IDS = [3, 7, 8]
+NAME = "coco_evaluation_test"
+
+
+def _random_polygon(random, box):
+    x, y, w, h = box
+    angles = np.sort(random.uniform(0, 2 * np.pi, 8))
+    points = np.stack([x + w / 2 + w / 2 * np.cos(angles), y + h / 2 + h / 2 * np.sin(angles)], axis=1)
+    return points.ravel().tolist()
+
+
+def _random_box(random):
+    w, h = random.uniform(4, 110, 2)
+    return [random.uniform(0, SIZE - w), random.uniform(0, SIZE - h), w, h]
+
+
+def make_coco(random, num_images=12, num_keypoints=17):
+    """A random annotation file: with crowds, a class that never occurs and a picture with nothing."""
+    images = [
+        {"id": 10 + 3 * i, "file_name": f"{i}.png", "height": SIZE, "width": SIZE} for i in range(num_images)
+    ]
+    annotations = []
+    for image in images[1:]:
+        for _ in range(random.randint(1, 9)):
+            box = _random_box(random)
+            polygon = _random_polygon(random, box)
+            rle = mask_utils.merge(mask_utils.frPyObjects([polygon], SIZE, SIZE))
+            crowd = int(random.rand() < 0.15)
+            visibility = random.randint(0, 3, num_keypoints) * int(random.rand() < 0.8)
+            keypoints = np.concatenate(
+                [random.uniform(0, SIZE, (num_keypoints, 2)), visibility[:, None]], axis=1
+            )
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image["id"],
+                    "category_id": CATEGORY_IDS[random.randint(2)],
+                    "bbox": box,
+                    "area": float(mask_utils.area(rle)),
+                    "iscrowd": crowd,
+                    "segmentation": {**rle, "counts": rle["counts"].decode()} if crowd else [polygon],
+                    "keypoints": keypoints.ravel().tolist(),
+                    "num_keypoints": int((visibility > 0).sum()),
+                }
+            )
+    categories = [{"id": i, "name": f"class{i}"} for i in CATEGORY_IDS]
+    return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
+
+
+def make_predictions(random, coco, num_keypoints=17, extra=3, masks=True):
+    """Noisy copies of the ground truth, and nonsense: {image id: Instances}."""
+    outputs = {}
+    for image in coco["images"]:
+        boxes, classes, keypoints = [], [], []
+        mine = [a for a in coco["annotations"] if a["image_id"] == image["id"]]
+        for annotation in mine * 2:
+            x, y, w, h = np.array(annotation["bbox"]) + random.normal(0, 4, 4)
+            boxes.append([x, y, x + max(w, 1), y + max(h, 1)])
+            classes.append(CATEGORY_IDS.index(annotation["category_id"]) if random.rand() < 0.9 else 2)
+            points = np.array(annotation["keypoints"]).reshape(-1, 3) + random.normal(
+                0, 3, (num_keypoints, 3)
+            )
+            keypoints.append(points)
+        for _ in range(extra):
+            x, y, w, h = _random_box(random)
+            boxes.append([x, y, x + w, y + h])
+            classes.append(random.randint(3))
+            keypoints.append(random.uniform(0, SIZE, (num_keypoints, 3)))
+        boxes = torch.tensor(np.array(boxes), dtype=torch.float32).clamp(0, SIZE)
+        fields = {
+            "pred_boxes": Boxes(boxes),
+            # With two decimals there are ties.
+            "scores": torch.tensor(random.rand(len(boxes)).round(2), dtype=torch.float32),
+            "pred_classes": torch.tensor(classes),
+            "pred_keypoints": torch.tensor(np.array(keypoints), dtype=torch.float32),
+        }
+        if masks:
+            fields["pred_masks"] = _ellipses(boxes)
+        outputs[image["id"]] = Instances((SIZE, SIZE), **fields)
+    return outputs
+
+
+def _ellipses(boxes):
+    """(N, SIZE, SIZE) bool: the ellipse inside each box."""
+    ys, xs = torch.meshgrid(torch.arange(SIZE) + 0.5, torch.arange(SIZE) + 0.5, indexing="ij")
+    x0, y0, x1, y1 = boxes[:, :, None, None].unbind(1)
+    return ((2 * xs - x0 - x1) / (x1 - x0)) ** 2 + ((2 * ys - y0 - y1) / (y1 - y0)) ** 2 <= 1
+
+
+def feed(evaluator, outputs):
+    evaluator.reset()
+    for image_id, instances in outputs.items():
+        evaluator.process([{"image_id": image_id}], [{"instances": instances}])
+    return evaluator
+
+
+def reference(coco, outputs, task, max_dets=None, sigmas=None, img_ids=None):
+    """pycocotools' stats and per-class AP, in percent."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        gt = COCO()
+        gt.dataset = coco
+        gt.createIndex()
+        results = []
+        for image_id, instances in outputs.items():
+            for result in instances_to_coco_json(instances, image_id):
+                result["category_id"] = CATEGORY_IDS[result["category_id"]]
+                if task == "segm":
+                    del result["bbox"]
+                results.append(result)
+        evaluation = COCOeval(gt, gt.loadRes(results), task)
+        if img_ids is not None:
+            evaluation.params.imgIds = img_ids
+        if sigmas is not None:
+            evaluation.params.kpt_oks_sigmas = np.array(sigmas)
+        if max_dets is not None:
+            evaluation.params.maxDets = max_dets
+        evaluation.evaluate()
+        evaluation.accumulate()
+        if max_dets is None:
+            evaluation.summarize()
+    per_class = []
+    for k in range(len(CATEGORY_IDS)):
+        values = evaluation.eval["precision"][:, :, k, 0, -1]
+        per_class.append(values[values > -1].mean() * 100 if (values > -1).any() else math.nan)
+    stats = [s * 100 if s > -1 else math.nan for s in evaluation.stats]
+    return stats, per_class, evaluation
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Registers a random data set from an annotation file; returns its content and the file."""
+    coco = make_coco(np.random.RandomState(3))
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps(coco))
+    register_coco_instances(NAME, {}, str(path), str(tmp_path), overwrite=True)
+    load_coco_json(str(path), str(tmp_path), NAME)
+    yield coco, path
+    DatasetCatalog.remove(NAME)
+    MetadataCatalog.remove(NAME)
+
+
+@pytest.fixture
+def outputs(dataset):
+    return make_predictions(np.random.RandomState(5), dataset[0])
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_equals_pycocotools(dataset, outputs, fast):
+    results = feed(COCOEvaluator(NAME, use_fast_impl=fast), outputs).evaluate()
+    assert set(results) == {"bbox", "segm", "keypoints"}
+    for task, metrics in results.items():
+        stats, per_class, _ = reference(dataset[0], outputs, task)
+        names = ["AP", "AP50", "AP75", "APs", "APm", "APl"]
+        if task == "keypoints":
+            names.remove("APs")
+        expected = dict(zip(names, stats)) | {f"AP-class{i}": v for i, v in zip(CATEGORY_IDS, per_class)}
+        assert list(metrics) == list(expected)
+        np.testing.assert_allclose(list(metrics.values()), list(expected.values()), rtol=0, atol=1e-9)
+        assert math.isnan(metrics["AP-class8"]) and 5 < metrics["AP"] < 95
+
+
+def test_evaluating_twice_and_after_reset(dataset, outputs):
+    evaluator = feed(COCOEvaluator(NAME, ("bbox",)), outputs)
+    first = evaluator.evaluate()
+    assert list(first) == ["bbox"]
+    np.testing.assert_equal(evaluator.evaluate(), first)
+    evaluator.reset()
+    assert evaluator.evaluate() == {}
+
+
+def test_some_images_only(dataset, outputs):
+    ids = [image["id"] for image in dataset[0]["images"][2:7]]
+    results = feed(COCOEvaluator(NAME, ("bbox",)), outputs).evaluate(img_ids=ids)
+    assert results["bbox"]["AP"] == pytest.approx(
+        reference(dataset[0], outputs, "bbox", img_ids=ids)[0][0], abs=1e-9
+    )
+
+
+@pytest.mark.parametrize("limit", [5, 10, 300])
+def test_max_dets_per_image(dataset, limit, log):
+    outputs = make_predictions(np.random.RandomState(6), dataset[0], extra=150, masks=False)
+    result = feed(COCOEvaluator(NAME, ("bbox",), max_dets_per_image=limit), outputs).evaluate()["bbox"]
+    _, per_class, _ = reference(dataset[0], outputs, "bbox", max_dets=[limit])
+    assert [result["AP-class3"], result["AP-class7"]] == pytest.approx(per_class[:2], abs=1e-9)
+    assert result["AP"] == pytest.approx(np.mean(per_class[:2]), abs=1e-9)
+    assert "max_dets_per_image=" not in log.text
+
+
+def test_limit_of_detections_is_said(dataset, log):
+    outputs = make_predictions(np.random.RandomState(6), dataset[0], extra=150, masks=False)
+    feed(COCOEvaluator(NAME, ("bbox",)), outputs).evaluate()
+    assert "max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE" in log.text
+
+
+def test_files_can_be_evaluated_by_pycocotools(dataset, outputs, tmp_path):
+    results = feed(COCOEvaluator(NAME, output_dir=str(tmp_path / "out")), outputs).evaluate()
+    with contextlib.redirect_stdout(io.StringIO()):
+        gt = COCO(str(dataset[1]))
+        evaluation = COCOeval(gt, gt.loadRes(str(tmp_path / "out" / "coco_instances_results.json")), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    assert evaluation.stats[0] * 100 == pytest.approx(results["bbox"]["AP"], abs=1e-9)
+    predictions = torch.load(tmp_path / "out" / "instances_predictions.pth", weights_only=False)
+    assert [p["image_id"] for p in predictions] == list(outputs)
+
+
+def test_nothing_predicted_is_nan(dataset):
+    outputs = {image["id"]: Instances((SIZE, SIZE)) for image in dataset[0]["images"]}
+    for instances in outputs.values():
+        instances.pred_boxes = Boxes(torch.zeros(0, 4))
+        instances.scores = torch.zeros(0)
+        instances.pred_classes = torch.zeros(0, dtype=torch.long)
+    results = feed(COCOEvaluator(NAME, ("bbox", "segm")), outputs).evaluate()
+    assert set(results) == {"bbox", "segm"}
+    assert all(math.isnan(value) for metrics in results.values() for value in metrics.values())
+    assert list(results["bbox"]) == ["AP", "AP50", "AP75", "APs", "APm", "APl"]
+
+
+def test_all_wrong_is_zero(dataset, outputs):
+    for instances in outputs.values():
+        instances.pred_boxes = Boxes(torch.tensor([[0.0, 0.0, 1.0, 1.0]]).repeat(len(instances), 1))
+    assert feed(COCOEvaluator(NAME, ("bbox",)), outputs).evaluate()["bbox"]["AP"] == 0
+
+
+def test_single_class_has_no_class_ap(tmp_path):
+    coco = make_coco(np.random.RandomState(0), num_images=3)
+    coco["categories"] = coco["categories"][:1]
+    for annotation in coco["annotations"]:
+        annotation["category_id"] = CATEGORY_IDS[0]
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps(coco))
+    address = f"coco:{path}@{tmp_path}"
+    outputs = make_predictions(np.random.RandomState(0), coco)
+    for instances in outputs.values():
+        instances.pred_classes[:] = 0
+    assert list(feed(COCOEvaluator(address, ("bbox",)), outputs).evaluate()["bbox"])[-1] == "APl"
+
+
+def test_class_that_the_data_set_lacks(dataset, outputs):
+    outputs[10].pred_classes[0] = 3
+    with pytest.raises(ValueError, match="predicted class 3.*3 classes 0, 1, 2.*NUM_CLASSES"):
+        feed(COCOEvaluator(NAME), outputs).evaluate()
+
+
+def test_incomplete_annotations_are_completed(dataset, outputs, tmp_path):
+    """`area`, `iscrowd`, `id`, `info` and `num_keypoints` may be missing, and ids may begin with 0."""
+    full = dataset[0]
+    for annotation in full["annotations"]:
+        if annotation["iscrowd"]:
+            annotation["iscrowd"] = 0
+            annotation["segmentation"] = [_random_polygon(np.random.RandomState(1), annotation["bbox"])]
+            annotation["area"] = float(
+                mask_utils.area(mask_utils.frPyObjects(annotation["segmentation"], SIZE, SIZE)).sum()
+            )
+    dropped = ("area", "iscrowd", "id", "num_keypoints")
+    bare = {
+        "images": full["images"],
+        "categories": full["categories"],
+        "annotations": [{k: v for k, v in a.items() if k not in dropped} for a in full["annotations"]],
+    }
+    from_zero = {**full, "annotations": [{**a, "id": i} for i, a in enumerate(full["annotations"])]}
+    for i, coco in enumerate((bare, from_zero)):
+        path = tmp_path / f"bare{i}.json"
+        path.write_text(json.dumps(coco))
+        results = feed(COCOEvaluator(f"coco:{path}@{tmp_path}"), outputs).evaluate()
+        for task in ("bbox", "segm", "keypoints"):
+            expected = reference(full, outputs, task)[0][0]
+            assert results[task]["AP"] == pytest.approx(expected, abs=1e-9), (i, task)
+
+
+def test_registered_dicts_are_converted_each_time(outputs, dataset, tmp_path):
+    """No ground truth of an earlier run is used, even with the same name and folder."""
+    name = "coco/evaluation:test dicts"
+    dicts = load_coco_json(str(dataset[1]), "")
+    for record in dicts:
+        record["image_id"] = f"picture {record['image_id']}"
+        for annotation in record["annotations"]:
+            annotation["category_id"] = CATEGORY_IDS.index(annotation["category_id"])
+    DatasetCatalog.register(name, lambda: dicts)
+    try:
+        MetadataCatalog.get(name).set(thing_classes=["a", "b", "c"])
+        named = {f"picture {i}": instances for i, instances in outputs.items()}
+        evaluate = feed(COCOEvaluator(name, output_dir=str(tmp_path)), named).evaluate
+        first = evaluate()
+        for task in first:
+            assert first[task]["AP"] == pytest.approx(reference(dataset[0], outputs, task)[0][0], abs=1e-3)
+        assert "AP-b" in first["bbox"]
+        with contextlib.redirect_stdout(io.StringIO()):
+            gt = COCO(str(tmp_path / "coco_evaluation_test_dicts_coco_format.json"))
+            gt.loadRes(str(tmp_path / "coco_instances_results.json"))
+        for record in dicts:
+            record["annotations"] = record["annotations"][:1]
+        second = feed(COCOEvaluator(name, output_dir=str(tmp_path)), named).evaluate()
+        assert second["bbox"]["AP"] < first["bbox"]["AP"] - 1
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def test_without_annotations_predictions_are_saved(outputs, dataset, tmp_path):
+    coco = {key: value for key, value in dataset[0].items() if key != "annotations"}
+    path = tmp_path / "test.json"
+    path.write_text(json.dumps(coco))
+    evaluator = COCOEvaluator(f"coco:{path}@{tmp_path}", output_dir=str(tmp_path / "out"))
+    assert feed(evaluator, outputs).evaluate() == {}
+    saved = json.loads((tmp_path / "out" / "coco_instances_results.json").read_text())
+    assert len(saved) == sum(map(len, outputs.values()))
+    assert {result["category_id"] for result in saved} == set(CATEGORY_IDS)
+
+
+def test_custom_keypoints_need_sigmas(tmp_path, log):
+    coco = make_coco(np.random.RandomState(0), num_keypoints=4)
+    coco["categories"][0].update(keypoints=["a", "b", "left_c", "right_c"])
+    path = tmp_path / "keypoints.json"
+    path.write_text(json.dumps(coco))
+    address = f"coco:{path}@{tmp_path}"
+    outputs = make_predictions(np.random.RandomState(0), coco, num_keypoints=4)
+    with pytest.raises(ValueError, match="4 keypoints.*TEST.KEYPOINT_OKS_SIGMAS"):
+        COCOEvaluator(address, ("keypoints",))
+    with pytest.raises(ValueError, match="has 3 numbers.*4 keypoints"):
+        COCOEvaluator(address, kpt_oks_sigmas=[0.1, 0.1, 0.1])
+    assert set(feed(COCOEvaluator(address), outputs).evaluate()) == {"bbox", "segm"}
+    assert "TEST.KEYPOINT_OKS_SIGMAS" in log.text
+    sigmas = [0.05, 0.1, 0.2, 0.1]
+    results = feed(COCOEvaluator(address, kpt_oks_sigmas=sigmas), outputs).evaluate()
+    expected = reference(coco, outputs, "keypoints", sigmas=sigmas)[0][0]
+    assert results["keypoints"]["AP"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_arguments(dataset, tmp_path):
+    with pytest.raises(TypeError, match="tuple of names"):
+        COCOEvaluator(NAME, "bbox")
+    with pytest.raises(ValueError, match=r"\['boxes'\].*bbox, segm, keypoints"):
+        COCOEvaluator(NAME, ("boxes",))
+    dataset[1].unlink()
+    with pytest.raises(FileNotFoundError, match="annotations.json"):
+        COCOEvaluator(NAME)
+
+
+def test_tasks_without_predictions(dataset, outputs):
+    for instances in outputs.values():
+        instances.remove("pred_masks")
+    with pytest.raises(ValueError, match=r"nothing for \['segm'\]"):
+        feed(COCOEvaluator(NAME, ("bbox", "segm")), outputs).evaluate()
+
+
+def test_old_form_with_a_config(dataset, outputs, tmp_path, log):
+    cfg = get_cfg()
+    cfg.TEST.DETECTIONS_PER_IMAGE = 7
+    evaluator = COCOEvaluator(NAME, cfg, False, str(tmp_path / "old"))
+    assert "old form" in log.text
+    new = COCOEvaluator(NAME, max_dets_per_image=7)
+    np.testing.assert_equal(feed(evaluator, outputs).evaluate(), feed(new, outputs).evaluate())
+    assert (tmp_path / "old" / "coco_instances_results.json").exists()
+
+
+def test_instances_to_coco_json():
+    masks = torch.zeros(70, 5, 6, dtype=torch.bool)
+    for i in range(70):
+        masks[i, i % 5, : i % 7] = True
+    instances = Instances(
+        (5, 6),
+        pred_boxes=Boxes(torch.tensor([[1.0, 2.0, 4.0, 7.0]]).repeat(70, 1)),
+        scores=torch.linspace(0, 1, 70),
+        pred_classes=torch.arange(70),
+        pred_masks=masks,
+        pred_keypoints=torch.tensor([[[2.5, 3.5, 0.75]]]).repeat(70, 1, 1),
+    )
+    results = json.loads(json.dumps(instances_to_coco_json(instances, 9)))
+    assert len(results) == 70
+    assert results[69]["bbox"] == [1.0, 2.0, 3.0, 5.0] and results[69]["score"] == 1.0
+    assert results[69]["category_id"] == 69 and results[69]["image_id"] == 9
+    assert results[0]["keypoints"] == [2.0, 3.0, 0.75]
+    assert instances.pred_keypoints[0, 0, 0] == 2.5, "the input must stay as it was"
+    for i, result in enumerate(results):
+        np.testing.assert_array_equal(mask_utils.decode(result["segmentation"]), masks[i].numpy())
+    assert instances_to_coco_json(instances[:0], 9) == []
+
+
+def test_coco_eval_opt_takes_pycocotools_objects(dataset, outputs):
+    expected = reference(dataset[0], outputs, "bbox")[2]
+    evaluation = COCOeval_opt(expected.cocoGt, expected.cocoDt, "bbox")
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    np.testing.assert_allclose(evaluation.stats[:12], expected.stats, atol=1e-12)
+
+
+def test_complete_ground_truth_leaves_its_input_alone():
+    coco = {
+        "images": [{"id": "a", "height": 4, "width": 4, "file_name": "a"}],
+        "categories": [{"id": 1, "name": "x"}],
+        "annotations": [
+            {"image_id": "a", "category_id": 1, "bbox": [0, 0, 2, 3], "bbox_mode": BoxMode.XYWH_ABS}
+        ],
+    }
+    before = json.dumps(coco)
+    truth = complete_ground_truth(coco)
+    assert json.dumps(coco) == before
+    assert truth.coco["annotations"][0]["area"] == 6 and truth.image_numbers == {"a": 1}
+    assert truth.coco["images"][0]["id"] == 1 and truth.has_annotations
