@@ -10,9 +10,10 @@ from detlib.config import CfgNode, configurable
 from detlib.layers import ShapeSpec
 from detlib.modeling.matcher import Matcher
 from detlib.modeling.proposal_generator.proposal_utils import add_ground_truth_to_proposals
-from detlib.modeling.roi_heads.training_stats import has_event_storage, put_scalars, to_floats
+from detlib.modeling.roi_heads.training_stats import put_scalars, to_floats
 from detlib.modeling.sampling import label_and_sample
 from detlib.structures import ImageList, Instances
+from detlib.utils.events import has_event_storage
 from detlib.utils.registry import Registry
 
 __all__ = [

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from detlib.config import CfgNode, configurable
 from detlib.layers import ShapeSpec, cat, cross_entropy, nonzero_tuple
 from detlib.modeling.box_regression import Box2BoxTransform, box_regression_loss
-from detlib.modeling.roi_heads.training_stats import has_event_storage, put_scalars, to_floats
+from detlib.modeling.roi_heads.training_stats import put_scalars, to_floats
 from detlib.structures import Boxes, Instances
+from detlib.utils.events import has_event_storage
 
 __all__ = ["FastRCNNOutputLayers", "fast_rcnn_inference", "fast_rcnn_inference_single_image"]
 

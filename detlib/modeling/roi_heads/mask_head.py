@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from detlib.config import CfgNode, configurable
 from detlib.layers import Conv2d, ConvTranspose2d, ShapeSpec, cat, get_norm
-from detlib.modeling.roi_heads.training_stats import has_event_storage, put_scalars, to_floats
+from detlib.modeling.roi_heads.training_stats import put_scalars, to_floats
 from detlib.structures import Instances
+from detlib.utils.events import has_event_storage
 from detlib.utils.registry import Registry
 
 __all__ = [

@@ -2,14 +2,14 @@
 
 import torch
 
-from detlib.utils.events import get_event_storage, has_event_storage
+from detlib.utils.events import get_event_storage
 
-__all__ = ["has_event_storage", "put_scalars", "to_floats"]
+__all__ = ["put_scalars", "to_floats"]
 
 
 def to_floats(*values: torch.Tensor) -> list[float]:
     """The numbers of scalar tensors, fetched from the device together: one wait instead of one each."""
-    return torch.stack([value.detach().double() for value in values]).tolist()
+    return torch.stack([value.detach().float() for value in values]).tolist()
 
 
 def put_scalars(prefix: str, **values: float) -> None:

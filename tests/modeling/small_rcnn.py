@@ -1,0 +1,67 @@
+"""R-CNN models small enough for a test, and batches for them."""
+
+import pathlib
+
+import numpy as np
+import torch
+
+from detlib.config import CfgNode, get_cfg
+from detlib.structures import Boxes, Instances, PolygonMasks
+
+CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
+NUM_CLASSES = 3
+MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml"
+FASTER_RCNN = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+FAST_RCNN = "COCO-Detection/fast_rcnn_R_50_FPN_1x.yaml"
+RPN = "COCO-Detection/rpn_R_50_FPN_1x.yaml"
+
+
+def small_config(name: str = MASK_RCNN, **overrides) -> CfgNode:
+    """A shipped config with ResNet-18 and narrow heads; `overrides` by key with __ for the dots."""
+    cfg = get_cfg()
+    cfg.merge_from_file(str(CONFIGS / name))
+    values = {
+        "MODEL.DEVICE": "cpu",
+        "MODEL.WEIGHTS": "",
+        "MODEL.RESNETS.DEPTH": 18,
+        "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
+        "MODEL.RESNETS.NORM": "GN",
+        "MODEL.BACKBONE.FREEZE_AT": 0,
+        "MODEL.FPN.OUT_CHANNELS": 32,
+        "MODEL.PIXEL_STD": [57.375, 57.12, 58.395],
+        "MODEL.RPN.POST_NMS_TOPK_TRAIN": 60,
+        "MODEL.RPN.POST_NMS_TOPK_TEST": 40,
+        "MODEL.ROI_HEADS.NUM_CLASSES": NUM_CLASSES,
+        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 16,
+        "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
+        "MODEL.ROI_MASK_HEAD.NUM_CONV": 1,
+        "MODEL.ROI_MASK_HEAD.CONV_DIM": 16,
+        "TEST.DETECTIONS_PER_IMAGE": 20,
+    }
+    values |= {key.replace("__", "."): value for key, value in overrides.items()}
+    cfg.merge_from_list([x for pair in values.items() for x in pair])
+    return cfg
+
+
+def picture(height: int = 64, width: int = 96, seed: int = 0) -> torch.Tensor:
+    """(3, H, W) uint8 of smooth blobs."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(1, 3, height // 8, width // 8, generator=generator) * 255
+    return torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")[0].to(torch.uint8)
+
+
+def truth(height: int = 64, width: int = 96, boxes=((8, 8, 40, 40), (30, 20, 90, 60))) -> Instances:
+    """Objects whose masks are their boxes; classes 0, 1, 2, 0, ..."""
+    out = Instances((height, width), gt_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)))
+    out.gt_classes = torch.arange(len(boxes)) % NUM_CLASSES
+    corners = [np.array([x0, y0, x1, y0, x1, y1, x0, y1], np.float64) for x0, y0, x1, y1 in boxes]
+    out.gt_masks = PolygonMasks([[x] for x in corners])
+    return out
+
+
+def training_batch(empty: tuple[bool, ...] = (False, False)) -> list[dict]:
+    """One dict an image; images marked empty have no objects."""
+    return [
+        {"image": picture(seed=i), "instances": truth(boxes=()) if is_empty else truth()}
+        for i, is_empty in enumerate(empty)
+    ]

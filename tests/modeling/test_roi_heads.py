@@ -1,0 +1,235 @@
+"""StandardROIHeads built from parts: sampling, the box and mask branches, and training on predicted boxes."""
+
+import pytest
+import torch
+from torch import nn
+
+from detlib.layers import ShapeSpec
+from detlib.modeling.box_regression import Box2BoxTransform
+from detlib.modeling.matcher import Matcher
+from detlib.modeling.poolers import ROIPooler
+from detlib.modeling.roi_heads import (
+    FastRCNNConvFCHead,
+    FastRCNNOutputLayers,
+    MaskRCNNConvUpsampleHead,
+    StandardROIHeads,
+    select_foreground_proposals,
+)
+from detlib.structures import Boxes, Instances
+from detlib.utils.events import EventStorage
+from tests.modeling.small_rcnn import NUM_CLASSES, truth
+
+SIZE = (64, 96)
+SHAPES = {"p2": ShapeSpec(channels=4, stride=4), "p3": ShapeSpec(channels=4, stride=8)}
+
+
+def make_heads(**kwargs) -> StandardROIHeads:
+    torch.manual_seed(0)
+    scales = [1 / s.stride for s in SHAPES.values()]
+    box_head = FastRCNNConvFCHead(ShapeSpec(channels=4, height=5, width=5), conv_dims=[6], fc_dims=[8, 9])
+    args = {
+        "num_classes": NUM_CLASSES,
+        "batch_size_per_image": 1000,
+        "positive_fraction": 1.0,
+        "proposal_matcher": Matcher([0.5], [0, 1]),
+        "box_in_features": list(SHAPES),
+        "box_pooler": ROIPooler(5, scales, 0, "ROIAlignV2"),
+        "box_head": box_head,
+        "box_predictor": FastRCNNOutputLayers(
+            box_head.output_shape,
+            box2box_transform=Box2BoxTransform((10, 10, 5, 5)),
+            num_classes=NUM_CLASSES,
+            test_topk_per_image=10,
+        ),
+        "mask_in_features": list(SHAPES),
+        "mask_pooler": ROIPooler(7, scales, 0, "ROIAlignV2"),
+        "mask_head": MaskRCNNConvUpsampleHead(
+            ShapeSpec(channels=4), num_classes=NUM_CLASSES, conv_dims=[5, 5]
+        ),
+    }
+    return StandardROIHeads(**(args | kwargs))
+
+
+def make_features(num_images: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        name: torch.randn(num_images, 4, SIZE[0] // s.stride, SIZE[1] // s.stride, generator=generator)
+        for name, s in SHAPES.items()
+    }
+
+
+def make_proposals(boxes) -> Instances:
+    x = Instances(SIZE, proposal_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)))
+    x.objectness_logits = torch.zeros(len(x))
+    return x
+
+
+# The truth has boxes (8, 8, 40, 40) of class 0 and (30, 20, 90, 60) of class 1.
+NEAR_FIRST, NEAR_SECOND, APART = (8, 8, 40, 36), (32, 20, 90, 60), (50, 0, 90, 10)
+HALF_FIRST = (8, 8, 40, 24)  # overlaps the first by exactly one half: not below the threshold
+LESS_THAN_HALF = (8, 8, 40, 23)
+
+
+def test_proposals_are_labelled_by_overlap():
+    heads = make_heads(proposal_append_gt=False)
+    boxes = [APART, NEAR_SECOND, NEAR_FIRST, HALF_FIRST, LESS_THAN_HALF]
+    targets = truth()
+    targets.gt_extra = torch.tensor([7, 9])
+    targets.other = torch.tensor([1, 2])
+    with EventStorage() as storage:
+        (got,) = heads.label_and_sample_proposals([make_proposals(boxes)], [targets])
+    rows = {tuple(int(v) for v in b): i for i, b in enumerate(got.proposal_boxes.tensor)}
+    assert set(rows) == set(boxes)
+    labels = {box: got.gt_classes[i].item() for box, i in rows.items()}
+    assert labels == {APART: 3, NEAR_SECOND: 1, NEAR_FIRST: 0, HALF_FIRST: 0, LESS_THAN_HALF: 3}
+    assert (got.gt_classes[:3] < 3).all() and (got.gt_classes[3:] == 3).all()  # foreground comes first
+    assert got.gt_boxes[rows[NEAR_SECOND]].tensor.tolist() == [[30, 20, 90, 60]]
+    assert got.gt_boxes[rows[HALF_FIRST]].tensor.tolist() == [[8, 8, 40, 40]]
+    assert got.gt_extra[rows[NEAR_SECOND]] == 9 and got.gt_extra[rows[NEAR_FIRST]] == 7
+    assert not got.has("other") and len(got.gt_masks) == 5
+    scalars = {k: v[0] for k, v in storage.latest().items()}
+    assert scalars == {"roi_head/num_fg_samples": 3, "roi_head/num_bg_samples": 2}
+
+
+def test_true_boxes_join_the_proposals():
+    heads = make_heads()
+    (got,) = heads.label_and_sample_proposals([make_proposals([APART])], [truth()])
+    found = sorted(tuple(map(int, b)) for b in got.proposal_boxes.tensor)
+    assert found == sorted([APART, (8, 8, 40, 40), (30, 20, 90, 60)])
+    assert sorted(got.gt_classes.tolist()) == [0, 1, 3]
+
+
+def test_an_image_without_objects_is_background():
+    heads = make_heads()
+    (got,) = heads.label_and_sample_proposals([make_proposals([APART, NEAR_FIRST])], [truth(boxes=())])
+    assert got.gt_classes.tolist() == [3, 3]
+    assert not got.has("gt_boxes") and not got.has("gt_masks")
+
+
+def test_the_sample_keeps_to_its_size_and_fraction():
+    heads = make_heads(batch_size_per_image=8, positive_fraction=0.25, proposal_append_gt=False)
+    torch.manual_seed(0)
+    (got,) = heads.label_and_sample_proposals([make_proposals([NEAR_FIRST] * 9 + [APART] * 9)], [truth()])
+    assert got.gt_classes.tolist() == [0] * 2 + [3] * 6
+    (got,) = heads.label_and_sample_proposals([make_proposals([NEAR_FIRST] + [APART] * 3)], [truth()])
+    assert got.gt_classes.tolist() == [0] + [3] * 3
+
+
+def test_select_foreground():
+    xs = [
+        Instances(SIZE, gt_classes=torch.tensor([3, 0, -1, 2])),
+        Instances(SIZE, gt_classes=torch.tensor([3])),
+    ]
+    got, masks = select_foreground_proposals(xs, bg_label=3)
+    assert [x.gt_classes.tolist() for x in got] == [[0, 2], []]
+    assert [m.tolist() for m in masks] == [[False, True, False, True], [False]]
+    with pytest.raises(ValueError, match="gt_classes"):
+        select_foreground_proposals([Instances(SIZE)], 3)
+
+
+def test_training_losses_are_those_of_the_branches():
+    heads = make_heads()
+    features, boxes = make_features(2), [NEAR_FIRST, NEAR_SECOND, APART]
+    proposals = [make_proposals(boxes), make_proposals(boxes)]
+    torch.manual_seed(5)
+    sampled, losses = heads(None, features, proposals, [truth(), truth(boxes=())])
+    assert set(losses) == {"loss_cls", "loss_box_reg", "loss_mask"}
+    assert [len(x) for x in sampled] == [5, 3]
+
+    maps = list(features.values())
+    pooled = heads.box_pooler(maps, [x.proposal_boxes for x in sampled])
+    x = torch.relu(heads.box_head.conv1(pooled)).flatten(1)
+    x = torch.relu(heads.box_head.fc2(torch.relu(heads.box_head.fc1(x))))
+    logits = heads.box_predictor.cls_score(x)
+    want = nn.functional.cross_entropy(logits, torch.cat([s.gt_classes for s in sampled]))
+    torch.testing.assert_close(losses["loss_cls"], want)
+
+    # Masks are learnt on the foreground of the first image alone; the truth fills its box.
+    foreground = sampled[0][sampled[0].gt_classes < 3]
+    pooled = heads.mask_pooler(maps, [foreground.proposal_boxes, Boxes(torch.zeros(0, 4))])
+    logits = heads.mask_head.layers(pooled)[torch.arange(4), foreground.gt_classes]
+    masks = foreground.gt_masks.crop_and_resize(foreground.proposal_boxes.tensor, 14).float()
+    want = nn.functional.binary_cross_entropy_with_logits(logits, masks)
+    torch.testing.assert_close(losses["loss_mask"], want)
+
+
+def test_training_on_predicted_boxes_moves_the_boxes():
+    features, proposals = make_features(1), [make_proposals([NEAR_FIRST, APART])]
+    plain, moved = make_heads(), make_heads(train_on_pred_boxes=True)
+    for heads in (plain, moved):
+        nn.init.constant_(heads.box_predictor.bbox_pred.bias, 1.0)
+    torch.manual_seed(5)
+    before, losses = plain(None, features, proposals, [truth()])
+    torch.manual_seed(5)
+    after, moved_losses = moved(None, features, proposals, [truth()])
+    torch.testing.assert_close(losses["loss_box_reg"], moved_losses["loss_box_reg"])
+    old, new = before[0].proposal_boxes, after[0].proposal_boxes
+    assert not new.tensor.requires_grad and (new.get_centers() > old.get_centers()).all()
+    assert losses["loss_mask"] != moved_losses["loss_mask"]
+
+
+@torch.no_grad()
+def test_inference_in_parts_equals_the_whole():
+    heads = make_heads().eval()
+    features = make_features(2)
+    proposals = [make_proposals([NEAR_FIRST, APART]), make_proposals([NEAR_SECOND])]
+    whole, losses = heads(None, features, proposals)
+    assert losses == {} and [x.pred_masks.shape[1:] for x in whole] == [(1, 14, 14)] * 2
+    parts = heads._forward_box(features, proposals)
+    assert not parts[0].has("pred_masks")
+    parts = heads.forward_with_given_boxes(features, parts)
+    for a, b in zip(whole, parts):
+        assert torch.equal(a.pred_boxes.tensor, b.pred_boxes.tensor)
+        assert torch.equal(a.pred_masks, b.pred_masks)
+
+
+@torch.no_grad()
+def test_no_proposals_give_no_detections():
+    heads = make_heads().eval()
+    out, _ = heads(None, make_features(2), [make_proposals([]), make_proposals([])])
+    assert [len(x) for x in out] == [0, 0] and out[0].pred_masks.shape == (0, 1, 14, 14)
+
+
+def test_heads_without_masks():
+    heads = make_heads(mask_in_features=None, mask_pooler=None, mask_head=None)
+    assert not heads.mask_on and not [n for n in heads.state_dict() if n.startswith("mask")]
+    _, losses = heads(None, make_features(1), [make_proposals([NEAR_FIRST])], [truth()])
+    assert set(losses) == {"loss_cls", "loss_box_reg"}
+    out, _ = heads.eval()(None, make_features(1), [make_proposals([NEAR_FIRST])])
+    assert set(out[0].get_fields()) == {"pred_boxes", "scores", "pred_classes"}
+
+
+def test_a_mask_head_without_pooler_gets_the_maps():
+    class Head(nn.Module):
+        def forward(self, x, instances):
+            self.seen = x
+            return {} if self.training else instances
+
+    heads = make_heads(mask_pooler=None, mask_head=Head())
+    features = make_features(1)
+    heads(None, features, [make_proposals([NEAR_FIRST])], [truth()])
+    assert set(heads.mask_head.seen) == set(SHAPES) and heads.mask_head.seen["p2"] is features["p2"]
+
+
+def test_wrong_use_is_named():
+    heads = make_heads()
+    with pytest.raises(ValueError, match="targets"):
+        heads(None, make_features(1), [make_proposals([APART])])
+    with pytest.raises(ValueError, match=r"eval\(\)"):
+        heads.forward_with_given_boxes(make_features(1), [])
+    with pytest.raises(ValueError, match="'pred_boxes' and 'pred_classes'"):
+        heads.eval().forward_with_given_boxes(make_features(1), [make_proposals([APART])])
+
+
+def test_box_head_shapes_and_names():
+    head = FastRCNNConvFCHead(
+        ShapeSpec(channels=4, height=5, width=6), conv_dims=[32, 64], fc_dims=[8], conv_norm="GN"
+    )
+    assert [n for n in head.state_dict() if n.endswith("weight")] == [
+        *("conv1.weight", "conv1.norm.weight", "conv2.weight", "conv2.norm.weight", "fc1.weight")
+    ]
+    assert head.fc1.in_features == 64 * 5 * 6 and head.output_shape == ShapeSpec(channels=8)
+    assert head(torch.randn(3, 4, 5, 6)).shape == (3, 8)
+    only_convs = FastRCNNConvFCHead(ShapeSpec(channels=4, height=5, width=6), conv_dims=[7], fc_dims=[])
+    assert only_convs.output_shape == ShapeSpec(channels=7, height=5, width=6)
+    assert only_convs(torch.randn(3, 4, 5, 6)).shape == (3, 7, 5, 6)
