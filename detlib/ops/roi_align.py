@@ -195,10 +195,13 @@ def _check_images(boxes: torch.Tensor, num_images: int) -> None:
 
 
 def _fallback_is_reference(boxes: torch.Tensor) -> bool:
-    """torchvision's kernels hang or crash on boxes that are not finite, and add in any order on CUDA."""
-    if torchvision_ops()[0] is None or not bool(boxes.isfinite().all()):
+    """torchvision's kernels fail on inverted boxes and those that are not finite; on CUDA they add in any
+    order."""
+    if torchvision_ops()[0] is None:
         return True
-    return boxes.device.type == "cuda" and torch.are_deterministic_algorithms_enabled()
+    if boxes.device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
+        return True
+    return not bool((boxes.isfinite().all(dim=1) & (boxes[:, 3:] >= boxes[:, 1:3]).all(dim=1)).all())
 
 
 def _fallback_roi_align(input, boxes, spatial_scale, pooled_height, pooled_width, sampling_ratio, aligned):

@@ -1,0 +1,90 @@
+// RoIAlign's geometry along one axis, for host and device.
+//
+// A box is cut into bins and a regular grid of samples is laid into each bin. Rows and columns are independent: a
+// bin's value is the sum over map cells of (weight of the row) * (weight of the column) * cell.
+//
+// The arithmetic runs in the compute type, in this order, as the published implementations do it: the number of
+// samples is a ceil(), so another rounding would give another grid.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define DETLIB_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define DETLIB_HOST_DEVICE inline
+#endif
+
+namespace detlib {
+
+template <typename T>
+struct RoiAxis {
+  T start;        // of the box, in cells
+  T bin;          // side of a bin, in cells
+  int64_t count;  // samples per bin, 0 for an empty or inverted box on an adaptive grid
+};
+
+template <typename T>
+DETLIB_HOST_DEVICE RoiAxis<T> roi_axis(
+    T low, T high, T scale, bool aligned, int64_t bins, int64_t sampling_ratio) {
+  const T offset = aligned ? T(0.5) : T(0);
+  const T start = low * scale - offset;
+  T extent = high * scale - offset - start;
+  if (!aligned && extent < T(1)) {
+    extent = T(1);
+  }
+  RoiAxis<T> axis{start, extent / static_cast<T>(bins), sampling_ratio};
+  if (sampling_ratio <= 0) {
+    const T samples = std::ceil(axis.bin);
+    axis.count = samples < T(1) ? 0 : samples < T(1 << 30) ? static_cast<int64_t>(samples) : 1 << 30;
+  }
+  return axis;
+}
+
+// Samples [first, last) of bin `index` that can lie within [-1, size]; the rest of a huge box is never visited.
+template <typename T>
+DETLIB_HOST_DEVICE void roi_sample_range(
+    const RoiAxis<T>& axis, int64_t index, int64_t size, int64_t& first, int64_t& last) {
+  first = 0;
+  last = axis.count;
+  const double step = static_cast<double>(axis.bin) / static_cast<double>(axis.count > 0 ? axis.count : 1);
+  if (!(step > 0) || axis.count <= 4) {
+    return;
+  }
+  const double start = static_cast<double>(axis.start) + static_cast<double>(index) * axis.bin;
+  const double begin = (-1 - start) / step - 2;
+  const double end = (static_cast<double>(size) - start) / step + 2;
+  if (begin > 0) {
+    first = begin < static_cast<double>(last) ? static_cast<int64_t>(begin) : last;
+  }
+  if (end < static_cast<double>(last)) {
+    last = end > static_cast<double>(first) ? static_cast<int64_t>(end) + 1 : first;
+  }
+}
+
+// The two cells that one sample reads, and their weights. `inside` is false more than a cell beyond the map.
+template <typename T>
+struct RoiSample {
+  int64_t low, high;
+  T low_weight, high_weight;
+  bool inside;
+};
+
+template <typename T>
+DETLIB_HOST_DEVICE RoiSample<T> roi_sample(const RoiAxis<T>& axis, int64_t index, int64_t sample, int64_t size) {
+  T position = axis.start + static_cast<T>(index) * axis.bin +
+      (static_cast<T>(sample) + T(0.5)) * axis.bin / static_cast<T>(axis.count);
+  if (!(position >= T(-1) && position <= static_cast<T>(size))) {
+    return {0, 0, T(0), T(0), false};
+  }
+  position = position > T(0) ? position : T(0);
+  const int64_t low = static_cast<int64_t>(position);
+  if (low >= size - 1) {
+    return {size - 1, size - 1, T(1), T(0), true};
+  }
+  const T fraction = position - static_cast<T>(low);
+  return {low, low + 1, T(1) - fraction, fraction, true};
+}
+
+}  // namespace detlib
