@@ -66,7 +66,9 @@ def add_gradient_clipping(
     """
 
     def clip_before_step(opt: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        clipper([p for group in opt.param_groups for p in group["params"] if p.grad is not None])
+        params = [p for group in opt.param_groups for p in group["params"] if p.grad is not None]
+        if params:
+            clipper(params)
 
     if isinstance(optimizer, torch.optim.Optimizer):
         optimizer.register_step_pre_hook(clip_before_step)

@@ -1,0 +1,29 @@
+"""Training and prediction: the loop, its hooks, and the defaults that put everything together."""
+
+from detlib.engine import hooks
+from detlib.engine.defaults import (
+    DefaultPredictor,
+    DefaultTrainer,
+    create_ddp_model,
+    default_argument_parser,
+    default_setup,
+    default_writers,
+)
+from detlib.engine.launch import DEFAULT_TIMEOUT, launch
+from detlib.engine.train_loop import AMPTrainer, HookBase, SimpleTrainer, TrainerBase
+
+__all__ = [
+    "DEFAULT_TIMEOUT",
+    "AMPTrainer",
+    "DefaultPredictor",
+    "DefaultTrainer",
+    "HookBase",
+    "SimpleTrainer",
+    "TrainerBase",
+    "create_ddp_model",
+    "default_argument_parser",
+    "default_setup",
+    "default_writers",
+    "hooks",
+    "launch",
+]

@@ -1,0 +1,74 @@
+"""Checks of a config that save the user a late failure."""
+
+import os
+from collections.abc import Iterable
+
+from detlib.config import CfgNode
+from detlib.data.catalog import MetadataCatalog, check_datasets_exist
+
+__all__ = ["as_names", "check_datasets", "check_num_classes", "check_weights"]
+
+# Where each kind of model has its number of thing classes.
+_NUM_CLASSES_KEYS = {
+    "GeneralizedRCNN": "MODEL.ROI_HEADS.NUM_CLASSES",
+    "PanopticFPN": "MODEL.ROI_HEADS.NUM_CLASSES",
+    "RetinaNet": "MODEL.RETINANET.NUM_CLASSES",
+}
+
+
+def as_names(names: str | Iterable[str]) -> tuple[str, ...]:
+    """Reads DATASETS.TRAIN and DATASETS.TEST, where a single name may stand without a tuple."""
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def check_datasets(cfg: CfgNode, *, train: bool = True) -> None:
+    """Makes sure that all data sets of a config can be found, without loading them.
+
+    Args:
+        cfg: DATASETS.TRAIN and DATASETS.TEST are looked at.
+        train: False looks at DATASETS.TEST only.
+
+    Raises:
+        ValueError: if there is none to train on, or a name is malformed.
+        KeyError: if a name is unknown; near names are listed.
+        FileNotFoundError: if a file or folder of a data set does not exist.
+    """
+    if train:
+        names = as_names(cfg.DATASETS.TRAIN)
+        if not names:
+            raise ValueError("DATASETS.TRAIN is empty: name a data set to train on")
+        check_datasets_exist(names)
+    check_datasets_exist(as_names(cfg.DATASETS.TEST))
+
+
+def check_num_classes(cfg: CfgNode, names: str | Iterable[str]) -> None:
+    """Compares the model's number of classes with the data sets', as far as these are known yet.
+
+    Raises:
+        ValueError: if they differ, naming the key and both numbers.
+    """
+    key = _NUM_CLASSES_KEYS.get(cfg.MODEL.META_ARCHITECTURE)
+    if key is None:
+        return
+    node = cfg
+    for part in key.split("."):
+        node = node[part]
+    for name in as_names(names):
+        classes = MetadataCatalog.get(name).get("thing_classes")
+        if classes and len(classes) != node:
+            shown = ", ".join(map(str, classes[:5])) + (", ..." if len(classes) > 5 else "")
+            raise ValueError(
+                f"{key} is {node}, but dataset '{name}' has {len(classes)} classes ({shown}). "
+                f"Set {key} to {len(classes)}; the background does not count."
+            )
+
+
+def check_weights(cfg: CfgNode) -> None:
+    """Makes sure that MODEL.WEIGHTS is there, if it is a file of this machine.
+
+    Raises:
+        FileNotFoundError: naming the file.
+    """
+    path = cfg.MODEL.WEIGHTS
+    if path and "://" not in path and not os.path.isfile(path):
+        raise FileNotFoundError(f"MODEL.WEIGHTS: the file {path} does not exist")

@@ -1,0 +1,351 @@
+"""The trainer that builds everything from a config."""
+
+import logging
+import os
+import weakref
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from fvcore.nn.precise_bn import get_bn_modules
+from torch import nn
+
+from detlib.checkpoint import DetectionCheckpointer
+from detlib.config import CfgNode
+from detlib.data import MetadataCatalog, build_detection_test_loader, build_detection_train_loader
+from detlib.engine import hooks
+from detlib.engine.checks import as_names, check_datasets, check_num_classes
+from detlib.engine.setup import create_ddp_model, default_writers
+from detlib.engine.train_loop import AMPTrainer, HookBase, SimpleTrainer, TrainerBase
+from detlib.evaluation import (
+    COCOEvaluator,
+    DatasetEvaluator,
+    inference_on_dataset,
+    print_csv_format,
+    verify_results,
+)
+from detlib.modeling import build_model
+from detlib.solver import build_lr_scheduler, build_optimizer
+from detlib.utils import comm
+from detlib.utils.events import EventWriter
+from detlib.utils.logger import setup_logger
+
+__all__ = ["DefaultTrainer"]
+
+logger = logging.getLogger(__name__)
+
+# Data sets that the COCO metric is right for; without a type, annotations are converted to COCO's format.
+_COCO_METRIC_TYPES = ("coco", "coco_panoptic_seg", None)
+
+
+class _AfterBackward(HookBase):
+    """Hands the inner trainer's `after_backward` on to the hooks of the outer one."""
+
+    def __init__(self, outer: TrainerBase):
+        self._outer = outer
+
+    def after_backward(self) -> None:
+        self._outer.after_backward()
+
+
+class DefaultTrainer(TrainerBase):
+    """Builds model, optimizer, schedule, data loader and hooks from a config, and trains.
+
+    To change a part, override the method that builds it. What it does by default:
+
+    1. checks, before anything is built, that all data sets exist, and that the number of classes fits;
+    2. builds the parts with the usual functions, and the hooks in `build_hooks`;
+    3. loads MODEL.WEIGHTS, or the last checkpoint to resume from, in `resume_or_load`;
+    4. trains, saving checkpoints, evaluating and logging on the way.
+
+    Example:
+        >>> trainer = DefaultTrainer(cfg)
+        >>> trainer.resume_or_load(resume=False)
+        >>> trainer.train()
+
+    Attributes:
+        scheduler: the learning-rate schedule.
+        checkpointer: the `DetectionCheckpointer`.
+        cfg: the config, scaled to the number of processes (see `auto_scale_workers`).
+    """
+
+    def __init__(self, cfg: CfgNode):
+        """
+        Raises:
+            KeyError, FileNotFoundError, ValueError: if a data set does not exist, is empty, or has another
+                number of classes than the model.
+        """
+        super().__init__()
+        if not logging.getLogger("detlib").isEnabledFor(logging.INFO):
+            setup_logger()
+        check_datasets(cfg)
+        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+        self._check_num_classes(cfg)
+
+        model = create_ddp_model(model, broadcast_buffers=False)
+        trainer_class = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
+        self._trainer = trainer_class(model, data_loader, optimizer)
+        self._trainer.register_hooks([_AfterBackward(weakref.proxy(self))])
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
+    def _check_num_classes(self, cfg: CfgNode) -> None:
+        """Loading the training data has told its classes; those of most test data are known as well."""
+        check_num_classes(cfg, cfg.DATASETS.TRAIN)
+        if type(self).build_evaluator.__func__ is DefaultTrainer.build_evaluator.__func__:
+            check_num_classes(cfg, cfg.DATASETS.TEST)
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Resumes from the last checkpoint in OUTPUT_DIR, or else loads MODEL.WEIGHTS.
+
+        Args:
+            resume: False loads MODEL.WEIGHTS in any case, and starts at iteration 0.
+        """
+        self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        if resume and self.checkpointer.has_checkpoint():
+            # The checkpoint was saved after the step it is named by.
+            self.start_iter = self.iter + 1
+            logger.info(
+                "Resumed from %s with optimizer, schedule and hooks; next is iteration %d of %d",
+                self.checkpointer.get_checkpoint_file(),
+                self.start_iter,
+                self.max_iter,
+            )
+
+    def build_hooks(self) -> list[HookBase | None]:
+        """The hooks: timing, schedule, precise BN, checkpoints, evaluation and writers, in this order.
+
+        The order matters: the checkpoint is saved before the evaluation, which may fail, and the writers
+        come last, to put out what all others have measured.
+        """
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.DATALOADER.NUM_WORKERS = 0  # for PreciseBN, which needs few batches
+        result: list[HookBase | None] = [hooks.IterationTimer(), hooks.LRScheduler()]
+        if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model):
+            result.append(
+                hooks.PreciseBN(
+                    cfg.TEST.EVAL_PERIOD,
+                    self.model,
+                    self.build_train_loader(cfg),
+                    cfg.TEST.PRECISE_BN.NUM_ITER,
+                )
+            )
+        # On every process, so that all of them stop if the model has diverged; only one writes files.
+        result.append(hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))
+
+        def test_and_save_results() -> dict:
+            self._last_eval_results = self.test(self.cfg, self.model)
+            return self._last_eval_results
+
+        result.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, test_and_save_results))
+        if comm.is_main_process():
+            result.append(hooks.PeriodicWriter(self.build_writers(), period=20))
+        return result
+
+    def build_writers(self) -> list[EventWriter]:
+        """The writers: terminal, ``metrics.json`` and TensorBoard."""
+        return default_writers(self.cfg.OUTPUT_DIR, self.max_iter)
+
+    def train(self) -> Mapping[str, Any] | None:
+        """Trains from where `resume_or_load` has left it up to SOLVER.MAX_ITER.
+
+        Returns:
+            The results of the last evaluation, on the main process.
+
+        Raises:
+            FloatingPointError: if a loss becomes infinite or NaN.
+        """
+        super().train(self.start_iter, self.max_iter)
+        results = getattr(self, "_last_eval_results", None)
+        if not comm.is_main_process():
+            return None
+        if self.cfg.TEST.EXPECTED_RESULTS:
+            if results is None:
+                raise ValueError("TEST.EXPECTED_RESULTS is set, but no evaluation was made")
+            verify_results(self.cfg, results)
+        return results
+
+    def run_step(self) -> None:
+        self._trainer.iter = self.iter
+        self._trainer.run_step()
+
+    def state_dict(self) -> dict:
+        return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        self._trainer.load_state_dict(state_dict["_trainer"])
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, wrapped if there are several processes."""
+        return self._trainer.model
+
+    @property
+    def data_loader(self):
+        """The training data."""
+        return self._trainer.data_loader
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer."""
+        return self._trainer.optimizer
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """Builds the model, on its device."""
+        model = build_model(cfg)
+        logger.info("Model:\n%s", model)
+        return model
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """Builds the optimizer."""
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer):
+        """Builds the learning-rate schedule."""
+        return build_lr_scheduler(cfg, optimizer)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode):
+        """Builds the endless loader of training batches."""
+        return build_detection_train_loader(cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        """Builds the loader of one data set to evaluate on."""
+        return build_detection_test_loader(cfg, dataset_name)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        """Builds what evaluates predictions on one data set: the COCO metric by default.
+
+        Raises:
+            NotImplementedError: if the data set's ``evaluator_type`` asks for another metric.
+            ValueError: if the data set has another number of classes than the model.
+        """
+        kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+        if kind not in _COCO_METRIC_TYPES:
+            raise NotImplementedError(
+                f"There is no default evaluator for the type '{kind}' of dataset '{dataset_name}': override "
+                f"{cls.__name__}.build_evaluator"
+            )
+        check_num_classes(cfg, dataset_name)
+        limit = cfg.TEST.DETECTIONS_PER_IMAGE
+        return COCOEvaluator(
+            dataset_name,
+            output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"),
+            # The metric looks at 100 detections otherwise, however many the model puts out.
+            max_dets_per_image=limit if limit > 100 else None,
+            kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+        )
+
+    @classmethod
+    def test(
+        cls,
+        cfg: CfgNode,
+        model: nn.Module,
+        evaluators: DatasetEvaluator | list[DatasetEvaluator] | None = None,
+    ) -> dict:
+        """Evaluates a model on all of DATASETS.TEST.
+
+        Args:
+            cfg: the config.
+            model: the model; its mode is as before afterwards.
+            evaluators: one for each data set; None calls `build_evaluator`.
+
+        Returns:
+            Results such as ``{"bbox": {"AP": 37.9, ...}}``, below the data set's name if there are several;
+            empty on processes other than the main one.
+
+        Raises:
+            ValueError: if there are not as many evaluators as data sets.
+        """
+        names = as_names(cfg.DATASETS.TEST)
+        if isinstance(evaluators, DatasetEvaluator):
+            evaluators = [evaluators]
+        if evaluators is not None and len(evaluators) != len(names):
+            raise ValueError(
+                f"DATASETS.TEST names {len(names)} data sets, but {len(evaluators)} evaluators came"
+            )
+
+        results: OrderedDict[str, Any] = OrderedDict()
+        for i, name in enumerate(names):
+            data_loader = cls.build_test_loader(cfg, name)
+            if evaluators is not None:
+                evaluator = evaluators[i]
+            else:
+                try:
+                    evaluator = cls.build_evaluator(cfg, name)
+                except NotImplementedError as e:
+                    logger.warning("'%s' is not evaluated: %s", name, e)
+                    results[name] = {}
+                    continue
+            results[name] = inference_on_dataset(model, data_loader, evaluator)
+            if comm.is_main_process():
+                logger.info("Results on %s, in comma-separated form:", name)
+                print_csv_format(results[name])
+        return next(iter(results.values())) if len(results) == 1 else results
+
+    @staticmethod
+    def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
+        """Scales a config made for SOLVER.REFERENCE_WORLD_SIZE processes to another number of them.
+
+        By the linear rule of "Accurate, Large Minibatch SGD" (https://arxiv.org/abs/1706.02677), the batch
+        size and learning rate grow with the number of processes, and all numbers of iterations shrink.
+
+        Args:
+            cfg: the config, which is not changed.
+            num_workers: the number of processes.
+
+        Returns:
+            `cfg` itself if REFERENCE_WORLD_SIZE is 0 or equals `num_workers`; else a changed copy.
+
+        Raises:
+            ValueError: if SOLVER.IMS_PER_BATCH cannot be shared by the reference processes.
+        """
+        reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+        if reference == 0 or reference == num_workers:
+            return cfg
+        if cfg.SOLVER.IMS_PER_BATCH % reference:
+            raise ValueError(
+                f"SOLVER.IMS_PER_BATCH={cfg.SOLVER.IMS_PER_BATCH} is no multiple of "
+                f"SOLVER.REFERENCE_WORLD_SIZE={reference}"
+            )
+        frozen = cfg.is_frozen()
+        cfg = cfg.clone()
+        cfg.defrost()
+        scale = num_workers / reference
+        solver = cfg.SOLVER
+        solver.IMS_PER_BATCH = round(solver.IMS_PER_BATCH * scale)
+        solver.BASE_LR *= scale
+        solver.MAX_ITER = round(solver.MAX_ITER / scale)
+        solver.WARMUP_ITERS = round(solver.WARMUP_ITERS / scale)
+        solver.STEPS = tuple(round(step / scale) for step in solver.STEPS)
+        solver.CHECKPOINT_PERIOD = round(solver.CHECKPOINT_PERIOD / scale)
+        cfg.TEST.EVAL_PERIOD = round(cfg.TEST.EVAL_PERIOD / scale)
+        solver.REFERENCE_WORLD_SIZE = num_workers
+        logger.info(
+            "Scaled the config from %d to %d processes: batch %d, rate %g, %d iterations, warm-up %d",
+            reference,
+            num_workers,
+            solver.IMS_PER_BATCH,
+            solver.BASE_LR,
+            solver.MAX_ITER,
+            solver.WARMUP_ITERS,
+        )
+        if frozen:
+            cfg.freeze()
+        return cfg

@@ -1,0 +1,20 @@
+"""The hooks that come with detlib."""
+
+from detlib.engine.hooks.checkpoint import BestCheckpointer, PeriodicCheckpointer
+from detlib.engine.hooks.evaluation import EvalHook, PreciseBN
+from detlib.engine.hooks.general import CallbackHook, IterationTimer, LRScheduler, PeriodicWriter
+from detlib.engine.hooks.profiling import AutogradProfiler, TorchMemoryStats, TorchProfiler
+
+__all__ = [
+    "AutogradProfiler",
+    "BestCheckpointer",
+    "CallbackHook",
+    "EvalHook",
+    "IterationTimer",
+    "LRScheduler",
+    "PeriodicCheckpointer",
+    "PeriodicWriter",
+    "PreciseBN",
+    "TorchMemoryStats",
+    "TorchProfiler",
+]

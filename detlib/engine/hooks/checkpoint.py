@@ -1,0 +1,147 @@
+"""Hooks that save checkpoints."""
+
+import logging
+import math
+import os
+from collections.abc import Callable
+
+from detlib.checkpoint import Checkpointer
+from detlib.checkpoint import PeriodicCheckpointer as _PeriodicCheckpointer
+from detlib.checkpoint.formats import read_checkpoint
+from detlib.engine.divergence import find_non_finite_parameters
+from detlib.engine.trainer_base import HookBase
+
+__all__ = ["BestCheckpointer", "PeriodicCheckpointer"]
+
+logger = logging.getLogger(__name__)
+
+
+class PeriodicCheckpointer(_PeriodicCheckpointer, HookBase):
+    """`detlib.checkpoint.PeriodicCheckpointer` as a hook.
+
+    It refuses to save a model with infinite or NaN parameters, so that a training which diverged between
+    two looks at the losses leaves good checkpoints behind.
+    """
+
+    def before_train(self) -> None:
+        self.max_iter = self.trainer.max_iter
+
+    def after_step(self) -> None:
+        """Saves if it is time to.
+
+        Raises:
+            FloatingPointError: if parameters are not finite.
+        """
+        iteration = self.trainer.iter
+        if not self.is_due(iteration):
+            return
+        _refuse_diverged(self.checkpointer, iteration)
+        self.step(iteration)
+
+
+def _refuse_diverged(checkpointer: Checkpointer, iteration: int) -> None:
+    bad = find_non_finite_parameters(checkpointer.model)
+    if bad:
+        listed = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        last = checkpointer.get_checkpoint_file() if checkpointer.save_dir else ""
+        raise FloatingPointError(
+            f"After iteration {iteration} the model has infinite or NaN parameters ({listed}), so no "
+            f"checkpoint was saved. The last good checkpoint: {last or 'none'}"
+        )
+
+
+class BestCheckpointer(HookBase):
+    """Saves the model whenever an evaluation gives a better metric than all before.
+
+    It goes after the `EvalHook` whose results it reads. What was best is known again after a resume.
+    """
+
+    def __init__(
+        self,
+        eval_period: int,
+        checkpointer: Checkpointer,
+        val_metric: str,
+        mode: str = "max",
+        file_prefix: str = "model_best",
+    ) -> None:
+        """
+        Args:
+            eval_period: the period of the `EvalHook`.
+            checkpointer: what saves.
+            val_metric: name of the metric in the storage, such as "bbox/AP50".
+            mode: "max" if more is better, "min" if less is.
+            file_prefix: name of the file, without ".pth".
+
+        Raises:
+            ValueError: for another `mode`.
+        """
+        if mode not in ("max", "min"):
+            raise ValueError(f"mode must be 'max' or 'min', got {mode!r}")
+        self._period = eval_period
+        self._val_metric = val_metric
+        self._mode = mode
+        self._checkpointer = checkpointer
+        self._file_prefix = file_prefix
+        self.best_metric: float | None = None
+        self.best_iter: int | None = None
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        # The evaluation after the last step is made in after_train.
+        if self._period > 0 and done % self._period == 0 and done != self.trainer.max_iter:
+            self._save_if_best(self._checkpointer.save)
+
+    def after_train(self) -> None:
+        if self.trainer.iter >= self.trainer.max_iter:
+            # The final checkpoint stays the last one, if there is one.
+            is_last = not self._checkpointer.has_checkpoint()
+            self._save_if_best(self._checkpointer.save if is_last else self._checkpointer.write)
+
+    def _save_if_best(self, save: Callable) -> None:
+        latest = self.trainer.storage.latest().get(self._val_metric)
+        if latest is None:
+            logger.warning(
+                "No metric '%s' was put out by the evaluation, so the best model is not saved. There are: %s",
+                self._val_metric,
+                ", ".join(sorted(name for name in self.trainer.storage.latest() if "/" in name)) or "none",
+            )
+            return
+        value, iteration = latest
+        if not self._is_better(value, self.best_metric):
+            logger.info(
+                "%s is %.5f; the best stays %s at iteration %s",
+                self._val_metric,
+                value,
+                self.best_metric,
+                self.best_iter,
+            )
+            return
+        self.best_metric, self.best_iter = float(value), int(iteration)
+        _refuse_diverged(self._checkpointer, iteration)
+        save(self._file_prefix, iteration=int(iteration), best=self.state_dict())
+        logger.info("%s is %.5f, the best so far: saved %s", self._val_metric, value, self._file_prefix)
+
+    def _is_better(self, value: float, than: float | None) -> bool:
+        if not math.isfinite(value):
+            return False
+        if than is None:
+            return True
+        return value > than if self._mode == "max" else value < than
+
+    def state_dict(self) -> dict:
+        return {"best_metric": self.best_metric, "best_iter": self.best_iter, "metric": self._val_metric}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Takes the better of the state and of the saved best file.
+
+        The file may know of a better one: checkpoints are saved before the evaluation of the same step.
+        """
+        states = [state_dict]
+        path = os.path.join(self._checkpointer.save_dir, f"{self._file_prefix}.pth")
+        if os.path.isfile(path):
+            states.append(read_checkpoint(path).get("best", {}))
+        for state in states:
+            value = state.get("best_metric")
+            if state.get("metric") == self._val_metric and value is not None:
+                if self._is_better(value, self.best_metric):
+                    self.best_metric, self.best_iter = value, state["best_iter"]

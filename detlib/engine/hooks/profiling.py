@@ -1,0 +1,133 @@
+"""Hooks that say where time and memory go."""
+
+import logging
+import os
+from collections.abc import Callable, Iterable
+
+import torch
+
+from detlib.engine.trainer_base import HookBase
+from detlib.utils import comm
+from detlib.utils.file_io import PathManager
+
+__all__ = ["AutogradProfiler", "TorchMemoryStats", "TorchProfiler"]
+
+logger = logging.getLogger(__name__)
+
+
+class TorchProfiler(HookBase):
+    """Profiles some steps with `torch.profiler`.
+
+    Example:
+        >>> TorchProfiler(lambda trainer: 10 < trainer.iter < 20, cfg.OUTPUT_DIR)
+    """
+
+    def __init__(
+        self,
+        enable_predicate: Callable[..., bool],
+        output_dir: str,
+        *,
+        activities: Iterable[torch.profiler.ProfilerActivity] | None = None,
+        save_tensorboard: bool = True,
+    ):
+        """
+        Args:
+            enable_predicate: gets the trainer and says whether to profile its current step.
+            output_dir: folder for the traces.
+            activities: as in `torch.profiler.profile`; None for all that there are.
+            save_tensorboard: write traces for TensorBoard to ``OUTPUT_DIR/log``, else Chrome traces to
+                ``OUTPUT_DIR/profiler-trace-iter*.json``.
+        """
+        self._enable_predicate = enable_predicate
+        self._activities = activities
+        self._output_dir = output_dir
+        self._save_tensorboard = save_tensorboard
+        self._profiler = None
+
+    def before_step(self) -> None:
+        if self._enable_predicate(self.trainer):
+            self._profiler = self._make_profiler()
+            self._profiler.__enter__()
+
+    def _make_profiler(self):
+        on_trace_ready = None
+        if self._save_tensorboard:
+            name = f"profiler-tensorboard-iter{self.trainer.iter}"
+            on_trace_ready = torch.profiler.tensorboard_trace_handler(
+                os.path.join(self._output_dir, "log", name), f"worker{comm.get_rank()}"
+            )
+        return torch.profiler.profile(
+            activities=self._activities,
+            on_trace_ready=on_trace_ready,
+            record_shapes=True,
+            profile_memory=True,
+            with_stack=True,
+            with_flops=True,
+        )
+
+    def after_step(self) -> None:
+        profiler, self._profiler = self._profiler, None
+        if profiler is None:
+            return
+        profiler.__exit__(None, None, None)
+        if not self._save_tensorboard:
+            PathManager.mkdirs(self._output_dir)
+            name = f"profiler-trace-iter{self.trainer.iter}.json"
+            profiler.export_chrome_trace(os.path.join(self._output_dir, name))
+
+
+class AutogradProfiler(TorchProfiler):
+    """Profiles some steps with `torch.autograd.profiler`, which costs less and says less.
+
+    Example:
+        >>> AutogradProfiler(lambda trainer: trainer.iter > 10, cfg.OUTPUT_DIR)
+    """
+
+    def __init__(self, enable_predicate: Callable[..., bool], output_dir: str, *, use_cuda: bool = True):
+        """
+        Args:
+            enable_predicate: gets the trainer and says whether to profile its current step.
+            output_dir: folder for the Chrome traces.
+            use_cuda: time CUDA kernels as well, where there is CUDA.
+        """
+        super().__init__(enable_predicate, output_dir, save_tensorboard=False)
+        self._use_cuda = use_cuda
+
+    def _make_profiler(self):
+        device = "cuda" if self._use_cuda and torch.cuda.is_available() else None
+        return torch.autograd.profiler.profile(use_device=device)
+
+
+class TorchMemoryStats(HookBase):
+    """Logs CUDA memory now and then; does nothing without CUDA."""
+
+    def __init__(self, period: int = 20, max_runs: int = 10):
+        """
+        Args:
+            period: steps between two reports.
+            max_runs: number of reports after which it falls silent.
+        """
+        self._period = period
+        self._max_runs = max_runs
+        self._runs = 0
+
+    def after_step(self) -> None:
+        if self._runs >= self._max_runs or not torch.cuda.is_available():
+            return
+        done = self.trainer.iter + 1
+        if done % self._period != 0 and done != self.trainer.max_iter:
+            return
+        mib = 2**20
+        logger.info(
+            "iter: %d  max_reserved_mem: %.0fM  reserved_mem: %.0fM  max_allocated_mem: %.0fM  "
+            "allocated_mem: %.0fM",
+            self.trainer.iter,
+            torch.cuda.max_memory_reserved() / mib,
+            torch.cuda.memory_reserved() / mib,
+            torch.cuda.max_memory_allocated() / mib,
+            torch.cuda.memory_allocated() / mib,
+        )
+        self._runs += 1
+        if self._runs == self._max_runs:
+            logger.info("%s", torch.cuda.memory_summary())
+        torch.cuda.reset_peak_memory_stats()

@@ -1,0 +1,96 @@
+"""Pictures of predictions, to see what numbers do not say."""
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from detlib.config import CfgNode
+from detlib.data import MetadataCatalog, build_detection_test_loader
+from detlib.data.detection_utils import read_image
+from detlib.engine.checks import as_names
+from detlib.utils import comm
+from detlib.utils.file_io import PathManager
+from detlib.utils.visualizer import Visualizer
+
+__all__ = ["write_prediction_pictures"]
+
+logger = logging.getLogger(__name__)
+
+# Labels are hard to read on smaller pictures.
+_MIN_LONG_SIDE = 640
+
+
+def write_prediction_pictures(
+    cfg: CfgNode, model: nn.Module, max_pictures: int = 8, min_score: float = 0.5
+) -> list[str]:
+    """Draws a model's predictions on pictures spread evenly over the first data set of DATASETS.TEST.
+
+    Args:
+        cfg: OUTPUT_DIR, DATASETS and INPUT are used.
+        model: the model; its mode is as before afterwards.
+        max_pictures: how many pictures at most.
+        min_score: instances that score less are not drawn.
+
+    Returns:
+        Paths of the files, ``OUTPUT_DIR/predictions/*.png``; empty on processes other than the main one.
+    """
+    names = as_names(cfg.DATASETS.TEST)
+    if not names or max_pictures < 1 or not comm.is_main_process():
+        return []
+    if isinstance(model, DistributedDataParallel | DataParallel):
+        model = model.module  # the other processes take no part
+    dataset = build_detection_test_loader(cfg, names[0], num_workers=0).dataset
+    metadata = MetadataCatalog.get(names[0])
+    folder = os.path.join(cfg.OUTPUT_DIR, "predictions")
+    PathManager.mkdirs(folder)
+
+    count = min(max_pictures, len(dataset))
+    paths = []
+    was_training = model.training
+    model.eval()
+    try:
+        for k in range(count):
+            index = k * len(dataset) // count
+            sample = dataset[index]
+            with torch.no_grad():
+                prediction = model([sample])[0]
+            stem = os.path.splitext(os.path.basename(str(sample.get("file_name", "picture"))))[0]
+            path = os.path.join(folder, f"{index:05d}_{stem}.png")
+            _draw(sample, prediction, metadata, min_score, cfg.INPUT.FORMAT).save(path)
+            paths.append(path)
+    finally:
+        model.train(was_training)
+    logger.info("Pictures of predictions are in %s", folder)
+    return paths
+
+
+def _draw(
+    sample: Mapping[str, Any], prediction: Mapping[str, Any], metadata: Any, min_score: float, fmt: str
+):
+    """Draws one prediction on its picture, in the picture's own size or larger."""
+    picture = _picture_rgb(sample, fmt)
+    visualizer = Visualizer(picture, metadata, scale=max(1.0, _MIN_LONG_SIDE / max(picture.shape[:2])))
+    if "instances" in prediction:
+        instances = prediction["instances"].to("cpu")
+        return visualizer.draw_instance_predictions(instances[instances.scores >= min_score])
+    if "proposals" in prediction:
+        boxes = prediction["proposals"].proposal_boxes.tensor.cpu()[:20]
+        return visualizer.overlay_instances(boxes=boxes)
+    return visualizer.get_output()
+
+
+def _picture_rgb(sample: Mapping[str, Any], fmt: str) -> np.ndarray:
+    """The picture (H, W, 3) uint8 as the file has it, or else as the model sees it."""
+    if os.path.isfile(sample.get("file_name", "")):
+        return read_image(sample["file_name"], "RGB")
+    image = sample["image"].to(torch.float32)[None]
+    size = (sample.get("height", image.shape[2]), sample.get("width", image.shape[3]))
+    image = torch.nn.functional.interpolate(image, size, mode="bilinear", align_corners=False)[0]
+    picture = image.clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+    return np.ascontiguousarray(picture[:, :, ::-1] if fmt == "BGR" else picture)

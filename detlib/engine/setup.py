@@ -1,0 +1,133 @@
+"""What a training script does before the training: arguments, logs, seeds, writers and DDP."""
+
+import argparse
+import os
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from detlib.config import CfgNode
+from detlib.utils import comm
+from detlib.utils.collect_env import collect_env_info
+from detlib.utils.env import seed_all_rng
+from detlib.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, TensorboardXWriter
+from detlib.utils.file_io import PathManager
+from detlib.utils.logger import setup_logger
+
+__all__ = ["create_ddp_model", "default_argument_parser", "default_setup", "default_writers"]
+
+_EPILOG = """
+Examples:
+
+  on one GPU, or on the CPU if there is none:
+    $ {program} --config-file configs/Quickstart/mask_rcnn_R_18_FPN_shapes.yaml
+
+  on eight GPUs, with changes to the config:
+    $ {program} --num-gpus 8 --config-file cfg.yaml MODEL.WEIGHTS model.pkl SOLVER.BASE_LR 0.01
+
+  on two machines:
+    (0)$ {program} --machine-rank 0 --num-machines 2 --dist-url tcp://HOST:PORT [...]
+    (1)$ {program} --machine-rank 1 --num-machines 2 --dist-url tcp://HOST:PORT [...]
+"""
+
+
+def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParser:
+    """The arguments that all training scripts share.
+
+    Args:
+        epilog: text below the list of arguments; None for some examples.
+    """
+    parser = argparse.ArgumentParser(
+        epilog=_EPILOG.format(program=sys.argv[0]) if epilog is None else epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config-file", default="", metavar="FILE", help="the config, a .yaml file")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR, if there is one"
+    )
+    parser.add_argument("--eval-only", action="store_true", help="only evaluate MODEL.WEIGHTS")
+    parser.add_argument(
+        "--num-gpus",
+        type=int,
+        default=1,
+        help="number of GPUs per machine; without any GPU, of processes on the CPU",
+    )
+    parser.add_argument("--num-machines", type=int, default=1, help="number of machines")
+    parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine, from 0")
+    parser.add_argument(
+        "--dist-url",
+        default="auto",
+        help="where the processes meet, as tcp://HOST:PORT; on one machine 'auto' finds a free port",
+    )
+    parser.add_argument(
+        "opts",
+        nargs=argparse.REMAINDER,
+        help="changes to the config, as pairs KEY VALUE at the end of the command",
+    )
+    return parser
+
+
+def default_setup(cfg: CfgNode, args: Any) -> None:
+    """Makes OUTPUT_DIR, starts the logs, writes down config and environment, and seeds.
+
+    Args:
+        cfg: the full config; it is saved as ``OUTPUT_DIR/config.yaml``.
+        args: the command line, to be logged; its ``eval_only`` is looked at.
+    """
+    output_dir = cfg.OUTPUT_DIR
+    if comm.is_main_process() and output_dir:
+        PathManager.mkdirs(output_dir)
+    rank = comm.get_rank()
+    setup_logger(output_dir, distributed_rank=rank, name="fvcore")
+    logger = setup_logger(output_dir, distributed_rank=rank)
+    logger.info("Process %d of %d", rank, comm.get_world_size())
+    logger.info("Environment:\n%s", collect_env_info())
+    logger.info("Command line arguments: %s", args)
+    if comm.is_main_process() and output_dir:
+        path = os.path.join(output_dir, "config.yaml")
+        with PathManager.open(path, "w") as f:
+            f.write(cfg.dump())
+        logger.info("The full config is saved in %s", path)
+    # Every process needs its own seed, or all would draw the same augmentations.
+    seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + rank)
+    if not getattr(args, "eval_only", False):
+        # Pictures of all sizes are evaluated: measuring each anew would cost more than it gains.
+        torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+
+
+def default_writers(output_dir: str, max_iter: int | None = None) -> list[EventWriter]:
+    """Writers for the terminal, for ``metrics.json`` and for TensorBoard.
+
+    Args:
+        output_dir: folder of the files.
+        max_iter: number of iterations in all, for the time left.
+    """
+    PathManager.mkdirs(output_dir)
+    return [
+        CommonMetricPrinter(max_iter),
+        JSONWriter(os.path.join(output_dir, "metrics.json")),
+        TensorboardXWriter(output_dir),
+    ]
+
+
+def create_ddp_model(model: nn.Module, *, fp16_compression: bool = False, **kwargs: Any) -> nn.Module:
+    """Wraps a model for distributed training, if there are several processes.
+
+    Args:
+        model: the model, on its device.
+        fp16_compression: send gradients as float16.
+        **kwargs: for `DistributedDataParallel`.
+    """
+    if comm.get_world_size() == 1:
+        return model
+    if "device_ids" not in kwargs and next(model.parameters()).device.type == "cuda":
+        kwargs["device_ids"] = [comm.get_local_rank()]
+    ddp = DistributedDataParallel(model, **kwargs)
+    if fp16_compression:
+        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+        ddp.register_comm_hook(state=None, hook=default_hooks.fp16_compress_hook)
+    return ddp

@@ -1,0 +1,232 @@
+"""The usual training step: one batch, one forward and backward pass, one update."""
+
+import concurrent.futures
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from detlib.engine.divergence import LossRecord, losses_to_floats
+from detlib.engine.trainer_base import TrainerBase
+from detlib.utils import comm
+from detlib.utils.events import get_event_storage
+
+__all__ = ["SimpleTrainer"]
+
+
+class SimpleTrainer(TrainerBase):
+    """The usual step: one batch, one forward and backward pass, one update by one optimizer.
+
+    The model must return a dict of scalar losses, which are summed, or one scalar. For anything else,
+    subclass `TrainerBase` with a ``run_step`` of your own.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader,
+        optimizer: torch.optim.Optimizer,
+        gather_metric_period: int = 1,
+        zero_grad_before_forward: bool = False,
+        async_write_metrics: bool = False,
+    ):
+        """
+        Args:
+            model: takes a batch of the data loader and returns losses.
+            data_loader: an endless iterable of batches.
+            optimizer: the optimizer of the model's parameters.
+            gather_metric_period: steps between two looks at the losses. Each look waits for the device and,
+                in distributed training, for the other processes. A loss that is NaN comes to light only then.
+            zero_grad_before_forward: clear the gradients before the forward pass instead of after it.
+            async_write_metrics: look at the losses in another thread. An error in one (NaN) comes to light
+                a step later.
+        """
+        super().__init__()
+        model.train()
+        self.model = model
+        self.data_loader = data_loader
+        self.optimizer = optimizer
+        self.gather_metric_period = gather_metric_period
+        self.zero_grad_before_forward = zero_grad_before_forward
+        self.async_write_metrics = async_write_metrics
+        self._data_loader_iter_obj = None
+        self._losses = LossRecord()
+        self._pending_write: concurrent.futures.Future | None = None
+        # One thread, so that the metrics are written in the order of the steps.
+        self.concurrent_executor = concurrent.futures.ThreadPoolExecutor(max_workers=1)
+
+    def run_step(self) -> None:
+        if not self.model.training:
+            raise RuntimeError(
+                f"{type(self).__name__}: the model is in eval mode; something called model.eval() "
+                "without model.train() after it"
+            )
+        start = time.perf_counter()
+        data = self._next_batch()
+        data_time = time.perf_counter() - start
+
+        if self.zero_grad_before_forward:
+            self.optimizer.zero_grad()
+        loss_dict = self._forward(data)
+        losses = sum(loss_dict.values())
+        if not self.zero_grad_before_forward:
+            self.optimizer.zero_grad()
+        self._backward(losses)
+        self.after_backward()
+
+        self._losses.add(self.iter, loss_dict, data)
+        self._report(loss_dict, data_time)
+        # After the report: a step whose loss is NaN must not reach the parameters.
+        self._update()
+
+    def _next_batch(self) -> Any:
+        try:
+            return next(self._data_loader_iter)
+        except StopIteration:
+            raise RuntimeError(
+                f"The data loader ended at iteration {self.iter}: training needs an endless one "
+                "(build_detection_train_loader makes it with an endless sampler)"
+            ) from None
+
+    def _forward(self, data: Any) -> dict[str, torch.Tensor]:
+        """The losses of a batch."""
+        loss_dict = self.model(data)
+        return {"total_loss": loss_dict} if isinstance(loss_dict, torch.Tensor) else loss_dict
+
+    def _backward(self, losses: torch.Tensor) -> None:
+        losses.backward()
+
+    def _update(self) -> None:
+        self.optimizer.step()
+
+    @property
+    def _data_loader_iter(self):
+        # Made at the first use, so that workers start only when there is training to do.
+        if self._data_loader_iter_obj is None:
+            self._data_loader_iter_obj = iter(self.data_loader)
+        return self._data_loader_iter_obj
+
+    def reset_data_loader(self, data_loader_builder: Callable[[], Any]) -> None:
+        """Replaces the data loader by what `data_loader_builder` returns.
+
+        The old one is let go of first, so that its workers end before the new ones start.
+        """
+        self._data_loader_iter_obj = None
+        del self.data_loader
+        self.data_loader = data_loader_builder()
+
+    def _report(self, loss_dict: Mapping[str, torch.Tensor], data_time: float) -> None:
+        """Writes the metrics, here or in the other thread."""
+        if not self.async_write_metrics:
+            self._write_metrics(loss_dict, data_time)
+            return
+        self._finish_pending_write()
+        self._pending_write = self.concurrent_executor.submit(
+            self._write_metrics, loss_dict, data_time, iter=self.iter
+        )
+
+    def _finish_pending_write(self) -> None:
+        """Waits for the other thread, and raises here what was raised there."""
+        pending, self._pending_write = self._pending_write, None
+        if pending is not None:
+            pending.result()
+
+    def _write_metrics(
+        self,
+        loss_dict: Mapping[str, torch.Tensor],
+        data_time: float,
+        prefix: str = "",
+        iter: int | None = None,
+    ) -> None:
+        """Writes the metrics every `gather_metric_period` steps.
+
+        Raises:
+            FloatingPointError: naming iteration, losses, learning rate and pictures, if a loss is not finite.
+        """
+        iteration = self.iter if iter is None else iter
+        if (iteration + 1) % self.gather_metric_period != 0:
+            return
+        try:
+            SimpleTrainer.write_metrics(loss_dict, data_time, iteration, prefix)
+        except FloatingPointError as e:
+            raise FloatingPointError(self._explain_divergence(e, iteration)) from None
+        self._losses.forget_until(iteration)
+
+    @staticmethod
+    def write_metrics(
+        loss_dict: Mapping[str, torch.Tensor],
+        data_time: float,
+        cur_iter: int,
+        prefix: str = "",
+    ) -> None:
+        """Averages the losses over the processes and puts them into the storage.
+
+        Args:
+            loss_dict: scalar losses by name.
+            data_time: seconds that this process waited for data; the longest wait of all is kept.
+            cur_iter: the step's number.
+            prefix: what the name of the total loss begins with.
+
+        Raises:
+            FloatingPointError: in every process, if the total loss is not finite in any.
+        """
+        gathered = comm.all_gather((losses_to_floats(loss_dict), data_time))
+        per_process = [losses for losses, _ in gathered]
+        means = {k: sum(losses[k] for losses in per_process) / len(per_process) for k in per_process[0]}
+        total = sum(means.values())
+        if not math.isfinite(total):
+            raise FloatingPointError(
+                f"The loss became infinite or NaN at iteration {cur_iter}: {_format_losses(means)}"
+            )
+        if comm.is_main_process():
+            storage = get_event_storage()
+            storage.put_scalar("data_time", max(wait for _, wait in gathered), cur_iter=cur_iter)
+            storage.put_scalar(f"{prefix}total_loss", total, cur_iter=cur_iter)
+            if len(means) > 1:
+                storage.put_scalars(cur_iter=cur_iter, **means)
+
+    def _explain_divergence(self, error: FloatingPointError, iteration: int) -> str:
+        """The message for losses that are not finite. All processes come here together."""
+        lines = [str(error)]
+        firsts = comm.all_gather(self._losses.first_non_finite())
+        bad = [(rank, step) for rank, step in enumerate(firsts) if step]
+        if bad and self.gather_metric_period > 1:
+            first = min(step.iteration for _, step in bad)
+            lines.append(
+                f"It began at iteration {first} (the losses are looked at every {self.gather_metric_period} "
+                f"iterations; this look covers {iteration + 1 - self.gather_metric_period} to {iteration})."
+            )
+            bad = [(rank, step) for rank, step in bad if step.iteration == first]
+        rates = sorted({float(group["lr"]) for group in self.optimizer.param_groups})
+        lines.append(f"Learning rate: {', '.join(f'{rate:.6g}' for rate in rates)}")
+        for rank, step in bad:
+            where = f"Process {rank}" if len(firsts) > 1 else "Losses"
+            lines.append(f"{where}: {_format_losses(step.losses)}")
+            lines.append(f"Images: {', '.join(step.files) or 'the batch names no files'}")
+        lines.append(
+            "The parameters were not saved after this. Common causes: a learning rate too high for the batch "
+            "size, too short a warm-up, or broken annotations in these images."
+        )
+        return "\n".join(lines)
+
+    def state_dict(self) -> dict:
+        return {**super().state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+
+    def after_train(self) -> None:
+        # Before the hooks, whose writers put out the last step's metrics.
+        try:
+            self._finish_pending_write()
+        finally:
+            super().after_train()
+            self.concurrent_executor.shutdown(wait=True)
+
+
+def _format_losses(losses: Mapping[str, float]) -> str:
+    return ", ".join(f"{name}={value:.6g}" for name, value in losses.items())

@@ -1,0 +1,319 @@
+"""The loop, the trainers, and what happens when a loss is no number."""
+
+import logging
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from detlib.checkpoint import Checkpointer
+from detlib.engine import AMPTrainer, HookBase, SimpleTrainer, TrainerBase, hooks
+from detlib.engine.divergence import find_non_finite_parameters
+from detlib.utils.events import EventStorage, JSONWriter
+
+
+class _Model(nn.Module):
+    """Two losses of a linear map; `poison` makes one NaN at that call."""
+
+    def __init__(self, poison: int | None = None):
+        super().__init__()
+        self.fc = nn.Linear(2, 1)
+        self.calls = 0
+        self.poison = poison
+
+    def forward(self, batch):
+        x = torch.stack([d["x"] for d in batch])
+        out = self.fc(x)
+        losses = {"loss_a": out.square().mean(), "loss_b": out.abs().mean()}
+        if self.calls == self.poison:
+            losses["loss_b"] = losses["loss_b"] * float("nan")
+        self.calls += 1
+        return losses
+
+
+def _batches(start: int = 0):
+    """Endless batches, the k-th always the same."""
+    k = start
+    while True:
+        generator = torch.Generator().manual_seed(k)
+        yield [
+            {"x": torch.rand(2, generator=generator), "file_name": f"picture_{k}_{j}.jpg"} for j in range(2)
+        ]
+        k += 1
+
+
+def _trainer(model=None, cls=SimpleTrainer, start: int = 0, lr: float = 0.1, **kwargs):
+    torch.manual_seed(0)
+    model = model or _Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    return cls(model, _batches(start), optimizer, **kwargs)
+
+
+class _Log(HookBase):
+    def __init__(self, calls):
+        self.calls = calls
+
+    def before_train(self):
+        self.calls.append(("before_train", self.trainer.iter))
+
+    def after_train(self):
+        self.calls.append(("after_train", self.trainer.iter, self.trainer.storage.iter))
+
+    def before_step(self):
+        self.calls.append(("before_step", self.trainer.iter, self.trainer.storage.iter))
+
+    def after_backward(self):
+        assert self.trainer.model.fc.weight.grad is not None
+        self.calls.append(("after_backward", self.trainer.iter))
+
+    def after_step(self):
+        self.calls.append(("after_step", self.trainer.iter))
+
+
+def test_order_of_hooks():
+    trainer, calls = _trainer(), []
+    trainer.register_hooks([_Log(calls), None])
+    trainer.train(3, 5)
+    assert calls == [
+        ("before_train", 3),
+        ("before_step", 3, 3),
+        ("after_backward", 3),
+        ("after_step", 3),
+        ("before_step", 4, 4),
+        ("after_backward", 4),
+        ("after_step", 4),
+        ("after_train", 5, 5),
+    ]
+    with pytest.raises(TypeError, match="HookBase"):
+        trainer.register_hooks([print])
+
+
+def test_after_train_comes_also_after_an_error():
+    trainer, calls = _trainer(), []
+
+    class Fails(HookBase):
+        def after_step(self):
+            raise KeyError("no")
+
+    trainer.register_hooks([_Log(calls), Fails()])
+    with pytest.raises(KeyError):
+        trainer.train(0, 1)
+    assert calls[-1] == ("after_train", 0, 0)  # below max_iter: cut short
+
+
+def test_nothing_left_to_train_is_said(caplog):
+    trainer, calls = _trainer(), []
+    trainer.register_hooks([_Log(calls)])
+    with caplog.at_level(logging.WARNING, logger="detlib"):
+        trainer.train(7, 5)
+    assert calls == [("before_train", 7), ("after_train", 7, 7)]
+    assert "start iteration 7 is not below" in caplog.text
+
+
+@pytest.mark.parametrize("zero_grad_first", [False, True])
+def test_steps_are_those_of_a_plain_loop(zero_grad_first):
+    trainer = _trainer(zero_grad_before_forward=zero_grad_first)
+    reference = _trainer()
+    trainer.train(0, 5)
+    batches = _batches()
+    for _ in range(5):
+        reference.optimizer.zero_grad()
+        sum(reference.model(next(batches)).values()).backward()
+        reference.optimizer.step()
+    for a, b in zip(trainer.model.parameters(), reference.model.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_metrics_are_stored():
+    trainer = _trainer()
+    trainer.train(0, 3)
+    latest = trainer.storage.latest()
+    assert latest["loss_a"][1] == latest["total_loss"][1] == latest["data_time"][1] == 2
+    assert latest["total_loss"][0] == pytest.approx(latest["loss_a"][0] + latest["loss_b"][0])
+
+
+def test_metrics_are_gathered_periodically():
+    trainer = _trainer(gather_metric_period=3)
+    trainer.train(0, 8)
+    assert [i for _, i in trainer.storage.history("total_loss").values()] == [2, 5]
+
+
+def test_a_single_loss_is_the_total():
+    class One(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(1))
+
+        def forward(self, batch):
+            return (self.w * 2).sum()
+
+    trainer = _trainer(One())
+    trainer.train(0, 1)
+    assert trainer.storage.latest()["total_loss"] == (2.0, 0)
+    assert set(trainer.storage.latest()) == {"total_loss", "data_time"}
+
+
+def test_nan_names_iteration_losses_rate_and_pictures(tmp_path):
+    model = _Model(poison=4)
+    trainer = _trainer(model, lr=0.25)
+    checkpointer = Checkpointer(model, str(tmp_path))
+    trainer.register_hooks([hooks.PeriodicCheckpointer(checkpointer, 2)])
+    with pytest.raises(FloatingPointError) as error:
+        trainer.train(0, 10)
+    message = str(error.value)
+    assert "iteration 4:" in message and "loss_b=nan" in message and "loss_a=0." in message
+    assert "0.25" in message and "picture_4_0.jpg, picture_4_1.jpg" in message
+    # The bad step reached neither the parameters nor a file.
+    assert find_non_finite_parameters(model) == []
+    assert checkpointer.get_checkpoint_file().endswith("model_0000003.pth")
+
+
+def test_nan_between_two_looks(tmp_path):
+    model = _Model(poison=4)
+    trainer = _trainer(model, gather_metric_period=10)
+    with pytest.raises(FloatingPointError) as error:
+        trainer.train(0, 20)
+    message = str(error.value)
+    assert "at iteration 9" in message and "began at iteration 4" in message and "0 to 9" in message
+    assert "picture_4_0.jpg" in message and "picture_5" not in message
+
+
+def test_a_diverged_model_overwrites_no_checkpoint(tmp_path):
+    model = _Model(poison=4)
+    trainer = _trainer(model, gather_metric_period=100)
+    checkpointer = Checkpointer(model, str(tmp_path))
+    trainer.register_hooks([hooks.PeriodicCheckpointer(checkpointer, 3)])
+    with pytest.raises(FloatingPointError, match="iteration 5.*fc.weight.*model_0000002.pth"):
+        trainer.train(0, 20)
+    assert [p[-17:] for p in checkpointer.get_all_checkpoint_files()] == ["model_0000002.pth"]
+    for value in torch.load(tmp_path / "model_0000002.pth", weights_only=True)["model"].values():
+        assert torch.isfinite(value).all()
+
+
+def test_metrics_in_another_thread():
+    trainer = _trainer(async_write_metrics=True)
+    trainer.train(0, 5)
+    assert [i for _, i in trainer.storage.history("total_loss").values()] == [0, 1, 2, 3, 4]
+    with pytest.raises(FloatingPointError, match="iteration 2.*(?s:.*)picture_2_0"):
+        _trainer(_Model(poison=2), async_write_metrics=True).train(0, 10)
+    with pytest.raises(FloatingPointError, match="iteration 9"):
+        _trainer(_Model(poison=9), async_write_metrics=True).train(0, 10)
+
+
+def test_a_loader_that_ends_is_explained():
+    trainer = _trainer()
+    trainer.data_loader = [next(_batches())] * 2
+    with pytest.raises(RuntimeError, match="ended at iteration 2"):
+        trainer.train(0, 5)
+
+
+def test_a_model_in_eval_mode_is_refused():
+    trainer = _trainer()
+    trainer.model.eval()
+    with pytest.raises(RuntimeError, match="eval mode"):
+        trainer.train(0, 1)
+
+
+def test_the_loader_can_be_replaced():
+    trainer = _trainer()
+    trainer.train(0, 2)
+    trainer.reset_data_loader(lambda: _batches(50))
+    with EventStorage():
+        assert trainer._next_batch()[0]["file_name"] == "picture_50_0.jpg"
+
+
+@pytest.mark.parametrize("cls", [SimpleTrainer, AMPTrainer])
+def test_a_resumed_training_ends_where_a_whole_one_does(tmp_path, cls):
+    def make(start: int, folder: str):
+        trainer = _trainer(cls=cls, start=start)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(trainer.optimizer, 0.8)
+        checkpointer = Checkpointer(trainer.model, str(tmp_path / folder), trainer=trainer)
+        trainer.register_hooks(
+            [hooks.LRScheduler(scheduler=scheduler), hooks.PeriodicCheckpointer(checkpointer, 4)]
+        )
+        return trainer, checkpointer
+
+    whole, _ = make(0, "whole")
+    whole.train(0, 10)
+    cut, _ = make(0, "cut")
+    cut.train(0, 4)
+    resumed, checkpointer = make(4, "cut")
+    with torch.no_grad():
+        resumed.model.fc.weight.fill_(9.0)
+    (tmp_path / "cut" / "last_checkpoint").write_text("model_0000003.pth")
+    checkpointer.resume_or_load("", resume=True)
+    assert resumed.iter == 3
+    resumed.train(resumed.iter + 1, 10)
+    assert resumed.optimizer.param_groups[0]["lr"] == whole.optimizer.param_groups[0]["lr"]
+    for a, b in zip(resumed.model.parameters(), whole.model.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_amp_casts_and_clips_true_gradients():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, batch):
+            out = self.fc(torch.ones(2, 4))
+            self.dtype = out.dtype
+            return {"loss": out.float().sum()}
+
+    trainer = _trainer(Half(), AMPTrainer, log_grad_scaler=True)
+    trainer.train(0, 2)
+    assert trainer.model.dtype == torch.bfloat16 and trainer.model.fc.weight.dtype == torch.float32
+    assert trainer.storage.latest()["[metric]grad_scaler"][0] == 1.0
+    assert set(trainer.state_dict()) == {"iteration", "optimizer", "grad_scaler"}
+    with pytest.raises(ValueError, match="precision"):
+        _trainer(cls=AMPTrainer, precision=torch.float32)
+
+    # With a real scale the update is still that of the plain gradients.
+    scaled = _trainer(
+        cls=AMPTrainer, precision=torch.bfloat16, grad_scaler=torch.amp.GradScaler("cpu", 1024.0)
+    )
+    plain = _trainer(cls=AMPTrainer, precision=torch.bfloat16)
+    norms = []
+    scaled.optimizer.register_step_pre_hook(
+        lambda opt, *_: norms.append(opt.param_groups[0]["params"][0].grad.norm().item())
+    )
+    plain.optimizer.register_step_pre_hook(
+        lambda opt, *_: norms.append(opt.param_groups[0]["params"][0].grad.norm().item())
+    )
+    scaled.train(0, 1)
+    plain.train(0, 1)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-2)
+    torch.testing.assert_close(scaled.model.fc.weight, plain.model.fc.weight, rtol=1e-2, atol=1e-3)
+
+
+def test_hook_states_of_one_class_do_not_mix():
+    class Counter(HookBase):
+        def __init__(self, n):
+            self.n = n
+
+        def state_dict(self):
+            return {"n": self.n}
+
+        def load_state_dict(self, state):
+            self.n = state["n"]
+
+    trainer = TrainerBase()
+    trainer.register_hooks([Counter(1), Counter(2)])
+    state = trainer.state_dict()
+    other = TrainerBase()
+    other.register_hooks([Counter(0), Counter(0)])
+    other.load_state_dict(state)
+    assert [h.n for h in other._hooks] == [1, 2]
+    with pytest.raises(NotImplementedError, match="TrainerBase must define run_step"):
+        trainer.train(0, 1)
+
+
+def test_written_metrics(tmp_path):
+    trainer = _trainer()
+    writer = JSONWriter(str(tmp_path / "metrics.json"))
+    trainer.register_hooks([hooks.IterationTimer(), hooks.PeriodicWriter([writer], period=2)])
+    trainer.train(0, 5)
+    lines = (tmp_path / "metrics.json").read_text().splitlines()
+    assert len(lines) == 3 and all('"total_loss"' in line for line in lines)
+    assert math.isfinite(trainer.storage.latest()["time"][0])

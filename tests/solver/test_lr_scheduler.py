@@ -1,0 +1,167 @@
+"""Learning-rate schedules against the formulas written out."""
+
+import math
+
+import pytest
+import torch
+from fvcore.common.param_scheduler import CosineParamScheduler, MultiStepParamScheduler
+
+from detlib.config import get_cfg
+from detlib.solver import (
+    LRMultiplier,
+    WarmupCosineLR,
+    WarmupMultiStepLR,
+    WarmupParamScheduler,
+    build_lr_scheduler,
+)
+
+
+def _optimizer(lr: float = 2.0) -> torch.optim.Optimizer:
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in (lr, lr / 10)]
+    return torch.optim.SGD(groups, lr=lr)
+
+
+def _rates(optimizer, scheduler, steps: int) -> list[float]:
+    rates = []
+    for _ in range(steps):
+        assert optimizer.param_groups[1]["lr"] == pytest.approx(optimizer.param_groups[0]["lr"] / 10)
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def _cfg(name: str, **solver):
+    cfg = get_cfg()
+    cfg.SOLVER.LR_SCHEDULER_NAME = name
+    cfg.SOLVER.MAX_ITER = 30
+    cfg.SOLVER.BASE_LR = 2.0
+    for key, value in solver.items():
+        cfg.SOLVER[key] = value
+    return cfg
+
+
+def _built(cfg) -> list[float]:
+    optimizer = _optimizer()
+    return _rates(optimizer, build_lr_scheduler(cfg, optimizer), 30)
+
+
+@pytest.mark.parametrize("method", ["linear", "constant"])
+def test_multi_step(method):
+    cfg = _cfg(
+        "WarmupMultiStepLR", STEPS=(10, 15, 20), WARMUP_ITERS=5, WARMUP_METHOD=method, WARMUP_FACTOR=0.1
+    )
+    expected = []
+    for i in range(30):
+        decay = 0.1 ** sum(i >= step for step in (10, 15, 20))
+        warmup = 1.0 if i >= 5 else 0.1 if method == "constant" else 0.1 + 0.9 * i / 5
+        expected.append(2.0 * decay * warmup)
+    assert _built(cfg) == pytest.approx(expected, rel=1e-9)
+
+
+def test_warmup_over_a_step_climbs_to_the_rate_after_it():
+    cfg = _cfg("WarmupMultiStepLR", STEPS=(10,), WARMUP_ITERS=12, WARMUP_FACTOR=0.1)
+    # The ramp goes from 0.1 * 1 to the value at iteration 12, which is past the step.
+    expected = [0.1 if i >= 12 else 0.1 + (0.1 - 0.1) * i / 12 for i in range(30)]
+    assert _built(cfg) == pytest.approx([2.0 * e for e in expected], rel=1e-9)
+
+
+def test_cosine():
+    cfg = _cfg("WarmupCosineLR", WARMUP_ITERS=5, WARMUP_FACTOR=0.1, BASE_LR_END=0.5)
+
+    def cosine(i):
+        return 0.25 + 0.75 * 0.5 * (1 + math.cos(math.pi * i / 30))
+
+    # The warm-up ends on the cosine's value there, not on the full rate.
+    expected = [2.0 * (cosine(i) if i >= 5 else 0.1 + (cosine(5) - 0.1) * i / 5) for i in range(30)]
+    assert _built(cfg) == pytest.approx(expected, rel=1e-9)
+
+
+def test_rescaled_interval_squeezes_the_schedule_behind_the_warmup():
+    cfg = _cfg("WarmupCosineLR", WARMUP_ITERS=6, WARMUP_FACTOR=0.1, RESCALE_INTERVAL=True)
+    expected = []
+    for i in range(30):
+        if i < 6:
+            expected.append(2.0 * (0.1 + 0.9 * i / 6))
+        else:
+            expected.append(2.0 * 0.5 * (1 + math.cos(math.pi * (i - 6) / 24)))
+    assert _built(cfg) == pytest.approx(expected, rel=1e-9)
+
+
+def test_fixed_gamma_steps_are_evenly_spaced():
+    cfg = _cfg("WarmupStepWithFixedGammaLR", WARMUP_ITERS=0, NUM_DECAYS=2, GAMMA=0.5)
+    assert _built(cfg) == pytest.approx([2.0 * 0.5 ** (i // 10) for i in range(30)], rel=1e-9)
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+def test_warmup_longer_than_the_training(rescale):
+    cfg = _cfg("WarmupMultiStepLR", STEPS=(), WARMUP_ITERS=99, WARMUP_FACTOR=0.1, RESCALE_INTERVAL=rescale)
+    assert _built(cfg) == pytest.approx([2.0 * (0.1 + 0.9 * i / 30) for i in range(30)], rel=1e-9)
+
+
+def test_steps_that_are_never_reached_are_left_out(caplog):
+    cfg = _cfg("WarmupMultiStepLR", STEPS=(10, 30, 40), WARMUP_ITERS=0)
+    assert _built(cfg) == pytest.approx([2.0 * 0.1 ** (i >= 10) for i in range(30)], rel=1e-9)
+    assert "SOLVER.STEPS" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("solver", "message"),
+    [
+        ({"LR_SCHEDULER_NAME": "Cosine"}, "SOLVER.LR_SCHEDULER_NAME.*'Cosine'"),
+        ({"WARMUP_METHOD": "burnin"}, "warmup_method.*'burnin'"),
+        ({"STEPS": (20, 10)}, "SOLVER.STEPS.*increasing"),
+        ({"MAX_ITER": 0}, "SOLVER.MAX_ITER"),
+        ({"LR_SCHEDULER_NAME": "WarmupCosineLR", "BASE_LR_END": 3.0}, "SOLVER.BASE_LR_END"),
+    ],
+)
+def test_errors_name_the_key(solver, message):
+    cfg = _cfg("WarmupMultiStepLR", STEPS=(), **{k: v for k, v in solver.items() if k == ""})
+    for key, value in solver.items():
+        cfg.SOLVER[key] = value
+    with pytest.raises(ValueError, match=message):
+        build_lr_scheduler(cfg, _optimizer())
+
+
+def test_multiplier_resumes_where_it_was():
+    def make():
+        optimizer = _optimizer()
+        schedule = WarmupParamScheduler(CosineParamScheduler(1, 0), 0.01, 0.2)
+        return optimizer, LRMultiplier(optimizer, schedule, max_iter=20)
+
+    optimizer, scheduler = make()
+    whole = _rates(optimizer, scheduler, 20)
+    optimizer, scheduler = make()
+    head = _rates(optimizer, scheduler, 7)
+    assert set(scheduler.state_dict()) == {"base_lrs", "last_epoch"}
+    resumed_optimizer, resumed = make()
+    resumed.load_state_dict(scheduler.state_dict())
+    resumed_optimizer.load_state_dict(optimizer.state_dict())
+    assert head + _rates(resumed_optimizer, resumed, 13) == pytest.approx(whole, rel=1e-12)
+    with pytest.raises(TypeError, match="ParamScheduler"):
+        LRMultiplier(optimizer, lambda where: 1.0, max_iter=3)
+
+
+def test_plain_schedulers_agree_with_their_formulas():
+    optimizer = _optimizer()
+    rates = _rates(optimizer, WarmupMultiStepLR(optimizer, [10, 20], 0.5, 0.1, 4), 30)
+    expected = [
+        2.0 * (min(1.0, 0.1 * (1 - i / 4) + i / 4)) * 0.5 ** ((i >= 10) + (i >= 20)) for i in range(30)
+    ]
+    assert rates == pytest.approx(expected, rel=1e-9)
+
+    optimizer = _optimizer()
+    rates = _rates(optimizer, WarmupCosineLR(optimizer, 30, 0.1, 4, "constant"), 30)
+    expected = [2.0 * (0.1 if i < 4 else 1.0) * 0.5 * (1 + math.cos(math.pi * i / 30)) for i in range(30)]
+    assert rates == pytest.approx(expected, rel=1e-9)
+    with pytest.raises(ValueError, match="increasing"):
+        WarmupMultiStepLR(optimizer, [20, 10])
+
+
+def test_composite_equals_product_without_overlap():
+    schedule = WarmupParamScheduler(
+        MultiStepParamScheduler([1, 0.1], milestones=[60], num_updates=90), 0.5, 0.1
+    )
+    for i in range(90):
+        expected = (0.1 if i >= 60 else 1.0) * (0.5 + 0.5 * i / 9 if i < 9 else 1.0)
+        assert schedule(i / 90) == pytest.approx(expected, rel=1e-9)
