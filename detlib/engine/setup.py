@@ -11,7 +11,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from detlib.config import CfgNode
 from detlib.utils import comm
-from detlib.utils.collect_env import collect_env_info
 from detlib.utils.env import seed_all_rng
 from detlib.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, TensorboardXWriter
 from detlib.utils.file_io import PathManager
@@ -77,6 +76,8 @@ def default_setup(cfg: CfgNode, args: Any) -> None:
         cfg: the full config; it is saved as ``OUTPUT_DIR/config.yaml``.
         args: the command line, to be logged; its ``eval_only`` is looked at.
     """
+    from detlib.utils.collect_env import collect_env_info  # slow to import, and needed nowhere else
+
     output_dir = cfg.OUTPUT_DIR
     if comm.is_main_process() and output_dir:
         PathManager.mkdirs(output_dir)
