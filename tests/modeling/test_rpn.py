@@ -190,6 +190,19 @@ def test_training_needs_ground_truth_and_finite_numbers():
         rpn(images, features, targets)
 
 
+def test_autocast_keeps_boxes_and_losses_in_float32():
+    rpn = build_rpn(batch_size_per_image=2000).train()
+    images, features, targets = batch()
+    _, want = rpn(images, features, targets)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        proposals, losses = rpn(images, features, targets)
+    for name, loss in losses.items():
+        assert loss.dtype == torch.float32
+        assert loss.item() == pytest.approx(want[name].item(), rel=0.02)
+    assert proposals[0].proposal_boxes.tensor.dtype == torch.float32
+    assert proposals[0].objectness_logits.dtype == torch.float32
+
+
 def test_another_box_type_needs_no_other_rpn():
     """Boxes as (cx, cy, w, h): the box type brings IoU, clipping and NMS, as rotated boxes do."""
 
