@@ -1,0 +1,92 @@
+"""What users hand to the visualizer, made into arrays.
+
+Shapes: N objects, K keypoints.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from detlib.structures import Boxes, BoxMode, Keypoints
+
+from ._vis_masks import GenericMask
+from .file_io import PathManager
+
+__all__ = [
+    "annotated_column",
+    "annotated_boxes",
+    "annotated_keypoints",
+    "mask_center",
+    "object_extents",
+    "read_png",
+    "to_boxes",
+    "to_keypoints",
+    "to_numpy",
+]
+
+
+def to_numpy(array: Any) -> np.ndarray:
+    return array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else np.asarray(array)
+
+
+def to_boxes(boxes: Any) -> np.ndarray:
+    boxes = to_numpy(boxes.tensor if isinstance(boxes, Boxes) else boxes)
+    if boxes.size == 0:
+        return np.zeros((0, 4))
+    if boxes.ndim != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"boxes must have shape (N, 4), got {boxes.shape}")
+    return boxes
+
+
+def to_keypoints(keypoints: Any) -> np.ndarray:
+    return to_numpy(keypoints.tensor if isinstance(keypoints, Keypoints) else keypoints)
+
+
+def object_extents(num_objects, boxes, masks, keypoints) -> np.ndarray:
+    """(N, 4) x0, y0, x1, y1 around each object: its box, else its mask, else its keypoints."""
+    if boxes is not None:
+        return boxes
+    if masks is not None:
+        return np.array([mask.bbox() for mask in masks]).reshape(-1, 4)
+    if keypoints is not None:
+        return np.concatenate([keypoints[:, :, :2].min(axis=1), keypoints[:, :, :2].max(axis=1)], axis=1)
+    return np.zeros((num_objects, 4))
+
+
+def mask_center(mask: GenericMask) -> tuple[float, float] | None:
+    """The median pixel of a mask, x and y."""
+    pixels = np.argwhere(mask.mask)
+    return tuple(np.median(pixels, axis=0)[::-1].tolist()) if len(pixels) else None
+
+
+def annotated_column(annotations: list[dict], key: str, default: Any) -> list | None:
+    """The values of a key that some annotations have; None if none has it."""
+    if not any(key in annotation for annotation in annotations):
+        return None
+    return [annotation.get(key, default) for annotation in annotations]
+
+
+def annotated_boxes(annotations: list[dict]) -> np.ndarray | None:
+    if not all("bbox" in annotation for annotation in annotations):
+        return None
+    boxes = [BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
+    return np.array(boxes, dtype=np.float64)
+
+
+def annotated_keypoints(annotations: list[dict]) -> np.ndarray | None:
+    lists = annotated_column(annotations, "keypoints", ())
+    if lists is None:
+        return None
+    num_keypoints = max(len(keypoints) for keypoints in lists) // 3
+    # Objects without keypoints have them all invisible.
+    points = [np.asarray(k if len(k) else [0] * (3 * num_keypoints), dtype=np.float64) for k in lists]
+    return np.stack(points).reshape(len(annotations), num_keypoints, 3)
+
+
+def read_png(path: str, mode: str | None = None) -> np.ndarray:
+    from PIL import Image
+
+    with PathManager.open(path, "rb") as file:
+        image = Image.open(file)
+        return np.asarray(image.convert(mode) if mode else image)

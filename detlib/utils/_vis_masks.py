@@ -1,0 +1,113 @@
+"""One object's mask in whatever form it comes, for drawing."""
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from detlib.structures import BitMasks, PolygonMasks, polygons_to_bitmask
+
+__all__ = ["GenericMask", "find_contours", "to_generic_masks"]
+
+
+class GenericMask:
+    """A mask of H x W pixels, given as polygons, as a bitmask or as COCO's run lengths.
+
+    Args:
+        mask_or_polygons: list of flat vectors x0, y0, x1, y1, ...; or (H, W) array; or dict with "counts" and
+            "size".
+        height, width: H and W.
+
+    Raises:
+        ValueError: if it is none of these, or a mask of another size.
+    """
+
+    def __init__(self, mask_or_polygons: Any, height: int, width: int):
+        self.height, self.width = height, width
+        if isinstance(mask_or_polygons, dict):
+            mask_or_polygons = _decode_run_lengths(mask_or_polygons, height, width)
+        if isinstance(mask_or_polygons, (list, tuple)):
+            polygons = (np.asarray(p, dtype=np.float64).ravel() for p in mask_or_polygons)
+            self.__dict__["polygons"] = [p for p in polygons if len(p) >= 6]
+            self.__dict__["has_holes"] = False
+            return
+        mask = np.asarray(mask_or_polygons)
+        if mask.shape != (height, width):
+            raise ValueError(
+                f"A mask for a picture of {(height, width)} (height, width) has shape {mask.shape}"
+            )
+        self.__dict__["mask"] = mask.astype(bool)
+
+    @cached_property
+    def mask(self) -> np.ndarray:
+        """(H, W) bool."""
+        return polygons_to_bitmask(self.polygons, self.height, self.width)
+
+    @cached_property
+    def polygons(self) -> list[np.ndarray]:
+        """Flat vectors x0, y0, x1, y1, ...: outlines, and outlines of holes in the opposite sense."""
+        return find_contours(self.mask)[0]
+
+    @cached_property
+    def has_holes(self) -> bool:
+        """Whether some of the polygons are outlines of holes."""
+        return find_contours(self.mask)[1]
+
+    def area(self) -> int:
+        """Number of pixels."""
+        return int(self.mask.sum())
+
+    def bbox(self) -> np.ndarray:
+        """(4,) float64 x0, y0, x1, y1 around the mask; zeros if it is empty."""
+        if not self.polygons:
+            return np.zeros(4)
+        points = np.concatenate(self.polygons).reshape(-1, 2)
+        return np.concatenate([points.min(axis=0), points.max(axis=0)])
+
+
+def find_contours(mask: np.ndarray) -> tuple[list[np.ndarray], bool]:
+    """Outlines of the parts of a mask.
+
+    Args:
+        mask: (H, W) bool.
+
+    Returns:
+        Flat vectors x0, y0, x1, y1, ... through the centres of the border pixels, those of holes in the
+        opposite sense; and whether there are holes.
+    """
+    import cv2
+
+    contours, hierarchy = cv2.findContours(
+        np.ascontiguousarray(mask, dtype=np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE
+    )
+    if hierarchy is None:
+        return [], False
+    # The fourth column is the contour that one lies in, -1 for those in none.
+    has_holes = bool((hierarchy.reshape(-1, 4)[:, 3] >= 0).any())
+    polygons = [contour.astype(np.float64).ravel() + 0.5 for contour in contours]
+    return [polygon for polygon in polygons if len(polygon) >= 6], has_holes
+
+
+def to_generic_masks(masks: Any, height: int, width: int) -> list[GenericMask]:
+    """Makes GenericMasks of PolygonMasks, BitMasks, (N, H, W) tensors or arrays, or lists of single masks."""
+    if isinstance(masks, PolygonMasks):
+        masks = masks.polygons
+    elif isinstance(masks, BitMasks):
+        masks = masks.tensor
+    if hasattr(masks, "detach"):
+        masks = masks.detach().cpu().numpy()
+    return [m if isinstance(m, GenericMask) else GenericMask(m, height, width) for m in masks]
+
+
+def _decode_run_lengths(rle: dict, height: int, width: int) -> np.ndarray:
+    import pycocotools.mask as mask_util
+
+    if "counts" not in rle or "size" not in rle:
+        raise ValueError(f'A mask as run lengths needs "counts" and "size", got {sorted(rle)}')
+    if tuple(rle["size"]) != (height, width):
+        raise ValueError(
+            f"A mask for a picture of {(height, width)} (height, width) has size {tuple(rle['size'])}"
+        )
+    if isinstance(rle["counts"], list):
+        rle = mask_util.frPyObjects(rle, height, width)
+    return mask_util.decode(rle)
