@@ -106,7 +106,7 @@ class Box2BoxTransform:
         center, size = _split(boxes.to(deltas.dtype))
         center, size = center[:, None, :], size[:, None, :]
         wx, wy, ww, wh = self.weights
-        d = deltas.unflatten(1, (-1, 4)) if deltas.shape[1] else deltas.view(len(deltas), 0, 4)
+        d = deltas.reshape(len(deltas), deltas.shape[1] // 4, 4)
         shift = torch.stack((d[..., 0] / wx, d[..., 1] / wy), dim=-1)
         growth = torch.stack((d[..., 2] / ww, d[..., 3] / wh), dim=-1).clamp(max=self.scale_clamp)
         center = shift * size + center
@@ -159,7 +159,7 @@ class Box2BoxTransformLinear:
         boxes = boxes.to(deltas.dtype)
         size = (boxes[:, 2:] - boxes[:, :2])[:, None, :]
         center = (0.5 * (boxes[:, :2] + boxes[:, 2:]))[:, None, :]
-        d = F.relu(deltas).view(len(deltas), deltas.shape[1] // 4, 4)
+        d = F.relu(deltas).reshape(len(deltas), deltas.shape[1] // 4, 4)
         if self.normalize_by_size:
             d = d * self._units(size)
         return torch.cat((center - d[..., :2], center + d[..., 2:]), dim=-1).flatten(1)
