@@ -1,0 +1,346 @@
+"""What the documentation on using models says, done.
+
+Each of its programs, and each key of inputs and outputs that Faster and Mask R-CNN have.
+"""
+
+import pickle
+
+import pytest
+import torch
+from detlib.engine import DefaultPredictor
+
+from detlib.checkpoint import DetectionCheckpointer
+from detlib.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
+from detlib.modeling import build_backbone, build_model, build_proposal_generator, build_roi_heads
+from detlib.modeling.roi_heads import ROI_MASK_HEAD_REGISTRY, MaskRCNNConvUpsampleHead
+from detlib.structures import BitMasks, Boxes, ImageList, Instances, PolygonMasks
+from detlib.utils.events import EventStorage
+from tests.modeling.small_rcnn import (
+    FAST_RCNN,
+    FASTER_RCNN,
+    MASK_RCNN,
+    NUM_CLASSES,
+    RPN,
+    picture,
+    small_config,
+    training_batch,
+)
+
+HEIGHT, WIDTH = 64, 96
+
+
+def built(name: str = MASK_RCNN, **overrides) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return build_model(small_config(name, **overrides))
+
+
+@pytest.fixture(scope="module")
+def mask_rcnn() -> torch.nn.Module:
+    return built().eval()
+
+
+# Building
+
+
+def test_models_and_their_parts_are_built_by_functions():
+    cfg = small_config()
+    model = build_model(cfg)
+    assert isinstance(model, torch.nn.Module)
+    backbone = build_backbone(cfg)
+    shapes = backbone.output_shape()
+    proposal_generator = build_proposal_generator(cfg, shapes)
+    roi_heads = build_roi_heads(cfg, shapes)
+    for name, part in (
+        ("backbone", backbone),
+        ("proposal_generator", proposal_generator),
+        ("roi_heads", roi_heads),
+    ):
+        assert type(part) is type(getattr(model, name))
+        assert part.state_dict().keys() == getattr(model, name).state_dict().keys()
+
+
+def test_a_built_model_has_random_weights():
+    first, second = build_model(small_config()), build_model(small_config())
+    assert not torch.equal(first.roi_heads.box_head.fc1.weight, second.roi_heads.box_head.fc1.weight)
+
+
+# Loading and saving
+
+
+def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_checkpoints_are_saved_and_loaded(tmp_path):
+    model, other = built(), build_model(small_config())
+    checkpointer = DetectionCheckpointer(model, save_dir=str(tmp_path))
+    checkpointer.save("model_999")
+    assert not same_weights(model, other)
+    DetectionCheckpointer(other).load(str(tmp_path / "model_999.pth"))
+    assert same_weights(model, other)
+
+
+def test_checkpoint_files_are_open_to_torch_and_pickle(tmp_path):
+    model = built(FASTER_RCNN)
+    DetectionCheckpointer(model, save_dir=str(tmp_path)).save("model")
+    content = torch.load(tmp_path / "model.pth")
+    assert content["model"].keys() == model.state_dict().keys()
+
+    content["model"]["roi_heads.box_predictor.cls_score.bias"] += 1
+    torch.save(content, tmp_path / "changed.pth")
+    other = build_model(small_config(FASTER_RCNN))
+    DetectionCheckpointer(other).load(str(tmp_path / "changed.pth"))
+    assert other.roi_heads.box_predictor.cls_score.bias.tolist() == [1.0] * (NUM_CLASSES + 1)
+
+    # The zoo's files are pickles of numpy arrays.
+    arrays = {name: value.numpy() for name, value in model.state_dict().items()}
+    with open(tmp_path / "zoo.pkl", "wb") as f:
+        pickle.dump({"model": arrays, "__author__": "detlib"}, f)
+    with open(tmp_path / "zoo.pkl", "rb") as f:
+        assert pickle.load(f)["model"].keys() == arrays.keys()
+    DetectionCheckpointer(other).load(str(tmp_path / "zoo.pkl"))
+    assert same_weights(model, other)
+
+
+# Use
+
+
+def test_training_returns_losses_and_puts_statistics_into_the_storage():
+    model = built()
+    with EventStorage() as storage:
+        losses = model(training_batch())
+    assert isinstance(losses, dict) and losses
+    for name, loss in losses.items():
+        assert isinstance(name, str) and isinstance(loss, torch.Tensor)
+        assert loss.dim() == 0 and loss.requires_grad and loss.isfinite()
+    assert "fast_rcnn/cls_accuracy" in storage.latest()
+
+
+def test_default_predictor(tmp_path):
+    model = built(MODEL__ROI_HEADS__SCORE_THRESH_TEST=0.01)
+    DetectionCheckpointer(model, save_dir=str(tmp_path)).save("model")
+    cfg = small_config(
+        MODEL__ROI_HEADS__SCORE_THRESH_TEST=0.01,
+        MODEL__WEIGHTS=str(tmp_path / "model.pth"),
+        INPUT__MIN_SIZE_TEST=HEIGHT,
+    )
+    image = picture().permute(1, 2, 0).numpy()
+    outputs = DefaultPredictor(cfg)(image)
+    with torch.no_grad():
+        (want,) = model.eval()([{"image": picture(), "height": HEIGHT, "width": WIDTH}])
+    check_instances(outputs["instances"], (HEIGHT, WIDTH), with_masks=True)
+    assert torch.equal(outputs["instances"].pred_boxes.tensor, want["instances"].pred_boxes.tensor)
+    # A larger picture is made smaller for the model, and the results larger again.
+    large = image.repeat(3, axis=0).repeat(3, axis=1)
+    check_instances(DefaultPredictor(cfg)(large)["instances"], (3 * HEIGHT, 3 * WIDTH), with_masks=True)
+
+
+# Inputs
+
+
+@torch.no_grad()
+def test_image_alone_is_enough_for_inference(mask_rcnn):
+    from_bytes = mask_rcnn([{"image": picture()}])
+    from_floats = mask_rcnn([{"image": picture().float()}])
+    assert len(from_bytes) == 1
+    boxes = [x[0]["instances"].pred_boxes.tensor for x in (from_bytes, from_floats)]
+    assert torch.equal(*boxes)
+
+
+@torch.no_grad()
+def test_normalisation_is_the_configs():
+    plain = built(FASTER_RCNN).eval()
+    mean, std = [110.0, 120.0, 130.0], [50.0, 60.0, 70.0]
+    other = built(FASTER_RCNN, MODEL__PIXEL_MEAN=mean, MODEL__PIXEL_STD=std).eval()
+    other.load_state_dict(plain.state_dict())
+    shape = (3, 1, 1)
+    image = picture().float()
+    normalised = (image - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
+    same_to_plain = normalised * plain.pixel_std + plain.pixel_mean
+    (a,), (b,) = other([{"image": image}]), plain([{"image": same_to_plain}])
+    torch.testing.assert_close(
+        a["instances"].pred_boxes.tensor, b["instances"].pred_boxes.tensor, atol=1e-2, rtol=1e-3
+    )
+
+
+@torch.no_grad()
+def test_height_and_width_set_the_size_of_the_output(mask_rcnn):
+    (out,) = mask_rcnn([{"image": picture(), "height": 100, "width": 200}])
+    check_instances(out["instances"], (100, 200), with_masks=True)
+
+
+@pytest.mark.parametrize("kind", ["polygons", "bitmasks"])
+def test_instances_are_the_truth(kind):
+    model = built()
+    batch = training_batch()
+    if kind == "bitmasks":
+        for item in batch:
+            x = item["instances"]
+            x.gt_masks = BitMasks.from_polygon_masks(x.gt_masks, HEIGHT, WIDTH)
+    truth = batch[0]["instances"]
+    assert isinstance(truth.gt_boxes, Boxes) and truth.gt_classes.dtype == torch.int64
+    assert isinstance(truth.gt_masks, PolygonMasks if kind == "polygons" else BitMasks)
+    torch.manual_seed(1)
+    losses = model(batch)
+    assert all(
+        losses[k] > 0 for k in ("loss_cls", "loss_box_reg", "loss_mask", "loss_rpn_cls", "loss_rpn_loc")
+    )
+
+
+def given_proposals() -> Instances:
+    boxes = torch.tensor([[8.0, 8, 40, 40], [0, 0, 20, 30], [30, 20, 90, 60], [50, 5, 90, 25]])
+    return Instances(
+        (HEIGHT, WIDTH), proposal_boxes=Boxes(boxes), objectness_logits=torch.tensor([3.0, 2, 1, 0])
+    )
+
+
+def test_proposals_are_for_fast_rcnn():
+    model = built(FAST_RCNN)
+    batch = [item | {"proposals": given_proposals()} for item in training_batch()]
+    with EventStorage():
+        assert set(model(batch)) == {"loss_cls", "loss_box_reg"}
+    with torch.no_grad():
+        outputs = model.eval()([{"image": picture(), "proposals": given_proposals()}])
+    check_instances(outputs[0]["instances"], (HEIGHT, WIDTH), with_masks=False)
+
+
+def shapes_config(tmp_path):
+    return small_config(
+        DATASETS__TRAIN=("shapes:train",),
+        DATASETS__TEST=("shapes:val",),
+        DATALOADER__NUM_WORKERS=0,
+        SOLVER__IMS_PER_BATCH=2,
+        INPUT__MIN_SIZE_TRAIN=(96,),
+        INPUT__MIN_SIZE_TEST=96,
+        OUTPUT_DIR=str(tmp_path),
+    )
+
+
+def test_the_default_mapper_gives_this_format(tmp_path):
+    cfg = shapes_config(tmp_path)
+    mapper = DatasetMapper(cfg, is_train=True)
+    item = mapper(DatasetCatalog.get("shapes:train")[0])
+    image, truth = item["image"], item["instances"]
+    assert isinstance(image, torch.Tensor) and image.dim() == 3 and image.shape[0] == 3
+    assert {"height", "width"} <= item.keys()
+    assert isinstance(truth, Instances) and truth.image_size == tuple(image.shape[1:])
+    assert isinstance(truth.gt_boxes, Boxes) and isinstance(truth.gt_masks, PolygonMasks | BitMasks)
+    assert truth.gt_classes.dtype == torch.int64
+    assert len(truth.gt_boxes) == len(truth.gt_classes) == len(truth.gt_masks) > 0
+    assert 0 <= truth.gt_classes.min() and truth.gt_classes.max() < NUM_CLASSES
+
+
+def test_the_loader_gives_lists_of_dicts_that_models_take(tmp_path):
+    cfg = shapes_config(tmp_path)
+    batch = next(iter(build_detection_train_loader(cfg)))
+    assert isinstance(batch, list) and len(batch) == 2 and all(isinstance(item, dict) for item in batch)
+    model = built()
+    with EventStorage():
+        assert all(loss.isfinite() for loss in model(batch).values())
+    batch = next(iter(build_detection_test_loader(cfg, "shapes:val")))
+    with torch.no_grad():
+        outputs = model.eval()(batch)
+    assert len(outputs) == len(batch)
+    check_instances(outputs[0]["instances"], (batch[0]["height"], batch[0]["width"]), with_masks=True)
+
+
+# Outputs
+
+
+def check_boxes(boxes: Boxes, size: tuple[int, int]) -> None:
+    assert isinstance(boxes, Boxes) and boxes.tensor.shape == (len(boxes), 4)
+    x0, y0, x1, y1 = boxes.tensor.unbind(dim=1)
+    assert (x0 >= 0).all() and (y0 >= 0).all() and (x1 <= size[1]).all() and (y1 <= size[0]).all()
+    assert (x0 < x1).all() and (y0 < y1).all()
+
+
+def check_instances(x: Instances, size: tuple[int, int], with_masks: bool) -> None:
+    """The documented fields by type, shape and range."""
+    assert isinstance(x, Instances) and x.image_size == tuple(size)
+    wanted = {"pred_boxes", "scores", "pred_classes"} | ({"pred_masks"} if with_masks else set())
+    assert set(x.get_fields()) == wanted
+    count = len(x)
+    assert 0 < count <= 20
+    check_boxes(x.pred_boxes, size)
+    assert isinstance(x.scores, torch.Tensor) and x.scores.shape == (count,) and x.scores.is_floating_point()
+    assert (x.scores > 0).all() and (x.scores <= 1).all() and (x.scores.diff() <= 0).all()
+    assert x.pred_classes.shape == (count,) and x.pred_classes.dtype == torch.int64
+    assert x.pred_classes.min() >= 0 and x.pred_classes.max() < NUM_CLASSES
+    if with_masks:
+        assert isinstance(x.pred_masks, torch.Tensor) and x.pred_masks.dtype == torch.bool
+        assert x.pred_masks.shape == (count, *size)
+
+
+@pytest.mark.parametrize("name", [FASTER_RCNN, MASK_RCNN])
+@torch.no_grad()
+def test_detections(name):
+    inputs = [
+        {"image": picture(HEIGHT, WIDTH, seed=1)},
+        {"image": picture(80, 56, seed=2), "height": 160, "width": 112},
+    ]
+    outputs = built(name).eval()(inputs)
+    assert isinstance(outputs, list) and all(set(out) == {"instances"} for out in outputs)
+    for out, size in zip(outputs, [(HEIGHT, WIDTH), (160, 112)]):
+        check_instances(out["instances"], size, with_masks=name == MASK_RCNN)
+
+
+@torch.no_grad()
+def test_proposals():
+    (out,) = built(RPN).eval()([{"image": picture(), "height": 128, "width": 192}])
+    x = out["proposals"]
+    assert set(out) == {"proposals"} and isinstance(x, Instances) and x.image_size == (128, 192)
+    check_boxes(x.proposal_boxes, (128, 192))
+    assert x.objectness_logits.shape == (len(x),) and x.objectness_logits.is_floating_point()
+
+
+# Running parts
+
+
+@torch.no_grad()
+def test_partial_execution(mask_rcnn):
+    model = mask_rcnn
+    pixels = [(picture(seed=s).float() - model.pixel_mean) / model.pixel_std for s in (1, 2)]
+    images = ImageList.from_tensors(pixels, model.backbone.size_divisibility)
+    features = model.backbone(images.tensor)
+    proposals, _ = model.proposal_generator(images, features)
+    instances = model.roi_heads._forward_box(features, proposals)
+    mask_features = [features[f] for f in model.roi_heads.in_features]
+    mask_features = model.roi_heads.mask_pooler(mask_features, [x.pred_boxes for x in instances])
+
+    count = sum(len(x) for x in instances)
+    assert len(proposals) == len(instances) == 2 and count > 0
+    assert mask_features.shape == (count, model.backbone.output_shape()["p2"].channels, 14, 14)
+    # They are what the whole model's mask head sees: its masks come of them.
+    logits = model.roi_heads.mask_head.layers(mask_features)
+    whole = model.inference([{"image": picture(seed=s)} for s in (1, 2)], do_postprocess=False)
+    assert [len(x) for x in whole] == [len(x) for x in instances]
+    classes = torch.cat([x.pred_classes for x in whole])
+    masks = logits[torch.arange(count), classes].sigmoid()[:, None]
+    torch.testing.assert_close(masks, torch.cat([x.pred_masks for x in whole]))
+
+
+class KeepsFeatures(MaskRCNNConvUpsampleHead):
+    """A mask head that also keeps what it was given."""
+
+    def layers(self, x):
+        self.seen = x
+        return super().layers(x)
+
+
+@torch.no_grad()
+def test_a_part_written_anew_returns_what_is_wanted(mask_rcnn):
+    if KeepsFeatures.__name__ not in ROI_MASK_HEAD_REGISTRY:
+        ROI_MASK_HEAD_REGISTRY.register(KeepsFeatures)
+    model = built(MODEL__ROI_MASK_HEAD__NAME="KeepsFeatures").eval()
+    model.load_state_dict(mask_rcnn.state_dict())
+    inputs = [{"image": picture()}]
+    (out,), (want,) = model(inputs), mask_rcnn(inputs)
+    assert torch.equal(out["instances"].pred_masks, want["instances"].pred_masks)
+    seen = model.roi_heads.mask_head.seen
+    assert seen.shape[1:] == (32, 14, 14) and len(seen) >= len(out["instances"]) > 0
