@@ -101,7 +101,8 @@ def _split_at(body: str, address: str) -> tuple[str, str]:
             f"Dataset address {address!r}: it must be coco:ANNOTATIONS.json@IMAGE_DIR; file or folder is "
             "missing."
         )
-    return next((pair for pair in pairs if PathManager.isfile(pair[0])), pairs[-1])
+    files = [pair for pair in pairs if PathManager.isfile(pair[0])]
+    return (files or [pair for pair in pairs if pair[0].endswith(".json")] or pairs)[0]
 
 
 def _keypoint_metadata(categories: list[dict]) -> dict[str, Any]:

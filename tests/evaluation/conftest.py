@@ -4,10 +4,8 @@ import pytest
 
 
 @pytest.fixture
-def log(caplog):
+def log(caplog, monkeypatch):
     """What detlib logs, even after a test that stopped its logger from handing messages on."""
-    logger = logging.getLogger("detlib")
+    monkeypatch.setattr(logging.getLogger("detlib"), "propagate", True)
     caplog.set_level(logging.INFO, "detlib")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
+    return caplog

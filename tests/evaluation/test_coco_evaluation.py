@@ -19,6 +19,7 @@ from detlib.evaluation import COCOEvaluator
 from detlib.evaluation.coco_json import complete_ground_truth, instances_to_coco_json
 from detlib.evaluation.fast_eval_api import COCOeval_opt
 from detlib.structures import Boxes, BoxMode, Instances
+from detlib.utils import comm
 
 SIZE = 160
 CATEGORY_IDS = [3, 7, 8]
@@ -424,3 +425,18 @@ def test_complete_ground_truth_leaves_its_input_alone():
     assert json.dumps(coco) == before
     assert truth.coco["annotations"][0]["area"] == 6 and truth.image_numbers == {"a": 1}
     assert truth.coco["images"][0]["id"] == 1 and truth.has_annotations
+
+
+def test_predictions_of_all_processes_are_gathered(dataset, outputs, monkeypatch):
+    expected = feed(COCOEvaluator(NAME, ("bbox",)), outputs).evaluate()
+    ids = list(outputs)
+    halves = [
+        feed(COCOEvaluator(NAME, ("bbox",)), {i: outputs[i] for i in part}) for part in (ids[:5], ids[5:])
+    ]
+    monkeypatch.setattr(comm, "gather", lambda data, dst: [half._predictions for half in halves])
+    np.testing.assert_equal(halves[0].evaluate(), expected)
+    monkeypatch.setattr(comm, "gather", lambda data, dst: [])
+    monkeypatch.setattr(comm, "is_main_process", lambda: False)
+    assert halves[1].evaluate() == {}
+    halves[1]._distributed = False
+    assert halves[1].evaluate()["bbox"]["AP"] < expected["bbox"]["AP"]

@@ -1,0 +1,97 @@
+"""Addresses of COCO files, and how malformed ones are answered."""
+
+import json
+
+import pytest
+
+from detlib.data import DatasetCatalog, MetadataCatalog
+from detlib.data.catalog import check_datasets_exist
+
+COCO = {
+    "images": [{"id": 1, "file_name": "a.png", "height": 20, "width": 30}],
+    "categories": [
+        {"id": 2, "name": "dog"},
+        {
+            "id": 5,
+            "name": "cat",
+            "keypoints": ["nose", "left_ear", "right_ear"],
+            "skeleton": [[1, 2], [1, 3]],
+        },
+    ],
+    "annotations": [
+        {"id": 1, "image_id": 1, "category_id": 5, "bbox": [1, 1, 3, 3]},
+        {"id": 2, "image_id": 1, "category_id": 2, "bbox": [1, 1, 0, 3]},
+    ],
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "some@place"
+    (folder / "images").mkdir(parents=True)
+    (folder / "ann.json").write_text(json.dumps(COCO))
+    yield folder
+    for name in MetadataCatalog.list():
+        if str(tmp_path) in name:
+            MetadataCatalog.remove(name)
+
+
+def test_coco(folder):
+    address = f"coco:{folder}/ann.json@{folder}/images?empty_boxes=drop"
+    check_datasets_exist(address)
+    metadata = MetadataCatalog.get(address)
+    assert metadata.thing_classes == ["dog", "cat"]
+    assert metadata.thing_dataset_id_to_contiguous_id == {2: 0, 5: 1}
+    assert metadata.json_file == f"{folder}/ann.json" and metadata.evaluator_type == "coco"
+    assert metadata.keypoint_names == ["nose", "left_ear", "right_ear"]
+    assert metadata.keypoint_flip_map == [("left_ear", "right_ear")]
+    assert [rule[:2] for rule in metadata.keypoint_connection_rules] == [
+        ("nose", "left_ear"),
+        ("nose", "right_ear"),
+    ]
+    dicts = DatasetCatalog.get(address)
+    assert dicts[0]["file_name"] == f"{folder}/images/a.png"
+    assert [a["category_id"] for a in dicts[0]["annotations"]] == [1]
+
+
+def test_coco_without_the_option(folder):
+    with pytest.raises(ValueError, match=r"ann.json: annotation 2 of image .*a.png.*\?empty_boxes=drop"):
+        DatasetCatalog.get(f"coco:{folder}/ann.json@{folder}/images")
+
+
+def test_home_folder(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    check_datasets_exist("coco:~/ann.json@~/images")
+
+
+@pytest.mark.parametrize(
+    ("address", "error", "message"),
+    [
+        ("coco:ann.json", ValueError, "'coco:ann.json': it must be coco:ANNOTATIONS.json@IMAGE_DIR"),
+        ("coco:ann.json@", ValueError, "file or folder is missing"),
+        ("coco:@images", ValueError, "file or folder is missing"),
+        (
+            "coco:FOLDER/no.json@FOLDER/images",
+            FileNotFoundError,
+            "the annotation file '.*no.json' does not exist",
+        ),
+        (
+            "coco:FOLDER/ann.json@FOLDER/no",
+            FileNotFoundError,
+            "folder of the pictures '.*/no' does not exist",
+        ),
+        ("coco:FOLDER/ann.json@FOLDER/images?empty=1", ValueError, "no option 'empty', only empty_boxes"),
+        ("coco:FOLDER/ann.json@FOLDER/images?empty_boxes=x", ValueError, "'error' or 'drop', not 'x'"),
+        ("shapes:train?num", ValueError, "'num' is not of the form key=value"),
+        ("shapes:train?nun=3", ValueError, "no option 'nun', only num, size, seed. Did you mean 'num'"),
+        ("shapes:train?num=many", ValueError, "num='many' is not a whole number"),
+        ("shapes:train?size=8", ValueError, "size=8 is out of range: 32 to 1024"),
+        ("shapes:test", ValueError, "no split 'test', only 'train' and 'val'"),
+        ("ftp:x", KeyError, "coco:..., shapes:..., voc:..."),
+    ],
+)
+def test_errors_name_the_part_that_is_wrong(folder, address, error, message):
+    address = address.replace("FOLDER", str(folder))
+    for use in (check_datasets_exist, DatasetCatalog.get):
+        with pytest.raises(error, match=message):
+            use(address)

@@ -1,0 +1,131 @@
+"""Pascal VOC folders, registered and by address."""
+
+import logging
+
+import pytest
+from PIL import Image
+
+from detlib.data import DatasetCatalog, MetadataCatalog
+from detlib.data.catalog import check_datasets_exist
+from detlib.data.datasets import load_voc_instances, register_pascal_voc
+from detlib.structures import BoxMode
+
+
+def xml(*objects, size="<size><width>40</width><height>30</height></size>"):
+    written = ""
+    for name, box in objects:
+        corners = "".join(f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), box))
+        written += (
+            f"<object><name>{name}</name><part><name>head</name></part><bndbox>{corners}</bndbox></object>"
+        )
+    return f"<annotation>{size}{written}</annotation>"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two pictures for train, one for val; the class "owl" is in val only."""
+    for part in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        (tmp_path / part).mkdir(parents=True)
+    for name, suffix in (("b", "jpg"), ("a", "png"), ("c", "jpg")):
+        Image.new("RGB", (40, 30)).save(tmp_path / "JPEGImages" / f"{name}.{suffix}")
+    (tmp_path / "ImageSets/Main/train.txt").write_text("b\na  1\n\n")
+    (tmp_path / "ImageSets/Main/val.txt").write_text("c\n")
+    (tmp_path / "Annotations/a.xml").write_text(xml(("wren", (2, 3, 10, 12.5)), ("crow", (1, 1, 40, 30))))
+    (tmp_path / "Annotations/b.xml").write_text(xml(size=""))
+    (tmp_path / "Annotations/c.xml").write_text(xml(("owl", (5, 6, 7, 8))))
+    yield tmp_path
+    for split in ("train", "val", "none"):
+        MetadataCatalog.pop(f"voc:{tmp_path}@{split}", None)
+
+
+CLASSES = ["crow", "owl", "wren"]
+
+
+def test_load(folder):
+    b, a = load_voc_instances(str(folder), "train", CLASSES)
+    assert b == {
+        "file_name": str(folder / "JPEGImages/b.jpg"),
+        "image_id": "b",
+        "height": 30,
+        "width": 40,
+        "annotations": [],
+    }
+    assert a["file_name"].endswith("a.png")
+    assert a["annotations"] == [
+        {"category_id": 2, "bbox": [1.0, 2.0, 10.0, 12.5], "bbox_mode": BoxMode.XYXY_ABS},
+        {"category_id": 0, "bbox": [0.0, 0.0, 40.0, 30.0], "bbox_mode": BoxMode.XYXY_ABS},
+    ]
+
+
+def test_address_takes_boxes_as_written_and_classes_of_all_splits(folder):
+    address = f"voc:{folder}@train"
+    check_datasets_exist(address)
+    dicts = DatasetCatalog.get(address)
+    assert [a["bbox"] for a in dicts[1]["annotations"]] == [[2, 3, 10, 12.5], [1, 1, 40, 30]]
+    for split in ("train", "val"):
+        metadata = MetadataCatalog.get(f"voc:{folder}@{split}")
+        assert metadata.thing_classes == CLASSES and metadata.evaluator_type == "coco"
+    assert DatasetCatalog.get(f"voc:{folder}@val")[0]["annotations"][0]["category_id"] == 1
+
+
+def test_register(folder):
+    name = "voc_test_birds"
+    try:
+        register_pascal_voc(name, str(folder), "train", 2012, CLASSES)
+        assert DatasetCatalog.get(name)[1]["annotations"][0]["bbox"] == [1.0, 2.0, 10.0, 12.5]
+        metadata = MetadataCatalog.get(name)
+        assert metadata.evaluator_type == "pascal_voc" and metadata.year == 2012
+        register_pascal_voc(name, str(folder), "val", 2012, CLASSES, one_based=False, overwrite=True)
+        assert DatasetCatalog.get(name)[0]["annotations"][0]["bbox"] == [5, 6, 7, 8]
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def test_box_of_one_pixel(folder, caplog, monkeypatch):
+    """VOC's maximum is included: such a box has an area where pixels are counted from 1, else none."""
+    monkeypatch.setattr(logging.getLogger("detlib"), "propagate", True)
+    (folder / "Annotations/c.xml").write_text(xml(("owl", (5, 6, 5, 8)), ("owl", (1, 1, 4, 4))))
+    boxes = [a["bbox"] for a in load_voc_instances(str(folder), "val", CLASSES)[0]["annotations"]]
+    assert boxes == [[4, 5, 5, 8], [0, 0, 4, 4]] and not caplog.records
+    boxes = [a["bbox"] for a in DatasetCatalog.get(f"voc:{folder}@val")[0]["annotations"]]
+    assert boxes == [[1, 1, 4, 4]]
+    assert "c.xml: left out an object 'owl' whose box has no area: ['5', '6', '5', '8']" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            xml(("owll", (1, 1, 4, 4))),
+            "'owll', which is none of the 3 classes: crow, owl, wren. Did you mean 'owl'",
+        ),
+        (xml(("owl", (5, 1, 4, 4))), "'owl' has a box of no area"),
+        (xml(("owl", (1, "x", 4, 4))), "'owl' has the box .*'x'"),
+        ("<annotation><object><name>owl</name></object></annotation>", "'owl' has the box .*None"),
+        (xml(size="<size><width>4px</width><height>3</height></size>"), "the size is"),
+        ("<annotation>", "not valid XML"),
+    ],
+)
+def test_errors_name_the_file(folder, text, message):
+    (folder / "Annotations/c.xml").write_text(text)
+    with pytest.raises(ValueError, match=f"c.xml.*{message}"):
+        load_voc_instances(str(folder), "val", CLASSES)
+
+
+def test_what_is_missing(folder):
+    with pytest.raises(FileNotFoundError, match="none.txt' does not exist.*train, val"):
+        check_datasets_exist(f"voc:{folder}@none")
+    with pytest.raises(FileNotFoundError, match="the folder '/nowhere' does not exist"):
+        check_datasets_exist("voc:/nowhere@train")
+    with pytest.raises(ValueError, match="voc:DIR@SPLIT"):
+        check_datasets_exist(f"voc:{folder}")
+    (folder / "ImageSets/Main/train.txt").write_text("b\nz\n")
+    with pytest.raises(FileNotFoundError, match="no picture 'z'.*train.txt"):
+        load_voc_instances(str(folder), "train", CLASSES)
+    (folder / "Annotations/c.xml").unlink()
+    with pytest.raises(FileNotFoundError, match="c.xml"):
+        load_voc_instances(str(folder), "val", CLASSES)
+    (folder / "ImageSets/Main/val.txt").write_text("\n")
+    with pytest.raises(ValueError, match="val.txt' lists no pictures"):
+        load_voc_instances(str(folder), "val", CLASSES)

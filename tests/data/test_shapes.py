@@ -1,0 +1,132 @@
+"""The generated shapes: the same everywhere, and annotated as they are drawn."""
+
+import hashlib
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from detlib.data import DatasetCatalog, MetadataCatalog
+from detlib.data.datasets.shapes import ShapesParameters, load_shapes
+from detlib.structures import BoxMode
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETLIB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def pixels(record, key="file_name"):
+    return np.asarray(Image.open(record[key]))
+
+
+def test_standard_dicts():
+    dicts = DatasetCatalog.get("shapes:train?num=12&size=96&seed=4")
+    assert len(dicts) == 12 and len({d["image_id"] for d in dicts}) == 12
+    for record in dicts:
+        assert pixels(record).shape == (96, 96, 3) == (record["height"], record["width"], 3)
+        assert 1 <= len(record["annotations"]) <= 5
+        for annotation in record["annotations"]:
+            assert annotation["bbox_mode"] is BoxMode.XYXY_ABS and annotation["category_id"] in (0, 1, 2)
+            polygon = np.array(annotation["segmentation"][0]).reshape(-1, 2)
+            assert len(polygon) == {0: 24, 1: 4, 2: 3}[annotation["category_id"]]
+            np.testing.assert_array_equal(annotation["bbox"], [*polygon.min(0), *polygon.max(0)])
+            assert polygon.min() >= 0 and polygon.max() <= 96
+            keypoints = np.array(annotation["keypoints"]).reshape(5, 3)
+            low, high = polygon.min(0) - 0.1, polygon.max(0) + 0.1
+            assert ((keypoints[:, :2] >= low) & (keypoints[:, :2] <= high)).all()
+            assert set(keypoints[:, 2]) <= {1, 2}
+            center, top, left, right, bottom = keypoints[:, :2]
+            assert left[0] < center[0] < right[0] and top[1] < center[1] < bottom[1]
+
+
+def test_pictures_do_not_change():
+    """The pictures of this seed, by their pixels: a change here asks for a new version of the cache."""
+    digest = hashlib.sha256()
+    for record in load_shapes(ShapesParameters("train", num=6, size=64, seed=1)):
+        digest.update(pixels(record).tobytes())
+        digest.update(pixels(record, "sem_seg_file_name").tobytes())
+        digest.update(str(record["annotations"][0]["segmentation"]).encode())
+    assert digest.hexdigest() == "b1ebeb3beb3f0748b233e0fc68bf56ccba087bab91152a242c782de20cdb650e"
+
+
+def test_seed_split_and_number():
+    first = load_shapes(ShapesParameters("train", num=3, size=48))
+    more = load_shapes(ShapesParameters("train", num=5, size=48))
+    for a, b in zip(first, more):
+        np.testing.assert_array_equal(pixels(a), pixels(b))
+        assert a["annotations"] == b["annotations"]
+    others = [ShapesParameters("val", 3, 48), ShapesParameters("train", 3, 48, seed=1)]
+    for parameters in others:
+        for a, b in zip(first, load_shapes(parameters)):
+            assert (pixels(a) != pixels(b)).any()
+    assert ShapesParameters("train").num == 1000 and ShapesParameters("val").num == 200
+
+
+def test_labels_are_where_the_polygons_are():
+    """Against Pillow's rasteriser, whose edges differ: the intersection over union must be high."""
+    seen = set()
+    for record in load_shapes(ShapesParameters("val", num=10, size=128)):
+        canvas = Image.new("L", (4 * 128, 4 * 128))
+        for annotation in record["annotations"]:
+            ImageDraw.Draw(canvas).polygon([4 * v for v in annotation["segmentation"][0]], fill=255)
+        drawn = np.asarray(canvas.resize((128, 128), Image.Resampling.BOX)) >= 128
+        stuff = pixels(record, "sem_seg_file_name")
+        things = stuff == 0
+        assert (drawn & things).sum() / (drawn | things).sum() > 0.97
+        seen |= set(np.unique(stuff))
+        image = pixels(record).astype(int)
+        for annotation in record["annotations"]:
+            x, y, visibility = annotation["keypoints"][:3]
+            if visibility == 2:
+                outside = image[~things]
+                inside = image[int(y) - 1 : int(y) + 2, int(x) - 1 : int(x) + 2].reshape(-1, 3)
+                assert np.abs(inside.mean(0) - outside.mean(0)).sum() > 60, "shapes stand out from the ground"
+    assert seen == {0, 1, 2, 3}
+
+
+def test_hidden_keypoints():
+    """A keypoint that a later shape covers has visibility 1."""
+    hidden = 0
+    for record in load_shapes(ShapesParameters("train", num=100, size=64)):
+        for i, annotation in enumerate(record["annotations"]):
+            for x, y, v in np.array(annotation["keypoints"]).reshape(-1, 3):
+                canvas = Image.new("L", (64, 64))
+                for later in record["annotations"][i + 1 :]:
+                    ImageDraw.Draw(canvas).polygon(later["segmentation"][0], fill=255)
+                near = np.asarray(canvas)[max(int(y) - 2, 0) : int(y) + 3, max(int(x) - 2, 0) : int(x) + 3]
+                if v == 1:
+                    hidden += 1
+                    assert near.any()
+                else:
+                    assert not near.all()
+    assert hidden > 3
+
+
+def test_metadata():
+    metadata = MetadataCatalog.get("shapes:val?num=7")
+    assert metadata.thing_classes == ["circle", "square", "triangle"]
+    assert metadata.stuff_classes == ["things", "grass", "sand", "water"]
+    assert metadata.evaluator_type == "coco" and metadata.ignore_label == 255
+    names = metadata.keypoint_names
+    assert len(names) == 5 and {n for pair in metadata.keypoint_flip_map for n in pair} <= set(names)
+    assert {n for rule in metadata.keypoint_connection_rules for n in rule[:2]} <= set(names)
+
+
+def test_cache_is_used_mended_and_left_clean(cache):
+    parameters = ShapesParameters("train", num=2, size=32)
+    dicts = load_shapes(parameters)
+    written = os.stat(dicts[0]["file_name"]).st_mtime_ns
+    assert load_shapes(parameters) == dicts
+    assert os.stat(dicts[0]["file_name"]).st_mtime_ns == written
+    expected = pixels(dicts[1])
+    os.remove(dicts[1]["file_name"])
+    np.testing.assert_array_equal(pixels(load_shapes(parameters)[1]), expected)
+    assert len(os.listdir(cache / "shapes")) == 1, "no temporary folder stays"
+    shutil.rmtree(cache)
+    cache.write_text("a file where the folder should be")
+    with pytest.raises(OSError, match="DETLIB_CACHE"):
+        load_shapes(parameters)

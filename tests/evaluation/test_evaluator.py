@@ -1,0 +1,106 @@
+"""The inference loop, and what is around it."""
+
+import re
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from detlib.evaluation import DatasetEvaluator, DatasetEvaluators, inference_context, inference_on_dataset
+from detlib.utils import comm
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.trained = nn.Dropout()
+        self.frozen = nn.BatchNorm2d(2)
+        self.frozen.eval()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, inputs):
+        assert not any(module.training for module in self.modules())
+        value = self.weight * 2
+        assert not value.requires_grad
+        return [{"value": value + x["x"]} for x in inputs]
+
+
+class Sum(DatasetEvaluator):
+    def __init__(self, task="sum"):
+        self.task = task
+        self.total = -1e9
+
+    def reset(self):
+        self.total = 0.0
+
+    def process(self, inputs, outputs):
+        assert [float(o["value"]) for o in outputs] == [i["x"] + 2 for i in inputs]
+        self.total += sum(float(output["value"]) for output in outputs)
+
+    def evaluate(self):
+        return {self.task: {"total": self.total}}
+
+
+LOADER = [[{"x": 1}, {"x": 2}], [{"x": 3}]]
+
+
+def modes(model):
+    return [module.training for module in model.modules()]
+
+
+def test_results_and_modes():
+    model = Model()
+    before = modes(model)
+    assert before == [True, True, False]
+    assert inference_on_dataset(model, LOADER, Sum()) == {"sum": {"total": 12.0}}
+    assert modes(model) == before
+    assert torch.is_grad_enabled()
+
+
+def test_several_and_no_evaluators():
+    results = inference_on_dataset(Model(), LOADER, [Sum("a"), Sum("b")])
+    assert results == {"a": {"total": 12.0}, "b": {"total": 12.0}}
+    assert inference_on_dataset(Model(), LOADER, None) == {}
+    with pytest.raises(ValueError, match="report a task 'a'"):
+        DatasetEvaluators([Sum("a"), Sum("a")]).evaluate()
+
+
+def test_other_processes_report_nothing(monkeypatch):
+    monkeypatch.setattr(comm, "is_main_process", lambda: False)
+    assert DatasetEvaluators([Sum()]).evaluate() == {}
+
+
+def test_modes_come_back_after_an_error():
+    model = Model()
+    with pytest.raises(RuntimeError, match="boom"), inference_context(model):
+        assert modes(model) == [False] * 3
+        raise RuntimeError("boom")
+    assert modes(model) == [True, True, False]
+
+
+def test_callbacks():
+    calls = []
+    names = ("on_start", "before_inference", "after_inference", "on_end")
+    inference_on_dataset(
+        Model(), LOADER, None, {name: lambda name=name: calls.append(name) for name in names}
+    )
+    assert calls == ["on_start", *["before_inference", "after_inference"] * 2, "on_end"]
+    with pytest.raises(ValueError, match="at_end.*on_end"):
+        inference_on_dataset(Model(), LOADER, None, {"at_end": print})
+
+
+def test_progress_and_times(log, monkeypatch):
+    monkeypatch.setattr("detlib.evaluation.evaluator._SECONDS_BETWEEN_REPORTS", 0.05)
+
+    def model(inputs):
+        time.sleep(0.03)
+        return [{} for _ in inputs]
+
+    inference_on_dataset(model, [[{}, {}]] * 12, None)
+    assert re.search(r"Inference done \d+/12\. Seconds a picture: .* ETA 0:00:0\d", log.text)
+    last = log.records[-1].getMessage()
+    # Seven of the twelve batches are timed.
+    assert "14 pictures" in last
+    per_picture = float(re.search(r"model (\d\.\d+)", last)[1])
+    assert 0.014 < per_picture < 0.1
