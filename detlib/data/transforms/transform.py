@@ -54,7 +54,7 @@ def _from_pil(image: Image.Image, like: np.ndarray) -> np.ndarray:
 
 
 def _nearest_indices(size: int, new_size: int) -> np.ndarray:
-    """Which of ``size`` pixels Pillow picks for each of ``new_size``; asked of Pillow, for its rounding of ties."""
+    """Which of ``size`` pixels Pillow picks for each of ``new_size``; asked of Pillow, which breaks ties."""
     line = Image.fromarray(np.arange(size, dtype=np.int32)[None])
     return np.asarray(line.resize((new_size, 1), Image.Resampling.NEAREST))[0]
 
