@@ -7,7 +7,6 @@ import pickle
 
 import pytest
 import torch
-from detlib.engine import DefaultPredictor
 
 from detlib.checkpoint import DetectionCheckpointer
 from detlib.data import (
@@ -16,6 +15,7 @@ from detlib.data import (
     build_detection_test_loader,
     build_detection_train_loader,
 )
+from detlib.engine import DefaultPredictor
 from detlib.modeling import build_backbone, build_model, build_proposal_generator, build_roi_heads
 from detlib.modeling.roi_heads import ROI_MASK_HEAD_REGISTRY, MaskRCNNConvUpsampleHead
 from detlib.structures import BitMasks, Boxes, ImageList, Instances, PolygonMasks

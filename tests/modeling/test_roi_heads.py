@@ -131,8 +131,11 @@ def test_training_losses_are_those_of_the_branches():
     heads = make_heads()
     features, boxes = make_features(2), [NEAR_FIRST, NEAR_SECOND, APART]
     proposals = [make_proposals(boxes), make_proposals(boxes)]
-    torch.manual_seed(5)
-    sampled, losses = heads(None, features, proposals, [truth(), truth(boxes=())])
+    with EventStorage() as storage:
+        sampled, losses = heads(None, features, proposals, [truth(), truth(boxes=())])
+    # Four foreground regions in the first image, none in the second: two an image.
+    assert storage.latest()["roi_head/num_fg_samples"][0] == 2
+    assert storage.latest()["roi_head/num_bg_samples"][0] == 2
     assert set(losses) == {"loss_cls", "loss_box_reg", "loss_mask"}
     assert [len(x) for x in sampled] == [5, 3]
 
