@@ -153,7 +153,8 @@ class VocAddress:
     def load(self) -> list[dict]:
         """Returns the data set in the standard dict format."""
         self.check()
-        return load_voc_instances(self.dirname, self.split, self._classes(), one_based=False)
+        classes = self._class_names or self._read_class_names()
+        return load_voc_instances(self.dirname, self.split, classes, one_based=False)
 
     def metadata(self) -> dict[str, Any]:
         """Returns the classes, for which all annotations are read."""
@@ -162,13 +163,12 @@ class VocAddress:
             "evaluator_type": "coco",
             "dirname": self.dirname,
             "split": self.split,
-            "thing_classes": list(self._classes()),
+            "thing_classes": self._read_class_names(),
         }
 
-    def _classes(self) -> list[str]:
-        if self._class_names is None:
-            self._class_names = find_voc_class_names(self.dirname)
-        return self._class_names
+    def _read_class_names(self) -> list[str]:
+        self._class_names = find_voc_class_names(self.dirname)
+        return list(self._class_names)
 
 
 class ShapesAddress:

@@ -245,7 +245,7 @@ class COCOEvaluator(DatasetEvaluator):
         )
 
     def _eval_box_proposals(self, predictions: list[dict]) -> None:
-        """Evaluates proposals, and saves them in the form that DATASETS.PROPOSAL_FILES takes."""
+        """Evaluates proposals, and saves them in detectron2's form of precomputed proposals."""
         if self._output_dir:
             proposals = [prediction["proposals"] for prediction in predictions]
             saved = {

@@ -14,9 +14,6 @@ from detlib.structures import BoxMode, Instances
 
 __all__ = ["GroundTruth", "instances_to_coco_json", "load_ground_truth"]
 
-# So many masks are compressed at a time, to bound the memory for their copy.
-_MASKS_AT_A_TIME = 64
-
 
 def instances_to_coco_json(instances: Instances, img_id: Any) -> list[dict]:
     """Converts one picture's predictions to COCO's result format (https://cocodataset.org/#format-results).
@@ -56,11 +53,10 @@ def _encode_masks(masks: Any) -> list[dict]:
     from pycocotools import mask as mask_utils
 
     masks = getattr(masks, "tensor", masks)
-    rles: list[dict] = []
-    for start in range(0, len(masks), _MASKS_AT_A_TIME):
-        block = masks[start : start + _MASKS_AT_A_TIME].detach().cpu().numpy().astype(np.uint8)
-        # The encoder wants (H, W, N) with each mask stored by columns.
-        rles += mask_utils.encode(np.ascontiguousarray(block.transpose(0, 2, 1)).T)
+    # One at a time: a copy by columns of many masks would not fit into the processor's cache.
+    rles = [
+        mask_utils.encode(np.asfortranarray(mask.cpu().numpy().astype(np.uint8))) for mask in masks.detach()
+    ]
     for rle in rles:
         rle["counts"] = rle["counts"].decode("ascii")
     return rles

@@ -199,7 +199,7 @@ class _Progress:
         total = datetime.timedelta(seconds=int(time.perf_counter() - self.start))
         model = datetime.timedelta(seconds=int(self.seconds["model"]))
         logger.info(
-            "Inference time for %d pictures%s: %s in all, %s in the model. %s",
+            "Inference time for the last %d pictures%s: %s in all, %s in the model. %s",
             self.images,
             self.processes,
             total,

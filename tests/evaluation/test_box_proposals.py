@@ -9,6 +9,8 @@ import torch
 import torchvision
 
 from detlib.evaluation import COCOEvaluator
+from detlib.evaluation.box_proposals import evaluate_box_proposals
+from detlib.evaluation.coco_json import complete_ground_truth
 from detlib.structures import Boxes, Instances
 
 SIZE = 200
@@ -96,3 +98,15 @@ def test_average_recall(case, tmp_path):
     assert saved["ids"] == list(outputs)
     np.testing.assert_array_equal(saved["boxes"][2], outputs[3].proposal_boxes.tensor.numpy())
     np.testing.assert_array_equal(saved["objectness_logits"][2], outputs[3].objectness_logits.numpy())
+
+
+def test_a_proposal_is_used_once():
+    truth = {"image_id": 1, "category_id": 5, "bbox": [0, 0, 50, 50]}
+    image = {"id": 1, "file_name": "x.png", "height": SIZE, "width": SIZE}
+    coco = {"images": [image], "categories": [{"id": 5, "name": "x"}], "annotations": [truth, truth]}
+    boxes = Boxes(torch.tensor([[0.0, 0, 50, 50], [100, 100, 150, 150]]))
+    proposals = Instances((SIZE, SIZE), proposal_boxes=boxes, objectness_logits=torch.zeros(2))
+    recalls = evaluate_box_proposals(
+        [{"image_id": 1, "proposals": proposals}], complete_ground_truth(coco), [5]
+    )
+    assert recalls["AR@5"] == 50

@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from detlib.evaluation import DatasetEvaluator, DatasetEvaluators, inference_context, inference_on_dataset
+from detlib.data import DatasetCatalog, build_detection_test_loader
+from detlib.evaluation import (
+    COCOEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    inference_context,
+    inference_on_dataset,
+)
+from detlib.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detlib.utils import comm
 
 
@@ -101,6 +109,35 @@ def test_progress_and_times(log, monkeypatch):
     assert re.search(r"Inference done \d+/12\. Seconds a picture: .* ETA 0:00:0\d", log.text)
     last = log.records[-1].getMessage()
     # Seven of the twelve batches are timed.
-    assert "14 pictures" in last
+    assert "last 14 pictures" in last
     per_picture = float(re.search(r"model (\d\.\d+)", last)[1])
     assert 0.014 < per_picture < 0.1
+
+
+def test_the_ground_truth_as_prediction_is_perfect(tmp_path, monkeypatch):
+    """Data set by address, loader, loop and evaluator together."""
+    monkeypatch.setenv("DETLIB_CACHE", str(tmp_path))
+    name = "shapes:val?num=5&size=64"
+    loader = build_detection_test_loader(DatasetCatalog.get(name), mapper=lambda record: record, batch_size=2)
+
+    def oracle(inputs):
+        outputs = []
+        for record in inputs:
+            annotations = record["annotations"]
+            polygons = PolygonMasks([annotation["segmentation"] for annotation in annotations])
+            instances = Instances(
+                (64, 64),
+                pred_boxes=Boxes(torch.tensor([annotation["bbox"] for annotation in annotations])),
+                scores=torch.ones(len(annotations)),
+                pred_classes=torch.tensor([annotation["category_id"] for annotation in annotations]),
+                pred_masks=BitMasks.from_polygon_masks(polygons, 64, 64),
+                pred_keypoints=torch.tensor([a["keypoints"] for a in annotations]).reshape(-1, 5, 3),
+            )
+            outputs.append({"instances": instances})
+        return outputs
+
+    results = inference_on_dataset(oracle, loader, COCOEvaluator(name))
+    assert {task: metrics["AP"] for task, metrics in results.items()} == pytest.approx(
+        {"bbox": 100, "segm": 100, "keypoints": 100}
+    )
+    assert results["bbox"]["AP-triangle"] == pytest.approx(100)
