@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import warnings
 from typing import Any
 
 import torch
@@ -126,7 +127,10 @@ def create_ddp_model(model: nn.Module, *, fp16_compression: bool = False, **kwar
         return model
     if "device_ids" not in kwargs and next(model.parameters()).device.type == "cuda":
         kwargs["device_ids"] = [comm.get_local_rank()]
-    ddp = DistributedDataParallel(model, **kwargs)
+    with warnings.catch_warnings():
+        # The name that replaces broadcast_buffers is unknown to the older releases that detlib runs on.
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+        ddp = DistributedDataParallel(model, **kwargs)
     if fp16_compression:
         from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 

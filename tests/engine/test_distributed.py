@@ -1,0 +1,119 @@
+"""Two processes on the CPU train as one process does."""
+
+import pytest
+import torch
+from tests.engine.tiny import tiny_cfg
+
+from detlib.engine import DefaultTrainer, launch
+from detlib.modeling import build_model, sampling
+from detlib.solver import build_optimizer
+from detlib.utils import comm
+from detlib.utils.env import seed_all_rng
+from detlib.utils.events import EventStorage
+
+_STEPS = 3
+
+
+def _cfg(folder, kind: str):
+    cfg = tiny_cfg(
+        folder,
+        DATASETS__TEST=(),
+        INPUT__RANDOM_FLIP="none",
+        DATALOADER__ASPECT_RATIO_GROUPING=False,
+        SOLVER__MAX_ITER=_STEPS,
+        SOLVER__BASE_LR=0.02,
+    )
+    if kind == "rpn":
+        cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"
+        cfg.MODEL.MASK_ON = False
+        # Every one of the 1023 anchors counts, so that nothing is drawn at random.
+        cfg.MODEL.RPN.BATCH_SIZE_PER_IMAGE = 1023
+        cfg.MODEL.RPN.POSITIVE_FRACTION = 1.0
+    return cfg
+
+
+def _draw_repeatably(labels, num_samples, positive_fraction, bg_label):
+    """Takes the place of `subsample_labels`: what is drawn depends on the picture's labels alone."""
+    generator = torch.Generator().manual_seed(11)
+    positive = ((labels != -1) & (labels != bg_label)).nonzero().flatten()
+    negative = (labels == bg_label).nonzero().flatten()
+    num_pos = min(int(num_samples * positive_fraction), len(positive))
+    num_neg = min(num_samples - num_pos, len(negative))
+    return (
+        positive[torch.randperm(len(positive), generator=generator)[:num_pos]],
+        negative[torch.randperm(len(negative), generator=generator)[:num_neg]],
+    )
+
+
+def _train(folder: str, kind: str) -> None:
+    """What each process does: trains, and saves the parameters before and after."""
+    sampling.subsample_labels, original = _draw_repeatably, sampling.subsample_labels
+    try:
+        cfg = _cfg(folder, kind)
+        seed_all_rng(cfg.SEED + comm.get_rank())
+        trainer = DefaultTrainer(cfg)
+        start = {k: v.clone() for k, v in trainer.checkpointer.model.state_dict().items()}
+        seen = []
+        forward = trainer.checkpointer.model.forward
+        trainer.checkpointer.model.forward = lambda batch: (
+            seen.append([d["image_id"] for d in batch]) or forward(batch)
+        )
+        trainer.train()
+        seen = comm.all_gather(seen)
+        if comm.is_main_process():
+            del trainer.checkpointer.model.forward
+            torch.save([start, trainer.checkpointer.model.state_dict(), seen], f"{folder}/result.pth")
+    finally:
+        sampling.subsample_labels = original
+
+
+def _run(folder, kind: str, num_processes: int):
+    folder.mkdir()
+    launch(_train, num_processes, args=(str(folder), kind))
+    return torch.load(folder / "result.pth")
+
+
+def _assert_equal_but_for_noise(start, one, two) -> None:
+    moved = max((one[name] - start[name]).abs().max().item() for name in one)
+    apart = max((one[name] - two[name]).abs().max().item() for name in one)
+    assert moved > 1e-3
+    assert apart < 1e-5, f"{apart} apart, after moving by {moved}"
+
+
+@pytest.fixture
+def threads():
+    """Reductions over another number of threads round differently."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_rpn_on_two_processes_equals_one(tmp_path, threads, capsys):
+    start, one, seen_one = _run(tmp_path / "one", "rpn", 1)
+    start_two, two, seen_two = _run(tmp_path / "two", "rpn", 2)
+    assert "2 processes share the CPU" in capsys.readouterr().out
+    # The same pictures in the same steps, half of them in each process.
+    assert [len(batch) for batch in seen_one[0]] == [2] * _STEPS
+    assert [sorted(a + b) for a, b in zip(*seen_two)] == [sorted(batch) for batch in seen_one[0]]
+    assert all(torch.equal(start[name], start_two[name]) for name in start)
+    _assert_equal_but_for_noise(start, one, two)
+
+
+def test_mask_rcnn_on_two_processes_equals_averaged_half_batches(tmp_path, threads, monkeypatch):
+    start, two, _ = _run(tmp_path / "two", "mask", 2)
+
+    monkeypatch.setattr(sampling, "subsample_labels", _draw_repeatably)
+    cfg = _cfg(tmp_path, "mask")
+    seed_all_rng(cfg.SEED)
+    model = build_model(cfg)
+    optimizer = build_optimizer(cfg, model)
+    batches = iter(DefaultTrainer.build_train_loader(cfg))
+    model.train()
+    with EventStorage():
+        for _ in range(_STEPS):
+            optimizer.zero_grad()
+            for picture in next(batches):
+                (sum(model([picture]).values()) / 2).backward()
+            optimizer.step()
+    _assert_equal_but_for_noise(start, model.state_dict(), two)
