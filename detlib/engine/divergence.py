@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["LossRecord", "LossStep", "find_non_finite_parameters", "losses_to_floats"]
+__all__ = ["LossRecord", "LossStep", "find_non_finite_parameters", "losses_to_floats", "picture_names"]
 
 _MAX_FILES = 64
 
@@ -45,7 +45,7 @@ class LossRecord:
             data: the batch that it was made from.
         """
         losses = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in loss_dict.items()}
-        self._steps.append(LossStep(iteration, losses, _picture_names(data)))
+        self._steps.append(LossStep(iteration, losses, picture_names(data)))
 
     def forget_until(self, iteration: int) -> None:
         """Forgets the steps up to `iteration`, which were found to be in order."""
@@ -62,7 +62,7 @@ class LossRecord:
         return None
 
 
-def _picture_names(data: Any) -> list[str]:
+def picture_names(data: Any) -> list[str]:
     """File names, or else image ids, of a batch in the standard format; [] for other batches."""
     if not isinstance(data, list | tuple):
         return []

@@ -9,12 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from detlib.engine.divergence import LossRecord, losses_to_floats
+from detlib.engine.divergence import LossRecord, losses_to_floats, picture_names
 from detlib.engine.trainer_base import TrainerBase
 from detlib.utils import comm
 from detlib.utils.events import get_event_storage
 
 __all__ = ["SimpleTrainer"]
+
+_ADVICE = (
+    "The parameters were not saved after this. Common causes: a learning rate too high for the batch size, "
+    "too short a warm-up, or broken annotations in these images."
+)
 
 
 class SimpleTrainer(TrainerBase):
@@ -70,7 +75,10 @@ class SimpleTrainer(TrainerBase):
 
         if self.zero_grad_before_forward:
             self.optimizer.zero_grad()
-        loss_dict = self._forward(data)
+        try:
+            loss_dict = self._forward(data)
+        except FloatingPointError as e:
+            raise FloatingPointError(self._explain_failed_forward(e, data)) from e
         losses = sum(loss_dict.values())
         if not self.zero_grad_before_forward:
             self.optimizer.zero_grad()
@@ -200,17 +208,27 @@ class SimpleTrainer(TrainerBase):
                 f"iterations; this look covers {iteration + 1 - self.gather_metric_period} to {iteration})."
             )
             bad = [(rank, step) for rank, step in bad if step.iteration == first]
-        rates = sorted({float(group["lr"]) for group in self.optimizer.param_groups})
-        lines.append(f"Learning rate: {', '.join(f'{rate:.6g}' for rate in rates)}")
+        lines.append(self._learning_rates())
         for rank, step in bad:
             where = f"Process {rank}" if len(firsts) > 1 else "Losses"
             lines.append(f"{where}: {_format_losses(step.losses)}")
             lines.append(f"Images: {', '.join(step.files) or 'the batch names no files'}")
-        lines.append(
-            "The parameters were not saved after this. Common causes: a learning rate too high for the batch "
-            "size, too short a warm-up, or broken annotations in these images."
-        )
-        return "\n".join(lines)
+        return "\n".join([*lines, _ADVICE])
+
+    def _explain_failed_forward(self, error: FloatingPointError, data: Any) -> str:
+        """The message for a model that found its own predictions to be not finite."""
+        latest = get_event_storage().latest()
+        losses = {name: value for name, (value, _) in latest.items() if "loss" in name}
+        lines = [f"At iteration {self.iter}: {error}", self._learning_rates()]
+        if losses:
+            when = max(iteration for name, (_, iteration) in latest.items() if name in losses)
+            lines.append(f"Losses at iteration {when}: {_format_losses(losses)}")
+        lines.append(f"Images: {', '.join(picture_names(data)) or 'the batch names no files'}")
+        return "\n".join([*lines, _ADVICE])
+
+    def _learning_rates(self) -> str:
+        rates = sorted({float(group["lr"]) for group in self.optimizer.param_groups})
+        return f"Learning rate: {', '.join(f'{rate:.6g}' for rate in rates)}"
 
     def state_dict(self) -> dict:
         return {**super().state_dict(), "optimizer": self.optimizer.state_dict()}

@@ -179,6 +179,20 @@ def test_nan_between_two_looks(tmp_path):
     assert "picture_4_0.jpg" in message and "picture_5" not in message
 
 
+def test_a_model_that_finds_itself_diverged_gets_the_same_report():
+    class Model(_Model):
+        def forward(self, batch):
+            if self.calls == 3:
+                raise FloatingPointError("3 boxes are not finite")
+            return super().forward(batch)
+
+    with pytest.raises(FloatingPointError) as error:
+        _trainer(Model(), lr=0.25).train(0, 10)
+    message = str(error.value)
+    assert "At iteration 3: 3 boxes are not finite" in message and "Learning rate: 0.25" in message
+    assert "Losses at iteration 2:" in message and "loss_a=1.5" in message and "picture_3_0.jpg" in message
+
+
 def test_a_diverged_model_overwrites_no_checkpoint(tmp_path):
     model = _Model(poison=4)
     trainer = _trainer(model, gather_metric_period=100)

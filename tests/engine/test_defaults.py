@@ -1,0 +1,296 @@
+"""DefaultTrainer, DefaultPredictor, the set-up and the checks before a training."""
+
+import logging
+import os
+
+import numpy as np
+import pytest
+import torch
+from tests.engine.tiny import tiny_cfg
+
+from detlib.config import get_cfg
+from detlib.data import DatasetCatalog, MetadataCatalog
+from detlib.engine import (
+    DefaultPredictor,
+    DefaultTrainer,
+    HookBase,
+    create_ddp_model,
+    default_argument_parser,
+    default_setup,
+    default_writers,
+    hooks,
+    launch,
+)
+from detlib.engine.checks import check_weights
+from detlib.evaluation import DatasetEvaluator
+from detlib.utils.events import CommonMetricPrinter, JSONWriter, TensorboardXWriter
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A training of two steps: its trainer, results and folder."""
+    folder = tmp_path_factory.mktemp("trained")
+    trainer = DefaultTrainer(tiny_cfg(folder, TEST__EVAL_PERIOD=1, SOLVER__CHECKPOINT_PERIOD=1))
+    trainer.resume_or_load(resume=False)
+    return trainer, trainer.train(), folder
+
+
+def test_a_training_leaves_its_files(trained):
+    trainer, results, folder = trained
+    assert {"bbox", "segm"} == set(results) and 0.0 <= results["bbox"]["AP"] <= 100.0
+    for name in ("model_0000000.pth", "model_final.pth", "metrics.json", "inference"):
+        assert (folder / name).exists(), name
+    lines = (folder / "metrics.json").read_text()
+    for name in ("loss_mask", "loss_rpn_cls", "bbox/AP50", "segm/AP", '"lr"'):
+        assert name in lines
+    saved = torch.load(folder / "model_final.pth", weights_only=True)
+    assert set(saved) == {"model", "trainer", "iteration"} and saved["iteration"] == 1
+    assert set(saved["trainer"]) == {"iteration", "hooks", "_trainer"}
+    assert "optimizer" in saved["trainer"]["_trainer"]
+    assert saved["trainer"]["hooks"]["LRScheduler"]["last_epoch"] == 2
+
+
+def test_resume_restores_everything(trained, caplog):
+    trainer, _, folder = trained
+    cfg = trainer.cfg.clone()
+    cfg.SOLVER.MAX_ITER = 4
+    other = DefaultTrainer(cfg)
+    with caplog.at_level(logging.INFO, logger="detlib"):
+        other.resume_or_load(resume=True)
+    assert other.start_iter == 2 and other.scheduler.last_epoch == 2
+    for a, b in zip(trainer.model.state_dict().values(), other.model.state_dict().values()):
+        assert torch.equal(a, b)
+    momentum = [s["momentum_buffer"] for s in trainer.optimizer.state.values()]
+    restored = [s["momentum_buffer"] for s in other.optimizer.state.values()]
+    assert momentum and all(torch.equal(a, b) for a, b in zip(momentum, restored))
+    assert "model_final.pth" in caplog.text and "iteration 2 of 4" in caplog.text
+
+
+def test_hooks_and_their_order(trained):
+    trainer, _, _ = trained
+    names = [type(h).__name__ for h in trainer._hooks]
+    assert names == ["IterationTimer", "LRScheduler", "PeriodicCheckpointer", "EvalHook", "PeriodicWriter"]
+
+
+def test_hooks_of_the_outer_trainer_see_the_backward_pass(tmp_path):
+    class Spy(HookBase):
+        seen = 0
+
+        def after_backward(self):
+            self.seen += 1
+
+    trainer = DefaultTrainer(tiny_cfg(tmp_path, SOLVER__MAX_ITER=1, DATASETS__TEST=()))
+    spy = Spy()
+    trainer.register_hooks([spy])
+    assert trainer.train() == {} and spy.seen == 1
+
+
+def test_evaluation_of_several_data_sets_and_own_evaluators(trained):
+    trainer, _, _ = trained
+    cfg = trainer.cfg.clone()
+
+    class Count(DatasetEvaluator):
+        def reset(self):
+            self.n = 0
+
+        def process(self, inputs, outputs):
+            self.n += len(inputs)
+
+        def evaluate(self):
+            return {"count": {"n": self.n}}
+
+    assert DefaultTrainer.test(cfg, trainer.model, Count()) == {"count": {"n": 4}}
+    names = ("shapes:val?num=4&size=64", "shapes:val?num=2&size=64")
+    cfg.DATASETS.TEST = names
+    results = DefaultTrainer.test(cfg, trainer.model, [Count(), Count()])
+    assert results == {names[0]: {"count": {"n": 4}}, names[1]: {"count": {"n": 2}}}
+    with pytest.raises(ValueError, match="2 data sets, but 1 evaluators"):
+        DefaultTrainer.test(cfg, trainer.model, [Count()])
+
+
+def test_a_single_name_may_stand_for_the_test_sets(trained):
+    trainer, _, _ = trained
+    cfg = trainer.cfg.clone()
+    cfg.DATASETS.TEST = "shapes:val?num=4&size=64"
+    assert set(DefaultTrainer.test(cfg, trainer.model)) == {"bbox", "segm"}
+    assert DefaultPredictor(cfg).metadata.thing_classes == ["circle", "square", "triangle"]
+
+
+def test_unknown_kinds_of_evaluation_are_skipped_with_a_word(trained, caplog):
+    trainer, _, _ = trained
+    cfg = trainer.cfg.clone()
+    DatasetCatalog.register("strange_set", lambda: DatasetCatalog.get("shapes:val?num=4&size=64"))
+    MetadataCatalog.get("strange_set").set(evaluator_type="strange")
+    try:
+        cfg.DATASETS.TEST = ("strange_set",)
+        with caplog.at_level(logging.WARNING, logger="detlib"):
+            assert DefaultTrainer.test(cfg, trainer.model) == {}
+        assert "'strange_set' is not evaluated" in caplog.text
+    finally:
+        DatasetCatalog.remove("strange_set")
+        MetadataCatalog.remove("strange_set")
+
+
+def test_evaluator_looks_at_as_many_detections_as_the_model_gives(trained):
+    trainer, _, _ = trained
+    cfg = trainer.cfg.clone()
+    for limit, expected in ((50, None), (100, None), (300, 300)):
+        cfg.TEST.DETECTIONS_PER_IMAGE = limit
+        evaluator = DefaultTrainer.build_evaluator(cfg, cfg.DATASETS.TEST[0])
+        assert evaluator._max_dets_per_image == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        ({"DATASETS__TRAIN": ()}, ValueError, "DATASETS.TRAIN is empty"),
+        ({"DATASETS__TRAIN": ("shapes:trian",)}, ValueError, "trian"),
+        ({"DATASETS__TRAIN": ("coco_2017_trian",)}, KeyError, "coco_2017_train"),
+        ({"DATASETS__TEST": ("nowhere",)}, KeyError, "nowhere"),
+        ({"DATASETS__TEST": ("voc:/no/such/folder@val",)}, FileNotFoundError, "/no/such/folder"),
+        ({"MODEL__ROI_HEADS__NUM_CLASSES": 80}, ValueError, r"MODEL.ROI_HEADS.NUM_CLASSES is 80.* 3 classes"),
+    ],
+)
+def test_bad_data_sets_are_found_before_the_first_step(tmp_path, overrides, error, message):
+    with pytest.raises(error, match=message):
+        DefaultTrainer(tiny_cfg(tmp_path, **overrides))
+
+
+def test_number_of_classes_matters_only_to_models_that_have_them(tmp_path):
+    cfg = tiny_cfg(tmp_path, MODEL__ROI_HEADS__NUM_CLASSES=80, MODEL__META_ARCHITECTURE="ProposalNetwork")
+    DefaultTrainer(cfg)
+
+
+def test_a_bad_loss_stops_the_training(tmp_path):
+    trainer = DefaultTrainer(tiny_cfg(tmp_path, SOLVER__BASE_LR=1e12, SOLVER__MAX_ITER=20))
+    with pytest.raises(FloatingPointError, match=r"iteration \d+: (?s:.*)Learning rate: 1e\+12(?s:.*)\.png"):
+        trainer.train()
+    assert not (tmp_path / "model_final.pth").exists()
+
+
+@pytest.mark.parametrize(("workers", "batch", "rate", "steps", "iters"), [(8, 16, 0.02, (60, 80), 90)])
+def test_scaling_by_the_number_of_processes(workers, batch, rate, steps, iters):
+    cfg = get_cfg()
+    solver = cfg.SOLVER
+    solver.REFERENCE_WORLD_SIZE, solver.IMS_PER_BATCH, solver.BASE_LR = workers, batch, rate
+    solver.STEPS, solver.MAX_ITER, solver.WARMUP_ITERS = steps, iters, 11
+    solver.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD = 15, 0
+    cfg.freeze()
+    assert DefaultTrainer.auto_scale_workers(cfg, 8) is cfg
+    half = DefaultTrainer.auto_scale_workers(cfg, 4)
+    assert half.is_frozen() and half.SOLVER.REFERENCE_WORLD_SIZE == 4
+    assert (half.SOLVER.IMS_PER_BATCH, half.SOLVER.BASE_LR) == (8, 0.01)
+    assert (half.SOLVER.MAX_ITER, half.SOLVER.STEPS) == (180, (120, 160))
+    assert (half.SOLVER.WARMUP_ITERS, half.SOLVER.CHECKPOINT_PERIOD, half.TEST.EVAL_PERIOD) == (22, 30, 0)
+    assert cfg.SOLVER.IMS_PER_BATCH == 16
+    cfg.defrost()
+    solver.IMS_PER_BATCH = 12
+    with pytest.raises(ValueError, match="SOLVER.IMS_PER_BATCH=12.*SOLVER.REFERENCE_WORLD_SIZE=8"):
+        DefaultTrainer.auto_scale_workers(cfg, 4)
+
+
+def test_predictor_gives_the_models_output_in_the_pictures_size(trained):
+    trainer, _, folder = trained
+    cfg = trainer.cfg.clone()
+    cfg.MODEL.WEIGHTS = str(folder / "model_final.pth")
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    predictor = DefaultPredictor(cfg)
+    assert not predictor.model.training
+    for a, b in zip(trainer.model.state_dict().values(), predictor.model.state_dict().values()):
+        assert torch.equal(a, b)
+    picture = np.random.default_rng(0).integers(0, 255, (80, 160, 3), dtype=np.uint8)
+    instances = predictor(picture)["instances"]
+    assert instances.image_size == (80, 160) and len(instances) and not instances.scores.requires_grad
+    # By hand: shortest side to 64, channels first, as float.
+    resized = predictor.aug.get_transform(picture).apply_image(picture)
+    assert resized.shape == (64, 128, 3)
+    image = torch.from_numpy(resized.transpose(2, 0, 1).astype(np.float32))
+    with torch.no_grad():
+        expected = predictor.model([{"image": image, "height": 80, "width": 160}])[0]["instances"]
+    assert torch.equal(instances.scores, expected.scores)
+    # A model for RGB sees the channels the other way round.
+    cfg.INPUT.FORMAT = "RGB"
+    flipped = DefaultPredictor(cfg)(np.ascontiguousarray(picture[:, :, ::-1]))["instances"]
+    assert torch.equal(flipped.scores, expected.scores)
+
+
+@pytest.mark.parametrize(
+    ("picture", "error", "message"),
+    [
+        (None, TypeError, "cv2.imread"),
+        ([[1]], TypeError, "list"),
+        (np.zeros((4, 4), np.uint8), ValueError, r"\(4, 4\)"),
+        (np.zeros((3, 8, 8), np.uint8), ValueError, r"\(3, 8, 8\)"),
+        (np.zeros((0, 4, 3), np.uint8), ValueError, r"\(0, 4, 3\)"),
+        (np.zeros((4, 4, 3), np.int64), TypeError, "int64"),
+        (np.full((4, 4, 3), 0.5), ValueError, r"0\.\.1"),
+    ],
+)
+def test_predictor_explains_bad_pictures(trained, picture, error, message):
+    with pytest.raises(error, match=message):
+        DefaultPredictor(trained[0].cfg)(picture)
+
+
+def test_arguments():
+    args = default_argument_parser().parse_args(
+        ["--config-file", "a.yaml", "--num-gpus", "2", "--resume", "SOLVER.BASE_LR", "0.1"]
+    )
+    assert (args.config_file, args.num_gpus, args.resume, args.eval_only) == ("a.yaml", 2, True, False)
+    assert args.opts == ["SOLVER.BASE_LR", "0.1"]
+    assert (args.num_machines, args.machine_rank, args.dist_url) == (1, 0, "auto")
+    assert default_argument_parser("the end").epilog == "the end"
+
+
+def test_setup_writes_the_config_and_seeds(tmp_path):
+    cfg = tiny_cfg(tmp_path / "out")
+    args = default_argument_parser().parse_args([])
+    default_setup(cfg, args)
+    first = torch.rand(3)
+    default_setup(cfg, args)
+    assert torch.equal(first, torch.rand(3))
+    loaded = get_cfg()
+    loaded.merge_from_file(str(tmp_path / "out" / "config.yaml"))
+    assert loaded == cfg
+    assert (tmp_path / "out" / "log.txt").exists()
+    cfg.SEED = -1
+    default_setup(cfg, args)
+    assert not torch.equal(first, torch.rand(3))
+
+
+def test_writers(tmp_path):
+    kinds = [type(w) for w in default_writers(str(tmp_path / "new"), 10)]
+    assert kinds == [CommonMetricPrinter, JSONWriter, TensorboardXWriter]
+    assert os.path.isdir(tmp_path / "new")
+
+
+def test_one_process_needs_no_wrapper_and_no_group():
+    model = torch.nn.Linear(1, 1)
+    assert create_ddp_model(model) is model
+    called = []
+    launch(called.append, 1, args=(3,))
+    assert called == [3]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"), [((0,), "num_gpus"), ((1, 2, 2), "machine_rank"), ((1, 2, 0), "dist_url")]
+)
+def test_launch_explains_bad_numbers(args, message):
+    with pytest.raises(ValueError, match=message):
+        launch(print, *args)
+
+
+def test_weights_are_looked_for_early(tmp_path):
+    cfg = tiny_cfg(tmp_path)
+    check_weights(cfg)
+    cfg.MODEL.WEIGHTS = "https://example.com/model.pkl"
+    check_weights(cfg)
+    cfg.MODEL.WEIGHTS = str(tmp_path / "gone.pth")
+    with pytest.raises(FileNotFoundError, match="MODEL.WEIGHTS.*gone.pth"):
+        check_weights(cfg)
+
+
+def test_precise_bn_is_added_on_demand(tmp_path):
+    cfg = tiny_cfg(tmp_path, TEST__PRECISE_BN__ENABLED=True, TEST__PRECISE_BN__NUM_ITER=1)
+    assert not any(isinstance(h, hooks.PreciseBN) for h in DefaultTrainer(cfg)._hooks)  # GN has none
+    cfg.MODEL.RESNETS.NORM = "BN"
+    assert any(isinstance(h, hooks.PreciseBN) for h in DefaultTrainer(cfg)._hooks)

@@ -1,0 +1,86 @@
+"""The training script: what it writes, and how it answers slips."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.engine.tiny import tiny_cfg
+
+_SCRIPT = Path(__file__).parents[2] / "tools" / "train_net.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("train_net", _SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _write_config(folder) -> str:
+    path = folder / "config.yaml"
+    path.write_text(tiny_cfg(folder / "out").dump())
+    return str(path)
+
+
+def test_trains_resumes_and_evaluates(script, tmp_path, capsys):
+    config, out = _write_config(tmp_path), tmp_path / "out"
+    script.run(["--config-file", config, "SOLVER.MAX_ITER", "1"])
+    printed = capsys.readouterr().out
+    assert "Results, bbox:" in printed and "Results, segm:" in printed
+    for name in ("model_final.pth", "last_checkpoint", "metrics.json", "config.yaml", "log.txt", "inference"):
+        assert (out / name).exists(), name
+    assert "total_loss" in json.loads((out / "metrics.json").read_text().splitlines()[0])
+    pictures = sorted((out / "predictions").iterdir())
+    assert len(pictures) == 4 and all(path.suffix == ".png" for path in pictures)
+    assert max(Image.open(pictures[0]).size) >= 600
+
+    script.run(["--config-file", config, "--resume", "SOLVER.MAX_ITER", "2"])
+    assert "Starting training from iteration 1 of 2" in capsys.readouterr().out
+    assert torch.load(out / "model_final.pth", weights_only=True)["iteration"] == 1
+
+    weights = str(out / "model_final.pth")
+    other = tmp_path / "eval"
+    script.run(["--config-file", config, "--eval-only", "MODEL.WEIGHTS", weights, "OUTPUT_DIR", str(other)])
+    printed = capsys.readouterr().out
+    assert "Results, bbox:" in printed and "Starting training" not in printed
+    assert not (other / "model_final.pth").exists() and len(os.listdir(other / "predictions")) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--config-file", "/no/such/config.yaml"], "/no/such/config.yaml"),
+        (["SOLVER.BASE_LRR", "0.1"], "SOLVER.BASE_LR"),
+        (["SOLVER.BASE_LR", "fast"], "SOLVER.BASE_LR"),
+        (["DATASETS.TEST", "('nowhere',)"], "nowhere"),
+        (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty"),
+        (["MODEL.WEIGHTS", "/no/such/weights.pth"], "/no/such/weights.pth"),
+    ],
+)
+def test_slips_cost_one_line(script, tmp_path, capsys, arguments, said):
+    config = [] if "--config-file" in arguments else ["--config-file", _write_config(tmp_path)]
+    with pytest.raises(SystemExit) as stop:
+        script.run(config + arguments)
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and "error: " in lines[0] and said in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_runs_as_a_program():
+    done = subprocess.run(
+        [sys.executable, str(_SCRIPT), "--config-file", "/no/such.yaml"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(_SCRIPT.parents[1])},
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr and "/no/such.yaml" in done.stderr
