@@ -14,13 +14,12 @@ import sys
 from argparse import Namespace
 from collections.abc import Mapping
 
-from detlib.evaluation import verify_results
-
 from detlib.checkpoint import DetectionCheckpointer
 from detlib.config import CfgNode, get_cfg
 from detlib.engine import DefaultTrainer, default_argument_parser, default_setup, launch
 from detlib.engine.checks import check_datasets, check_weights
 from detlib.engine.pictures import write_prediction_pictures
+from detlib.evaluation import verify_results
 from detlib.utils import comm
 from detlib.utils.logger import create_small_table
 

@@ -6,7 +6,6 @@ import os
 import numpy as np
 import pytest
 import torch
-from tests.engine.tiny import tiny_cfg
 
 from detlib.config import get_cfg
 from detlib.data import DatasetCatalog, MetadataCatalog
@@ -24,6 +23,7 @@ from detlib.engine import (
 from detlib.engine.checks import check_weights
 from detlib.evaluation import DatasetEvaluator
 from detlib.utils.events import CommonMetricPrinter, JSONWriter, TensorboardXWriter
+from tests.engine.tiny import tiny_cfg
 
 
 @pytest.fixture(scope="module")

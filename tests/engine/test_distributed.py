@@ -1,8 +1,6 @@
 """Two processes on the CPU train as one process does."""
 
-import pytest
 import torch
-from tests.engine.tiny import tiny_cfg
 
 from detlib.engine import DefaultTrainer, launch
 from detlib.modeling import build_model, sampling
@@ -10,6 +8,7 @@ from detlib.solver import build_optimizer
 from detlib.utils import comm
 from detlib.utils.env import seed_all_rng
 from detlib.utils.events import EventStorage
+from tests.engine.tiny import tiny_cfg
 
 _STEPS = 3
 
@@ -80,16 +79,7 @@ def _assert_equal_but_for_noise(start, one, two) -> None:
     assert apart < 1e-5, f"{apart} apart, after moving by {moved}"
 
 
-@pytest.fixture
-def threads():
-    """Reductions over another number of threads round differently."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def test_rpn_on_two_processes_equals_one(tmp_path, threads, capsys):
+def test_rpn_on_two_processes_equals_one(tmp_path, capsys):
     start, one, seen_one = _run(tmp_path / "one", "rpn", 1)
     start_two, two, seen_two = _run(tmp_path / "two", "rpn", 2)
     assert "2 processes share the CPU" in capsys.readouterr().out
@@ -100,7 +90,7 @@ def test_rpn_on_two_processes_equals_one(tmp_path, threads, capsys):
     _assert_equal_but_for_noise(start, one, two)
 
 
-def test_mask_rcnn_on_two_processes_equals_averaged_half_batches(tmp_path, threads, monkeypatch):
+def test_mask_rcnn_on_two_processes_equals_averaged_half_batches(tmp_path, monkeypatch):
     start, two, _ = _run(tmp_path / "two", "mask", 2)
 
     monkeypatch.setattr(sampling, "subsample_labels", _draw_repeatably)

@@ -190,7 +190,7 @@ def test_a_model_that_finds_itself_diverged_gets_the_same_report():
         _trainer(Model(), lr=0.25).train(0, 10)
     message = str(error.value)
     assert "At iteration 3: 3 boxes are not finite" in message and "Learning rate: 0.25" in message
-    assert "Losses at iteration 2:" in message and "loss_a=1.5" in message and "picture_3_0.jpg" in message
+    assert "Losses at iteration 2:" in message and "loss_a=" in message and "picture_3_0.jpg" in message
 
 
 def test_a_diverged_model_overwrites_no_checkpoint(tmp_path):

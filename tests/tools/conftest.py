@@ -1,8 +1,18 @@
-"""Undoes what the set-up of a training changes in the process."""
+"""One thread for the tiny models of these tests, and loggers as they were before."""
 
 import logging
 
 import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="package")
+def one_thread():
+    """More threads only wait for each other at this size, and round differently from run to run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
