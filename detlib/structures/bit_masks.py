@@ -18,6 +18,9 @@ from .roi_masks import ROIMasks
 
 __all__ = ["BitMasks"]
 
+# Size of the buffer in which masks are made floating point: 256 MiB.
+_MAX_FLOATS = 2**26
+
 
 class BitMasks:
     """The masks of N objects in one (N, H, W) bool tensor.
@@ -69,7 +72,7 @@ class BitMasks:
 
     def nonempty(self) -> torch.Tensor:
         """(N,) bool: which masks have a pixel set."""
-        return self.tensor.flatten(1).any(dim=1)
+        return _any(self.tensor, (1, 2))
 
     @staticmethod
     def from_polygon_masks(
@@ -116,17 +119,24 @@ class BitMasks:
                 f"crop_and_resize needs a box per object: {len(boxes)} boxes, {len(self)} objects"
             )
         boxes = boxes.to(self.tensor.device, torch.float32)
-        indices = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)
-        rois = torch.cat([indices[:, None], boxes], dim=1)
-        crops = roi_align(
-            self.tensor[:, None].float(), rois, (mask_size, mask_size), 1.0, sampling_ratio=0, aligned=True
-        )
-        return crops[:, 0] >= 0.5
+        crops = torch.empty(len(self), mask_size, mask_size, dtype=torch.bool, device=self.tensor.device)
+        # RoIAlign takes floating point, four times the memory of masks: one buffer serves some at a time.
+        chunk_size = min(max(1, _MAX_FLOATS // max(1, self.image_size.numel())), len(self))
+        buffer = torch.empty(chunk_size, 1, *self.image_size, device=self.tensor.device)
+        indices = torch.arange(chunk_size, device=boxes.device, dtype=boxes.dtype)
+        for start in range(0, len(self), chunk_size or 1):
+            chunk = slice(start, start + chunk_size)
+            num_masks = len(boxes[chunk])
+            soft_masks = buffer[:num_masks].copy_(self.tensor[chunk, None])
+            rois = torch.cat([indices[:num_masks, None], boxes[chunk]], dim=1)
+            soft_crops = roi_align(soft_masks, rois, mask_size, 1.0, sampling_ratio=0, aligned=True)
+            torch.ge(soft_crops[:, 0], 0.5, out=crops[chunk])
+        return crops
 
     def get_bounding_boxes(self) -> Boxes:
         """The smallest box around each mask; zeros for an empty mask."""
-        x0, x1 = _extent(self.tensor.any(dim=1))
-        y0, y1 = _extent(self.tensor.any(dim=2))
+        x0, x1 = _extent(_any(self.tensor, 1))
+        y0, y1 = _extent(_any(self.tensor, 2))
         return Boxes(torch.stack([x0, y0, x1, y1], dim=1))
 
     def area(self) -> torch.Tensor:
@@ -142,6 +152,11 @@ class BitMasks:
             if not isinstance(masks, BitMasks):
                 raise TypeError(f"BitMasks.cat takes a list of BitMasks, got {type(masks).__name__}")
         return BitMasks(torch.cat([masks.tensor for masks in bitmasks_list], dim=0))
+
+
+def _any(masks: torch.Tensor, dim: int | tuple[int, int]) -> torch.Tensor:
+    """`masks.any(dim)` for bool tensors, ten times as fast on the CPU."""
+    return masks.view(torch.uint8).amax(dim=dim).bool()
 
 
 def _extent(occupied: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -176,6 +176,13 @@ class TestBitMasks:
         with pytest.raises(ValueError, match="2 boxes, 3 objects"):
             masks.crop_and_resize(boxes[:2], 28)
 
+    def test_crops_in_chunks_are_the_same(self, monkeypatch):
+        masks = BitMasks.from_polygon_masks([[SQUARE], [TRIANGLE, CIRCLE], [CIRCLE]], 80, 100)
+        boxes = torch.tensor([[8.0, 15.0, 40.0, 55.0], [38.0, 8.0, 90.0, 78.0], [50.0, 40.0, 80.0, 70.0]])
+        expected = masks.crop_and_resize(boxes, 28)
+        monkeypatch.setattr("detlib.structures.bit_masks._MAX_FLOATS", 2 * 80 * 100)
+        assert torch.equal(masks.crop_and_resize(boxes, 28), expected) and expected.any(dim=(1, 2)).all()
+
     def test_agrees_with_polygons(self):
         boxes = torch.tensor([[8.0, 15.0, 40.0, 55.0], [38.0, 8.0, 90.0, 78.0]])
         polygons = PolygonMasks([[SQUARE], [TRIANGLE, CIRCLE]])
