@@ -1,5 +1,7 @@
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,6 +46,13 @@ def test_against_slow_formula():
         assert torch.equal(pasted[i][decided], (expected >= 0.5)[decided])
         assert (soft[i].double() - expected * 255).abs().max() <= 1 + 1e-3
     assert pasted.any()
+
+
+def test_against_numbers_of_detectron2():
+    case = np.load(Path(__file__).with_name("paste_masks.npz"))
+    masks, boxes = torch.tensor(case["masks"]), torch.tensor(case["boxes"])
+    pasted = paste_masks_in_image(masks, boxes, case["pasted"].shape[1:])
+    assert np.array_equal(pasted.numpy(), case["pasted"]) and pasted.any()
 
 
 def test_whole_pictures_in_chunks_give_the_same(monkeypatch):

@@ -83,7 +83,7 @@ class TestShapes:
 
     def test_box(self, image):
         drawn = Visualizer(image).draw_box((20, 30, 60, 80), alpha=1.0, edge_color=(0, 1.0, 0)).get_image()
-        assert_color(drawn[40:70, 20], [0, 255, 0], 1) if (drawn[50, 20] == [0, 255, 0]).all() else None
+        assert_color(drawn[50, 20], [0, 255, 0], 0)
         changed = (drawn != image).any(axis=2)
         assert changed[30:80, 18:23].any(axis=1).all() and changed[28:33, 20:60].any(axis=0).all()
         assert not changed[35:75, 25:55].any() and not changed[:25].any()
@@ -262,10 +262,9 @@ class TestOverlay:
 
 
 def uncompressed(mask):
+    """COCO's run lengths of a mask whose first pixel is not set, as a list."""
     flat = np.concatenate([[0], mask.ravel(order="F").astype(int), [2]])
-    borders = np.flatnonzero(np.diff(flat)) if flat[1] == 0 else np.flatnonzero(np.diff(flat))
-    runs = np.diff(np.concatenate([[0], borders]))
-    return runs.tolist()
+    return np.diff(np.concatenate([[0], np.flatnonzero(np.diff(flat))])).tolist()
 
 
 class TestSegmentations:
