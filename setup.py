@@ -15,6 +15,8 @@ COMMANDS = {"build", "build_ext", "bdist_wheel", "editable_wheel", "install", "d
 
 def extension() -> dict:
     """Arguments of `setup` for detlib/_C.abi3.so, which stands on LibTorch's stable ABI."""
+    if home := detlib_build.cuda_home():
+        os.environ.setdefault("CUDA_HOME", str(home))  # torch looks beside the nvcc on the PATH only
     import torch
     from torch.utils import cpp_extension
 
@@ -27,13 +29,13 @@ def extension() -> dict:
     if with_cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "7.5;8.0;8.6;9.0+PTX")
         options["sources"] += sorted(map(str, Path("csrc/cuda").glob("*.cu")))
-        options["library_dirs"] = [str(Path(cpp_extension.CUDA_HOME) / "lib64")]
+        options["library_dirs"] = [str(home / "lib64")]
         options["libraries"] = ["cudart_static", "rt", "dl", "pthread"]
         link.append("-Wl,--exclude-libs,ALL")
         if found < (2, 13):
             options["libraries"].append("torch_cuda")
             defines.append("-DUSE_CUDA")
-        nvcc_flags = [*defines, "-O3", "-Xcompiler=-fvisibility=hidden", "--threads=2"]
+        nvcc_flags = [*defines, "-O3", "-fmad=false", "-Xcompiler=-fvisibility=hidden"]
     print(f"detlib: compiling the C++ operators; {reason}", file=sys.stderr)
     options |= {"extra_compile_args": {"cxx": cxx, "nvcc": nvcc_flags}, "extra_link_args": link}
     module = cpp_extension.CppExtension("detlib._C", py_limited_api=True, **options)

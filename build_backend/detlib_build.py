@@ -11,6 +11,7 @@ compile.
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403
@@ -36,12 +37,18 @@ def will_compile() -> bool:
     return any(shutil.which(name) for name in compiler)
 
 
-def nvcc_path() -> str | None:
-    """The CUDA compiler: below CUDA_HOME, on the PATH, or in the usual place."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if home:
-        return shutil.which("nvcc", path=os.path.join(home, "bin"))
-    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+def cuda_home() -> Path | None:
+    """The CUDA toolkit: CUDA_HOME, else what nvcc on the PATH belongs to, else the usual place."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    on_path = shutil.which("nvcc")
+    candidates = [Path(named)] if named else [Path(on_path).resolve().parents[1]] if on_path else []
+    if not named:
+        candidates.append(Path("/usr/local/cuda"))
+    # nvcc on the PATH may be a wrapper script that lies outside the toolkit: the headers tell.
+    for home in candidates:
+        if (home / "bin" / "nvcc").exists() and (home / "include" / "cuda_runtime.h").exists():
+            return home
+    return None
 
 
 def get_requires_for_build_wheel(config_settings=None):
@@ -58,19 +65,20 @@ def get_requires_for_build_editable(config_settings=None):
 
 def use_cuda(torch_cuda: str | None) -> tuple[bool, str]:
     """Whether to compile CUDA operators with a torch built for CUDA `torch_cuda`, and why."""
-    mode, nvcc = requested_mode(), nvcc_path()
+    mode, home = requested_mode(), cuda_home()
     if mode == "cuda":
-        if nvcc is None:
+        if home is None:
             raise FileNotFoundError("DETLIB_BUILD=cuda needs nvcc: put it on the PATH or set CUDA_HOME")
-        return True, f"and the CUDA operators with {nvcc}, as DETLIB_BUILD=cuda asks"
+        return True, f"and the CUDA operators with {home}, as DETLIB_BUILD=cuda asks"
     if mode == "cpu":
         return False, "no CUDA operators, as DETLIB_BUILD=cpu asks"
-    if nvcc is None or torch_cuda is None:
-        return False, f"no CUDA operators ({'torch has no CUDA' if nvcc else 'no nvcc found'})"
-    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    if home is None or torch_cuda is None:
+        return False, f"no CUDA operators ({'this torch has no CUDA' if home else 'no CUDA toolkit found'})"
+    nvcc = [home / "bin" / "nvcc", "--version"]
+    version = subprocess.run(nvcc, capture_output=True, text=True, check=True).stdout
     if f"release {torch_cuda.split('.')[0]}." not in version:
         return (
             False,
-            f"no CUDA operators, as {nvcc} is of another major version than torch's CUDA {torch_cuda}",
+            f"no CUDA operators, as {home} is of another major version than torch's CUDA {torch_cuda}",
         )
-    return True, f"and the CUDA operators with {nvcc}"
+    return True, f"and the CUDA operators with {home}"

@@ -44,7 +44,7 @@ def batched_nms(
     Args:
         boxes: (N, 4) floating point, absolute `x1, y1, x2, y2`, as for `nms`.
         scores: (N,) floating point.
-        idxs: (N,) integer or boolean, the category of each box; any values, negative ones included.
+        idxs: (N,) the category of each box: integers, booleans or whole floats, of any value.
         iou_threshold: in [0, 1].
 
     Returns:
@@ -57,8 +57,6 @@ def batched_nms(
     _check_arguments(boxes, scores, iou_threshold)
     check_tensor("idxs", idxs, "(N,)", floating=False)
     check_same_length("idxs", idxs, "boxes", boxes)
-    if idxs.is_complex():
-        raise ValueError(f"idxs must hold integers, got {idxs.dtype}")
     return torch.ops.detlib.batched_nms(boxes, scores, idxs, iou_threshold)
 
 

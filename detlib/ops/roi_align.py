@@ -253,9 +253,10 @@ def _save_forward(ctx, inputs, output):
 def _backward(ctx, grad):
     (boxes,) = ctx.saved_tensors
     scale, height, width, *sampling = ctx.scalars
-    grad_input = torch.ops.detlib.roi_align_backward(
-        grad, boxes, scale, height, width, *ctx.input_size, *sampling
-    )
+    operator = torch.ops.detlib.roi_align_backward
+    if grad.is_cuda and torch.are_deterministic_algorithms_enabled():
+        operator = reference_roi_align_backward  # the CUDA kernel adds in any order
+    grad_input = operator(grad, boxes, scale, height, width, *ctx.input_size, *sampling)
     return grad_input, None, None, None, None, None, None
 
 
