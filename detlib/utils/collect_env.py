@@ -109,12 +109,12 @@ def _mismatch(torchvision_error: str | None) -> str | None:
     if torch.version.cuda is None and cuda is not None:
         return (
             f"CPU torch beside CUDA torchvision: torch {torch.__version__} has no CUDA, but the installed"
-            f" torchvision was built for CUDA {cuda} and cannot load its operators. Install both from the same"
+            f" torchvision was built for CUDA {cuda} and cannot load its operators. Install both from one"
             " place, e.g. pip install --force-reinstall torch torchvision, or for a CPU-only pair add"
             " --index-url https://download.pytorch.org/whl/cpu."
         )
     return (
-        f"torchvision does not load beside torch {torch.__version__}: the two must be released together. Install"
+        f"torchvision does not load beside torch {torch.__version__}: the two must fit each other. Install"
         " a matching pair with pip install --upgrade --force-reinstall torch torchvision."
     )
 

@@ -52,3 +52,70 @@ def test_batched_nms_separates_categories(dtype):
     boxes, scores = random_boxes(300, seed=3, dtype=dtype)
     idxs = torch.arange(300) % 5 - 2
     assert batched_nms(boxes, scores, idxs, 0.3).tolist() == slow_nms(boxes, scores, 0.3, idxs)
+
+
+def test_categories_may_be_many_far_apart_or_floats():
+    boxes, scores = random_boxes(300, seed=4)
+    idxs = torch.arange(300) % 7
+    expected = slow_nms(boxes, scores, 0.4, idxs)
+    for other in (idxs * 10**15 - 5, idxs.to(torch.uint8), idxs.float()):
+        assert batched_nms(boxes, scores, other, 0.4).tolist() == expected
+    assert batched_nms(boxes, scores, idxs > 3, 0.4).tolist() == slow_nms(boxes, scores, 0.4, idxs > 3)
+
+
+def test_many_categories_do_not_cost_precision():
+    """Moving categories apart by coordinates would round these boxes: the IoU is barely above 0.7."""
+    box = torch.tensor([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 7.001]])
+    boxes, idxs = box.repeat(5000, 1) + 1000, torch.arange(5000).repeat_interleave(2)
+    scores = torch.linspace(1, 0.5, 10000)
+    assert torch.equal(batched_nms(boxes, scores, idxs, 0.7), torch.arange(0, 10000, 2))
+
+
+def test_equal_scores_keep_input_order_and_the_threshold_itself_is_no_overlap():
+    boxes = torch.tensor([[0.0, 0, 2, 2], [0, 0, 2, 1], [5, 5, 6, 6], [0, 0, 2, 2]])
+    scores = torch.ones(4)
+    assert nms(boxes, scores, 0.5).tolist() == [0, 1, 2]  # the IoU of 0 and 1 is 0.5
+    assert nms(boxes, scores, 0.49).tolist() == [0, 2]
+
+
+def test_boxes_without_area_overlap_nothing():
+    boxes = torch.tensor([[1.0, 1, 1, 4], [1, 1, 1, 4], [0, 0, 3, 3]])
+    assert nms(boxes, torch.tensor([0.9, 0.8, 0.7]), 0.0).tolist() == [0, 1, 2]
+
+
+def test_layouts_and_mixed_dtypes():
+    boxes, scores = random_boxes(120, seed=5)
+    expected = nms(boxes, scores, 0.5)
+    assert torch.equal(nms(boxes.T.contiguous().T, scores.repeat_interleave(2)[::2], 0.5), expected)
+    assert torch.equal(nms(boxes, scores.double(), 0.5), expected)
+
+
+def test_empty():
+    kept = nms(torch.zeros(0, 4), torch.zeros(0), 0.5)
+    assert kept.shape == (0,) and kept.dtype == torch.int64
+    assert batched_nms(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64), 0.5).shape == (
+        0,
+    )
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"boxes": torch.zeros(3, 5)}, r"boxes must have shape \(N, 4\), got \(3, 5\)"),
+        ({"boxes": torch.zeros(3, 4, dtype=torch.int64)}, "boxes must be floating point, got torch.int64"),
+        ({"scores": torch.zeros(2)}, "scores must have one entry per entry of boxes, got 2 and 3"),
+        ({"scores": torch.zeros(3, 1)}, r"scores must have shape \(N,\), got \(3, 1\)"),
+        ({"scores": torch.zeros(3, device="meta")}, "scores is on meta, but boxes is on cpu"),
+        ({"idxs": torch.zeros(4)}, "idxs must have one entry per entry of boxes, got 4 and 3"),
+        ({"iou_threshold": 1.5}, r"iou_threshold must be in \[0, 1\], got 1.5"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    arguments = {
+        "boxes": torch.zeros(3, 4),
+        "scores": torch.zeros(3),
+        "idxs": torch.zeros(3),
+        "iou_threshold": 0.5,
+    }
+    with pytest.raises(ValueError, match=message):
+        batched_nms(**(arguments | change))

@@ -1,0 +1,121 @@
+"""The operators as PyTorch sees them: schemas, tracing, autocast, and what stands in for compiled kernels."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from detlib.ops import _library, batched_nms, nms, roi_align
+
+
+def samples():
+    generator = torch.Generator().manual_seed(0)
+    low = torch.rand(20, 2, generator=generator) * 20
+    boxes = torch.cat([low, low + torch.rand(20, 2, generator=generator) * 20], 1)
+    scores = torch.rand(20, generator=generator)
+    rois = torch.nn.functional.pad(boxes, (1, 0))
+    maps = torch.rand(1, 3, 11, 13, generator=generator, requires_grad=True)
+    grad = torch.rand(20, 3, 3, 2, generator=generator, requires_grad=True)
+    return {
+        "nms": (boxes, scores, 0.4),
+        "batched_nms": (boxes, scores, torch.arange(20) % 3, 0.4),
+        "roi_align": (maps, rois, 0.3, 3, 2, 0, True),
+        "roi_align_backward": (grad, rois, 0.3, 3, 2, 1, 3, 11, 13, 0, True),
+    }
+
+
+@pytest.mark.parametrize("name", _library.SCHEMAS)
+def test_opcheck(name):
+    operator = getattr(torch.ops.detlib, name).default
+    assert set(torch.library.opcheck(operator, samples()[name]).values()) == {"SUCCESS"}
+
+
+def test_compiled_graph_has_the_operator_in_it():
+    maps, rois, scale, height, width, ratio, aligned = samples()["roi_align"]
+    boxes, scores, idxs, threshold = samples()["batched_nms"]
+
+    class Pool(torch.nn.Module):
+        def forward(self, maps, boxes, scores, idxs):
+            kept = batched_nms(boxes, scores, idxs, threshold)
+            rois = torch.nn.functional.pad(boxes[kept], (1, 0))
+            return roi_align(maps, rois, (height, width), scale, ratio, aligned)
+
+    inputs = (maps.detach(), boxes, scores, idxs)
+    exported = torch.export.export(Pool(), inputs)
+    targets = {str(node.target) for node in exported.graph.nodes}
+    assert {"detlib.roi_align.default", "detlib.batched_nms.default"} <= targets
+    torch.testing.assert_close(exported.module()(*inputs), Pool()(*inputs))
+
+
+def test_autocast_keeps_dtype_and_precision():
+    maps, rois, *_ = samples()["roi_align"]
+    boxes, scores, threshold = samples()["nms"]
+    plain = roi_align(maps, rois, 3, 0.3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(roi_align(maps, rois, 3, 0.3), plain)
+        reduced = roi_align(maps.bfloat16(), rois, 3, 0.3)
+        assert torch.equal(nms(boxes, scores, threshold), nms(boxes.double(), scores, threshold))
+    assert reduced.dtype == torch.bfloat16
+    assert torch.equal(reduced, roi_align(maps.bfloat16().float(), rois, 3, 0.3).bfloat16())
+
+
+WITHOUT_NATIVE = """
+import sys
+if {hide_torchvision}:
+    sys.modules["torchvision"] = None  # importing it raises ImportError, as in a broken installation
+import torch
+from detlib.ops import _library
+{before}
+from tests.ops.test_registration import samples
+from detlib.ops import nms
+expected = torch.load(sys.argv[1])
+assert _library.implementation("nms", "cpu") == "{served_by}", _library.implementation("nms", "cpu")
+assert "DETLIB_DISABLE_NATIVE=1" in _library.native_load_error
+for name, arguments in samples().items():
+    torch.testing.assert_close(getattr(torch.ops.detlib, name)(*arguments), expected[name])
+for dtype in (torch.float64, torch.float16, torch.bfloat16):
+    maps, *rest = samples()["roi_align"]
+    got = torch.ops.detlib.roi_align(maps.to(dtype), *rest)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.float(), expected["roi_align"], atol=2e-2, rtol=2e-2)
+maps, *rest = samples()["roi_align"]
+assert torch.autograd.gradcheck(lambda x: torch.ops.detlib.roi_align(x, *rest), maps[..., :4, :5].double())
+for name in ("nms", "roi_align"):
+    torch.library.opcheck(getattr(torch.ops.detlib, name).default, samples()[name])
+boxes, scores, _ = samples()["nms"]
+assert nms(boxes[:0], scores[:0], 0.5).shape == (0,)
+"""
+
+
+@pytest.mark.parametrize("hide_torchvision,served_by", [(False, "torchvision"), (True, "PyTorch reference")])
+def test_fallbacks_give_the_same_values(hide_torchvision, served_by, tmp_path):
+    values = {name: getattr(torch.ops.detlib, name)(*arguments) for name, arguments in samples().items()}
+    torch.save({name: value.detach() for name, value in values.items()}, tmp_path / "expected.pt")
+    before = "assert 'torchvision' not in sys.modules" if not hide_torchvision else ""
+    code = WITHOUT_NATIVE.format(hide_torchvision=hide_torchvision, served_by=served_by, before=before)
+    environment = os.environ | {"DETLIB_DISABLE_NATIVE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "expected.pt"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_native_kernels_serve_the_cpu_where_built():
+    if _library.native_load_error:
+        pytest.skip(f"compiled operators: {_library.native_load_error}")
+    assert all(_library.implementation(name, "cpu") == "native" for name in _library.SCHEMAS)
+
+
+def test_broken_extension_is_reported_and_does_without(monkeypatch):
+    def broken(name):
+        raise ImportError("undefined symbol: aoti_torch_example")
+
+    monkeypatch.delenv(_library.DISABLE_NATIVE, raising=False)
+    monkeypatch.setattr(_library.importlib, "import_module", broken)
+    with pytest.warns(RuntimeWarning, match="undefined symbol: aoti_torch_example"):
+        assert _library._load_native() == "does not load: undefined symbol: aoti_torch_example"

@@ -1,0 +1,33 @@
+"""The environment report."""
+
+import torch
+
+from detlib.ops import _library
+from detlib.utils import collect_env
+from detlib.utils.collect_env import collect_env_info
+
+
+def test_report_names_versions_and_what_serves_each_operator():
+    report = collect_env_info()
+    for line in (f"torch {torch.__version__}", "torchvision", "numpy", "fvcore", "Python"):
+        assert line.split()[-1] in report
+    for name in _library.SCHEMAS:
+        (row,) = [line.split() for line in report.splitlines() if line.split()[:1] == [name]]
+        assert row[1] == _library.implementation(name, "cpu").split()[0]
+
+
+def test_report_says_why_operators_are_not_compiled(monkeypatch):
+    monkeypatch.setattr(_library, "native_load_error", "does not load: undefined symbol: f")
+    assert "compiled operators: does not load: undefined symbol: f" in collect_env_info()
+
+
+def test_cpu_torch_beside_cuda_torchvision_is_named(monkeypatch):
+    error = "RuntimeError: operator torchvision::nms does not exist"
+    monkeypatch.setattr(_library, "torchvision_ops", lambda: (None, error))
+    monkeypatch.setattr(collect_env, "_torchvision_cuda", lambda: "13.0")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    report = collect_env_info()
+    assert error in report
+    assert "CPU torch beside CUDA torchvision" in report and "built for CUDA 13.0" in report
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "a matching pair" in collect_env_info()
