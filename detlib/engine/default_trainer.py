@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from detlib.checkpoint import DetectionCheckpointer
@@ -25,6 +24,7 @@ from detlib.evaluation import (
     print_csv_format,
     verify_results,
 )
+from detlib.layers.fvcore_nn import get_bn_modules
 from detlib.modeling import build_model
 from detlib.solver import build_lr_scheduler, build_optimizer
 from detlib.utils import comm

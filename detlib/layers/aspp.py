@@ -2,10 +2,11 @@
 
 from copy import deepcopy
 
-import fvcore.nn.weight_init as weight_init
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from detlib.layers.fvcore_nn import weight_init
 
 from .batch_norm import get_norm
 from .blocks import DepthwiseSeparableConv2d

@@ -1,7 +1,8 @@
 """Convolutional building blocks."""
 
-import fvcore.nn.weight_init as weight_init
 from torch import nn
+
+from detlib.layers.fvcore_nn import weight_init
 
 from .batch_norm import FrozenBatchNorm2d, get_norm
 from .wrappers import Conv2d

@@ -7,10 +7,10 @@ axis-aligned boxes, XYXY in absolute pixels).
 import math
 
 import torch
-from fvcore.nn import giou_loss, smooth_l1_loss
 from torch.nn import functional as F
 
 from detlib.layers import ciou_loss, diou_loss
+from detlib.layers.fvcore_nn import giou_loss, smooth_l1_loss
 
 __all__ = [
     "BOX_LOSS_TYPES",

@@ -4,11 +4,11 @@ import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping
 
-from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
 from torch import nn
 
 from detlib.engine.trainer_base import HookBase
 from detlib.evaluation.testing import flatten_results_dict
+from detlib.layers.fvcore_nn import get_bn_modules, update_bn_stats
 from detlib.utils import comm
 from detlib.utils.events import EventStorage
 

@@ -1,10 +1,10 @@
 """Feature Pyramid Networks (arXiv:1612.03144) and the extra levels of RetinaNet (arXiv:1708.02002)."""
 
-from fvcore.nn import weight_init
 from torch import nn
 from torch.nn import functional as F
 
 from detlib.layers import Conv2d, ShapeSpec, get_norm
+from detlib.layers.fvcore_nn import weight_init
 from detlib.modeling.backbone.backbone import Backbone
 from detlib.modeling.backbone.build import BACKBONE_REGISTRY
 from detlib.modeling.backbone.resnet import build_resnet_backbone

@@ -4,10 +4,10 @@ Published in "Deep Residual Learning for Image Recognition" (arXiv:1512.03385) a
 Transformations for Deep Neural Networks" (arXiv:1611.05431).
 """
 
-from fvcore.nn import weight_init
 from torch.nn import functional as F
 
 from detlib.layers import CNNBlockBase, Conv2d, get_norm
+from detlib.layers.fvcore_nn import weight_init
 
 __all__ = ["BasicBlock", "BasicStem", "BottleneckBlock", "ResNetBlockBase"]
 

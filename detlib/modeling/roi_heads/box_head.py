@@ -2,11 +2,11 @@
 
 import numpy as np
 import torch
-from fvcore.nn import weight_init
 from torch import nn
 
 from detlib.config import CfgNode, configurable
 from detlib.layers import Conv2d, ShapeSpec, get_norm
+from detlib.layers.fvcore_nn import weight_init
 from detlib.utils.registry import Registry
 
 __all__ = ["FastRCNNConvFCHead", "ROI_BOX_HEAD_REGISTRY", "build_box_head"]

@@ -4,12 +4,12 @@ Shape legend: R regions of all images together, K classes, C channels, M side of
 """
 
 import torch
-from fvcore.nn import weight_init
 from torch import nn
 from torch.nn import functional as F
 
 from detlib.config import CfgNode, configurable
 from detlib.layers import Conv2d, ConvTranspose2d, ShapeSpec, cat, get_norm
+from detlib.layers.fvcore_nn import weight_init
 from detlib.modeling.roi_heads.training_stats import put_scalars, to_floats
 from detlib.structures import Instances
 from detlib.utils.events import has_event_storage

@@ -1,0 +1,15 @@
+"""What detlib uses of `fvcore.nn`: initialization, losses and precise batch norm.
+
+Importing `fvcore.nn` compiles a function with `torch.jit`, which warns that it is deprecated. All of detlib imports it
+through this module, so that its users do not see a warning they can do nothing about.
+"""
+
+import warnings
+
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", message=".*torch.jit", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
+    from fvcore.nn import giou_loss, smooth_l1_loss, weight_init
+    from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
+
+__all__ = ["get_bn_modules", "giou_loss", "smooth_l1_loss", "update_bn_stats", "weight_init"]
