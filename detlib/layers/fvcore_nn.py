@@ -1,7 +1,7 @@
 """What detlib uses of `fvcore.nn`: initialization, losses and precise batch norm.
 
-Importing `fvcore.nn` compiles a function with `torch.jit`, which warns that it is deprecated. All of detlib imports it
-through this module, so that its users do not see a warning they can do nothing about.
+Importing `fvcore.nn` compiles a function with `torch.jit`, which warns that it is deprecated. All of detlib
+imports it through this module, so that its users do not see a warning they can do nothing about.
 """
 
 import warnings

@@ -1,0 +1,300 @@
+"""Every public name of detectron2 that this project promises exists here and takes the same arguments.
+
+`interface.json` lists detectron2's modules (below the package), their public names, and the parameters of
+functions, constructors and methods. What belongs to parts of the project that are not built yet is listed
+below; those lists only ever get shorter.
+"""
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+
+INTERFACE = json.loads(Path(__file__).with_name("interface.json").read_text())
+
+# Modules of parts that are to come.
+LATER_MODULES = {
+    "data.datasets.cityscapes": "more data sets",
+    "data.datasets.cityscapes_panoptic": "more data sets",
+    "data.datasets.coco_panoptic": "more data sets",
+    "data.datasets.lvis": "more data sets",
+    "export": "export",
+    "layers.deform_conv": "deformable convolution",
+    "layers.roi_align_rotated": "rotated boxes",
+    "layers.rotated_boxes": "rotated boxes",
+    "model_zoo": "model zoo",
+    "modeling.backbone.mvit": "more backbones",
+    "modeling.backbone.regnet": "more backbones",
+    "modeling.backbone.swin": "more backbones",
+    "modeling.backbone.utils": "more backbones",
+    "modeling.backbone.vit": "more backbones",
+    "modeling.meta_arch.dense_detector": "one-stage models",
+    "modeling.meta_arch.fcos": "one-stage models",
+    "modeling.meta_arch.panoptic_fpn": "panoptic models",
+    "modeling.meta_arch.retinanet": "one-stage models",
+    "modeling.meta_arch.semantic_seg": "panoptic models",
+    "modeling.mmdet_wrapper": "models of other libraries",
+    "modeling.proposal_generator.rrpn": "rotated boxes",
+    "modeling.roi_heads.cascade_rcnn": "more heads",
+    "modeling.roi_heads.keypoint_head": "keypoints",
+    "modeling.roi_heads.rotated_fast_rcnn": "rotated boxes",
+    "modeling.test_time_augmentation": "test-time augmentation",
+    "tracking": "tracking",
+    "utils.analysis": "analysis",
+    "utils.video_visualizer": "video",
+}
+
+# Names of parts that are to come, in modules that are here.
+LATER_NAMES = {
+    "config": {"LazyCall", "LazyConfig", "instantiate"},
+    "data": {"load_proposals_into_dataset"},
+    "data.build": {"load_proposals_into_dataset"},
+    "data.datasets": {
+        "get_lvis_instances_meta",
+        "load_lvis_json",
+        "load_sem_seg",
+        "register_coco_panoptic",
+        "register_coco_panoptic_separated",
+        "register_lvis_instances",
+    },
+    "data.datasets.builtin": {"register_all_ade20k", "register_all_cityscapes", "register_all_lvis"},
+    "data.datasets.coco": {"load_sem_seg"},
+    "data.datasets.register_coco": {"register_coco_panoptic_separated"},
+    "data.detection_utils": {"annotations_to_instances_rotated"},
+    "evaluation": {
+        "COCOPanopticEvaluator",
+        "CityscapesInstanceEvaluator",
+        "CityscapesSemSegEvaluator",
+        "LVISEvaluator",
+        "PascalVOCDetectionEvaluator",
+        "RotatedCOCOEvaluator",
+        "SemSegEvaluator",
+    },
+    "layers": {
+        "DeformConv",
+        "ModulatedDeformConv",
+        "ROIAlignRotated",
+        "batched_nms_rotated",
+        "nms_rotated",
+        "roi_align_rotated",
+    },
+    "layers.nms": {"batched_nms_rotated", "nms_rotated"},
+    "modeling": {
+        "BaseKeypointRCNNHead",
+        "DatasetMapperTTA",
+        "FCOS",
+        "GeneralizedRCNNWithTTA",
+        "MMDetBackbone",
+        "MMDetDetector",
+        "MViT",
+        "PanopticFPN",
+        "ROI_KEYPOINT_HEAD_REGISTRY",
+        "RetinaNet",
+        "SEM_SEG_HEADS_REGISTRY",
+        "SemanticSegmentor",
+        "SimpleFeaturePyramid",
+        "SwinTransformer",
+        "ViT",
+        "build_keypoint_head",
+        "build_sem_seg_head",
+        "get_vit_lr_decay_rate",
+    },
+    "modeling.anchor_generator": {"RotatedAnchorGenerator"},
+    "modeling.backbone": {
+        "MViT",
+        "RegNet",
+        "SimpleFeaturePyramid",
+        "SwinTransformer",
+        "ViT",
+        "get_vit_lr_decay_rate",
+    },
+    "modeling.backbone.resnet": {"DeformBottleneckBlock"},
+    "modeling.box_regression": {"Box2BoxTransformRotated"},
+    "modeling.meta_arch": {
+        "DenseDetector",
+        "FCOS",
+        "PanopticFPN",
+        "RetinaNet",
+        "SEM_SEG_HEADS_REGISTRY",
+        "SemanticSegmentor",
+        "build_sem_seg_head",
+    },
+    "modeling.postprocessing": {"sem_seg_postprocess"},
+    "modeling.roi_heads": {
+        "BaseKeypointRCNNHead",
+        "CascadeROIHeads",
+        "KRCNNConvDeconvUpsampleHead",
+        "ROI_KEYPOINT_HEAD_REGISTRY",
+        "RROIHeads",
+        "Res5ROIHeads",
+        "build_keypoint_head",
+    },
+    "structures": {"RotatedBoxes", "pairwise_iou_rotated"},
+}
+
+# Methods of parts that are to come.
+LATER_METHODS = {
+    "apply_rotated_box": "rotated boxes",
+    "draw_rotated_box_with_label": "rotated boxes",
+    "overlay_rotated_instances": "rotated boxes",
+}
+
+# Differences that are meant, as the beginning of what `check` says after the module, and why.
+DIFFERENT = {
+    "Backbone.forward: x": "detectron2's abstract method takes no input, though all that implement it do",
+    "COCOevalMaxDets": "the evaluator asks its back end for the number of detections",
+    "GeneralizedRCNN.visualize_training": "models do not draw; a hook of the trainer does",
+    "setup_logger: name": "the root logger has the name of this package",
+}
+
+
+def promised():
+    """Yields (module, name, entry) of all that must be there today."""
+    for module, names in INTERFACE.items():
+        if module in LATER_MODULES:
+            continue
+        for name, entry in names.items():
+            if name not in LATER_NAMES.get(module, ()):
+                yield module, name, entry
+
+
+def get(module, name):
+    return getattr(importlib.import_module(f"detlib.{module}"), name)
+
+
+def parse(parameters):
+    """Parameters as written in interface.json: positional and keyword-only (name, default source or None)."""
+    args = ast.parse(f"def f({parameters}): pass").body[0].args
+    positional = args.posonlyargs + args.args
+    defaults = [None] * (len(positional) - len(args.defaults)) + args.defaults
+    keyword_only = list(zip(args.kwonlyargs, args.kw_defaults))
+    pairs = [(a.arg, d and ast.unparse(d)) for a, d in zip(positional, defaults)]
+    if pairs and pairs[0][0] in ("self", "cls"):
+        pairs = pairs[1:]
+    return pairs, [(a.arg, d and ast.unparse(d)) for a, d in keyword_only], args.vararg is not None
+
+
+def differences(function, parameters):
+    """What a caller who knows `parameters` would stumble over when calling `function`."""
+    ours = [p for p in inspect.signature(function).parameters.values() if p.name not in ("self", "cls")]
+    by_name = {p.name: p for p in ours}
+    takes_any_keyword = any(p.kind is p.VAR_KEYWORD for p in ours)
+    takes_any_position = any(p.kind is p.VAR_POSITIONAL for p in ours)
+    our_positions = [p.name for p in ours if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    positional, keyword_only, _ = parse(parameters)
+    found = []
+    for position, (name, _) in enumerate(positional):
+        if name not in our_positions[position : position + 1] and not takes_any_position:
+            found.append(f"{name} is not positional argument {position}")
+    for name, default in positional + keyword_only:
+        if name not in by_name:
+            if not takes_any_keyword:
+                found.append(f"{name} is missing")
+            continue
+        found += different_default(by_name[name], default)
+    known = {name for name, _ in positional + keyword_only}
+    for p in ours:
+        if p.name not in known and p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            if not parse(parameters)[2]:
+                found.append(f"{p.name} has no default")
+    return found
+
+
+def different_default(parameter, source):
+    """Compares defaults as far as the source can be evaluated."""
+    if source is None:
+        return []
+    if parameter.default is parameter.empty:
+        return [f"{parameter.name} has no default, {source} is expected"]
+    try:
+        expected = ast.literal_eval(source)
+    except ValueError:
+        return []
+    if expected is ... or parameter.default == expected:
+        return []
+    if isinstance(expected, (list, tuple)) and list(parameter.default or ()) == list(expected):
+        return []
+    return [f"{parameter.name}={parameter.default!r}, {source} is expected"]
+
+
+def check(module, name, entry):
+    """All differences of one public name, as texts that begin with its place."""
+    target = get(module, name)
+    found = []
+    if entry["kind"] == "class":
+        if not inspect.isclass(target):
+            return [f"{module}.{name} is no class"]
+        for prop in entry.get("properties", ()):
+            if not hasattr(target, prop):
+                found.append(f"{module}.{name}.{prop} is missing")
+        for method, parameters in entry.get("methods", {}).items():
+            if method in LATER_METHODS:
+                continue
+            if not hasattr(target, method):
+                found.append(f"{module}.{name}.{method} is missing")
+            elif parameters is not None:
+                found += [
+                    f"{module}.{name}.{method}: {d}" for d in differences(getattr(target, method), parameters)
+                ]
+    if "parameters" in entry and callable(target):
+        function = target.__init__ if entry["kind"] == "class" else target
+        found += [f"{module}.{name}: {d}" for d in differences(function, entry["parameters"])]
+    return found
+
+
+MODULES = sorted({module for module, _, _ in promised()})
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_names_and_parameters(module):
+    found = []
+    for _, name, entry in (p for p in promised() if p[0] == module):
+        if hasattr(importlib.import_module(f"detlib.{module}"), name):
+            found += check(module, name, entry)
+        else:
+            found.append(f"{module}.{name} is missing")
+    unmeant = [text for text in found if not text[len(module) + 1 :].startswith(tuple(DIFFERENT))]
+    assert not unmeant, "\n".join(unmeant)
+
+
+def test_lists_of_what_is_to_come_are_up_to_date():
+    """What has come must leave the lists, so that it is checked from then on."""
+    here = [module for module in LATER_MODULES if exists(module)]
+    for module, names in LATER_NAMES.items():
+        here += [
+            f"{module}.{name}" for name in names if hasattr(importlib.import_module(f"detlib.{module}"), name)
+        ]
+    assert not here, f"exist now, to be taken off the lists: {here}"
+
+
+def exists(module):
+    try:
+        return importlib.util.find_spec(f"detlib.{module}") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+class TestComparison:
+    """The comparison itself finds what it should."""
+
+    @pytest.mark.parametrize(
+        "function, parameters, expected",
+        [
+            (lambda a, b=1: None, "a, b=1", []),
+            (lambda a, b=1, *, c=None: None, "self, a, b=1", []),
+            (lambda a, b=1: None, "a, *, b=1", []),
+            (lambda a, **kwargs: None, "a, *, b=1", []),
+            (lambda b, a: None, "a, b", ["a is not positional argument 0", "b is not positional argument 1"]),
+            (lambda a: None, "a, b=1", ["b is not positional argument 1", "b is missing"]),
+            (lambda a=2: None, "a=1", ["a=2, 1 is expected"]),
+            (lambda a: None, "a=1", ["a has no default, 1 is expected"]),
+            (lambda a, c: None, "a", ["c has no default"]),
+            (lambda *, a: None, "a", ["a is not positional argument 0"]),
+        ],
+    )
+    def test_differences(self, function, parameters, expected):
+        assert differences(function, parameters) == expected
