@@ -264,7 +264,7 @@ def test_a_resumed_training_ends_where_a_whole_one_does(tmp_path, cls):
         assert torch.equal(a, b)
 
 
-def test_amp_casts_and_clips_true_gradients():
+def test_amp_casts_but_keeps_parameters():
     class Half(nn.Module):
         def __init__(self):
             super().__init__()
@@ -283,22 +283,24 @@ def test_amp_casts_and_clips_true_gradients():
     with pytest.raises(ValueError, match="precision"):
         _trainer(cls=AMPTrainer, precision=torch.float32)
 
-    # With a real scale the update is still that of the plain gradients.
-    scaled = _trainer(
-        cls=AMPTrainer, precision=torch.bfloat16, grad_scaler=torch.amp.GradScaler("cpu", 1024.0)
-    )
-    plain = _trainer(cls=AMPTrainer, precision=torch.bfloat16)
+
+def test_step_hooks_see_unscaled_gradients():
+    """Clipping is such a hook; fused optimizers would unscale only inside of their step."""
     norms = []
-    scaled.optimizer.register_step_pre_hook(
-        lambda opt, *_: norms.append(opt.param_groups[0]["params"][0].grad.norm().item())
-    )
-    plain.optimizer.register_step_pre_hook(
-        lambda opt, *_: norms.append(opt.param_groups[0]["params"][0].grad.norm().item())
-    )
-    scaled.train(0, 1)
-    plain.train(0, 1)
-    assert norms[0] == pytest.approx(norms[1], rel=1e-2)
-    torch.testing.assert_close(scaled.model.fc.weight, plain.model.fc.weight, rtol=1e-2, atol=1e-3)
+    for scale in (1.0, 1024.0):
+        trainer = _trainer(
+            cls=AMPTrainer, precision=torch.bfloat16, grad_scaler=torch.amp.GradScaler("cpu", scale)
+        )
+        torch.manual_seed(0)
+        trainer.model.fc.reset_parameters()
+        trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.1, fused=True)
+        trainer.optimizer.register_step_pre_hook(
+            lambda opt, *_: norms.append(opt.param_groups[0]["params"][0].grad.norm().item())
+        )
+        trainer.train(0, 1)
+        norms.append(trainer.model.fc.weight.detach().clone())
+    assert norms[0] == pytest.approx(norms[2], rel=1e-2)
+    torch.testing.assert_close(norms[1], norms[3], rtol=1e-2, atol=1e-3)
 
 
 def test_hook_states_of_one_class_do_not_mix():

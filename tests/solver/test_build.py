@@ -54,7 +54,7 @@ def test_settings_by_kind_and_name():
         weight_decay_norm=0.0,
         bias_lr_factor=2.0,
         weight_decay_bias=0.3,
-        lr_factor_func=lambda name: 0.5 if name.startswith("conv.") else 1.0,
+        lr_factor_func=lambda name: {"conv": 0.5, "tied": 0.3}.get(name.split(".")[0], 1.0),
         overrides={"scale": {"lr": 7.0}},
     )
     found = _settings(model, groups)
