@@ -5,7 +5,7 @@ Shapes: N objects, picture of H x W pixels, M side of a cropped mask.
 
 from collections.abc import Iterator
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,7 +14,9 @@ from detlib.layers.roi_align import roi_align
 
 from .boxes import Boxes
 from .polygon_masks import PolygonMasks, polygons_to_bitmask
-from .roi_masks import ROIMasks
+
+if TYPE_CHECKING:
+    from .roi_masks import ROIMasks
 
 __all__ = ["BitMasks"]
 
@@ -93,7 +95,7 @@ class BitMasks:
         return BitMasks(masks)
 
     @staticmethod
-    def from_roi_masks(roi_masks: ROIMasks, height: int, width: int) -> "BitMasks":
+    def from_roi_masks(roi_masks: "ROIMasks", height: int, width: int) -> "BitMasks":
         """Pastes masks that are given within boxes covering the whole picture.
 
         Args:

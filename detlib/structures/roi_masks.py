@@ -1,17 +1,14 @@
 """Masks as they are predicted: small soft pictures within boxes."""
 
 from numbers import Integral
-from typing import TYPE_CHECKING
 
 import torch
 
 from detlib.layers.mask_ops import paste_masks_in_image
 from detlib.utils.memory import retry_if_cuda_oom
 
+from .bit_masks import BitMasks
 from .boxes import Boxes
-
-if TYPE_CHECKING:
-    from .bit_masks import BitMasks
 
 __all__ = ["ROIMasks"]
 
@@ -54,7 +51,7 @@ class ROIMasks:
     def __repr__(self) -> str:
         return f"{type(self).__name__}(num_instances={len(self.tensor)})"
 
-    def to_bitmasks(self, boxes: torch.Tensor | Boxes, height, width, threshold=0.5) -> "BitMasks":
+    def to_bitmasks(self, boxes: torch.Tensor | Boxes, height, width, threshold=0.5) -> BitMasks:
         """Pastes the masks into pictures.
 
         Args:
@@ -63,8 +60,6 @@ class ROIMasks:
             width: of the picture.
             threshold: mask value from which a pixel belongs to the object.
         """
-        from .bit_masks import BitMasks
-
         boxes = boxes.tensor if isinstance(boxes, Boxes) else boxes
         paste = retry_if_cuda_oom(paste_masks_in_image)
         return BitMasks(paste(self.tensor, boxes, (height, width), threshold))
