@@ -60,8 +60,7 @@ class SimpleTrainer(TrainerBase):
         self._data_loader_iter_obj = None
         self._losses = LossRecord()
         self._pending_write: concurrent.futures.Future | None = None
-        # One thread, so that the metrics are written in the order of the steps.
-        self.concurrent_executor = concurrent.futures.ThreadPoolExecutor(max_workers=1)
+        self._executor: concurrent.futures.ThreadPoolExecutor | None = None
 
     def run_step(self) -> None:
         if not self.model.training:
@@ -132,9 +131,10 @@ class SimpleTrainer(TrainerBase):
             self._write_metrics(loss_dict, data_time)
             return
         self._finish_pending_write()
-        self._pending_write = self.concurrent_executor.submit(
-            self._write_metrics, loss_dict, data_time, iter=self.iter
-        )
+        if self._executor is None:
+            # One thread, so that the metrics are written in the order of the steps.
+            self._executor = concurrent.futures.ThreadPoolExecutor(max_workers=1)
+        self._pending_write = self._executor.submit(self._write_metrics, loss_dict, data_time, iter=self.iter)
 
     def _finish_pending_write(self) -> None:
         """Waits for the other thread, and raises here what was raised there."""
@@ -243,7 +243,9 @@ class SimpleTrainer(TrainerBase):
             self._finish_pending_write()
         finally:
             super().after_train()
-            self.concurrent_executor.shutdown(wait=True)
+            if self._executor is not None:
+                self._executor.shutdown(wait=True)
+                self._executor = None
 
 
 def _format_losses(losses: Mapping[str, float]) -> str:

@@ -4,12 +4,14 @@ from detlib.engine.hooks.checkpoint import BestCheckpointer, PeriodicCheckpointe
 from detlib.engine.hooks.evaluation import EvalHook, PreciseBN
 from detlib.engine.hooks.general import CallbackHook, IterationTimer, LRScheduler, PeriodicWriter
 from detlib.engine.hooks.profiling import AutogradProfiler, TorchMemoryStats, TorchProfiler
+from detlib.engine.trainer_base import HookBase
 
 __all__ = [
     "AutogradProfiler",
     "BestCheckpointer",
     "CallbackHook",
     "EvalHook",
+    "HookBase",
     "IterationTimer",
     "LRScheduler",
     "PeriodicCheckpointer",
