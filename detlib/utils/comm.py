@@ -4,7 +4,6 @@ Ranks number all processes of all machines, local ranks those of one machine. Ob
 model) travel over gloo, also when the gradients use nccl, so they need no GPU memory.
 """
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -23,10 +22,12 @@ __all__ = [
     "is_main_process",
     "reduce_dict",
     "shared_random_seed",
+    "shutdown",
     "synchronize",
 ]
 
 _LOCAL_PROCESS_GROUP: dist.ProcessGroup | None = None
+_GLOO_GROUP: dist.ProcessGroup | None = None
 
 
 def _is_distributed() -> bool:
@@ -110,10 +111,26 @@ def synchronize() -> None:
         dist.barrier()
 
 
-@functools.lru_cache
 def _global_gloo_group() -> dist.ProcessGroup:
     """All processes, with a backend that takes CPU tensors."""
-    return dist.new_group(backend="gloo") if dist.get_backend() == dist.Backend.NCCL else dist.group.WORLD
+    global _GLOO_GROUP
+    if dist.get_backend() != dist.Backend.NCCL:
+        return dist.group.WORLD
+    if _GLOO_GROUP is None:
+        _GLOO_GROUP = dist.new_group(backend="gloo")
+    return _GLOO_GROUP
+
+
+def shutdown() -> None:
+    """Ends what ``init_process_group`` began; every process calls it when its work is done.
+
+    It lets go of the groups held here first. A group that lives on until Python exits takes its threads
+    along, and these may then abort the process.
+    """
+    global _LOCAL_PROCESS_GROUP, _GLOO_GROUP
+    _LOCAL_PROCESS_GROUP = _GLOO_GROUP = None
+    if _is_distributed():
+        dist.destroy_process_group()
 
 
 def all_gather(data: Any, group: dist.ProcessGroup | None = None) -> list[Any]:

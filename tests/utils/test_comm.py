@@ -1,5 +1,3 @@
-import socket
-
 import numpy as np
 import pytest
 import torch
@@ -29,9 +27,9 @@ def test_one_process():
         comm.get_local_process_group()
 
 
-def _work(rank, port, queue):
+def _work(rank, meeting_file, queue):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{meeting_file}", rank=rank, world_size=2)
     comm.create_local_process_group(1)
     np.random.seed(rank)
     losses = {"b": torch.tensor(float(rank)), "a": torch.tensor(10.0 * rank)}
@@ -54,16 +52,13 @@ def _work(rank, port, queue):
         result["twice"] = str(error)
     queue.put((rank, result))
     comm.synchronize()
-    dist.destroy_process_group()
+    comm.shutdown()
 
 
-def test_two_processes():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+def test_two_processes(tmp_path):
     context = mp.get_context("spawn")
     queue = context.SimpleQueue()
-    mp.start_processes(_work, args=(port, queue), nprocs=2, start_method="spawn")
+    mp.start_processes(_work, args=(str(tmp_path / "meeting"), queue), nprocs=2, start_method="spawn")
     results = dict(queue.get() for _ in range(2))
     assert [results[r]["rank"] for r in (0, 1)] == [(0, 2, True), (1, 2, False)]
     assert [results[r]["local"] for r in (0, 1)] == [(0, 1), (0, 1)]  # one process on each "machine"

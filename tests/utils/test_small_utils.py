@@ -190,7 +190,8 @@ def test_random_colors():
 def test_utils_import_nothing_else_of_detlib_and_stay_light():
     code = (
         "import sys; import detlib.utils.events, detlib.utils.logger, detlib.utils.comm, "
-        "detlib.utils.registry, detlib.utils.env, detlib.utils.memory, detlib.utils.serialize, detlib.utils.colormap; "
+        "detlib.utils.registry, detlib.utils.env, detlib.utils.memory, detlib.utils.serialize, "
+        "detlib.utils.colormap; "
         "print([m for m in sys.modules if m.startswith('detlib') and m != 'detlib' "
         "and not m.startswith('detlib.utils')], "
         "[m for m in ('tensorboard', 'tabulate', 'matplotlib', 'cv2', 'torchvision') if m in sys.modules])"
