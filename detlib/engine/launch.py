@@ -137,4 +137,4 @@ def _run(
     try:
         main_func(*args)
     finally:
-        dist.destroy_process_group()
+        comm.shutdown()
