@@ -27,7 +27,7 @@ def extension() -> dict:
     cxx, link, nvcc_flags = [*defines, "-O3", "-g0", "-fvisibility=hidden"], ["-Wl,--as-needed", "-s"], []
     with_cuda, reason = detlib_build.use_cuda(torch.version.cuda)
     if with_cuda:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "7.5;8.0;8.6;9.0+PTX")
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "7.5;8.0;9.0+PTX")
         options["sources"] += sorted(map(str, Path("csrc/cuda").glob("*.cu")))
         options["library_dirs"] = [str(home / "lib64")]
         options["libraries"] = ["cudart_static", "rt", "dl", "pthread"]
