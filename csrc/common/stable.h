@@ -12,6 +12,12 @@
 #include <optional>
 #include <tuple>
 
+// Turns a failed call across the border into an exception; torch 2.11 knows it by its older name.
+#ifdef STABLE_TORCH_ERROR_CODE_CHECK
+#define DETLIB_CALL(call) STABLE_TORCH_ERROR_CODE_CHECK(call)
+#else
+#define DETLIB_CALL(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
 #define DETLIB_CHECK(condition, ...) STD_TORCH_CHECK(condition, __VA_ARGS__)
 
 namespace detlib {
@@ -65,8 +71,7 @@ inline Tensor argsort_descending(const Tensor& values) {
   using torch::stable::detail::to;
   std::array<StableIValue, 4> stack{
       from(values), from(std::optional<bool>(true)), from(int64_t{0}), from(true)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  DETLIB_CALL(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
   to<Tensor>(stack[0]);  // the sorted values, released
   return to<Tensor>(stack[1]);
 }
@@ -75,8 +80,7 @@ inline Tensor argsort_descending(const Tensor& values) {
 inline Tensor masked_select(const Tensor& values, const Tensor& mask) {
   using torch::stable::detail::from;
   std::array<StableIValue, 2> stack{from(values), from(mask)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::masked_select", "", stack.data(), TORCH_ABI_VERSION));
+  DETLIB_CALL(torch_call_dispatcher("aten::masked_select", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
