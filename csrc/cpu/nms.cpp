@@ -112,9 +112,9 @@ std::vector<uint8_t> kept_positions(
   const auto positions = group_by_category(categories, order, n, begins);
   std::vector<uint8_t> keep(n, 0);
   const T threshold = round_down<T>(iou_threshold);
-  // Waking threads costs more than a few thousand comparisons.
+  // Waking threads costs more than the few milliseconds a smaller set takes.
   const int64_t num_groups = static_cast<int64_t>(begins.size()) - 1;
-  const int64_t grain = n < 4096 ? num_groups : 1;
+  const int64_t grain = n < 32768 ? num_groups : 1;
   torch::stable::parallel_for(0, num_groups, grain, [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
       suppress_category(
