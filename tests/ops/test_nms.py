@@ -66,9 +66,9 @@ def test_categories_may_be_many_far_apart_or_floats():
 def test_many_categories_do_not_cost_precision():
     """Moving categories apart by coordinates would round these boxes: the IoU is barely above 0.7."""
     box = torch.tensor([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 7.001]])
-    boxes, idxs = box.repeat(5000, 1) + 1000, torch.arange(5000).repeat_interleave(2)
-    scores = torch.linspace(1, 0.5, 10000)
-    assert torch.equal(batched_nms(boxes, scores, idxs, 0.7), torch.arange(0, 10000, 2))
+    boxes, idxs = box.repeat(20000, 1) + 1000, torch.arange(20000).repeat_interleave(2)
+    scores = torch.arange(40000, 0, -1).float()
+    assert torch.equal(batched_nms(boxes, scores, idxs, 0.7), torch.arange(0, 40000, 2))
 
 
 def test_equal_scores_keep_input_order_and_the_threshold_itself_is_no_overlap():
