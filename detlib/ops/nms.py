@@ -118,8 +118,8 @@ def _fallback_batched_nms(
     if torchvision_ops()[0] is None:
         return reference_nms(boxes, scores, idxs, iou_threshold)
     keep = torch.zeros_like(scores, dtype=torch.bool)
-    for category in idxs.unique():
-        members = (idxs == category).nonzero().squeeze(1)
+    counts = idxs.unique(return_counts=True)[1].tolist()
+    for members in idxs.argsort(stable=True).split(counts):
         keep[members[_fallback_nms(boxes[members], scores[members], iou_threshold)]] = True
     order = scores.sort(descending=True, stable=True).indices
     return order[keep[order]]
