@@ -205,11 +205,11 @@ def _fallback_is_reference(boxes: torch.Tensor) -> bool:
 
 
 def _fallback_roi_align(input, boxes, spatial_scale, pooled_height, pooled_width, sampling_ratio, aligned):
-    if _fallback_is_reference(boxes):
+    if input.numel() == 0 or _fallback_is_reference(boxes):
         return reference_roi_align(
             input, boxes, spatial_scale, pooled_height, pooled_width, sampling_ratio, aligned
         )
-    if len(boxes) and input.numel():
+    if len(boxes):
         _check_images(boxes, input.shape[0])
     dtype = _compute_dtype(input)
     output = torch.ops.torchvision.roi_align(
