@@ -1,7 +1,9 @@
-"""Box regression losses on IoU (https://arxiv.org/abs/1911.08287), computed by torchvision."""
+"""Box regression losses on IoU (https://arxiv.org/abs/1911.08287), computed by torchvision.
+
+torchvision is imported on use: everything else must run where it is missing or does not load.
+"""
 
 import torch
-from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss
 
 __all__ = ["ciou_loss", "diou_loss"]
 
@@ -19,6 +21,8 @@ def diou_loss(
     Returns:
         (N,) losses, or a scalar.
     """
+    from torchvision.ops import distance_box_iou_loss
+
     return distance_box_iou_loss(boxes1, boxes2, reduction, eps)
 
 
@@ -35,4 +39,6 @@ def ciou_loss(
     Returns:
         (N,) losses, or a scalar.
     """
+    from torchvision.ops import complete_box_iou_loss
+
     return complete_box_iou_loss(boxes1, boxes2, reduction, eps)

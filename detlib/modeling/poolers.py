@@ -8,7 +8,6 @@ import math
 
 import torch
 from torch import nn
-from torchvision.ops import RoIPool
 
 from detlib.layers import ROIAlign, cat
 from detlib.structures import Boxes
@@ -77,6 +76,8 @@ def _build_level_pooler(
     if pooler_type == "ROIAlignV2":
         return ROIAlign(output_size, spatial_scale=scale, sampling_ratio=sampling_ratio, aligned=True)
     if pooler_type == "ROIPool":
+        from torchvision.ops import RoIPool  # on use: all else must run where torchvision does not load
+
         return RoIPool(output_size, spatial_scale=scale)
     raise ValueError(
         f"ROIPooler: pooler_type {pooler_type!r} is unknown; legal are 'ROIAlign', 'ROIAlignV2', 'ROIPool'."
