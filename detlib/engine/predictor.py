@@ -1,5 +1,6 @@
 """Prediction on single pictures."""
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -7,12 +8,14 @@ import torch
 
 from detlib.checkpoint import DetectionCheckpointer
 from detlib.config import CfgNode
-from detlib.data import MetadataCatalog
+from detlib.data import Metadata, MetadataCatalog
 from detlib.data import transforms as T
 from detlib.engine.checks import as_names
 from detlib.modeling import build_model
 
 __all__ = ["DefaultPredictor"]
+
+logger = logging.getLogger(__name__)
 
 
 class DefaultPredictor:
@@ -22,7 +25,8 @@ class DefaultPredictor:
     to INPUT.FORMAT. For whole data sets, a data loader and `inference_on_dataset` are faster.
 
     Attributes:
-        metadata: of the first data set in DATASETS.TEST, for drawing; missing if there is none.
+        metadata: of the first data set in DATASETS.TEST, for drawing; without class names where the data set
+            is named by its address and is not on this machine; missing if DATASETS.TEST is empty.
         model: the model, in eval mode.
         aug: the resizing.
         input_format: "BGR" or "RGB", what the model takes.
@@ -45,7 +49,7 @@ class DefaultPredictor:
         self.model.eval()
         names = as_names(cfg.DATASETS.TEST)
         if names:
-            self.metadata = MetadataCatalog.get(names[0])
+            self.metadata = _find_metadata(names[0])
         DetectionCheckpointer(self.model).load(cfg.MODEL.WEIGHTS)
         self.aug = T.ResizeShortestEdge(
             [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST], cfg.INPUT.MAX_SIZE_TEST
@@ -73,6 +77,15 @@ class DefaultPredictor:
         # The transpose and the reversal give strides that torch cannot take.
         image = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32))
         return self.model([{"image": image, "height": height, "width": width}])[0]
+
+
+def _find_metadata(name: str) -> Metadata:
+    try:
+        return MetadataCatalog.get(name)
+    except FileNotFoundError as e:
+        # A model goes where its data do not.
+        logger.warning("Class names are unknown, predictions have numbers only: %s", e)
+        return Metadata(name=name)
 
 
 def _check_picture(image: Any) -> None:

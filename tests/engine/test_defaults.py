@@ -231,6 +231,15 @@ def test_predictor_explains_bad_pictures(trained, picture, error, message):
         DefaultPredictor(trained[0].cfg)(picture)
 
 
+def test_predictor_needs_no_data(trained, caplog):
+    cfg = trained[0].cfg.clone()
+    cfg.DATASETS.TEST = ("coco:/no/such/annotations.json@/no/such/pictures",)
+    predictor = DefaultPredictor(cfg)
+    assert predictor.metadata.get("thing_classes") is None
+    assert "/no/such/annotations.json" in caplog.text
+    predictor(np.zeros((64, 64, 3), np.uint8))
+
+
 def test_arguments():
     args = default_argument_parser().parse_args(
         ["--config-file", "a.yaml", "--num-gpus", "2", "--resume", "SOLVER.BASE_LR", "0.1"]
