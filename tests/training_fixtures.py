@@ -15,13 +15,17 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+def _reset_loggers(level: int) -> None:
+    for name in ("detlib", "fvcore"):
+        logger = logging.getLogger(name)
+        logger.setLevel(level)
+        logger.propagate = True
+        logger.handlers.clear()
+
+
 @pytest.fixture(autouse=True)
 def restore_loggers():
-    """Trainers give the library's loggers handlers, and cut them off from pytest's."""
-    loggers = [logging.getLogger(name) for name in ("detlib", "fvcore")]
-    before = [(log.level, log.propagate, list(log.handlers)) for log in loggers]
+    """Trainers give loggers that say too little handlers of their own, and cut them off from pytest's."""
+    _reset_loggers(logging.INFO)
     yield
-    for log, (level, propagate, handlers) in zip(loggers, before):
-        log.setLevel(level)
-        log.propagate = propagate
-        log.handlers[:] = handlers
+    _reset_loggers(logging.NOTSET)
