@@ -79,10 +79,10 @@ def _assert_equal_but_for_noise(start, one, two) -> None:
     assert apart < 1e-5, f"{apart} apart, after moving by {moved}"
 
 
-def test_rpn_on_two_processes_equals_one(tmp_path, capsys):
+def test_rpn_on_two_processes_equals_one(tmp_path, caplog):
     start, one, seen_one = _run(tmp_path / "one", "rpn", 1)
     start_two, two, seen_two = _run(tmp_path / "two", "rpn", 2)
-    assert "2 processes share the CPU" in capsys.readouterr().out
+    assert "2 processes share the CPU" in caplog.text
     # The same pictures in the same steps, half of them in each process.
     assert [len(batch) for batch in seen_one[0]] == [2] * _STEPS
     assert [sorted(a + b) for a, b in zip(*seen_two)] == [sorted(batch) for batch in seen_one[0]]
