@@ -21,14 +21,21 @@ NAMESPACE = "detlib"
 DISABLE_NATIVE = "DETLIB_DISABLE_NATIVE"
 
 SCHEMAS = {
+    "encode_rle": "(Tensor masks) -> (Tensor, Tensor)",
     "nms": "(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor",
     "batched_nms": "(Tensor boxes, Tensor scores, Tensor idxs, float iou_threshold) -> Tensor",
+    "paste_masks": "(Tensor masks, Tensor boxes, SymInt height, SymInt width, float threshold) -> Tensor",
+    "paste_masks_to_rle": "(Tensor masks, Tensor boxes, SymInt height, SymInt width, float threshold)"
+    " -> (Tensor, Tensor)",
     "roi_align": "(Tensor input, Tensor boxes, float spatial_scale, SymInt pooled_height,"
     " SymInt pooled_width, int sampling_ratio, bool aligned) -> Tensor",
     "roi_align_backward": "(Tensor grad, Tensor boxes, float spatial_scale, SymInt pooled_height,"
     " SymInt pooled_width, SymInt batch_size, SymInt channels, SymInt height, SymInt width,"
     " int sampling_ratio, bool aligned) -> Tensor",
 }
+
+# Operators that torchvision lacks: without a kernel they run as a PyTorch formula.
+FORMULA_ONLY = {"encode_rle", "paste_masks", "paste_masks_to_rle"}
 
 library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _signature in SCHEMAS.items():
@@ -95,7 +102,8 @@ def implementation(name: str, device_type: str) -> str:
     """Name what serves operator `name` on a device type: "native", "torchvision" or "PyTorch reference"."""
     if has_native_kernel(name, device_type):
         return "native"
-    return "PyTorch reference" if torchvision_ops()[0] is None else "torchvision"
+    in_torchvision = name not in FORMULA_ONLY and torchvision_ops()[0] is not None
+    return "torchvision" if in_torchvision else "PyTorch reference"
 
 
 native_load_error: str | None = _load_native()

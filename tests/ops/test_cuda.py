@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from detlib.ops import _library, batched_nms, nms, roi_align
+from detlib.ops import (
+    _library,
+    batched_nms,
+    encode_rle,
+    nms,
+    paste_masks,
+    paste_masks_to_rle,
+    roi_align,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -77,3 +85,17 @@ def test_deterministic_backward():
     finally:
         torch.use_deterministic_algorithms(False)
     assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.5, -1.0])
+def test_paste_masks(dtype, threshold):
+    masks = torch.rand(70, 9, 13, generator=torch.Generator().manual_seed(0)).to(dtype)
+    boxes = boxes_and_scores(70)[0] - 20
+    boxes[5:7] = torch.tensor([[4.0, 3, 4, 9], [torch.nan, 0, 5, 5]])
+    pasted = paste_masks(masks, boxes, (90, 301), threshold)
+    on_gpu = masks.cuda(), boxes.cuda(), (90, 301), threshold
+    assert paste_masks(*on_gpu).is_cuda and torch.equal(paste_masks(*on_gpu).cpu(), pasted)
+    if threshold >= 0:
+        assert paste_masks_to_rle(*on_gpu) == encode_rle(paste_masks(*on_gpu)) == encode_rle(pasted)
+    assert paste_masks(masks[:0].cuda(), boxes[:0].cuda(), (9, 30)).shape == (0, 9, 30)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 from detlib.ops import _library, batched_nms, nms, roi_align
 
@@ -18,9 +19,13 @@ def samples():
     rois = torch.nn.functional.pad(boxes, (1, 0))
     maps = torch.rand(1, 3, 11, 13, generator=generator, requires_grad=True)
     grad = torch.rand(20, 3, 3, 2, generator=generator, requires_grad=True)
+    masks = torch.rand(20, 5, 4, generator=generator, requires_grad=True)
     return {
+        "encode_rle": (torch.rand(3, 11, 40, generator=generator) > 0.7,),
         "nms": (boxes, scores, 0.4),
         "batched_nms": (boxes, scores, torch.arange(20) % 3, 0.4),
+        "paste_masks": (masks, boxes, 30, 25, 0.6),
+        "paste_masks_to_rle": (masks, boxes, 30, 25, 0.6),
         "roi_align": (maps, rois, 0.3, 3, 2, 0, True),
         "roi_align_backward": (grad, rois, 0.3, 3, 2, 1, 3, 11, 13, 0, True),
     }
@@ -82,7 +87,7 @@ for dtype in (torch.float64, torch.float16, torch.bfloat16):
     torch.testing.assert_close(got.float(), expected["roi_align"], atol=2e-2, rtol=2e-2)
 maps, *rest = samples()["roi_align"]
 assert torch.autograd.gradcheck(lambda x: torch.ops.detlib.roi_align(x, *rest), maps[..., :4, :5].double())
-for name in ("nms", "roi_align"):
+for name in ("nms", "roi_align", "encode_rle", "paste_masks", "paste_masks_to_rle"):
     torch.library.opcheck(getattr(torch.ops.detlib, name).default, samples()[name])
 boxes, scores, _ = samples()["nms"]
 assert nms(boxes[:0], scores[:0], 0.5).shape == (0,)
@@ -92,7 +97,7 @@ assert nms(boxes[:0], scores[:0], 0.5).shape == (0,)
 @pytest.mark.parametrize("hide_torchvision,served_by", [(False, "torchvision"), (True, "PyTorch reference")])
 def test_fallbacks_give_the_same_values(hide_torchvision, served_by, tmp_path):
     values = {name: getattr(torch.ops.detlib, name)(*arguments) for name, arguments in samples().items()}
-    torch.save({name: value.detach() for name, value in values.items()}, tmp_path / "expected.pt")
+    torch.save(tree_map(torch.detach, values), tmp_path / "expected.pt")
     before = "assert 'torchvision' not in sys.modules" if not hide_torchvision else ""
     code = WITHOUT_NATIVE.format(hide_torchvision=hide_torchvision, served_by=served_by, before=before)
     environment = os.environ | {"DETLIB_DISABLE_NATIVE": "1", "OMP_NUM_THREADS": "1"}

@@ -1,0 +1,206 @@
+"""Pasting of masks and run lengths against the definition and pycocotools."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as mask_utils
+from torch.nn import functional as F
+
+from detlib.ops import encode_rle, paste_masks, paste_masks_to_rle
+from detlib.ops.paste_masks import reference_paste_masks, reference_paste_masks_to_rle
+from detlib.ops.rle import reference_encode_rle
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+def random_case(seed, count=12, size=(9, 13), picture=(50, 60), dtype=torch.float32):
+    """Masks and boxes, some of which reach beyond the picture, lie outside, or have whole coordinates."""
+    generator = torch.Generator().manual_seed(seed)
+    masks = torch.rand(count, *size, generator=generator)
+    low = torch.rand(count, 2, generator=generator) * (max(picture) + 30) - 30
+    boxes = torch.cat([low, low + torch.rand(count, 2, generator=generator) * 70], 1)
+    boxes[::3] = boxes[::3].round()
+    masks[::4] = masks[::4].round()
+    boxes[-1] = torch.tensor([-10.0, -10, picture[1] + 10, picture[0] + 10])
+    return masks.to(dtype), boxes
+
+
+def sampled(masks, boxes, height, width):
+    """The value of every pixel by grid_sample, float64."""
+    masks, boxes = masks.double(), boxes.double()
+    x0, y0, x1, y1 = boxes[:, :, None].unbind(1)
+    y = (torch.arange(height) + 0.5 - y0) / (y1 - y0) * 2 - 1
+    x = (torch.arange(width) + 0.5 - x0) / (x1 - x0) * 2 - 1
+    grid = torch.stack([x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], dim=3)
+    return F.grid_sample(masks[:, None], grid, align_corners=False)[:, 0]
+
+
+def by_pycocotools(pictures):
+    return [mask_utils.encode(np.asfortranarray(picture.numpy().astype(np.uint8))) for picture in pictures]
+
+
+def as_bytes(strings):
+    text, lengths = strings
+    return [bytes(part.tolist()) for part in text.split(lengths.tolist())]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threshold", [0.2, 0.5, 0.9])
+def test_paste_is_bilinear_sampling(dtype, threshold):
+    masks, boxes = random_case(0, dtype=dtype)
+    values = sampled(masks, boxes, 50, 60)
+    pasted = paste_masks(masks, boxes, (50, 60), threshold)
+    assert pasted.dtype == torch.bool and pasted.shape == (12, 50, 60)
+    decided = (values - threshold).abs() > 1e-5
+    assert torch.equal(pasted[decided], (values >= threshold)[decided]) and pasted.any()
+    soft = paste_masks(masks, boxes, (50, 60), -1.0)
+    assert soft.dtype == torch.uint8 and ((soft + 1e-3 - values * 255) > -1).all()
+    assert (soft - values * 255 < 1e-3).all() and soft.max() > 200
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("box_dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_equals_the_reference_bit_by_bit(dtype, box_dtype):
+    for seed in range(4):
+        masks, boxes = random_case(seed, size=(1 + seed, 7 - seed), dtype=dtype)
+        boxes = boxes.to(box_dtype)
+        for threshold in (0.0, 0.3, 0.5, 1.0, -1.0):
+            expected = reference_paste_masks(masks, boxes, 50, 60, threshold)
+            assert torch.equal(paste_masks(masks, boxes, (50, 60), threshold), expected)
+            if threshold >= 0:
+                rles = paste_masks_to_rle(masks, boxes, (50, 60), threshold)
+                assert rles == by_pycocotools(expected)
+                strings = reference_paste_masks_to_rle(masks, boxes, 50, 60, threshold)
+                assert as_bytes(strings) == [rle["counts"] for rle in rles]
+
+
+@pytest.mark.parametrize("size,picture", [((28, 28), (97, 301)), ((5, 3), (300, 40)), ((56, 56), (31, 33))])
+def test_paste_to_rle_equals_pycocotools(size, picture):
+    masks, boxes = random_case(7, 40, size, picture)
+    for threshold in (0.1, 0.5, 0.7):
+        pasted = paste_masks(masks, boxes, picture, threshold)
+        assert paste_masks_to_rle(masks, boxes, picture, threshold) == by_pycocotools(pasted)
+
+
+def test_full_masks_and_constants_at_the_threshold():
+    boxes = torch.tensor([[0.0, 0, 7, 5], [-40, -30, 60, 50], [0.3, -20, 3.3, 40]])
+    masks = torch.full((3, 4, 4), 0.5)
+    pasted = paste_masks(masks, boxes, (5, 7), 0.5)
+    assert pasted[1].all() and pasted[2, :, 1:2].all(), "inside, a constant mask has its value exactly"
+    assert paste_masks_to_rle(masks, boxes, (5, 7), 0.5) == by_pycocotools(pasted)
+    assert (paste_masks(2 * masks, boxes, (5, 7), -1.0)[1] == 255).all()
+    assert (paste_masks(8 * masks, boxes, (5, 7), -1.0)[1] == 255).all()
+    assert not paste_masks(-masks, boxes, (5, 7), -1.0).any()
+
+
+def test_boxes_without_area_outside_or_not_finite_stay_empty():
+    inf, nan = math.inf, math.nan
+    boxes = torch.tensor(
+        [[3.0, 3, 3, 9], [9, 2, 4, 8], [200, 3, 220, 9], [-30, 3, -20, 9], [nan, 0, 9, 9], [0, -inf, 9, inf]]
+    )
+    masks = torch.ones(6, 4, 4)
+    for threshold in (0.0, 0.5, -1.0):
+        assert not paste_masks(masks, boxes, (20, 30), threshold).any()
+    assert paste_masks_to_rle(masks, boxes, (20, 30)) == by_pycocotools(torch.zeros(6, 20, 30))
+    assert not reference_paste_masks(masks, boxes, 20, 30, 0.5).any()
+
+
+def test_masks_that_are_not_finite_spoil_only_their_neighbourhood():
+    masks, boxes = random_case(2, 3, (6, 6))
+    boxes[:] = torch.tensor([1.5, 2, 45, 48])
+    expected = paste_masks(masks, boxes, (50, 60))
+    masks[0, 2, 3], masks[1, 4, 1], masks[2, 0, 0] = math.nan, math.inf, -math.inf
+    got = paste_masks(masks, boxes, (50, 60))
+    assert torch.equal(got, reference_paste_masks(masks, boxes, 50, 60, 0.5))
+    assert paste_masks_to_rle(masks, boxes, (50, 60)) == by_pycocotools(got)
+    assert torch.equal(got[0, :, 40:], expected[0, :, 40:]) and got.any(dim=(1, 2)).all()
+
+
+def test_huge_boxes_and_many_cells():
+    boxes = torch.tensor([[-1e7, -1e7, 1e7, 1e7], [-1e30, 0, 1e30, 50], [10.0, 10.0, 10.001, 10.001]])
+    masks = torch.rand(3, 40, 50, generator=torch.Generator().manual_seed(1))
+    pasted = paste_masks(masks, boxes, (50, 60), 0.4)
+    assert torch.equal(pasted, reference_paste_masks(masks, boxes, 50, 60, 0.4))
+    assert paste_masks_to_rle(masks, boxes, (50, 60), 0.4) == by_pycocotools(pasted)
+
+
+@pytest.mark.parametrize(
+    "count,size,picture", [(0, (28, 28), (4, 5)), (2, (0, 3), (4, 5)), (2, (3, 3), (0, 5))]
+)
+def test_empty(count, size, picture):
+    masks, boxes = torch.ones(count, *size), torch.tensor([[0.0, 0, 4, 4]]).repeat(count, 1)
+    for paste in (paste_masks, lambda m, b, p, t: reference_paste_masks(m, b, *p, t)):
+        pasted = paste(masks, boxes, picture, 0.0)
+        assert pasted.shape == (count, *picture) and not pasted.any()
+    assert paste_masks_to_rle(masks, boxes, picture) == by_pycocotools(torch.zeros(count, *picture))
+    text, lengths = reference_paste_masks_to_rle(masks, boxes, *picture, 0.5)
+    assert text.dtype == torch.uint8 and lengths.dtype == torch.int64 and len(lengths) == count
+
+
+def test_layouts_and_threads():
+    masks, boxes = random_case(3, 60)
+    expected = paste_masks(masks, boxes, (50, 60))
+    strided = masks.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    strided_boxes = boxes.T.contiguous().T
+    rles = paste_masks_to_rle(masks, boxes, (50, 60))
+    assert torch.equal(paste_masks(strided, strided_boxes, (50, 60)), expected)
+    assert paste_masks_to_rle(strided, strided_boxes, (50, 60)) == rles
+    assert encode_rle(expected.transpose(1, 2).contiguous().transpose(1, 2)) == rles
+    channels_last = masks[:, None].to(memory_format=torch.channels_last)[:, 0]
+    assert torch.equal(paste_masks(channels_last, boxes, (50, 60)), expected)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert torch.equal(paste_masks(masks, boxes, (50, 60)), expected)
+        assert paste_masks_to_rle(masks, boxes, (50, 60)) == rles == encode_rle(expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    "shape", [(0, 3), (3, 0), (0, 0), (1, 1), (1, 70), (70, 1), (40, 131), (33, 64), (600, 700)]
+)
+def test_encode_rle_equals_pycocotools(shape):
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(shape, generator=generator)
+    bands = torch.arange(shape[0])[:, None] // 300 + torch.arange(shape[1]) // 7
+    masks = torch.stack(
+        [noise > 2, noise > -1, noise > 0.5, noise > 0.99, bands % 2 == 0, bands % 2 == 1, (bands - 1).bool()]
+    )
+    expected = by_pycocotools(masks)
+    assert encode_rle(masks) == expected
+    assert as_bytes(reference_encode_rle(masks)) == [rle["counts"] for rle in expected]
+    assert encode_rle(masks[:0]) == []
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"masks": torch.zeros(2, 3)}, r"masks must have shape \(R, Hm, Wm\), got \(2, 3\)"),
+        ({"masks": torch.zeros(2, 3, 3).int()}, "masks must be floating point, got torch.int32"),
+        ({"boxes": torch.zeros(2, 5)}, r"boxes must have shape \(R, 4\), got \(2, 5\)"),
+        ({"boxes": torch.zeros(2, 4).long()}, "boxes must be floating point, got torch.int64"),
+        ({"boxes": torch.zeros(3, 4)}, "boxes must have one entry per entry of masks, got 3 and 2"),
+        ({"boxes": torch.zeros(2, 4, device="meta")}, "boxes is on meta, but masks is on cpu"),
+        ({"image_size": (-1, 5)}, r"image_size must be \(height, width\), none below 0, got \(-1, 5\)"),
+        ({"image_size": (1, 2, 3)}, r"image_size must be \(height, width\)"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    arguments = {"masks": torch.zeros(2, 3, 3), "boxes": torch.zeros(2, 4), "image_size": (5, 5)}
+    for operator in (paste_masks, paste_masks_to_rle):
+        with pytest.raises(ValueError, match=message):
+            operator(**(arguments | change))
+
+
+def test_more_wrong_arguments():
+    with pytest.raises(ValueError, match="threshold must not be negative, got -1"):
+        paste_masks_to_rle(torch.zeros(2, 3, 3), torch.zeros(2, 4), (5, 5), -1)
+    with pytest.raises(ValueError, match=r"masks must have shape \(R, H, W\), got \(5, 5\)"):
+        encode_rle(torch.zeros(5, 5).bool())
+    with pytest.raises(ValueError, match="masks must be bool, got torch.uint8"):
+        encode_rle(torch.zeros(1, 5, 5).byte())
+    with pytest.raises(TypeError, match="masks must be a tensor"):
+        encode_rle([[1]])
