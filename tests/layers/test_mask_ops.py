@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from detlib.layers import mask_ops, paste_masks_in_image
+from detlib.layers import paste_masks_in_image
 from detlib.structures import Boxes
 from tests.helpers import random_boxes
 
@@ -55,13 +55,6 @@ def test_against_numbers_of_detectron2():
     assert np.array_equal(pasted.numpy(), case["pasted"]) and pasted.any()
 
 
-def test_whole_pictures_in_chunks_give_the_same(monkeypatch):
-    masks, boxes = make_case()
-    expected = paste_masks_in_image(masks, boxes, (24, 30))
-    whole = mask_ops._sample(masks, boxes, slice(0, 24), slice(0, 30)) >= 0.5
-    assert torch.equal(whole, expected)
-
-
 def test_boxes_object_threshold_and_low_precision():
     masks, boxes = make_case()
     at_half = paste_masks_in_image(masks, Boxes(boxes), (24, 30), 0.5)
@@ -69,6 +62,8 @@ def test_boxes_object_threshold_and_low_precision():
     assert paste_masks_in_image(masks, boxes, (24, 30), 0.7).sum() < at_half.sum()
     half = paste_masks_in_image(masks.half(), boxes, (24, 30))
     assert (half != at_half).float().mean() < 0.01
+    filled = paste_masks_in_image(masks >= 0, boxes.round().int(), (24, 30))
+    assert torch.equal(filled, paste_masks_in_image(torch.ones_like(masks), boxes.round(), (24, 30)))
 
 
 def test_outside_degenerate_and_empty():
