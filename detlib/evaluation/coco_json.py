@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from detlib.data.catalog import Metadata
 from detlib.data.datasets.coco import read_coco_json
 from detlib.data.datasets.coco_writer import convert_to_coco_dict
-from detlib.structures import BoxMode, Instances
+from detlib.ops import encode_rle, paste_masks_to_rle
+from detlib.structures import BoxMode, Instances, ROIMasks
 
 __all__ = ["GroundTruth", "instances_to_coco_json", "load_ground_truth"]
 
@@ -20,7 +22,8 @@ def instances_to_coco_json(instances: Instances, img_id: Any) -> list[dict]:
 
     Args:
         instances: with `pred_boxes`, `scores` and `pred_classes`, and if there are, `pred_masks` (N, H, W)
-            bool and `pred_keypoints` (N, K, 3), with x and y that become COCO's pixel indices (0.5 less).
+            bool (or `ROIMasks`, which are pasted on the way) and `pred_keypoints` (N, K, 3), with x and y
+            that become COCO's pixel indices (0.5 less).
         img_id: the picture's id.
 
     Returns:
@@ -38,7 +41,7 @@ def instances_to_coco_json(instances: Instances, img_id: Any) -> list[dict]:
         for box, score, category in zip(boxes, scores, classes)
     ]
     if instances.has("pred_masks"):
-        for result, rle in zip(results, _encode_masks(instances.pred_masks)):
+        for result, rle in zip(results, _encode_masks(instances)):
             result["segmentation"] = rle
     if instances.has("pred_keypoints"):
         keypoints = instances.pred_keypoints.detach().cpu().numpy().astype(np.float64)
@@ -48,15 +51,15 @@ def instances_to_coco_json(instances: Instances, img_id: Any) -> list[dict]:
     return results
 
 
-def _encode_masks(masks: Any) -> list[dict]:
-    """Compresses (N, H, W) masks, given as a tensor or as BitMasks, to RLE that JSON can hold."""
-    from pycocotools import mask as mask_utils
-
-    masks = getattr(masks, "tensor", masks)
-    # One at a time: a copy by columns of many masks would not fit into the processor's cache.
-    rles = [
-        mask_utils.encode(np.asfortranarray(mask.cpu().numpy().astype(np.uint8))) for mask in masks.detach()
-    ]
+def _encode_masks(instances: Instances) -> list[dict]:
+    """Compresses the masks, a tensor, BitMasks or ROIMasks, to RLE that JSON can hold."""
+    masks = instances.pred_masks
+    if isinstance(masks, ROIMasks):
+        boxes = instances.pred_boxes.tensor.detach()
+        rles = paste_masks_to_rle(masks.tensor.detach(), boxes, instances.image_size)
+    else:
+        masks = getattr(masks, "tensor", masks)
+        rles = encode_rle(masks if masks.dtype == torch.bool else masks.to(torch.uint8) != 0)
     for rle in rles:
         rle["counts"] = rle["counts"].decode("ascii")
     return rles

@@ -18,7 +18,7 @@ from detlib.data.datasets import load_coco_json, register_coco_instances
 from detlib.evaluation import COCOEvaluator
 from detlib.evaluation.coco_json import complete_ground_truth, instances_to_coco_json
 from detlib.evaluation.fast_eval_api import COCOeval_opt
-from detlib.structures import Boxes, BoxMode, Instances
+from detlib.structures import Boxes, BoxMode, Instances, ROIMasks
 from detlib.utils import comm
 
 SIZE = 160
@@ -400,6 +400,18 @@ def test_instances_to_coco_json():
     for i, result in enumerate(results):
         np.testing.assert_array_equal(mask_utils.decode(result["segmentation"]), masks[i].numpy())
     assert instances_to_coco_json(instances[:0], 9) == []
+
+
+def test_masks_within_boxes_are_pasted_on_the_way():
+    masks = torch.rand(9, 7, 7, generator=torch.Generator().manual_seed(0))
+    boxes = torch.tensor([[1.0, 2.0, 14.5, 17.0]]) + torch.arange(9)[:, None]
+    fields = {"pred_boxes": Boxes(boxes), "scores": torch.ones(9), "pred_classes": torch.zeros(9).long()}
+    pasted = ROIMasks(masks).to_bitmasks(boxes, 20, 21)
+    results = [
+        instances_to_coco_json(Instances((20, 21), **fields, pred_masks=given), 1)
+        for given in (ROIMasks(masks), pasted, pasted.tensor, pasted.tensor.byte(), pasted.tensor.float())
+    ]
+    assert all(result == results[0] for result in results)
 
 
 def test_coco_eval_opt_takes_pycocotools_objects(dataset, outputs):
