@@ -11,6 +11,7 @@ from .batch_norm import (
 from .blocks import CNNBlockBase, DepthwiseSeparableConv2d
 from .losses import ciou_loss, diou_loss
 from .mask_ops import paste_masks_in_image
+from .multi_scale_deform_attn import MultiScaleDeformableAttention
 from .nms import batched_nms, nms
 from .roi_align import ROIAlign, roi_align
 from .shape_spec import ShapeSpec
@@ -40,6 +41,7 @@ __all__ = [
     "FrozenBatchNorm2d",
     "LayerNorm",
     "Linear",
+    "MultiScaleDeformableAttention",
     "NaiveSyncBatchNorm",
     "ROIAlign",
     "ShapeSpec",

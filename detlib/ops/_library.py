@@ -32,10 +32,20 @@ SCHEMAS = {
     "roi_align_backward": "(Tensor grad, Tensor boxes, float spatial_scale, SymInt pooled_height,"
     " SymInt pooled_width, SymInt batch_size, SymInt channels, SymInt height, SymInt width,"
     " int sampling_ratio, bool aligned) -> Tensor",
+    "ms_deform_attn": "(Tensor value, Tensor spatial_shapes, Tensor level_start_index,"
+    " Tensor sampling_locations, Tensor attention_weights) -> Tensor",
+    "ms_deform_attn_backward": "(Tensor grad, Tensor value, Tensor spatial_shapes, Tensor level_start_index,"
+    " Tensor sampling_locations, Tensor attention_weights) -> (Tensor, Tensor, Tensor)",
 }
 
 # Operators that torchvision lacks: without a kernel they run as a PyTorch formula.
-FORMULA_ONLY = {"encode_rle", "paste_masks", "paste_masks_to_rle"}
+FORMULA_ONLY = {
+    "encode_rle",
+    "ms_deform_attn",
+    "ms_deform_attn_backward",
+    "paste_masks",
+    "paste_masks_to_rle",
+}
 
 library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _signature in SCHEMAS.items():

@@ -7,6 +7,7 @@ from detlib.ops import (
     _library,
     batched_nms,
     encode_rle,
+    ms_deform_attn,
     nms,
     paste_masks,
     paste_masks_to_rle,
@@ -99,3 +100,55 @@ def test_paste_masks(dtype, threshold):
     if threshold >= 0:
         assert paste_masks_to_rle(*on_gpu) == encode_rle(paste_masks(*on_gpu)) == encode_rle(pasted)
     assert paste_masks(masks[:0].cuda(), boxes[:0].cuda(), (9, 30)).shape == (0, 9, 30)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("channels", [1, 5, 16, 32, 40, 64])
+def test_ms_deform_attn(dtype, channels):
+    generator = torch.Generator().manual_seed(0)
+    spatial_shapes = torch.tensor([[9, 13], [5, 7], [0, 3], [1, 1]])
+    cells = spatial_shapes.prod(1)
+    precise = torch.float64 if dtype == torch.float64 else torch.float32
+    value = torch.randn(2, int(cells.sum()), 3, channels, generator=generator).to(dtype)
+    locations = (torch.rand(2, 150, 3, 4, 4, 2, generator=generator) * 1.4 - 0.2).to(precise)
+    weights = torch.rand(2, 150, 3, 4, 4, generator=generator).to(dtype)
+    tolerance = {torch.float64: 1e-9, torch.float32: 2e-4}.get(dtype, 8e-2)
+    results = []
+    for device in ("cpu", "cuda"):
+        leaves = [t.to(device).requires_grad_() for t in (value, locations, weights)]
+        shapes = spatial_shapes.to(device), (cells.cumsum(0) - cells).to(device)
+        output = ms_deform_attn(leaves[0], *shapes, *leaves[1:])
+        grad = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).to(dtype).view(output.shape)
+        output.backward(grad.to(device))
+        results.append((output.detach().cpu(), *(leaf.grad.cpu() for leaf in leaves)))
+    for ours, theirs in zip(*results):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(theirs, ours, atol=tolerance, rtol=tolerance)
+
+
+def attention_on_gpu():
+    torch.manual_seed(0)
+    value = torch.randn(1, 100, 2, 32).cuda().requires_grad_()
+    locations, weights = torch.rand(1, 500, 2, 1, 4, 2).cuda(), torch.rand(1, 500, 2, 1, 4).cuda()
+    return value, torch.tensor([[10, 10]]).cuda(), torch.tensor([0]).cuda(), locations, weights
+
+
+def test_ms_deform_attn_deterministic_backward():
+    value, *others = attention_on_gpu()
+    expected = torch.autograd.grad(ms_deform_attn(value, *others).sum(), value)[0]
+    torch.use_deterministic_algorithms(True)
+    try:
+        grads = [torch.autograd.grad(ms_deform_attn(value, *others).sum(), value)[0] for _ in range(3)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
+    torch.testing.assert_close(grads[0], expected, atol=1e-3, rtol=1e-3)
+
+
+def test_ms_deform_attn_never_reads_levels_that_do_not_lie_within_the_values():
+    value, spatial_shapes, starts, locations, weights = attention_on_gpu()
+    for shape, start in (([1000, 1000], 0), ([10, 10], 1), ([10, 10], -5), ([-10, -10], 0)):
+        spatial_shapes[0], starts[0] = torch.tensor(shape), start
+        output = ms_deform_attn(value, spatial_shapes, starts, locations, weights)
+        assert output.isnan().all()
+        assert torch.equal(torch.autograd.grad(output.sum(), value)[0], torch.zeros_like(value))

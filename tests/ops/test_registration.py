@@ -20,8 +20,18 @@ def samples():
     maps = torch.rand(1, 3, 11, 13, generator=generator, requires_grad=True)
     grad = torch.rand(20, 3, 3, 2, generator=generator, requires_grad=True)
     masks = torch.rand(20, 5, 4, generator=generator, requires_grad=True)
+    attention = (
+        torch.rand(2, 7, 3, 4, generator=generator, requires_grad=True),
+        torch.tensor([[2, 3], [1, 1]]),
+        torch.tensor([0, 6]),
+        torch.rand(2, 5, 3, 2, 2, 2, generator=generator, requires_grad=True),
+        torch.rand(2, 5, 3, 2, 2, generator=generator, requires_grad=True),
+    )
+    attended_grad = torch.rand(2, 5, 12, generator=generator, requires_grad=True)
     return {
         "encode_rle": (torch.rand(3, 11, 40, generator=generator) > 0.7,),
+        "ms_deform_attn": attention,
+        "ms_deform_attn_backward": (attended_grad, *attention),
         "nms": (boxes, scores, 0.4),
         "batched_nms": (boxes, scores, torch.arange(20) % 3, 0.4),
         "paste_masks": (masks, boxes, 30, 25, 0.6),
@@ -87,7 +97,7 @@ for dtype in (torch.float64, torch.float16, torch.bfloat16):
     torch.testing.assert_close(got.float(), expected["roi_align"], atol=2e-2, rtol=2e-2)
 maps, *rest = samples()["roi_align"]
 assert torch.autograd.gradcheck(lambda x: torch.ops.detlib.roi_align(x, *rest), maps[..., :4, :5].double())
-for name in ("nms", "roi_align", "encode_rle", "paste_masks", "paste_masks_to_rle"):
+for name in ("nms", "roi_align", "encode_rle", "ms_deform_attn", "paste_masks", "paste_masks_to_rle"):
     torch.library.opcheck(getattr(torch.ops.detlib, name).default, samples()[name])
 boxes, scores, _ = samples()["nms"]
 assert nms(boxes[:0], scores[:0], 0.5).shape == (0,)
