@@ -23,7 +23,6 @@ LATER_MODULES = {
     "data.datasets.coco_panoptic": "more data sets",
     "data.datasets.lvis": "more data sets",
     "export": "export",
-    "layers.deform_conv": "deformable convolution",
     "layers.roi_align_rotated": "rotated boxes",
     "layers.rotated_boxes": "rotated boxes",
     "model_zoo": "model zoo",
@@ -75,8 +74,6 @@ LATER_NAMES = {
         "SemSegEvaluator",
     },
     "layers": {
-        "DeformConv",
-        "ModulatedDeformConv",
         "ROIAlignRotated",
         "batched_nms_rotated",
         "nms_rotated",

@@ -9,6 +9,7 @@ from .batch_norm import (
     get_norm,
 )
 from .blocks import CNNBlockBase, DepthwiseSeparableConv2d
+from .deform_conv import DeformConv, ModulatedDeformConv
 from .losses import ciou_loss, diou_loss
 from .mask_ops import paste_masks_in_image
 from .multi_scale_deform_attn import MultiScaleDeformableAttention
@@ -37,10 +38,12 @@ __all__ = [
     "Conv2d",
     "ConvTranspose2d",
     "CycleBatchNormList",
+    "DeformConv",
     "DepthwiseSeparableConv2d",
     "FrozenBatchNorm2d",
     "LayerNorm",
     "Linear",
+    "ModulatedDeformConv",
     "MultiScaleDeformableAttention",
     "NaiveSyncBatchNorm",
     "ROIAlign",

@@ -6,6 +6,7 @@ import torch
 from detlib.ops import (
     _library,
     batched_nms,
+    deform_conv2d,
     encode_rle,
     ms_deform_attn,
     nms,
@@ -152,3 +153,24 @@ def test_ms_deform_attn_never_reads_levels_that_do_not_lie_within_the_values():
         output = ms_deform_attn(value, spatial_shapes, starts, locations, weights)
         assert output.isnan().all()
         assert torch.equal(torch.autograd.grad(output.sum(), value)[0], torch.zeros_like(value))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_deform_conv2d(dtype, deterministic):
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((2, 6, 9, 11), (2, 36, 9, 11), (4, 3, 3, 3), (4,), (2, 18, 9, 11))
+    tensors = [torch.randn(size, generator=generator).to(dtype) for size in sizes]
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(dtype, 1e-1)
+    results = []
+    for device in ("cpu", "cuda"):
+        leaves = [tensor.to(device).requires_grad_() for tensor in tensors]
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
+        try:
+            output = deform_conv2d(*leaves[:4], 1, 1, 1, leaves[4])
+            output.sum().backward()
+        finally:
+            torch.use_deterministic_algorithms(False)
+        results.append([output.detach().cpu(), *(leaf.grad.cpu() for leaf in leaves)])
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(theirs, ours, atol=tolerance, rtol=tolerance)

@@ -1,0 +1,156 @@
+"""Deformable convolution (Dai et al., 2017, arXiv:1703.06211) and its modulated form (Zhu et al., Deformable
+ConvNets v2, 2018, arXiv:1811.11168).
+
+Shape legend: N images, C input channels, O output channels, H and W of the input, H' and W' of the output, G
+groups of input channels that share their offsets, kH and kW of the kernel.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from detlib.ops._bilinear import sample_bilinear
+from detlib.ops._checks import check_positive, check_same_device, check_tensor
+from detlib.ops._library import torchvision_ops
+
+
+def deform_conv2d(
+    input: torch.Tensor,
+    offset: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Convolve with a kernel whose taps are each moved by an offset, and with `mask` also weighted.
+
+    The tap of kernel row i and column j at output (y, x) reads the input, bilinearly and with zeros beyond
+    it, at row `y * stride - padding + i * dilation + offset_y` and the column alike. Gradients flow to all
+    tensors. float16 and bfloat16 are computed in float32, under autocast too.
+
+    Runs torchvision's kernel on the CPU and on CUDA, and a formula in plain PyTorch where torchvision is
+    missing, for empty tensors, and on CUDA with `torch.use_deterministic_algorithms(True)`.
+
+    Args:
+        input: (N, C, H, W) floating point.
+        offset: (N, 2 * G * kH * kW, H', W') floating point, in pixels of the input: for each group and each
+            tap, row by row, first y, then x.
+        weight: (O, C / groups, kH, kW) floating point; the groups of the convolution follow from its shape.
+        bias: (O,) floating point, or None.
+        stride: step between outputs, in input pixels; an int, or one for y and one for x.
+        padding: zeros around the input.
+        dilation: step between taps.
+        mask: (N, G * kH * kW, H', W') floating point, the factor of each tap (version 2), or None.
+
+    Returns:
+        (N, O, H', W') of `input`'s dtype, with `H' = (H + 2 * padding - dilation * (kH - 1) - 1) // stride +
+        1` and W' likewise.
+
+    Raises:
+        TypeError: an argument is no tensor.
+        ValueError: a shape, dtype or device does not fit; the message names the argument.
+    """
+    stride, padding, dilation = (
+        _pair(name, value, least)
+        for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
+    )
+    _check(input, offset, weight, bias, stride, padding, dilation, mask)
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    tensors = [None if t is None else t.to(dtype) for t in (input, offset, weight, bias, mask)]
+    with torch.autocast(input.device.type, enabled=False):
+        run = torchvision_ops()[0].deform_conv2d if _torchvision_serves(input) else reference_deform_conv2d
+        output = run(*tensors[:4], stride, padding, dilation, tensors[4])
+    return output.to(input.dtype)
+
+
+def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
+    pair = tuple(value) if isinstance(value, Sequence) else (value, value)
+    if len(pair) != 2 or not all(isinstance(v, (int, torch.SymInt)) for v in pair):
+        raise ValueError(f"{name} must be an int or a pair of ints, got {value!r}")
+    if min(pair) < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    return pair
+
+
+def _output_size(size, kernel, stride, padding, dilation) -> tuple[int, int]:
+    return tuple(
+        (length + 2 * pad - dil * (taps - 1) - 1) // step + 1
+        for length, taps, step, pad, dil in zip(size, kernel, stride, padding, dilation)
+    )
+
+
+def _check(input, offset, weight, bias, stride, padding, dilation, mask) -> None:
+    check_tensor("input", input, "(N, C, H, W)")
+    check_tensor("offset", offset, "(N, 2 * G * kH * kW, H', W')")
+    check_tensor("weight", weight, "(O, C / groups, kH, kW)")
+    num_outputs, group_channels, *kernel = weight.shape
+    taps = kernel[0] * kernel[1]
+    check_positive("weight.shape[2] * weight.shape[3]", taps)
+    channels = input.shape[1]
+    groups = channels // group_channels if group_channels else 0
+    if groups * group_channels != channels or groups == 0 or num_outputs % groups:
+        raise ValueError(
+            f"weight must have shape (O, C / groups, kH, kW) for the {channels} channels of input and groups"
+            f" that divide O, got {tuple(weight.shape)}"
+        )
+    size = _output_size(input.shape[2:], kernel, stride, padding, dilation)
+    if min(size) < 1:
+        raise ValueError(f"input of {tuple(input.shape[2:])} is too small for a kernel of {tuple(kernel)}")
+    offset_groups = offset.shape[1] // (2 * taps)
+    if offset_groups < 1 or offset_groups * 2 * taps != offset.shape[1] or channels % offset_groups:
+        raise ValueError(
+            f"offset must have 2 * G * kH * kW = {2 * taps} * G channels, where G divides the {channels}"
+            f" channels of input, got {offset.shape[1]}"
+        )
+    _check_size("offset", offset, (input.shape[0], 2 * offset_groups * taps, *size))
+    check_same_device("offset", offset, "input", input)
+    check_same_device("weight", weight, "input", input)
+    if bias is not None:
+        check_tensor("bias", bias, "(O)")
+        _check_size("bias", bias, (num_outputs,))
+        check_same_device("bias", bias, "input", input)
+    if mask is not None:
+        check_tensor("mask", mask, "(N, G * kH * kW, H', W')")
+        _check_size("mask", mask, (input.shape[0], offset_groups * taps, *size))
+        check_same_device("mask", mask, "input", input)
+
+
+def _check_size(name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{name} must have shape {expected}, got {tuple(tensor.shape)}")
+
+
+def _torchvision_serves(input: torch.Tensor) -> bool:
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(input.device.type)
+    if key is None or input.numel() == 0 or torchvision_ops()[0] is None:
+        return False
+    if input.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return False  # its backward adds in any order
+    return torch._C._dispatch_has_kernel_for_dispatch_key("torchvision::deform_conv2d", key)
+
+
+def reference_deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask):
+    """Deformable convolution in plain PyTorch: samples of every tap, then a matrix product. Arguments as
+    `deform_conv2d`'s, of one dtype, with pairs of ints."""
+    (num_images, channels, height, width), (num_outputs, group_channels, *kernel) = input.shape, weight.shape
+    size, taps = offset.shape[2:], kernel[0] * kernel[1]
+    groups, offset_groups = channels // group_channels, offset.shape[1] // (2 * taps)
+    moves = offset.reshape(num_images * offset_groups, *kernel, 2, *size)
+    points = []
+    for axis in range(2):
+        tap = torch.arange(kernel[axis], dtype=input.dtype, device=input.device) * dilation[axis]
+        place = torch.arange(size[axis], dtype=input.dtype, device=input.device) * stride[axis]
+        grid = tap[:, None] + (place - padding[axis])
+        grid = grid[:, None, :, None] if axis == 0 else grid[None, :, None, :]
+        points.append((moves[:, :, :, axis] + grid).flatten(1))
+    maps = input.reshape(num_images * offset_groups, channels // offset_groups, height * width)
+    samples = sample_bilinear(maps.transpose(1, 2), height, width, *points)
+    if mask is not None:
+        samples = samples * mask.reshape(*samples.shape[:2], 1)
+    # (N * G, taps * H' * W', C / G) becomes (N, groups, C / groups * taps, H' * W').
+    samples = samples.transpose(1, 2).reshape(num_images, groups, group_channels * taps, size[0] * size[1])
+    output = weight.reshape(groups, num_outputs // groups, group_channels * taps) @ samples
+    output = output.reshape(num_images, num_outputs, *size)
+    return output if bias is None else output + bias[:, None, None]
