@@ -20,6 +20,10 @@ def _catch_cuda_oom():
         yield
     except torch.cuda.OutOfMemoryError:
         pass  # the caller tries again
+    except RuntimeError as error:
+        # Out of a compiled operator every error comes as a RuntimeError.
+        if "CUDA out of memory" not in str(error):
+            raise
 
 
 def _to_cpu(value: Any) -> Any:

@@ -113,13 +113,13 @@ def test_local_files(tmp_path):
 class FailsOnce:
     """Runs out of memory the first `times` calls."""
 
-    def __init__(self, times):
-        self.times, self.calls = times, []
+    def __init__(self, times, error=torch.cuda.OutOfMemoryError):
+        self.times, self.error, self.calls = times, error, []
 
     def __call__(self, *args, **kwargs):
         self.calls.append((args, kwargs))
         if len(self.calls) <= self.times:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+            raise self.error("CUDA out of memory.")
         return "done"
 
 
@@ -133,9 +133,10 @@ class OnGpu:
         return OnGpu(device)
 
 
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError, RuntimeError])
 @pytest.mark.parametrize("times", [0, 1, 2])
-def test_retry_if_cuda_oom(times):
-    func = FailsOnce(times)
+def test_retry_if_cuda_oom(times, error):
+    func = FailsOnce(times, error)
     given = OnGpu()
     assert retry_if_cuda_oom(func)(given, [given, 3], key={"a": (given,)}) == "done"
     assert len(func.calls) == times + 1
