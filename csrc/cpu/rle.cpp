@@ -64,10 +64,12 @@ class MaskEncoder {
     const uint8_t* above = above_.data();
     for (int64_t y = 0; y < height_; ++y) {
       const uint8_t* row = mask + y * width_;
-      for_differences(row, above, width_, [&](int64_t x) {
-        changes_.push_back({x, y});
-        ++first_of_column_[x + 1];
-      });
+      if (std::memcmp(row, above, width_) != 0) {  // the C library's is fast, and most rows are alike
+        for_differences(row, above, width_, [&](int64_t x) {
+          changes_.push_back({x, y});
+          ++first_of_column_[x + 1];
+        });
+      }
       above = row;
     }
     for (int64_t x = 0; x < width_; ++x) {

@@ -159,6 +159,17 @@ def test_layouts_and_threads():
         torch.set_num_threads(threads)
 
 
+def test_autocast_and_tracing():
+    masks, boxes = random_case(4)
+    expected = paste_masks(masks, boxes, (50, 60))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(paste_masks(masks, boxes, (50, 60)), expected)
+        assert paste_masks_to_rle(masks, boxes, (50, 60)) == encode_rle(expected)
+    for threshold in (0.3, -1.0):
+        arguments = (masks.requires_grad_(), boxes, 50, 60, threshold)
+        torch.library.opcheck(torch.ops.detlib.paste_masks.default, arguments)
+
+
 @pytest.mark.parametrize(
     "shape", [(0, 3), (3, 0), (0, 0), (1, 1), (1, 70), (70, 1), (40, 131), (33, 64), (600, 700)]
 )
