@@ -39,7 +39,8 @@ def paste_masks_in_image(
             f"{len(masks)} masks need boxes of shape ({len(masks)}, 4), got {tuple(boxes.shape)}"
         )
     masks, boxes = (x if x.is_floating_point() else x.float() for x in (masks, boxes))
-    # On a GPU the check would wait for it.
-    if boxes.device.type == "cpu" and not bool(boxes.isfinite().all()):
-        raise ValueError("boxes to paste masks into must be finite")
+    # On a GPU the check would wait for it, and in a graph there are no values yet.
+    if boxes.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not bool(boxes.isfinite().all()):
+            raise ValueError("boxes to paste masks into must be finite")
     return paste_masks(masks, boxes, tuple(int(size) for size in image_shape), threshold)

@@ -80,3 +80,13 @@ def test_errors():
         paste_masks_in_image(torch.zeros(2, 3, 3), torch.zeros(3, 4), (5, 5))
     with pytest.raises(ValueError, match="finite"):
         paste_masks_in_image(torch.zeros(1, 3, 3), torch.tensor([[0, 0, math.nan, 1]]), (5, 5))
+
+
+def test_export():
+    class Paste(torch.nn.Module):
+        def forward(self, masks, boxes):
+            return paste_masks_in_image(masks, boxes, (24, 30))
+
+    masks, boxes = make_case()
+    exported = torch.export.export(Paste(), (masks, boxes)).module()
+    assert torch.equal(exported(masks, boxes), paste_masks_in_image(masks, boxes, (24, 30)))
