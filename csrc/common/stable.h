@@ -57,12 +57,37 @@ void dispatch_floating(ScalarType type, const char* argument, const Body& body) 
   }
 }
 
+// The tensor itself if it is of this dtype, else a copy that is, of the same layout.
+inline Tensor as_type(const Tensor& tensor, ScalarType type) {
+  return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
+}
+
 // The tensor itself if it is contiguous and of this dtype, else a copy that is.
 inline Tensor as_contiguous(const Tensor& tensor, ScalarType type) {
-  if (tensor.scalar_type() != type) {
-    return torch::stable::contiguous(torch::stable::to(tensor, type));
+  const Tensor typed = as_type(tensor, type);
+  return typed.is_contiguous() ? typed : torch::stable::contiguous(typed);
+}
+
+// Whether a map (N, C, H, W) lies in memory as (N, H, W, C). One that can be read either way does not count.
+inline bool is_channels_last(const Tensor& map) {
+  int64_t stride = 1;
+  for (const int64_t dim : {1, 3, 2, 0}) {
+    if (map.size(dim) != 1 && map.stride(dim) != stride) {
+      return false;
+    }
+    stride *= map.size(dim);
   }
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  return !map.is_contiguous();
+}
+
+// An empty map (N, C, H, W) of the given layout.
+inline Tensor new_map(const Tensor& like, std::array<int64_t, 4> size, ScalarType type, bool channels_last) {
+  if (!channels_last) {
+    return torch::stable::new_empty(like, {size.data(), size.size()}, type);
+  }
+  const std::array<int64_t, 4> stored{size[0], size[2], size[3], size[1]};
+  const Tensor map = torch::stable::new_empty(like, {stored.data(), stored.size()}, type);
+  return torch::stable::transpose(torch::stable::transpose(map, 1, 3), 2, 3);
 }
 
 // Indices that sort a vector by falling value; equal values keep their order.

@@ -25,6 +25,17 @@ inline bool use_avx2() {
 #endif
 }
 
+// AVX-512 in the flavour that servers have had from the start, and AVX2 beside it.
+inline bool use_avx512() {
+#if DETLIB_HAS_AVX2
+  static const bool supported = use_avx2() && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  return supported;
+#else
+  return false;
+#endif
+}
+
 // A vector of `bytes` bytes, with memory access at any address.
 template <typename T, int bytes>
 struct VectorOf;
@@ -39,9 +50,11 @@ DETLIB_VECTOR(float, 16);
 DETLIB_VECTOR(double, 16);
 DETLIB_VECTOR(float, 32);
 DETLIB_VECTOR(double, 32);
+DETLIB_VECTOR(float, 64);
+DETLIB_VECTOR(double, 64);
 #undef DETLIB_VECTOR
 
-// Vector width that the chosen instruction set works with.
+// Vector width that kernels without an AVX-512 variant work with.
 inline int64_t vector_bytes() {
   return use_avx2() ? 32 : 16;
 }

@@ -1,4 +1,8 @@
-// RoIAlign on CUDA: one thread per pooled value. The backward pass adds atomically, in any order.
+// RoIAlign on CUDA. Maps and pooled values may be contiguous or channels-last; the result has the layout of the values
+// that come in.
+//
+// One thread per pooled value, in the order of memory. The backward pass adds atomically, in any order; on request, one
+// thread per cell of the map collects from the boxes in their order instead, which gives the same sums on every run.
 #include "../common/cuda.cuh"
 #include "../common/roi_grid.h"
 
@@ -17,6 +21,16 @@ struct Strides {
   int64_t image, channel, row, column;
 };
 
+template <typename T>
+__device__ __forceinline__ RoiAxis<T> box_rows(const T* corners, const Geometry& g) {
+  return roi_axis<T>(corners[2], corners[4], static_cast<T>(g.scale), g.aligned, g.bins_y, g.sampling_ratio);
+}
+
+template <typename T>
+__device__ __forceinline__ RoiAxis<T> box_columns(const T* corners, const Geometry& g) {
+  return roi_axis<T>(corners[1], corners[3], static_cast<T>(g.scale), g.aligned, g.bins_x, g.sampling_ratio);
+}
+
 // The box, channel and bin of a pooled value, and the sampling grid of the bin.
 template <typename T>
 struct Bin {
@@ -25,11 +39,22 @@ struct Bin {
   int64_t first_row, last_row, first_column, last_column;
   bool valid;  // false for a box that is not finite or names no image
 
-  __device__ __forceinline__ Bin(int64_t index, const T* boxes, const Geometry& g)
-      : x(index % g.bins_x),
-        y(index / g.bins_x % g.bins_y),
-        channel(index / (g.bins_x * g.bins_y) % g.channels),
-        box(index / (g.bins_x * g.bins_y * g.channels)) {
+  template <typename index_t>
+  __device__ __forceinline__ Bin(index_t index, const T* boxes, const Geometry& g, bool channels_last) {
+    const index_t bins_x = g.bins_x, bins_y = g.bins_y, channels = g.channels;
+    if (channels_last) {
+      channel = index % channels;
+      index /= channels;
+    }
+    x = index % bins_x;
+    index /= bins_x;
+    y = index % bins_y;
+    index /= bins_y;
+    if (!channels_last) {
+      channel = index % channels;
+      index /= channels;
+    }
+    box = index;
     const T* corners = boxes + 5 * box;
     valid = corners[0] >= T(0) && corners[0] < static_cast<T>(g.images);
     for (int i = 1; i < 5; ++i) {
@@ -39,9 +64,8 @@ struct Bin {
       return;
     }
     image = static_cast<int64_t>(corners[0]);
-    const T scale = static_cast<T>(g.scale);
-    rows = roi_axis<T>(corners[2], corners[4], scale, g.aligned, g.bins_y, g.sampling_ratio);
-    columns = roi_axis<T>(corners[1], corners[3], scale, g.aligned, g.bins_x, g.sampling_ratio);
+    rows = box_rows(corners, g);
+    columns = box_columns(corners, g);
     roi_sample_range(rows, y, g.height, first_row, last_row);
     roi_sample_range(columns, x, g.width, first_column, last_column);
   }
@@ -51,11 +75,13 @@ struct Bin {
   }
 };
 
-template <typename scalar_t, typename T>
+// index_t is uint32_t where the pooled values are few enough: divisions in 64 bits would take most of the time.
+template <typename scalar_t, typename T, typename index_t>
 __global__ void __launch_bounds__(kThreads) forward_kernel(
-    int64_t total, const scalar_t* input, Strides strides, const T* boxes, Geometry g, scalar_t* output) {
+    int64_t total, const scalar_t* input, Strides strides, const T* boxes, Geometry g, bool channels_last,
+    scalar_t* output) {
   for (int64_t index = thread_index(); index < total; index += grid_size()) {
-    const Bin<T> bin(index, boxes, g);
+    const Bin<T> bin(static_cast<index_t>(index), boxes, g, channels_last);
     if (!bin.valid) {
       output[index] = static_cast<scalar_t>(static_cast<T>(NAN));
       continue;
@@ -85,44 +111,153 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(
   }
 }
 
-template <typename scalar_t, typename T>
+template <typename scalar_t, typename T, typename index_t>
 __global__ void __launch_bounds__(kThreads) backward_kernel(
-    int64_t total, const scalar_t* grad, const T* boxes, Geometry g, T* grad_input) {
+    int64_t total, const scalar_t* grad, Strides strides, const T* boxes, Geometry g, bool channels_last,
+    T* grad_input) {
   for (int64_t index = thread_index(); index < total; index += grid_size()) {
-    const Bin<T> bin(index, boxes, g);
+    const Bin<T> bin(static_cast<index_t>(index), boxes, g, channels_last);
     if (!bin.valid || bin.num_samples() == T(0)) {
       continue;
     }
-    T* plane = grad_input + (bin.image * g.channels + bin.channel) * g.height * g.width;
+    T* plane = grad_input + bin.image * strides.image + bin.channel * strides.channel;
     const T share = static_cast<T>(grad[index]) / bin.num_samples();
     for (int64_t i = bin.first_row; i < bin.last_row; ++i) {
       const RoiSample<T> r = roi_sample(bin.rows, bin.y, i, g.height);
       if (!r.inside) {
         continue;
       }
-      T* low = plane + r.low * g.width;
-      T* high = plane + r.high * g.width;
+      T* low = plane + r.low * strides.row;
+      T* high = plane + r.high * strides.row;
       for (int64_t j = bin.first_column; j < bin.last_column; ++j) {
         const RoiSample<T> c = roi_sample(bin.columns, bin.x, j, g.width);
         if (c.inside) {
-          atomicAdd(low + c.low, share * r.low_weight * c.low_weight);
-          atomicAdd(low + c.high, share * r.low_weight * c.high_weight);
-          atomicAdd(high + c.low, share * r.high_weight * c.low_weight);
-          atomicAdd(high + c.high, share * r.high_weight * c.high_weight);
+          const int64_t left = c.low * strides.column, right = c.high * strides.column;
+          atomicAdd(low + left, share * r.low_weight * c.low_weight);
+          atomicAdd(low + right, share * r.low_weight * c.high_weight);
+          atomicAdd(high + left, share * r.high_weight * c.low_weight);
+          atomicAdd(high + right, share * r.high_weight * c.high_weight);
         }
       }
     }
   }
 }
 
+constexpr int kTile = 16;         // sides of the tile of cells that a block collects for, one thread a cell
+constexpr int kTileChannels = 8;  // that each thread collects for
+static_assert(kTile * kTile == kThreads);
+
+// Whether samples of the axis can touch cells [begin, begin + kTile).
+template <typename T>
+__device__ __forceinline__ bool touches(const RoiAxis<T>& axis, int64_t bins, int64_t begin) {
+  const T end = axis.start + axis.bin * static_cast<T>(bins);
+  return axis.count > 0 && max(axis.start, end) >= static_cast<T>(begin - 1) &&
+      min(axis.start, end) <= static_cast<T>(begin + kTile);
+}
+
+// The weights that one bin gives to cells [begin, begin + kTile) along an axis of `size` cells.
+template <typename T>
+__device__ void tile_weights(const RoiAxis<T>& axis, int64_t bin, int64_t size, int64_t begin, T* weights) {
+  for (int i = 0; i < kTile; ++i) {
+    weights[i] = T(0);
+  }
+  int64_t sample, last;
+  for (roi_sample_range(axis, bin, size, sample, last); sample < last; ++sample) {
+    const RoiSample<T> s = roi_sample(axis, bin, sample, size);
+    if (s.inside && s.low >= begin && s.low < begin + kTile) {
+      weights[s.low - begin] += s.low_weight;
+    }
+    if (s.inside && s.high >= begin && s.high < begin + kTile) {
+      weights[s.high - begin] += s.high_weight;
+    }
+  }
+  for (int i = 0; i < kTile; ++i) {
+    weights[i] /= static_cast<T>(axis.count);
+  }
+}
+
+// A block per tile of the map and few channels. `pooled` are the strides of grad, `strides` those of grad_input.
+template <typename scalar_t, typename T>
+__global__ void __launch_bounds__(kThreads) collect_kernel(
+    int64_t num_blocks, const scalar_t* grad, Strides pooled, const T* boxes, int64_t num_boxes, Geometry g,
+    Strides strides, T* grad_input) {
+  extern __shared__ double shared[];
+  T* row_weights = reinterpret_cast<T*>(shared);
+  T* column_weights = row_weights + g.bins_y * kTile;
+  const int64_t tiles_x = (g.width + kTile - 1) / kTile, tiles_y = (g.height + kTile - 1) / kTile;
+  const int64_t groups = (g.channels + kTileChannels - 1) / kTileChannels;
+  const int row = threadIdx.x / kTile, column = threadIdx.x % kTile;
+  for (int64_t block = blockIdx.x; block < num_blocks; block += gridDim.x) {
+    const int64_t left = block % tiles_x * kTile, top = block / tiles_x % tiles_y * kTile;
+    const int64_t channel = block / (tiles_x * tiles_y) % groups * kTileChannels;
+    const int64_t image = block / (tiles_x * tiles_y * groups);
+    const int num_channels = static_cast<int>(min(static_cast<int64_t>(kTileChannels), g.channels - channel));
+    T sums[kTileChannels] = {};
+    for (int64_t box = 0; box < num_boxes; ++box) {
+      // The same for all threads of the block, so that all of them meet at the barriers.
+      const T* corners = boxes + 5 * box;
+      bool valid = corners[0] >= static_cast<T>(image) && corners[0] < static_cast<T>(image + 1);
+      for (int i = 1; i < 5; ++i) {
+        valid = valid && isfinite(corners[i]);
+      }
+      if (!valid) {
+        continue;
+      }
+      const RoiAxis<T> rows = box_rows(corners, g), columns = box_columns(corners, g);
+      if (!touches(rows, g.bins_y, top) || !touches(columns, g.bins_x, left)) {
+        continue;
+      }
+      __syncthreads();
+      for (int64_t bin = threadIdx.x; bin < g.bins_y + g.bins_x; bin += kThreads) {
+        if (bin < g.bins_y) {
+          tile_weights(rows, bin, g.height, top, row_weights + bin * kTile);
+        } else {
+          tile_weights(columns, bin - g.bins_y, g.width, left, row_weights + bin * kTile);
+        }
+      }
+      __syncthreads();
+      for (int64_t y = 0; y < g.bins_y; ++y) {
+        const T row_weight = row_weights[y * kTile + row];
+        for (int64_t x = 0; x < g.bins_x && row_weight != T(0); ++x) {
+          const T weight = row_weight * column_weights[x * kTile + column];
+          if (weight != T(0)) {
+            const scalar_t* from =
+                grad + box * pooled.image + channel * pooled.channel + y * pooled.row + x * pooled.column;
+            for (int c = 0; c < kTileChannels; ++c) {
+              sums[c] += c < num_channels ? weight * static_cast<T>(from[c * pooled.channel]) : T(0);
+            }
+          }
+        }
+      }
+    }
+    if (top + row < g.height && left + column < g.width) {
+      T* cell = grad_input + image * strides.image + channel * strides.channel + (top + row) * strides.row +
+          (left + column) * strides.column;
+      for (int c = 0; c < num_channels; ++c) {
+        cell[c * strides.channel] = sums[c];
+      }
+    }
+    __syncthreads();
+  }
+}
+
+Strides strides_of(const Tensor& map) {
+  return {map.stride(0), map.stride(1), map.stride(2), map.stride(3)};
+}
+
+bool fits_32_bits(int64_t total) {
+  return total < (int64_t{1} << 31);
+}
+
 template <typename scalar_t>
 void launch_forward(const Tensor& input, const Tensor& boxes, const Geometry& g, Tensor& output) {
   using T = compute_t<scalar_t>;
-  const Strides strides{input.stride(0), input.stride(1), input.stride(2), input.stride(3)};
   const int64_t total = output.numel();
-  forward_kernel<scalar_t, T><<<num_blocks(total), kThreads, 0, current_stream(input)>>>(
-      total, input.const_data_ptr<scalar_t>(), strides, boxes.const_data_ptr<T>(), g,
-      output.mutable_data_ptr<scalar_t>());
+  const auto kernel =
+      fits_32_bits(total) ? forward_kernel<scalar_t, T, uint32_t> : forward_kernel<scalar_t, T, uint64_t>;
+  kernel<<<num_blocks(total), kThreads, 0, current_stream(input)>>>(
+      total, input.const_data_ptr<scalar_t>(), strides_of(input), boxes.const_data_ptr<T>(), g,
+      is_channels_last(output), output.mutable_data_ptr<scalar_t>());
   check_launch("roi_align: forward_kernel");
 }
 
@@ -130,9 +265,28 @@ template <typename scalar_t>
 void launch_backward(const Tensor& grad, const Tensor& boxes, const Geometry& g, Tensor& sums) {
   using T = compute_t<scalar_t>;
   const int64_t total = grad.numel();
-  backward_kernel<scalar_t, T><<<num_blocks(total), kThreads, 0, current_stream(grad)>>>(
-      total, grad.const_data_ptr<scalar_t>(), boxes.const_data_ptr<T>(), g, sums.mutable_data_ptr<T>());
+  const auto kernel =
+      fits_32_bits(total) ? backward_kernel<scalar_t, T, uint32_t> : backward_kernel<scalar_t, T, uint64_t>;
+  kernel<<<num_blocks(total), kThreads, 0, current_stream(grad)>>>(
+      total, grad.const_data_ptr<scalar_t>(), strides_of(sums), boxes.const_data_ptr<T>(), g, is_channels_last(grad),
+      sums.mutable_data_ptr<T>());
   check_launch("roi_align: backward_kernel");
+}
+
+template <typename scalar_t>
+void launch_collect(const Tensor& grad, const Tensor& boxes, const Geometry& g, Tensor& sums) {
+  using T = compute_t<scalar_t>;
+  const int64_t shared_bytes = (g.bins_y + g.bins_x) * kTile * static_cast<int64_t>(sizeof(T));
+  DETLIB_CHECK(
+      shared_bytes <= 48 * 1024, "pooled_height + pooled_width must be at most ", 48 * 1024 / (kTile * sizeof(T)),
+      " in deterministic mode, got ", g.bins_y + g.bins_x);
+  const int64_t tiles = ((g.width + kTile - 1) / kTile) * ((g.height + kTile - 1) / kTile);
+  const int64_t blocks = g.images * ((g.channels + kTileChannels - 1) / kTileChannels) * tiles;
+  const auto grid = static_cast<unsigned int>(std::min<int64_t>(blocks, 1 << 30));
+  collect_kernel<scalar_t, T><<<grid, kThreads, shared_bytes, current_stream(grad)>>>(
+      blocks, grad.const_data_ptr<scalar_t>(), strides_of(grad), boxes.const_data_ptr<T>(), boxes.size(0), g,
+      strides_of(sums), sums.mutable_data_ptr<T>());
+  check_launch("roi_align: collect_kernel");
 }
 
 void check_boxes(const Tensor& boxes, const Tensor& values) {
@@ -151,7 +305,8 @@ Tensor roi_align(
       input.size(0), input.size(1),  input.size(2), input.size(3), pooled_height, pooled_width,
       spatial_scale, sampling_ratio, aligned};
   const DeviceGuard guard(input.get_device_index());
-  Tensor output = torch::stable::new_empty(input, {boxes.size(0), g.channels, pooled_height, pooled_width});
+  Tensor output = new_map(
+      input, {boxes.size(0), g.channels, pooled_height, pooled_width}, input.scalar_type(), is_channels_last(input));
   if (input.numel() == 0) {
     return torch::stable::zero_(output);
   }
@@ -166,7 +321,8 @@ Tensor roi_align(
 
 Tensor roi_align_backward(
     const Tensor& grad, const Tensor& boxes, double spatial_scale, int64_t pooled_height, int64_t pooled_width,
-    int64_t batch_size, int64_t channels, int64_t height, int64_t width, int64_t sampling_ratio, bool aligned) {
+    int64_t batch_size, int64_t channels, int64_t height, int64_t width, int64_t sampling_ratio, bool aligned,
+    bool deterministic) {
   check_boxes(boxes, grad);
   DETLIB_CHECK(
       grad.dim() == 4 && grad.size(0) == boxes.size(0) && grad.size(1) == channels && grad.size(2) == pooled_height &&
@@ -177,16 +333,25 @@ Tensor roi_align_backward(
   const DeviceGuard guard(grad.get_device_index());
   const ScalarType type = grad.scalar_type();
   // Reduced precision is summed in float32 and rounded once.
-  Tensor sums = torch::stable::new_empty(grad, {batch_size, channels, height, width}, compute_type(type));
-  torch::stable::zero_(sums);
-  if (grad.numel() > 0 && sums.numel() > 0) {
-    const Tensor corners = as_contiguous(boxes, compute_type(type));
-    const Tensor gradient = as_contiguous(grad, type);
-    dispatch_floating(type, "grad", [&](auto tag) {
-      launch_backward<typename decltype(tag)::type>(gradient, corners, g, sums);
-    });
+  const bool channels_last = is_channels_last(grad);
+  Tensor sums = new_map(grad, {batch_size, channels, height, width}, compute_type(type), channels_last);
+  if (grad.numel() == 0 || sums.numel() == 0) {
+    return as_type(torch::stable::zero_(sums), type);
   }
-  return sums.scalar_type() == type ? sums : torch::stable::to(sums, type);
+  const Tensor corners = as_contiguous(boxes, compute_type(type));
+  const Tensor gradient = channels_last ? grad : as_contiguous(grad, type);
+  if (!deterministic) {
+    torch::stable::zero_(sums);
+  }
+  dispatch_floating(type, "grad", [&](auto tag) {
+    using scalar_t = typename decltype(tag)::type;
+    if (deterministic) {
+      launch_collect<scalar_t>(gradient, corners, g, sums);
+    } else {
+      launch_backward<scalar_t>(gradient, corners, g, sums);
+    }
+  });
+  return as_type(sums, type);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(detlib, CUDA, m) {

@@ -31,7 +31,7 @@ SCHEMAS = {
     " SymInt pooled_width, int sampling_ratio, bool aligned) -> Tensor",
     "roi_align_backward": "(Tensor grad, Tensor boxes, float spatial_scale, SymInt pooled_height,"
     " SymInt pooled_width, SymInt batch_size, SymInt channels, SymInt height, SymInt width,"
-    " int sampling_ratio, bool aligned) -> Tensor",
+    " int sampling_ratio, bool aligned, bool deterministic=False) -> Tensor",
     "ms_deform_attn": "(Tensor value, Tensor spatial_shapes, Tensor level_start_index,"
     " Tensor sampling_locations, Tensor attention_weights) -> Tensor",
     "ms_deform_attn_backward": "(Tensor grad, Tensor value, Tensor spatial_shapes, Tensor level_start_index,"

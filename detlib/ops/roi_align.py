@@ -46,7 +46,8 @@ def roi_align(
             half a cell; False is Detectron1's convention, where a box also covers at least one cell.
 
     Returns:
-        (K, C, P, Q), contiguous, of `input`'s dtype.
+        (K, C, P, Q) of `input`'s dtype, in channels-last layout if `input` is, else contiguous. The gradient
+        of `input` has `input`'s layout too.
 
     Raises:
         TypeError: an argument is no tensor.
@@ -78,6 +79,23 @@ def _with_batch_index(boxes: Sequence[torch.Tensor], input: torch.Tensor) -> tor
 
 def _compute_dtype(input: torch.Tensor) -> torch.dtype:
     return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def _is_channels_last(map: torch.Tensor) -> bool:
+    """Whether a map can only be read as (N, H, W, C) in memory; the compiled kernels decide by the same
+    rule."""
+    return map.is_contiguous(memory_format=torch.channels_last) and not map.is_contiguous()
+
+
+def _new_map(like: torch.Tensor, images: int, channels: int, height: int, width: int) -> torch.Tensor:
+    """An empty map (images, channels, height, width) in the layout of `like`."""
+    if _is_channels_last(like):
+        return like.new_empty((images, height, width, channels)).permute(0, 3, 1, 2)
+    return like.new_empty((images, channels, height, width))
+
+
+def _in_layout_of(like: torch.Tensor, map: torch.Tensor) -> torch.Tensor:
+    return map.contiguous(memory_format=torch.channels_last) if _is_channels_last(like) else map
 
 
 def _axis_weights(
@@ -163,12 +181,12 @@ def reference_roi_align(input, boxes, spatial_scale, pooled_height, pooled_width
             else:
                 window = input[image, :, rows, columns].to(dtype)
                 output[index] = weights[0] @ window @ weights[1].T
-    return output.to(input.dtype)
+    return _in_layout_of(input, output.to(input.dtype))
 
 
 def reference_roi_align_backward(
     grad, boxes, spatial_scale, pooled_height, pooled_width, batch_size, channels, height, width,
-    sampling_ratio, aligned,
+    sampling_ratio, aligned, deterministic=False,
 ):  # fmt: skip
     """Gradient of `reference_roi_align` with respect to the map, (N, C, H, W). Box by box, so
     deterministic."""
@@ -182,7 +200,7 @@ def reference_roi_align_backward(
         ):
             if weights is not None:
                 grad_input[image, :, rows, columns] += weights[0].T @ grad[index].to(dtype) @ weights[1]
-    return grad_input.to(grad.dtype)
+    return _in_layout_of(grad, grad_input.to(grad.dtype))
 
 
 def _check_images(boxes: torch.Tensor, num_images: int) -> None:
@@ -194,12 +212,10 @@ def _check_images(boxes: torch.Tensor, num_images: int) -> None:
         )
 
 
-def _fallback_is_reference(boxes: torch.Tensor) -> bool:
+def _fallback_is_reference(boxes: torch.Tensor, deterministic: bool = False) -> bool:
     """torchvision's kernels fail on inverted boxes and those that are not finite; on CUDA they add in any
     order."""
-    if torchvision_ops()[0] is None:
-        return True
-    if boxes.device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
+    if torchvision_ops()[0] is None or (deterministic and boxes.device.type == "cuda"):
         return True
     return not bool((boxes.isfinite().all(dim=1) & (boxes[:, 3:] >= boxes[:, 1:3]).all(dim=1)).all())
 
@@ -215,53 +231,58 @@ def _fallback_roi_align(input, boxes, spatial_scale, pooled_height, pooled_width
     output = torch.ops.torchvision.roi_align(
         input.to(dtype), boxes.to(dtype), spatial_scale, pooled_height, pooled_width, sampling_ratio, aligned
     )
-    return output.to(input.dtype)
+    return _in_layout_of(input, output.to(input.dtype))
 
 
 def _fallback_roi_align_backward(
     grad, boxes, spatial_scale, pooled_height, pooled_width, batch_size, channels, height, width,
-    sampling_ratio, aligned,
+    sampling_ratio, aligned, deterministic=False,
 ):  # fmt: skip
     sizes = (pooled_height, pooled_width, batch_size, channels, height, width)
-    if _fallback_is_reference(boxes):
+    if _fallback_is_reference(boxes, deterministic):
         return reference_roi_align_backward(grad, boxes, spatial_scale, *sizes, sampling_ratio, aligned)
     dtype = _compute_dtype(grad)
     grad_input = torch.ops.torchvision._roi_align_backward(
         grad.to(dtype), boxes.to(dtype), spatial_scale, *sizes, sampling_ratio, aligned
     )
-    return grad_input.to(grad.dtype)
+    return _in_layout_of(grad, grad_input.to(grad.dtype))
 
 
 def _fake_roi_align(input, boxes, spatial_scale, pooled_height, pooled_width, sampling_ratio, aligned):
-    return input.new_empty((boxes.shape[0], input.shape[1], pooled_height, pooled_width))
+    return _new_map(input, boxes.shape[0], input.shape[1], pooled_height, pooled_width)
 
 
 def _fake_roi_align_backward(
     grad, boxes, spatial_scale, pooled_height, pooled_width, batch_size, channels, height, width,
-    sampling_ratio, aligned,
+    sampling_ratio, aligned, deterministic=False,
 ):  # fmt: skip
-    return grad.new_empty((batch_size, channels, height, width))
+    return _new_map(grad, batch_size, channels, height, width)
 
 
 def _save_forward(ctx, inputs, output):
     input, boxes, *scalars = inputs
     ctx.save_for_backward(boxes)
     ctx.input_size = input.shape
+    ctx.channels_last = _is_channels_last(input)
     ctx.scalars = scalars
 
 
 def _backward(ctx, grad):
     (boxes,) = ctx.saved_tensors
     scale, height, width, *sampling = ctx.scalars
-    operator = torch.ops.detlib.roi_align_backward
-    if grad.is_cuda and torch.are_deterministic_algorithms_enabled():
-        operator = reference_roi_align_backward  # the CUDA kernel adds in any order
-    grad_input = operator(grad, boxes, scale, height, width, *ctx.input_size, *sampling)
+    # The kernels answer in the layout of `grad`, and a gradient should have that of `input`.
+    grad = grad.contiguous(
+        memory_format=torch.channels_last if ctx.channels_last else torch.contiguous_format
+    )
+    grad_input = torch.ops.detlib.roi_align_backward(
+        grad, boxes, scale, height, width, *ctx.input_size, *sampling,
+        torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
     return grad_input, None, None, None, None, None, None
 
 
 def _save_backward(ctx, inputs, output):
-    _, boxes, scale, height, width, _, _, _, _, *sampling = inputs
+    _, boxes, scale, height, width, _, _, _, _, *sampling, _ = inputs
     ctx.save_for_backward(boxes)
     ctx.scalars = (scale, height, width, *sampling)
 
@@ -269,7 +290,7 @@ def _save_backward(ctx, inputs, output):
 def _double_backward(ctx, grad_grad_input):
     # The backward is linear in `grad`; its transpose is the forward again.
     (boxes,) = ctx.saved_tensors
-    return (torch.ops.detlib.roi_align(grad_grad_input, boxes, *ctx.scalars), *[None] * 10)
+    return (torch.ops.detlib.roi_align(grad_grad_input, boxes, *ctx.scalars), *[None] * 11)
 
 
 define("roi_align", _fallback_roi_align, _fake_roi_align)

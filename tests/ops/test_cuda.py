@@ -58,6 +58,7 @@ def test_roi_align(dtype, sampling_ratio, aligned, size, layout):
         output = roi_align(input, boxes.to(device), size, 0.25, sampling_ratio, aligned)
         grad = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).to(dtype).view(output.shape)
         output.backward(grad.to(device))
+        assert output.is_contiguous(memory_format=layout) and input.grad.is_contiguous(memory_format=layout)
         results.append((output.detach().cpu(), input.grad.cpu()))
     for ours, theirs in zip(*results):
         torch.testing.assert_close(theirs, ours, atol=tolerance, rtol=tolerance)
@@ -78,15 +79,29 @@ def test_other_stream_and_boxes_that_are_not_finite():
     torch.testing.assert_close(doubled, expected[:1] * 2)
 
 
-def test_deterministic_backward():
-    maps = torch.rand(1, 3, 20, 20).cuda().requires_grad_()
-    boxes = torch.nn.functional.pad(boxes_and_scores(300)[0] / 8, (1, 0)).cuda()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("sampling_ratio,channels,size", [(0, 3, 7), (2, 19, (3, 9))])
+def test_deterministic_backward(dtype, layout, sampling_ratio, channels, size):
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.rand(2, channels, 37, 20, generator=generator).to(dtype).to(memory_format=layout)
+    boxes = boxes_and_scores(300)[0] / 8 - 2
+    boxes = torch.cat([torch.arange(300)[:, None] % 2, boxes], 1)
+
+    def gradient(device):
+        input = maps.to(device).detach().requires_grad_()
+        output = roi_align(input, boxes.to(device), size, 1.0, sampling_ratio, True)
+        grad = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).to(dtype).view(output.shape)
+        return torch.autograd.grad(output, input, grad.to(device))[0].cpu()
+
     torch.use_deterministic_algorithms(True)
     try:
-        grads = [torch.autograd.grad(roi_align(maps, boxes, 7).sum(), maps)[0] for _ in range(3)]
+        grads = [gradient("cuda") for _ in range(3)]
     finally:
         torch.use_deterministic_algorithms(False)
     assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 4e-2)
+    torch.testing.assert_close(grads[0], gradient("cpu"), atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])

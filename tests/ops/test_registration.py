@@ -47,6 +47,14 @@ def test_opcheck(name):
     assert set(torch.library.opcheck(operator, samples()[name]).values()) == {"SUCCESS"}
 
 
+@pytest.mark.parametrize("name", ["roi_align", "roi_align_backward"])
+def test_opcheck_of_channels_last(name):
+    values, *rest = samples()[name]
+    values = values.detach().to(memory_format=torch.channels_last).requires_grad_()
+    results = torch.library.opcheck(getattr(torch.ops.detlib, name).default, (values, *rest))
+    assert set(results.values()) == {"SUCCESS"}
+
+
 def test_compiled_graph_has_the_operator_in_it():
     maps, rois, scale, height, width, ratio, aligned = samples()["roi_align"]
     boxes, scores, idxs, threshold = samples()["batched_nms"]

@@ -1,0 +1,17 @@
+// RoIAlign's kernels on the CPU, one pair for each layout; see roi_align.cpp for what all of them may rely on.
+#pragma once
+
+#include "../common/stable.h"
+#include "roi_taps.h"
+
+namespace detlib {
+
+void roi_align_planes(const Tensor& input, const Tensor& boxes, const RoiAlignShape& shape, Tensor& output);
+void roi_align_planes_backward(const Tensor& grad, const Tensor& boxes, const RoiAlignShape& shape, Tensor& output);
+
+// float32 and float64 only.
+void roi_align_channels_last(const Tensor& input, const Tensor& boxes, const RoiAlignShape& shape, Tensor& output);
+void roi_align_channels_last_backward(
+    const Tensor& grad, const Tensor& boxes, const RoiAlignShape& shape, Tensor& output);
+
+}  // namespace detlib

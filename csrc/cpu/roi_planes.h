@@ -1,0 +1,113 @@
+// The weights of a box as RoIAlign's kernels for planes (N, C, H, W) want them.
+//
+// Columns are handled in slots of neighbouring cells, as many as a vector has lanes, so that a slot is one load of a map
+// row. Slot j starts at cell min(first_column + lanes * j, last_slot); only at the right border of the map do slots
+// overlap, and there the lanes that an earlier slot has covered weigh zero.
+#pragma once
+
+#include "roi_taps.h"
+
+namespace detlib {
+
+struct Band {
+  int64_t begin, end;
+};
+
+// Where a box's columns lie, and its taps along y: bins from map rows (forward), map rows from bins (backward).
+template <typename T>
+struct RoiTable {
+  bool finite = true;
+  int64_t lanes = 0, first_column = 0, num_slots = 0, last_slot = 0;
+  Taps<T> y;
+  std::vector<T> columns;
+  std::vector<Band> bands;  // forward: columns a group of bins reads; backward: bins a slot receives from
+
+  int64_t slot_start(int64_t slot) const {
+    return std::min(first_column + slot * lanes, last_slot);
+  }
+  int64_t cells() const {
+    return num_slots * lanes;
+  }
+  // Position of a map column among the lanes of the slots: in the first that covers it. Where the border of the map has
+  // shifted that slot to the left, the column lies further right in it.
+  int64_t lane_of(int64_t column) const {
+    const int64_t slot = (column - first_column) / lanes;
+    return slot * lanes + column - slot_start(slot);
+  }
+  // Forward: bins of a row are formed in groups of `lanes`, the last one shifted back to end at the last bin.
+  int64_t group_start(int64_t group, int64_t bins) const {
+    return std::max<int64_t>(std::min(group * lanes, bins - lanes), 0);
+  }
+};
+
+// Cells of a map row as the kernels see it: at least one slot.
+inline int64_t row_cells(const RoiAlignShape& shape, int64_t lanes) {
+  return std::max(shape.width, lanes);
+}
+
+template <typename T>
+class RoiTableBuilder {
+ public:
+  RoiTableBuilder(const RoiAlignShape& shape, int64_t lanes)
+      : shape_(shape), lanes_(lanes), dense_(std::max(shape.height, shape.width), T(0)) {}
+
+  RoiTable<T> forward(const T* box) {
+    RoiTable<T> table = prepare(box);
+    table.y = taps_by_bin(y_, shape_.bins_y);
+    const int64_t lanes = table.lanes, groups = (shape_.bins_x + lanes - 1) / lanes;
+    table.columns.assign(groups * table.cells() * lanes, T(0));
+    table.bands.assign(groups, {table.cells(), 0});
+    for (const auto& x : x_) {
+      const int64_t lane = table.lane_of(x.cell);
+      for (int64_t group = 0; group < groups; ++group) {
+        const int64_t bin = x.bin - table.group_start(group, shape_.bins_x);
+        if (bin >= 0 && bin < lanes) {
+          table.columns[(group * table.cells() + lane) * lanes + bin] = x.weight;
+          widen(table.bands[group], lane);
+        }
+      }
+    }
+    return table;
+  }
+
+  RoiTable<T> backward(const T* box) {
+    RoiTable<T> table = prepare(box);
+    table.y = taps_by_cell(y_);
+    table.columns.assign(shape_.bins_x * table.cells(), T(0));
+    table.bands.assign(table.num_slots, {shape_.bins_x, 0});
+    for (const auto& x : x_) {
+      const int64_t lane = table.lane_of(x.cell);
+      table.columns[x.bin * table.cells() + lane] = x.weight;
+      widen(table.bands[lane / table.lanes], x.bin);
+    }
+    return table;
+  }
+
+ private:
+  // Fills y_ and x_ and everything that both directions share.
+  RoiTable<T> prepare(const T* box) {
+    RoiTable<T> table;
+    table.lanes = lanes_;
+    table.finite = box_weights(box, shape_, dense_, y_, x_);
+    if (!x_.empty()) {
+      const auto by_cell = [](const auto& a, const auto& b) { return a.cell < b.cell; };
+      const auto [left, right] = std::minmax_element(x_.begin(), x_.end(), by_cell);
+      table.first_column = left->cell;
+      table.last_slot = row_cells(shape_, lanes_) - lanes_;
+      table.num_slots = (right->cell - left->cell) / lanes_ + 1;
+    }
+    return table;
+  }
+
+  static void widen(Band& band, int64_t index) {
+    band.begin = std::min(band.begin, index);
+    band.end = std::max(band.end, index + 1);
+  }
+
+  RoiAlignShape shape_;
+  int64_t lanes_;
+  std::vector<T> dense_;
+  std::vector<AxisWeight<T>> y_, x_;
+};
+
+}  // namespace detlib
