@@ -1,17 +1,19 @@
-"""Time detlib's operators against torchvision's on the CPU, calls of both in turn.
+"""Time detlib's operators against torchvision's, or against a formula where torchvision has none.
 
-    python benchmarks/ops.py [--threads 2] [--repeats 5] [--images 4] [--height 800] [--width 1088]
+    python benchmarks/ops.py [--only nms] [--threads 2] [--seconds 4] [--devices cpu cuda]
 
-RoIAlign runs as in training Faster and Mask R-CNN with FPN: 512 boxes an image spread over four levels of 256
-channels by their size, 7x7 bins for the box head and 14x14 for the mask head (128 boxes an image), adaptive
-grid. NMS runs as in the RPN (1000 boxes a level, five levels) and on one large set. Masks are blobs of 28x28
-cells, pasted and encoded for COCO, against grid_sample around each box and pycocotools.
+Prints one table. Both sides get the same inputs and run in turn, so that they meet the same noise; the
+figures are medians. An operator joins the table with a generator of `Case`s that bears `@benchmark`.
 """
 
 import argparse
+import os
+import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -23,117 +25,128 @@ from detlib.ops import (
     _library,
     batched_nms,
     encode_rle,
+    ms_deform_attn,
     nms,
     paste_masks,
     paste_masks_to_rle,
     roi_align,
 )
-
-CHANNELS = 256
-STRIDES = (4, 8, 16, 32)
+from detlib.ops.ms_deform_attn import reference_ms_deform_attn
 
 
-def random_boxes(count: int, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
-    """Boxes (count, 4), absolute xyxy pixels, with log-uniform sides from 16 pixels up, clipped to the
+@dataclass
+class Case:
+    """One line of the table: what is done, and two functions that do it."""
+
+    title: str
+    ours: Callable[[], object]
+    theirs: Callable[[], object]
+    reference: str = "torchvision"
+
+
+BENCHMARKS: dict[str, Callable[[str], Iterator[Case]]] = {}
+
+
+def benchmark(function: Callable[[str], Iterator[Case]]) -> Callable[[str], Iterator[Case]]:
+    """Register a function that takes a device ("cpu" or "cuda") and yields cases."""
+    BENCHMARKS[function.__name__] = function
+    return function
+
+
+def uniform(generator: torch.Generator, *size: int, high: float = 1.0) -> torch.Tensor:
+    return torch.rand(*size, generator=generator) * high
+
+
+def random_boxes(count: int, extent: tuple[float, float], generator: torch.Generator) -> torch.Tensor:
+    """Boxes (count, 4), absolute xyxy pixels: first corners uniform in `extent`, sides uniform in 0..200."""
+    corner = uniform(generator, count, 2) * torch.tensor(extent)
+    return torch.cat([corner, corner + uniform(generator, count, 2, high=200)], 1)
+
+
+@benchmark
+def roi_aligns(device: str) -> Iterator[Case]:
+    """1000 boxes on a map of 256 channels, as the finest level of a feature pyramid of an 800x1088
     picture."""
-    limit = torch.tensor([width, height], dtype=torch.float32)
-    center = torch.rand(count, 2, generator=generator) * limit
-    side = 16 * (min(height, width) / 16) ** torch.rand(count, 1, generator=generator)
-    aspect = 2 ** (torch.rand(count, 1, generator=generator) - 0.5)
-    half = torch.cat([side * aspect, side / aspect], 1) / 2
-    low = (center - half).clamp(min=0)
-    return torch.cat([low, torch.minimum(center + half, limit)], 1)
-
-
-def fpn_inputs(args: argparse.Namespace, boxes_per_image: int) -> list[tuple]:
-    """(features, boxes, scale) of each level, boxes given to levels by FPN's rule."""
     generator = torch.Generator().manual_seed(0)
-    boxes = torch.cat(
-        [
-            torch.nn.functional.pad(
-                random_boxes(boxes_per_image, args.height, args.width, generator), (1, 0), value=i
+    boxes = random_boxes(1000, (1088.0, 800.0), generator)
+    boxes[:, 0::2].clamp_(max=1088)
+    boxes[:, 1::2].clamp_(max=800)
+    boxes = torch.nn.functional.pad(boxes, (1, 0)).to(device)
+    map = torch.randn(1, 256, 200, 272, generator=generator).to(device)
+    grad = torch.randn(1000, 256, 7, 7, generator=generator).to(device)
+    our_backward = torch.ops.detlib.roi_align_backward
+    their_backward = torch.ops.torchvision._roi_align_backward
+    for layout, name in ((torch.contiguous_format, "NCHW"), (torch.channels_last, "channels-last")):
+        x, g = map.to(memory_format=layout), grad.to(memory_format=layout)
+        for ratio, samples in ((0, "adaptive"), (2, "2 samples")):
+            arguments = x, boxes, (7, 7), 0.25, ratio, True
+            yield Case(
+                f"roi_align, {name}, {samples}",
+                partial(roi_align, *arguments),
+                partial(torchvision.ops.roi_align, *arguments),
             )
-            for i in range(args.images)
-        ]
-    )
-    area = (boxes[:, 3:] - boxes[:, 1:3]).prod(1)
-    level = (4 + (area.sqrt() / 224).log2()).floor().clamp(2, 5)
-    return [
-        (
-            torch.randn(args.images, CHANNELS, args.height // s, args.width // s, generator=generator),
-            boxes[level == i + 2],
-            1 / s,
+            arguments = g, boxes, 0.25, 7, 7, *x.shape, ratio, True
+            yield Case(
+                f"roi_align backward, {name}, {samples}",
+                partial(our_backward, *arguments),
+                partial(their_backward, *arguments),
+            )
+
+
+@benchmark
+def suppression(device: str) -> Iterator[Case]:
+    """Boxes on a square of 1000 pixels, 80 categories, threshold 0.5."""
+    for count in (10, 100, 1000, 5000, 20000, 100000):
+        generator = torch.Generator().manual_seed(count)
+        boxes = random_boxes(count, (1000.0, 1000.0), generator).to(device)
+        scores = uniform(generator, count).to(device)
+        categories = torch.randint(80, (count,), generator=generator).to(device)
+        if count <= 20000:
+            arguments = boxes, scores, 0.5
+            yield Case(
+                f"nms, {count} boxes", partial(nms, *arguments), partial(torchvision.ops.nms, *arguments)
+            )
+        arguments = boxes, scores, categories, 0.5
+        yield Case(
+            f"batched_nms, {count} boxes",
+            partial(batched_nms, *arguments),
+            partial(torchvision.ops.batched_nms, *arguments),
         )
-        for i, s in enumerate(STRIDES)
-    ]
 
 
-def compare(
-    title: str,
-    ours: Callable[[], object],
-    theirs: Callable[[], object],
-    repeats: int,
-    other_name: str = "torchvision",
-) -> None:
-    """Print the median times of both and their ratio; they run in turn, so that both meet the same noise."""
-    ours(), theirs()
-    times = ([], [])
-    for _ in range(repeats):
-        for function, series in zip((ours, theirs), times):
-            begin = time.perf_counter()
-            function()
-            series.append(time.perf_counter() - begin)
-    mine, other = median(times[0]) * 1e3, median(times[1]) * 1e3
-    print(f"{title:44s} detlib {mine:8.2f} ms   {other_name} {other:8.2f} ms   ratio {other / mine:6.1f}")
-
-
-def bench_roi_align(args: argparse.Namespace, boxes_per_image: int, bins: int) -> None:
-    levels = fpn_inputs(args, boxes_per_image)
-    grads = [torch.randn(len(boxes), CHANNELS, bins, bins) for _, boxes, _ in levels]
-
-    def forward(operator):
-        return lambda: [operator(x, boxes, (bins, bins), scale, 0, True) for x, boxes, scale in levels]
-
-    def backward(operator):
-        return lambda: [
-            operator(grad, boxes, scale, bins, bins, *x.shape, 0, True)
-            for grad, (x, boxes, scale) in zip(grads, levels)
-        ]
-
-    counts = "+".join(str(len(boxes)) for _, boxes, _ in levels)
-    for name, pair in {
-        "forward": (forward(roi_align), forward(torchvision.ops.roi_align)),
-        "backward": (
-            backward(torch.ops.detlib.roi_align_backward),
-            backward(torch.ops.torchvision._roi_align_backward),
-        ),
-    }.items():
-        compare(f"roi_align {name} {bins}x{bins}, {counts} boxes", *pair, args.repeats)
-
-
-def bench_nms(args: argparse.Namespace) -> None:
+@benchmark
+def deformable_attention(device: str) -> Iterator[Case]:
+    """The encoder of Deformable DETR on an 800x1088 picture: 8 heads of 32 channels, 4 levels, 4 points."""
     generator = torch.Generator().manual_seed(0)
-    for count in (1000, 5000):
-        boxes = random_boxes(count, args.height, args.width, generator)
-        plain = (boxes, torch.rand(count, generator=generator), 0.7)
-        by_category = (*plain[:2], torch.arange(count) % 5, 0.7)
-        for name, operator, reference, inputs in (
-            ("nms", nms, torchvision.ops.nms, plain),
-            ("batched_nms, 5 categories", batched_nms, torchvision.ops.batched_nms, by_category),
-        ):
-            pair = partial(operator, *inputs), partial(reference, *inputs)
-            compare(f"{name}, {count} boxes", *pair, 4 * args.repeats)
+    shapes = torch.tensor([[100, 136], [50, 68], [25, 34], [13, 17]])
+    cells = shapes.prod(1)
+    value = torch.randn(1, int(cells.sum()), 8, 32, generator=generator)
+    locations = uniform(generator, 1, value.shape[1], 8, 4, 4, 2)
+    weights = uniform(generator, 1, value.shape[1], 8, 16).softmax(-1).view(1, -1, 8, 4, 4)
+    inputs = [value, shapes, cells.cumsum(0) - cells, locations, weights]
+    inputs = [x.to(device).requires_grad_(x.is_floating_point()) for x in inputs]
+
+    def step(operator):
+        output = operator(*inputs)
+        return torch.autograd.grad(output.sum(), [inputs[0], *inputs[3:]])
+
+    yield Case(
+        "ms_deform_attn, forward + backward",
+        partial(step, ms_deform_attn),
+        partial(step, reference_ms_deform_attn),
+        "grid_sample",
+    )
 
 
 def grid_sample_paste(masks: torch.Tensor, boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Masks in pictures (R, H, W) bool, one at a time and only around their boxes."""
-    pictures = torch.zeros(len(masks), height, width, dtype=torch.bool)
-    for mask, box, picture in zip(masks, boxes, pictures):
-        x0, y0, x1, y1 = box.tolist()
+    pictures = torch.zeros(len(masks), height, width, dtype=torch.bool, device=masks.device)
+    for mask, box, picture in zip(masks, boxes.tolist(), pictures):
+        x0, y0, x1, y1 = box
         top, bottom = max(int(y0) - 1, 0), min(int(y1) + 2, height)
         left, right = max(int(x0) - 1, 0), min(int(x1) + 2, width)
-        y = (torch.arange(top, bottom) + 0.5 - y0) / (y1 - y0) * 2 - 1
-        x = (torch.arange(left, right) + 0.5 - x0) / (x1 - x0) * 2 - 1
+        y = (torch.arange(top, bottom, device=mask.device) + 0.5 - y0) / (y1 - y0) * 2 - 1
+        x = (torch.arange(left, right, device=mask.device) + 0.5 - x0) / (x1 - x0) * 2 - 1
         grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
         values = torch.nn.functional.grid_sample(mask[None, None], grid[None], align_corners=False)
         picture[top:bottom, left:right] = values[0, 0] >= 0.5
@@ -141,46 +154,96 @@ def grid_sample_paste(masks: torch.Tensor, boxes: torch.Tensor, height: int, wid
 
 
 def pycocotools_encode(pictures: torch.Tensor) -> list[dict]:
-    return [mask_utils.encode(np.asfortranarray(picture.numpy().view(np.uint8))) for picture in pictures]
+    arrays = pictures.cpu().numpy().view(np.uint8)
+    return [mask_utils.encode(np.asfortranarray(picture)) for picture in arrays]
 
 
-def bench_masks(args: argparse.Namespace) -> None:
+@benchmark
+def masks(device: str) -> Iterator[Case]:
+    """100 masks of 28x28 cells, blobs with noise, on an 800x1333 picture; sides of boxes log-uniform from 16
+    to 800."""
     height, width = 800, 1333
     generator = torch.Generator().manual_seed(0)
-    boxes = random_boxes(100, height, width, generator)
+    center = uniform(generator, 100, 2) * torch.tensor([float(width), float(height)])
+    half = 8 * 50 ** uniform(generator, 100, 2)
+    boxes = torch.cat([center - half, center + half], 1)
+    boxes[:, 0::2].clamp_(0, width)
+    boxes[:, 1::2].clamp_(0, height)
     cells = torch.linspace(-1, 1, 28)
-    radius = 0.6 + 0.4 * torch.rand(100, 1, 1, generator=generator)
-    masks = torch.sigmoid(6 * (radius - torch.hypot(cells[:, None], cells)))
-    masks = (masks + 0.2 * torch.rand(masks.shape, generator=generator) - 0.1).clamp(0, 1)
-    pictures = paste_masks(masks, boxes, (height, width))
+    blobs = torch.sigmoid(
+        6 * (0.6 + uniform(generator, 100, 1, 1, high=0.4) - torch.hypot(cells[:, None], cells))
+    )
+    blobs = (blobs + uniform(generator, 100, 28, 28, high=0.2) - 0.1).clamp(0, 1)
+    blobs, boxes = blobs.to(device), boxes.to(device)
+    pictures = paste_masks(blobs, boxes, (height, width))
+    arguments = blobs, boxes, (height, width)
+    formula = partial(grid_sample_paste, blobs, boxes, height, width)
+    yield Case(
+        "paste + RLE, 100 masks",
+        partial(paste_masks_to_rle, *arguments),
+        lambda: pycocotools_encode(formula()),
+        "grid_sample, pycocotools",
+    )
+    yield Case("paste, 100 masks", partial(paste_masks, *arguments), formula, "grid_sample")
+    yield Case(
+        "RLE, 100 masks", partial(encode_rle, pictures), partial(pycocotools_encode, pictures), "pycocotools"
+    )
 
-    def formula():
-        return pycocotools_encode(grid_sample_paste(masks, boxes, height, width))
 
-    for title, ours, theirs in (
-        ("paste + RLE", lambda: paste_masks_to_rle(masks, boxes, (height, width)), formula),
-        (
-            "paste",
-            lambda: paste_masks(masks, boxes, (height, width)),
-            lambda: grid_sample_paste(masks, boxes, height, width),
-        ),
-        ("RLE", lambda: encode_rle(pictures), lambda: pycocotools_encode(pictures)),
-    ):
-        compare(f"{title}, 100 masks on {height}x{width}", ours, theirs, args.repeats, "reference  ")
+def median_times(case: Case, device: str, seconds: float) -> tuple[float, float]:
+    """Median milliseconds of both functions: at least three calls of each, as many as fit into `seconds`."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    case.ours(), case.theirs(), wait()
+    times = ([], [])
+    end = time.perf_counter() + seconds
+    while len(times[0]) < 3 or (time.perf_counter() < end and len(times[0]) < 200):
+        for function, series in zip((case.ours, case.theirs), times):
+            begin = time.perf_counter()
+            function()
+            wait()
+            series.append((time.perf_counter() - begin) * 1e3)
+    return median(times[0]), median(times[1])
+
+
+def processor() -> str:
+    """The model of the processor as the operating system names it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def machine(devices: list[str], threads: int) -> str:
+    capability = torch.backends.cpu.get_cpu_capability()
+    parts = [f"{processor()} ({capability}), {os.cpu_count()} cores, {threads} threads"]
+    if "cuda" in devices:
+        parts.append(torch.cuda.get_device_name())
+    return "; ".join([*parts, f"torch {torch.__version__}, torchvision {torchvision.__version__}"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    for name, default in (("threads", 2), ("repeats", 5), ("images", 4), ("height", 800), ("width", 1088)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    found = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    parser.add_argument("--only", default="", help="part of the titles to run")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="on the CPU")
+    parser.add_argument("--seconds", type=float, default=4.0, help="to spend on a line, three calls at least")
+    parser.add_argument("--devices", nargs="+", choices=("cpu", "cuda"), default=found)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    served = {name: _library.implementation(name, "cpu") for name in _library.SCHEMAS}
-    print(f"torch {torch.__version__}, {args.threads} threads, operators: {served}")
-    bench_roi_align(args, 512, 7)
-    bench_roi_align(args, 128, 14)
-    bench_nms(args)
-    bench_masks(args)
+    print(machine(args.devices, args.threads))
+    for device in args.devices:
+        names = [name for name in _library.SCHEMAS if not _library.has_native_kernel(name, device)]
+        print(f"Without a compiled kernel on {device}: {', '.join(sorted(names)) or 'none'}.")
+    print(f"\n| {'operator':46} | device | detlib, ms | reference, ms | ratio | reference |")
+    print(f"|{'-' * 48}|---|---:|---:|---:|---|")
+    for device in args.devices:
+        for cases in BENCHMARKS.values():
+            for case in cases(device):
+                if args.only not in case.title:
+                    continue
+                ours, theirs = median_times(case, device, args.seconds)
+                times = f"{ours:9.3f} | {theirs:9.3f} | {theirs / ours:6.1f}"
+                print(f"| {case.title:46} | {device:4} | {times} | {case.reference} |", flush=True)
 
 
 if __name__ == "__main__":
