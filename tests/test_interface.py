@@ -23,8 +23,6 @@ LATER_MODULES = {
     "data.datasets.coco_panoptic": "more data sets",
     "data.datasets.lvis": "more data sets",
     "export": "export",
-    "layers.roi_align_rotated": "rotated boxes",
-    "layers.rotated_boxes": "rotated boxes",
     "model_zoo": "model zoo",
     "modeling.backbone.mvit": "more backbones",
     "modeling.backbone.regnet": "more backbones",
@@ -73,13 +71,6 @@ LATER_NAMES = {
         "RotatedCOCOEvaluator",
         "SemSegEvaluator",
     },
-    "layers": {
-        "ROIAlignRotated",
-        "batched_nms_rotated",
-        "nms_rotated",
-        "roi_align_rotated",
-    },
-    "layers.nms": {"batched_nms_rotated", "nms_rotated"},
     "modeling": {
         "BaseKeypointRCNNHead",
         "DatasetMapperTTA",
@@ -130,7 +121,6 @@ LATER_NAMES = {
         "Res5ROIHeads",
         "build_keypoint_head",
     },
-    "structures": {"RotatedBoxes", "pairwise_iou_rotated"},
 }
 
 # Methods of parts that are to come.

@@ -13,8 +13,10 @@ from .deform_conv import DeformConv, ModulatedDeformConv
 from .losses import ciou_loss, diou_loss
 from .mask_ops import paste_masks_in_image
 from .multi_scale_deform_attn import MultiScaleDeformableAttention
-from .nms import batched_nms, nms
+from .nms import batched_nms, batched_nms_rotated, nms, nms_rotated
 from .roi_align import ROIAlign, roi_align
+from .roi_align_rotated import ROIAlignRotated, roi_align_rotated
+from .rotated_boxes import pairwise_iou_rotated
 from .shape_spec import ShapeSpec
 from .wrappers import (
     BatchNorm2d,
@@ -47,8 +49,10 @@ __all__ = [
     "MultiScaleDeformableAttention",
     "NaiveSyncBatchNorm",
     "ROIAlign",
+    "ROIAlignRotated",
     "ShapeSpec",
     "batched_nms",
+    "batched_nms_rotated",
     "cat",
     "check_if_dynamo_compiling",
     "ciou_loss",
@@ -59,8 +63,11 @@ __all__ = [
     "interpolate",
     "move_device_like",
     "nms",
+    "nms_rotated",
     "nonzero_tuple",
+    "pairwise_iou_rotated",
     "paste_masks_in_image",
     "roi_align",
+    "roi_align_rotated",
     "shapes_to_tensor",
 ]

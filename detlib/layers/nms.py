@@ -1,5 +1,5 @@
 """Non-maximum suppression, handed on from `detlib.ops`."""
 
-from detlib.ops import batched_nms, nms
+from detlib.ops import batched_nms, batched_nms_rotated, nms, nms_rotated
 
-__all__ = ["batched_nms", "nms"]
+__all__ = ["batched_nms", "batched_nms_rotated", "nms", "nms_rotated"]

@@ -6,14 +6,20 @@ from detlib.ops.nms import batched_nms, nms
 from detlib.ops.paste_masks import paste_masks, paste_masks_to_rle
 from detlib.ops.rle import encode_rle
 from detlib.ops.roi_align import roi_align
+from detlib.ops.roi_align_rotated import roi_align_rotated
+from detlib.ops.rotated import batched_nms_rotated, box_iou_rotated, nms_rotated
 
 __all__ = [
     "batched_nms",
+    "batched_nms_rotated",
+    "box_iou_rotated",
     "deform_conv2d",
     "encode_rle",
     "ms_deform_attn",
     "nms",
+    "nms_rotated",
     "paste_masks",
     "paste_masks_to_rle",
     "roi_align",
+    "roi_align_rotated",
 ]

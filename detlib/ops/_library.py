@@ -36,15 +36,28 @@ SCHEMAS = {
     " Tensor sampling_locations, Tensor attention_weights) -> Tensor",
     "ms_deform_attn_backward": "(Tensor grad, Tensor value, Tensor spatial_shapes, Tensor level_start_index,"
     " Tensor sampling_locations, Tensor attention_weights) -> (Tensor, Tensor, Tensor)",
+    "box_iou_rotated": "(Tensor boxes1, Tensor boxes2) -> Tensor",
+    "nms_rotated": "(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor",
+    "batched_nms_rotated": "(Tensor boxes, Tensor scores, Tensor idxs, float iou_threshold) -> Tensor",
+    "roi_align_rotated": "(Tensor input, Tensor boxes, float spatial_scale, SymInt pooled_height,"
+    " SymInt pooled_width, int sampling_ratio) -> Tensor",
+    "roi_align_rotated_backward": "(Tensor grad, Tensor boxes, float spatial_scale, SymInt pooled_height,"
+    " SymInt pooled_width, SymInt batch_size, SymInt channels, SymInt height, SymInt width,"
+    " int sampling_ratio) -> Tensor",
 }
 
 # Operators that torchvision lacks: without a kernel they run as a PyTorch formula.
 FORMULA_ONLY = {
+    "batched_nms_rotated",
+    "box_iou_rotated",
     "encode_rle",
     "ms_deform_attn",
     "ms_deform_attn_backward",
+    "nms_rotated",
     "paste_masks",
     "paste_masks_to_rle",
+    "roi_align_rotated",
+    "roi_align_rotated_backward",
 }
 
 library = torch.library.Library(NAMESPACE, "DEF")

@@ -20,6 +20,8 @@ from .masks import (
     polygons_to_bitmask,
     rasterize_polygons_within_box,
 )
+from .rotated_boxes import RotatedBoxes
+from .rotated_boxes import pairwise_iou as pairwise_iou_rotated
 
 __all__ = [
     "BitMasks",
@@ -30,11 +32,13 @@ __all__ = [
     "Keypoints",
     "PolygonMasks",
     "ROIMasks",
+    "RotatedBoxes",
     "heatmaps_to_keypoints",
     "matched_pairwise_iou",
     "pairwise_intersection",
     "pairwise_ioa",
     "pairwise_iou",
+    "pairwise_iou_rotated",
     "pairwise_point_box_distance",
     "polygon_area",
     "polygons_to_bitmask",

@@ -17,6 +17,8 @@ def samples():
     boxes = torch.cat([low, low + torch.rand(20, 2, generator=generator) * 20], 1)
     scores = torch.rand(20, generator=generator)
     rois = torch.nn.functional.pad(boxes, (1, 0))
+    rotated = torch.cat([boxes, 400 * torch.rand(20, 1, generator=generator) - 200], 1)
+    rotated_rois = torch.nn.functional.pad(rotated, (1, 0))
     maps = torch.rand(1, 3, 11, 13, generator=generator, requires_grad=True)
     grad = torch.rand(20, 3, 3, 2, generator=generator, requires_grad=True)
     masks = torch.rand(20, 5, 4, generator=generator, requires_grad=True)
@@ -38,6 +40,11 @@ def samples():
         "paste_masks_to_rle": (masks, boxes, 30, 25, 0.6),
         "roi_align": (maps, rois, 0.3, 3, 2, 0, True),
         "roi_align_backward": (grad, rois, 0.3, 3, 2, 1, 3, 11, 13, 0, True),
+        "box_iou_rotated": (rotated, rotated[:7]),
+        "nms_rotated": (rotated, scores, 0.4),
+        "batched_nms_rotated": (rotated, scores, torch.arange(20) % 3, 0.4),
+        "roi_align_rotated": (maps, rotated_rois, 0.3, 3, 2, 0),
+        "roi_align_rotated_backward": (grad, rotated_rois, 0.3, 3, 2, 1, 3, 11, 13, 0),
     }
 
 

@@ -1,0 +1,23 @@
+"""Intersection over union of rotated boxes, handed on from `detlib.ops`."""
+
+import torch
+
+from detlib.ops import box_iou_rotated
+
+__all__ = ["pairwise_iou_rotated"]
+
+
+def pairwise_iou_rotated(boxes1: torch.Tensor, boxes2: torch.Tensor) -> torch.Tensor:
+    """Intersection over union of each of N rotated boxes with each of M.
+
+    Args:
+        boxes1: (N, 5) centre x, centre y, width, height in pixels and angle in degrees, counter-clockwise.
+        boxes2: (M, 5) likewise.
+
+    Returns:
+        (N, M) in [0, 1].
+
+    Raises:
+        ValueError: if a shape, dtype or device does not fit; the message names the argument.
+    """
+    return box_iou_rotated(boxes1, boxes2)

@@ -1,0 +1,224 @@
+"""Rotated boxes: intersection over union and non-maximum suppression.
+
+A box is `center x, center y, width, height, angle` with the angle in degrees, in image coordinates (y points
+down): its width lies along (cos, -sin) of the angle, so positive angles turn counter-clockwise.
+
+Shape legend: N and M boxes, K kept boxes, P pairs of boxes.
+
+In the frame of one box, where it is `|x| <= W, |y| <= H`, the area of its intersection with another convex
+shape is the integral over x of the shape's upper edge minus its lower edge, both clamped to [-H, H]. For a
+rotated box that is a sum over four straight edges, each in closed form, so no case of touching or coinciding
+edges is special. The reference below and the compiled kernels all work this way, in double precision.
+"""
+
+import math
+
+import torch
+
+from detlib.ops._checks import check_same_device, check_same_length, check_tensor
+from detlib.ops._library import define
+
+_PAIRS_AT_ONCE = 1 << 18
+
+
+def box_iou_rotated(boxes1: torch.Tensor, boxes2: torch.Tensor) -> torch.Tensor:
+    """Intersection over union of each of N rotated boxes with each of M.
+
+    Computed in double precision. A box that is not finite, or whose width or height is not positive, overlaps
+    nothing. Not differentiable.
+
+    Args:
+        boxes1: (N, 5) floating point, `center x, center y, width, height` in absolute pixels and the angle in
+            degrees, counter-clockwise.
+        boxes2: (M, 5) floating point, likewise.
+
+    Returns:
+        (N, M) in [0, 1]; float64 if one of the inputs is, else float32.
+
+    Raises:
+        TypeError: an argument is no tensor.
+        ValueError: a shape, dtype or device does not fit; the message names the argument.
+    """
+    check_tensor("boxes1", boxes1, "(N, 5)")
+    check_tensor("boxes2", boxes2, "(M, 5)")
+    check_same_device("boxes2", boxes2, "boxes1", boxes1)
+    return torch.ops.detlib.box_iou_rotated(boxes1.detach(), boxes2.detach())
+
+
+def nms_rotated(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torch.Tensor:
+    """Keep the rotated boxes that no better box overlaps by more than a threshold.
+
+    As `nms`, with the intersection over union of `box_iou_rotated`. Not differentiable.
+
+    Args:
+        boxes: (N, 5) floating point, as for `box_iou_rotated`.
+        scores: (N,) floating point.
+        iou_threshold: in [0, 1]; a box is dropped if its IoU with a kept box exceeds it.
+
+    Returns:
+        (K,) int64: indices of the kept boxes, by falling score (equal scores: in input order).
+
+    Raises:
+        TypeError: an argument is no tensor.
+        ValueError: a shape, dtype, device or the threshold does not fit; the message names the argument.
+    """
+    _check_nms_arguments(boxes, scores, iou_threshold)
+    return torch.ops.detlib.nms_rotated(boxes.detach(), scores.detach(), iou_threshold)
+
+
+def batched_nms_rotated(
+    boxes: torch.Tensor, scores: torch.Tensor, idxs: torch.Tensor, iou_threshold: float
+) -> torch.Tensor:
+    """`nms_rotated` within each category: boxes of different `idxs` never suppress each other.
+
+    Categories are compared as such, not by shifting the boxes apart.
+
+    Args:
+        boxes: (N, 5) floating point, as for `box_iou_rotated`.
+        scores: (N,) floating point.
+        idxs: (N,) the category of each box: integers, booleans or whole floats, of any value.
+        iou_threshold: in [0, 1].
+
+    Returns:
+        (K,) int64: indices of the kept boxes of all categories, by falling score.
+
+    Raises:
+        TypeError: an argument is no tensor.
+        ValueError: a shape, dtype, device or the threshold does not fit; the message names the argument.
+    """
+    _check_nms_arguments(boxes, scores, iou_threshold)
+    check_tensor("idxs", idxs, "(N,)", floating=False)
+    check_same_length("idxs", idxs, "boxes", boxes)
+    return torch.ops.detlib.batched_nms_rotated(boxes.detach(), scores.detach(), idxs, iou_threshold)
+
+
+def _check_nms_arguments(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> None:
+    check_tensor("boxes", boxes, "(N, 5)")
+    check_tensor("scores", scores, "(N,)")
+    check_same_length("scores", scores, "boxes", boxes)
+    if not 0 <= iou_threshold <= 1:
+        raise ValueError(f"iou_threshold must be in [0, 1], got {iou_threshold}")
+
+
+def _prepare(boxes: torch.Tensor) -> torch.Tensor:
+    """(N, 7) center, half width and height, cosine, sine, and the radius of the circle through the corners.
+
+    The radius is nan for a box that overlaps nothing.
+    """
+    # Apple's GPUs have no float64.
+    boxes = boxes.to(torch.float32 if boxes.device.type == "mps" else torch.float64)
+    radians = boxes[:, 4].fmod(360) * (math.pi / 180)
+    half = boxes[:, 2:4] / 2
+    area = boxes[:, 2] * boxes[:, 3]
+    valid = (half > 0).all(dim=1) & (area > 0) & area.isfinite() & boxes.isfinite().all(dim=1)
+    radius = half.square().sum(dim=1).sqrt().where(valid, torch.nan)
+    turn = torch.stack([radians.cos(), radians.sin()], dim=1)
+    return torch.cat([boxes[:, :2], half, turn, radius[:, None]], dim=1)
+
+
+def _circles_meet(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Whether the circles around prepared boxes meet; shapes (..., 7) broadcast."""
+    shift = second[..., :2] - first[..., :2]
+    return shift.square().sum(dim=-1) < (first[..., 6] + second[..., 6]).square()
+
+
+def _area_under_edge(x0, y0, x1, slope, run, half, top):
+    """Integral of clamp(y, 0, top) dx along the part of an edge within |x| <= half; all (P,).
+
+    The edge starts at (x0, y0) and ends at x1; `slope` is dy/dx and `run` dx/dy, 0 where not finite.
+    """
+    zero = torch.zeros_like(top)
+    begin, end = x0.clamp(-half, half), x1.clamp(-half, half)
+    left, right = torch.minimum(begin, end), torch.maximum(begin, end)
+    y_begin, y_end = y0 + (begin - x0) * slope, y0 + (end - x0) * slope
+    at_zero = (begin - y_begin * run).clamp(left, right)
+    at_top = (begin + (top - y_begin) * run).clamp(left, right)
+    rising = y_end > y_begin
+    stops = (begin, at_zero.where(rising, at_top), at_top.where(rising, at_zero), end)
+    values = [(y0 + (stop - x0) * slope).clamp(zero, top) for stop in stops]
+    return sum((stops[i + 1] - stops[i]) * (values[i] + values[i + 1]) for i in range(3)) * 0.5
+
+
+def _iou_of_pairs(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """(P,) IoU of the i-th of P prepared boxes with the i-th of P others, none with a radius of nan."""
+    ax, ay, aw, ah, ac, asine, _ = first.unbind(dim=1)
+    bx, by, bw, bh, bc, bsine, _ = second.unbind(dim=1)
+    cosine, sine = ac * bc + asine * bsine, bsine * ac - bc * asine
+    x = (bx - ax) * ac - (by - ay) * asine
+    y = (bx - ax) * asine + (by - ay) * ac
+    c, s = cosine.abs(), sine.abs()
+    apart = (x.abs() >= aw + bw * c + bh * s) | (y.abs() >= ah + bw * s + bh * c)
+    apart |= (x * cosine - y * sine).abs() >= bw + aw * c + ah * s
+    apart |= (x * sine + y * cosine).abs() >= bh + aw * s + ah * c
+
+    tangent = (sine / cosine).where(cosine != 0, 0)
+    cotangent = (cosine / sine).where(sine != 0, 0)
+    corners = [
+        (x + i * bw * cosine + j * bh * sine, y - i * bw * sine + j * bh * cosine + ah)
+        for i, j in ((-1, -1), (1, -1), (1, 1), (-1, 1))
+    ]
+    total = torch.zeros_like(x)
+    for i, (x0, y0) in enumerate(corners):
+        slope, run = (cotangent, tangent) if i % 2 else (-tangent, -cotangent)
+        total += _area_under_edge(x0, y0, corners[(i + 1) % 4][0], slope, run, aw, 2 * ah)
+    area, other_area = 4 * aw * ah, 4 * bw * bh
+    intersection = torch.minimum((-total).clamp(min=0), torch.minimum(area, other_area)).masked_fill(apart, 0)
+    return intersection / (area + other_area - intersection)
+
+
+def _iou_dtype(boxes1: torch.Tensor, boxes2: torch.Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (boxes1.dtype, boxes2.dtype) else torch.float32
+
+
+def reference_box_iou_rotated(boxes1: torch.Tensor, boxes2: torch.Tensor) -> torch.Tensor:
+    """`box_iou_rotated` in plain PyTorch."""
+    output = boxes1.new_zeros((len(boxes1), len(boxes2)), dtype=_iou_dtype(boxes1, boxes2))
+    first, second = _prepare(boxes1), _prepare(boxes2)
+    rows_at_once = max(1, _PAIRS_AT_ONCE // max(1, len(second)))
+    for begin in range(0, len(first), rows_at_once):
+        rows = slice(begin, begin + rows_at_once)
+        i, j = _circles_meet(first[rows, None], second).nonzero(as_tuple=True)
+        output[rows][i, j] = _iou_of_pairs(first[rows][i], second[j]).to(output.dtype)
+    return output
+
+
+def reference_nms_rotated(
+    boxes: torch.Tensor, scores: torch.Tensor, idxs: torch.Tensor | None, iou_threshold: float
+) -> torch.Tensor:
+    """NMS in plain PyTorch, one kept box at a time; `idxs` of None means one category."""
+    boxes = _prepare(boxes)
+    order = scores.sort(descending=True, stable=True).indices
+    kept = []
+    while order.numel():
+        best, rest = order[:1], order[1:]
+        kept.append(best)
+        near = _circles_meet(boxes[best], boxes[rest])
+        if idxs is not None:
+            near &= idxs[rest] == idxs[best]
+        near = near.nonzero().squeeze(1)
+        overlaps = torch.zeros_like(rest, dtype=torch.bool)
+        pairs = boxes[best].expand(len(near), -1), boxes[rest[near]]
+        overlaps[near] = _iou_of_pairs(*pairs) > iou_threshold
+        order = rest[~overlaps]
+    return torch.cat(kept) if kept else order
+
+
+def _fallback_nms(boxes, scores, iou_threshold):
+    return reference_nms_rotated(boxes, scores, None, iou_threshold)
+
+
+def _fake_box_iou(boxes1, boxes2):
+    return boxes1.new_empty((boxes1.shape[0], boxes2.shape[0]), dtype=_iou_dtype(boxes1, boxes2))
+
+
+def _fake_nms(boxes, scores, iou_threshold):
+    return boxes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+
+
+def _fake_batched_nms(boxes, scores, idxs, iou_threshold):
+    return boxes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+
+
+define("box_iou_rotated", reference_box_iou_rotated, _fake_box_iou)
+define("nms_rotated", _fallback_nms, _fake_nms)
+define("batched_nms_rotated", reference_nms_rotated, _fake_batched_nms)

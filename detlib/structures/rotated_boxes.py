@@ -1,0 +1,125 @@
+"""Rotated boxes: the `RotatedBoxes` type and their intersection over union.
+
+Shapes: N, M numbers of boxes. Boxes are rows of centre x, centre y, width, height in absolute pixels and the
+angle in degrees, counter-clockwise: the width lies along (cos, -sin) and the height along (sin, cos) of the
+angle, with y pointing down.
+"""
+
+import math
+
+import torch
+
+from detlib.ops import batched_nms_rotated, box_iou_rotated
+
+from .boxes import Boxes
+
+__all__ = ["RotatedBoxes", "pairwise_iou"]
+
+
+class RotatedBoxes(Boxes):
+    """A list of rotated boxes in one (N, 5) float32 tensor, used as `Boxes` is.
+
+    Boxes (x, y, w, h, a), (x, y, w, h, a + 180) and (x, y, h, w, a + 90) cover the same area, but what they
+    hold is turned: the angle says where its upper side is.
+
+    Args:
+        tensor: (N, 5) tensor, array or nested list; anything empty gives N = 0.
+
+    Attributes:
+        tensor: (N, 5) float32.
+
+    Raises:
+        ValueError: if the shape is not (N, 5).
+    """
+
+    box_dim = 5
+
+    def area(self) -> torch.Tensor:
+        """(N,) areas in square pixels."""
+        return self.tensor[:, 2] * self.tensor[:, 3]
+
+    def normalize_angles(self) -> None:
+        """Brings all angles into [-180, 180) degrees."""
+        angles = (self.tensor[:, 4] + 180.0) % 360.0 - 180.0
+        self.tensor = torch.cat((self.tensor[:, :4], angles[:, None]), dim=1)
+
+    def clip(self, box_size: tuple[int, int], clip_angle_threshold: float = 1.0) -> None:
+        """Cuts boxes that are (nearly) upright at the borders of the picture, and normalizes all angles.
+
+        Other boxes stay as they are: what a picture leaves of them is no rotated box.
+
+        Args:
+            box_size: (height, width) of the picture.
+            clip_angle_threshold: boxes turned by at most this many degrees are cut.
+
+        Raises:
+            ValueError: if a number is infinite or NaN.
+        """
+        self._check_finite()
+        self.normalize_angles()
+        height, width = box_size
+        x, y, box_width, box_height, angle = self.tensor.unbind(dim=1)
+        x0, x1 = ((x + side * box_width / 2).clamp(0, width) for side in (-1, 1))
+        y0, y1 = ((y + side * box_height / 2).clamp(0, height) for side in (-1, 1))
+        # Rounding must not make a box larger.
+        clipped = torch.stack(
+            [
+                (x0 + x1) / 2,
+                (y0 + y1) / 2,
+                torch.minimum(x1 - x0, box_width),
+                torch.minimum(y1 - y0, box_height),
+                angle,
+            ],
+            dim=1,
+        )
+        self.tensor = torch.where((angle.abs() <= clip_angle_threshold)[:, None], clipped, self.tensor)
+
+    def nonempty(self, threshold: float = 0.0) -> torch.Tensor:
+        """(N,) bool: which boxes are wider and higher than `threshold` pixels."""
+        return (self.tensor[:, 2:4] > threshold).all(dim=1)
+
+    def inside_box(self, box_size: tuple[int, int], boundary_threshold: int = 0) -> torch.Tensor:
+        """Which boxes have their centre in the picture.
+
+        Args:
+            box_size: (height, width) of the picture.
+            boundary_threshold: pixels by which a centre may lie beyond the picture.
+
+        Returns:
+            (N,) bool.
+        """
+        height, width = box_size
+        x, y = self.tensor[:, 0], self.tensor[:, 1]
+        inside_low = (x >= -boundary_threshold) & (y >= -boundary_threshold)
+        return inside_low & (x < width + boundary_threshold) & (y < height + boundary_threshold)
+
+    def get_centers(self) -> torch.Tensor:
+        """(N, 2) centres x, y."""
+        return self.tensor[:, :2]
+
+    def scale(self, scale_x: float, scale_y: float) -> None:
+        """Scales the picture under the boxes by two factors, in place.
+
+        Unequal factors make a rectangle a parallelogram. The result is a rectangle with the same centre, with
+        sides as long as those of the parallelogram and turned as its height is.
+        """
+        radians = self.tensor[:, 4] * (math.pi / 180)
+        cosine, sine = radians.cos(), radians.sin()
+        self.tensor[:, 0] *= scale_x
+        self.tensor[:, 1] *= scale_y
+        self.tensor[:, 2] *= torch.hypot(scale_x * cosine, scale_y * sine)
+        self.tensor[:, 3] *= torch.hypot(scale_x * sine, scale_y * cosine)
+        self.tensor[:, 4] = torch.atan2(scale_x * sine, scale_y * cosine) * (180 / math.pi)
+
+    def pairwise_iou(self, other: "RotatedBoxes") -> torch.Tensor:
+        """(N, M) intersection over union with the boxes of another object of the same type."""
+        return pairwise_iou(self, other)
+
+    def batched_nms(self, scores: torch.Tensor, idxs: torch.Tensor, iou_threshold: float) -> torch.Tensor:
+        """Non-maximum suppression within each group; arguments and result as for `Boxes.batched_nms`."""
+        return batched_nms_rotated(self.tensor, scores, idxs, iou_threshold)
+
+
+def pairwise_iou(boxes1: RotatedBoxes, boxes2: RotatedBoxes) -> torch.Tensor:
+    """(N, M) intersection over union of each of N rotated boxes with each of M; 0 where they are apart."""
+    return box_iou_rotated(boxes1.tensor, boxes2.tensor)
