@@ -39,7 +39,11 @@ def extension() -> dict:
     print(f"detlib: compiling the C++ operators; {reason}", file=sys.stderr)
     options |= {"extra_compile_args": {"cxx": cxx, "nvcc": nvcc_flags}, "extra_link_args": link}
     module = cpp_extension.CppExtension("detlib._C", py_limited_api=True, **options)
-    return {"ext_modules": [module], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
+    return {
+        "ext_modules": [module],
+        "cmdclass": {"build_ext": cpp_extension.BuildExtension},
+        "options": {"bdist_wheel": {"py_limited_api": "cp311"}},
+    }
 
 
 build = extension() if detlib_build.will_compile() and COMMANDS & set(sys.argv) else {}

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torchvision
 
 from detlib.ops import roi_align
 from detlib.ops.roi_align import reference_roi_align, reference_roi_align_backward
@@ -112,6 +111,7 @@ def test_backward_is_the_gradient_of_the_definition(dtype, sampling_ratio, align
 
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
 def test_equals_torchvision_at_real_size(sampling_ratio):
+    torchvision = pytest.importorskip("torchvision")
     generator = torch.Generator().manual_seed(0)
     input = torch.randn(2, 8, 50, 67, generator=generator, requires_grad=True)
     low = torch.rand(300, 2, generator=generator) * 200
