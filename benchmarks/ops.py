@@ -24,14 +24,19 @@ from pycocotools import mask as mask_utils
 from detlib.ops import (
     _library,
     batched_nms,
+    box_iou_rotated,
     encode_rle,
     ms_deform_attn,
     nms,
+    nms_rotated,
     paste_masks,
     paste_masks_to_rle,
     roi_align,
+    roi_align_rotated,
 )
 from detlib.ops.ms_deform_attn import reference_ms_deform_attn
+from detlib.ops.roi_align_rotated import reference_roi_align_rotated
+from detlib.ops.rotated import reference_box_iou_rotated, reference_nms_rotated
 
 
 @dataclass
@@ -112,6 +117,35 @@ def suppression(device: str) -> Iterator[Case]:
             partial(batched_nms, *arguments),
             partial(torchvision.ops.batched_nms, *arguments),
         )
+
+
+@benchmark
+def rotated(device: str) -> Iterator[Case]:
+    """Centres on a square of 1000 pixels, sides uniform in 0..200, any angle; maps as for upright boxes."""
+    generator = torch.Generator().manual_seed(0)
+    parts = [uniform(generator, 1000, 2, high=1000), uniform(generator, 1000, 2, high=200)]
+    boxes = torch.cat([*parts, uniform(generator, 1000, 1, high=360) - 180], 1).to(device)
+    scores = uniform(generator, 1000).to(device)
+    yield Case(
+        "box_iou_rotated, 1000 x 1000 boxes",
+        partial(box_iou_rotated, boxes, boxes),
+        partial(reference_box_iou_rotated, boxes, boxes),
+        "formula",
+    )
+    yield Case(
+        "nms_rotated, 1000 boxes",
+        partial(nms_rotated, boxes, scores, 0.5),
+        partial(reference_nms_rotated, boxes, scores, None, 0.5),
+        "formula",
+    )
+    map = torch.randn(1, 256, 200, 272, generator=generator).to(device)
+    rois = torch.nn.functional.pad(boxes, (1, 0))
+    yield Case(
+        "roi_align_rotated, NCHW, 2 samples",
+        partial(roi_align_rotated, map, rois, (7, 7), 0.25, 2),
+        partial(reference_roi_align_rotated, map, rois, 0.25, 7, 7, 2),
+        "formula",
+    )
 
 
 @benchmark
