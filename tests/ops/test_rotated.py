@@ -147,18 +147,11 @@ class TestIoU:
         assert box_iou_rotated(half, half)[0, 1].item() == pytest.approx(1 / 3)
 
     def test_disjoint_boxes_that_detectron2_once_gave_an_iou(self):
-        """Nearly parallel long boxes, side by side: intersection points were found that do not exist."""
-        boxes = torch.tensor(
-            [
-                [160.0, 153.0, 230.0, 23.0, -37.0], [190.0, 122.0, 230.0, 21.0, -37.0],
-                [2563.74462890625, 1436.79013671875, 2174.703369140625, 214.092202453613, 115.118347167969],
-                [2563.74462890625, 1436.79013671875, 2174.703369140625, 214.092202453613, 115.118347167969],
-            ]
-        )  # fmt: skip
-        boxes[3, 0] += 240
-        iou = box_iou_rotated(boxes, boxes)
-        torch.testing.assert_close(iou.double(), slow_ious(boxes, boxes), atol=1e-6, rtol=1e-5)
-        assert iou[0, 1] == iou[2, 3] == 0
+        """Its issue 1207, as reported and simplified, and long boxes side by side."""
+        first = torch.tensor([[160.0, 153, 230, 23, -37], [3, 3, 8, 2, -45], [190, 122, 230, 21, -37]])
+        second = torch.tensor([[190.0, 127, 80, 21, -46], [6, 0, 8, 2, -45], [160, 153, 230, 23, -37]])
+        assert not box_iou_rotated(first, second).diagonal().any()
+        assert not box_iou_rotated(second.double(), first.double()).diagonal().any()
 
     def test_separated_boxes_have_exactly_none(self):
         boxes, _ = random_boxes(400, span=150)
