@@ -16,6 +16,7 @@ from .multi_scale_deform_attn import MultiScaleDeformableAttention
 from .nms import batched_nms, batched_nms_rotated, nms, nms_rotated
 from .roi_align import ROIAlign, roi_align
 from .roi_align_rotated import ROIAlignRotated, roi_align_rotated
+from .roi_pool import ROIPool
 from .rotated_boxes import pairwise_iou_rotated
 from .shape_spec import ShapeSpec
 from .wrappers import (
@@ -50,6 +51,7 @@ __all__ = [
     "NaiveSyncBatchNorm",
     "ROIAlign",
     "ROIAlignRotated",
+    "ROIPool",
     "ShapeSpec",
     "batched_nms",
     "batched_nms_rotated",

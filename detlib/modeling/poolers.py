@@ -9,7 +9,7 @@ import math
 import torch
 from torch import nn
 
-from detlib.layers import ROIAlign, cat
+from detlib.layers import ROIAlign, ROIPool, cat
 from detlib.structures import Boxes
 
 __all__ = ["ROIPooler", "assign_boxes_to_levels", "convert_boxes_to_pooler_format"]
@@ -76,9 +76,7 @@ def _build_level_pooler(
     if pooler_type == "ROIAlignV2":
         return ROIAlign(output_size, spatial_scale=scale, sampling_ratio=sampling_ratio, aligned=True)
     if pooler_type == "ROIPool":
-        from torchvision.ops import RoIPool  # on use: all else must run where torchvision does not load
-
-        return RoIPool(output_size, spatial_scale=scale)
+        return ROIPool(output_size, spatial_scale=scale)
     raise ValueError(
         f"ROIPooler: pooler_type {pooler_type!r} is unknown; legal are 'ROIAlign', 'ROIAlignV2', 'ROIPool'."
     )
