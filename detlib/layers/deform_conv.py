@@ -13,56 +13,72 @@ def _pair(value):
     return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
 
 
-def _build(module, in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias):
-    """Checks and keeps the arguments of a deformable convolution, and makes its parameters."""
-    for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
-        if channels % groups:
-            raise ValueError(f"groups must divide {name}, got {groups} and {channels}")
-    if in_channels % module.deformable_groups:
-        raise ValueError(
-            f"deformable_groups must divide in_channels, got {module.deformable_groups} and {in_channels}"
-        )
-    module.in_channels = in_channels
-    module.out_channels = out_channels
-    module.kernel_size = _pair(kernel_size)
-    module.stride = _pair(stride)
-    module.padding = _pair(padding)
-    module.dilation = _pair(dilation)
-    module.groups = groups
-    module.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *module.kernel_size))
-    nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")
-    module.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+class _DeformConvBase(nn.Module):
+    """Parameters, checks and the call of the operator, with or without factors of the taps."""
 
-
-def _forward(module, x, offset, mask):
-    taps = module.kernel_size[0] * module.kernel_size[1]
-    wanted = {"offset": (offset, 2), "mask": (mask, 1)} if mask is not None else {"offset": (offset, 2)}
-    for name, (tensor, per_tap) in wanted.items():
-        if tensor.shape[1] != per_tap * module.deformable_groups * taps:
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride=1,
+        padding=0,
+        dilation=1,
+        groups=1,
+        deformable_groups=1,
+        bias=False,
+        norm=None,
+        activation=None,
+    ):
+        super().__init__()
+        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if channels % groups:
+                raise ValueError(f"groups must divide {name}, got {groups} and {channels}")
+        if in_channels % deformable_groups:
             raise ValueError(
-                f"{name} must have {per_tap} * deformable_groups * kernel height * kernel width ="
-                f" {per_tap * module.deformable_groups * taps} channels, got {tensor.shape[1]}"
+                f"deformable_groups must divide in_channels, got {deformable_groups} and {in_channels}"
             )
-    x = deform_conv2d(
-        x, offset, module.weight, module.bias, module.stride, module.padding, module.dilation, mask
-    )
-    if module.norm is not None:
-        x = module.norm(x)
-    if module.activation is not None:
-        x = module.activation(x)
-    return x
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = _pair(kernel_size)
+        self.stride = _pair(stride)
+        self.padding = _pair(padding)
+        self.dilation = _pair(dilation)
+        self.groups = groups
+        self.deformable_groups = deformable_groups
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size))
+        nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        self.norm = norm
+        self.activation = activation
+
+    def _convolve(self, x, offset, mask):
+        taps = self.kernel_size[0] * self.kernel_size[1]
+        wanted = {"offset": (offset, 2)} if mask is None else {"offset": (offset, 2), "mask": (mask, 1)}
+        for name, (tensor, per_tap) in wanted.items():
+            channels = per_tap * self.deformable_groups * taps
+            if tensor.shape[1] != channels:
+                raise ValueError(
+                    f"{name} must have {per_tap} * deformable_groups * kernel height * kernel width ="
+                    f" {channels} channels, got {tensor.shape[1]}"
+                )
+        x = deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
+        if self.norm is not None:
+            x = self.norm(x)
+        if self.activation is not None:
+            x = self.activation(x)
+        return x
+
+    def extra_repr(self):
+        names = (
+            "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups",
+            "deformable_groups",
+        )  # fmt: skip
+        values = [f"{name}={getattr(self, name)}" for name in names]
+        return ", ".join([*values, f"bias={self.bias is not None}"])
 
 
-def _repr(module):
-    names = (
-        "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups",
-        "deformable_groups",
-    )  # fmt: skip
-    values = [f"{name}={getattr(module, name)}" for name in names]
-    return ", ".join([*values, f"bias={module.bias is not None}"])
-
-
-class DeformConv(nn.Module):
+class DeformConv(_DeformConvBase):
     """Deformable convolution: each tap of the kernel reads where an offset moves it.
 
     Its parameters are `weight` and, if asked for, `bias`.
@@ -80,26 +96,6 @@ class DeformConv(nn.Module):
         ValueError: `groups` or `deformable_groups` does not divide the channels.
     """
 
-    def __init__(
-        self,
-        in_channels,
-        out_channels,
-        kernel_size,
-        stride=1,
-        padding=0,
-        dilation=1,
-        groups=1,
-        deformable_groups=1,
-        bias=False,
-        norm=None,
-        activation=None,
-    ):
-        super().__init__()
-        self.deformable_groups = deformable_groups
-        _build(self, in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
-        self.norm = norm
-        self.activation = activation
-
     def forward(self, x, offset):
         """Convolves.
 
@@ -111,13 +107,10 @@ class DeformConv(nn.Module):
         Returns:
             (N, out_channels, H', W').
         """
-        return _forward(self, x, offset, None)
-
-    def extra_repr(self):
-        return _repr(self)
+        return self._convolve(x, offset, None)
 
 
-class ModulatedDeformConv(nn.Module):
+class ModulatedDeformConv(_DeformConvBase):
     """Deformable convolution version 2: each tap also has a factor.
 
     Its parameters are `weight` and `bias`. The arguments are `DeformConv`'s, but a bias is the default.
@@ -140,11 +133,19 @@ class ModulatedDeformConv(nn.Module):
         norm=None,
         activation=None,
     ):
-        super().__init__()
-        self.deformable_groups = deformable_groups
-        _build(self, in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
-        self.norm = norm
-        self.activation = activation
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            deformable_groups=deformable_groups,
+            bias=bias,
+            norm=norm,
+            activation=activation,
+        )
 
     def forward(self, x, offset, mask):
         """Convolves.
@@ -160,7 +161,4 @@ class ModulatedDeformConv(nn.Module):
         """
         if mask is None:
             raise ValueError("mask must be a tensor; without one, use DeformConv")
-        return _forward(self, x, offset, mask)
-
-    def extra_repr(self):
-        return _repr(self)
+        return self._convolve(x, offset, mask)
