@@ -4,11 +4,11 @@
 // suppress; a second one, a single block, walks through the tiles and settles which boxes are kept. Only the number of
 // kept boxes returns to the host.
 #include "../common/cuda.cuh"
+#include "../common/nms_tiles.cuh"
 
 namespace detlib {
 namespace {
 
-constexpr int kTile = 64;
 constexpr int64_t kMaxWords = 48 * 1024 / 8 - 2 * kTile;  // of shared memory, beside the kernel's own
 
 template <typename T>
@@ -67,41 +67,11 @@ __global__ void __launch_bounds__(kTile) suppression_mask(
 // One block. keep[i] for the boxes in order of score.
 __global__ void settle(const unsigned long long* mask, int64_t num_boxes, int64_t words, bool* keep) {
   extern __shared__ unsigned long long removed[];
-  __shared__ unsigned long long diagonal[kTile];
-  __shared__ unsigned long long kept;
   for (int64_t w = threadIdx.x; w < words; w += blockDim.x) {
     removed[w] = 0;
   }
-  for (int64_t tile = 0; tile < words; ++tile) {
-    const int64_t first = tile * kTile;
-    const int size = static_cast<int>(min(static_cast<int64_t>(kTile), num_boxes - first));
-    if (threadIdx.x < size) {
-      diagonal[threadIdx.x] = mask[(first + threadIdx.x) * words + tile];
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      unsigned long long gone = removed[tile], bits = 0;
-      for (int i = 0; i < size; ++i) {
-        if (!(gone >> i & 1)) {
-          bits |= 1ULL << i;
-          gone |= diagonal[i];
-        }
-      }
-      kept = bits;
-    }
-    __syncthreads();
-    if (threadIdx.x < size) {
-      keep[first + threadIdx.x] = kept >> threadIdx.x & 1;
-    }
-    for (int64_t w = tile + 1 + threadIdx.x; w < words; w += blockDim.x) {
-      unsigned long long gone = removed[w];
-      for (unsigned long long bits = kept; bits != 0; bits &= bits - 1) {
-        gone |= mask[(first + __ffsll(bits) - 1) * words + w];
-      }
-      removed[w] = gone;
-    }
-    __syncthreads();
-  }
+  __syncthreads();
+  settle_tiles(mask, num_boxes, words, removed, keep);
 }
 
 template <typename T>

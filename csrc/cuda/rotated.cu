@@ -1,6 +1,7 @@
 // Intersection over union and non-maximum suppression of rotated boxes on CUDA, in double precision as on the CPU: most
 // pairs of boxes are far apart and never reach it.
 #include "../common/cuda.cuh"
+#include "../common/nms_tiles.cuh"
 #include "../common/rotated_box.h"
 
 namespace detlib {
@@ -12,7 +13,6 @@ namespace {
 
 using Box = RotatedBox<double>;
 constexpr int64_t kBoxNumbers = sizeof(Box) / sizeof(double);
-constexpr int kTile = 64;
 
 __device__ __forceinline__ bool may_overlap(const Box& a, const Box& b) {
   return circles_meet(a.x, a.y, a.radius, b.x, b.y, b.radius);
@@ -72,38 +72,7 @@ __global__ void __launch_bounds__(kTile) suppression_kernel(
 // `removed` holds `words` words of zeros.
 __global__ void keep_kernel(
     const unsigned long long* mask, int64_t num_boxes, int64_t words, unsigned long long* removed, bool* keep) {
-  __shared__ unsigned long long diagonal[kTile];
-  __shared__ unsigned long long kept;
-  for (int64_t tile = 0; tile < words; ++tile) {
-    const int64_t first = tile * kTile;
-    const int size = static_cast<int>(min(static_cast<int64_t>(kTile), num_boxes - first));
-    if (threadIdx.x < size) {
-      diagonal[threadIdx.x] = mask[(first + threadIdx.x) * words + tile];
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      unsigned long long gone = removed[tile], bits = 0;
-      for (int i = 0; i < size; ++i) {
-        if (!(gone >> i & 1)) {
-          bits |= 1ULL << i;
-          gone |= diagonal[i];
-        }
-      }
-      kept = bits;
-    }
-    __syncthreads();
-    if (threadIdx.x < size) {
-      keep[first + threadIdx.x] = kept >> threadIdx.x & 1;
-    }
-    for (int64_t w = tile + 1 + threadIdx.x; w < words; w += blockDim.x) {
-      unsigned long long gone = removed[w];
-      for (unsigned long long bits = kept; bits != 0; bits &= bits - 1) {
-        gone |= mask[(first + __ffsll(bits) - 1) * words + w];
-      }
-      removed[w] = gone;
-    }
-    __syncthreads();
-  }
+  settle_tiles(mask, num_boxes, words, removed, keep);
 }
 
 void check_boxes(const Tensor& boxes, const char* name) {

@@ -39,3 +39,22 @@ def check_positive(name: str, value: int) -> None:
     """Raise unless `value` is an integer of at least 1."""
     if isinstance(value, int) and value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_nms_arguments(
+    boxes: torch.Tensor,
+    scores: torch.Tensor,
+    iou_threshold: float,
+    *,
+    box_dim: int,
+    idxs: torch.Tensor | None = None,
+) -> None:
+    """Raise unless boxes of `box_dim` numbers, scores, categories (if any) and threshold fit."""
+    check_tensor("boxes", boxes, f"(N, {box_dim})")
+    check_tensor("scores", scores, "(N,)")
+    check_same_length("scores", scores, "boxes", boxes)
+    if not 0 <= iou_threshold <= 1:
+        raise ValueError(f"iou_threshold must be in [0, 1], got {iou_threshold}")
+    if idxs is not None:
+        check_tensor("idxs", idxs, "(N,)", floating=False)
+        check_same_length("idxs", idxs, "boxes", boxes)

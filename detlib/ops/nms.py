@@ -5,7 +5,7 @@ Shape legend: N boxes, K kept boxes.
 
 import torch
 
-from detlib.ops._checks import check_same_length, check_tensor
+from detlib.ops._checks import check_nms_arguments
 from detlib.ops._library import define, torchvision_ops
 
 
@@ -29,7 +29,7 @@ def nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torc
         TypeError: an argument is no tensor.
         ValueError: a shape, dtype, device or the threshold does not fit; the message names the argument.
     """
-    _check_arguments(boxes, scores, iou_threshold)
+    check_nms_arguments(boxes, scores, iou_threshold, box_dim=4)
     return torch.ops.detlib.nms(boxes, scores, iou_threshold)
 
 
@@ -54,18 +54,8 @@ def batched_nms(
         TypeError: an argument is no tensor.
         ValueError: a shape, dtype, device or the threshold does not fit; the message names the argument.
     """
-    _check_arguments(boxes, scores, iou_threshold)
-    check_tensor("idxs", idxs, "(N,)", floating=False)
-    check_same_length("idxs", idxs, "boxes", boxes)
+    check_nms_arguments(boxes, scores, iou_threshold, box_dim=4, idxs=idxs)
     return torch.ops.detlib.batched_nms(boxes, scores, idxs, iou_threshold)
-
-
-def _check_arguments(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> None:
-    check_tensor("boxes", boxes, "(N, 4)")
-    check_tensor("scores", scores, "(N,)")
-    check_same_length("scores", scores, "boxes", boxes)
-    if not 0 <= iou_threshold <= 1:
-        raise ValueError(f"iou_threshold must be in [0, 1], got {iou_threshold}")
 
 
 def reference_nms(

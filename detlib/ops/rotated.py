@@ -15,7 +15,7 @@ import math
 
 import torch
 
-from detlib.ops._checks import check_same_device, check_same_length, check_tensor
+from detlib.ops._checks import check_nms_arguments, check_same_device, check_tensor
 from detlib.ops._library import define
 
 _PAIRS_AT_ONCE = 1 << 18
@@ -62,7 +62,7 @@ def nms_rotated(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float)
         TypeError: an argument is no tensor.
         ValueError: a shape, dtype, device or the threshold does not fit; the message names the argument.
     """
-    _check_nms_arguments(boxes, scores, iou_threshold)
+    check_nms_arguments(boxes, scores, iou_threshold, box_dim=5)
     return torch.ops.detlib.nms_rotated(boxes.detach(), scores.detach(), iou_threshold)
 
 
@@ -86,18 +86,8 @@ def batched_nms_rotated(
         TypeError: an argument is no tensor.
         ValueError: a shape, dtype, device or the threshold does not fit; the message names the argument.
     """
-    _check_nms_arguments(boxes, scores, iou_threshold)
-    check_tensor("idxs", idxs, "(N,)", floating=False)
-    check_same_length("idxs", idxs, "boxes", boxes)
+    check_nms_arguments(boxes, scores, iou_threshold, box_dim=5, idxs=idxs)
     return torch.ops.detlib.batched_nms_rotated(boxes.detach(), scores.detach(), idxs, iou_threshold)
-
-
-def _check_nms_arguments(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> None:
-    check_tensor("boxes", boxes, "(N, 5)")
-    check_tensor("scores", scores, "(N,)")
-    check_same_length("scores", scores, "boxes", boxes)
-    if not 0 <= iou_threshold <= 1:
-        raise ValueError(f"iou_threshold must be in [0, 1], got {iou_threshold}")
 
 
 def _prepare(boxes: torch.Tensor) -> torch.Tensor:
