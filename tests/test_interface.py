@@ -100,7 +100,6 @@ LATER_NAMES = {
         "ViT",
         "get_vit_lr_decay_rate",
     },
-    "modeling.backbone.resnet": {"DeformBottleneckBlock"},
     "modeling.box_regression": {"Box2BoxTransformRotated"},
     "modeling.meta_arch": {
         "DenseDetector",

@@ -65,6 +65,8 @@ def run_case(case: Case, config_dir: pathlib.Path) -> list[str]:
     for i, output in enumerate(outputs):
         differences += compare_outputs(output, case.outputs(i), f"image {i}")
 
+    if "losses" not in case.facts:
+        return differences
     add_truth(items, case, with_masks=cfg.MODEL.MASK_ON)
     with EventStorage() as storage:
         losses = model.train()(items)

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.nn import functional as F
+from torchvision.ops import deform_conv2d
 
 from detlib.config import get_cfg
 from detlib.layers import FrozenBatchNorm2d, ShapeSpec
@@ -14,6 +16,7 @@ from detlib.modeling.backbone import (
     BasicBlock,
     BasicStem,
     BottleneckBlock,
+    DeformBottleneckBlock,
     ResNet,
     build_backbone,
     build_resnet_backbone,
@@ -113,6 +116,70 @@ def test_stride_in_1x1_and_dilation():
     assert net(torch.zeros(1, 3, 64, 64))["res5"].shape == (1, 2048, 4, 4)
 
 
+def test_a_dilated_stage_is_convolution_with_zeros_between_the_taps():
+    torch.manual_seed(0)
+    block = BottleneckBlock(8, 8, bottleneck_channels=4, num_groups=2, dilation=2, norm="").double()
+    x = torch.randn(2, 8, 9, 7, dtype=torch.float64)
+    spread = torch.zeros(4, 2, 5, 5, dtype=torch.float64)
+    spread[:, :, ::2, ::2] = block.conv2.weight
+    out = F.conv2d(F.conv2d(x, block.conv1.weight).relu(), spread, padding=2, groups=2).relu()
+    torch.testing.assert_close(block(x), F.relu(F.conv2d(out, block.conv3.weight) + x))
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+@pytest.mark.parametrize("stride, in_1x1, dilation", [(2, False, 1), (2, True, 1), (1, False, 2)])
+def test_deformable_block(modulated, stride, in_1x1, dilation):
+    torch.manual_seed(0)
+    kwargs = {
+        "bottleneck_channels": 8,
+        "stride": stride,
+        "num_groups": 2,
+        "norm": "",
+        "stride_in_1x1": in_1x1,
+        "dilation": dilation,
+    }
+    block = DeformBottleneckBlock(6, 16, **kwargs, deform_modulated=modulated, deform_num_groups=4)
+    plain = BottleneckBlock(6, 16, **kwargs)
+    plain.load_state_dict({k: v for k, v in block.state_dict().items() if "offset" not in k})
+    x = torch.randn(2, 6, 11, 14)
+    if modulated:
+        plain.conv2.weight.data *= 0.5
+    torch.testing.assert_close(block(x), plain(x), rtol=1e-4, atol=1e-4)
+
+    nn.init.normal_(block.conv2_offset.weight, std=0.1)
+    nn.init.normal_(block.conv2_offset.bias)
+    out = F.conv2d(x, block.conv1.weight, stride=stride if in_1x1 else 1).relu()
+    geometry = {"stride": 1 if in_1x1 else stride, "padding": dilation, "dilation": dilation}
+    offset = F.conv2d(out, block.conv2_offset.weight, block.conv2_offset.bias, **geometry)
+    mask = offset[:, 72:].sigmoid() if modulated else None
+    out = deform_conv2d(out, offset[:, :72], block.conv2.weight, mask=mask, **geometry).relu()
+    out = F.conv2d(out, block.conv3.weight) + F.conv2d(x, block.shortcut.weight, stride=stride)
+    torch.testing.assert_close(block(x), out.relu(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+def test_deformable_stages_from_config_train(modulated):
+    cfg = get_cfg()
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res3", "res5"]
+    cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE = [False, True, False, True]
+    cfg.MODEL.RESNETS.DEFORM_MODULATED = modulated
+    cfg.MODEL.RESNETS.DEFORM_NUM_GROUPS = 2
+    cfg.MODEL.RESNETS.RES5_DILATION = 2
+    net = build_backbone(cfg)
+    kinds = {name: {type(block) for block in getattr(net, name)} for name in STAGES}
+    assert kinds["res2"] == kinds["res4"] == {BottleneckBlock}
+    assert kinds["res3"] == kinds["res5"] == {DeformBottleneckBlock}
+    offset = net.res5[0].conv2_offset
+    assert offset.out_channels == 2 * 9 * (3 if modulated else 2)
+    assert not offset.weight.any() and not offset.bias.any() and net.res5[2].conv2.dilation == (2, 2)
+    net(torch.randn(1, 3, 40, 50))["res5"].square().sum().backward()
+    assert all(block.conv2_offset.weight.grad.abs().sum() > 0 for block in net.res5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert net(torch.randn(1, 3, 40, 50))["res5"].isfinite().all()
+    net.to(torch.bfloat16)
+    assert net(torch.randn(1, 3, 40, 50).bfloat16())["res5"].dtype == torch.bfloat16
+
+
 def test_only_stages_that_are_used_are_built():
     net = build_backbone(get_cfg())
     assert list(net.output_shape()) == ["res4"] and not hasattr(net, "res5")
@@ -166,7 +233,11 @@ def test_make_stage():
         ({"RES5_DILATION": 3}, r"RESNETS.RES5_DILATION is 3; legal are 1 and 2"),
         ({"OUT_FEATURES": ["res6"]}, r"RESNETS.OUT_FEATURES is \['res6'\]; legal are .*res5"),
         ({"OUT_FEATURES": []}, r"RESNETS.OUT_FEATURES is \[\]"),
-        ({"DEFORM_ON_PER_STAGE": [False, True, True, True]}, "DEFORM_ON_PER_STAGE"),
+        ({"DEFORM_ON_PER_STAGE": [False, True]}, r"RESNETS.DEFORM_ON_PER_STAGE is \[False, True\]; .*res5"),
+        (
+            {"DEPTH": 18, "RES2_OUT_CHANNELS": 64, "DEFORM_ON_PER_STAGE": [False, True, True, True]},
+            "RESNETS.DEFORM_ON_PER_STAGE .*DEPTH 18 has no bottleneck",
+        ),
     ],
 )
 def test_illegal_configs_name_the_key(changes, words):

@@ -8,6 +8,7 @@ from detlib.modeling.backbone.resnet_blocks import (
     BasicBlock,
     BasicStem,
     BottleneckBlock,
+    DeformBottleneckBlock,
     ResNetBlockBase,
 )
 
@@ -15,6 +16,7 @@ __all__ = [
     "BasicBlock",
     "BasicStem",
     "BottleneckBlock",
+    "DeformBottleneckBlock",
     "ResNet",
     "ResNetBlockBase",
     "build_resnet_backbone",
@@ -221,8 +223,11 @@ def _check_config(resnets) -> None:
     _check_depth(resnets.DEPTH, f"{where}.DEPTH")
     if resnets.RES5_DILATION not in (1, 2):
         raise ValueError(f"{where}.RES5_DILATION is {resnets.RES5_DILATION!r}; legal are 1 and 2")
-    if any(resnets.DEFORM_ON_PER_STAGE):
-        raise ValueError(f"{where}.DEFORM_ON_PER_STAGE asks for deformable blocks, which do not exist yet")
+    if len(resnets.DEFORM_ON_PER_STAGE) != len(_STAGE_NAMES):
+        raise ValueError(
+            f"{where}.DEFORM_ON_PER_STAGE is {list(resnets.DEFORM_ON_PER_STAGE)}; it needs a flag for each "
+            f"of {', '.join(_STAGE_NAMES)}"
+        )
     known = ("stem", *_STAGE_NAMES)
     unknown = [name for name in resnets.OUT_FEATURES if name not in known]
     if unknown or not resnets.OUT_FEATURES:
@@ -236,6 +241,11 @@ def _check_config(resnets) -> None:
                 raise ValueError(
                     f"{where}.{key} is {resnets[key]!r}, but {where}.DEPTH {resnets.DEPTH} needs {value}"
                 )
+        if any(resnets.DEFORM_ON_PER_STAGE):
+            raise ValueError(
+                f"{where}.DEFORM_ON_PER_STAGE is {list(resnets.DEFORM_ON_PER_STAGE)}, but {where}.DEPTH "
+                f"{resnets.DEPTH} has no bottleneck blocks to make deformable; depths 50, 101 and 152 have"
+            )
 
 
 def _stage_from_config(resnets, index: int, in_channels: int):
@@ -252,8 +262,13 @@ def _stage_from_config(resnets, index: int, in_channels: int):
     }
     if resnets.DEPTH < 50:
         return ResNet.make_stage(BasicBlock, num_blocks, **kwargs)
+    block_class = BottleneckBlock
+    if resnets.DEFORM_ON_PER_STAGE[index]:
+        block_class = DeformBottleneckBlock
+        kwargs["deform_modulated"] = resnets.DEFORM_MODULATED
+        kwargs["deform_num_groups"] = resnets.DEFORM_NUM_GROUPS
     return ResNet.make_stage(
-        BottleneckBlock,
+        block_class,
         num_blocks,
         bottleneck_channels=resnets.NUM_GROUPS * resnets.WIDTH_PER_GROUP * 2**index,
         stride_in_1x1=resnets.STRIDE_IN_1X1,
