@@ -38,7 +38,8 @@ class FrozenBatchNorm2d(nn.Module):
 
     It computes `(x - running_mean) / sqrt(running_var + eps) * weight + bias` per channel. All four are (C,)
     float32 buffers, so they are saved and loaded under the names of `torch.nn.BatchNorm2d` and no optimizer
-    ever sees them. A new module is the identity.
+    ever sees them. A new module is the identity; one that was converted from a batch norm also keeps its
+    `num_batches_tracked`, so that the model's names do not depend on what is frozen.
 
     Args:
         num_features: number of channels C.
@@ -56,6 +57,7 @@ class FrozenBatchNorm2d(nn.Module):
         self.register_buffer("bias", torch.zeros(num_features))
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features) - eps)
+        self.register_buffer("num_batches_tracked", None)
 
     def forward(self, x):
         """Maps (N, C, H, W) to the same shape and dtype."""
@@ -72,6 +74,8 @@ class FrozenBatchNorm2d(nn.Module):
         if version is None or version < 2:
             state_dict.setdefault(prefix + "running_mean", torch.zeros_like(self.running_mean))
             state_dict.setdefault(prefix + "running_var", torch.ones_like(self.running_var))
+        if self.num_batches_tracked is not None:  # it counts for nothing here, so files may lack it
+            state_dict.setdefault(prefix + "num_batches_tracked", self.num_batches_tracked)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def __repr__(self):
@@ -108,6 +112,8 @@ def _copy_norm(old: nn.Module, new: nn.Module) -> nn.Module:
             if value is not None:
                 new.to(value.device)
                 getattr(new, name).copy_(value)
+        if old.num_batches_tracked is not None:
+            new.num_batches_tracked = old.num_batches_tracked.clone()
     return new.train(old.training)
 
 

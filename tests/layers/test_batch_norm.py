@@ -73,17 +73,22 @@ class TestFrozenBatchNorm:
             nn.init.normal_(norm.weight)
         x = torch.randn(2, 3, 6, 6)
         expected = copy.deepcopy(model).eval()(x)
-        names = {n for n in model.state_dict() if "num_batches" not in n}
+        model[1].num_batches_tracked += 7
+        names = set(model.state_dict())
 
         frozen = FrozenBatchNorm2d.convert_frozen_batchnorm(model)
         assert (
             frozen is model and type(model[1]) is FrozenBatchNorm2d and type(model[2][0]) is FrozenBatchNorm2d
         )
         assert model[1].eps == 1e-3 and set(model.state_dict()) == names
+        assert model[1].num_batches_tracked == 7
+        # Files from before the conversion and files without the counter both load.
+        model.load_state_dict({n: x for n, x in model.state_dict().items() if "num_batches" not in n})
         torch.testing.assert_close(model.train()(x), expected)
 
         FrozenBatchNorm2d.convert_frozenbatchnorm2d_to_batchnorm2d(model)
         assert type(model[1]) is nn.BatchNorm2d and model[1].weight.requires_grad
+        assert model[1].num_batches_tracked == 7
         torch.testing.assert_close(model.eval()(x), expected)
 
     def test_converts_a_norm_itself_and_one_without_affine(self):
