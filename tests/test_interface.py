@@ -25,7 +25,6 @@ LATER_MODULES = {
     "export": "export",
     "model_zoo": "model zoo",
     "modeling.backbone.mvit": "more backbones",
-    "modeling.backbone.regnet": "more backbones",
     "modeling.backbone.swin": "more backbones",
     "modeling.backbone.utils": "more backbones",
     "modeling.backbone.vit": "more backbones",
@@ -94,7 +93,6 @@ LATER_NAMES = {
     "modeling.anchor_generator": {"RotatedAnchorGenerator"},
     "modeling.backbone": {
         "MViT",
-        "RegNet",
         "SimpleFeaturePyramid",
         "SwinTransformer",
         "ViT",

@@ -9,6 +9,7 @@ from detlib.modeling.backbone.fpn import (
     build_resnet_fpn_backbone,
     build_retinanet_resnet_fpn_backbone,
 )
+from detlib.modeling.backbone.regnet import RegNet
 from detlib.modeling.backbone.resnet import (
     BasicBlock,
     BasicStem,
@@ -30,6 +31,7 @@ __all__ = [
     "FPN",
     "LastLevelMaxPool",
     "LastLevelP6P7",
+    "RegNet",
     "ResNet",
     "ResNetBlockBase",
     "build_backbone",
