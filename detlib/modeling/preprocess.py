@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import nn
 
 from detlib.layers import move_device_like
 from detlib.structures import ImageList, Instances
 
-__all__ = ["describe_item", "preprocess_images", "take_instances"]
+__all__ = ["describe_item", "preprocess_images", "register_pixel_stats", "take_instances"]
 
 
 def describe_item(batched_inputs: Sequence[Mapping], index: int) -> str:
@@ -50,6 +51,22 @@ def _check_batch(batched_inputs: Sequence[Mapping], num_channels: int) -> None:
             )
         if image.numel() == 0:
             raise ValueError(f"'image' of {describe_item(batched_inputs, i)} is empty: {tuple(image.shape)}.")
+
+
+def register_pixel_stats(model: nn.Module, pixel_mean: Sequence[float], pixel_std: Sequence[float]) -> None:
+    """Give the model (C, 1, 1) float32 buffers `pixel_mean` and `pixel_std`; kept out of the state dict.
+
+    Raises:
+        ValueError: the two differ in length.
+    """
+    if len(pixel_mean) != len(pixel_std):
+        raise ValueError(
+            f"pixel_mean and pixel_std must be of one length, got {list(pixel_mean)} and {list(pixel_std)}."
+        )
+    for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
+        model.register_buffer(
+            name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1), persistent=False
+        )
 
 
 def preprocess_images(

@@ -12,24 +12,17 @@ from detlib.config import CfgNode, configurable
 from detlib.modeling.backbone import Backbone, build_backbone
 from detlib.modeling.meta_arch.build import META_ARCH_REGISTRY
 from detlib.modeling.postprocessing import detector_postprocess
-from detlib.modeling.preprocess import describe_item, preprocess_images, take_instances
+from detlib.modeling.preprocess import (
+    describe_item,
+    preprocess_images,
+    register_pixel_stats,
+    take_instances,
+)
 from detlib.modeling.proposal_generator import build_proposal_generator
 from detlib.modeling.roi_heads import build_roi_heads
 from detlib.structures import ImageList, Instances
 
 __all__ = ["GeneralizedRCNN", "ProposalNetwork"]
-
-
-def _register_pixel_stats(model: nn.Module, pixel_mean: Sequence[float], pixel_std: Sequence[float]) -> None:
-    """Give the model (C, 1, 1) buffers for normalisation; they are not part of its state dict."""
-    if len(pixel_mean) != len(pixel_std):
-        raise ValueError(
-            f"pixel_mean and pixel_std must be of one length, got {list(pixel_mean)} and {list(pixel_std)}."
-        )
-    for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
-        model.register_buffer(
-            name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1), persistent=False
-        )
 
 
 def _postprocess(
@@ -79,7 +72,7 @@ class GeneralizedRCNN(nn.Module):
         self.roi_heads = roi_heads
         self.input_format = input_format
         self.vis_period = vis_period
-        _register_pixel_stats(self, pixel_mean, pixel_std)
+        register_pixel_stats(self, pixel_mean, pixel_std)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -121,15 +114,9 @@ class GeneralizedRCNN(nn.Module):
         if not self.training:
             return self.inference(batched_inputs)
         images = self.preprocess_image(batched_inputs)
-        self._check_classes(batched_inputs)
-        gt_instances = take_instances(batched_inputs, "instances", self.device, "Training")
+        gt_instances = self._take_truth(batched_inputs)
         features = self.backbone(images.tensor)
-        if self.proposal_generator is not None:
-            proposals, losses = self.proposal_generator(images, features, gt_instances)
-        else:
-            proposals, losses = self._given_proposals(batched_inputs), {}
-        _, head_losses = self.roi_heads(images, features, proposals, gt_instances)
-        return {**head_losses, **losses}
+        return self._losses(images, features, batched_inputs, gt_instances)
 
     def inference(
         self,
@@ -153,18 +140,43 @@ class GeneralizedRCNN(nn.Module):
             raise ValueError("GeneralizedRCNN.inference: the model is in training mode; call eval() first.")
         images = self.preprocess_image(batched_inputs)
         features = self.backbone(images.tensor)
-        if detected_instances is None:
-            if self.proposal_generator is not None:
-                proposals, _ = self.proposal_generator(images, features, None)
-            else:
-                proposals = self._given_proposals(batched_inputs)
-            results, _ = self.roi_heads(images, features, proposals, None)
-        else:
-            detected_instances = [x.to(self.device) for x in detected_instances]
-            results = self.roi_heads.forward_with_given_boxes(features, detected_instances)
+        results = self._detect(images, features, batched_inputs, detected_instances)
         if not do_postprocess:
             return results
         return [{"instances": r} for r in _postprocess(results, batched_inputs, images.image_sizes)]
+
+    def _detect(
+        self,
+        images: ImageList,
+        features: dict[str, torch.Tensor],
+        batched_inputs: list[dict],
+        detected_instances: list[Instances] | None = None,
+    ) -> list[Instances]:
+        """What follows the backbone in inference: N `Instances` in pixels of "image"."""
+        if detected_instances is not None:
+            detected_instances = [x.to(self.device) for x in detected_instances]
+            return self.roi_heads.forward_with_given_boxes(features, detected_instances)
+        if self.proposal_generator is not None:
+            proposals, _ = self.proposal_generator(images, features, None)
+        else:
+            proposals = self._given_proposals(batched_inputs)
+        results, _ = self.roi_heads(images, features, proposals, None)
+        return results
+
+    def _losses(
+        self,
+        images: ImageList,
+        features: dict[str, torch.Tensor],
+        batched_inputs: list[dict],
+        gt_instances: list[Instances],
+    ) -> dict[str, torch.Tensor]:
+        """What follows the backbone in training."""
+        if self.proposal_generator is not None:
+            proposals, losses = self.proposal_generator(images, features, gt_instances)
+        else:
+            proposals, losses = self._given_proposals(batched_inputs), {}
+        _, head_losses = self.roi_heads(images, features, proposals, gt_instances)
+        return {**head_losses, **losses}
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         """Normalise the pictures, pad them to one size and put them on the model's device."""
@@ -178,6 +190,11 @@ class GeneralizedRCNN(nn.Module):
 
     def _given_proposals(self, batched_inputs: list[dict]) -> list[Instances]:
         return take_instances(batched_inputs, "proposals", self.device, "A model without proposal generator")
+
+    def _take_truth(self, batched_inputs: list[dict]) -> list[Instances]:
+        """The checked "instances" of every dict, on the model's device."""
+        self._check_classes(batched_inputs)
+        return take_instances(batched_inputs, "instances", self.device, "Training")
 
     def _check_classes(self, batched_inputs: list[dict]) -> None:
         """Refuse labels beyond the classes: the first trains as background, others stop a GPU without a word.
@@ -224,7 +241,7 @@ class ProposalNetwork(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.proposal_generator = proposal_generator
-        _register_pixel_stats(self, pixel_mean, pixel_std)
+        register_pixel_stats(self, pixel_mean, pixel_std)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
