@@ -195,4 +195,5 @@ def build_anchor_generator(cfg, input_shape):
         cfg: the whole config.
         input_shape: a `ShapeSpec` for each feature level, of which the stride is used.
     """
-    return ANCHOR_GENERATOR_REGISTRY.get(cfg.MODEL.ANCHOR_GENERATOR.NAME)(cfg, input_shape)
+    name = cfg.MODEL.ANCHOR_GENERATOR.NAME
+    return ANCHOR_GENERATOR_REGISTRY.get(name, key="MODEL.ANCHOR_GENERATOR.NAME")(cfg, input_shape)

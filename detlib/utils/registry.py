@@ -98,8 +98,12 @@ class Registry(Iterable[tuple[str, Any]]):
         self._do_register(obj.__name__, obj)
         return obj
 
-    def get(self, name: str) -> Any:
+    def get(self, name: str, *, key: str | None = None) -> Any:
         """Returns the object registered as `name`, or the one at the dotted path `name`.
+
+        Args:
+            name: what to look for.
+            key: the config key that has this value, for messages.
 
         Raises:
             KeyError: there is neither; near names are listed.
@@ -115,7 +119,8 @@ class Registry(Iterable[tuple[str, Any]]):
         near = (
             suggest(name, self._obj_map) or f" Registered: {', '.join(sorted(self._obj_map)) or 'nothing'}."
         )
-        raise KeyError(f"No object named {name!r} in registry {self._name!r}.{reason}{near}")
+        found_in = f"{key} is {name!r}: no" if key else "No"
+        raise KeyError(f"{found_in} object named {name!r} in registry {self._name!r}.{reason}{near}")
 
     def __contains__(self, name: str) -> bool:
         return name in self._obj_map

@@ -230,8 +230,8 @@ def test_make_stage():
         ({"DEPTH": 18}, r"RESNETS.RES2_OUT_CHANNELS is 256, but MODEL.RESNETS.DEPTH 18 needs 64"),
         ({"DEPTH": 34, "RES2_OUT_CHANNELS": 64, "NUM_GROUPS": 2}, r"RESNETS.NUM_GROUPS is 2"),
         ({"DEPTH": 34, "RES2_OUT_CHANNELS": 64, "RES5_DILATION": 2}, r"RESNETS.RES5_DILATION is 2"),
-        ({"RES5_DILATION": 3}, r"RESNETS.RES5_DILATION is 3; legal are 1 and 2"),
-        ({"OUT_FEATURES": ["res6"]}, r"RESNETS.OUT_FEATURES is \['res6'\]; legal are .*res5"),
+        ({"RES5_DILATION": 3}, r"RESNETS.RES5_DILATION is 3; legal are 1, 2"),
+        ({"OUT_FEATURES": ["res6"]}, r"RESNETS.OUT_FEATURES is \['res6'\]; a ResNet gives .*res5"),
         ({"OUT_FEATURES": []}, r"RESNETS.OUT_FEATURES is \[\]"),
         ({"DEFORM_ON_PER_STAGE": [False, True]}, r"RESNETS.DEFORM_ON_PER_STAGE is \[False, True\]; .*res5"),
         (

@@ -25,7 +25,7 @@ def build_backbone(cfg, input_shape: ShapeSpec | None = None) -> Backbone:
     if input_shape is None:
         input_shape = ShapeSpec(channels=len(cfg.MODEL.PIXEL_MEAN))
     name = cfg.MODEL.BACKBONE.NAME
-    backbone = BACKBONE_REGISTRY.get(name)(cfg, input_shape)
+    backbone = BACKBONE_REGISTRY.get(name, key="MODEL.BACKBONE.NAME")(cfg, input_shape)
     if not isinstance(backbone, Backbone):
         raise TypeError(f"MODEL.BACKBONE.NAME {name!r} built a {type(backbone).__name__}, not a Backbone")
     return backbone

@@ -8,6 +8,7 @@ from detlib.layers.fvcore_nn import weight_init
 from detlib.modeling.backbone.backbone import Backbone
 from detlib.modeling.backbone.build import BACKBONE_REGISTRY
 from detlib.modeling.backbone.resnet import build_resnet_backbone
+from detlib.modeling.config_checks import check_choice, check_features, check_norm
 
 __all__ = [
     "FPN",
@@ -174,14 +175,10 @@ class LastLevelP6P7(nn.Module):
 
 def _fpn_from_config(cfg, bottom_up, top_block) -> FPN:
     fpn = cfg.MODEL.FPN
-    known = bottom_up.output_shape()
-    if not fpn.IN_FEATURES or any(name not in known for name in fpn.IN_FEATURES):
-        raise ValueError(
-            f"MODEL.FPN.IN_FEATURES is {list(fpn.IN_FEATURES)}; the bottom-up network returns {list(known)} "
-            "(MODEL.RESNETS.OUT_FEATURES)"
-        )
-    if fpn.FUSE_TYPE not in ("sum", "avg"):
-        raise ValueError(f"MODEL.FPN.FUSE_TYPE is {fpn.FUSE_TYPE!r}; legal are 'sum' and 'avg'")
+    giver = "the bottom-up network (MODEL.RESNETS.OUT_FEATURES)"
+    check_features(fpn.IN_FEATURES, bottom_up.output_shape(), "MODEL.FPN.IN_FEATURES", giver)
+    check_norm(fpn.NORM, "MODEL.FPN.NORM")
+    check_choice(fpn.FUSE_TYPE, ("sum", "avg"), "MODEL.FPN.FUSE_TYPE")
     return FPN(
         bottom_up=bottom_up,
         in_features=fpn.IN_FEATURES,

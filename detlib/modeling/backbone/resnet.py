@@ -11,6 +11,7 @@ from detlib.modeling.backbone.resnet_blocks import (
     DeformBottleneckBlock,
     ResNetBlockBase,
 )
+from detlib.modeling.config_checks import check_choice, check_features, check_norm
 
 __all__ = [
     "BasicBlock",
@@ -31,11 +32,6 @@ _BLOCKS_PER_STAGE = {
     152: (3, 8, 36, 3),
 }
 _STAGE_NAMES = ("res2", "res3", "res4", "res5")
-
-
-def _check_depth(depth, name: str) -> None:
-    if depth not in _BLOCKS_PER_STAGE:
-        raise ValueError(f"{name} is {depth!r}; legal are {', '.join(map(str, _BLOCKS_PER_STAGE))}")
 
 
 class ResNet(Backbone):
@@ -190,7 +186,7 @@ class ResNet(Backbone):
         Raises:
             ValueError: an unknown depth.
         """
-        _check_depth(depth, "depth")
+        check_choice(depth, _BLOCKS_PER_STAGE, "depth")
         if block_class is None:
             block_class = BasicBlock if depth < 50 else BottleneckBlock
         in_channels, expansion = 64, 1 if depth < 50 else 4
@@ -220,20 +216,15 @@ make_stage = ResNet.make_stage
 def _check_config(resnets) -> None:
     """Raise ValueError, naming the key, where `cfg.MODEL.RESNETS` asks for a network that does not exist."""
     where = "MODEL.RESNETS"
-    _check_depth(resnets.DEPTH, f"{where}.DEPTH")
-    if resnets.RES5_DILATION not in (1, 2):
-        raise ValueError(f"{where}.RES5_DILATION is {resnets.RES5_DILATION!r}; legal are 1 and 2")
+    check_choice(resnets.DEPTH, _BLOCKS_PER_STAGE, f"{where}.DEPTH")
+    check_choice(resnets.RES5_DILATION, (1, 2), f"{where}.RES5_DILATION")
+    check_norm(resnets.NORM, f"{where}.NORM")
     if len(resnets.DEFORM_ON_PER_STAGE) != len(_STAGE_NAMES):
         raise ValueError(
             f"{where}.DEFORM_ON_PER_STAGE is {list(resnets.DEFORM_ON_PER_STAGE)}; it needs a flag for each "
             f"of {', '.join(_STAGE_NAMES)}"
         )
-    known = ("stem", *_STAGE_NAMES)
-    unknown = [name for name in resnets.OUT_FEATURES if name not in known]
-    if unknown or not resnets.OUT_FEATURES:
-        raise ValueError(
-            f"{where}.OUT_FEATURES is {list(resnets.OUT_FEATURES)}; legal are {', '.join(known)}"
-        )
+    check_features(resnets.OUT_FEATURES, ("stem", *_STAGE_NAMES), f"{where}.OUT_FEATURES", "a ResNet")
     if resnets.DEPTH < 50:
         needed = {"RES2_OUT_CHANNELS": 64, "NUM_GROUPS": 1, "RES5_DILATION": 1}
         for key, value in needed.items():

@@ -26,5 +26,5 @@ def build_model(cfg: CfgNode) -> torch.nn.Module:
     """
     if not isinstance(cfg, CfgNode):
         raise TypeError(f"build_model takes a CfgNode, such as get_cfg() returns; got {type(cfg).__name__}.")
-    model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
+    model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE, key="MODEL.META_ARCHITECTURE")(cfg)
     return model.to(resolve_device(cfg.MODEL.DEVICE))

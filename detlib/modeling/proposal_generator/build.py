@@ -25,4 +25,4 @@ def build_proposal_generator(cfg, input_shape):
     name = cfg.MODEL.PROPOSAL_GENERATOR.NAME
     if name == "PrecomputedProposals":
         return None
-    return PROPOSAL_GENERATOR_REGISTRY.get(name)(cfg, input_shape)
+    return PROPOSAL_GENERATOR_REGISTRY.get(name, key="MODEL.PROPOSAL_GENERATOR.NAME")(cfg, input_shape)

@@ -36,7 +36,7 @@ L feature maps to L objectness maps (N, A, H, W) and L delta maps (N, A*B, H, W)
 
 def build_rpn_head(cfg, input_shape):
     """Build the head that `cfg.MODEL.RPN.HEAD_NAME` names, for features of the shapes `input_shape`."""
-    return RPN_HEAD_REGISTRY.get(cfg.MODEL.RPN.HEAD_NAME)(cfg, input_shape)
+    return RPN_HEAD_REGISTRY.get(cfg.MODEL.RPN.HEAD_NAME, key="MODEL.RPN.HEAD_NAME")(cfg, input_shape)
 
 
 def _one_value(values, what: str) -> int:

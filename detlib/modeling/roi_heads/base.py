@@ -32,7 +32,8 @@ feature name to `ShapeSpec`.
 
 def build_roi_heads(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> nn.Module:
     """Build the heads that `cfg.MODEL.ROI_HEADS.NAME` names."""
-    return ROI_HEADS_REGISTRY.get(cfg.MODEL.ROI_HEADS.NAME)(cfg, input_shape)
+    name = cfg.MODEL.ROI_HEADS.NAME
+    return ROI_HEADS_REGISTRY.get(name, key="MODEL.ROI_HEADS.NAME")(cfg, input_shape)
 
 
 def select_foreground_proposals(

@@ -7,6 +7,7 @@ from torch import nn
 from detlib.config import CfgNode, configurable
 from detlib.layers import Conv2d, ShapeSpec, get_norm
 from detlib.layers.fvcore_nn import weight_init
+from detlib.modeling.config_checks import check_norm
 from detlib.utils.registry import Registry
 
 __all__ = ["FastRCNNConvFCHead", "ROI_BOX_HEAD_REGISTRY", "build_box_head"]
@@ -71,6 +72,7 @@ class FastRCNNConvFCHead(nn.Sequential):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
         head = cfg.MODEL.ROI_BOX_HEAD
+        check_norm(head.NORM, "MODEL.ROI_BOX_HEAD.NORM")
         return {
             "input_shape": input_shape,
             "conv_dims": [head.CONV_DIM] * head.NUM_CONV,
@@ -92,4 +94,5 @@ class FastRCNNConvFCHead(nn.Sequential):
 
 def build_box_head(cfg: CfgNode, input_shape: ShapeSpec) -> nn.Module:
     """Build the box head that `cfg.MODEL.ROI_BOX_HEAD.NAME` names."""
-    return ROI_BOX_HEAD_REGISTRY.get(cfg.MODEL.ROI_BOX_HEAD.NAME)(cfg, input_shape)
+    name = cfg.MODEL.ROI_BOX_HEAD.NAME
+    return ROI_BOX_HEAD_REGISTRY.get(name, key="MODEL.ROI_BOX_HEAD.NAME")(cfg, input_shape)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from detlib.config import CfgNode, configurable
 from detlib.layers import Conv2d, ConvTranspose2d, ShapeSpec, cat, get_norm
 from detlib.layers.fvcore_nn import weight_init
+from detlib.modeling.config_checks import check_norm
 from detlib.modeling.roi_heads.training_stats import put_scalars, to_floats
 from detlib.structures import Instances
 from detlib.utils.events import has_event_storage
@@ -194,6 +195,7 @@ class MaskRCNNConvUpsampleHead(BaseMaskRCNNHead, nn.Sequential):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
         head = cfg.MODEL.ROI_MASK_HEAD
+        check_norm(head.NORM, "MODEL.ROI_MASK_HEAD.NORM")
         return super().from_config(cfg, input_shape) | {
             "input_shape": input_shape,
             "num_classes": 1 if head.CLS_AGNOSTIC_MASK else cfg.MODEL.ROI_HEADS.NUM_CLASSES,
@@ -210,4 +212,5 @@ class MaskRCNNConvUpsampleHead(BaseMaskRCNNHead, nn.Sequential):
 
 def build_mask_head(cfg: CfgNode, input_shape: ShapeSpec) -> nn.Module:
     """Build the mask head that `cfg.MODEL.ROI_MASK_HEAD.NAME` names."""
-    return ROI_MASK_HEAD_REGISTRY.get(cfg.MODEL.ROI_MASK_HEAD.NAME)(cfg, input_shape)
+    name = cfg.MODEL.ROI_MASK_HEAD.NAME
+    return ROI_MASK_HEAD_REGISTRY.get(name, key="MODEL.ROI_MASK_HEAD.NAME")(cfg, input_shape)

@@ -1,0 +1,43 @@
+"""Checks of config values that components share: each error names the key, what came and what is legal."""
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+from detlib.layers import get_norm
+from detlib.utils.suggest import suggest
+
+__all__ = ["check_choice", "check_features", "check_norm"]
+
+
+def check_choice(value: Any, legal: Collection, key: str) -> None:
+    """Raise ValueError unless `value` of the config key `key` is one of `legal`; near names are listed."""
+    if value not in legal:
+        near = suggest(value, legal) if isinstance(value, str) else ""
+        raise ValueError(f"{key} is {value!r}; legal are {', '.join(map(repr, legal))}.{near}")
+
+
+def check_features(names: Sequence[str], given: Iterable[str], key: str, giver: str = "the backbone") -> None:
+    """Raise ValueError unless `names`, of the config key `key`, are features that exist, and at least one.
+
+    Args:
+        names: features that somebody wants to use.
+        given: features that there are.
+        key: the config key that names them.
+        giver: what gives features, for the message.
+    """
+    given = list(given)
+    unknown = [name for name in names if name not in given]
+    if unknown or not names:
+        wrong = (
+            ", ".join(map(repr, unknown)) + " is not among them" if unknown else "it must name at least one"
+        )
+        near = suggest(unknown[0], given) if unknown else ""
+        raise ValueError(f"{key} is {list(names)}; {giver} gives {given}: {wrong}.{near}")
+
+
+def check_norm(norm: str, key: str) -> None:
+    """Raise ValueError unless `norm`, of the config key `key`, is a name that `get_norm` knows."""
+    try:
+        get_norm(norm, 32)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
