@@ -1,12 +1,13 @@
 """Checks of config values that components share: each error names the key, what came and what is legal."""
 
-from collections.abc import Collection, Iterable, Sequence
+import contextlib
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from detlib.layers import get_norm
 from detlib.utils.suggest import suggest
 
-__all__ = ["check_choice", "check_features", "check_norm"]
+__all__ = ["check_choice", "check_features", "check_norm", "config_keys"]
 
 
 def check_choice(value: Any, legal: Collection, key: str) -> None:
@@ -37,7 +38,19 @@ def check_features(names: Sequence[str], given: Iterable[str], key: str, giver: 
 
 def check_norm(norm: str, key: str) -> None:
     """Raise ValueError unless `norm`, of the config key `key`, is a name that `get_norm` knows."""
-    try:
+    with config_keys(key):
         get_norm(norm, 32)
+
+
+@contextlib.contextmanager
+def config_keys(*keys: str) -> Iterator[None]:
+    """Put `keys` in front of the ValueErrors of what is built within, which knows arguments but no config.
+
+    An error that names a key already comes through unchanged.
+    """
+    try:
+        yield
     except ValueError as error:
-        raise ValueError(f"{key}: {error}") from None
+        if "MODEL." in str(error):
+            raise
+        raise ValueError(f"{', '.join(keys)}: {error}") from error

@@ -8,7 +8,7 @@ from detlib.layers.fvcore_nn import weight_init
 from detlib.modeling.backbone.backbone import Backbone
 from detlib.modeling.backbone.build import BACKBONE_REGISTRY
 from detlib.modeling.backbone.resnet import build_resnet_backbone
-from detlib.modeling.config_checks import check_choice, check_features, check_norm
+from detlib.modeling.config_checks import check_choice, check_features, check_norm, config_keys
 
 __all__ = [
     "FPN",
@@ -179,14 +179,15 @@ def _fpn_from_config(cfg, bottom_up, top_block) -> FPN:
     check_features(fpn.IN_FEATURES, bottom_up.output_shape(), "MODEL.FPN.IN_FEATURES", giver)
     check_norm(fpn.NORM, "MODEL.FPN.NORM")
     check_choice(fpn.FUSE_TYPE, ("sum", "avg"), "MODEL.FPN.FUSE_TYPE")
-    return FPN(
-        bottom_up=bottom_up,
-        in_features=fpn.IN_FEATURES,
-        out_channels=fpn.OUT_CHANNELS,
-        norm=fpn.NORM,
-        top_block=top_block,
-        fuse_type=fpn.FUSE_TYPE,
-    )
+    with config_keys("MODEL.FPN.IN_FEATURES", "MODEL.FPN.NORM", "MODEL.FPN.OUT_CHANNELS"):
+        return FPN(
+            bottom_up=bottom_up,
+            in_features=fpn.IN_FEATURES,
+            out_channels=fpn.OUT_CHANNELS,
+            norm=fpn.NORM,
+            top_block=top_block,
+            fuse_type=fpn.FUSE_TYPE,
+        )
 
 
 @BACKBONE_REGISTRY.register()
