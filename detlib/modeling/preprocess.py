@@ -1,4 +1,4 @@
-"""From a batch of picture dicts to one normalised, padded tensor: shared by every meta architecture."""
+"""From a batch of picture dicts to one padded tensor, and back: shared by every meta architecture."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,9 +6,17 @@ import torch
 from torch import nn
 
 from detlib.layers import move_device_like
+from detlib.modeling.postprocessing import detector_postprocess
 from detlib.structures import ImageList, Instances
 
-__all__ = ["describe_item", "preprocess_images", "register_pixel_stats", "take_instances"]
+__all__ = [
+    "check_gt_classes",
+    "describe_item",
+    "postprocess_detections",
+    "preprocess_images",
+    "register_pixel_stats",
+    "take_instances",
+]
 
 
 def describe_item(batched_inputs: Sequence[Mapping], index: int) -> str:
@@ -117,3 +125,51 @@ def take_instances(
                 f"has {found} there."
             )
     return [item[key].to(device) for item in batched_inputs]
+
+
+def check_gt_classes(batched_inputs: Sequence[Mapping], num_classes: int | None, key: str) -> None:
+    """Refuse labels beyond the classes: the first trains as background, others stop a GPU without a word.
+
+    Labels that already lie on a GPU are left alone: to look at them is to wait for it.
+
+    Args:
+        batched_inputs: N dicts, of which "instances" are looked at where they have `gt_classes`.
+        num_classes: K; labels must lie in [0, K). None where nothing is known.
+        key: the config key of the number of classes, for the message.
+
+    Raises:
+        ValueError: a label outside, with the item it belongs to.
+    """
+    for i, item in enumerate(batched_inputs):
+        instances = item.get("instances")
+        if num_classes is None or not isinstance(instances, Instances) or not instances.has("gt_classes"):
+            continue
+        labels = instances.gt_classes
+        if (
+            labels.device.type == "cpu"
+            and len(labels)
+            and not 0 <= labels.min() <= labels.max() < num_classes
+        ):
+            raise ValueError(
+                f"'gt_classes' of {describe_item(batched_inputs, i)} must lie in [0, {num_classes}) "
+                f"({key}), got {sorted(set(labels.tolist()))}."
+            )
+
+
+def postprocess_detections(
+    results: list[Instances], batched_inputs: Sequence[Mapping], image_sizes: list[tuple[int, int]]
+) -> list[Instances]:
+    """Bring each image's results to the size its dict asks for, or to the input's own.
+
+    Args:
+        results: N detections in pixels of the network input, see `detector_postprocess`.
+        batched_inputs: N dicts; "height" and "width" say which size is wanted.
+        image_sizes: N pairs (height, width) of the pictures before padding.
+
+    Returns:
+        list[Instances]: N, in the wanted pixels.
+    """
+    return [
+        detector_postprocess(r, item.get("height", height), item.get("width", width))
+        for r, item, (height, width) in zip(results, batched_inputs, image_sizes)
+    ]

@@ -11,9 +11,9 @@ from torch import nn
 from detlib.config import CfgNode, configurable
 from detlib.modeling.backbone import Backbone, build_backbone
 from detlib.modeling.meta_arch.build import META_ARCH_REGISTRY
-from detlib.modeling.postprocessing import detector_postprocess
 from detlib.modeling.preprocess import (
-    describe_item,
+    check_gt_classes,
+    postprocess_detections,
     preprocess_images,
     register_pixel_stats,
     take_instances,
@@ -23,16 +23,6 @@ from detlib.modeling.roi_heads import build_roi_heads
 from detlib.structures import ImageList, Instances
 
 __all__ = ["GeneralizedRCNN", "ProposalNetwork"]
-
-
-def _postprocess(
-    results: list[Instances], batched_inputs: list[dict], image_sizes: list[tuple[int, int]]
-) -> list[Instances]:
-    """Bring each image's results to the size its dict asks for, or to the input's own."""
-    return [
-        detector_postprocess(r, item.get("height", height), item.get("width", width))
-        for r, item, (height, width) in zip(results, batched_inputs, image_sizes)
-    ]
 
 
 @META_ARCH_REGISTRY.register()
@@ -143,7 +133,7 @@ class GeneralizedRCNN(nn.Module):
         results = self._detect(images, features, batched_inputs, detected_instances)
         if not do_postprocess:
             return results
-        return [{"instances": r} for r in _postprocess(results, batched_inputs, images.image_sizes)]
+        return [{"instances": r} for r in postprocess_detections(results, batched_inputs, images.image_sizes)]
 
     def _detect(
         self,
@@ -193,29 +183,9 @@ class GeneralizedRCNN(nn.Module):
 
     def _take_truth(self, batched_inputs: list[dict]) -> list[Instances]:
         """The checked "instances" of every dict, on the model's device."""
-        self._check_classes(batched_inputs)
-        return take_instances(batched_inputs, "instances", self.device, "Training")
-
-    def _check_classes(self, batched_inputs: list[dict]) -> None:
-        """Refuse labels beyond the classes: the first trains as background, others stop a GPU without a word.
-
-        Labels that already lie on a GPU are left alone: to look at them is to wait for it.
-        """
         num_classes = getattr(self.roi_heads, "num_classes", None)
-        for i, item in enumerate(batched_inputs):
-            instances = item.get("instances")
-            if num_classes is None or not isinstance(instances, Instances) or not instances.has("gt_classes"):
-                continue
-            labels = instances.gt_classes
-            if (
-                labels.device.type == "cpu"
-                and len(labels)
-                and not 0 <= labels.min() <= labels.max() < num_classes
-            ):
-                raise ValueError(
-                    f"'gt_classes' of {describe_item(batched_inputs, i)} must lie in [0, {num_classes}) "
-                    f"(MODEL.ROI_HEADS.NUM_CLASSES), got {sorted(set(labels.tolist()))}."
-                )
+        check_gt_classes(batched_inputs, num_classes, "MODEL.ROI_HEADS.NUM_CLASSES")
+        return take_instances(batched_inputs, "instances", self.device, "Training")
 
 
 @META_ARCH_REGISTRY.register()
@@ -282,4 +252,6 @@ class ProposalNetwork(nn.Module):
         proposals, losses = self.proposal_generator(images, features, gt_instances)
         if self.training:
             return losses
-        return [{"proposals": r} for r in _postprocess(proposals, batched_inputs, images.image_sizes)]
+        return [
+            {"proposals": r} for r in postprocess_detections(proposals, batched_inputs, images.image_sizes)
+        ]
