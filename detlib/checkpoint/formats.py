@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from detlib.checkpoint.safe_pickle import NUMPY_STAND_INS, load_plain_pickle, resolve_stand_ins
-from detlib.utils.file_io import PathManager
+from detlib.utils.file_io import PathManager, is_remote
 
 __all__ = ["read_checkpoint", "to_plain_types", "write_bytes_atomically", "write_checkpoint"]
 
@@ -101,12 +101,15 @@ def write_checkpoint(path: str, content: Mapping[str, Any]) -> None:
 def write_bytes_atomically(path: str, write: Callable[[Any], None]) -> None:
     """Calls ``write(file)`` on a temporary file and moves that to `path` once it is safe on disk.
 
-    A crash, a full disk or a lost power line leaves what was at `path` before. Paths of remote storage
-    ("scheme://...") are written directly, as they cannot be renamed.
+    A crash, a full disk or a lost power line leaves what was at `path` before. What goes to remote storage
+    ("scheme://...") is written to a local file and handed over as a whole.
     """
-    if "://" in path:
-        with PathManager.open(path, "wb") as f:
-            write(f)
+    if is_remote(path):
+        with tempfile.TemporaryDirectory() as folder:
+            local = os.path.join(folder, "content")
+            with open(local, "wb") as f:
+                write(f)
+            PathManager.copy_from_local(local, path, overwrite=True)
         return
     folder = os.path.dirname(os.path.abspath(path))
     handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}.", suffix=".tmp")

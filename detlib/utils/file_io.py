@@ -1,33 +1,124 @@
 """Files by path or address: detlib's own iopath `PathManager`.
 
-Local paths work as with `open`. ``http://``, ``https://`` and ``ftp://`` addresses are downloaded once into
-the cache
-directory: ``$DETLIB_CACHE``, else ``$FVCORE_CACHE``, else ``~/.torch/iopath_cache``.
+Local paths work as with `open`. ``http://``, ``https://``, ``ftp://`` and ``hf://owner/repo[@revision]/file``
+addresses are downloaded once into the cache directory, see `cache_dir`. ``s3://``, ``gs://``, ``az://`` and
+other object stores are read and written through fsspec (``pip install "detlib[cloud]"``).
 
     with PathManager.open(path, "rb") as f: ...
     local_file = PathManager.get_local_path("https://host/file.pkl")
 """
 
+import hashlib
 import os
-from typing import Any
+from typing import IO, Any
+from urllib.parse import urlsplit
 
-from iopath.common.file_io import HTTPURLHandler, PathHandler
+from iopath.common.file_io import PathHandler
 from iopath.common.file_io import PathManager as PathManagerBase
 
-__all__ = ["CachedURLHandler", "PathHandler", "PathManager", "PathManagerBase"]
+from detlib.utils._object_store import ObjectStoreHandler
+from detlib.utils.download import download, is_there
+
+__all__ = [
+    "CachedURLHandler",
+    "HuggingFaceHandler",
+    "ObjectStoreHandler",
+    "PathHandler",
+    "PathManager",
+    "PathManagerBase",
+    "cache_dir",
+    "is_remote",
+]
+
+# Files of this host lie in the cache without its name, where detectron2 looks for them too.
+_ZOO_HOST = "dl.fbaipublicfiles.com"
 
 
-class CachedURLHandler(HTTPURLHandler):
-    """iopath's download handler with detlib's cache directory."""
+def cache_dir() -> str:
+    """Where downloads go: ``$DETLIB_CACHE``, else ``$FVCORE_CACHE``, else ``~/.torch/iopath_cache``."""
+    for name in ("DETLIB_CACHE", "FVCORE_CACHE"):
+        if os.environ.get(name):
+            return os.path.expanduser(os.environ[name])
+    return os.path.expanduser("~/.torch/iopath_cache")
 
-    def _get_local_path(
-        self, path: str, force: bool = False, cache_dir: str | None = None, **kwargs: Any
-    ) -> str:
-        if cache_dir is None and os.environ.get("DETLIB_CACHE"):
-            cache_dir = os.path.expanduser(os.environ["DETLIB_CACHE"])
-        return super()._get_local_path(path, force=force, cache_dir=cache_dir, **kwargs)
+
+def is_remote(path: str) -> bool:
+    """Whether `path` is an address instead of a path of this machine."""
+    return "://" in path
+
+
+class CachedURLHandler(PathHandler):
+    """Downloads each address once, see `detlib.utils.download.download`."""
+
+    def _get_supported_prefixes(self) -> list[str]:
+        return ["http://", "https://", "ftp://"]
+
+    def url(self, path: str) -> str:
+        """The address to ask for what `path` means."""
+        return path
+
+    def headers(self) -> dict[str, str]:
+        """What to send with each request."""
+        return {}
+
+    def cached_path(self, path: str, folder: str | None = None) -> str:
+        """Where the file of an address lies in the cache, whether it is there or not."""
+        parts = urlsplit(self.url(path))
+        names = [name for name in parts.path.split("/") if name not in ("", ".", "..")] or ["index"]
+        if parts.query:  # the same path with another query is another file
+            stem, ending = os.path.splitext(names[-1])
+            names[-1] = f"{stem}-{hashlib.sha256(parts.query.encode()).hexdigest()[:12]}{ending}"
+        host = [] if parts.hostname == _ZOO_HOST else [parts.netloc.rpartition("@")[2].replace(":", "_")]
+        return os.path.join(folder or cache_dir(), *host, *names)
+
+    def _get_local_path(self, path: str, force: bool = False, cache_dir: str | None = None, **_: Any) -> str:
+        local = self.cached_path(path, cache_dir)
+        if force and os.path.isfile(local):
+            os.remove(local)
+        download(self.url(path), local, headers=self.headers())
+        return local
+
+    def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> IO:
+        if set(mode) - set("rbt"):
+            raise ValueError(f"{path} can only be read, not opened with the mode {mode!r}")
+        return open(self._get_local_path(path), mode, buffering, **kwargs)
+
+    def _exists(self, path: str, **_: Any) -> bool:
+        return os.path.isfile(self.cached_path(path)) or is_there(self.url(path), headers=self.headers())
+
+    _isfile = _exists
+
+
+class HuggingFaceHandler(CachedURLHandler):
+    """``hf://owner/repo/path/of/file`` on the Hugging Face hub; ``hf://owner/repo@revision/file`` of a
+    branch, tag or commit. `$HF_TOKEN` opens private repositories, `$HF_ENDPOINT` names another hub."""
+
+    def _get_supported_prefixes(self) -> list[str]:
+        return ["hf://"]
+
+    def headers(self) -> dict[str, str]:
+        token = os.environ.get("HF_TOKEN")
+        return {"Authorization": f"Bearer {token}"} if token else {}
+
+    def url(self, path: str) -> str:
+        """The https address of an ``hf://`` one.
+
+        Raises:
+            ValueError: if owner, repository or file is missing.
+        """
+        owner, _, rest = path.removeprefix("hf://").partition("/")
+        repo, _, file = rest.partition("/")
+        repo, _, revision = repo.partition("@")
+        if not (owner and repo and file):
+            raise ValueError(
+                f"{path!r} is not of the form hf://owner/repo/file or hf://owner/repo@revision/file"
+            )
+        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+        return f"{endpoint}/{owner}/{repo}/resolve/{revision or 'main'}/{file}"
 
 
 # An instance of its own: handlers that users add here do not leak into other libraries, nor theirs in here.
 PathManager = PathManagerBase()
 PathManager.register_handler(CachedURLHandler())
+PathManager.register_handler(HuggingFaceHandler())
+PathManager.register_handler(ObjectStoreHandler(cache_dir))

@@ -219,3 +219,16 @@ def test_processes_that_do_not_save_write_nothing(tmp_path):
     checkpointer = Checkpointer(_Tiny(), str(tmp_path), save_to_disk=False)
     PeriodicCheckpointer(checkpointer, 1, max_iter=1, max_to_keep=1).step(0)
     assert os.listdir(tmp_path) == []
+
+
+def test_saves_to_and_resumes_from_an_object_store(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETLIB_CACHE", str(tmp_path))
+    folder = "memory://bucket/checkpoints"
+    model = nn.Linear(2, 3)
+    Checkpointer(model, folder).save("model_0000001", iteration=1)
+    again = nn.Linear(2, 3)
+    checkpointer = Checkpointer(again, folder)
+    assert checkpointer.has_checkpoint()
+    assert checkpointer.get_all_checkpoint_files() == [f"{folder}/model_0000001.pth"]
+    assert checkpointer.resume_or_load("")["iteration"] == 1
+    assert torch.equal(model.weight, again.weight)

@@ -1,15 +1,11 @@
 """env, file_io, memory, serialize, colormap."""
 
-import functools
-import http.server
 import json
 import logging
 import pickle
 import random
 import subprocess
 import sys
-import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,29 +74,6 @@ def test_resolve_device_errors(monkeypatch):
         resolve_device("gpu")
     with pytest.raises(ValueError, match="'cuda'.*no cuda device.*'auto'"):
         resolve_device("cuda")
-
-
-def test_downloads_are_cached(tmp_path, monkeypatch):
-    (tmp_path / "www").mkdir()
-    (tmp_path / "www" / "file.txt").write_text("content")
-    requests = []
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            requests.append(args)
-
-    monkeypatch.setenv("DETLIB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    handler = functools.partial(Handler, directory=str(tmp_path / "www"))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/file.txt"
-        local = PathManager.get_local_path(url)
-        with PathManager.open(url) as f:
-            assert f.read() == "content"
-        server.shutdown()
-    assert Path(local).is_relative_to(tmp_path / "cache")
-    assert len(requests) == 1
 
 
 def test_local_files(tmp_path):

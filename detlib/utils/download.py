@@ -1,0 +1,324 @@
+"""Downloads of files that are whole, or not there at all.
+
+A file is written beside its place under the ending ``.part`` and moved there once its length and, where the
+name carries one, its checksum are right. A cut connection is taken up where it ended if the server still has
+the same file (RFC 9110, sections 13.1.5 and 14); a stalled one times out and counts as cut. Of several
+processes that want one file, one downloads it and the others wait.
+"""
+
+import contextlib
+import hashlib
+import http.client
+import logging
+import os
+import re
+import shutil
+import socket
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import portalocker
+from tqdm import tqdm
+
+__all__ = ["Checksum", "DownloadError", "checksum_in_name", "download", "is_there"]
+
+logger = logging.getLogger(__name__)
+
+_CHUNK = 1 << 20
+_LONGEST_PAUSE = 30.0
+_RETRIED_STATUS = {408, 425, 429, 500, 502, 503, 504}
+# The zoo writes the beginning of the md5 sum into the name, PyTorch's model collections that of the sha256.
+_NAMES_WITH_CHECKSUM = (
+    (re.compile(r"model_(?:final|\d{7})_([0-9a-f]{6})\.pkl"), "md5"),
+    (re.compile(r".+-([0-9a-f]{8,64})\.pth"), "sha256"),
+)
+
+
+class DownloadError(OSError):
+    """A file could not be downloaded; the message has its address and what to do."""
+
+
+@dataclass(frozen=True)
+class Checksum:
+    """How the checksum of a file begins."""
+
+    algorithm: str
+    """As `hashlib.new` knows it."""
+    prefix: str
+    """Lower-case hexadecimal digits."""
+
+    def of(self, path: str) -> str:
+        """As many digits of the checksum of the file at `path`."""
+        with open(path, "rb") as f:
+            return hashlib.file_digest(f, self.algorithm).hexdigest()[: len(self.prefix)]
+
+
+def checksum_in_name(name: str) -> Checksum | None:
+    """The checksum that a published file carries in its name: ``model_final_f10217.pkl`` (md5) or
+    ``resnet50-19c8e357.pth`` (sha256)."""
+    for pattern, algorithm in _NAMES_WITH_CHECKSUM:
+        if match := pattern.fullmatch(name):
+            return Checksum(algorithm, match[1])
+    return None
+
+
+def download(
+    url: str,
+    path: str,
+    *,
+    checksum: Checksum | None = None,
+    headers: Mapping[str, str] | None = None,
+    timeout: float = 30.0,
+    attempts: int = 6,
+) -> None:
+    """Downloads `url` to the local `path`, unless there is a file already.
+
+    Args:
+        url: an http, https or ftp address.
+        path: where the file goes; its folder is made.
+        checksum: what the file must have; None takes the one in the name, if any.
+        headers: for the request, such as an authorization; not handed on to other hosts.
+        timeout: seconds without a byte after which the connection counts as cut.
+        attempts: how often to connect without coming further before giving up.
+
+    Raises:
+        DownloadError: if the file cannot be had, is not what its checksum says, or if `$DETLIB_OFFLINE` is
+            set. It names the address and the place to put the file to by hand.
+    """
+    if os.path.isfile(path):
+        return
+    by_hand = f"You can fetch it by other means and put it to {path}"
+    if os.environ.get("DETLIB_OFFLINE", "0") not in ("", "0"):
+        raise DownloadError(f"{url} is not in the cache, and $DETLIB_OFFLINE forbids downloading. {by_hand}.")
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    checksum = checksum or checksum_in_name(os.path.basename(path))
+    with _only_process(path):
+        if os.path.isfile(path):  # another process was faster
+            return
+        part = _Part(path)
+        try:
+            _fetch(url, part, headers or {}, timeout, attempts)
+            if checksum is not None and (found := checksum.of(part.path)) != checksum.prefix:
+                logger.warning("%s came with the wrong checksum: downloading it again", url)
+                part.forget()
+                _fetch(url, part, headers or {}, timeout, attempts)
+                if (found := checksum.of(part.path)) != checksum.prefix:
+                    part.forget()
+                    raise DownloadError(
+                        f"its {checksum.algorithm} sum begins with {found} instead of {checksum.prefix}: the "
+                        "server has another file under this name"
+                    )
+        except (OSError, http.client.HTTPException) as e:
+            raise DownloadError(f"{url} cannot be downloaded: {_reason(e)}. {by_hand}.") from e
+        part.finish()
+
+
+def is_there(url: str, *, headers: Mapping[str, str] | None = None, timeout: float = 30.0) -> bool:
+    """Whether a server has `url`, without fetching it.
+
+    Raises:
+        DownloadError: if the server cannot be asked, or refuses to answer.
+    """
+    request = _request(url, headers or {})
+    request.method = "HEAD"
+    try:
+        with urllib.request.urlopen(request, timeout=timeout):
+            return True
+    except urllib.error.HTTPError as e:
+        if e.code in (404, 410):
+            return False
+        raise DownloadError(f"{url} cannot be reached: {_reason(e)}") from e
+    except (OSError, http.client.HTTPException) as e:
+        raise DownloadError(f"{url} cannot be reached: {_reason(e)}") from e
+
+
+@contextlib.contextmanager
+def _only_process(path: str):
+    """Holds the lock of `path`, so that no other process or thread writes it."""
+    lock = portalocker.Lock(f"{path}.lock", mode="a", flags=portalocker.LOCK_EX | portalocker.LOCK_NB)
+    waited = False
+    while True:
+        try:
+            lock.acquire(timeout=0)
+            break
+        except portalocker.exceptions.LockException:
+            if not waited:
+                logger.info("Another process is downloading %s: waiting for it", path)
+            waited = True
+            time.sleep(0.2)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class _Part:
+    """The unfinished file, and what tells whether the server's file is still the same."""
+
+    def __init__(self, path: str):
+        self.final = path
+        self.path = f"{path}.part"
+        self._validator_path = f"{path}.part.tag"
+
+    def size(self) -> int:
+        return os.path.getsize(self.path) if os.path.isfile(self.path) else 0
+
+    def validator(self) -> str:
+        """The ETag or date of the file that the part is of; "" if it is not known."""
+        if not os.path.isfile(self._validator_path):
+            return ""
+        with open(self._validator_path) as f:
+            return f.read()
+
+    def begin(self, validator: str) -> None:
+        """Starts anew, with a file of this ETag or date."""
+        self.forget()
+        with open(self._validator_path, "w") as f:
+            f.write(validator)
+
+    def forget(self) -> None:
+        for path in (self.path, self._validator_path):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
+
+    def finish(self) -> None:
+        """Puts the whole file in its place."""
+        with open(self.path, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(self.path, self.final)
+        self.forget()
+
+
+def _fetch(url: str, part: _Part, headers: Mapping[str, str], timeout: float, attempts: int) -> None:
+    """Connects until the part is whole. Only attempts that come no further than the best one are counted."""
+    failures, best = 0, part.size()
+    while True:
+        try:
+            if _receive(url, part, headers, timeout):
+                return
+            error: Exception = DownloadError(f"the connection was cut after {part.size()} bytes")
+        except urllib.error.HTTPError as e:
+            if e.code == 416:  # the part is not a beginning of what the server has
+                part.forget()
+            elif e.code not in _RETRIED_STATUS:
+                raise
+            error = e
+        except (OSError, http.client.HTTPException) as e:
+            if isinstance(e, DownloadError) or not _is_of_the_network(e):
+                raise
+            error = e
+        failures = 0 if part.size() > best else failures + 1
+        best = max(best, part.size())
+        if failures >= attempts:
+            raise error
+        pause = min(_LONGEST_PAUSE, 0.5 * 2**failures)
+        logger.warning("Download of %s: %s; trying again in %.1f s", url, _reason(error), pause)
+        time.sleep(pause)
+
+
+def _receive(url: str, part: _Part, headers: Mapping[str, str], timeout: float) -> bool:
+    """Receives as much as one connection gives. Returns whether the part is whole then."""
+    request = _request(url, headers)
+    start, validator = part.size(), part.validator()
+    if start and validator:
+        request.add_header("Range", f"bytes={start}-")
+        request.add_header("If-Range", validator)
+    with urllib.request.urlopen(request, timeout=timeout) as response:
+        _refuse_web_page(response, part.final)
+        length = response.headers.get("Content-Length")
+        if _continues(response, start):
+            logger.info("Going on with %s after %d bytes", url, start)
+        else:
+            start = 0
+            etag = response.headers.get("ETag") or ""
+            # A weak ETag does not promise equal bytes.
+            part.begin(etag if etag.startswith('"') else response.headers.get("Last-Modified") or "")
+        total = start + int(length) if length is not None else None
+        _check_space(part.final, total, start)
+        if not start:
+            logger.info("Downloading %s to %s", url, part.final)
+        with open(part.path, "ab") as f, _progress(part.final, total, start) as advance:
+            # Smaller pieces than one read could give, so that what came before a stall is kept.
+            while chunk := response.read1(_CHUNK) if hasattr(response, "read1") else response.read(_CHUNK):
+                f.write(chunk)
+                advance(len(chunk))
+    return total is None or part.size() == total
+
+
+def _request(url: str, headers: Mapping[str, str]) -> urllib.request.Request:
+    # A compressed answer would have another length, and no sensible place to go on from.
+    request = urllib.request.Request(url, headers={"User-Agent": "detlib", "Accept-Encoding": "identity"})
+    for name, value in headers.items():
+        request.add_unredirected_header(name, value)  # a token is for this host only
+    return request
+
+
+def _continues(response, start: int) -> bool:
+    """Whether the answer holds the file from byte `start` on, instead of all of it."""
+    if getattr(response, "status", None) != 206:
+        return False
+    if (response.headers.get("Content-Range") or "").startswith(f"bytes {start}-"):
+        return True
+    raise DownloadError(
+        f"the server answered with {response.headers.get('Content-Range')!r} to bytes={start}-"
+    )
+
+
+def _refuse_web_page(response, path: str) -> None:
+    kind = response.headers.get_content_type() if response.headers.get("Content-Type") else ""
+    if kind == "text/html" and not path.endswith((".html", ".htm")):
+        raise DownloadError("the server answered with a web page, such as a login form")
+
+
+def _check_space(path: str, total: int | None, start: int) -> None:
+    folder = os.path.dirname(os.path.abspath(path))
+    free = shutil.disk_usage(folder).free
+    if total is not None and total - start > free:
+        needed = (total - start) / 1e6
+        raise DownloadError(f"{needed:.0f} MB are needed in {folder} and {free / 1e6:.0f} MB are free")
+
+
+@contextlib.contextmanager
+def _progress(path: str, total: int | None, start: int):
+    """A progress bar on a terminal, else a line of the log every ten seconds. Yields what takes the number of
+    new bytes."""
+    name = os.path.basename(path)
+    if sys.stderr.isatty():
+        with tqdm(desc=name, total=total, initial=start, unit="B", unit_scale=True) as bar:
+            yield bar.update
+        return
+    done, since = start, time.monotonic()
+
+    def advance(count: int) -> None:
+        nonlocal done, since
+        done += count
+        if time.monotonic() - since > 10:
+            since = time.monotonic()
+            of_all = f" of {total / 1e6:.1f} MB ({100 * done / total:.0f} %)" if total else " MB"
+            logger.info("%s: %.1f%s", name, done / 1e6, of_all)
+
+    yield advance
+
+
+def _is_of_the_network(error: Exception) -> bool:
+    """False for errors of the local disk, which trying again does not mend."""
+    network = (
+        urllib.error.URLError,
+        http.client.HTTPException,
+        ConnectionError,
+        TimeoutError,
+        socket.gaierror,
+    )
+    return isinstance(error, network)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, urllib.error.HTTPError):
+        return f"the server answered {error.code} {error.reason}"
+    if isinstance(error, urllib.error.URLError):
+        return f"there is no connection ({error.reason})"
+    return str(error) or type(error).__name__
