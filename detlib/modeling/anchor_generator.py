@@ -8,16 +8,18 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from detlib.config import configurable
 from detlib.layers import ShapeSpec
-from detlib.structures import Boxes
+from detlib.structures import Boxes, RotatedBoxes
 from detlib.utils.registry import Registry
 
 __all__ = [
     "ANCHOR_GENERATOR_REGISTRY",
     "BufferList",
     "DefaultAnchorGenerator",
+    "RotatedAnchorGenerator",
     "build_anchor_generator",
 ]
 
@@ -75,6 +77,21 @@ def broadcast_params(params, num_features: int, name: str) -> list[list[float]]:
     return [list(p) for p in params]
 
 
+def _params_per_level(num_features: int, **params) -> list[tuple[list[float], ...]]:
+    """For each level a tuple with one list of each of `params`, keys of MODEL.ANCHOR_GENERATOR."""
+    columns = [
+        broadcast_params(value, num_features, f"MODEL.ANCHOR_GENERATOR.{name}")
+        for name, value in params.items()
+    ]
+    return list(zip(*columns))
+
+
+def _widths_and_heights(sizes, aspect_ratios) -> list[tuple[float, float]]:
+    """Width and height of each size with each ratio; the ratios change fastest."""
+    widths = [(math.sqrt(size**2.0 / ratio), ratio) for size in sizes for ratio in aspect_ratios]
+    return [(width, ratio * width) for width, ratio in widths]
+
+
 def grid_points(size: tuple[int, int], stride: int, offset: float, device: torch.device) -> torch.Tensor:
     """Where the anchors of one feature level sit in the picture.
 
@@ -93,16 +110,76 @@ def grid_points(size: tuple[int, int], stride: int, offset: float, device: torch
     return torch.stack((x.expand(height, width), y[:, None].expand(height, width)), dim=-1).view(-1, 2)
 
 
+class _GridAnchorGenerator(nn.Module):
+    """Puts the same few anchors on every pixel of every level; what kind of boxes they are is `box_type`."""
+
+    box_type: type[Boxes] = Boxes
+    """The class of the anchors."""
+    box_dim: int = 4
+    """Numbers that describe one anchor."""
+
+    def __init__(self, cell_anchors: list[torch.Tensor], strides: list[int], offset: float):
+        """
+        Args:
+            cell_anchors: for each level the (A, B) anchors of one pixel, around the origin.
+            strides: stride of each level's map, in pixels.
+            offset: where in its cell an anchor's centre lies, as a fraction of the stride, in [0, 1).
+
+        Raises:
+            ValueError: an offset outside [0, 1).
+        """
+        super().__init__()
+        if not 0.0 <= offset < 1.0:
+            raise ValueError(f"MODEL.ANCHOR_GENERATOR.OFFSET must lie in [0, 1), got {offset!r}")
+        self.strides = strides
+        self.num_features = len(strides)
+        self.cell_anchors = BufferList(cell_anchors)
+        self.offset = offset
+
+    @property
+    def num_anchors(self) -> list[int]:
+        """Anchors on one pixel of each level's map, A, in the order of the levels."""
+        return [len(cell) for cell in self.cell_anchors]
+
+    @property
+    def num_cell_anchors(self) -> list[int]:
+        """Another name of `num_anchors`."""
+        return self.num_anchors
+
+    def forward(self, features: list[torch.Tensor]) -> list[Boxes]:
+        """The anchors of a batch: they depend on the maps' sizes only.
+
+        Args:
+            features: L maps, each (N, C, H, W).
+
+        Returns:
+            list of `box_type`: for each level H*W*A boxes in absolute pixels of the padded pictures; the
+            order is that of a contiguous (H, W, A) tensor.
+
+        Raises:
+            ValueError: not as many maps as the generator has levels.
+        """
+        if len(features) != self.num_features:
+            raise ValueError(f"{self.num_features} feature levels expected, got {len(features)} maps")
+        levels = []
+        for feature, stride, cell in zip(features, self.strides, self.cell_anchors):
+            points = grid_points(feature.shape[-2:], stride, self.offset, cell.device)
+            levels.append(self.box_type((self._shifts(points)[:, None, :] + cell).view(-1, self.box_dim)))
+        return levels
+
+    @staticmethod
+    def _shifts(points: torch.Tensor) -> torch.Tensor:
+        """(P, B): what moves a box from the origin to each of (P, 2) points."""
+        return torch.cat((points, points), dim=1)
+
+
 @ANCHOR_GENERATOR_REGISTRY.register()
-class DefaultAnchorGenerator(nn.Module):
+class DefaultAnchorGenerator(_GridAnchorGenerator):
     """Axis-aligned anchors of several sizes and aspect ratios on every pixel of every level.
 
     As published for Faster R-CNN (arXiv:1506.01497). An anchor of size s and ratio r has the area s*s and the
     height r times the width.
     """
-
-    box_dim: int = 4
-    """Numbers that describe one anchor."""
 
     @configurable
     def __init__(self, *, sizes, aspect_ratios, strides, offset=0.5):
@@ -117,15 +194,9 @@ class DefaultAnchorGenerator(nn.Module):
         Raises:
             ValueError: an offset outside [0, 1), or sizes or ratios that do not fit the levels.
         """
-        super().__init__()
-        if not 0.0 <= offset < 1.0:
-            raise ValueError(f"MODEL.ANCHOR_GENERATOR.OFFSET must lie in [0, 1), got {offset!r}")
-        self.strides = list(strides)
-        self.num_features = len(self.strides)
-        sizes = broadcast_params(sizes, self.num_features, "MODEL.ANCHOR_GENERATOR.SIZES")
-        ratios = broadcast_params(aspect_ratios, self.num_features, "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS")
-        self.cell_anchors = BufferList(self.generate_cell_anchors(s, r) for s, r in zip(sizes, ratios))
-        self.offset = offset
+        strides = list(strides)
+        per_level = _params_per_level(len(strides), SIZES=sizes, ASPECT_RATIOS=aspect_ratios)
+        super().__init__([self.generate_cell_anchors(*params) for params in per_level], strides, offset)
 
     @classmethod
     def from_config(cls, cfg, input_shape: list[ShapeSpec]):
@@ -137,16 +208,6 @@ class DefaultAnchorGenerator(nn.Module):
             "offset": cfg.MODEL.ANCHOR_GENERATOR.OFFSET,
         }
 
-    @property
-    def num_anchors(self) -> list[int]:
-        """Anchors on one pixel of each level's map, A: sizes times ratios, in the order of the levels."""
-        return [len(cell) for cell in self.cell_anchors]
-
-    @property
-    def num_cell_anchors(self) -> list[int]:
-        """Another name of `num_anchors`."""
-        return self.num_anchors
-
     def generate_cell_anchors(self, sizes=(32, 64, 128, 256, 512), aspect_ratios=(0.5, 1, 2)) -> torch.Tensor:
         """The anchors of one pixel, around the origin.
 
@@ -157,35 +218,80 @@ class DefaultAnchorGenerator(nn.Module):
         Returns:
             (len(sizes) * len(aspect_ratios), 4) float32 XYXY boxes; the ratios change fastest.
         """
-        anchors = []
-        for size in sizes:
-            for ratio in aspect_ratios:
-                width = math.sqrt(size**2.0 / ratio)
-                height = ratio * width
-                anchors.append([-width / 2.0, -height / 2.0, width / 2.0, height / 2.0])
+        anchors = [
+            [-width / 2.0, -height / 2.0, width / 2.0, height / 2.0]
+            for width, height in _widths_and_heights(sizes, aspect_ratios)
+        ]
         return torch.tensor(anchors, dtype=torch.float32)
 
-    def forward(self, features: list[torch.Tensor]) -> list[Boxes]:
-        """The anchors of a batch: they depend on the maps' sizes only.
 
+@ANCHOR_GENERATOR_REGISTRY.register()
+class RotatedAnchorGenerator(_GridAnchorGenerator):
+    """Anchors of several sizes, aspect ratios and angles on every pixel of every level.
+
+    As for text of any direction in "Arbitrary-Oriented Scene Text Detection via Rotation Proposals"
+    (arXiv:1703.01086). Sizes and ratios are those of `DefaultAnchorGenerator`, before the turn.
+    """
+
+    box_type = RotatedBoxes
+    box_dim = 5
+
+    @configurable
+    def __init__(self, *, sizes, aspect_ratios, strides, angles, offset=0.5):
+        """
         Args:
-            features: L maps, each (N, C, H, W).
-
-        Returns:
-            list[Boxes]: for each level H*W*A boxes in absolute pixels of the padded pictures; the order is
-            that of a contiguous (H, W, A) tensor.
+            sizes: list of anchor sizes (square roots of areas, in pixels) for all levels, or a list of such
+                lists, one for each level.
+            aspect_ratios: height / width, as `sizes`: for all levels or one list for each.
+            strides: stride of each level's map, in pixels.
+            angles: degrees, counter-clockwise, as `sizes`: for all levels or one list for each.
+            offset: where in its cell an anchor's centre lies, as a fraction of the stride, in [0, 1).
 
         Raises:
-            ValueError: not as many maps as the generator has levels.
+            ValueError: an offset outside [0, 1), or sizes, ratios or angles that do not fit the levels.
         """
-        if len(features) != self.num_features:
-            raise ValueError(f"{self.num_features} feature levels expected, got {len(features)} maps")
-        levels = []
-        for feature, stride, cell in zip(features, self.strides, self.cell_anchors):
-            points = grid_points(feature.shape[-2:], stride, self.offset, cell.device)
-            shifts = torch.cat((points, points), dim=1)
-            levels.append(Boxes((shifts[:, None, :] + cell).view(-1, self.box_dim)))
-        return levels
+        strides = list(strides)
+        per_level = _params_per_level(len(strides), SIZES=sizes, ASPECT_RATIOS=aspect_ratios, ANGLES=angles)
+        super().__init__([self.generate_cell_anchors(*params) for params in per_level], strides, offset)
+
+    @classmethod
+    def from_config(cls, cfg, input_shape: list[ShapeSpec]):
+        """Translate `cfg.MODEL.ANCHOR_GENERATOR`; `input_shape` brings the stride of each level."""
+        return {
+            "sizes": cfg.MODEL.ANCHOR_GENERATOR.SIZES,
+            "aspect_ratios": cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS,
+            "strides": [shape.stride for shape in input_shape],
+            "offset": cfg.MODEL.ANCHOR_GENERATOR.OFFSET,
+            "angles": cfg.MODEL.ANCHOR_GENERATOR.ANGLES,
+        }
+
+    def generate_cell_anchors(
+        self,
+        sizes=(32, 64, 128, 256, 512),
+        aspect_ratios=(0.5, 1, 2),
+        angles=(-90, -60, -30, 0, 30, 60, 90),
+    ) -> torch.Tensor:
+        """The anchors of one pixel, around the origin.
+
+        Args:
+            sizes: square roots of the anchors' areas, in pixels.
+            aspect_ratios: heights / widths.
+            angles: degrees, counter-clockwise.
+
+        Returns:
+            (len(sizes) * len(aspect_ratios) * len(angles), 5) float32 boxes (0, 0, width, height, angle); the
+            angles change fastest, then the ratios.
+        """
+        anchors = [
+            [0, 0, width, height, angle]
+            for width, height in _widths_and_heights(sizes, aspect_ratios)
+            for angle in angles
+        ]
+        return torch.tensor(anchors, dtype=torch.float32)
+
+    @staticmethod
+    def _shifts(points: torch.Tensor) -> torch.Tensor:
+        return F.pad(points, (0, 3))  # sizes and angles stay
 
 
 def build_anchor_generator(cfg, input_shape):

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import nn
 
-from detlib.layers import ROIAlign, ROIPool, cat
+from detlib.layers import ROIAlign, ROIAlignRotated, ROIPool, cat
 from detlib.structures import Boxes
 
 __all__ = ["ROIPooler", "assign_boxes_to_levels", "convert_boxes_to_pooler_format"]
@@ -77,8 +77,11 @@ def _build_level_pooler(
         return ROIAlign(output_size, spatial_scale=scale, sampling_ratio=sampling_ratio, aligned=True)
     if pooler_type == "ROIPool":
         return ROIPool(output_size, spatial_scale=scale)
+    if pooler_type == "ROIAlignRotated":
+        return ROIAlignRotated(output_size, spatial_scale=scale, sampling_ratio=sampling_ratio)
     raise ValueError(
-        f"ROIPooler: pooler_type {pooler_type!r} is unknown; legal are 'ROIAlign', 'ROIAlignV2', 'ROIPool'."
+        f"ROIPooler: pooler_type {pooler_type!r} is unknown; legal are 'ROIAlign', 'ROIAlignV2', 'ROIPool', "
+        "'ROIAlignRotated'."
     )
 
 
@@ -91,8 +94,8 @@ class ROIPooler(nn.Module):
             several.
         sampling_ratio: samples a bin along each axis, for the ROIAlign types; 0 takes as many as the box
             needs.
-        pooler_type: "ROIAlign" (as Detectron's, shifted by half a pixel), "ROIAlignV2" (aligned) or
-            "ROIPool".
+        pooler_type: "ROIAlign" (as Detectron's, shifted by half a pixel), "ROIAlignV2" (aligned), "ROIPool",
+            or "ROIAlignRotated" for rotated boxes.
         canonical_box_size: side in pixels of the boxes that go to `canonical_level`.
         canonical_level: log2 of that level's stride.
 
@@ -151,6 +154,12 @@ class ROIPooler(nn.Module):
             )
         if len(box_lists) == 0:
             return x[0].new_zeros((0, x[0].shape[1], *self.output_size))
+        box_dim = 5 if isinstance(self.level_poolers[0], ROIAlignRotated) else 4
+        if box_lists[0].box_dim != box_dim:
+            raise ValueError(
+                f"{type(self.level_poolers[0]).__name__} pools boxes of {box_dim} numbers, got "
+                f"{type(box_lists[0]).__name__}; rotated boxes need POOLER_TYPE 'ROIAlignRotated'."
+            )
         rois = convert_boxes_to_pooler_format(box_lists)
         if len(self.level_poolers) == 1:
             return self.level_poolers[0](x[0], rois)

@@ -63,7 +63,17 @@ def label_boxes(boxes, gt_boxes, matcher, *, gt_classes: torch.Tensor | None = N
     Returns:
         matched_idxs: (R,) int64, see `Sample`.
         labels: (R,) int64: the matched ground truth's class (or 1), `bg_label`, or -1.
+
+    Raises:
+        ValueError: boxes and ground truth of different types.
     """
+    if boxes.box_dim != gt_boxes.box_dim:
+        raise ValueError(
+            f"the model works on {type(boxes).__name__} ({boxes.box_dim} numbers a box), its ground truth "
+            f"'gt_boxes' are {type(gt_boxes).__name__} ({gt_boxes.box_dim}): rotated boxes need "
+            "MODEL.PROPOSAL_GENERATOR.NAME 'RRPN', MODEL.ANCHOR_GENERATOR.NAME 'RotatedAnchorGenerator' and "
+            "MODEL.ROI_HEADS.NAME 'RROIHeads'; upright boxes need 'RPN', 'DefaultAnchorGenerator' and others"
+        )
     matched_idxs, match_labels = match_boxes(matcher, gt_boxes, boxes)
     match_labels = match_labels.to(torch.int64)
     if gt_classes is None:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from detlib.config import CfgNode, get_cfg
-from detlib.structures import Boxes, Instances, PolygonMasks
+from detlib.structures import Boxes, Instances, PolygonMasks, RotatedBoxes
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 NUM_CLASSES = 3
@@ -63,5 +63,36 @@ def training_batch(empty: tuple[bool, ...] = (False, False)) -> list[dict]:
     """One dict an image; images marked empty have no objects."""
     return [
         {"image": picture(seed=i), "instances": truth(boxes=()) if is_empty else truth()}
+        for i, is_empty in enumerate(empty)
+    ]
+
+
+ROTATED = {
+    "MODEL__PROPOSAL_GENERATOR__NAME": "RRPN",
+    "MODEL__ANCHOR_GENERATOR__NAME": "RotatedAnchorGenerator",
+    "MODEL__ANCHOR_GENERATOR__ANGLES": [[-90, -45, 0, 45]],
+    "MODEL__RPN__BBOX_REG_WEIGHTS": (1.0, 1.0, 1.0, 1.0, 1.0),
+    "MODEL__ROI_HEADS__NAME": "RROIHeads",
+    "MODEL__ROI_BOX_HEAD__POOLER_TYPE": "ROIAlignRotated",
+    "MODEL__ROI_BOX_HEAD__BBOX_REG_WEIGHTS": (10.0, 10.0, 5.0, 5.0, 1.0),
+}
+
+
+def rotated_config(**overrides) -> CfgNode:
+    """`small_config` of a Faster R-CNN of rotated boxes."""
+    return small_config(FASTER_RCNN, **{**ROTATED, **overrides})
+
+
+def rotated_truth(boxes=((30, 30, 40, 20, 30), (60, 40, 30, 50, -70))) -> Instances:
+    """Rotated objects in a picture of `picture`'s size."""
+    tensor = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 5)
+    classes = torch.arange(len(boxes)) % NUM_CLASSES
+    return Instances((64, 96), gt_boxes=RotatedBoxes(tensor), gt_classes=classes)
+
+
+def rotated_batch(empty: tuple[bool, ...] = (False, False)) -> list[dict]:
+    """As `training_batch`, with rotated boxes."""
+    return [
+        {"image": picture(seed=i), "instances": rotated_truth(boxes=()) if is_empty else rotated_truth()}
         for i, is_empty in enumerate(empty)
     ]

@@ -7,7 +7,8 @@ import torch
 from torchvision.ops import roi_align, roi_pool
 
 from detlib.modeling.poolers import ROIPooler, assign_boxes_to_levels, convert_boxes_to_pooler_format
-from detlib.structures import Boxes
+from detlib.ops import roi_align_rotated
+from detlib.structures import Boxes, RotatedBoxes
 
 STRIDES = (4, 8, 16, 32)
 
@@ -131,3 +132,31 @@ def test_wrong_inputs_are_named():
         pooler(features[:1], [Boxes(torch.zeros(0, 4))] * 2)
     with pytest.raises(ValueError, match="1 images, features of 2"):
         pooler(features, [Boxes(torch.zeros(0, 4))])
+
+
+def test_rotated_boxes_are_pooled_from_their_level():
+    """Each box alone, by the operator itself; the level follows from width times height."""
+    generator = torch.Generator().manual_seed(5)
+    features = [torch.randn(2, 3, 256 // s, 320 // s, generator=generator) for s in STRIDES]
+    sides = 2 ** (5 + 4.5 * torch.rand(20, 2, generator=generator))
+    centres = torch.rand(20, 2, generator=generator) * torch.tensor([320.0, 256.0])
+    angles = 360 * torch.rand(20, 1, generator=generator) - 180
+    boxes = RotatedBoxes(torch.cat([centres, sides, angles], dim=1))
+    pooled = ROIPooler((3, 5), [1 / s for s in STRIDES], 2, "ROIAlignRotated")(
+        features, [boxes[:8], boxes[8:]]
+    )
+    levels = []
+    for i, box in enumerate(boxes.tensor):
+        side = math.sqrt(box[2] * box[3])
+        level = min(max(math.floor(4 + math.log2(side / 224 + 1e-8)), 2), 5) - 2
+        roi = torch.cat([torch.tensor([0.0 if i < 8 else 1.0]), box])[None]
+        want = roi_align_rotated(features[level], roi, (3, 5), 1 / STRIDES[level], 2)[0]
+        torch.testing.assert_close(pooled[i], want)
+        levels.append(level)
+    assert len(set(levels)) == 4
+
+
+def test_pooler_and_boxes_of_different_types():
+    pooler, upright = ROIPooler(2, [0.25], 0, "ROIAlignRotated"), Boxes([[0, 0, 9, 9]])
+    with pytest.raises(ValueError, match="ROIAlignRotated pools boxes of 5 numbers, got Boxes"):
+        pooler([torch.zeros(1, 1, 8, 8)], [upright])

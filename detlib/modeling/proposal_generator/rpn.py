@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from detlib.config import configurable
 from detlib.layers import Conv2d, ShapeSpec
 from detlib.modeling.anchor_generator import build_anchor_generator
-from detlib.modeling.box_regression import BOX_LOSS_TYPES, Box2BoxTransform
+from detlib.modeling.box_regression import BOX_LOSS_TYPES, Box2BoxTransform, box2box_transform_for
 from detlib.modeling.dense_ops import (
     decode_top_predictions,
     dense_box_regression_loss,
@@ -158,8 +158,18 @@ class RPN(nn.Module):
             loss_weight: factor of the losses, one for all or by name: "loss_rpn_cls", "loss_rpn_loc".
             box_reg_loss_type: "smooth_l1", "giou", "diou" or "ciou".
             smooth_l1_beta: where smooth L1 turns from a parabola to a line; 0 is the L1 loss.
+
+        Raises:
+            ValueError: anchors that are not what `box2box_transform` is for.
         """
         super().__init__()
+        box_dim = getattr(box2box_transform, "box_dim", anchor_generator.box_dim)
+        if box_dim != anchor_generator.box_dim:
+            raise ValueError(
+                f"{type(box2box_transform).__name__} (MODEL.RPN.BBOX_REG_WEIGHTS) is for boxes of {box_dim} "
+                f"numbers, {type(anchor_generator).__name__} (MODEL.ANCHOR_GENERATOR.NAME) makes boxes of "
+                f"{anchor_generator.box_dim}"
+            )
         self.in_features = in_features
         self.rpn_head = head
         self.anchor_generator = anchor_generator
@@ -194,7 +204,7 @@ class RPN(nn.Module):
             "head": build_rpn_head(cfg, shapes),
             "anchor_generator": build_anchor_generator(cfg, shapes),
             "anchor_matcher": Matcher(rpn.IOU_THRESHOLDS, rpn.IOU_LABELS, allow_low_quality_matches=True),
-            "box2box_transform": Box2BoxTransform(weights=rpn.BBOX_REG_WEIGHTS),
+            "box2box_transform": box2box_transform_for(rpn.BBOX_REG_WEIGHTS),
             "batch_size_per_image": rpn.BATCH_SIZE_PER_IMAGE,
             "positive_fraction": rpn.POSITIVE_FRACTION,
             "pre_nms_topk": (rpn.PRE_NMS_TOPK_TRAIN, rpn.PRE_NMS_TOPK_TEST),

@@ -15,6 +15,7 @@ from detlib.modeling.roi_heads.roi_heads import (
     build_roi_heads,
     select_foreground_proposals,
 )
+from detlib.modeling.roi_heads.rotated_fast_rcnn import RotatedFastRCNNOutputLayers, RROIHeads
 
 __all__ = [
     "BaseMaskRCNNHead",
@@ -25,6 +26,8 @@ __all__ = [
     "ROI_BOX_HEAD_REGISTRY",
     "ROI_HEADS_REGISTRY",
     "ROI_MASK_HEAD_REGISTRY",
+    "RROIHeads",
+    "RotatedFastRCNNOutputLayers",
     "StandardROIHeads",
     "build_box_head",
     "build_mask_head",

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from detlib.config import CfgNode, configurable
 from detlib.layers import ShapeSpec, cat, cross_entropy, nonzero_tuple
-from detlib.modeling.box_regression import Box2BoxTransform, box_regression_loss
+from detlib.modeling.box_regression import Box2BoxTransform, box2box_transform_for, box_regression_loss
 from detlib.modeling.roi_heads.training_stats import put_scalars, to_floats
 from detlib.structures import Boxes, Instances
 from detlib.utils.events import has_event_storage
@@ -206,7 +206,7 @@ class FastRCNNOutputLayers(nn.Module):
         head = cfg.MODEL.ROI_BOX_HEAD
         return {
             "input_shape": input_shape,
-            "box2box_transform": Box2BoxTransform(weights=head.BBOX_REG_WEIGHTS),
+            "box2box_transform": box2box_transform_for(head.BBOX_REG_WEIGHTS),
             "num_classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES,
             "cls_agnostic_bbox_reg": head.CLS_AGNOSTIC_BBOX_REG,
             "smooth_l1_beta": head.SMOOTH_L1_BETA,
