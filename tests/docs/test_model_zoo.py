@@ -1,0 +1,26 @@
+"""The page on the model zoo lists the configs that are shipped."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+ROW = re.compile(r"^\| `([^`]+)` \| ([^|]+) \| (.+) \|$", re.MULTILINE)
+ROWS = ROW.findall((ROOT / "docs" / "model_zoo.md").read_text())
+
+
+def test_every_config_has_one_row_and_every_row_a_config():
+    shipped = {
+        path.relative_to(ROOT / "configs").as_posix()
+        for path in (ROOT / "configs").glob("*/*.yaml")
+        if not path.name.startswith("Base-") and path.parent.name != "Quickstart"
+    }
+    listed = [name for name, _, _ in ROWS]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == shipped
+
+
+def test_figures_are_percentages_or_dashes():
+    for name, what, figures in ROWS:
+        assert what.strip(), name
+        for figure in figures.split(" | "):
+            assert figure == "–" or 20 < float(figure) < 90, (name, figure)
