@@ -11,8 +11,17 @@ from detlib.modeling.backbone import (
     build_resnet_backbone,
     make_stage,
 )
-from detlib.modeling.meta_arch import META_ARCH_REGISTRY, GeneralizedRCNN, ProposalNetwork, build_model
-from detlib.modeling.postprocessing import detector_postprocess
+from detlib.modeling.meta_arch import (
+    META_ARCH_REGISTRY,
+    SEM_SEG_HEADS_REGISTRY,
+    GeneralizedRCNN,
+    PanopticFPN,
+    ProposalNetwork,
+    SemanticSegmentor,
+    build_model,
+    build_sem_seg_head,
+)
+from detlib.modeling.postprocessing import detector_postprocess, sem_seg_postprocess
 from detlib.modeling.proposal_generator import (
     PROPOSAL_GENERATOR_REGISTRY,
     RPN_HEAD_REGISTRY,
@@ -42,6 +51,7 @@ __all__ = [
     "GeneralizedRCNN",
     "META_ARCH_REGISTRY",
     "PROPOSAL_GENERATOR_REGISTRY",
+    "PanopticFPN",
     "ProposalNetwork",
     "ROIHeads",
     "ROI_BOX_HEAD_REGISTRY",
@@ -50,6 +60,8 @@ __all__ = [
     "RPN_HEAD_REGISTRY",
     "ResNet",
     "ResNetBlockBase",
+    "SEM_SEG_HEADS_REGISTRY",
+    "SemanticSegmentor",
     "StandardROIHeads",
     "build_anchor_generator",
     "build_backbone",
@@ -60,6 +72,8 @@ __all__ = [
     "build_resnet_backbone",
     "build_roi_heads",
     "build_rpn_head",
+    "build_sem_seg_head",
     "detector_postprocess",
     "make_stage",
+    "sem_seg_postprocess",
 ]

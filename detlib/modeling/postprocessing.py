@@ -1,8 +1,18 @@
 """From detections in the frame of the network input to detections in the frame that was asked for."""
 
+import torch
+from torch.nn import functional as F
+
 from detlib.structures import Instances, ROIMasks
 
-__all__ = ["detector_postprocess"]
+__all__ = ["detector_postprocess", "sem_seg_postprocess"]
+
+
+def _check_output_size(function: str, height: int, width: int) -> tuple[int, int]:
+    height, width = int(height), int(width)
+    if height < 1 or width < 1:
+        raise ValueError(f"{function}: an output of {height} x {width} has no pixels.")
+    return height, width
 
 
 def detector_postprocess(
@@ -25,11 +35,7 @@ def detector_postprocess(
     Raises:
         ValueError: an output size below 1, or results without boxes.
     """
-    output_height, output_width = int(output_height), int(output_width)
-    if output_height < 1 or output_width < 1:
-        raise ValueError(
-            f"detector_postprocess: an output of {output_height} x {output_width} has no pixels."
-        )
+    output_height, output_width = _check_output_size("detector_postprocess", output_height, output_width)
     scale_x = output_width / results.image_size[1]
     scale_y = output_height / results.image_size[0]
     out = Instances((output_height, output_width), **results.get_fields())
@@ -57,3 +63,34 @@ def detector_postprocess(
             masks = ROIMasks(masks[:, 0])
         out.pred_masks = masks.to_bitmasks(out.pred_boxes, output_height, output_width, mask_threshold).tensor
     return out
+
+
+def sem_seg_postprocess(
+    result: torch.Tensor, img_size: tuple[int, int], output_height: int, output_width: int
+) -> torch.Tensor:
+    """Cut the padding off one image's semantic logits and bring them to the output size.
+
+    Args:
+        result: (C, H, W) float logits of the padded network input.
+        img_size: (height, width) of the image within it.
+        output_height: height of the wanted frame, in pixels.
+        output_width: width of the wanted frame.
+
+    Returns:
+        (C, output_height, output_width) logits, resized bilinearly; a view of `result` when the image has
+        that size already.
+
+    Raises:
+        ValueError: an output size below 1, or a result that is smaller than the image.
+    """
+    size = _check_output_size("sem_seg_postprocess", output_height, output_width)
+    height, width = img_size
+    if result.dim() != 3 or result.shape[1] < height or result.shape[2] < width:
+        raise ValueError(
+            f"sem_seg_postprocess: the result must be (C, H, W) and hold an image of {height} x {width}, got "
+            f"{tuple(result.shape)}."
+        )
+    result = result[:, :height, :width]
+    if size == (height, width):
+        return result
+    return F.interpolate(result[None], size=size, mode="bilinear", align_corners=False)[0]

@@ -16,7 +16,7 @@ from detlib.config import get_cfg
 from detlib.modeling import build_model
 from detlib.structures import Boxes, Instances, PolygonMasks
 from detlib.utils.events import EventStorage
-from tests.conformance.synthetic import objects, picture, weight
+from tests.conformance.synthetic import objects, picture, semantic_map, weight
 
 RTOL = (
     2e-3  # float32 noise of other kernels and thread counts; a changed sampling ratio or threshold exceeds it
@@ -68,6 +68,8 @@ def run_case(case: Case, config_dir: pathlib.Path) -> list[str]:
     if "losses" not in case.facts:
         return differences
     add_truth(items, case, with_masks=cfg.MODEL.MASK_ON)
+    if hasattr(model, "sem_seg_head"):
+        add_semantic_truth(items, case, model.sem_seg_head.num_classes)
     with EventStorage() as storage:
         losses = model.train()(items)
     sum(losses.values()).backward()
@@ -144,6 +146,13 @@ def add_truth(items: list[dict], case: Case, with_masks: bool) -> None:
         item["instances"] = truth
 
 
+def add_semantic_truth(items: list[dict], case: Case, num_classes: int) -> None:
+    """Add the label maps to train on."""
+    for item, facts in zip(items, case.facts["inputs"]):
+        labels = semantic_map(*facts["image"], facts["image_seed"], num_classes)
+        item["sem_seg"] = torch.from_numpy(labels)
+
+
 def compare_features(features: dict[str, torch.Tensor], case: Case) -> list[str]:
     """A stored grid of each feature map; errors count in units of its spread."""
     found = []
@@ -165,10 +174,14 @@ def compare_features(features: dict[str, torch.Tensor], case: Case) -> list[str]
 
 
 def compare_outputs(output: dict, kinds: dict[str, dict[str, np.ndarray]], where: str) -> list[str]:
-    """Detections and proposals; near ties may change places or be lost, so 3 % may differ."""
+    """Detections and proposals, of which near ties may change places: 3 % may differ; and maps."""
     found = [f"{where}: no {kind!r}" for kind in kinds.keys() - output.keys()]
     for kind in kinds.keys() & output.keys():
         have, want = output[kind], kinds[kind]
+        if kind in ("sem_seg", "panoptic_seg"):
+            compare = compare_sem_seg if kind == "sem_seg" else compare_panoptic
+            found += [f"{where}: {text}" for text in compare(have, want)]
+            continue
         count = int(want["count"])
         spare = max(1, int(0.03 * count))
         if abs(len(have) - count) > spare:
@@ -180,6 +193,33 @@ def compare_outputs(output: dict, kinds: dict[str, dict[str, np.ndarray]], where
         elif "pred_masks_bits" in want and (bad := _count_other_masks(have, want, pairs)) > spare:
             found.append(f"{where}: {bad} of {len(pairs)} masks differ")
     return found
+
+
+def compare_sem_seg(logits: torch.Tensor, want: dict[str, np.ndarray]) -> list[str]:
+    """A grid of the logits, in units of their spread, and each pixel's best class."""
+    sample = want["sample"]
+    error = np.abs(logits[:, ::16, ::16].numpy() - sample).max() / (
+        sample.std() + 0.01 * np.abs(sample).max()
+    )
+    agreement = (logits.argmax(dim=0).numpy() == want["argmax"]).mean()
+    if error < 2 * RTOL and agreement > 0.998:
+        return []
+    return [f"sem_seg is off by {error:.2g} of its spread, {agreement:.2%} of the pixels agree"]
+
+
+def compare_panoptic(have: tuple[torch.Tensor, list[dict]], want: dict[str, np.ndarray]) -> list[str]:
+    """Segments that share most pixels must be of one kind; all else of the map may differ by 1 %."""
+    ids, wanted_ids = have[0].numpy(), want["map"]
+    kinds = {x["id"]: (x["isthing"], x["category_id"]) for x in have[1]}
+    wanted = json.loads(str(want["segments"]))
+    if abs(len(kinds) - len(wanted)) > 1:
+        return [f"{len(kinds)} segments, want {len(wanted)}"]
+    agree = int(((ids == 0) & (wanted_ids == 0)).sum())
+    for segment in wanted:
+        counts = np.bincount(ids[wanted_ids == segment["id"]])
+        if kinds.get(int(counts.argmax())) == (segment["isthing"], segment["category_id"]):
+            agree += int(counts.max())
+    return [] if agree > 0.99 * ids.size else [f"panoptic_seg: {agree / ids.size:.2%} of the pixels agree"]
 
 
 def _pair_up(have: Instances, want: dict[str, np.ndarray]) -> list[tuple[int, int]]:

@@ -82,6 +82,15 @@ def picture(height: int, width: int, seed: int) -> np.ndarray:
     return image.round().clip(0, 255).astype(np.float32)
 
 
+def semantic_map(height: int, width: int, seed: int, num_classes: int) -> np.ndarray:
+    """(height, width) int64 classes: 8 x 8 blocks, and 255 for no label in the first corner."""
+    blocks = _generator(f"sem-{seed}").integers(0, num_classes, (8, 8))
+    rows, columns = -(-height // 8), -(-width // 8)
+    labels = blocks.repeat(rows, axis=0).repeat(columns, axis=1)[:height, :width]
+    labels[: height // 10, : width // 10] = 255
+    return labels
+
+
 def objects(height: int, width: int, seed: int, num_classes: int, count: int = 4) -> list[dict]:
     """`count` objects of a picture: eight-cornered ellipses.
 

@@ -52,6 +52,11 @@ YAML = {
     "rpn": (RPN, {}),
     "rpn_c4": ("COCO-Detection/rpn_R_50_C4_1x.yaml", BOTTLENECKS),
     "fast_rcnn": (FAST_RCNN, {}),
+    "semantic": ("Misc/semantic_R_50_FPN_1x.yaml", {"MODEL__SEM_SEG_HEAD__CONVS_DIM": 32}),
+    "panoptic": (
+        "COCO-PanopticSegmentation/panoptic_fpn_R_50_3x.yaml",
+        {"MODEL__SEM_SEG_HEAD__CONVS_DIM": 32},
+    ),
 }
 ARCHITECTURES = list(YAML)
 

@@ -1,6 +1,23 @@
 """Whole models and how to build them."""
 
 from detlib.modeling.meta_arch.build import META_ARCH_REGISTRY, build_model
+from detlib.modeling.meta_arch.panoptic_fpn import PanopticFPN
 from detlib.modeling.meta_arch.rcnn import GeneralizedRCNN, ProposalNetwork
+from detlib.modeling.meta_arch.semantic_seg import (
+    SEM_SEG_HEADS_REGISTRY,
+    SemanticSegmentor,
+    SemSegFPNHead,
+    build_sem_seg_head,
+)
 
-__all__ = ["GeneralizedRCNN", "META_ARCH_REGISTRY", "ProposalNetwork", "build_model"]
+__all__ = [
+    "GeneralizedRCNN",
+    "META_ARCH_REGISTRY",
+    "PanopticFPN",
+    "ProposalNetwork",
+    "SEM_SEG_HEADS_REGISTRY",
+    "SemSegFPNHead",
+    "SemanticSegmentor",
+    "build_model",
+    "build_sem_seg_head",
+]

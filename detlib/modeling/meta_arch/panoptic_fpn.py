@@ -1,0 +1,278 @@
+"""Panoptic FPN (arXiv:1901.02446): Mask R-CNN and a semantic head on one pyramid, merged into one picture.
+
+Shape legend: R instances, K semantic classes, H and W the size of one image's output.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from detlib.config import CfgNode, configurable
+from detlib.modeling.meta_arch.build import META_ARCH_REGISTRY
+from detlib.modeling.meta_arch.rcnn import GeneralizedRCNN
+from detlib.modeling.meta_arch.semantic_seg import build_sem_seg_head, take_sem_seg
+from detlib.modeling.postprocessing import detector_postprocess, sem_seg_postprocess
+from detlib.structures import Instances
+
+__all__ = ["PanopticFPN", "combine_semantic_and_instance_outputs"]
+
+
+def _scale_losses(roi_heads: nn.Module, factor: float) -> None:
+    """Multiply the losses of the box, mask and keypoint heads, of every stage of a cascade."""
+    for name in ("box_predictor", "mask_head", "keypoint_head"):
+        head = getattr(roi_heads, name, None)
+        for part in head if isinstance(head, nn.ModuleList) else [head]:
+            weight = getattr(part, "loss_weight", None)
+            if isinstance(weight, dict):
+                # A loss that the dict leaves out has the weight 1.
+                losses = dict.fromkeys(("loss_cls", "loss_box_reg"), 1.0) | weight
+                part.loss_weight = {key: value * factor for key, value in losses.items()}
+            elif weight is not None:
+                part.loss_weight = weight * factor
+
+
+@META_ARCH_REGISTRY.register()
+class PanopticFPN(GeneralizedRCNN):
+    """Mask R-CNN with a semantic head, whose outputs are merged into one segment for every pixel.
+
+    Args:
+        sem_seg_head: feature maps to semantic logits and losses, see `SEM_SEG_HEADS_REGISTRY`. Its class 0
+            stands for all things together and never becomes a segment.
+        combine_overlap_thresh: an instance is left out when a larger fraction of it lies under better ones.
+        combine_stuff_area_thresh: stuff of fewer pixels is left out.
+        combine_instances_score_thresh: instances below this score are left out of the merge.
+        combine_on: whether to merge at all; without, outputs have no "panoptic_seg".
+        **kwargs: `GeneralizedRCNN`'s.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        sem_seg_head: nn.Module,
+        combine_overlap_thresh: float = 0.5,
+        combine_stuff_area_thresh: float = 4096,
+        combine_instances_score_thresh: float = 0.5,
+        combine_on: bool = True,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.sem_seg_head = sem_seg_head
+        self.combine_overlap_thresh = combine_overlap_thresh
+        self.combine_stuff_area_thresh = combine_stuff_area_thresh
+        self.combine_instances_score_thresh = combine_instances_score_thresh
+        self.combine_on = combine_on
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        node = cfg.MODEL.PANOPTIC_FPN
+        combine = node.COMBINE
+        if combine.ENABLED and not cfg.MODEL.MASK_ON:
+            raise ValueError(
+                "PanopticFPN merges masks: set MODEL.MASK_ON = True, or "
+                "MODEL.PANOPTIC_FPN.COMBINE.ENABLED = False."
+            )
+        args = super().from_config(cfg)
+        if node.INSTANCE_LOSS_WEIGHT != 1.0:
+            _scale_losses(args["roi_heads"], node.INSTANCE_LOSS_WEIGHT)
+        return args | {
+            "sem_seg_head": build_sem_seg_head(cfg, args["backbone"].output_shape()),
+            "combine_overlap_thresh": combine.OVERLAP_THRESH,
+            "combine_stuff_area_thresh": combine.STUFF_AREA_LIMIT,
+            "combine_instances_score_thresh": combine.INSTANCES_CONFIDENCE_THRESH,
+            "combine_on": combine.ENABLED,
+        }
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor] | list[dict]:
+        """Losses in training, segments otherwise.
+
+        Args:
+            batched_inputs: N dicts as `GeneralizedRCNN.forward`'s, in training also with "sem_seg":
+                (H_i, W_i) integer labels of "image", the semantic head's `ignore_value` where there is none.
+
+        Returns:
+            In training a dict of scalar losses. Otherwise N dicts with
+
+            * "instances": as `GeneralizedRCNN.forward`'s;
+            * "sem_seg": (K, height, width) logits, see `sem_seg_postprocess`;
+            * "panoptic_seg": see `combine_semantic_and_instance_outputs`; not without `combine_on`.
+
+        Raises:
+            TypeError, ValueError: an input of the wrong kind; the message names the item and what is wrong.
+        """
+        if not self.training:
+            return self.inference(batched_inputs)
+        images = self.preprocess_image(batched_inputs)
+        gt_sem_seg = take_sem_seg(batched_inputs, images, self.backbone, self.sem_seg_head)
+        gt_instances = self._take_truth(batched_inputs)
+        features = self.backbone(images.tensor)
+        _, losses = self.sem_seg_head(features, gt_sem_seg)
+        return losses | self._losses(images, features, batched_inputs, gt_instances)
+
+    def inference(
+        self,
+        batched_inputs: list[dict],
+        do_postprocess: bool = True,
+        *,
+        detected_instances: list[Instances] | None = None,
+    ) -> list[dict] | tuple[list[Instances], torch.Tensor]:
+        """Detect and segment.
+
+        Args:
+            batched_inputs: as `forward`'s.
+            do_postprocess: bring the results to the wanted size and merge them.
+            detected_instances: see `GeneralizedRCNN.inference`.
+
+        Returns:
+            As `forward`; without `do_postprocess` the N `Instances` in pixels of "image", and the semantic
+            logits (N, K, padded height, padded width).
+        """
+        if self.training:
+            raise ValueError("PanopticFPN.inference: the model is in training mode; call eval() first.")
+        images = self.preprocess_image(batched_inputs)
+        features = self.backbone(images.tensor)
+        sem_seg, _ = self.sem_seg_head(features, None)
+        detections = self._detect(images, features, batched_inputs, detected_instances)
+        if not do_postprocess:
+            return detections, sem_seg
+        return [
+            self._output_of_image(
+                instances, logits, size, item.get("height", size[0]), item.get("width", size[1])
+            )
+            for instances, logits, size, item in zip(detections, sem_seg, images.image_sizes, batched_inputs)
+        ]
+
+    def _output_of_image(
+        self, instances: Instances, logits: torch.Tensor, size: tuple[int, int], height: int, width: int
+    ) -> dict:
+        """The output dict of one image of `size`, for the wanted height and width."""
+        output = {
+            "sem_seg": sem_seg_postprocess(logits, size, height, width),
+            "instances": detector_postprocess(instances, height, width),
+        }
+        if self.combine_on:
+            output["panoptic_seg"] = combine_semantic_and_instance_outputs(
+                output["instances"],
+                output["sem_seg"].argmax(dim=0),
+                self.combine_overlap_thresh,
+                self.combine_stuff_area_thresh,
+                self.combine_instances_score_thresh,
+            )
+        return output
+
+
+@torch.no_grad()
+def combine_semantic_and_instance_outputs(
+    instance_results: Instances,
+    semantic_results: torch.Tensor,
+    overlap_threshold: float,
+    stuff_area_thresh: float,
+    instances_score_thresh: float,
+) -> tuple[torch.Tensor, list[dict]]:
+    """Merge instances and stuff so that each pixel belongs to one segment at most.
+
+    Instances come first, by falling score, each on the pixels that better ones left free; then stuff takes
+    what is left.
+
+    Args:
+        instance_results: R detections of one image with `scores`, `pred_classes` and `pred_masks` (R, H, W)
+            bool.
+        semantic_results: (H, W) integer classes; 0 stands for all things and gives no segment.
+        overlap_threshold: an instance is left out when more than this fraction of it is not free.
+        stuff_area_thresh: stuff with fewer free pixels is left out.
+        instances_score_thresh: instances below this score are left out.
+
+    Returns:
+        (H, W) int32 segment ids, 0 for none; and a dict for each segment, by rising id from 1: "id",
+        "isthing", "category_id" (a thing class or a semantic class), for instances "score" and "instance_id"
+        (the place in `instance_results`), for stuff "area" in pixels.
+
+    Raises:
+        ValueError: instances without masks, or masks of another size than `semantic_results`.
+    """
+    if not instance_results.has("pred_masks"):
+        raise ValueError(
+            "Merging needs instances with 'pred_masks' (MODEL.MASK_ON), got "
+            f"{sorted(instance_results.get_fields())}."
+        )
+    masks = instance_results.pred_masks
+    if masks.shape[1:] != semantic_results.shape:
+        raise ValueError(
+            f"Merging needs masks of the semantic map's size {tuple(semantic_results.shape)}, got "
+            f"{tuple(masks.shape)}."
+        )
+    scores, order = instance_results.scores.sort(descending=True, stable=True)
+    order = order[: int((scores >= instances_score_thresh).sum())]
+    owners, is_kept = _place_instances(masks[order].to(torch.bool), overlap_threshold)
+
+    segments: list[dict] = []
+    new_ids = [0]
+    columns = (order, instance_results.scores[order], instance_results.pred_classes[order], is_kept)
+    for index, score, category, kept in zip(*(column.tolist() for column in columns)):
+        new_ids.append(len(segments) + 1 if kept else 0)
+        if kept:
+            segments.append(
+                {
+                    "id": len(segments) + 1,
+                    "isthing": True,
+                    "score": score,
+                    "category_id": category,
+                    "instance_id": index,
+                }
+            )
+    panoptic_seg = _look_up(new_ids, owners)
+
+    # Pixels of instances count as class 0, which is skipped.
+    stuff = semantic_results.to(torch.int64).masked_fill(owners > 0, 0)
+    areas = stuff.flatten().bincount().tolist()
+    new_ids = [0] * len(areas)
+    for category, area in enumerate(areas):
+        if category > 0 and area > 0 and area >= stuff_area_thresh:
+            new_ids[category] = len(segments) + 1
+            segments.append(
+                {"id": len(segments) + 1, "isthing": False, "category_id": category, "area": area}
+            )
+    return panoptic_seg + _look_up(new_ids, stuff), segments
+
+
+def _look_up(table: Iterable[int], indices: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(table, dtype=torch.int32, device=indices.device)[indices]
+
+
+def _place_instances(masks: torch.Tensor, overlap_threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give each pixel to the first instance that may have it.
+
+    The loop leaves its decisions on the device, so that a GPU is waited for once, before it.
+
+    Args:
+        masks: (R, H, W) bool, best first.
+        overlap_threshold: see `combine_semantic_and_instance_outputs`.
+
+    Returns:
+        (H, W) int64, 1 + the place of the instance that has the pixel, or 0; and (R,) bool, which instances
+        were placed.
+    """
+    owners = torch.zeros(masks.shape[1:], dtype=torch.int64, device=masks.device)
+    is_kept = torch.zeros(len(masks), dtype=torch.bool, device=masks.device)
+    for i, (top, bottom, left, right) in enumerate(_extents(masks)):
+        if bottom <= top:
+            continue
+        owner, mask = owners[top:bottom, left:right], masks[i, top:bottom, left:right]
+        visible = mask & (owner == 0)
+        area, visible_area = mask.sum(), visible.sum()
+        hidden = (area - visible_area).double() / area
+        is_kept[i] = (hidden <= overlap_threshold) & (visible_area > 0)
+        owner.masked_fill_(visible & is_kept[i], i + 1)
+    return owners, is_kept
+
+
+def _extents(masks: torch.Tensor) -> list[list[int]]:
+    """The rows and columns that each mask (R, H, W) lies in: top, bottom, left, right; all 0 for none."""
+    ends = []
+    for dim in (2, 1):
+        hit = masks.any(dim=dim).to(torch.uint8)
+        size = hit.shape[1]
+        first, last = hit.argmax(dim=1), size - hit.flip(1).argmax(dim=1)
+        ends += [first, last * hit.any(dim=1)]
+    return torch.stack(ends, dim=1).tolist()
