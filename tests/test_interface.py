@@ -32,8 +32,6 @@ LATER_MODULES = {
     "modeling.meta_arch.fcos": "one-stage models",
     "modeling.meta_arch.retinanet": "one-stage models",
     "modeling.mmdet_wrapper": "models of other libraries",
-    "modeling.roi_heads.cascade_rcnn": "more heads",
-    "modeling.roi_heads.keypoint_head": "keypoints",
     "modeling.test_time_augmentation": "test-time augmentation",
     "tracking": "tracking",
     "utils.analysis": "analysis",
@@ -67,19 +65,16 @@ LATER_NAMES = {
         "SemSegEvaluator",
     },
     "modeling": {
-        "BaseKeypointRCNNHead",
         "DatasetMapperTTA",
         "FCOS",
         "GeneralizedRCNNWithTTA",
         "MMDetBackbone",
         "MMDetDetector",
         "MViT",
-        "ROI_KEYPOINT_HEAD_REGISTRY",
         "RetinaNet",
         "SimpleFeaturePyramid",
         "SwinTransformer",
         "ViT",
-        "build_keypoint_head",
         "get_vit_lr_decay_rate",
     },
     "modeling.backbone": {
@@ -93,14 +88,6 @@ LATER_NAMES = {
         "DenseDetector",
         "FCOS",
         "RetinaNet",
-    },
-    "modeling.roi_heads": {
-        "BaseKeypointRCNNHead",
-        "CascadeROIHeads",
-        "KRCNNConvDeconvUpsampleHead",
-        "ROI_KEYPOINT_HEAD_REGISTRY",
-        "Res5ROIHeads",
-        "build_keypoint_head",
     },
 }
 

@@ -1,7 +1,14 @@
 """The second stage of two-stage detectors."""
 
 from detlib.modeling.roi_heads.box_head import ROI_BOX_HEAD_REGISTRY, FastRCNNConvFCHead, build_box_head
+from detlib.modeling.roi_heads.cascade_rcnn import CascadeROIHeads
 from detlib.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
+from detlib.modeling.roi_heads.keypoint_head import (
+    ROI_KEYPOINT_HEAD_REGISTRY,
+    BaseKeypointRCNNHead,
+    KRCNNConvDeconvUpsampleHead,
+    build_keypoint_head,
+)
 from detlib.modeling.roi_heads.mask_head import (
     ROI_MASK_HEAD_REGISTRY,
     BaseMaskRCNNHead,
@@ -10,6 +17,7 @@ from detlib.modeling.roi_heads.mask_head import (
 )
 from detlib.modeling.roi_heads.roi_heads import (
     ROI_HEADS_REGISTRY,
+    Res5ROIHeads,
     ROIHeads,
     StandardROIHeads,
     build_roi_heads,
@@ -18,18 +26,24 @@ from detlib.modeling.roi_heads.roi_heads import (
 from detlib.modeling.roi_heads.rotated_fast_rcnn import RotatedFastRCNNOutputLayers, RROIHeads
 
 __all__ = [
+    "BaseKeypointRCNNHead",
     "BaseMaskRCNNHead",
+    "CascadeROIHeads",
     "FastRCNNConvFCHead",
     "FastRCNNOutputLayers",
+    "KRCNNConvDeconvUpsampleHead",
     "MaskRCNNConvUpsampleHead",
     "ROIHeads",
     "ROI_BOX_HEAD_REGISTRY",
     "ROI_HEADS_REGISTRY",
+    "ROI_KEYPOINT_HEAD_REGISTRY",
     "ROI_MASK_HEAD_REGISTRY",
     "RROIHeads",
+    "Res5ROIHeads",
     "RotatedFastRCNNOutputLayers",
     "StandardROIHeads",
     "build_box_head",
+    "build_keypoint_head",
     "build_mask_head",
     "build_roi_heads",
     "select_foreground_proposals",

@@ -20,6 +20,7 @@ __all__ = [
     "ROI_HEADS_REGISTRY",
     "ROIHeads",
     "build_roi_heads",
+    "check_given_boxes",
     "select_foreground_proposals",
 ]
 
@@ -53,6 +54,18 @@ def select_foreground_proposals(
             raise ValueError("select_foreground_proposals needs proposals with 'gt_classes'.")
     masks = [(x.gt_classes != -1) & (x.gt_classes != bg_label) for x in proposals]
     return [x[mask.nonzero()[:, 0]] for x, mask in zip(proposals, masks)], masks
+
+
+def check_given_boxes(heads: nn.Module, instances: list[Instances]) -> None:
+    """Raise ValueError unless `heads` can run its other heads on the boxes of `instances`."""
+    if heads.training:
+        raise ValueError("forward_with_given_boxes is for inference; call eval() first.")
+    for x in instances:
+        if not (x.has("pred_boxes") and x.has("pred_classes")):
+            raise ValueError(
+                "forward_with_given_boxes needs instances with 'pred_boxes' and 'pred_classes'; got "
+                f"{sorted(x.get_fields())}."
+            )
 
 
 class ROIHeads(nn.Module):

@@ -6,46 +6,23 @@ from torch import nn
 from detlib.config import CfgNode, configurable
 from detlib.layers import ShapeSpec
 from detlib.modeling.poolers import ROIPooler
-from detlib.modeling.roi_heads.base import ROI_HEADS_REGISTRY, ROIHeads, select_foreground_proposals
+from detlib.modeling.roi_heads.base import (
+    ROI_HEADS_REGISTRY,
+    ROIHeads,
+    check_given_boxes,
+    select_foreground_proposals,
+)
 from detlib.modeling.roi_heads.box_head import build_box_head
 from detlib.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
+from detlib.modeling.roi_heads.head_pooler import pooler_from_config
+from detlib.modeling.roi_heads.keypoint_head import (
+    build_keypoint_head,
+    select_proposals_with_visible_keypoints,
+)
 from detlib.modeling.roi_heads.mask_head import build_mask_head
 from detlib.structures import ImageList, Instances
 
 __all__ = ["StandardROIHeads"]
-
-
-def _pooler_config(
-    cfg: CfgNode, key: str, input_shape: dict[str, ShapeSpec]
-) -> tuple[ROIPooler | None, object]:
-    """The pooler of MODEL.`key` over MODEL.ROI_HEADS.IN_FEATURES, and the shape of what it gives.
-
-    Without POOLER_TYPE there is no pooler: the head takes the dict of feature maps, and the shape is a dict
-    too.
-    """
-    node = cfg.MODEL[key]
-    names = cfg.MODEL.ROI_HEADS.IN_FEATURES
-    missing = [name for name in names if name not in input_shape]
-    if missing:
-        raise ValueError(
-            f"MODEL.ROI_HEADS.IN_FEATURES names {missing}, which the backbone does not give; it gives "
-            f"{sorted(input_shape)}."
-        )
-    if not node.POOLER_TYPE:
-        return None, {name: input_shape[name] for name in names}
-    channels = {input_shape[name].channels for name in names}
-    if len(channels) != 1:
-        raise ValueError(
-            f"MODEL.ROI_HEADS.IN_FEATURES {list(names)} must have equal channels, got {sorted(channels)}."
-        )
-    resolution = node.POOLER_RESOLUTION
-    pooler = ROIPooler(
-        output_size=resolution,
-        scales=[1.0 / input_shape[name].stride for name in names],
-        sampling_ratio=node.POOLER_SAMPLING_RATIO,
-        pooler_type=node.POOLER_TYPE,
-    )
-    return pooler, ShapeSpec(channels=channels.pop(), height=resolution, width=resolution)
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -60,6 +37,9 @@ class StandardROIHeads(ROIHeads):
         mask_in_features: names of the feature maps of the mask head; None for no masks.
         mask_pooler: pools region features for it; None hands the dict of maps to the head.
         mask_head: see `BaseMaskRCNNHead`.
+        keypoint_in_features: names of the feature maps of the keypoint head; None for no keypoints.
+        keypoint_pooler: pools region features for it; None hands the dict of maps to the head.
+        keypoint_head: see `BaseKeypointRCNNHead`.
         train_on_pred_boxes: train the other heads on the box head's boxes in place of the proposals.
         **kwargs: `ROIHeads`'s.
     """
@@ -75,6 +55,9 @@ class StandardROIHeads(ROIHeads):
         mask_in_features: list[str] | None = None,
         mask_pooler: ROIPooler | None = None,
         mask_head: nn.Module | None = None,
+        keypoint_in_features: list[str] | None = None,
+        keypoint_pooler: ROIPooler | None = None,
+        keypoint_head: nn.Module | None = None,
         train_on_pred_boxes: bool = False,
         **kwargs,
     ):
@@ -88,19 +71,24 @@ class StandardROIHeads(ROIHeads):
             self.mask_in_features = mask_in_features
             self.mask_pooler = mask_pooler
             self.mask_head = mask_head
+        self.keypoint_on = keypoint_in_features is not None
+        if self.keypoint_on:
+            self.keypoint_in_features = keypoint_in_features
+            self.keypoint_pooler = keypoint_pooler
+            self.keypoint_head = keypoint_head
         self.train_on_pred_boxes = train_on_pred_boxes
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
-        if cfg.MODEL.KEYPOINT_ON:
-            raise ValueError("MODEL.KEYPOINT_ON = True: StandardROIHeads has no keypoint head.")
         args = super().from_config(cfg)
         args["train_on_pred_boxes"] = cfg.MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES
-        return args | cls._init_box_head(cfg, input_shape) | cls._init_mask_head(cfg, input_shape)
+        for init_head in (cls._init_box_head, cls._init_mask_head, cls._init_keypoint_head):
+            args |= init_head(cfg, input_shape)
+        return args
 
     @classmethod
     def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
-        pooler, shape = _pooler_config(cfg, "ROI_BOX_HEAD", input_shape)
+        pooler, shape = pooler_from_config(cfg, "ROI_BOX_HEAD", input_shape)
         head = build_box_head(cfg, shape)
         return {
             "box_in_features": cfg.MODEL.ROI_HEADS.IN_FEATURES,
@@ -113,11 +101,22 @@ class StandardROIHeads(ROIHeads):
     def _init_mask_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
         if not cfg.MODEL.MASK_ON:
             return {}
-        pooler, shape = _pooler_config(cfg, "ROI_MASK_HEAD", input_shape)
+        pooler, shape = pooler_from_config(cfg, "ROI_MASK_HEAD", input_shape)
         return {
             "mask_in_features": cfg.MODEL.ROI_HEADS.IN_FEATURES,
             "mask_pooler": pooler,
             "mask_head": build_mask_head(cfg, shape),
+        }
+
+    @classmethod
+    def _init_keypoint_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+        if not cfg.MODEL.KEYPOINT_ON:
+            return {}
+        pooler, shape = pooler_from_config(cfg, "ROI_KEYPOINT_HEAD", input_shape)
+        return {
+            "keypoint_in_features": cfg.MODEL.ROI_HEADS.IN_FEATURES,
+            "keypoint_pooler": pooler,
+            "keypoint_head": build_keypoint_head(cfg, shape),
         }
 
     def forward(
@@ -128,7 +127,8 @@ class StandardROIHeads(ROIHeads):
         targets: list[Instances] | None = None,
     ) -> tuple[list[Instances], dict[str, torch.Tensor]]:
         """See `ROIHeads.forward`. Detections have `pred_boxes`, `scores` and `pred_classes`; with a mask
-        head also `pred_masks` (R_i, 1, M, M) float32 probabilities."""
+        head also `pred_masks` (R_i, 1, M, M) float32 probabilities, with a keypoint head `pred_keypoints`
+        (R_i, keypoints, 3) float32: x, y in pixels of the input, and a score."""
         if not self.training:
             pred_instances = self._forward_box(features, proposals)
             return self.forward_with_given_boxes(features, pred_instances), {}
@@ -139,6 +139,7 @@ class StandardROIHeads(ROIHeads):
         # The other heads train on the proposals that the box head was trained on, so that in inference,
         # where they work on its detections, they see boxes of the same kind.
         losses.update(self._forward_mask(features, proposals))
+        losses.update(self._forward_keypoint(features, proposals))
         return proposals, losses
 
     def forward_with_given_boxes(
@@ -151,20 +152,14 @@ class StandardROIHeads(ROIHeads):
             instances: N `Instances` with `pred_boxes` and `pred_classes`.
 
         Returns:
-            The same `Instances` with `pred_masks`, when there is a mask head.
+            The same `Instances` with `pred_masks` and `pred_keypoints`, when there are such heads.
 
         Raises:
             ValueError: in training, or when a field is missing.
         """
-        if self.training:
-            raise ValueError("forward_with_given_boxes is for inference; call eval() first.")
-        for x in instances:
-            if not (x.has("pred_boxes") and x.has("pred_classes")):
-                raise ValueError(
-                    "forward_with_given_boxes needs instances with 'pred_boxes' and 'pred_classes'; got "
-                    f"{sorted(x.get_fields())}."
-                )
-        return self._forward_mask(features, instances)
+        check_given_boxes(self, instances)
+        instances = self._forward_mask(features, instances)
+        return self._forward_keypoint(features, instances)
 
     def _forward_box(
         self, features: dict[str, torch.Tensor], proposals: list[Instances]
@@ -194,6 +189,18 @@ class StandardROIHeads(ROIHeads):
             instances, _ = select_foreground_proposals(instances, self.num_classes)
         x = self._pool(features, instances, self.mask_in_features, self.mask_pooler)
         return self.mask_head(x, instances)
+
+    def _forward_keypoint(
+        self, features: dict[str, torch.Tensor], instances: list[Instances]
+    ) -> dict[str, torch.Tensor] | list[Instances]:
+        """The keypoint branch: losses in training, else `instances` with keypoints."""
+        if not self.keypoint_on:
+            return {} if self.training else instances
+        if self.training:
+            instances, _ = select_foreground_proposals(instances, self.num_classes)
+            instances = select_proposals_with_visible_keypoints(instances)
+        x = self._pool(features, instances, self.keypoint_in_features, self.keypoint_pooler)
+        return self.keypoint_head(x, instances)
 
     def _pool(
         self,
