@@ -14,7 +14,7 @@ import torch
 
 from detlib.config import get_cfg
 from detlib.modeling import build_model
-from detlib.structures import Boxes, Instances, PolygonMasks
+from detlib.structures import Boxes, Instances, Keypoints, PolygonMasks
 from detlib.utils.events import EventStorage
 from tests.conformance.synthetic import objects, picture, semantic_map, weight
 
@@ -67,7 +67,7 @@ def run_case(case: Case, config_dir: pathlib.Path) -> list[str]:
 
     if "losses" not in case.facts:
         return differences
-    add_truth(items, case, with_masks=cfg.MODEL.MASK_ON)
+    add_truth(items, case, with_masks=cfg.MODEL.MASK_ON, with_keypoints=cfg.MODEL.KEYPOINT_ON)
     if hasattr(model, "sem_seg_head"):
         add_semantic_truth(items, case, model.sem_seg_head.num_classes)
     with EventStorage() as storage:
@@ -134,7 +134,7 @@ def make_inputs(case: Case) -> list[dict]:
     return items
 
 
-def add_truth(items: list[dict], case: Case, with_masks: bool) -> None:
+def add_truth(items: list[dict], case: Case, with_masks: bool, with_keypoints: bool = False) -> None:
     """Add the objects to train on."""
     for item, facts in zip(items, case.facts["inputs"]):
         height, width = facts["image"]
@@ -143,6 +143,8 @@ def add_truth(items: list[dict], case: Case, with_masks: bool) -> None:
         truth.gt_classes = torch.tensor([x["class"] for x in found])
         if with_masks:
             truth.gt_masks = PolygonMasks([[np.array(x["polygon"])] for x in found])
+        if with_keypoints:
+            truth.gt_keypoints = Keypoints(torch.tensor([x["keypoints"] for x in found]))
         item["instances"] = truth
 
 
@@ -192,6 +194,8 @@ def compare_outputs(output: dict, kinds: dict[str, dict[str, np.ndarray]], where
             found.append(f"{where}: {len(pairs)} of {count} {kind} are found again")
         elif "pred_masks_bits" in want and (bad := _count_other_masks(have, want, pairs)) > spare:
             found.append(f"{where}: {bad} of {len(pairs)} masks differ")
+        elif "pred_keypoints" in want and (bad := _count_other_keypoints(have, want, pairs)) > spare:
+            found.append(f"{where}: the keypoints of {bad} of {len(pairs)} objects differ")
     return found
 
 
@@ -251,6 +255,16 @@ def _count_other_masks(have: Instances, want: dict[str, np.ndarray], pairs: list
     masks = np.unpackbits(want["pred_masks_bits"], count=int(np.prod(shape))).reshape(shape).astype(bool)
     ours = have.pred_masks.numpy().astype(bool)
     return sum((ours[i] ^ masks[j]).sum() > 0.05 * (ours[i] | masks[j]).sum() + 4 for i, j in pairs)
+
+
+def _count_other_keypoints(have: Instances, want: dict[str, np.ndarray], pairs: list[tuple[int, int]]) -> int:
+    """Objects with a keypoint that is more than a pixel away or whose score is off by 5 % of their spread."""
+    bad = 0
+    for i, j in pairs:
+        ours, theirs = have.pred_keypoints[i].numpy(), want["pred_keypoints"][j]
+        score_error = np.abs(ours[:, 2] - theirs[:, 2]).max() / (theirs[:, 2].std() + 1e-6)
+        bad += np.abs(ours[:, :2] - theirs[:, :2]).max() > 1 or score_error > 0.05
+    return bad
 
 
 def compare_losses(losses: dict[str, torch.Tensor], case: Case) -> list[str]:

@@ -83,8 +83,8 @@ def test_wrong_configs_are_named():
         build_model(small_config(MODEL__ROI_HEADS__IN_FEATURES=["p2", "p9"]))
     with pytest.raises(ValueError, match="NUM_CONV or NUM_FC"):
         build_model(small_config(MODEL__ROI_BOX_HEAD__NUM_FC=0))
-    with pytest.raises(ValueError, match="KEYPOINT_ON"):
-        build_model(small_config(MODEL__KEYPOINT_ON=True))
+    with pytest.raises(KeyError, match="KRCNNConvDeconvUpsampleHead"):
+        build_model(small_config(MODEL__KEYPOINT_ON=True, MODEL__ROI_KEYPOINT_HEAD__NAME="KRCNNHead"))
 
 
 def test_a_registered_architecture_is_built():
