@@ -9,6 +9,7 @@ from detlib.modeling.backbone.fpn import (
     build_resnet_fpn_backbone,
     build_retinanet_resnet_fpn_backbone,
 )
+from detlib.modeling.backbone.mvit import MViT
 from detlib.modeling.backbone.regnet import RegNet
 from detlib.modeling.backbone.resnet import (
     BasicBlock,
@@ -20,6 +21,7 @@ from detlib.modeling.backbone.resnet import (
     build_resnet_backbone,
     make_stage,
 )
+from detlib.modeling.backbone.vit import SimpleFeaturePyramid, ViT, get_vit_lr_decay_rate
 
 __all__ = [
     "BACKBONE_REGISTRY",
@@ -31,12 +33,16 @@ __all__ = [
     "FPN",
     "LastLevelMaxPool",
     "LastLevelP6P7",
+    "MViT",
     "RegNet",
     "ResNet",
     "ResNetBlockBase",
+    "SimpleFeaturePyramid",
+    "ViT",
     "build_backbone",
     "build_resnet_backbone",
     "build_resnet_fpn_backbone",
     "build_retinanet_resnet_fpn_backbone",
+    "get_vit_lr_decay_rate",
     "make_stage",
 ]

@@ -1,0 +1,216 @@
+"""Parts that the transformer backbones share: windows, position embeddings and attention with them.
+
+Token maps are channels-last here. B maps (pictures, or pictures x heads), H and W height and width in
+tokens, C channels, S the side of a square window, L the length of a table of relative positions.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+__all__ = [
+    "PatchEmbed",
+    "add_decomposed_rel_pos",
+    "decomposed_attention",
+    "get_abs_pos",
+    "get_rel_pos",
+    "window_partition",
+    "window_unpartition",
+]
+
+# From this many attention weights on, folding the bias into queries and keys is faster than writing it down
+# (CPU, float32; 32 MB), besides that it then saves the more memory.
+_FOLD_FROM = 2**23
+
+
+def window_partition(x, window_size):
+    """Cut maps into windows that do not overlap, padding with zeros at the bottom and at the right.
+
+    Args:
+        x: (B, H, W, C).
+        window_size: the side S.
+
+    Returns:
+        The windows, (B * ceil(H/S) * ceil(W/S), S, S, C), row by row for each map, and the padded
+        (height, width).
+    """
+    batch, height, width, channels = x.shape
+    pad_h, pad_w = -height % window_size, -width % window_size
+    if pad_h or pad_w:
+        x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
+    rows, columns = (height + pad_h) // window_size, (width + pad_w) // window_size
+    x = x.reshape(batch, rows, window_size, columns, window_size, channels).transpose(2, 3)
+    windows = x.reshape(-1, window_size, window_size, channels)
+    return windows, (height + pad_h, width + pad_w)
+
+
+def window_unpartition(windows, window_size, pad_hw, hw):
+    """Put the windows of `window_partition` back together and take the padding off.
+
+    Args:
+        windows: (B * number of windows, S, S, C).
+        window_size: the side S.
+        pad_hw: padded (height, width), as `window_partition` returned it.
+        hw: (height, width) of the original maps.
+
+    Returns:
+        (B, H, W, C).
+    """
+    rows, columns = pad_hw[0] // window_size, pad_hw[1] // window_size
+    x = windows.reshape(-1, rows, columns, window_size, window_size, windows.shape[-1]).transpose(2, 3)
+    x = x.reshape(-1, pad_hw[0], pad_hw[1], windows.shape[-1])
+    return x[:, : hw[0], : hw[1]].contiguous()
+
+
+def _resize(table, size, mode):
+    """`F.interpolate` of a (1, C, ...) table; half precision is resized in float32."""
+    dtype = table.dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        table = table.float()
+    align_corners = False if mode == "bicubic" else None
+    return F.interpolate(table, size=size, mode=mode, align_corners=align_corners).to(dtype)
+
+
+def get_rel_pos(q_size, k_size, rel_pos):
+    """Look up the embedding of the relative position of every query and key along one axis.
+
+    The table spans the distances that the longer side has; the coordinates of the shorter side are stretched
+    to it. A table of another length than 2 * max(q_size, k_size) - 1 is resized linearly.
+
+    Args:
+        q_size: number of queries along the axis.
+        k_size: number of keys along the axis.
+        rel_pos: (L, C) table, from the most negative to the most positive distance.
+
+    Returns:
+        (q_size, k_size, C).
+    """
+    length = 2 * max(q_size, k_size) - 1
+    if rel_pos.shape[0] != length:
+        rel_pos = _resize(rel_pos.t()[None], length, "linear")[0].t()
+    stretch_q, stretch_k = max(k_size / q_size, 1.0), max(q_size / k_size, 1.0)
+    q_at = torch.arange(q_size, dtype=torch.float32, device=rel_pos.device)[:, None] * stretch_q
+    k_at = torch.arange(k_size, dtype=torch.float32, device=rel_pos.device)[None] * stretch_k
+    return rel_pos[(q_at - k_at + (k_size - 1) * stretch_k).long()]
+
+
+def _rel_pos_terms(q, rel_pos_h, rel_pos_w, q_size, k_size):
+    """What position adds to the weights, one axis at a time: q times the embeddings of (query, key row) and
+    (query, key column).
+
+    Args:
+        q: (B, q_h * q_w, C).
+        rel_pos_h, rel_pos_w, q_size, k_size: as for `add_decomposed_rel_pos`.
+
+    Returns:
+        (B, q_h, q_w, k_h) and (B, q_h, q_w, k_w).
+    """
+    q = q.reshape(-1, *q_size, q.shape[-1])
+    table_h = get_rel_pos(q_size[0], k_size[0], rel_pos_h)
+    table_w = get_rel_pos(q_size[1], k_size[1], rel_pos_w)
+    return torch.einsum("bhwc,hkc->bhwk", q, table_h), torch.einsum("bhwc,wkc->bhwk", q, table_w)
+
+
+def add_decomposed_rel_pos(attn, q, rel_pos_h, rel_pos_w, q_size, k_size):
+    """Add the decomposed relative position embeddings of MViTv2 (arXiv:2112.01526, equation 4) to weights.
+
+    Args:
+        attn: (B, q_h * q_w, k_h * k_w) attention weights before the softmax.
+        q: (B, q_h * q_w, C) queries, not scaled.
+        rel_pos_h, rel_pos_w: (L, C) tables of the two axes, see `get_rel_pos`.
+        q_size, k_size: (height, width) of the maps of queries and keys.
+
+    Returns:
+        The sum, in the shape of `attn`.
+    """
+    rel_h, rel_w = _rel_pos_terms(q, rel_pos_h, rel_pos_w, q_size, k_size)
+    grid = attn.reshape(-1, *q_size, *k_size)
+    return (grid + rel_h[..., :, None] + rel_w[..., None, :]).reshape(attn.shape)
+
+
+def decomposed_attention(q, k, v, rel_pos_h, rel_pos_w, q_size, k_size):
+    """Attention softmax(q k^T / sqrt(C) + decomposed relative positions) v.
+
+    It equals `add_decomposed_rel_pos` between product and softmax, without a tensor of all weights where
+    there are many of them: the bias of query i and key j is rel_h[i, row of j] + rel_w[i, column of j], so
+    it is part of the product once the queries are extended by the two terms and the keys by the one-hot
+    codes of their row and column.
+
+    Args:
+        q: (B, heads, q_h * q_w, C).
+        k, v: (B, heads, k_h * k_w, C).
+        rel_pos_h, rel_pos_w: (L, C) tables, see `get_rel_pos`; both None for attention without positions.
+        q_size, k_size: (height, width) of the maps of queries and keys.
+
+    Returns:
+        (B, heads, q_h * q_w, C).
+    """
+    if rel_pos_h is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    batch_and_heads, num_queries, channels = q.shape[:2], q.shape[2], q.shape[3]
+    rel_h, rel_w = _rel_pos_terms(q.flatten(0, 1), rel_pos_h, rel_pos_w, q_size, k_size)
+    if q.shape[0] * q.shape[1] * num_queries * k.shape[2] < _FOLD_FROM:
+        bias = rel_h[..., :, None] + rel_w[..., None, :]
+        bias = bias.reshape(*batch_and_heads, num_queries, k.shape[2])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+    terms = torch.cat([rel_h, rel_w], dim=-1).reshape(*batch_and_heads, num_queries, -1)
+    scale = channels**-0.5
+    q = torch.cat([q * scale, terms], dim=-1)
+    rows = torch.eye(k_size[0], dtype=k.dtype, device=k.device).repeat_interleave(k_size[1], dim=0)
+    columns = torch.eye(k_size[1], dtype=k.dtype, device=k.device).repeat(k_size[0], 1)
+    codes = torch.cat([rows, columns], dim=1)
+    k = torch.cat([k, codes.expand(*batch_and_heads, -1, -1)], dim=-1)
+    # The fused kernels want values as wide as keys.
+    v = F.pad(v, (0, sum(k_size)))
+    return F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :channels]
+
+
+def get_abs_pos(abs_pos, has_cls_token, hw):
+    """Fit absolute position embeddings of a square map to a map of another size, bicubically.
+
+    Args:
+        abs_pos: (1, n * n, C), with one more position in front if `has_cls_token`.
+        has_cls_token: whether the first position belongs to a class token; it is left out.
+        hw: (height, width) of the map.
+
+    Returns:
+        (1, height, width, C).
+
+    Raises:
+        ValueError: the positions do not make a square.
+    """
+    if has_cls_token:
+        abs_pos = abs_pos[:, 1:]
+    side = round(abs_pos.shape[1] ** 0.5)
+    if side * side != abs_pos.shape[1]:
+        raise ValueError(
+            f"Absolute position embeddings must be those of a square map, got {abs_pos.shape[1]} positions "
+            f"(has_cls_token={has_cls_token})"
+        )
+    abs_pos = abs_pos.reshape(1, side, side, -1)
+    if (side, side) == tuple(hw):
+        return abs_pos
+    return _resize(abs_pos.permute(0, 3, 1, 2), tuple(hw), "bicubic").permute(0, 2, 3, 1)
+
+
+class PatchEmbed(nn.Module):
+    """Turn pictures into maps of tokens with one convolution."""
+
+    def __init__(self, kernel_size=(16, 16), stride=(16, 16), padding=(0, 0), in_chans=3, embed_dim=768):
+        """
+        Args:
+            kernel_size: (height, width) of a patch, in pixels.
+            stride: distance of the patches.
+            padding: zeros around the picture.
+            in_chans: channels of the picture.
+            embed_dim: channels C of the tokens.
+        """
+        super().__init__()
+        self.proj = nn.Conv2d(
+            in_chans, embed_dim, kernel_size=tuple(kernel_size), stride=tuple(stride), padding=tuple(padding)
+        )
+
+    def forward(self, x):
+        """Map (N, in_chans, H, W) to (N, H', W', embed_dim)."""
+        return self.proj(x).permute(0, 2, 3, 1)

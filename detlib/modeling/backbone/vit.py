@@ -1,0 +1,272 @@
+"""Plain vision transformers as backbones of detectors: ViTDet (arXiv:2203.16527).
+
+N pictures, H and W height and width of a map in tokens, C channels.
+"""
+
+import torch
+from torch import nn
+
+from detlib.layers import CNNBlockBase, Conv2d, get_norm
+from detlib.layers.fvcore_nn import weight_init
+from detlib.modeling.backbone.backbone import Backbone
+from detlib.modeling.backbone.simple_feature_pyramid import SimpleFeaturePyramid, get_vit_lr_decay_rate
+from detlib.modeling.backbone.transformer_parts import (
+    DropPath,
+    Mlp,
+    drop_path_rates,
+    init_transformer_weights,
+    run_block,
+)
+from detlib.modeling.backbone.utils import (
+    PatchEmbed,
+    decomposed_attention,
+    get_abs_pos,
+    window_partition,
+    window_unpartition,
+)
+
+__all__ = ["SimpleFeaturePyramid", "ViT", "get_vit_lr_decay_rate"]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over a map of tokens, with decomposed relative positions if wanted."""
+
+    def __init__(
+        self, dim, num_heads=8, qkv_bias=True, use_rel_pos=False, rel_pos_zero_init=True, input_size=None
+    ):
+        """
+        Args:
+            dim: channels C.
+            num_heads: heads; they share the channels evenly.
+            qkv_bias: whether queries, keys and values have a bias.
+            use_rel_pos: whether to learn relative positions.
+            rel_pos_zero_init: whether these start at zero, or at small random values.
+            input_size: (height, width) of the map that the tables are made for; others are interpolated.
+
+        Raises:
+            ValueError: `num_heads` does not divide `dim`.
+        """
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"num_heads {num_heads} does not divide the {dim} channels (embed_dim)")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.rel_pos_h = self.rel_pos_w = None
+        if use_rel_pos:
+            self.rel_pos_h = nn.Parameter(torch.zeros(2 * input_size[0] - 1, dim // num_heads))
+            self.rel_pos_w = nn.Parameter(torch.zeros(2 * input_size[1] - 1, dim // num_heads))
+            if not rel_pos_zero_init:
+                nn.init.trunc_normal_(self.rel_pos_h, std=0.02)
+                nn.init.trunc_normal_(self.rel_pos_w, std=0.02)
+
+    def forward(self, x):
+        """Map (N, H, W, C) to the same shape; every token attends to all others of its map."""
+        batch, height, width, channels = x.shape
+        qkv = self.qkv(x).reshape(batch, height * width, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        size = (height, width)
+        x = decomposed_attention(q, k, v, self.rel_pos_h, self.rel_pos_w, size, size)
+        return self.proj(x.transpose(1, 2).reshape(batch, height, width, channels))
+
+
+class ResBottleneckBlock(CNNBlockBase):
+    """The convolutional propagation block: 1x1, 3x3 and 1x1 convolutions beside the identity.
+
+    Its last norm starts at zero, so that a new block is the identity.
+    """
+
+    def __init__(self, in_channels, out_channels, bottleneck_channels, norm="LN", act_layer=nn.GELU):
+        """
+        Args:
+            in_channels: channels that go in.
+            out_channels: channels that come out; the same number.
+            bottleneck_channels: channels of the 3x3 convolution.
+            norm: a norm's name or a callable, see `detlib.layers.get_norm`.
+            act_layer: called without arguments, makes the activations.
+        """
+        super().__init__(in_channels, out_channels, 1)
+        self.conv1 = Conv2d(in_channels, bottleneck_channels, 1, bias=False)
+        self.norm1 = get_norm(norm, bottleneck_channels)
+        self.act1 = act_layer()
+        self.conv2 = Conv2d(bottleneck_channels, bottleneck_channels, 3, padding=1, bias=False)
+        self.norm2 = get_norm(norm, bottleneck_channels)
+        self.act2 = act_layer()
+        self.conv3 = Conv2d(bottleneck_channels, out_channels, 1, bias=False)
+        self.norm3 = get_norm(norm, out_channels)
+        for conv in (self.conv1, self.conv2, self.conv3):
+            weight_init.c2_msra_fill(conv)
+        nn.init.zeros_(self.norm3.weight)
+        nn.init.zeros_(self.norm3.bias)
+
+    def forward(self, x):
+        """Map (N, C, H, W) to the same shape."""
+        out = self.act1(self.norm1(self.conv1(x)))
+        out = self.act2(self.norm2(self.conv2(out)))
+        return x + self.norm3(self.conv3(out))
+
+
+class Block(nn.Module):
+    """A transformer block with norms before attention and MLP; attention may stay within windows."""
+
+    def __init__(
+        self,
+        dim,
+        num_heads,
+        mlp_ratio=4.0,
+        qkv_bias=True,
+        drop_path=0.0,
+        norm_layer=nn.LayerNorm,
+        act_layer=nn.GELU,
+        use_rel_pos=False,
+        rel_pos_zero_init=True,
+        window_size=0,
+        use_residual_block=False,
+        input_size=None,
+    ):
+        """
+        Args:
+            dim: channels C.
+            num_heads, qkv_bias, use_rel_pos, rel_pos_zero_init: see `Attention`.
+            mlp_ratio: hidden channels of the MLP, as a multiple of C.
+            drop_path: probability to drop each branch in training.
+            norm_layer: called with C, makes a norm.
+            act_layer: called without arguments, makes an activation.
+            window_size: side of the windows in tokens; 0 for attention over the whole map.
+            use_residual_block: whether a `ResBottleneckBlock` follows.
+            input_size: (height, width) of the map, for the relative positions without windows.
+        """
+        super().__init__()
+        self.norm1 = norm_layer(dim)
+        self.attn = Attention(
+            dim,
+            num_heads=num_heads,
+            qkv_bias=qkv_bias,
+            use_rel_pos=use_rel_pos,
+            rel_pos_zero_init=rel_pos_zero_init,
+            input_size=(window_size, window_size) if window_size else input_size,
+        )
+        self.drop_path = DropPath(drop_path)
+        self.norm2 = norm_layer(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer)
+        self.window_size = window_size
+        self.use_residual_block = use_residual_block
+        if use_residual_block:
+            self.residual = ResBottleneckBlock(dim, dim, dim // 2, norm="LN", act_layer=act_layer)
+
+    def forward(self, x):
+        """Map (N, H, W, C) to the same shape."""
+        x = x + self.drop_path(self._attend(self.norm1(x)))
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        if self.use_residual_block:
+            x = self.residual(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return x
+
+    def _attend(self, x):
+        if not self.window_size:
+            return self.attn(x)
+        windows, padded = window_partition(x, self.window_size)
+        return window_unpartition(self.attn(windows), self.window_size, padded, x.shape[1:3])
+
+
+class ViT(Backbone):
+    """A plain vision transformer with one feature map, of the stride of its patches."""
+
+    def __init__(
+        self,
+        img_size=1024,
+        patch_size=16,
+        in_chans=3,
+        embed_dim=768,
+        depth=12,
+        num_heads=12,
+        mlp_ratio=4.0,
+        qkv_bias=True,
+        drop_path_rate=0.0,
+        norm_layer=nn.LayerNorm,
+        act_layer=nn.GELU,
+        use_abs_pos=True,
+        use_rel_pos=False,
+        rel_pos_zero_init=True,
+        window_size=0,
+        window_block_indexes=(),
+        residual_block_indexes=(),
+        use_act_checkpoint=False,
+        pretrain_img_size=224,
+        pretrain_use_cls_token=True,
+        out_feature="last_feat",
+    ):
+        """
+        Args:
+            img_size: side of the square picture that the tables of relative positions are made for, in
+                pixels. Pictures of any size go in; the tables are interpolated for them.
+            patch_size: side of a patch, in pixels.
+            in_chans: channels of the picture.
+            embed_dim: channels C of the tokens.
+            depth: number of blocks.
+            num_heads: heads of each attention.
+            mlp_ratio: hidden channels of each MLP, as a multiple of C.
+            qkv_bias: whether queries, keys and values have a bias.
+            drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first.
+            norm_layer: called with C, makes a norm.
+            act_layer: called without arguments, makes an activation.
+            use_abs_pos: whether to add absolute position embeddings.
+            use_rel_pos: whether attention has relative position embeddings.
+            rel_pos_zero_init: whether these start at zero.
+            window_size: side of the attention windows, in tokens.
+            window_block_indexes: the blocks whose attention stays within windows.
+            residual_block_indexes: the blocks that a convolutional propagation block follows.
+            use_act_checkpoint: whether to compute activations again in backward instead of keeping them.
+            pretrain_img_size: side of the pretraining pictures: absolute positions have that map's size.
+            pretrain_use_cls_token: whether the absolute positions have one for a class token in front.
+            out_feature: name of the feature map.
+        """
+        super().__init__()
+        self.pretrain_use_cls_token = pretrain_use_cls_token
+        self.use_act_checkpoint = use_act_checkpoint
+        self.patch_embed = PatchEmbed(
+            (patch_size, patch_size), (patch_size, patch_size), in_chans=in_chans, embed_dim=embed_dim
+        )
+        self.pos_embed = None
+        if use_abs_pos:
+            num_positions = (pretrain_img_size // patch_size) ** 2 + bool(pretrain_use_cls_token)
+            self.pos_embed = nn.Parameter(torch.zeros(1, num_positions, embed_dim))
+        self.blocks = nn.ModuleList(
+            Block(
+                dim=embed_dim,
+                num_heads=num_heads,
+                mlp_ratio=mlp_ratio,
+                qkv_bias=qkv_bias,
+                drop_path=rate,
+                norm_layer=norm_layer,
+                act_layer=act_layer,
+                use_rel_pos=use_rel_pos,
+                rel_pos_zero_init=rel_pos_zero_init,
+                window_size=window_size if i in window_block_indexes else 0,
+                use_residual_block=i in residual_block_indexes,
+                input_size=(img_size // patch_size, img_size // patch_size),
+            )
+            for i, rate in enumerate(drop_path_rates(drop_path_rate, depth))
+        )
+        self._out_features = [out_feature]
+        self._out_feature_channels = {out_feature: embed_dim}
+        self._out_feature_strides = {out_feature: patch_size}
+        if self.pos_embed is not None:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.apply(init_transformer_weights)
+
+    def forward(self, x):
+        """Compute the feature map.
+
+        Args:
+            x: (N, in_chans, H, W) pictures; what is over a multiple of the patch size is not seen.
+
+        Returns:
+            dict[str, Tensor]: `out_feature` -> (N, C, H // patch_size, W // patch_size).
+        """
+        x = self.patch_embed(x)
+        if self.pos_embed is not None:
+            x = x + get_abs_pos(self.pos_embed, self.pretrain_use_cls_token, x.shape[1:3])
+        for block in self.blocks:
+            x = run_block(block, x, self.use_act_checkpoint)
+        return {self._out_features[0]: x.permute(0, 3, 1, 2)}
