@@ -65,11 +65,12 @@ def register_pixel_stats(model: nn.Module, pixel_mean: Sequence[float], pixel_st
     """Give the model (C, 1, 1) float32 buffers `pixel_mean` and `pixel_std`; kept out of the state dict.
 
     Raises:
-        ValueError: the two differ in length.
+        ValueError: the two differ in length, or a deviation is not above 0.
     """
-    if len(pixel_mean) != len(pixel_std):
+    if len(pixel_mean) != len(pixel_std) or not all(value > 0 for value in pixel_std):
         raise ValueError(
-            f"pixel_mean and pixel_std must be of one length, got {list(pixel_mean)} and {list(pixel_std)}."
+            "pixel_mean (MODEL.PIXEL_MEAN) and pixel_std (MODEL.PIXEL_STD, above 0) must be of one length, "
+            f"got {list(pixel_mean)} and {list(pixel_std)}."
         )
     for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
         model.register_buffer(

@@ -300,7 +300,7 @@ def test_from_config():
 
 def test_config_errors_name_the_key():
     cfg = rpn_config()
-    with pytest.raises(ValueError, match=r"MODEL.RPN.IN_FEATURES has \['p4'\].*\['p3'\]"):
+    with pytest.raises(ValueError, match=r"MODEL.RPN.IN_FEATURES is .*\['p3'\]: 'p4' is not"):
         build_proposal_generator(cfg, shapes((8,)))
     with pytest.raises(ValueError, match=r"channels \(MODEL.RPN.IN_FEATURES\).*\[8, 9\]"):
         build_proposal_generator(cfg, shapes((8, 9)))

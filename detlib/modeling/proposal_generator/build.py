@@ -12,6 +12,11 @@ gt_instances: list[Instances] | None)` to proposals (`list[Instances]`) and loss
 """
 
 
+@PROPOSAL_GENERATOR_REGISTRY.register()
+def PrecomputedProposals(cfg, input_shape) -> None:
+    """No generator: the data brings the proposals."""
+
+
 def build_proposal_generator(cfg, input_shape):
     """Build the generator that `cfg.MODEL.PROPOSAL_GENERATOR.NAME` names.
 
@@ -23,6 +28,4 @@ def build_proposal_generator(cfg, input_shape):
         nn.Module | None: None for "PrecomputedProposals", where the data brings the proposals.
     """
     name = cfg.MODEL.PROPOSAL_GENERATOR.NAME
-    if name == "PrecomputedProposals":
-        return None
     return PROPOSAL_GENERATOR_REGISTRY.get(name, key="MODEL.PROPOSAL_GENERATOR.NAME")(cfg, input_shape)

@@ -12,6 +12,7 @@ from detlib.config import configurable
 from detlib.layers import Conv2d, ShapeSpec
 from detlib.modeling.anchor_generator import build_anchor_generator
 from detlib.modeling.box_regression import BOX_LOSS_TYPES, Box2BoxTransform, box2box_transform_for
+from detlib.modeling.config_checks import check_choice, check_features, config_keys
 from detlib.modeling.dense_ops import (
     decode_top_predictions,
     dense_box_regression_loss,
@@ -192,19 +193,19 @@ class RPN(nn.Module):
     def from_config(cls, cfg, input_shape: dict[str, ShapeSpec]):
         """Translate `cfg.MODEL.RPN` and `cfg.MODEL.PROPOSAL_GENERATOR.MIN_SIZE`."""
         rpn = cfg.MODEL.RPN
-        if rpn.BBOX_REG_LOSS_TYPE not in BOX_LOSS_TYPES:
-            legal = list(BOX_LOSS_TYPES)
-            raise ValueError(f"MODEL.RPN.BBOX_REG_LOSS_TYPE is {rpn.BBOX_REG_LOSS_TYPE!r}; legal are {legal}")
-        unknown = [name for name in rpn.IN_FEATURES if name not in input_shape]
-        if unknown:
-            raise ValueError(f"MODEL.RPN.IN_FEATURES has {unknown}; the backbone returns {list(input_shape)}")
+        check_choice(rpn.BBOX_REG_LOSS_TYPE, BOX_LOSS_TYPES, "MODEL.RPN.BBOX_REG_LOSS_TYPE")
+        check_features(rpn.IN_FEATURES, input_shape, "MODEL.RPN.IN_FEATURES")
+        with config_keys("MODEL.RPN.IOU_THRESHOLDS", "MODEL.RPN.IOU_LABELS"):
+            matcher = Matcher(rpn.IOU_THRESHOLDS, rpn.IOU_LABELS, allow_low_quality_matches=True)
+        with config_keys("MODEL.RPN.BBOX_REG_WEIGHTS"):
+            transform = box2box_transform_for(rpn.BBOX_REG_WEIGHTS)
         shapes = [input_shape[name] for name in rpn.IN_FEATURES]
         return {
             "in_features": rpn.IN_FEATURES,
             "head": build_rpn_head(cfg, shapes),
             "anchor_generator": build_anchor_generator(cfg, shapes),
-            "anchor_matcher": Matcher(rpn.IOU_THRESHOLDS, rpn.IOU_LABELS, allow_low_quality_matches=True),
-            "box2box_transform": box2box_transform_for(rpn.BBOX_REG_WEIGHTS),
+            "anchor_matcher": matcher,
+            "box2box_transform": transform,
             "batch_size_per_image": rpn.BATCH_SIZE_PER_IMAGE,
             "positive_fraction": rpn.POSITIVE_FRACTION,
             "pre_nms_topk": (rpn.PRE_NMS_TOPK_TRAIN, rpn.PRE_NMS_TOPK_TEST),
