@@ -57,6 +57,7 @@ LAZY = {
     "cv2",
     "faster_coco_eval",
     "matplotlib",
+    "omegaconf",
     "onnx",
     "pandas",
     "panopticapi",

@@ -23,7 +23,6 @@ LATER_MODULES = {
     "data.datasets.coco_panoptic": "more data sets",
     "data.datasets.lvis": "more data sets",
     "export": "export",
-    "model_zoo": "model zoo",
     "modeling.backbone.swin": "more backbones",
     "modeling.meta_arch.dense_detector": "one-stage models",
     "modeling.meta_arch.fcos": "one-stage models",
@@ -37,7 +36,6 @@ LATER_MODULES = {
 
 # Names of parts that are to come, in modules that are here.
 LATER_NAMES = {
-    "config": {"LazyCall", "LazyConfig", "instantiate"},
     "data": {"load_proposals_into_dataset"},
     "data.build": {"load_proposals_into_dataset"},
     "data.datasets": {

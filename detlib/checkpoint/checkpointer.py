@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from detlib.checkpoint.formats import read_checkpoint, write_bytes_atomically, write_checkpoint
+from detlib.checkpoint.formats import read_checkpoint, write_checkpoint
 from detlib.checkpoint.key_matching import group_by_module, strip_common_prefix
+from detlib.utils.atomic_write import write_bytes_atomically
 from detlib.utils.file_io import PathManager
 
 __all__ = ["Checkpointer", "IncompatibleKeys"]

@@ -5,10 +5,8 @@ What comes out of a reader is a dict with the parameters under "model" (name to 
 "matching_heuristics" ...). No reader executes code from the file.
 """
 
-import contextlib
 import os
 import pickle
-import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,9 +14,9 @@ import numpy as np
 import torch
 
 from detlib.checkpoint.safe_pickle import NUMPY_STAND_INS, load_plain_pickle, resolve_stand_ins
-from detlib.utils.file_io import PathManager, is_remote
+from detlib.utils.atomic_write import write_bytes_atomically
 
-__all__ = ["read_checkpoint", "to_plain_types", "write_bytes_atomically", "write_checkpoint"]
+__all__ = ["read_checkpoint", "to_plain_types", "write_checkpoint"]
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:
@@ -96,54 +94,6 @@ def write_checkpoint(path: str, content: Mapping[str, Any]) -> None:
     """
     plain = to_plain_types(content, "checkpoint")
     write_bytes_atomically(path, lambda file: torch.save(plain, file))
-
-
-def write_bytes_atomically(path: str, write: Callable[[Any], None]) -> None:
-    """Calls ``write(file)`` on a temporary file and moves that to `path` once it is safe on disk.
-
-    A crash, a full disk or a lost power line leaves what was at `path` before. What goes to remote storage
-    ("scheme://...") is written to a local file and handed over as a whole.
-    """
-    if is_remote(path):
-        with tempfile.TemporaryDirectory() as folder:
-            local = os.path.join(folder, "content")
-            with open(local, "wb") as f:
-                write(f)
-            PathManager.copy_from_local(local, path, overwrite=True)
-        return
-    folder = os.path.dirname(os.path.abspath(path))
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        # mkstemp makes files that only the owner can read; checkpoints are as open as any other file.
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
-        raise
-    _sync_folder(folder)
-
-
-def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
-
-
-def _sync_folder(folder: str) -> None:
-    """Makes a rename in `folder` last over a power loss, where the system can open folders."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def to_plain_types(value: Any, where: str) -> Any:

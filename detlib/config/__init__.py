@@ -1,16 +1,22 @@
-"""Configs: `get_cfg`, `CfgNode`, and `configurable`, which makes components from them."""
+"""Configs: `get_cfg`, `CfgNode`, and `configurable`, which makes components from them; and lazy ones:
+`LazyConfig`, `LazyCall` and `instantiate`."""
 
 from detlib.config.cfg_node import CfgNode
 from detlib.config.compat import downgrade_config, upgrade_config
 from detlib.config.config import get_cfg, global_cfg, set_global_cfg
 from detlib.config.construct import configurable
+from detlib.config.instantiate import instantiate
+from detlib.config.lazy import LazyCall, LazyConfig
 
 __all__ = [
     "CfgNode",
+    "LazyCall",
+    "LazyConfig",
     "configurable",
     "downgrade_config",
     "get_cfg",
     "global_cfg",
+    "instantiate",
     "set_global_cfg",
     "upgrade_config",
 ]

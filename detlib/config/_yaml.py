@@ -13,7 +13,7 @@ from detlib.config._expression import evaluate
 from detlib.utils.file_io import PathManager
 from detlib.utils.suggest import near_names
 
-__all__ = ["BASE_KEY", "parse_yaml", "read_yaml", "read_yaml_with_bases"]
+__all__ = ["BASE_KEY", "missing_config", "parse_yaml", "read_yaml", "read_yaml_with_bases"]
 
 BASE_KEY = "_BASE_"
 _PYTHON_TAG = "tag:yaml.org,2002:python/"
@@ -117,7 +117,13 @@ def _near_paths(path: str) -> Iterator[str]:
             yield str(candidate)
 
 
-def _missing(path: str, asked_by: str | None) -> FileNotFoundError:
+def missing_config(path: str, asked_by: str | None = None) -> FileNotFoundError:
+    """The error to raise for a config file that does not exist, with near paths.
+
+    Args:
+        path: what was asked for.
+        asked_by: the config that has it as its base.
+    """
     near = list(dict.fromkeys(_near_paths(path)))[:3]
     by = f", which {asked_by!r} names as its {BASE_KEY}" if asked_by else ""
     hint = (
@@ -140,7 +146,7 @@ def read_yaml(path: str, asked_by: str | None = None) -> dict[str, Any]:
         ValueError: see `parse_yaml`.
     """
     if "://" not in path and not os.path.isfile(path):
-        raise _missing(path, asked_by)
+        raise missing_config(path, asked_by)
     with (
         PathManager.open(path, "r", encoding="utf-8")
         if "://" not in path

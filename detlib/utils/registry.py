@@ -6,7 +6,7 @@ from typing import Any
 
 from detlib.utils.suggest import suggest
 
-__all__ = ["Registry", "locate"]
+__all__ = ["Registry", "dotted_path", "locate"]
 
 
 def _describe(obj: Any) -> str:
@@ -52,6 +52,34 @@ def locate(name: str) -> Any:
             raise _NotLocated(f"Cannot locate {name!r}: {owner!r} has no attribute {parts[i]!r}.{near}")
         obj = getattr(obj, parts[i])
     return obj
+
+
+def dotted_path(obj: Any) -> str:
+    """Returns the shortest dotted path at which `locate` finds a class or function.
+
+    Packages hand their names on, so ``detlib.modeling.backbone.fpn.FPN`` is called ``detlib.modeling.FPN``.
+
+    Raises:
+        ValueError: it has no such path: a lambda, a local function, an object without a name, or something
+            of a script or of a file that is no module.
+    """
+    if isinstance(owner := getattr(obj, "__self__", None), type):  # a class method, maybe an inherited one
+        return f"{dotted_path(owner)}.{obj.__name__}"
+    module, name = getattr(obj, "__module__", None), getattr(obj, "__qualname__", None)
+    if not isinstance(module, str) or not isinstance(name, str):
+        raise ValueError(f"{obj!r} has no dotted path.")
+    parts = [*module.split("."), *name.split(".")]
+    if module == "__main__" or not all(part.isidentifier() for part in parts):
+        raise ValueError(f"{module}.{name} has no dotted path: only what is named in a module has one.")
+    for depth in range(1, len(module.split(".")) + 1):
+        path = ".".join([*parts[:depth], name])
+        try:
+            found = locate(path)
+        except _NotLocated:
+            continue
+        if found == obj:
+            return path
+    raise ValueError(f"{module}.{name} is another object than the {name!r} that came.")
 
 
 class Registry(Iterable[tuple[str, Any]]):

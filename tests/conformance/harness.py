@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from detlib.config import get_cfg
+from detlib.config import CfgNode, LazyConfig, get_cfg
 from detlib.modeling import build_model
 from detlib.structures import Boxes, Instances, Keypoints, PolygonMasks
 from detlib.utils.events import EventStorage
@@ -45,12 +45,22 @@ class Case:
         return kinds
 
 
+def build_case_model(case: Case, config_dir: pathlib.Path) -> tuple[torch.nn.Module, CfgNode | None]:
+    """The model of the case's YAML or lazy config, and the config of the former; None of the latter."""
+    path = str(config_dir / case.facts["config"])
+    if path.endswith(".py"):
+        cfg = LazyConfig.apply_overrides(LazyConfig.load(path), case.facts["overrides"])
+        return build_model(cfg.model), None
+    cfg = get_cfg()
+    cfg.merge_from_file(path)
+    cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", *case.facts["overrides"]])
+    return build_model(cfg), cfg
+
+
 def run_case(case: Case, config_dir: pathlib.Path) -> list[str]:
     """Build the case's model, run it and list what differs; an empty list is conformance."""
-    cfg = get_cfg()
-    cfg.merge_from_file(str(config_dir / case.facts["config"]))
-    cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", *case.facts["overrides"]])
-    model = build_model(cfg).eval()
+    model, cfg = build_case_model(case, config_dir)
+    model.eval()
     differences = compare_state(model, case)
     if differences:
         return differences
@@ -67,7 +77,12 @@ def run_case(case: Case, config_dir: pathlib.Path) -> list[str]:
 
     if "losses" not in case.facts:
         return differences
-    add_truth(items, case, with_masks=cfg.MODEL.MASK_ON, with_keypoints=cfg.MODEL.KEYPOINT_ON)
+    add_truth(
+        items,
+        case,
+        with_masks=cfg is None or cfg.MODEL.MASK_ON,
+        with_keypoints=cfg.MODEL.KEYPOINT_ON if cfg else "keypoint" in case.facts["config"],
+    )
     if hasattr(model, "sem_seg_head"):
         add_semantic_truth(items, case, model.sem_seg_head.num_classes)
     with EventStorage() as storage:

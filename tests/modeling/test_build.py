@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from detlib import modeling
+from detlib.config import LazyCall
 from detlib.modeling import META_ARCH_REGISTRY, build_model
 from tests.modeling.small_rcnn import FAST_RCNN, FASTER_RCNN, MASK_RCNN, RPN, small_config
 
@@ -103,3 +104,13 @@ def test_a_registered_architecture_is_built():
 def test_public_names():
     missing = [name for name in modeling.__all__ if not hasattr(modeling, name)]
     assert not missing
+
+
+def test_build_model_takes_lazy_nodes():
+    model = build_model(LazyCall(nn.Linear)(in_features=2, out_features=3))
+    assert isinstance(model, nn.Linear) and model.out_features == 3
+    assert isinstance(build_model({"_target_": "torch.nn.ReLU"}), nn.ReLU)
+    with pytest.raises(
+        TypeError, match=r"got dict\. Give the model's node of a lazy config: build_model\(cfg\.model"
+    ):
+        build_model({"model": {"_target_": "torch.nn.ReLU"}, "train": {}})

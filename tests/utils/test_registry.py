@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from detlib.utils.registry import Registry, locate
+from detlib.utils.registry import Registry, dotted_path, locate
 from detlib.utils.suggest import near_names, suggest
 
 
@@ -89,3 +89,15 @@ def test_suggest():
     assert suggest("base_lr", ["BASE_LR"]) == " Did you mean 'BASE_LR'?"
     assert suggest("aab", ["aac", "aad"]).count(" or ") == 1
     assert near_names("p2", ["p2", "p3"], n=1) == ["p2"]
+
+
+def test_dotted_paths_are_the_shortest_that_lead_back():
+    assert dotted_path(json.decoder.JSONDecoder) == "json.JSONDecoder"
+    assert dotted_path(json.JSONDecoder.decode) == "json.JSONDecoder.decode"
+    assert dotted_path(dict) == "builtins.dict" and dotted_path(dict.fromkeys) == "builtins.dict.fromkeys"
+
+
+@pytest.mark.parametrize("obj", [lambda: 1, json.JSONDecoder(), 3])
+def test_what_has_no_dotted_path(obj):
+    with pytest.raises(ValueError, match="no dotted path|another object"):
+        dotted_path(obj)

@@ -1,8 +1,11 @@
 """Building a whole model from a config."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
-from detlib.config import CfgNode
+from detlib.config import CfgNode, instantiate
 from detlib.utils.env import resolve_device
 from detlib.utils.registry import Registry
 
@@ -15,16 +18,29 @@ and a list of dicts otherwise. An entry is called as `entry(cfg)`.
 """
 
 
-def build_model(cfg: CfgNode) -> torch.nn.Module:
-    """Build the model that `cfg.MODEL.META_ARCHITECTURE` names, with random weights, on `cfg.MODEL.DEVICE`.
+def build_model(cfg: CfgNode | Mapping[str, Any]) -> torch.nn.Module:
+    """Build a model with random weights.
 
     Weights are loaded by `detlib.checkpoint.DetectionCheckpointer`.
 
+    Args:
+        cfg: a CfgNode, whose `cfg.MODEL.META_ARCHITECTURE` is built and moved to `cfg.MODEL.DEVICE`; or the
+            model's node of a lazy config, a mapping with `_target_`, which is instantiated where PyTorch
+            puts new tensors.
+
     Raises:
-        TypeError: `cfg` is no CfgNode.
+        TypeError: `cfg` is neither.
         KeyError: no such architecture; the message lists near names.
     """
-    if not isinstance(cfg, CfgNode):
-        raise TypeError(f"build_model takes a CfgNode, such as get_cfg() returns; got {type(cfg).__name__}.")
-    model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE, key="MODEL.META_ARCHITECTURE")(cfg)
-    return model.to(resolve_device(cfg.MODEL.DEVICE))
+    if isinstance(cfg, CfgNode):
+        model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE, key="MODEL.META_ARCHITECTURE")(cfg)
+        return model.to(resolve_device(cfg.MODEL.DEVICE))
+    if isinstance(cfg, Mapping) and "_target_" in cfg:
+        return instantiate(cfg)
+    hint = ""
+    if isinstance(cfg, Mapping) and "model" in cfg:
+        hint = " Give the model's node of a lazy config: build_model(cfg.model)."
+    raise TypeError(
+        "build_model takes a CfgNode, such as get_cfg() returns, or a lazy node, a mapping with '_target_'; "
+        f"got {type(cfg).__name__}.{hint}"
+    )

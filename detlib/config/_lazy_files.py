@@ -1,0 +1,165 @@
+"""Running lazy config files, whose relative imports reach other config files.
+
+A config file runs with an ``__import__`` of its own among its builtins, so that nothing global is patched
+and an error in a file leaves nothing behind. Absolute imports are Python's; a relative one names a file
+beside the importing file (``from .base import model``) or in a folder above it
+(``from ..common.train import train``), whatever those folders are called.
+"""
+
+import builtins
+import copy
+import importlib.machinery
+import os
+from types import ModuleType
+from typing import Any
+
+from detlib.config._yaml import missing_config
+from detlib.utils.file_io import PathManager
+from detlib.utils.suggest import suggest
+
+__all__ = ["run_config_file"]
+
+
+def run_config_file(path: str) -> dict[str, Any]:
+    """Runs a config file and returns its variables.
+
+    Raises:
+        FileNotFoundError: it does not exist; near paths are listed.
+        ImportError: a relative import reaches no config file, or asks for a name that is not there.
+        SyntaxError: the file, or one that it imports, is not Python.
+    """
+    if not _is_file(path):
+        raise missing_config(path)
+    return _Session().variables(path)
+
+
+def _is_file(path: str) -> bool:
+    return PathManager.isfile(path) if "://" in path else os.path.isfile(path)
+
+
+def _identity(path: str) -> str:
+    return path if "://" in path else os.path.realpath(path)
+
+
+def _beside(importer: str, level: int, name: str) -> str:
+    """The path, without ending, that a relative import with `level` dots in the file `importer` names."""
+    scheme, mark, path = importer.rpartition("://")
+    steps = [os.pardir] * (level - 1) + name.split(".")
+    return scheme + mark + os.path.normpath(os.path.join(os.path.dirname(path), *steps))
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """A copy of configs and of plain containers; everything else is passed on as it is."""
+    from omegaconf import Container
+
+    if isinstance(value, Container):
+        return copy.deepcopy(value, memo)
+    if type(value) in (dict, list) and id(value) not in memo:
+        memo[id(value)] = result = type(value)()
+        if isinstance(result, dict):
+            result.update((key, _copied(item, memo)) for key, item in value.items())
+        else:
+            result.extend(_copied(item, memo) for item in value)
+    return memo.get(id(value), value)
+
+
+class _Session:
+    """One load: each file runs once, however many others import it, and each of those gets its own copy."""
+
+    def __init__(self) -> None:
+        self._done: dict[str, dict[str, Any]] = {}
+        self._running: list[str] = []
+
+    def variables(self, path: str, asked_by: str | None = None) -> dict[str, Any]:
+        identity = _identity(path)
+        if identity in self._running:
+            circle = " -> ".join([*self._running[self._running.index(identity) :], identity])
+            raise ImportError(f"Config files import one another in a circle: {circle}")
+        if identity not in self._done:
+            self._running.append(identity)
+            try:
+                self._done[identity] = self._run(path, asked_by)
+            finally:
+                self._running.pop()
+        return self._done[identity]
+
+    def _run(self, path: str, asked_by: str | None) -> dict[str, Any]:
+        with PathManager.open(path, "r") if "://" in path else open(path, encoding="utf-8") as file:
+            source = file.read()
+        try:
+            code = compile(source, path, "exec", dont_inherit=True)
+        except SyntaxError as error:
+            by = f", which {asked_by!r} imports" if asked_by else ""
+            error.msg = f"{error.msg}, in the config file {path!r}{by}"
+            raise
+
+        def import_(name, globals=None, locals=None, fromlist=(), level=0):
+            if level == 0:
+                return builtins.__import__(name, globals, locals, fromlist, level)
+            return self._import(path, name, fromlist or (), level)
+
+        variables = {
+            "__name__": f"lazy_config({path})",
+            "__file__": path,
+            "__builtins__": {**vars(builtins), "__import__": import_},
+        }
+        exec(code, variables)
+        return variables
+
+    def _import(self, importer: str, name: str, wanted: tuple[str, ...], level: int) -> ModuleType:
+        """What stands behind ``from ..name import wanted`` in the file `importer`, with `level` dots."""
+        stem = _beside(importer, level, name)
+        written = f"from {'.' * level}{name} import {', '.join(wanted)}"
+        if _is_file(f"{stem}.py"):
+            module = self._module(f"{stem}.py", importer)
+        elif os.path.isdir(stem):
+            module = self._folder(stem, wanted, importer)
+        else:
+            raise ImportError(self._no_file(stem, importer, written), name=name, path=importer)
+        for attribute in wanted:
+            if attribute != "*" and not hasattr(module, attribute):
+                near = suggest(attribute, (n for n in vars(module) if not n.startswith("__")))
+                raise ImportError(
+                    f"The config file {module.__file__!r} has no {attribute!r}, which {importer!r} asks for "
+                    f"({written}).{near}",
+                    name=name,
+                    path=module.__file__,
+                )
+        return module
+
+    def _module(self, path: str, importer: str) -> ModuleType:
+        """The variables of a file as a module, with copies of its configs for the importing file."""
+        variables = self.variables(path, asked_by=importer)
+        module = ModuleType(variables["__name__"], variables.get("__doc__"))
+        module.__file__ = path
+        module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None, origin=path)
+        memo: dict[int, Any] = {}
+        for key, value in variables.items():
+            if not key.startswith("__") or key == "__all__":
+                setattr(module, key, _copied(value, memo))
+        return module
+
+    def _folder(self, folder: str, wanted: tuple[str, ...], importer: str) -> ModuleType:
+        """``from ..common import train``: the folder's ``__init__.py``, if any, and the files asked for."""
+        own = os.path.join(folder, "__init__.py")
+        if os.path.isfile(own):
+            module = self._module(own, importer)
+        else:
+            module = ModuleType(f"lazy_config({folder})")
+            module.__file__ = folder
+        for attribute in wanted:
+            file = os.path.join(folder, f"{attribute}.py")
+            if not hasattr(module, attribute) and os.path.isfile(file):
+                setattr(module, attribute, self._module(file, importer))
+        return module
+
+    @staticmethod
+    def _no_file(stem: str, importer: str, written: str) -> str:
+        folder, name = os.path.split(stem)
+        near = ""
+        if os.path.isdir(folder):
+            near = suggest(f"{name}.py", os.listdir(folder))
+        return (
+            f"There is no config file '{stem}.py', which {importer!r} imports ({written}).{near} Relative "
+            "imports in config files reach other config files only; import packages by their full name."
+        )

@@ -1,0 +1,59 @@
+"""Writing files whole or not at all."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+from detlib.utils.file_io import PathManager, is_remote
+
+__all__ = ["write_bytes_atomically"]
+
+
+def write_bytes_atomically(path: str, write: Callable[[Any], None]) -> None:
+    """Calls ``write(file)`` on a temporary file and moves that to `path` once it is safe on disk.
+
+    A crash, a full disk or a lost power line leaves what was at `path` before. What goes to remote storage
+    ("scheme://...") is written to a local file and handed over as a whole.
+    """
+    if is_remote(path):
+        with tempfile.TemporaryDirectory() as folder:
+            local = os.path.join(folder, "content")
+            with open(local, "wb") as f:
+                write(f)
+            PathManager.copy_from_local(local, path, overwrite=True)
+        return
+    folder = os.path.dirname(os.path.abspath(path))
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        # mkstemp makes files that only the owner can read; ours are as open as any other file.
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+        raise
+    _sync_folder(folder)
+
+
+def _umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: str) -> None:
+    """Makes a rename in `folder` last over a power loss, where the system can open folders."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,103 @@
+"""`instantiate`: from nodes to objects."""
+
+import functools
+
+import pytest
+from omegaconf import OmegaConf
+from torch import nn
+
+from detlib.config import CfgNode, LazyCall, instantiate
+from detlib.layers import ShapeSpec
+
+
+def collect(*args, **kwargs):
+    return args, kwargs
+
+
+def explode(kind):
+    raise kind("it went off")
+
+
+def test_arguments_are_plain_python():
+    node = LazyCall(collect)(
+        numbers=[1, [2]],
+        pair=(3, 4),
+        table={"a": {"b": 5}},
+        none=None,
+        shape=ShapeSpec(channels=3),
+        same="${.numbers}",
+    )
+    _, made = instantiate(node)
+    assert made == {
+        "numbers": [1, [2]],
+        "pair": (3, 4),
+        "table": {"a": {"b": 5}},
+        "none": None,
+        "shape": ShapeSpec(channels=3),
+        "same": [1, [2]],
+    }
+    assert type(made["numbers"]) is list and type(made["numbers"][1]) is list
+    assert type(made["table"]["a"]) is dict and type(made["shape"]) is ShapeSpec
+
+
+def test_interpolations_relative_and_absolute():
+    cfg = OmegaConf.create({"n": 3}, flags={"allow_objects": True})
+    cfg.model = LazyCall(collect)(width=2, part=LazyCall(collect)(a="${..width}", b="${n}", c="${...n}"))
+    assert instantiate(cfg.model)[1]["part"][1] == {"a": 2, "b": 3, "c": 3}
+    assert instantiate(cfg.model.part)[1] == {"a": 2, "b": 3, "c": 3}
+
+
+def test_nodes_everywhere():
+    relu = {"_target_": "torch.nn.ReLU"}
+    made = instantiate({"a": [relu, (relu, 1)], "b": {"c": relu}})
+    assert isinstance(made["a"][0], nn.ReLU) and isinstance(made["a"][1][0], nn.ReLU)
+    assert isinstance(made["b"]["c"], nn.ReLU)
+    assert [type(m) for m in instantiate(OmegaConf.create([relu, relu]))] == [nn.ReLU, nn.ReLU]
+
+
+def test_other_things_stay_as_they_are():
+    cfg, module = CfgNode({"_target_": "x"}), nn.ReLU()
+    assert instantiate(cfg) is cfg and instantiate(module) is module and instantiate(None) is None
+    norm = functools.partial(nn.LayerNorm, eps=1e-6)
+    assert instantiate(LazyCall(collect)(norm=norm))[1]["norm"].keywords == {"eps": 1e-6}
+
+
+def test_special_entries():
+    assert instantiate({"_target_": collect, "_args_": [1, {"_target_": "builtins.dict"}], "a": 2}) == (
+        (1, {}),
+        {"a": 2},
+    )
+    made = instantiate({"_target_": "torch.nn.LayerNorm", "_partial_": True, "eps": 1e-6})
+    assert made(4).eps == 1e-6
+    inner = LazyCall(nn.ReLU)()
+    assert instantiate(LazyCall(collect)(_recursive_=False, inner=inner))[1]["inner"] == inner
+    target = {"_target_": "detlib.utils.registry.locate", "name": "torch.nn.ReLU"}
+    assert isinstance(instantiate({"_target_": target}), nn.ReLU)
+
+
+def test_wrong_arguments_are_named():
+    cfg = OmegaConf.create({"model": {"parts": [{"_target_": "torch.nn.Linear", "in_feature": 3}]}})
+    with pytest.raises(
+        TypeError, match=r"torch\.nn\.Linear at config path 'model\.parts\[0\]'.*mean 'in_features'"
+    ):
+        instantiate(cfg.model)
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyError, TypeError])
+def test_errors_of_a_target_say_where(kind):
+    cfg = OmegaConf.create(
+        {"model": {"_target_": "builtins.dict", "head": LazyCall(explode)(kind=kind)}},
+        flags={"allow_objects": True},
+    )
+    with pytest.raises(kind, match="it went off") as info:
+        instantiate(cfg)
+    (note,) = info.value.__notes__
+    assert note.endswith("explode at config path 'model.head'")
+
+
+def test_wrong_targets():
+    with pytest.raises(ImportError, match="Did you mean 'ReLU'") as info:
+        instantiate({"a": {"_target_": "torch.nn.Relu"}})
+    assert "config path 'a'" in info.value.__notes__[0]
+    with pytest.raises(TypeError, match="_target_ at config path 'a' must be a callable.*got 3"):
+        instantiate({"a": {"_target_": 3}})
