@@ -24,9 +24,6 @@ LATER_MODULES = {
     "data.datasets.lvis": "more data sets",
     "export": "export",
     "modeling.backbone.swin": "more backbones",
-    "modeling.meta_arch.dense_detector": "one-stage models",
-    "modeling.meta_arch.fcos": "one-stage models",
-    "modeling.meta_arch.retinanet": "one-stage models",
     "modeling.mmdet_wrapper": "models of other libraries",
     "modeling.test_time_augmentation": "test-time augmentation",
     "tracking": "tracking",
@@ -61,20 +58,13 @@ LATER_NAMES = {
     },
     "modeling": {
         "DatasetMapperTTA",
-        "FCOS",
         "GeneralizedRCNNWithTTA",
         "MMDetBackbone",
         "MMDetDetector",
-        "RetinaNet",
         "SwinTransformer",
     },
     "modeling.backbone": {
         "SwinTransformer",
-    },
-    "modeling.meta_arch": {
-        "DenseDetector",
-        "FCOS",
-        "RetinaNet",
     },
 }
 
@@ -89,6 +79,7 @@ LATER_METHODS = {
 DIFFERENT = {
     "Backbone.forward: x": "detectron2's abstract method takes no input, though all that implement it do",
     "COCOevalMaxDets": "the evaluator asks its back end for the number of detections",
+    "DenseDetector.visualize_training": "models do not draw; a hook of the trainer does",
     "GeneralizedRCNN.visualize_training": "models do not draw; a hook of the trainer does",
     "setup_logger: name": "the root logger has the name of this package",
 }

@@ -3,20 +3,46 @@
 RPN uses it, and every other detector that predicts on anchors or points can.
 
 Shape legend: N images, L feature levels, H and W one level's size, A anchors per pixel, R = H*W*A anchors of
-one level (or of all levels), K numbers per anchor, B numbers per box, T chosen boxes.
+one level (or of all), K numbers per anchor (classes, where they are scores), B numbers per box, T boxes
+chosen on every image, P boxes chosen on all images together.
 """
+
+import math
+from typing import NamedTuple
 
 import torch
 
 from detlib.modeling.box_regression import box_regression_loss
+from detlib.structures import Instances
 
 __all__ = [
+    "Candidates",
+    "best_candidates",
+    "candidates_from_logits",
+    "candidates_from_scores",
+    "check_rows",
+    "decode_candidates",
     "decode_top_predictions",
     "dense_box_regression_loss",
+    "detections_per_image",
     "gather_rows",
     "permute_to_N_HWA_K",
+    "same_on_all_levels",
     "top_per_level",
 ]
+
+
+def same_on_all_levels(values: list, what: str):
+    """The one value of a list: what a head that serves all levels needs to know of them.
+
+    Raises:
+        ValueError: the values differ; `what` names them.
+    """
+    if len(set(values)) != 1:
+        raise ValueError(
+            f"the head is shared by all levels, so {what} must be the same on each; got {list(values)}"
+        )
+    return values[0]
 
 
 def permute_to_N_HWA_K(tensor: torch.Tensor, K: int) -> torch.Tensor:
@@ -118,3 +144,138 @@ def dense_box_regression_loss(
         box_reg_loss_type,
         smooth_l1_beta,
     )
+
+
+def check_rows(anchors, predictions: list[torch.Tensor], remedy: str) -> None:
+    """Refuse predictions that do not fit the anchors.
+
+    Args:
+        anchors: L sets of anchors.
+        predictions: L tensors (N, R, K).
+        remedy: what to set so that they fit, for the message.
+
+    Raises:
+        ValueError: numbers of levels, or of rows on a level, that differ.
+    """
+    have, want = [p.shape[1] for p in predictions], [len(a) for a in anchors]
+    if have != want:
+        raise ValueError(f"the head predicts for {have} anchors by level, there are {want}: {remedy}")
+
+
+class Candidates(NamedTuple):
+    """Predictions of one level that score above a threshold; P of them, of all images of a batch."""
+
+    images: torch.Tensor
+    """(P,) int64 in [0, N)."""
+    rows: torch.Tensor
+    """(P,) int64 in [0, R): which anchor of the level."""
+    classes: torch.Tensor
+    """(P,) int64 in [0, K)."""
+    scores: torch.Tensor
+    """(P,) float32, or float64 where the predictions are."""
+
+
+def _score_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def candidates_from_scores(scores: torch.Tensor, threshold: float) -> Candidates:
+    """The scores above `threshold` of a (N, R, K) tensor."""
+    images, rows, classes = (scores > threshold).nonzero(as_tuple=True)
+    return Candidates(images, rows, classes, scores[images, rows, classes].to(_score_dtype(scores)))
+
+
+def candidates_from_logits(
+    logits: torch.Tensor, threshold: float, quality_logits: torch.Tensor | None = None
+) -> Candidates:
+    """The predictions whose score is above a threshold, without computing the scores of the others.
+
+    Args:
+        logits: (N, R, K); the sigmoid of it is the score of a class.
+        threshold: scores must be above it.
+        quality_logits: (N, R, 1); if given, its sigmoid is how well the box lies, and the score is the
+            geometric mean of both.
+
+    Returns:
+        Candidates: of this level.
+    """
+    # A quality is at most 1, so that the class alone must score above the square.
+    least = threshold if quality_logits is None else threshold * abs(threshold)
+    if least <= 0:
+        least_logit = -math.inf
+    else:
+        least_logit = math.log(least / (1 - least)) if least < 1 else math.inf
+        least_logit -= 0.01 * (1 + abs(least_logit))  # how logits are rounded must not decide
+    images, rows, classes, chosen = candidates_from_scores(logits, least_logit)
+    scores = chosen.sigmoid()
+    if quality_logits is not None:
+        scores = (scores * quality_logits[images, rows, 0].to(scores.dtype).sigmoid()).sqrt()
+    keep = (scores > threshold).nonzero().flatten()
+    return Candidates(images[keep], rows[keep], classes[keep], scores[keep])
+
+
+def best_candidates(candidates: Candidates, topk: int) -> Candidates:
+    """The `topk` best of each image (all where there are fewer): images in order, scores falling."""
+    order = candidates.scores.argsort(descending=True, stable=True)
+    order = order[candidates.images[order].argsort(stable=True)]
+    images = candidates.images[order]
+    rank = torch.arange(len(order), device=order.device) - torch.searchsorted(images, images)
+    order = order[rank < topk]
+    return Candidates(*(x[order] for x in candidates))
+
+
+def decode_candidates(anchors, deltas, levels: list[Candidates], box2box_transform):
+    """Turn the chosen predictions of all levels into boxes, at once.
+
+    Args:
+        anchors: L sets of R boxes, the same for all images.
+        deltas: L tensors (N, R, B).
+        levels: L sets of candidates, P on all levels together.
+        box2box_transform: what relates deltas and boxes.
+
+    Returns:
+        boxes: (P, B) float32, in the anchors' frame; only those that are finite.
+        candidates: the `Candidates` they belong to, with `rows` of their levels.
+    """
+    chosen_anchors = torch.cat([a.tensor[c.rows] for a, c in zip(anchors, levels)])
+    chosen_deltas = torch.cat([d[c.images, c.rows] for d, c in zip(deltas, levels)])
+    boxes = box2box_transform.apply_deltas(chosen_deltas, chosen_anchors)
+    finite = torch.isfinite(boxes).all(dim=1).nonzero().flatten()
+    merged = Candidates(*(torch.cat(field)[finite] for field in zip(*levels)))
+    return boxes[finite], merged
+
+
+def detections_per_image(
+    boxes: torch.Tensor,
+    candidates: Candidates,
+    image_sizes: list[tuple[int, int]],
+    box_type: type,
+    nms_thresh: float,
+    max_detections: int,
+) -> list[Instances]:
+    """Apply NMS within each class and image, and keep the best.
+
+    Args:
+        boxes: (P, B) boxes, in pixels of the pictures.
+        candidates: image, class and score of each.
+        image_sizes: N pairs (height, width) of the pictures before padding.
+        box_type: the class of the boxes, with `batched_nms`.
+        nms_thresh: IoU above which the worse of two boxes of a class is dropped.
+        max_detections: at most so many for an image; negative for all.
+
+    Returns:
+        list[Instances]: N with `pred_boxes` (not clipped), `scores` and `pred_classes`, by falling score.
+    """
+    order = candidates.images.argsort(stable=True)
+    counts = torch.bincount(candidates.images, minlength=len(image_sizes)).tolist()
+    parts = (x[order].split(counts) for x in (boxes, candidates.scores, candidates.classes))
+    results = []
+    for image_boxes, scores, classes, size in zip(*parts, image_sizes):
+        typed = box_type(image_boxes)
+        keep = typed.batched_nms(scores, classes, nms_thresh)
+        if max_detections >= 0:
+            keep = keep[:max_detections]
+        results.append(
+            Instances(size, pred_boxes=typed[keep], scores=scores[keep], pred_classes=classes[keep])
+        )
+    return results

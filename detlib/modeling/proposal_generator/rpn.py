@@ -17,6 +17,7 @@ from detlib.modeling.dense_ops import (
     decode_top_predictions,
     dense_box_regression_loss,
     permute_to_N_HWA_K,
+    same_on_all_levels,
 )
 from detlib.modeling.matcher import Matcher
 from detlib.modeling.proposal_generator.build import PROPOSAL_GENERATOR_REGISTRY
@@ -38,14 +39,6 @@ L feature maps to L objectness maps (N, A, H, W) and L delta maps (N, A*B, H, W)
 def build_rpn_head(cfg, input_shape):
     """Build the head that `cfg.MODEL.RPN.HEAD_NAME` names, for features of the shapes `input_shape`."""
     return RPN_HEAD_REGISTRY.get(cfg.MODEL.RPN.HEAD_NAME, key="MODEL.RPN.HEAD_NAME")(cfg, input_shape)
-
-
-def _one_value(values, what: str) -> int:
-    if len(set(values)) != 1:
-        raise ValueError(
-            f"an RPN head is shared by all levels, so {what} must be the same on each; got {values}"
-        )
-    return values[0]
 
 
 @RPN_HEAD_REGISTRY.register()
@@ -92,8 +85,10 @@ class StandardRPNHead(nn.Module):
         """Translate `cfg.MODEL.RPN.CONV_DIMS`; the anchor generator says how many anchors of what kind."""
         anchor_generator = build_anchor_generator(cfg, input_shape)
         return {
-            "in_channels": _one_value([s.channels for s in input_shape], "channels (MODEL.RPN.IN_FEATURES)"),
-            "num_anchors": _one_value(
+            "in_channels": same_on_all_levels(
+                [s.channels for s in input_shape], "channels (MODEL.RPN.IN_FEATURES)"
+            ),
+            "num_anchors": same_on_all_levels(
                 anchor_generator.num_anchors, "the number of anchors (MODEL.ANCHOR_GENERATOR)"
             ),
             "box_dim": anchor_generator.box_dim,
