@@ -202,25 +202,28 @@ def combine_semantic_and_instance_outputs(
             f"Merging needs masks of the semantic map's size {tuple(semantic_results.shape)}, got "
             f"{tuple(masks.shape)}."
         )
-    scores, order = instance_results.scores.sort(descending=True, stable=True)
-    order = order[: int((scores >= instances_score_thresh).sum())]
-    owners, is_kept = _place_instances(masks[order].to(torch.bool), overlap_threshold)
+    sorted_scores, order = instance_results.scores.sort(descending=True, stable=True)
+    count = int((sorted_scores >= instances_score_thresh).sum())
+    order = order[:count].tolist()
+    # Detections come sorted as a rule: then nothing is copied.
+    masks = masks[:count] if order == list(range(count)) else masks[order]
+    owners, is_placed = _place_instances(masks.to(torch.bool), overlap_threshold)
 
     segments: list[dict] = []
     new_ids = [0]
-    columns = (order, instance_results.scores[order], instance_results.pred_classes[order], is_kept)
-    for index, score, category, kept in zip(*(column.tolist() for column in columns)):
-        new_ids.append(len(segments) + 1 if kept else 0)
-        if kept:
+    scores, classes = sorted_scores.tolist(), instance_results.pred_classes.tolist()
+    for index, score, placed in zip(order, scores, is_placed.tolist()):
+        if placed:
             segments.append(
                 {
                     "id": len(segments) + 1,
                     "isthing": True,
                     "score": score,
-                    "category_id": category,
+                    "category_id": classes[index],
                     "instance_id": index,
                 }
             )
+        new_ids.append(len(segments) if placed else 0)
     panoptic_seg = _look_up(new_ids, owners)
 
     # Pixels of instances count as class 0, which is skipped.
@@ -254,7 +257,7 @@ def _place_instances(masks: torch.Tensor, overlap_threshold: float) -> tuple[tor
         were placed.
     """
     owners = torch.zeros(masks.shape[1:], dtype=torch.int64, device=masks.device)
-    is_kept = torch.zeros(len(masks), dtype=torch.bool, device=masks.device)
+    is_placed = torch.zeros(len(masks), dtype=torch.bool, device=masks.device)
     for i, (top, bottom, left, right) in enumerate(_extents(masks)):
         if bottom <= top:
             continue
@@ -262,17 +265,16 @@ def _place_instances(masks: torch.Tensor, overlap_threshold: float) -> tuple[tor
         visible = mask & (owner == 0)
         area, visible_area = mask.sum(), visible.sum()
         hidden = (area - visible_area).double() / area
-        is_kept[i] = (hidden <= overlap_threshold) & (visible_area > 0)
-        owner.masked_fill_(visible & is_kept[i], i + 1)
-    return owners, is_kept
+        is_placed[i] = (hidden <= overlap_threshold) & (visible_area > 0)
+        owner.masked_fill_(visible & is_placed[i], i + 1)
+    return owners, is_placed
 
 
 def _extents(masks: torch.Tensor) -> list[list[int]]:
     """The rows and columns that each mask (R, H, W) lies in: top, bottom, left, right; all 0 for none."""
     ends = []
     for dim in (2, 1):
-        hit = masks.any(dim=dim).to(torch.uint8)
-        size = hit.shape[1]
-        first, last = hit.argmax(dim=1), size - hit.flip(1).argmax(dim=1)
-        ends += [first, last * hit.any(dim=1)]
+        hit = masks.view(torch.uint8).amax(dim=dim)  # much faster than any() on the CPU
+        first, last = hit.argmax(dim=1), hit.shape[1] - hit.flip(1).argmax(dim=1)
+        ends += [first, last * hit.amax(dim=1)]
     return torch.stack(ends, dim=1).tolist()
