@@ -23,7 +23,6 @@ LATER_MODULES = {
     "data.datasets.coco_panoptic": "more data sets",
     "data.datasets.lvis": "more data sets",
     "export": "export",
-    "modeling.backbone.swin": "more backbones",
     "modeling.mmdet_wrapper": "models of other libraries",
     "modeling.test_time_augmentation": "test-time augmentation",
     "tracking": "tracking",
@@ -61,10 +60,6 @@ LATER_NAMES = {
         "GeneralizedRCNNWithTTA",
         "MMDetBackbone",
         "MMDetDetector",
-        "SwinTransformer",
-    },
-    "modeling.backbone": {
-        "SwinTransformer",
     },
 }
 

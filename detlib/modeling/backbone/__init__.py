@@ -21,6 +21,7 @@ from detlib.modeling.backbone.resnet import (
     build_resnet_backbone,
     make_stage,
 )
+from detlib.modeling.backbone.swin import SwinTransformer
 from detlib.modeling.backbone.vit import SimpleFeaturePyramid, ViT, get_vit_lr_decay_rate
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "ResNet",
     "ResNetBlockBase",
     "SimpleFeaturePyramid",
+    "SwinTransformer",
     "ViT",
     "build_backbone",
     "build_resnet_backbone",

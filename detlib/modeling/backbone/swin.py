@@ -1,0 +1,319 @@
+"""Swin Transformer (arXiv:2103.14030) as a detection backbone: window attention at any picture size.
+
+The parameters have the names of the published detection models.
+
+Shape legend: B pictures, H and W of a feature map, C channels.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from detlib.modeling.backbone.backbone import Backbone
+from detlib.modeling.backbone.swin_blocks import (
+    Mlp,
+    SwinTransformerBlock,
+    WindowAttention,
+    pair,
+    shifted_window_mask,
+    whole_windows,
+    window_partition,
+    window_reverse,
+)
+from detlib.modeling.backbone.transformer_parts import drop_path_rates, init_transformer_weights
+
+__all__ = [
+    "BasicLayer",
+    "Mlp",
+    "PatchEmbed",
+    "PatchMerging",
+    "SwinTransformer",
+    "SwinTransformerBlock",
+    "WindowAttention",
+    "window_partition",
+    "window_reverse",
+]
+
+
+class PatchMerging(nn.Module):
+    """Halves a map: the four tokens of each 2x2 square, side by side, become one of twice the channels."""
+
+    def __init__(self, dim, norm_layer=nn.LayerNorm):
+        """
+        Args:
+            dim: channels C that go in.
+            norm_layer: makes a norm, called with the number of channels.
+        """
+        super().__init__()
+        self.dim = dim
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.norm = norm_layer(4 * dim)
+
+    def forward(self, x, H, W):
+        """Map (B, H * W, C) to (B, ceil(H/2) * ceil(W/2), 2 * C).
+
+        Raises:
+            ValueError: `x` has not H * W tokens.
+        """
+        if x.shape[1] != H * W:
+            raise ValueError(f"PatchMerging got {x.shape[1]} tokens for a map of {H} x {W}")
+        x = F.pad(x.unflatten(1, (H, W)), (0, 0, 0, W % 2, 0, H % 2))
+        corners = [x[:, dy::2, dx::2] for dx in (0, 1) for dy in (0, 1)]  # down first, then to the right
+        return self.reduction(self.norm(torch.cat(corners, dim=-1).flatten(1, 2)))
+
+
+class BasicLayer(nn.Module):
+    """A stage: blocks whose windows are shifted by half a window in every second one, and patch merging."""
+
+    def __init__(
+        self,
+        dim,
+        depth,
+        num_heads,
+        window_size=7,
+        mlp_ratio=4.0,
+        qkv_bias=True,
+        qk_scale=None,
+        drop=0.0,
+        attn_drop=0.0,
+        drop_path=0.0,
+        norm_layer=nn.LayerNorm,
+        downsample=None,
+        use_checkpoint=False,
+    ):
+        """
+        Args:
+            dim: channels C.
+            depth: number of blocks.
+            drop_path: probability of leaving out a branch, one number or one for each block.
+            downsample: a class such as `PatchMerging`, called with `dim` and `norm_layer`, or None.
+            use_checkpoint: whether backward computes the blocks' activations again instead of keeping them.
+            num_heads, window_size, mlp_ratio, qkv_bias, qk_scale, drop, attn_drop, norm_layer: as for
+                `SwinTransformerBlock`.
+        """
+        super().__init__()
+        rates = drop_path if isinstance(drop_path, (list, tuple)) else [drop_path] * depth
+        self.window_size, self.shift_size = window_size, window_size // 2
+        self.depth = depth
+        self.use_checkpoint = use_checkpoint
+        self.blocks = nn.ModuleList(
+            SwinTransformerBlock(
+                dim,
+                num_heads,
+                window_size=window_size,
+                shift_size=self.shift_size if i % 2 else 0,
+                mlp_ratio=mlp_ratio,
+                qkv_bias=qkv_bias,
+                qk_scale=qk_scale,
+                drop=drop,
+                attn_drop=attn_drop,
+                drop_path=rates[i],
+                norm_layer=norm_layer,
+            )
+            for i in range(depth)
+        )
+        self.downsample = downsample(dim=dim, norm_layer=norm_layer) if downsample is not None else None
+
+    def forward(self, x, H, W):
+        """Compute the stage.
+
+        Args:
+            x: (B, H * W, C).
+            H, W: size of the map.
+
+        Returns:
+            tuple: the blocks' (B, H * W, C), its H and W; what goes into the next stage and its height and
+            width, which are the same where nothing is merged.
+        """
+        x = x.unflatten(1, (H, W))
+        w = self.window_size
+        # One mask serves all blocks of the stage. It is not kept for the next picture: it costs far less than
+        # a block, and would have to follow size, device and dtype, and keep out of compiled graphs.
+        mask = None
+        if self.shift_size and self.depth > 1:
+            mask = shifted_window_mask(whole_windows(H, w), whole_windows(W, w), w, self.shift_size, x)
+        for block in self.blocks:
+            if self.use_checkpoint and torch.is_grad_enabled():
+                x = checkpoint(block, x, mask, use_reentrant=False)
+            else:
+                x = block(x, mask)
+        x = x.flatten(1, 2)
+        if self.downsample is None:
+            return x, H, W, x, H, W
+        return x, H, W, self.downsample(x, H, W), (H + 1) // 2, (W + 1) // 2
+
+
+class PatchEmbed(nn.Module):
+    """Maps each patch of the picture to a token by a convolution, `proj`."""
+
+    def __init__(self, patch_size=4, in_chans=3, embed_dim=96, norm_layer=None):
+        """
+        Args:
+            patch_size: side of a patch in pixels, or (height, width).
+            in_chans: channels of the picture.
+            embed_dim: channels C of a token.
+            norm_layer: makes the tokens' norm, called with the number of channels; None for none.
+        """
+        super().__init__()
+        self.patch_size = pair(patch_size)
+        self.in_chans = in_chans
+        self.embed_dim = embed_dim
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=self.patch_size, stride=self.patch_size)
+        self.norm = norm_layer(embed_dim) if norm_layer is not None else None
+
+    def forward(self, x):
+        """Map (B, in_chans, H, W), padded with zeros to whole patches, to (B, C, H/patch, W/patch)."""
+        height, width = self.patch_size
+        x = self.proj(F.pad(x, (0, -x.shape[3] % width, 0, -x.shape[2] % height)))
+        if self.norm is not None:
+            x = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return x
+
+
+class SwinTransformer(Backbone):
+    """Swin Transformer with outputs "p0", "p1", ... of strides 4, 8, ..., each after a norm of its own."""
+
+    def __init__(
+        self,
+        pretrain_img_size=224,
+        patch_size=4,
+        in_chans=3,
+        embed_dim=96,
+        depths=(2, 2, 6, 2),
+        num_heads=(3, 6, 12, 24),
+        window_size=7,
+        mlp_ratio=4.0,
+        qkv_bias=True,
+        qk_scale=None,
+        drop_rate=0.0,
+        attn_drop_rate=0.0,
+        drop_path_rate=0.2,
+        norm_layer=nn.LayerNorm,
+        ape=False,
+        patch_norm=True,
+        out_indices=(0, 1, 2, 3),
+        frozen_stages=-1,
+        use_checkpoint=False,
+    ):
+        """
+        Args:
+            pretrain_img_size: picture size of pre-training, which is that of the absolute position embedding.
+            patch_size: side of a patch in pixels, or (height, width).
+            in_chans: channels of the picture.
+            embed_dim: channels of the first stage; each further stage has twice as many.
+            depths: number of blocks of each stage.
+            num_heads: number of heads of each stage.
+            window_size: side of a window.
+            mlp_ratio: hidden channels of the MLPs by those of the block.
+            qkv_bias: whether queries, keys and values have a bias.
+            qk_scale: factor of the logits, by default `head_dim ** -0.5`.
+            drop_rate: dropout after linear layers and after the position embedding.
+            attn_drop_rate: dropout of the attention weights.
+            drop_path_rate: probability of leaving out the last block's branches; it grows from 0 to this.
+            norm_layer: makes a norm, called with the number of channels.
+            ape: whether an absolute position embedding is added.
+            patch_norm: whether the patches' tokens are normalised.
+            out_indices: stages whose output is returned, index i as "p{i}".
+            frozen_stages: what does not train: below 0 nothing, 0 the patch embedding, 1 the position
+                embedding too, 2 the first stage too, 3 the second too, and so on.
+            use_checkpoint: whether backward computes activations again instead of keeping them.
+
+        Raises:
+            ValueError: unlike numbers of `depths` and `num_heads`, or an `out_indices` that is no stage.
+        """
+        super().__init__()
+        num_stages = len(depths)
+        if len(num_heads) != num_stages:
+            raise ValueError(f"num_heads {list(num_heads)} and depths {list(depths)} must be of one length")
+        if not out_indices or any(i not in range(num_stages) for i in out_indices):
+            raise ValueError(
+                f"out_indices {list(out_indices)} must be among the stages 0 to {num_stages - 1}"
+            )
+        self.out_indices = tuple(out_indices)
+        self.frozen_stages = frozen_stages
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, norm_layer if patch_norm else None)
+        self.ape = ape
+        if ape:
+            size = [s // p for s, p in zip(pair(pretrain_img_size), pair(patch_size))]
+            self.absolute_pos_embed = nn.Parameter(torch.zeros(1, embed_dim, *size))
+            nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
+        self.pos_drop = nn.Dropout(drop_rate)
+        self.layers = nn.ModuleList()
+        rates = drop_path_rates(drop_path_rate, sum(depths))
+        for i in range(num_stages):
+            layer = BasicLayer(
+                embed_dim * 2**i,
+                depths[i],
+                num_heads[i],
+                window_size=window_size,
+                mlp_ratio=mlp_ratio,
+                qkv_bias=qkv_bias,
+                qk_scale=qk_scale,
+                drop=drop_rate,
+                attn_drop=attn_drop_rate,
+                drop_path=rates[sum(depths[:i]) : sum(depths[: i + 1])],
+                norm_layer=norm_layer,
+                downsample=PatchMerging if i < num_stages - 1 else None,
+                use_checkpoint=use_checkpoint,
+            )
+            self.layers.append(layer)
+        self.num_features = [embed_dim * 2**i for i in range(num_stages)]
+        for i in self.out_indices:
+            self.add_module(f"norm{i}", norm_layer(self.num_features[i]))
+        self.apply(init_transformer_weights)
+
+        stride = math.lcm(*pair(patch_size))
+        self._size_divisibility = stride * 2 ** (num_stages - 1)
+        self._out_features = [f"p{i}" for i in self.out_indices]
+        self._out_feature_channels = {f"p{i}": self.num_features[i] for i in self.out_indices}
+        self._out_feature_strides = {f"p{i}": stride * 2**i for i in self.out_indices}
+        self._freeze_stages()
+
+    @property
+    def size_divisibility(self) -> int:
+        """The stride of the last stage. Any size works; at multiples of this the maps halve exactly."""
+        return self._size_divisibility
+
+    def _freeze_stages(self):
+        frozen = []
+        if self.frozen_stages >= 0:
+            frozen.append(self.patch_embed)
+        if self.frozen_stages >= 1 and self.ape:
+            self.absolute_pos_embed.requires_grad = False
+        if self.frozen_stages >= 2:
+            frozen += [self.pos_drop, *self.layers[: self.frozen_stages - 1]]
+        for module in frozen:
+            module.eval()
+            module.requires_grad_(False)
+
+    def train(self, mode=True):
+        """Set training mode; what is frozen stays in evaluation mode, without dropout."""
+        super().train(mode)
+        self._freeze_stages()
+        return self
+
+    def forward(self, x):
+        """Compute the features.
+
+        Args:
+            x: (B, in_chans, H, W) float tensor, normalised pictures of any size.
+
+        Returns:
+            dict[str, Tensor]: (B, C_i, ceil(H/stride), ceil(W/stride)) maps, high to low resolution.
+        """
+        x = self.patch_embed(x)
+        H, W = x.shape[2:]
+        if self.ape:
+            position = F.interpolate(self.absolute_pos_embed.float(), size=(H, W), mode="bicubic")
+            x = x + position.to(x.dtype)
+        x = self.pos_drop(x.flatten(2).transpose(1, 2))
+        outputs = {}
+        for i, layer in enumerate(self.layers):
+            out, out_H, out_W, x, H, W = layer(x, H, W)
+            if i in self.out_indices:
+                out = getattr(self, f"norm{i}")(out)
+                outputs[f"p{i}"] = out.unflatten(1, (out_H, out_W)).permute(0, 3, 1, 2)
+        return outputs
