@@ -7,7 +7,7 @@ from typing import Any
 from detlib.layers import get_norm
 from detlib.utils.suggest import suggest
 
-__all__ = ["check_choice", "check_features", "check_norm", "config_keys"]
+__all__ = ["check_choice", "check_count", "check_features", "check_norm", "config_keys"]
 
 
 def check_choice(value: Any, legal: Collection, key: str) -> None:
@@ -15,6 +15,12 @@ def check_choice(value: Any, legal: Collection, key: str) -> None:
     if value not in legal:
         near = suggest(value, legal) if isinstance(value, str) else ""
         raise ValueError(f"{key} is {value!r}; legal are {', '.join(map(repr, legal))}.{near}")
+
+
+def check_count(value: int, key: str) -> None:
+    """Raise ValueError unless `value` of the config key `key` is at least 1."""
+    if value < 1:
+        raise ValueError(f"{key} is {value!r}; it must be at least 1.")
 
 
 def check_features(names: Sequence[str], given: Iterable[str], key: str, giver: str = "the backbone") -> None:

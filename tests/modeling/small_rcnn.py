@@ -14,6 +14,13 @@ MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml"
 FASTER_RCNN = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
 FAST_RCNN = "COCO-Detection/fast_rcnn_R_50_FPN_1x.yaml"
 RPN = "COCO-Detection/rpn_R_50_FPN_1x.yaml"
+# A narrow ResNet with bottlenecks, as C4, DC5 and deformable convolutions need them.
+BOTTLENECKS = {
+    "MODEL__RESNETS__DEPTH": 50,
+    "MODEL__RESNETS__STEM_OUT_CHANNELS": 32,
+    "MODEL__RESNETS__RES2_OUT_CHANNELS": 32,
+    "MODEL__RESNETS__WIDTH_PER_GROUP": 32,
+}
 
 
 def small_config(name: str = MASK_RCNN, **overrides) -> CfgNode:

@@ -7,6 +7,7 @@ from detlib.modeling import build_model
 from detlib.structures import Boxes, Instances, Keypoints
 from detlib.utils.events import EventStorage
 from tests.modeling.small_rcnn import (
+    BOTTLENECKS,
     FAST_RCNN,
     FASTER_RCNN,
     MASK_RCNN,
@@ -17,13 +18,6 @@ from tests.modeling.small_rcnn import (
 )
 
 HEIGHT, WIDTH = 64, 96
-# A narrow ResNet with bottlenecks, as C4, DC5 and deformable convolutions need them.
-BOTTLENECKS = {
-    "MODEL__RESNETS__DEPTH": 50,
-    "MODEL__RESNETS__STEM_OUT_CHANNELS": 32,
-    "MODEL__RESNETS__RES2_OUT_CHANNELS": 32,
-    "MODEL__RESNETS__WIDTH_PER_GROUP": 32,
-}
 INSTANCES = "COCO-InstanceSegmentation"
 YAML = {
     "faster_rcnn": (FASTER_RCNN, {}),

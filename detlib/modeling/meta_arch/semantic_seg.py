@@ -14,7 +14,7 @@ from detlib.config import CfgNode, configurable
 from detlib.layers import Conv2d, ShapeSpec, get_norm
 from detlib.layers.fvcore_nn import weight_init
 from detlib.modeling.backbone import Backbone, build_backbone
-from detlib.modeling.config_checks import check_features, check_norm
+from detlib.modeling.config_checks import check_count, check_features, check_norm
 from detlib.modeling.meta_arch.build import META_ARCH_REGISTRY
 from detlib.modeling.postprocessing import sem_seg_postprocess
 from detlib.modeling.preprocess import describe_item, preprocess_images, register_pixel_stats
@@ -167,7 +167,8 @@ class SemanticSegmentor(nn.Module):
 
 def build_sem_seg_head(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> nn.Module:
     """Build the semantic head that `cfg.MODEL.SEM_SEG_HEAD.NAME` names."""
-    return SEM_SEG_HEADS_REGISTRY.get(cfg.MODEL.SEM_SEG_HEAD.NAME)(cfg, input_shape)
+    name = cfg.MODEL.SEM_SEG_HEAD.NAME
+    return SEM_SEG_HEADS_REGISTRY.get(name, key="MODEL.SEM_SEG_HEAD.NAME")(cfg, input_shape)
 
 
 def _doublings(name: str, stride: int, common_stride: int) -> int:
@@ -249,6 +250,7 @@ class SemSegFPNHead(nn.Module):
         head = cfg.MODEL.SEM_SEG_HEAD
         check_features(head.IN_FEATURES, input_shape, "MODEL.SEM_SEG_HEAD.IN_FEATURES")
         check_norm(head.NORM, "MODEL.SEM_SEG_HEAD.NORM")
+        check_count(head.NUM_CLASSES, "MODEL.SEM_SEG_HEAD.NUM_CLASSES")
         return {
             "input_shape": {name: input_shape[name] for name in head.IN_FEATURES},
             "num_classes": head.NUM_CLASSES,

@@ -8,6 +8,7 @@ from torch import nn
 
 from detlib.config import CfgNode, configurable
 from detlib.layers import ShapeSpec
+from detlib.modeling.config_checks import check_count, config_keys
 from detlib.modeling.matcher import Matcher
 from detlib.modeling.proposal_generator.proposal_utils import add_ground_truth_to_proposals
 from detlib.modeling.roi_heads.training_stats import put_scalars, to_floats
@@ -99,14 +100,15 @@ class ROIHeads(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         heads = cfg.MODEL.ROI_HEADS
+        check_count(heads.NUM_CLASSES, "MODEL.ROI_HEADS.NUM_CLASSES")
+        with config_keys("MODEL.ROI_HEADS.IOU_THRESHOLDS", "MODEL.ROI_HEADS.IOU_LABELS"):
+            matcher = Matcher(heads.IOU_THRESHOLDS, heads.IOU_LABELS, allow_low_quality_matches=False)
         return {
             "num_classes": heads.NUM_CLASSES,
             "batch_size_per_image": heads.BATCH_SIZE_PER_IMAGE,
             "positive_fraction": heads.POSITIVE_FRACTION,
             "proposal_append_gt": heads.PROPOSAL_APPEND_GT,
-            "proposal_matcher": Matcher(
-                heads.IOU_THRESHOLDS, heads.IOU_LABELS, allow_low_quality_matches=False
-            ),
+            "proposal_matcher": matcher,
         }
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ from torch import nn
 from detlib.config import CfgNode, configurable
 from detlib.layers import ShapeSpec
 from detlib.modeling.box_regression import box2box_transform_for
+from detlib.modeling.config_checks import config_keys
 from detlib.modeling.matcher import Matcher
 from detlib.modeling.poolers import ROIPooler
 from detlib.modeling.roi_heads.base import ROI_HEADS_REGISTRY
@@ -124,12 +125,13 @@ class CascadeROIHeads(StandardROIHeads):
         cascade = cfg.MODEL.ROI_BOX_CASCADE_HEAD
         for iou, weights in zip(cascade.IOUS, cascade.BBOX_REG_WEIGHTS):
             heads.append(build_box_head(cfg, shape))
-            predictors.append(
-                FastRCNNOutputLayers(
-                    cfg, heads[-1].output_shape, box2box_transform=box2box_transform_for(weights)
-                )
-            )
-            matchers.append(Matcher([iou], [0, 1], allow_low_quality_matches=False))
+            with config_keys(
+                "MODEL.ROI_BOX_CASCADE_HEAD.IOUS", "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS"
+            ):
+                transform = box2box_transform_for(weights)
+                matchers.append(Matcher([iou], [0, 1], allow_low_quality_matches=False))
+            shape_of_head = heads[-1].output_shape
+            predictors.append(FastRCNNOutputLayers(cfg, shape_of_head, box2box_transform=transform))
         return {
             "box_in_features": cfg.MODEL.ROI_HEADS.IN_FEATURES,
             "box_pooler": pooler,

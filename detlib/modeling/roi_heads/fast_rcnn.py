@@ -13,7 +13,13 @@ from torch.nn import functional as F
 
 from detlib.config import CfgNode, configurable
 from detlib.layers import ShapeSpec, cat, cross_entropy, nonzero_tuple
-from detlib.modeling.box_regression import Box2BoxTransform, box2box_transform_for, box_regression_loss
+from detlib.modeling.box_regression import (
+    BOX_LOSS_TYPES,
+    Box2BoxTransform,
+    box2box_transform_for,
+    box_regression_loss,
+)
+from detlib.modeling.config_checks import check_choice, check_count, config_keys
 from detlib.modeling.roi_heads.box_inference import fast_rcnn_inference, fast_rcnn_inference_single_image
 from detlib.modeling.roi_heads.training_stats import put_scalars, to_floats
 from detlib.structures import Boxes, Instances
@@ -97,11 +103,7 @@ class FastRCNNOutputLayers(nn.Module):
         super().__init__()
         if isinstance(input_shape, int):
             input_shape = ShapeSpec(channels=input_shape)
-        if box_reg_loss_type not in ("smooth_l1", "giou", "diou", "ciou"):
-            raise ValueError(
-                f"FastRCNNOutputLayers: box_reg_loss_type {box_reg_loss_type!r} is unknown; legal are "
-                "'smooth_l1', 'giou', 'diou' and 'ciou'."
-            )
+        check_choice(box_reg_loss_type, BOX_LOSS_TYPES, "FastRCNNOutputLayers: box_reg_loss_type")
         self.num_classes = num_classes
         self.box2box_transform = box2box_transform
         self.box_dim = box2box_transform.box_dim
@@ -141,9 +143,13 @@ class FastRCNNOutputLayers(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
         head = cfg.MODEL.ROI_BOX_HEAD
+        check_count(cfg.MODEL.ROI_HEADS.NUM_CLASSES, "MODEL.ROI_HEADS.NUM_CLASSES")
+        check_choice(head.BBOX_REG_LOSS_TYPE, BOX_LOSS_TYPES, "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE")
+        with config_keys("MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS"):
+            transform = box2box_transform_for(head.BBOX_REG_WEIGHTS)
         return {
             "input_shape": input_shape,
-            "box2box_transform": box2box_transform_for(head.BBOX_REG_WEIGHTS),
+            "box2box_transform": transform,
             "num_classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES,
             "cls_agnostic_bbox_reg": head.CLS_AGNOSTIC_BBOX_REG,
             "smooth_l1_beta": head.SMOOTH_L1_BETA,

@@ -2,6 +2,7 @@
 
 from detlib.config import CfgNode
 from detlib.layers import ShapeSpec
+from detlib.modeling.config_checks import check_features, config_keys
 from detlib.modeling.poolers import ROIPooler
 
 __all__ = ["feature_shapes", "pooler_from_config"]
@@ -14,12 +15,7 @@ def feature_shapes(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str,
         ValueError: a name that the backbone does not give, or no name at all.
     """
     names = list(cfg.MODEL.ROI_HEADS.IN_FEATURES)
-    missing = [name for name in names if name not in input_shape]
-    if missing or not names:
-        raise ValueError(
-            f"MODEL.ROI_HEADS.IN_FEATURES names {missing or names}, which the backbone does not give; it "
-            f"gives {sorted(input_shape)}."
-        )
+    check_features(names, input_shape, "MODEL.ROI_HEADS.IN_FEATURES")
     return {name: input_shape[name] for name in names}
 
 
@@ -38,7 +34,8 @@ def pooler_from_config(
         input_shape: the backbone's feature maps by name.
 
     Raises:
-        ValueError: feature maps that the backbone does not give, or that have different numbers of channels.
+        ValueError: feature maps that the backbone does not give, that have different numbers of channels or
+            strides with a gap, or a pooler that does not exist.
     """
     node = cfg.MODEL[key]
     shapes = feature_shapes(cfg, input_shape)
@@ -50,10 +47,12 @@ def pooler_from_config(
             f"MODEL.ROI_HEADS.IN_FEATURES {list(shapes)} must have equal channels, got {sorted(channels)}."
         )
     resolution = node.POOLER_RESOLUTION
-    pooler = ROIPooler(
-        output_size=resolution,
-        scales=[1.0 / shape.stride for shape in shapes.values()],
-        sampling_ratio=node.POOLER_SAMPLING_RATIO,
-        pooler_type=node.POOLER_TYPE,
-    )
+    keys = (f"MODEL.{key}.POOLER_TYPE", f"MODEL.{key}.POOLER_RESOLUTION", "MODEL.ROI_HEADS.IN_FEATURES")
+    with config_keys(*keys):
+        pooler = ROIPooler(
+            output_size=resolution,
+            scales=[1.0 / shape.stride for shape in shapes.values()],
+            sampling_ratio=node.POOLER_SAMPLING_RATIO,
+            pooler_type=node.POOLER_TYPE,
+        )
     return pooler, ShapeSpec(channels=channels.pop(), height=resolution, width=resolution)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from detlib.config import CfgNode, configurable
 from detlib.layers import Conv2d, ConvTranspose2d, ShapeSpec, cat
+from detlib.modeling.config_checks import check_count
 from detlib.modeling.roi_heads.training_stats import put_scalars
 from detlib.structures import Instances, Keypoints, heatmaps_to_keypoints
 from detlib.utils.events import get_event_storage, has_event_storage
@@ -36,7 +37,8 @@ _NOT_VISIBLE = -100  # a label that cross-entropy leaves out
 
 def build_keypoint_head(cfg: CfgNode, input_shape: ShapeSpec) -> nn.Module:
     """Build the keypoint head that `cfg.MODEL.ROI_KEYPOINT_HEAD.NAME` names."""
-    return ROI_KEYPOINT_HEAD_REGISTRY.get(cfg.MODEL.ROI_KEYPOINT_HEAD.NAME)(cfg, input_shape)
+    name = cfg.MODEL.ROI_KEYPOINT_HEAD.NAME
+    return ROI_KEYPOINT_HEAD_REGISTRY.get(name, key="MODEL.ROI_KEYPOINT_HEAD.NAME")(cfg, input_shape)
 
 
 def select_proposals_with_visible_keypoints(proposals: list[Instances]) -> list[Instances]:
@@ -168,6 +170,7 @@ class BaseKeypointRCNNHead(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
         head, heads = cfg.MODEL.ROI_KEYPOINT_HEAD, cfg.MODEL.ROI_HEADS
+        check_count(head.NUM_KEYPOINTS, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS")
         # The other divisor is what a batch would have if all of its foreground had all keypoints visible.
         most = head.NUM_KEYPOINTS * heads.BATCH_SIZE_PER_IMAGE * heads.POSITIVE_FRACTION
         return {

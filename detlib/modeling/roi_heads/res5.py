@@ -80,7 +80,7 @@ class Res5ROIHeads(ROIHeads):
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
         if cfg.MODEL.KEYPOINT_ON:
             raise ValueError("MODEL.KEYPOINT_ON = True: Res5ROIHeads has no keypoint head.")
-        if len(cfg.MODEL.ROI_HEADS.IN_FEATURES) != 1:
+        if len(cfg.MODEL.ROI_HEADS.IN_FEATURES) > 1:
             raise ValueError(
                 "MODEL.ROI_HEADS.IN_FEATURES must name one feature map for Res5ROIHeads, got "
                 f"{list(cfg.MODEL.ROI_HEADS.IN_FEATURES)}."
