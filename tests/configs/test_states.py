@@ -15,7 +15,7 @@ CONFIGS = HERE.parents[1] / "configs"
 with gzip.open(HERE / "zoo_states.json.gz", "rt") as f:
     FACTS = json.load(f)
 # Parts of the names of configs whose architecture is not there yet.
-NOT_YET = ("_C4", "keypoint", "cascade")
+NOT_YET = ()
 
 
 def on_meta(name: str) -> torch.nn.Module:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from detlib.modeling import META_ARCH_REGISTRY, build_model
+from detlib.modeling import build_model
 from tests.modeling.small_rcnn import (
     BOTTLENECKS,
     FAST_RCNN,
@@ -25,8 +25,6 @@ CASCADE = "Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml"
 
 def error_of(kind, overrides: dict, name: str = MASK_RCNN) -> str:
     """What building a config says; keys are below MODEL."""
-    if name == RETINANET and "RetinaNet" not in META_ARCH_REGISTRY:
-        pytest.skip("to come")
     cfg = small_config(name)
     cfg.merge_from_list([x for key, value in overrides.items() for x in (f"MODEL.{key}", value)])
     with pytest.raises(kind) as error:
@@ -35,8 +33,6 @@ def error_of(kind, overrides: dict, name: str = MASK_RCNN) -> str:
 
 
 def built(name: str) -> torch.nn.Module:
-    if name == RETINANET and "RetinaNet" not in META_ARCH_REGISTRY:
-        pytest.skip("to come")
     overrides = BOTTLENECKS if name == C4 else {}
     return build_model(small_config(name, **overrides))
 

@@ -16,7 +16,7 @@ from detlib.layers import CycleBatchNormList, ShapeSpec, get_norm
 from detlib.modeling.anchor_generator import build_anchor_generator
 from detlib.modeling.backbone import Backbone, build_backbone
 from detlib.modeling.box_regression import BOX_LOSS_TYPES, Box2BoxTransform
-from detlib.modeling.config_checks import check_choice, check_features, check_norm
+from detlib.modeling.config_checks import check_choice, check_count, check_features, check_norm, config_keys
 from detlib.modeling.dense_ops import (
     candidates_from_logits,
     candidates_from_scores,
@@ -112,6 +112,11 @@ class RetinaNet(DenseDetector):
     def from_config(cls, cfg: CfgNode) -> dict:
         """Translate `cfg.MODEL.RETINANET`."""
         retinanet = cfg.MODEL.RETINANET
+        check_count(retinanet.NUM_CLASSES, "MODEL.RETINANET.NUM_CLASSES")
+        with config_keys("MODEL.RETINANET.IOU_THRESHOLDS", "MODEL.RETINANET.IOU_LABELS"):
+            matcher = Matcher(retinanet.IOU_THRESHOLDS, retinanet.IOU_LABELS, allow_low_quality_matches=True)
+        with config_keys("MODEL.RETINANET.BBOX_REG_WEIGHTS"):
+            transform = Box2BoxTransform(weights=retinanet.BBOX_REG_WEIGHTS)
         backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
         check_features(retinanet.IN_FEATURES, shapes, "MODEL.RETINANET.IN_FEATURES")
@@ -121,10 +126,8 @@ class RetinaNet(DenseDetector):
             "head": RetinaNetHead(cfg, shapes),
             "head_in_features": retinanet.IN_FEATURES,
             "anchor_generator": build_anchor_generator(cfg, shapes),
-            "box2box_transform": Box2BoxTransform(weights=retinanet.BBOX_REG_WEIGHTS),
-            "anchor_matcher": Matcher(
-                retinanet.IOU_THRESHOLDS, retinanet.IOU_LABELS, allow_low_quality_matches=True
-            ),
+            "box2box_transform": transform,
+            "anchor_matcher": matcher,
             "num_classes": retinanet.NUM_CLASSES,
             "focal_loss_alpha": retinanet.FOCAL_LOSS_ALPHA,
             "focal_loss_gamma": retinanet.FOCAL_LOSS_GAMMA,
