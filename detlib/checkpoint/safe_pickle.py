@@ -1,26 +1,29 @@
 """Reads pickles of plain data without running anything that they say.
 
 A pickle is a program: it may import any callable and call it. `load_plain_pickle` knows a fixed list of
-names and maps each to a builder of its own, so neither the pickle nor numpy's own restoring functions (which
-trust the flags of a pickled dtype) decide what runs. What comes out is made of dicts, lists, tuples, sets,
-strings, bytes, numbers and numpy arrays and scalars of plain types.
+names and maps each to a builder of its own, so neither the pickle nor numpy's and torch's own restoring
+functions decide what runs. What comes out is made of dicts, lists, tuples, sets, strings, bytes, numbers,
+numpy arrays and scalars of plain types, and torch tensors. A pickle is also looked through before it is run,
+so that a few bytes cannot ask for gigabytes.
 """
 
-import builtins
 import collections
 import io
 import math
 import pickle
+import pickletools
 import re
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 
 __all__ = ["NUMPY_STAND_INS", "load_plain_pickle", "resolve_stand_ins"]
 
-_PLAIN_BUILTINS = ("bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list")
-_PLAIN_BUILTINS += ("object", "set", "str", "tuple")
 _PLAIN_DTYPE = re.compile(r"[biufcSU]\d+")
+_PUTS = {"PUT", "BINPUT", "LONG_BINPUT"}
+_REFUSED_OPCODES = {"EXT1", "EXT2", "EXT4", "PERSID", "BINPERSID"}
 
 
 class _PickledDtype:
@@ -41,17 +44,29 @@ class _PickledDtype:
 
 
 class _PickledArray:
-    """Stands in for ``numpy.ndarray`` while unpickling; `resolve_stand_ins` puts the array in its place."""
+    """Stands in for ``numpy.ndarray`` while unpickling; `resolve_stand_ins` puts the array in its place.
 
-    array: np.ndarray | None = None
+    The array is made when it is asked for, one after the other: by then the unpickler is gone, and with it
+    what else holds the bytes, so a file is in memory once and not twice.
+    """
+
+    _parts: tuple | None = None
 
     def __setstate__(self, state: tuple) -> None:
         shape, dtype, fortran, data = state[-4:]
-        self.array = _array_from_bytes(data, dtype, shape, "F" if fortran else "C").array
+        self._parts = _checked_parts(data, dtype, shape, "F" if fortran else "C")
+
+    def build(self) -> np.ndarray:
+        if self._parts is None:
+            raise pickle.UnpicklingError("a pickled numpy array has no content")
+        data, dtype, shape, order = self._parts
+        self._parts = None
+        # A copy: the arrays must be writable, and aligned whatever the file held.
+        return np.array(np.frombuffer(data, dtype=dtype).reshape(shape, order=order))
 
 
-def _array_from_bytes(data: Any, dtype: Any, shape: Any, order: str = "C") -> _PickledArray:
-    """Builds an array from raw bytes, checking that they are as many as the shape needs."""
+def _checked_parts(data: Any, dtype: Any, shape: Any, order: str) -> tuple:
+    """Raw bytes, dtype, shape and order of an array, which fit each other."""
     if isinstance(data, str):
         data = data.encode("latin1")  # a byte string of Python 2
     if isinstance(data, pickle.PickleBuffer):
@@ -64,9 +79,13 @@ def _array_from_bytes(data: Any, dtype: Any, shape: Any, order: str = "C") -> _P
         raise pickle.UnpicklingError(
             f"a pickled numpy array of shape {shape} and dtype {dtype.dtype} holds {len(data)} bytes"
         )
+    return data, dtype.dtype, shape, order or "C"
+
+
+def _array_from_bytes(data: Any, dtype: Any, shape: Any, order: str = "C") -> _PickledArray:
+    """Takes the place of numpy's ``_frombuffer``."""
     result = _PickledArray()
-    # A copy: the arrays must be writable, and aligned whatever the file held.
-    result.array = np.array(np.frombuffer(data, dtype=dtype.dtype).reshape(shape, order=order or "C"))
+    result._parts = _checked_parts(data, dtype, shape, order)
     return result
 
 
@@ -75,10 +94,9 @@ def _empty_array(*_args: Any) -> _PickledArray:
     return _PickledArray()
 
 
-def _scalar(dtype: _PickledDtype, data: Any) -> np.generic:
+def _scalar(dtype: Any, data: Any) -> np.generic:
     """Takes the place of numpy's ``scalar``."""
-    array = _array_from_bytes(data, dtype, (1,)).array
-    return array[0]
+    return _array_from_bytes(data, dtype, (1,)).build()[0]
 
 
 def _encode_latin1(text: str, encoding: str) -> bytes:
@@ -86,6 +104,55 @@ def _encode_latin1(text: str, encoding: str) -> bytes:
     if encoding not in ("latin1", "latin-1"):
         raise pickle.UnpicklingError(f"bytes in the encoding {encoding!r} are refused")
     return text.encode("latin1")
+
+
+def _storage(data: Any) -> torch.UntypedStorage:
+    """Takes the place of ``torch.storage._load_from_bytes``: a tensor's storage as `torch.save` wrote it."""
+    if not isinstance(data, bytes):
+        raise pickle.UnpicklingError("a pickled tensor storage is malformed")
+    storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    if not isinstance(storage, torch.storage.TypedStorage | torch.UntypedStorage):
+        raise pickle.UnpicklingError(f"a pickled tensor storage holds a {type(storage).__name__}")
+    return storage
+
+
+def _tensor(storage: Any, offset: int, size: Any, stride: Any, *_flags: Any) -> torch.Tensor:
+    """Takes the place of ``torch._utils._rebuild_tensor_v2``."""
+    numbers = [offset, *size, *stride]
+    if not isinstance(storage, torch.storage.TypedStorage) or len(size) != len(stride):
+        raise pickle.UnpicklingError("a pickled tensor is malformed")
+    if not all(isinstance(n, int) and n >= 0 for n in numbers):
+        raise pickle.UnpicklingError(
+            f"a pickled tensor has size {size!r}, stride {stride!r}, offset {offset!r}"
+        )
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride))
+    if all(size) and last >= storage.size():
+        raise pickle.UnpicklingError(f"a pickled tensor of size {tuple(size)} reaches beyond its storage")
+    empty = torch.empty(0, dtype=storage.dtype)
+    return empty.set_(storage._untyped_storage, offset, tuple(size), tuple(stride))
+
+
+def _parameter(data: Any, *_flags: Any) -> torch.Tensor:
+    """Takes the place of ``torch._utils._rebuild_parameter``."""
+    if not isinstance(data, torch.Tensor):
+        raise pickle.UnpicklingError("a pickled parameter is malformed")
+    return data
+
+
+def _container(kind: type) -> Callable[..., Any]:
+    """A builder of `kind` from a container or text: a number would be a length to allocate."""
+
+    def build(*args: Any) -> Any:
+        if args and isinstance(args[0], int):
+            raise pickle.UnpicklingError(f"{kind.__name__}({args[0]!r}) is refused")
+        return kind(*args)
+
+    return build
+
+
+def _default_dict(_factory: Any = None, *items: Any) -> dict:
+    """Takes the place of ``collections.defaultdict``; what it would make by itself is left out."""
+    return dict(*items)
 
 
 def _numpy_stand_ins() -> tuple[tuple[Any, str], ...]:
@@ -102,14 +169,31 @@ def _numpy_stand_ins() -> tuple[tuple[Any, str], ...]:
 NUMPY_STAND_INS = _numpy_stand_ins()
 
 
+def _frozen(function: Callable[..., Any]) -> Any:
+    """Something that can be called and nothing else: a pickle can also set attributes of what it names."""
+    members = {"__slots__": (), "__call__": staticmethod(function)}
+    return type(getattr(function, "__name__", "stand_in"), (), members)()
+
+
 def _legal_globals() -> dict[str, Any]:
     """All that a pickle may name, and what it gets."""
-    legal = {name: stand_in for stand_in, name in NUMPY_STAND_INS}
-    legal["collections.OrderedDict"] = collections.OrderedDict
-    legal["_codecs.encode"] = _encode_latin1
-    for name in _PLAIN_BUILTINS:
-        legal[f"builtins.{name}"] = legal[f"__builtin__.{name}"] = getattr(builtins, name)
-    return legal
+    legal: dict[str, Any] = {name: stand_in for stand_in, name in NUMPY_STAND_INS}
+    legal |= {
+        "collections.OrderedDict": lambda *items: collections.OrderedDict(*items),
+        "collections.defaultdict": _default_dict,
+        "_codecs.encode": _encode_latin1,
+        "torch.storage._load_from_bytes": _storage,
+        "torch._utils._rebuild_tensor_v2": _tensor,
+        "torch._utils._rebuild_parameter": _parameter,
+        "torch.Size": _container(tuple),
+    }
+    for kind in (bytearray, bytes, dict, frozenset, list, set, str, tuple):
+        legal[f"builtins.{kind.__name__}"] = legal[f"__builtin__.{kind.__name__}"] = _container(kind)
+    for kind in (bool, complex, float, int):
+        legal[f"builtins.{kind.__name__}"] = legal[f"__builtin__.{kind.__name__}"] = kind
+    legal = {name: _frozen(function) for name, function in legal.items()}
+    dtypes = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+    return legal | {f"torch.{name}": dtype for name, dtype in dtypes.items()}
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -121,24 +205,27 @@ class _PlainUnpickler(pickle.Unpickler):
         if f"{module}.{name}" not in self._legal:
             raise pickle.UnpicklingError(
                 f"it wants to import '{module}.{name}', which is refused: a pickle may run any code through "
-                "what it imports, so only plain containers, numbers, strings and numpy arrays are read"
+                "what it imports, so only plain containers, numbers, strings, numpy arrays and torch tensors "
+                "are read"
             )
         return self._legal[f"{module}.{name}"]
 
 
 def load_plain_pickle(file: BinaryIO) -> Any:
-    """Reads a pickle of plain containers and numpy arrays; pickles of Python 2 too.
+    """Reads a pickle of plain containers, numpy arrays and torch tensors; pickles of Python 2 too.
 
     Args:
-        file: opened for reading in binary mode.
+        file: opened for reading in binary mode; it must be seekable.
 
     Raises:
         pickle.UnpicklingError: if the pickle names anything but plain data (the message says what), or is
             broken. Nothing of it has been executed then.
     """
-    # The whole pickle at once: Unpickler reads a raw file in many small pieces.
     try:
-        return resolve_stand_ins(_PlainUnpickler(io.BytesIO(file.read()), encoding="latin1").load())
+        start = file.tell()
+        _look_through(file)
+        file.seek(start)
+        return resolve_stand_ins(_PlainUnpickler(file, encoding="latin1").load())
     except pickle.UnpicklingError:
         raise
     except Exception as e:
@@ -146,16 +233,46 @@ def load_plain_pickle(file: BinaryIO) -> Any:
         raise pickle.UnpicklingError(f"it is malformed ({type(e).__name__}: {e})") from e
 
 
+def _look_through(file: BinaryIO) -> None:
+    """Refuses opcodes that no plain data need, and memo entries far beyond the pickle's length, for which the
+    unpickler would allocate a table."""
+    for count, (opcode, argument, position) in enumerate(pickletools.genops(file)):
+        if opcode.name in _REFUSED_OPCODES:
+            raise pickle.UnpicklingError(f"it holds the opcode {opcode.name} at {position}, which is refused")
+        if opcode.name in _PUTS and argument > count + 1:
+            raise pickle.UnpicklingError(
+                f"its memo entry {argument} at {position} is refused: it is out of order"
+            )
+
+
 def resolve_stand_ins(value: Any) -> Any:
-    """Replaces what `NUMPY_STAND_INS` built by numpy arrays and dtypes, in a tree of containers."""
+    """Puts numpy arrays and dtypes in the places of what `NUMPY_STAND_INS` built, in a tree of containers.
+
+    Dicts and lists are changed in place. Something that occurs in several places is resolved once and stays
+    shared, so nesting cannot make a small file big.
+    """
+    return _resolve(value, {})
+
+
+def _resolve(value: Any, known: dict[int, tuple[Any, Any]]) -> Any:
+    """`known`: id of what was resolved, to it (kept alive, so that ids stay unique) and the result."""
+    if not isinstance(value, _PickledArray | _PickledDtype | dict | list | tuple | set | frozenset):
+        return value
+    if id(value) in known:
+        return known[id(value)][1]
+    if isinstance(value, dict | list):
+        known[id(value)] = value, value  # before its items, which may hold it
+        places = dict.items(value) if isinstance(value, dict) else enumerate(value)
+        for key, item in list(places):
+            value[key] = _resolve(item, known)
+        return value
     if isinstance(value, _PickledArray):
-        if value.array is None:
-            raise pickle.UnpicklingError("a pickled numpy array has no content")
-        return value.array
-    if isinstance(value, _PickledDtype):
-        return value.dtype
-    if isinstance(value, dict):
-        return type(value)((key, resolve_stand_ins(item)) for key, item in value.items())
-    if isinstance(value, list | tuple | set | frozenset):
-        return type(value)(resolve_stand_ins(item) for item in value)
-    return value
+        result: Any = value.build()
+    elif isinstance(value, _PickledDtype):
+        result = value.dtype
+    else:
+        items = [_resolve(item, known) for item in value]
+        unchanged = all(new is old for new, old in zip(items, value))
+        result = value if unchanged else type(value)(items)
+    known[id(value)] = value, result
+    return result

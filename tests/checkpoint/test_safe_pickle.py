@@ -4,6 +4,7 @@ import collections
 import io
 import os
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -119,3 +120,105 @@ def test_broken_pickles_are_named(tmp_path, data):
     path.write_bytes(data)
     with pytest.raises(ValueError, match="broken.pkl"):
         read_checkpoint(str(path))
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_torch_tensors_come_back_equal(protocol):
+    base = torch.arange(24, dtype=torch.float32)
+    model = {
+        "plain": base.reshape(4, 6),
+        "view": base.reshape(4, 6)[1:, ::2].T,
+        "parameter": torch.nn.Parameter(torch.randn(3)),
+        "half": torch.randn(3).to(torch.bfloat16),
+        "bool": torch.tensor([True, False]),
+        "empty": torch.zeros(0, 4),
+        "scalar": torch.tensor(7),
+    }
+    loaded = _load(pickle.dumps({"model": model, "size": base.shape, "dtype": torch.int8}, protocol=protocol))
+    assert loaded["size"] == (24,) and loaded["dtype"] is torch.int8
+    for name, tensor in model.items():
+        got = loaded["model"][name]
+        assert type(got) is torch.Tensor and got.dtype == tensor.dtype and not got.requires_grad
+        assert torch.equal(got, tensor)
+
+
+def test_state_dicts_keep_their_versions_and_shared_arrays_stay_shared():
+    state = torch.nn.BatchNorm2d(2).state_dict()
+    array = np.arange(3)
+    loaded = _load(pickle.dumps({"model": state, "a": array, "b": [array, (array,)]}))
+    assert loaded["model"]._metadata == state._metadata
+    assert loaded["a"] is loaded["b"][0] is loaded["b"][1][0]
+
+
+def test_tensors_beyond_their_storage_are_refused():
+    program = pickle.dumps(torch.arange(6.0).reshape(2, 3), protocol=2)
+    assert program.count(b"K\x02K\x03\x86") == 1
+    with pytest.raises(pickle.UnpicklingError, match=r"\(2, 99\) reaches beyond"):
+        _load(program.replace(b"K\x02K\x03\x86", b"K\x02K\x63\x86"))
+
+
+def test_code_inside_a_tensor_storage_is_refused(tmp_path):
+    witness = tmp_path / "witness"
+    inner = io.BytesIO()
+    torch.save(_Evil(f"touch {witness}"), inner)
+    for nested in (inner.getvalue(), pickle.dumps(_Evil(f"touch {witness}"))):
+
+        class Storage:
+            def __reduce__(self, nested=nested):
+                return torch.storage._load_from_bytes, (nested,)
+
+        with pytest.raises(pickle.UnpicklingError):
+            _load(pickle.dumps({"model": {"w": Storage()}}))
+    assert not witness.exists()
+
+
+class _Calls:
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+BOMBS = {
+    "bytes of a length": pickle.dumps(_Calls(bytes, 1 << 45)),
+    "bytearray of a length": pickle.dumps(_Calls(bytearray, 1 << 45)),
+    "memo table": b"\x80\x02]r\xff\xff\xff\x7f.",
+    "memo table in text": b"(lp4294967290\n.",
+    "frame": b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x0f]\x94.",
+    "long bytes": b"\x80\x04\x8e\xff\xff\xff\xff\xff\x0f\x00\x00abc.",
+    "extension": b"\x80\x02\x82\x01.",
+    "persistent id": b"\x80\x02]Q.",
+    "nesting": b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b".",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_few_bytes_cannot_ask_for_gigabytes(name):
+    tracemalloc.start()
+    with pytest.raises(pickle.UnpicklingError):
+        _load(BOMBS[name])
+    assert tracemalloc.get_traced_memory()[1] < 100e6
+    tracemalloc.stop()
+
+
+def test_shared_nesting_stays_small():
+    value = [np.arange(2)]
+    for _ in range(60):
+        value = [value, value]
+    value = _load(pickle.dumps(value))
+    assert value[0] is value[1]
+
+
+def test_a_pickle_cannot_change_the_reader():
+    # BUILD with (None, {name: value}) sets attributes on what is on the stack: here, on a stand-in.
+    program = b"\x80\x02cnumpy\nndarray\nN}U\x05buildK\x01s\x86b."
+    with pytest.raises(pickle.UnpicklingError, match="AttributeError"):
+        _load(program)
+    for name in ("numpy.dtype", "collections.OrderedDict", "_codecs.encode", "torch.Size"):
+        module, _, attribute = name.rpartition(".")
+        for key in (b"__class__", b"__call__", b"x"):
+            change = b"N}U" + bytes([len(key)]) + key + b"K\x01s\x86b."
+            with pytest.raises(pickle.UnpicklingError):
+                _load(b"\x80\x02c" + module.encode() + b"\n" + attribute.encode() + b"\n" + change)
+    test_plain_data_comes_back_equal(4)
