@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from detlib.checkpoint.formats import read_checkpoint, write_checkpoint
-from detlib.checkpoint.key_matching import group_by_module, strip_common_prefix
+from detlib.checkpoint.key_matching import strip_common_prefix
+from detlib.checkpoint.report import LoadReport
 from detlib.utils.atomic_write import write_bytes_atomically
 from detlib.utils.file_io import PathManager
 
@@ -53,6 +54,8 @@ class Checkpointer:
         self.save_dir = save_dir
         self.save_to_disk = save_to_disk
         self.path_manager = PathManager
+        self.report: LoadReport | None = None
+        """What the last `load` did."""
         self.checkpointables: dict[str, Any] = {}
         for key, checkpointable in checkpointables.items():
             self.add_checkpointable(key, checkpointable)
@@ -101,13 +104,16 @@ class Checkpointer:
         logger.info("Saved checkpoint %s", path)
         return True
 
-    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+    def load(
+        self, path: str, checkpointables: list[str] | None = None, *, trust: bool = False
+    ) -> dict[str, Any]:
         """Loads a checkpoint into the model and the other objects.
 
         Args:
             path: a file or an address that `PathManager` knows; "" leaves the model as it is.
             checkpointables: names of the objects to load, None for all. Those that the file lacks keep
                 their state.
+            trust: let the file run any code while it is unpickled. Only for files of your own.
 
         Returns:
             The file's other entries.
@@ -121,10 +127,12 @@ class Checkpointer:
             logger.info("No checkpoint given: the model starts from its random initialization")
             return {}
         logger.info("Loading checkpoint %s", path)
-        checkpoint = self._load_file(path)
+        checkpoint = self._load_file(path, trust)
+        self.report = LoadReport(path)
         incompatible = self._load_model(checkpoint)
         if incompatible is not None:
-            self._log_incompatible_keys(incompatible, path)
+            self.report.missing_keys, self.report.unexpected_keys, self.report.incorrect_shapes = incompatible
+            self.report.log()
         wanted = self.checkpointables if checkpointables is None else checkpointables
         for key in wanted:
             if key not in self.checkpointables:
@@ -178,13 +186,14 @@ class Checkpointer:
     def _mark_path(self) -> str:
         return os.path.join(self.save_dir, "last_checkpoint")
 
-    def _load_file(self, path: str) -> dict[str, Any]:
+    def _load_file(self, path: str, trust: bool = False) -> dict[str, Any]:
         """Reads the file at `path`, or at the address `path`."""
-        return read_checkpoint(self.path_manager.get_local_path(path))
+        return read_checkpoint(self.path_manager.get_local_path(path), trust=trust)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> IncompatibleKeys | None:
         """Takes "model" out of `checkpoint` and copies what fits into the model."""
         state = {name: _to_tensor(value, name) for name, value in checkpoint.pop("model").items()}
+        old_names = {id(value): name for name, value in state.items()}
         state = strip_common_prefix(state, "module.")
         state = self._rename_keys(state, checkpoint)
         own = {name: value for name, value in self.model.state_dict().items() if _has_shape(value)}
@@ -198,24 +207,15 @@ class Checkpointer:
         result = self.model.load_state_dict(state, strict=False)
         skipped = {name for name, _, _ in wrong}
         missing = [name for name in result.missing_keys if name not in skipped]
-        return IncompatibleKeys(missing, list(result.unexpected_keys), wrong)
+        self.report.loaded = [name for name in own if name in state]
+        before = {name: old_names.get(id(state[name]), name) for name in self.report.loaded}
+        self.report.renamed = {name: old for name, old in before.items() if old != name}
+        unexpected = [old_names.get(id(state[name]), name) for name in result.unexpected_keys]
+        return IncompatibleKeys(missing, unexpected, wrong)
 
     def _rename_keys(self, state: dict[str, torch.Tensor], checkpoint: Mapping) -> dict[str, torch.Tensor]:
         """For subclasses: gives the file's parameters the model's names."""
         return state
-
-    def _log_incompatible_keys(self, incompatible: IncompatibleKeys, path: str) -> None:
-        """Says in one message a kind what did not fit, a line a module."""
-        missing, unexpected, wrong = incompatible
-        if wrong:
-            lines = "\n".join(f"  {name}: {theirs} in the file, {ours} here" for name, theirs, ours in wrong)
-            logger.warning("Not loaded from %s, as the shapes differ:\n%s", path, lines)
-        if missing:
-            logger.warning("Missing in %s, so left as they were:\n%s", path, group_by_module(missing))
-        if unexpected:
-            logger.warning("In %s but not in the model:\n%s", path, group_by_module(unexpected))
-        if not (missing or unexpected or wrong):
-            logger.info("All parameters of the model were loaded from %s", path)
 
 
 def _has_shape(value: Any) -> bool:
@@ -224,9 +224,11 @@ def _has_shape(value: Any) -> bool:
 
 
 def _to_tensor(value: Any, name: str) -> Any:
-    """Turns the arrays of a ``.pkl`` into tensors."""
+    """Turns the arrays of a ``.pkl`` into tensors; each entry gets an object of its own."""
+    if isinstance(value, torch.Tensor):
+        return value.detach()
     if isinstance(value, np.ndarray | np.generic):
         return torch.as_tensor(np.asarray(value))
-    if not isinstance(value, torch.Tensor) and not name.endswith("_extra_state"):
+    if not name.endswith("_extra_state"):
         raise ValueError(f"The checkpoint's entry '{name}' is a {type(value).__name__}, not an array")
     return value

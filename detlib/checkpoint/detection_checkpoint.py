@@ -1,18 +1,22 @@
 """The checkpointer of detection models."""
 
+import logging
 import os
-from collections.abc import Mapping
 from typing import Any
+from urllib.parse import parse_qsl
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from detlib.checkpoint.checkpointer import Checkpointer, IncompatibleKeys
+from detlib.checkpoint.conversions import Conversion, get_conversion
 from detlib.checkpoint.key_matching import match_by_longest_suffix
 from detlib.utils import comm
 
 __all__ = ["DetectionCheckpointer"]
+
+logger = logging.getLogger(__name__)
 
 # Settings that a model keeps as buffers: a file without them leaves them as the config says.
 _SETTING_BUFFERS = ("pixel_mean", "pixel_std")
@@ -20,10 +24,16 @@ _ANCHOR_BUFFERS = "anchor_generator.cell_anchors"
 
 
 class DetectionCheckpointer(Checkpointer):
-    """A `Checkpointer` that also reads model-zoo ``.pkl`` files and works in distributed training.
+    """A `Checkpointer` that also reads model-zoo files and other libraries' weights, and works in distributed
+    training.
 
-    A file with the entry "matching_heuristics" may hold a part of the model under shorter names, which are
-    matched to the model's by their longest common ending.
+    A path may end in options, joined by ``&``:
+
+    - ``?matching_heuristics=True``: the file holds a part of the model, such as the backbone, under shorter
+      names, which are matched to the model's by their longest common ending. Converted files, and those
+      that say so themselves, are read in this way anyway.
+    - ``?convert=NAME``: the file is of another library, see `detlib.checkpoint.conversions`. Files of
+      Detectron and Caffe2 are recognized.
     """
 
     def __init__(
@@ -35,30 +45,61 @@ class DetectionCheckpointer(Checkpointer):
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
 
     def load(self, path: str, *args, **kwargs) -> dict[str, Any]:
-        """As `Checkpointer.load`.
+        """As `Checkpointer.load`, with the options of this class behind the path.
 
         In distributed training every process must call this. Processes that cannot see the file (no shared
         disk) get its content from the main process.
         """
         return super().load(path, *args, **kwargs)
 
-    def _load_file(self, path: str) -> dict[str, Any]:
+    def _load_file(self, path: str, trust: bool = False) -> dict[str, Any]:
+        path, options = _split_options(path)
+        content = self._load_shared_file(path, trust)
+        if "convert" in options:
+            content["convert"] = options["convert"]
+        elif content.get("__author__") == "Caffe2":
+            content["convert"] = "caffe2"
+        if "matching_heuristics" in options:
+            content["matching_heuristics"] = options["matching_heuristics"].lower() in ("true", "1")
+        return content
+
+    def _load_shared_file(self, path: str, trust: bool) -> dict[str, Any]:
         if not self.is_distributed or comm.get_world_size() == 1:
-            return super()._load_file(path)
+            return super()._load_file(path, trust)
         has_file = comm.all_gather(os.path.isfile(self.path_manager.get_local_path(path)))
         if all(has_file) or not any(has_file):
-            return super()._load_file(path)
+            return super()._load_file(path, trust)
         if not has_file[0]:
             raise FileNotFoundError(f"Checkpoint file {path} does not exist on the main process")
-        content = [super()._load_file(path) if comm.is_main_process() else None]
+        content = [super()._load_file(path, trust) if comm.is_main_process() else None]
         dist.broadcast_object_list(content, src=0)
         return content[0]
 
-    def _rename_keys(self, state: dict[str, torch.Tensor], checkpoint: Mapping) -> dict[str, torch.Tensor]:
-        if not checkpoint.get("matching_heuristics", False):
+    def _rename_keys(self, state: dict[str, torch.Tensor], checkpoint: dict) -> dict[str, torch.Tensor]:
+        name = checkpoint.pop("convert", None)
+        if name is not None:
+            conversion = get_conversion(name)
+            self._check_pixels(name, conversion)
+            state = conversion.convert(state)
+        if name is None and not checkpoint.get("matching_heuristics", False):
             return state
         shapes = {name: tuple(value.shape) for name, value in self.model.state_dict().items()}
         return match_by_longest_suffix(shapes, state)
+
+    def _check_pixels(self, name: str, conversion: Conversion) -> None:
+        """Warns if the model gives its backbone other colours than the weights were trained on."""
+        wrong = []
+        order = getattr(self.model, "input_format", None)
+        if order not in (None, conversion.input_format):
+            wrong.append(f"INPUT.FORMAT is {order!r} instead of {conversion.input_format!r}")
+        mean = getattr(self.model, "pixel_mean", None)
+        wanted = torch.tensor(conversion.pixel_mean)
+        if isinstance(mean, torch.Tensor):
+            got = mean.detach().flatten().float().cpu()
+            if got.shape != wanted.shape or not torch.allclose(got, wanted, atol=1.0):
+                wrong.append(f"MODEL.PIXEL_MEAN is {got.tolist()} instead of {wanted.tolist()}")
+        if wrong:
+            logger.warning("Weights of '%s' will work badly: %s", name, " and ".join(wrong))
 
     def _load_model(self, checkpoint: dict[str, Any]) -> IncompatibleKeys | None:
         missing, unexpected, wrong = super()._load_model(checkpoint)
@@ -67,3 +108,12 @@ class DetectionCheckpointer(Checkpointer):
         # Files of old releases hold the anchors, which follow from the config.
         unexpected = [n for n in unexpected if _ANCHOR_BUFFERS not in n]
         return IncompatibleKeys(missing, unexpected, wrong)
+
+
+def _split_options(path: str) -> tuple[str, dict[str, str]]:
+    """Takes our options off the end of a path; another query, of a web address, stays."""
+    base, _, query = path.rpartition("?")
+    options = dict(parse_qsl(query)) if base else {}
+    if options and set(options) <= {"matching_heuristics", "convert"}:
+        return base, options
+    return path, {}

@@ -2,11 +2,13 @@
 
 What comes out of a reader is a dict with the parameters under "model" (name to `torch.Tensor` or
 `numpy.ndarray`) and whatever else the file holds ("optimizer", "trainer", "iteration", "__author__",
-"matching_heuristics" ...). No reader executes code from the file.
+"matching_heuristics" ...). No reader executes code from the file, unless it is told to trust it.
 """
 
+import logging
 import os
 import pickle
+import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,9 +20,20 @@ from detlib.utils.atomic_write import write_bytes_atomically
 
 __all__ = ["read_checkpoint", "to_plain_types", "write_checkpoint"]
 
+logger = logging.getLogger(__name__)
 
-def read_checkpoint(path: str) -> dict[str, Any]:
-    """Reads the checkpoint file at the local `path`; its ending tells the format.
+# How the files of torch.save before its zip format begin: a pickled number.
+_OLD_TORCH_MAGIC = (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19",)
+# torch.save does not compress; weights that someone compressed do not shrink much.
+_LARGEST_EXPANSION = 20
+
+
+def read_checkpoint(path: str, *, trust: bool = False) -> dict[str, Any]:
+    """Reads the checkpoint file at the local `path`.
+
+    Args:
+        path: a file of `torch.save` (``.pth``, ``.pyth``), a pickle (``.pkl``) or ``.safetensors``.
+        trust: unpickle the file as it is, so that it may run any code. Only for files of your own.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -28,26 +41,56 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"Checkpoint file {path} does not exist")
-    reader = _READERS.get(os.path.splitext(path)[1], _read_torch)
+    reader = _reader(path)
+    if trust and reader is not _read_safetensors:
+        logger.warning("Checkpoint file %s is trusted: it may run any code", path)
+        reader = _TRUSTING_READERS[reader]
     content = reader(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"Checkpoint file {path} holds a {type(content).__name__} instead of a dict")
-    content = dict(content)
+    content = _with_model_entry(dict(content), path)
+    if not isinstance(content["model"], Mapping):
+        raise ValueError(
+            f"Checkpoint file {path} holds a {type(content['model']).__name__} under 'model' "
+            "instead of a dict of names and arrays"
+        )
+    return content
+
+
+def _with_model_entry(content: dict[str, Any], path: str) -> dict[str, Any]:
+    """Puts the parameters under "model", where other libraries have them elsewhere."""
     if "model" in content:
-        if not isinstance(content["model"], Mapping):
-            raise ValueError(
-                f"Checkpoint file {path} holds a {type(content['model']).__name__} under 'model' "
-                "instead of a dict of names and arrays"
-            )
+        return content
+    if "blobs" in content:  # Detectron and Caffe2
+        content["model"] = content.pop("blobs")
+        return content | {"__author__": "Caffe2"}
+    if "model_state" in content:  # PySlowFast and pycls
+        content["model"] = content.pop("model_state")
+        return {"matching_heuristics": True} | content
+    if "state_dict" in content:
+        content["model"] = content.pop("state_dict")
         return content
     # A bare state dict, as torch.save(model.state_dict()) writes it.
-    strange = [k for k, v in content.items() if not isinstance(v, torch.Tensor | np.ndarray)]
-    if strange:
+    strange = [k for k, v in content.items() if not isinstance(v, torch.Tensor | np.ndarray | np.generic)]
+    if strange or not content:
         raise ValueError(
             f"Checkpoint file {path} has neither a 'model' entry nor only arrays; "
-            f"entries that are no arrays: {', '.join(map(repr, strange[:8]))}"
+            f"entries that are no arrays: {', '.join(map(repr, strange[:8])) or 'it is empty'}"
         )
-    return {"model": content}
+    bare = {"model": content}
+    # Caffe2 alone has names without dots.
+    return bare if any("." in name for name in content) else bare | {"__author__": "Caffe2"}
+
+
+def _reader(path: str) -> Callable[[str], Any]:
+    """What reads the file at `path`: its content tells, since endings are often wrong."""
+    if path.endswith(".safetensors"):
+        return _read_safetensors
+    with open(path, "rb") as f:
+        start = f.read(16)
+    if path.endswith(".pkl") and not start.startswith((b"PK\x03\x04", *_OLD_TORCH_MAGIC)):
+        return _read_pickle
+    return _read_torch
 
 
 def _read_pickle(path: str) -> Any:
@@ -61,6 +104,7 @@ def _read_pickle(path: str) -> Any:
 
 def _read_torch(path: str) -> Any:
     """A file of `torch.save`: tensors, numpy arrays and scalars, and plain containers."""
+    _refuse_zip_bombs(path)
     try:
         with torch.serialization.safe_globals(list(NUMPY_STAND_INS)):
             return resolve_stand_ins(torch.load(path, map_location="cpu", weights_only=True))
@@ -74,7 +118,38 @@ def _read_torch(path: str) -> Any:
         raise ValueError(f"Checkpoint file {path} is broken: {e}") from e
 
 
-_READERS: dict[str, Callable[[str], Any]] = {".pkl": _read_pickle}
+def _refuse_zip_bombs(path: str) -> None:
+    """Refuses a zip file whose entries are far larger than the file."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+    if size > _LARGEST_EXPANSION * os.path.getsize(path):
+        raise ValueError(
+            f"Checkpoint file {path} is refused: its {os.path.getsize(path)} bytes would become {size}"
+        )
+
+
+def _read_safetensors(path: str) -> Any:
+    """Tensors by name, in Hugging Face's format."""
+    import safetensors.torch
+
+    try:
+        return {"model": safetensors.torch.load_file(path)}
+    except safetensors.SafetensorError as e:
+        raise ValueError(f"Checkpoint file {path} is broken: {e}") from e
+
+
+def _read_any_pickle(path: str) -> Any:
+    with open(path, "rb") as f:
+        return pickle.load(f, encoding="latin1")
+
+
+def _read_any_torch(path: str) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=False)
+
+
+_TRUSTING_READERS = {_read_pickle: _read_any_pickle, _read_torch: _read_any_torch}
 
 
 def _first_sentences(message: str) -> str:
@@ -84,16 +159,33 @@ def _first_sentences(message: str) -> str:
 
 
 def write_checkpoint(path: str, content: Mapping[str, Any]) -> None:
-    """Saves `content` at `path` with `torch.save`, never leaving a half-written file there.
+    """Saves `content` at `path`, never leaving a half-written file there.
 
-    Only plain types are saved (see `to_plain_types`), so every PyTorch reads the file with
+    A path that ends in ``.safetensors`` gets the tensors of ``content["model"]`` alone, any other a file of
+    `torch.save`. Only plain types are saved (see `to_plain_types`), so every PyTorch reads the file with
     ``weights_only=True``.
 
     Raises:
         TypeError: if something in `content` is neither a tensor nor of a plain type.
     """
+    if path.endswith(".safetensors"):
+        data = _safetensors_bytes(content["model"])
+        write_bytes_atomically(path, lambda file: file.write(data))
+        return
     plain = to_plain_types(content, "checkpoint")
     write_bytes_atomically(path, lambda file: torch.save(plain, file))
+
+
+def _safetensors_bytes(state: Mapping[str, Any]) -> bytes:
+    import safetensors.torch
+
+    tensors = {name: torch.as_tensor(value).detach() for name, value in state.items()}
+    owners: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        # The format knows no views: what shares memory, or has gaps, is written out.
+        first = owners.setdefault(tensor.untyped_storage().data_ptr(), name)
+        tensors[name] = tensor.contiguous() if first == name else tensor.clone().contiguous()
+    return safetensors.torch.save(tensors, {"format": "pt"})
 
 
 def to_plain_types(value: Any, where: str) -> Any:

@@ -1,12 +1,9 @@
 """Matching of a file's parameter names to a model's, and readable reports about the names."""
 
-import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 __all__ = ["group_by_module", "match_by_longest_suffix", "strip_common_prefix"]
-
-logger = logging.getLogger(__name__)
 
 
 def strip_common_prefix(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -30,35 +27,28 @@ def match_by_longest_suffix(
         state: the file's arrays by name.
 
     Returns:
-        The arrays under the model's names; those that fit nothing, or fit by name but not by shape, keep
-        their own name.
+        The arrays under the model's names; those that fit nothing keep their own name. One that fits a single
+        name but not its shape takes that name, so that the difference can be told.
 
     Raises:
         ValueError: if one entry of the file would go to several places of the model.
     """
-    taken: dict[str, str] = {}  # name in the file -> name in the model
+    candidates: dict[str, list[str]] = {}  # name in the file -> names in the model that end so
     for name in sorted(model_shapes):
         suffix = _longest_suffix(name, state)
-        if suffix is None:
-            continue
+        if suffix is not None:
+            candidates.setdefault(suffix, []).append(name)
+    taken = {}
+    for suffix, names in candidates.items():
         shape = tuple(state[suffix].shape)
-        if shape != tuple(model_shapes[name]):
-            logger.warning(
-                "'%s' %s of the checkpoint is not loaded into '%s' %s: the shapes differ",
-                suffix,
-                shape,
-                name,
-                tuple(model_shapes[name]),
-            )
-            continue
-        if suffix in taken:
+        fitting = [name for name in names if tuple(model_shapes[name]) == shape]
+        if len(fitting) > 1:
             raise ValueError(
-                f"'{suffix}' of the checkpoint fits both '{taken[suffix]}' and '{name}' of the model: "
+                f"'{suffix}' of the checkpoint fits both '{fitting[0]}' and '{fitting[1]}' of the model: "
                 "rename the file's entries, or save it without 'matching_heuristics'"
             )
-        taken[suffix] = name
-    renamed = sum(1 for old, new in taken.items() if old != new)
-    logger.info("Matched %d of %d entries by name (%d renamed)", len(taken), len(state), renamed)
+        if fitting or len(names) == 1:
+            taken[suffix] = (fitting or names)[0]
     return {taken.get(name, name): value for name, value in state.items()}
 
 

@@ -106,30 +106,31 @@ def _encode_latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-def _storage(data: Any) -> torch.UntypedStorage:
-    """Takes the place of ``torch.storage._load_from_bytes``: a tensor's storage as `torch.save` wrote it."""
-    if not isinstance(data, bytes):
-        raise pickle.UnpicklingError("a pickled tensor storage is malformed")
-    storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    if not isinstance(storage, torch.storage.TypedStorage | torch.UntypedStorage):
-        raise pickle.UnpicklingError(f"a pickled tensor storage holds a {type(storage).__name__}")
-    return storage
+class _PickledStorage:
+    """The memory of a tensor, as `torch.save` wrote it into a pickle."""
+
+    def __init__(self, data: Any):
+        if not isinstance(data, bytes):
+            raise pickle.UnpicklingError("a pickled tensor storage is malformed")
+        storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        if not isinstance(storage, torch.storage.TypedStorage):
+            raise pickle.UnpicklingError(f"a pickled tensor storage holds a {type(storage).__name__}")
+        self.dtype, self.bytes = storage.dtype, storage._untyped_storage
 
 
 def _tensor(storage: Any, offset: int, size: Any, stride: Any, *_flags: Any) -> torch.Tensor:
     """Takes the place of ``torch._utils._rebuild_tensor_v2``."""
     numbers = [offset, *size, *stride]
-    if not isinstance(storage, torch.storage.TypedStorage) or len(size) != len(stride):
+    if not isinstance(storage, _PickledStorage) or len(size) != len(stride):
         raise pickle.UnpicklingError("a pickled tensor is malformed")
     if not all(isinstance(n, int) and n >= 0 for n in numbers):
         raise pickle.UnpicklingError(
             f"a pickled tensor has size {size!r}, stride {stride!r}, offset {offset!r}"
         )
     last = offset + sum((n - 1) * step for n, step in zip(size, stride))
-    if all(size) and last >= storage.size():
+    if all(size) and last >= storage.bytes.nbytes() // storage.dtype.itemsize:
         raise pickle.UnpicklingError(f"a pickled tensor of size {tuple(size)} reaches beyond its storage")
-    empty = torch.empty(0, dtype=storage.dtype)
-    return empty.set_(storage._untyped_storage, offset, tuple(size), tuple(stride))
+    return torch.empty(0, dtype=storage.dtype).set_(storage.bytes, offset, tuple(size), tuple(stride))
 
 
 def _parameter(data: Any, *_flags: Any) -> torch.Tensor:
@@ -182,7 +183,7 @@ def _legal_globals() -> dict[str, Any]:
         "collections.OrderedDict": lambda *items: collections.OrderedDict(*items),
         "collections.defaultdict": _default_dict,
         "_codecs.encode": _encode_latin1,
-        "torch.storage._load_from_bytes": _storage,
+        "torch.storage._load_from_bytes": _PickledStorage,
         "torch._utils._rebuild_tensor_v2": _tensor,
         "torch._utils._rebuild_parameter": _parameter,
         "torch.Size": _container(tuple),

@@ -179,10 +179,12 @@ def test_longest_suffix_wins():
     shapes = {"bottom_up.stem.conv1.weight": (1,), "bottom_up.res2.conv1.weight": (1,), "fc.w": (2,)}
     state = {"conv1.weight": np.zeros(1), "stem.conv1.weight": np.ones(1), "w": np.zeros(3), "v1.weight": 0}
     got = match_by_longest_suffix(shapes, state)
-    assert list(got) == ["bottom_up.res2.conv1.weight", "bottom_up.stem.conv1.weight", "w", "v1.weight"]
+    assert list(got) == ["bottom_up.res2.conv1.weight", "bottom_up.stem.conv1.weight", "fc.w", "v1.weight"]
     assert got["bottom_up.stem.conv1.weight"] == 1
     with pytest.raises(ValueError, match="'w' .* both 'a.w' and 'b.w'"):
         match_by_longest_suffix({"a.w": (1,), "b.w": (1,)}, {"w": np.zeros(1)})
+    assert list(match_by_longest_suffix({"a.w": (1,), "b.w": (2,)}, {"w": np.zeros(2)})) == ["b.w"]
+    assert list(match_by_longest_suffix({"a.w": (1,), "b.w": (2,)}, {"w": np.zeros(3)})) == ["w"]
 
 
 def test_group_by_module():
