@@ -3,7 +3,10 @@
 import pytest
 import torch
 
-from detlib.modeling import build_model
+from detlib.modeling import FCOS, FPN, Backbone, MViT, SimpleFeaturePyramid, SwinTransformer, ViT, build_model
+from detlib.modeling.backbone.fpn import LastLevelMaxPool
+from detlib.modeling.backbone.regnet import RegNet, ResBottleneckBlock, SimpleStem
+from detlib.modeling.meta_arch.fcos import FCOSHead
 from detlib.structures import Boxes, Instances, Keypoints
 from detlib.utils.events import EventStorage
 from tests.modeling.small_rcnn import (
@@ -11,8 +14,11 @@ from tests.modeling.small_rcnn import (
     FAST_RCNN,
     FASTER_RCNN,
     MASK_RCNN,
+    NUM_CLASSES,
+    ROTATED,
     RPN,
     picture,
+    rotated_truth,
     small_config,
     truth,
 )
@@ -46,25 +52,122 @@ YAML = {
     "rpn": (RPN, {}),
     "rpn_c4": ("COCO-Detection/rpn_R_50_C4_1x.yaml", BOTTLENECKS),
     "fast_rcnn": (FAST_RCNN, {}),
+    "c4": (f"{INSTANCES}/mask_rcnn_R_50_C4_1x.yaml", BOTTLENECKS),
+    "keypoint": (
+        "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml",
+        {"MODEL__ROI_KEYPOINT_HEAD__CONV_DIMS": (16, 16)},
+    ),
+    "cascade": ("Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml", {}),
+    "retinanet": ("COCO-Detection/retinanet_R_50_FPN_1x.yaml", {"MODEL__RETINANET__PRIOR_PROB": 0.3}),
+    "retinanet_bn": (
+        "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
+        {"MODEL__RETINANET__PRIOR_PROB": 0.3, "MODEL__RETINANET__NORM": "BN"},
+    ),
     "semantic": ("Misc/semantic_R_50_FPN_1x.yaml", {"MODEL__SEM_SEG_HEAD__CONVS_DIM": 32}),
     "panoptic": (
         "COCO-PanopticSegmentation/panoptic_fpn_R_50_3x.yaml",
         {"MODEL__SEM_SEG_HEAD__CONVS_DIM": 32},
     ),
+    "panoptic_cascade": (
+        "Misc/panoptic_fpn_R_101_dconv_cascade_gn_3x.yaml",
+        BOTTLENECKS | {"MODEL__SEM_SEG_HEAD__CONVS_DIM": 32, "MODEL__ROI_MASK_HEAD__CONV_DIM": 32},
+    ),
+    "rotated": (FASTER_RCNN, ROTATED),
 }
-ARCHITECTURES = list(YAML)
+
+
+def pyramid_on(bottom_up: Backbone) -> FPN:
+    return FPN(bottom_up, list(bottom_up.output_shape()), 32, top_block=LastLevelMaxPool())
+
+
+def regnet(se_ratio: float) -> Backbone:
+    stages = RegNet(
+        stem_class=SimpleStem,
+        stem_width=16,
+        block_class=ResBottleneckBlock,
+        depth=5,
+        w_a=16.0,
+        w_0=16,
+        w_m=1.5,
+        group_width=8,
+        se_ratio=se_ratio,
+        norm="BN",
+        out_features=["s1", "s2", "s3", "s4"],
+    )
+    return pyramid_on(stages)
+
+
+def vit() -> Backbone:
+    net = ViT(
+        img_size=96,
+        embed_dim=32,
+        depth=3,
+        num_heads=2,
+        window_size=4,
+        window_block_indexes=(0, 1),
+        residual_block_indexes=(1,),
+        use_rel_pos=True,
+    )
+    scales = (4.0, 2.0, 1.0, 0.5)
+    return SimpleFeaturePyramid(
+        net, "last_feat", 32, scales, top_block=LastLevelMaxPool(), norm="LN", square_pad=96
+    )
+
+
+def swin() -> Backbone:
+    return pyramid_on(
+        SwinTransformer(
+            embed_dim=16, depths=(2, 1, 1, 1), num_heads=(1, 2, 2, 4), window_size=4, drop_path_rate=0.0
+        )
+    )
+
+
+def mvit() -> Backbone:
+    return pyramid_on(
+        MViT(img_size=96, embed_dim=16, depth=5, last_block_indexes=(0, 1, 2, 4), adaptive_window_size=8)
+    )
+
+
+# Backbones that only lazy configs know, in the place of a Mask R-CNN's.
+BACKBONES = {
+    "regnetx": lambda: regnet(se_ratio=0.0),
+    "regnety": lambda: regnet(se_ratio=0.25),
+    "vit": vit,
+    "swin": swin,
+    "mvit": mvit,
+}
+ARCHITECTURES = [*YAML, *BACKBONES, "fcos"]
+
+
+def fcos(backbone: Backbone) -> FCOS:
+    features = ["p2", "p3", "p4", "p5"]
+    shapes = [backbone.output_shape()[name] for name in features]
+    return FCOS(
+        backbone=backbone,
+        head=FCOSHead(input_shape=shapes, num_classes=NUM_CLASSES, conv_dims=[32], norm="GN", prior_prob=0.3),
+        head_in_features=features,
+        num_classes=NUM_CLASSES,
+        test_score_thresh=0.0,
+        pixel_mean=[103.53, 116.28, 123.675],
+        pixel_std=[57.375, 57.12, 58.395],
+    )
 
 
 def built(name: str) -> torch.nn.Module:
     torch.manual_seed(0)
-    config, overrides = YAML[name]
-    return build_model(small_config(config, **overrides))
+    config, overrides = YAML.get(name, (MASK_RCNN, {}))
+    model = build_model(small_config(config, **overrides))
+    if name in BACKBONES:
+        model.backbone = BACKBONES[name]()
+    return fcos(model.backbone) if name == "fcos" else model
 
 
-def objects(boxes) -> Instances:
-    """Truth of every kind: boxes, classes, masks and keypoints."""
-    out = truth(boxes=boxes)
-    points = torch.rand(len(boxes), 17, 3, generator=torch.Generator().manual_seed(0))
+def objects(name: str, is_empty: bool) -> Instances:
+    """Truth of every kind that `name` may ask for: boxes, classes, masks and keypoints."""
+    if name == "rotated":
+        return rotated_truth(boxes=()) if is_empty else rotated_truth()
+    out = truth(boxes=()) if is_empty else truth()
+    points = torch.rand(len(out), 17, 3, generator=torch.Generator().manual_seed(0))
     boxes = out.gt_boxes.tensor[:, None]
     points[..., :2] = boxes[..., :2] + points[..., :2] * (boxes[..., 2:] - boxes[..., :2])
     points[..., 2] = 2  # visible
@@ -72,19 +175,20 @@ def objects(boxes) -> Instances:
     return out
 
 
-def batch(boxes=((8, 8, 40, 40), (30, 20, 90, 60))) -> list[dict]:
-    """Two pictures with every key that a model may ask for."""
+def batch(name: str, empty: tuple[bool, ...] = (False, False)) -> list[dict]:
+    """Pictures with every key that a model may ask for; those marked empty have no objects and no labels."""
     regions = torch.tensor([[6.0, 6, 42, 38], [0, 0, 20, 30], [32, 20, 88, 60], [50, 5, 90, 25]])
+    stripes = torch.arange(HEIGHT)[:, None].expand(HEIGHT, WIDTH) // 16
     return [
         {
             "image": picture(HEIGHT, WIDTH, seed=seed),
-            "instances": objects(boxes),
+            "instances": objects(name, is_empty),
             "proposals": Instances(
                 (HEIGHT, WIDTH), proposal_boxes=Boxes(regions), objectness_logits=torch.arange(4.0)
             ),
-            "sem_seg": torch.arange(HEIGHT)[:, None].expand(HEIGHT, WIDTH) // 16,
+            "sem_seg": torch.full_like(stripes, 255) if is_empty else stripes,
         }
-        for seed in range(2)
+        for seed, is_empty in enumerate(empty)
     ]
 
 
@@ -98,15 +202,18 @@ def tensors_of(output: dict):
             yield value
 
 
-def train_and_predict(model: torch.nn.Module, autocast: bool = False) -> dict[str, torch.Tensor]:
+def train_and_predict(
+    name: str, dtype: torch.dtype = torch.float32, autocast: bool = False
+) -> dict[str, torch.Tensor]:
     """One training step and one prediction, both finite; returns the losses."""
+    model = built(name).to(dtype)
     torch.manual_seed(1)  # of the sampling
     with EventStorage(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        losses = model.train()(batch())
+        losses = model.train()(batch(name))
         assert losses and all(x.dim() == 0 and x.isfinite() for x in losses.values()), losses
         sum(losses.values()).backward()
         with torch.no_grad():
-            outputs = model.eval()(batch())
+            outputs = model.eval()(batch(name))
     for p in model.parameters():
         assert p.grad is None or (p.grad.dtype == p.dtype and p.grad.isfinite().all())
     assert len(outputs) == 2
@@ -117,8 +224,8 @@ def train_and_predict(model: torch.nn.Module, autocast: bool = False) -> dict[st
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_double(name):
-    losses = train_and_predict(built(name).double())
-    expected = train_and_predict(built(name))
+    losses = train_and_predict(name, torch.float64)
+    expected = train_and_predict(name)
     for key, value in expected.items():
         torch.testing.assert_close(
             losses[key].float(), value, rtol=1e-3, atol=1e-4, msg=lambda m, k=key: k + m
@@ -127,12 +234,12 @@ def test_double(name):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_bfloat16(name):
-    train_and_predict(built(name).bfloat16())
+    train_and_predict(name, torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_autocast(name):
-    train_and_predict(built(name), autocast=True)
+    train_and_predict(name, autocast=True)
 
 
 def trained(model: torch.nn.Module, items: list[dict]) -> set[str]:
@@ -147,10 +254,10 @@ def trained(model: torch.nn.Module, items: list[dict]) -> set[str]:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_pictures_without_objects_train_the_same_parameters(name):
     model = built(name)
-    usual = trained(model, batch())
-    assert usual == {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained(model, batch(boxes=())) == usual
-    assert trained(model, [batch()[0], batch(boxes=())[1]]) == usual
+    usual = trained(model, batch(name))
+    assert usual == {key for key, p in model.named_parameters() if p.requires_grad}
+    assert trained(model, batch(name, empty=(True, True))) == usual
+    assert trained(model, batch(name, empty=(True, False))) == usual
 
 
 def test_deformable_convolutions_train_on_the_cpu():
@@ -161,7 +268,7 @@ def test_deformable_convolutions_train_on_the_cpu():
     history = []
     for _ in range(12):
         torch.manual_seed(1)
-        losses = model(batch())
+        losses = model(batch("deformable"))
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
