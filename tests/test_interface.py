@@ -45,14 +45,12 @@ LATER_NAMES = {
     "data.datasets.builtin": {"register_all_ade20k", "register_all_cityscapes", "register_all_lvis"},
     "data.datasets.coco": {"load_sem_seg"},
     "data.datasets.register_coco": {"register_coco_panoptic_separated"},
-    "data.detection_utils": {"annotations_to_instances_rotated"},
     "evaluation": {
         "COCOPanopticEvaluator",
         "CityscapesInstanceEvaluator",
         "CityscapesSemSegEvaluator",
         "LVISEvaluator",
         "PascalVOCDetectionEvaluator",
-        "RotatedCOCOEvaluator",
         "SemSegEvaluator",
     },
     "modeling": {
@@ -64,11 +62,7 @@ LATER_NAMES = {
 }
 
 # Methods of parts that are to come.
-LATER_METHODS = {
-    "apply_rotated_box": "rotated boxes",
-    "draw_rotated_box_with_label": "rotated boxes",
-    "overlay_rotated_instances": "rotated boxes",
-}
+LATER_METHODS = {}
 
 # Differences that are meant, as the beginning of what `check` says after the module, and why.
 DIFFERENT = {

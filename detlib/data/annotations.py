@@ -11,11 +11,13 @@ from detlib.structures import (
     Instances,
     Keypoints,
     PolygonMasks,
+    RotatedBoxes,
     polygons_to_bitmask,
 )
 
 __all__ = [
     "annotations_to_instances",
+    "annotations_to_instances_rotated",
     "filter_empty_instances",
     "transform_instance_annotations",
     "transform_keypoint_annotations",
@@ -46,16 +48,20 @@ def transform_instance_annotations(
             keypoints is mirrored.
 
     Returns:
-        ``annotation``, with "bbox" (4,) float64 in XYXY_ABS, clipped to the picture; "segmentation" a list of
-        (2P,) float64 polygons, or an (H, W) uint8 array where it was an RLE; "keypoints" (K, 3) float64.
+        ``annotation``, with "bbox" (4,) float64 in XYXY_ABS, clipped to the picture, or where it was rotated
+        (5,) float64 in XYWHA_ABS, not clipped; "segmentation" a list of (2P,) float64 polygons, or an (H, W)
+        uint8 array where it was an RLE; "keypoints" (K, 3) float64.
     """
     if isinstance(transforms, (tuple, list)):
         transforms = TransformList(transforms)
-    box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
-    height, width = image_size
-    box = transforms.apply_box(np.array([box], dtype=np.float64))[0].clip(min=0)
-    annotation["bbox"] = np.minimum(box, [width, height, width, height])
-    annotation["bbox_mode"] = BoxMode.XYXY_ABS
+    if annotation["bbox_mode"] == BoxMode.XYWHA_ABS:
+        annotation["bbox"] = _transform_rotated_box(annotation["bbox"], transforms)
+    else:
+        box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
+        height, width = image_size
+        box = transforms.apply_box(np.array([box], dtype=np.float64))[0].clip(min=0)
+        annotation["bbox"] = np.minimum(box, [width, height, width, height])
+        annotation["bbox_mode"] = BoxMode.XYXY_ABS
     if "segmentation" in annotation:
         annotation["segmentation"] = _transform_segmentation(
             annotation["segmentation"], transforms, image_size
@@ -65,6 +71,15 @@ def transform_instance_annotations(
             annotation["keypoints"], transforms, image_size, keypoint_hflip_indices
         )
     return annotation
+
+
+def _transform_rotated_box(box, transforms: Transform) -> np.ndarray:
+    box = np.asarray(box, dtype=np.float64)
+    if box.shape != (5,):
+        raise ValueError(
+            f"a bbox in BoxMode.XYWHA_ABS has 5 numbers (center x, center y, width, height, angle), got {box}"
+        )
+    return transforms.apply_rotated_box(box[None])[0]
 
 
 def _transform_segmentation(segmentation, transforms: Transform, image_size: tuple[int, int]):
@@ -135,9 +150,9 @@ def transform_proposals(
 ) -> None:
     """Apply transforms to the precomputed proposals in a dataset dict, if it has any.
 
-    The fields "proposal_boxes" ((P, 4), any box mode), "proposal_bbox_mode" and "proposal_objectness_logits"
-    ((P,), falling) are replaced by "proposals", an Instances with ``proposal_boxes`` and
-    ``objectness_logits``.
+    The fields "proposal_boxes" ((P, 4), or (P, 5) rotated ones), "proposal_bbox_mode" and
+    "proposal_objectness_logits" ((P,), falling) are replaced by "proposals", an Instances with
+    ``proposal_boxes`` and ``objectness_logits``.
 
     Args:
         dataset_dict: dict of one picture, changed in place.
@@ -148,10 +163,12 @@ def transform_proposals(
     """
     if "proposal_boxes" not in dataset_dict:
         return
-    boxes = BoxMode.convert(
-        dataset_dict.pop("proposal_boxes"), dataset_dict.pop("proposal_bbox_mode"), BoxMode.XYXY_ABS
-    )
-    boxes = Boxes(torch.as_tensor(transforms.apply_box(boxes).astype(np.float32)))
+    boxes, mode = dataset_dict.pop("proposal_boxes"), dataset_dict.pop("proposal_bbox_mode")
+    if mode == BoxMode.XYWHA_ABS:
+        boxes = RotatedBoxes(torch.as_tensor(transforms.apply_rotated_box(boxes).astype(np.float32)))
+    else:
+        boxes = BoxMode.convert(boxes, mode, BoxMode.XYXY_ABS)
+        boxes = Boxes(torch.as_tensor(transforms.apply_box(boxes).astype(np.float32)))
     logits = torch.as_tensor(np.array(dataset_dict.pop("proposal_objectness_logits"), dtype=np.float32))
     boxes.clip(image_shape)
     keep = boxes.nonempty(threshold=min_box_size)
@@ -169,6 +186,37 @@ def _field_of_all(annos: list[dict], key: str) -> list | None:
     if not all(having):
         raise ValueError(f"{key!r} is missing in instance {having.index(False)}, while others have it")
     return [anno[key] for anno in annos]
+
+
+def _boxes_of(annos: list[dict], mode: BoxMode) -> torch.Tensor:
+    """(R, 4) or, in the mode XYWHA_ABS, (R, 5) float32."""
+    boxes = [BoxMode.convert(anno["bbox"], anno["bbox_mode"], mode) for anno in annos]
+    length = 5 if mode == BoxMode.XYWHA_ABS else 4
+    return torch.as_tensor(np.array(boxes, dtype=np.float32).reshape(-1, length))
+
+
+def _classes_of(annos: list[dict]) -> torch.Tensor:
+    """(R,) int64."""
+    return torch.tensor([int(anno["category_id"]) for anno in annos], dtype=torch.int64)
+
+
+def annotations_to_instances_rotated(annos: list[dict], image_size: tuple[int, int]) -> Instances:
+    """`annotations_to_instances` for rotated boxes.
+
+    Args:
+        annos: dicts in the standard format, transformed already; upright boxes among them get the angle 0.
+            Masks and keypoints are not looked at.
+        image_size: (height, width).
+
+    Returns:
+        Instances with ``gt_boxes`` (RotatedBoxes, upright ones clipped to the picture) and ``gt_classes``
+        ((R,) int64).
+    """
+    target = Instances(image_size)
+    target.gt_boxes = RotatedBoxes(_boxes_of(annos, BoxMode.XYWHA_ABS))
+    target.gt_boxes.clip(image_size)
+    target.gt_classes = _classes_of(annos)
+    return target
 
 
 def annotations_to_instances(
@@ -189,10 +237,9 @@ def annotations_to_instances(
         ValueError: a mask does not fit ``mask_format``, or only some of the instances have masks or
             keypoints.
     """
-    boxes = [BoxMode.convert(anno["bbox"], anno["bbox_mode"], BoxMode.XYXY_ABS) for anno in annos]
     target = Instances(image_size)
-    target.gt_boxes = Boxes(torch.as_tensor(np.array(boxes, dtype=np.float32).reshape(-1, 4)))
-    target.gt_classes = torch.tensor([int(anno["category_id"]) for anno in annos], dtype=torch.int64)
+    target.gt_boxes = Boxes(_boxes_of(annos, BoxMode.XYXY_ABS))
+    target.gt_classes = _classes_of(annos)
 
     segmentations = _field_of_all(annos, "segmentation")
     if segmentations is not None:
@@ -242,7 +289,8 @@ def filter_empty_instances(
 
     Args:
         instances: with ``gt_boxes``, perhaps with ``gt_masks``.
-        by_box: drop those whose box has a side of at most ``box_threshold``.
+        by_box: drop those whose box has a side of at most ``box_threshold``, or is rotated, and so not
+            clipped, and lies outside the picture.
         by_mask: drop those with an empty mask.
         box_threshold: in pixels.
         return_mask: also return which ones stay.
@@ -255,6 +303,10 @@ def filter_empty_instances(
     keep = torch.ones(len(instances), dtype=torch.bool)
     if by_box:
         keep &= instances.gt_boxes.nonempty(threshold=box_threshold)
+        if isinstance(instances.gt_boxes, RotatedBoxes):
+            height, width = instances.image_size
+            picture = RotatedBoxes([[width / 2, height / 2, width, height, 0]])
+            keep &= instances.gt_boxes.pairwise_iou(picture)[:, 0] > 0
     if by_mask and instances.has("gt_masks"):
         keep &= instances.gt_masks.nonempty()
     kept = instances[keep]

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from detlib.config import configurable
+from detlib.structures import BoxMode
 
 from . import detection_utils as utils
 from . import transforms as T  # noqa: N812 (the name that mappers use)
@@ -36,6 +37,7 @@ class DatasetMapper:
         keypoint_hflip_indices: np.ndarray | None = None,
         precomputed_proposal_topk: int | None = None,
         recompute_boxes: bool = False,
+        rotated_boxes: bool | None = None,
     ):
         """
         Args:
@@ -49,6 +51,9 @@ class DatasetMapper:
             precomputed_proposal_topk: keep this many precomputed proposals of each picture; None for no use
                 of proposals.
             recompute_boxes: replace each box by the tight one around its mask after augmentation.
+            rotated_boxes: whether models get RotatedBoxes; by default, those pictures with a rotated
+                annotation (BoxMode.XYWHA_ABS). If False, rotated annotations become the upright boxes around
+                them.
         """
         if recompute_boxes and not use_instance_mask:
             raise ValueError("DatasetMapper: recompute_boxes=True needs use_instance_mask=True")
@@ -61,6 +66,7 @@ class DatasetMapper:
         self.keypoint_hflip_indices = keypoint_hflip_indices
         self.proposal_topk = precomputed_proposal_topk
         self.recompute_boxes = recompute_boxes
+        self.rotated_boxes = rotated_boxes
         mode = "training" if is_train else "inference"
         logger.info("Augmentations used in %s: %s", mode, self.augmentations)
 
@@ -79,6 +85,8 @@ class DatasetMapper:
             "instance_mask_format": cfg.INPUT.MASK_FORMAT,
             "use_keypoint": cfg.MODEL.KEYPOINT_ON,
             "recompute_boxes": recompute_boxes,
+            # A picture without objects shows no type: there the model's counts.
+            "rotated_boxes": True if cfg.MODEL.ANCHOR_GENERATOR.NAME == "RotatedAnchorGenerator" else None,
         }
         if cfg.MODEL.KEYPOINT_ON:
             ret["keypoint_hflip_indices"] = utils.create_keypoint_hflip_indices(cfg.DATASETS.TRAIN)
@@ -103,6 +111,9 @@ class DatasetMapper:
                 continue
             used = {key: value for key, value in annotation.items() if key not in unused}
             try:
+                if self.rotated_boxes is False:
+                    box = BoxMode.convert(used["bbox"], used["bbox_mode"], BoxMode.XYXY_ABS)
+                    used.update(bbox=box, bbox_mode=BoxMode.XYXY_ABS)
                 annos.append(
                     utils.transform_instance_annotations(
                         used, transforms, image_shape, keypoint_hflip_indices=self.keypoint_hflip_indices
@@ -114,14 +125,22 @@ class DatasetMapper:
                     f"annotation {index} of image file {dataset_dict.get('file_name')}: {reason}"
                 ) from error
         try:
-            instances = utils.annotations_to_instances(
-                annos, image_shape, mask_format=self.instance_mask_format
-            )
+            if self._are_rotated(annos):
+                instances = utils.annotations_to_instances_rotated(annos, image_shape)
+            else:
+                instances = utils.annotations_to_instances(
+                    annos, image_shape, mask_format=self.instance_mask_format
+                )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"annotations of image file {dataset_dict.get('file_name')}: {error}") from error
         if self.recompute_boxes and instances.has("gt_masks"):
             instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
         dataset_dict["instances"] = utils.filter_empty_instances(instances)
+
+    def _are_rotated(self, annos: list[dict]) -> bool:
+        if self.rotated_boxes is not None:
+            return self.rotated_boxes
+        return any(anno["bbox_mode"] == BoxMode.XYWHA_ABS for anno in annos)
 
     def __call__(self, dataset_dict: dict) -> dict:
         """Map one picture.
@@ -134,8 +153,8 @@ class DatasetMapper:
             "annotations" and "sem_seg_file_name", and with
 
             - "image": (C, H, W) tensor in ``image_format``, uint8 for most formats;
-            - "instances" (training): see `detection_utils.annotations_to_instances`, boxes in pixels of
-              "image";
+            - "instances" (training): see `detection_utils.annotations_to_instances`, or of rotated boxes
+              `detection_utils.annotations_to_instances_rotated`, in pixels of "image";
             - "sem_seg": (H, W) int64 tensor, where the dataset has one;
             - "proposals": where precomputed ones are used.
 

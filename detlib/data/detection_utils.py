@@ -10,6 +10,7 @@ from detlib.structures import BoxMode
 
 from .annotations import (
     annotations_to_instances,
+    annotations_to_instances_rotated,
     filter_empty_instances,
     transform_instance_annotations,
     transform_keypoint_annotations,
@@ -30,6 +31,7 @@ __all__ = [
     "ImageReadError",
     "SizeMismatchError",
     "annotations_to_instances",
+    "annotations_to_instances_rotated",
     "build_augmentation",
     "build_transform_gen",
     "check_image_size",

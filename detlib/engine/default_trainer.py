@@ -20,6 +20,7 @@ from detlib.engine.train_loop import AMPTrainer, HookBase, SimpleTrainer, Traine
 from detlib.evaluation import (
     COCOEvaluator,
     DatasetEvaluator,
+    RotatedCOCOEvaluator,
     inference_on_dataset,
     print_csv_format,
     verify_results,
@@ -36,7 +37,12 @@ __all__ = ["DefaultTrainer"]
 logger = logging.getLogger(__name__)
 
 # Data sets that the COCO metric is right for; without a type, annotations are converted to COCO's format.
-_COCO_METRIC_TYPES = ("coco", "coco_panoptic_seg", None)
+_COCO_METRICS = {
+    "coco": COCOEvaluator,
+    "coco_panoptic_seg": COCOEvaluator,
+    "rotated_coco": RotatedCOCOEvaluator,
+    None: COCOEvaluator,
+}
 
 
 class _AfterBackward(HookBase):
@@ -237,14 +243,14 @@ class DefaultTrainer(TrainerBase):
             ValueError: if the data set has another number of classes than the model.
         """
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
-        if kind not in _COCO_METRIC_TYPES:
+        if kind not in _COCO_METRICS:
             raise NotImplementedError(
                 f"There is no default evaluator for the type '{kind}' of dataset '{dataset_name}': override "
                 f"{cls.__name__}.build_evaluator"
             )
         check_num_classes(cfg, dataset_name)
         limit = cfg.TEST.DETECTIONS_PER_IMAGE
-        return COCOEvaluator(
+        return _COCO_METRICS[kind](
             dataset_name,
             output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"),
             # The metric looks at 100 detections otherwise, however many the model puts out.

@@ -2,12 +2,14 @@
 
 from .coco_evaluation import COCOEvaluator
 from .evaluator import DatasetEvaluator, DatasetEvaluators, inference_context, inference_on_dataset
+from .rotated_coco_evaluation import RotatedCOCOEvaluator
 from .testing import flatten_results_dict, print_csv_format, verify_results
 
 __all__ = [
     "COCOEvaluator",
     "DatasetEvaluator",
     "DatasetEvaluators",
+    "RotatedCOCOEvaluator",
     "flatten_results_dict",
     "inference_context",
     "inference_on_dataset",

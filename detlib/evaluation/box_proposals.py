@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from detlib.structures import Boxes, Instances, pairwise_iou
+from detlib.structures import Boxes, BoxMode, Instances, RotatedBoxes
 
 from .coco_json import GroundTruth
+from .rotated_iou import are_rotated, to_rotated
 
 __all__ = ["evaluate_box_proposals"]
 
@@ -56,9 +57,14 @@ def evaluate_box_proposals(
 def _iou(proposals: Instances, annotations: list[dict]) -> np.ndarray:
     """Returns the IoU of the proposals, best first, with the ground truth boxes."""
     order = proposals.objectness_logits.argsort(descending=True)
+    boxes = proposals.proposal_boxes[order]
+    if isinstance(boxes, RotatedBoxes) or are_rotated(annotations):
+        if not isinstance(boxes, RotatedBoxes):
+            boxes = RotatedBoxes(BoxMode.convert(boxes.tensor, BoxMode.XYXY_ABS, BoxMode.XYWHA_ABS))
+        return boxes.pairwise_iou(RotatedBoxes(to_rotated([a["bbox"] for a in annotations]))).numpy()
     xywh = torch.tensor([annotation["bbox"] for annotation in annotations], dtype=torch.float32)
     gt_boxes = Boxes(torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], dim=1))
-    return pairwise_iou(proposals.proposal_boxes[order], gt_boxes).numpy()
+    return boxes.pairwise_iou(gt_boxes).numpy()
 
 
 def _pair_off(iou: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ import torch
 from yacs.config import CfgNode
 
 from detlib.data.catalog import MetadataCatalog
-from detlib.structures import BoxMode
+from detlib.structures import BoxMode, Instances, RotatedBoxes
 from detlib.utils import comm
 from detlib.utils.file_io import PathManager
 from detlib.utils.logger import create_small_table
@@ -28,6 +28,7 @@ from .box_proposals import evaluate_box_proposals
 from .coco_json import GroundTruth, instances_to_coco_json, load_ground_truth
 from .coco_metrics import METRICS, CocoScores, evaluate_coco, make_coco_api
 from .evaluator import DatasetEvaluator
+from .rotated_iou import are_rotated
 
 __all__ = ["COCOEvaluator", "instances_to_coco_json"]
 
@@ -38,9 +39,10 @@ _NUM_COCO_KEYPOINTS = 17
 class COCOEvaluator(DatasetEvaluator):
     """Computes COCO's average precision of instance predictions, or the average recall of box proposals.
 
-    The metric is faster-coco-eval's, whose numbers are those of pycocotools. The ground truth is the data
-    set's `json_file` if its metadata names one, else the registered data set, converted; it is read anew for
-    each evaluator, so it is never out of date.
+    The metric is faster-coco-eval's, whose numbers are those of pycocotools. Where boxes are rotated, in the
+    ground truth or in the predictions, their overlap is that of the rotated rectangles. The ground truth is
+    the data set's `json_file` if its metadata names one, else the registered data set, converted; it is read
+    anew for each evaluator, so it is never out of date.
 
     Args:
         dataset_name: a registered name or an address.
@@ -56,6 +58,8 @@ class COCOEvaluator(DatasetEvaluator):
             (`keypoint_oks_sigmas`), or COCO's for 17 keypoints.
         allow_cached_coco: accepted for compatibility. Nothing is taken from earlier runs in any case.
     """
+
+    _always_rotated = False
 
     def __init__(
         self,
@@ -234,6 +238,11 @@ class COCOEvaluator(DatasetEvaluator):
     def _score(self, results: list[dict], task: str, img_ids: Sequence[int] | None) -> CocoScores:
         """Computes precision and recall for one task; image ids are the ground truth's numbers."""
         max_dets = self._max_dets_per_image or _DEFAULT_MAX_DETS
+        rotated = task == "bbox" and (
+            self._always_rotated
+            or are_rotated(results)
+            or are_rotated(self._ground_truth.coco["annotations"])
+        )
         return evaluate_coco(
             self._coco_api,
             results,
@@ -242,6 +251,7 @@ class COCOEvaluator(DatasetEvaluator):
             kpt_oks_sigmas=self._kpt_oks_sigmas,
             img_ids=img_ids,
             fast=self._use_fast_impl,
+            rotated=rotated,
         )
 
     def _eval_box_proposals(self, predictions: list[dict]) -> None:
@@ -252,7 +262,7 @@ class COCOEvaluator(DatasetEvaluator):
                 "ids": [prediction["image_id"] for prediction in predictions],
                 "boxes": [p.proposal_boxes.tensor.numpy() for p in proposals],
                 "objectness_logits": [p.objectness_logits.numpy() for p in proposals],
-                "bbox_mode": BoxMode.XYXY_ABS.value,
+                "bbox_mode": _mode_of(proposals).value,
             }
             with PathManager.open(os.path.join(self._output_dir, "box_proposals.pkl"), "wb") as file:
                 pickle.dump(saved, file)
@@ -328,6 +338,11 @@ class COCOEvaluator(DatasetEvaluator):
         with PathManager.open(path, "w") as file:
             json.dump(content, file)
         self._logger.info("Wrote %s", path)
+
+
+def _mode_of(proposals: list[Instances]) -> BoxMode:
+    rotated = isinstance(proposals[0].proposal_boxes, RotatedBoxes)
+    return BoxMode.XYWHA_ABS if rotated else BoxMode.XYXY_ABS
 
 
 def _check_tasks(tasks: Sequence[str] | None) -> tuple[str, ...] | None:

@@ -12,7 +12,7 @@ from detlib.data.catalog import Metadata
 from detlib.data.datasets.coco import read_coco_json
 from detlib.data.datasets.coco_writer import convert_to_coco_dict
 from detlib.ops import encode_rle, paste_masks_to_rle
-from detlib.structures import BoxMode, Instances, ROIMasks
+from detlib.structures import BoxMode, Instances, ROIMasks, RotatedBoxes
 
 __all__ = ["GroundTruth", "instances_to_coco_json", "load_ground_truth"]
 
@@ -27,13 +27,16 @@ def instances_to_coco_json(instances: Instances, img_id: Any) -> list[dict]:
         img_id: the picture's id.
 
     Returns:
-        One dict for each instance: `image_id`, `category_id` (the class index), `bbox` (XYWH), `score`, and
-        if there are, `segmentation` (compressed RLE) and `keypoints` (flat).
+        One dict for each instance: `image_id`, `category_id` (the class index), `bbox` (XYWH, or center x,
+        center y, width, height, angle of rotated boxes), `score`, and if there are, `segmentation`
+        (compressed RLE) and `keypoints` (flat).
     """
     if len(instances) == 0:
         return []
     boxes = instances.pred_boxes.tensor.detach().cpu().numpy()
-    boxes = BoxMode.convert(boxes, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS).tolist()
+    if not isinstance(instances.pred_boxes, RotatedBoxes):
+        boxes = BoxMode.convert(boxes, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
+    boxes = boxes.tolist()
     scores = instances.scores.tolist()
     classes = instances.pred_classes.tolist()
     results = [

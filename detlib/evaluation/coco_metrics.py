@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from .rotated_iou import make_rotated_iou
+
 __all__ = ["CocoScores", "METRICS", "evaluate_coco", "make_coco_api"]
 
 METRICS = {
@@ -99,6 +101,7 @@ def evaluate_coco(
     kpt_oks_sigmas: Sequence[float] = (),
     img_ids: Sequence[int] | None = None,
     fast: bool = True,
+    rotated: bool = False,
 ) -> CocoScores:
     """Evaluates predictions by COCO's metric.
 
@@ -111,6 +114,7 @@ def evaluate_coco(
         kpt_oks_sigmas: one number for each keypoint; default: those of COCO's 17.
         img_ids: evaluate on these pictures only.
         fast: use faster-coco-eval, else pycocotools. The numbers are the same.
+        rotated: whether overlaps of boxes are those of rotated boxes; only for the task "bbox".
     """
     # A result's area is that of its box if it has one; for masks it is to be the mask's.
     hidden = ("bbox",) if task == "segm" else ()
@@ -130,6 +134,10 @@ def evaluate_coco(
             params.maxDets = sorted(max_dets)
         if task == "keypoints" and len(kpt_oks_sigmas):
             params.kpt_oks_sigmas = np.array(kpt_oks_sigmas)
+        if rotated:
+            annotations = coco_gt.dataset["annotations"]
+            # Both back ends look this method up when they begin.
+            evaluation.computeIoU = make_rotated_iou(annotations, results, max(params.maxDets))
         evaluation.evaluate()
         evaluation.accumulate()
     return CocoScores(

@@ -67,12 +67,15 @@ def label_boxes(boxes, gt_boxes, matcher, *, gt_classes: torch.Tensor | None = N
     Raises:
         ValueError: boxes and ground truth of different types.
     """
+    if not len(gt_boxes):
+        gt_boxes = type(boxes)(boxes.tensor[:0])  # a picture without objects may not know which type they had
     if boxes.box_dim != gt_boxes.box_dim:
         raise ValueError(
             f"the model works on {type(boxes).__name__} ({boxes.box_dim} numbers a box), its ground truth "
-            f"'gt_boxes' are {type(gt_boxes).__name__} ({gt_boxes.box_dim}): rotated boxes need "
+            f"'gt_boxes' are {type(gt_boxes).__name__} ({gt_boxes.box_dim}). Rotated boxes need "
             "MODEL.PROPOSAL_GENERATOR.NAME 'RRPN', MODEL.ANCHOR_GENERATOR.NAME 'RotatedAnchorGenerator' and "
-            "MODEL.ROI_HEADS.NAME 'RROIHeads'; upright boxes need 'RPN', 'DefaultAnchorGenerator' and others"
+            "MODEL.ROI_HEADS.NAME 'RROIHeads'; for upright ones from rotated annotations there is "
+            "DatasetMapper(..., rotated_boxes=False)"
         )
     matched_idxs, match_labels = match_boxes(matcher, gt_boxes, boxes)
     match_labels = match_labels.to(torch.int64)

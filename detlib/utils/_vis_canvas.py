@@ -13,7 +13,7 @@ from ._vis_labels import place_label
 from ._vis_masks import GenericMask
 from .colormap import colormap
 
-__all__ = ["Canvas", "change_brightness", "default_color", "jitter"]
+__all__ = ["Canvas", "change_brightness", "default_color", "jitter", "rotated_corners"]
 
 # Pixels from which a second part of a mask gets a label of its own.
 _LARGE_PART_AREA = 120000
@@ -43,6 +43,14 @@ def change_brightness(color, factor: float) -> tuple[float, float, float]:
     """Multiplies the lightness of a colour by 1 + factor; factor in [-1, 1]."""
     hue, lightness, saturation = colorsys.rgb_to_hls(*to_rgb(color))
     return colorsys.hls_to_rgb(hue, min(max(lightness * (1 + factor), 0.0), 1.0), saturation)
+
+
+def rotated_corners(rotated_box) -> np.ndarray:
+    """(4, 2) corners x, y of a rotated box, clockwise from the one that is upper left at the angle 0."""
+    x, y, width, height, angle = (float(value) for value in rotated_box)
+    cos, sin = np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))
+    right, down = np.array([cos, -sin]) * width / 2, np.array([sin, cos]) * height / 2
+    return np.array([x, y]) + [-right - down, right - down, right + down, down - right]
 
 
 class Canvas:
@@ -137,6 +145,38 @@ class Canvas:
             linestyle=line_style,
         )
         self.output.ax.add_patch(rectangle)
+        return self.output
+
+    def draw_rotated_box_with_label(
+        self, rotated_box, alpha=0.5, edge_color="g", line_style="-", label=None, *, font_size=None
+    ):
+        """Draws a rotated box, its upper side (that of the angle 0) dashed, and a label at that side's start.
+
+        Args:
+            rotated_box: center x, center y, width, height, angle in degrees counter-clockwise.
+            alpha: opacity in [0, 1].
+            edge_color: of the lines.
+            line_style: of matplotlib, for the other three sides.
+            label: a text, or None.
+            font_size: of the label, in points; by default it follows the picture's size.
+        """
+        from matplotlib.lines import Line2D
+
+        corners = rotated_corners(rotated_box)
+        linewidth = max(self._default_font_size / 4, 1) * self.output.scale
+        for sides, style in ((corners[[1, 2, 3, 0]], line_style), (corners[:2], "--")):
+            line = Line2D(
+                *sides.T, linewidth=linewidth, color=to_rgb(edge_color), linestyle=style, alpha=alpha
+            )
+            self.output.ax.add_line(line)
+        if label is not None:
+            self._draw_label(
+                label,
+                (*corners.min(axis=0), *corners.max(axis=0)),
+                font_size=font_size,
+                color=change_brightness(edge_color, 0.7),
+                center=tuple(corners[0]),
+            )
         return self.output
 
     def draw_circle(self, circle_coord, color, radius=3):

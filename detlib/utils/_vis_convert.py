@@ -31,11 +31,12 @@ def to_numpy(array: Any) -> np.ndarray:
 
 
 def to_boxes(boxes: Any) -> np.ndarray:
+    """(N, 4), or (N, 5) for rotated boxes."""
     boxes = to_numpy(boxes.tensor if isinstance(boxes, Boxes) else boxes)
     if boxes.size == 0:
         return np.zeros((0, 4))
-    if boxes.ndim != 2 or boxes.shape[1] != 4:
-        raise ValueError(f"boxes must have shape (N, 4), got {boxes.shape}")
+    if boxes.ndim != 2 or boxes.shape[1] not in (4, 5):
+        raise ValueError(f"boxes must have shape (N, 4), or (N, 5) if they are rotated, got {boxes.shape}")
     return boxes
 
 
@@ -46,7 +47,8 @@ def to_keypoints(keypoints: Any) -> np.ndarray:
 def object_extents(num_objects, boxes, masks, keypoints) -> np.ndarray:
     """(N, 4) x0, y0, x1, y1 around each object: its box, else its mask, else its keypoints."""
     if boxes is not None:
-        return boxes
+        is_rotated = boxes.shape[1] == 5
+        return BoxMode.convert(boxes, BoxMode.XYWHA_ABS, BoxMode.XYXY_ABS) if is_rotated else boxes
     if masks is not None:
         return np.array([mask.bbox() for mask in masks]).reshape(-1, 4)
     if keypoints is not None:
@@ -68,9 +70,12 @@ def annotated_column(annotations: list[dict], key: str, default: Any) -> list | 
 
 
 def annotated_boxes(annotations: list[dict]) -> np.ndarray | None:
+    """(N, 4), or (N, 5) if one is rotated; None if one has no box."""
     if not all("bbox" in annotation for annotation in annotations):
         return None
-    boxes = [BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
+    is_rotated = any(annotation["bbox_mode"] == BoxMode.XYWHA_ABS for annotation in annotations)
+    mode = BoxMode.XYWHA_ABS if is_rotated else BoxMode.XYXY_ABS
+    boxes = [BoxMode.convert(list(a["bbox"]), a["bbox_mode"], mode) for a in annotations]
     return np.array(boxes, dtype=np.float64)
 
 

@@ -18,7 +18,7 @@ import torch
 
 from detlib.structures import Instances
 
-from ._vis_canvas import Canvas, change_brightness, default_color, jitter
+from ._vis_canvas import Canvas, change_brightness, default_color, jitter, rotated_corners
 from ._vis_convert import (
     annotated_boxes,
     annotated_column,
@@ -263,7 +263,8 @@ class Visualizer(Canvas):
         """Draws objects, large ones first, then their labels, so that no shape covers a label.
 
         Args:
-            boxes: Boxes or (N, 4) array, x0, y0, x1, y1; or None.
+            boxes: Boxes or (N, 4) array, x0, y0, x1, y1; RotatedBoxes or (N, 5) array, center x, center y,
+                width, height, angle in degrees counter-clockwise; or None.
             labels: N texts, or None.
             masks: PolygonMasks, BitMasks, (N, H, W) array, or a list of N polygon lists, run lengths or
                 (H, W) arrays; or None.
@@ -292,7 +293,8 @@ class Visualizer(Canvas):
         order = np.argsort(-areas, kind="stable").tolist()
         for i in order:
             if boxes is not None:
-                self.draw_box(boxes[i], edge_color=assigned_colors[i])
+                draw = self.draw_rotated_box_with_label if boxes.shape[1] == 5 else self.draw_box
+                draw(boxes[i], edge_color=assigned_colors[i])
             if masks is not None and masks[i].polygons:
                 outlines = [p.reshape(-1, 2) for p in masks[i].polygons]
                 self._draw_outlines(outlines, assigned_colors[i], None, alpha)
@@ -303,8 +305,28 @@ class Visualizer(Canvas):
             # Small objects have the fewest places for a label, so they choose first.
             for i in reversed(order):
                 center = mask_center(masks[i]) if boxes is None and masks is not None else None
+                if boxes is not None and boxes.shape[1] == 5:
+                    center = tuple(rotated_corners(boxes[i])[0])  # those of its extent lie beside the box
                 self._label_object(labels[i], extents[i], assigned_colors[i], font_size, center)
         return self.output
+
+    def overlay_rotated_instances(self, boxes=None, labels=None, assigned_colors=None):
+        """Draws rotated boxes, large ones first, then their labels; as `overlay_instances` does.
+
+        Args:
+            boxes: RotatedBoxes or (N, 5) array, center x, center y, width, height, angle in degrees
+                counter-clockwise; or None.
+            labels: N texts, or None.
+            assigned_colors: N colours; by default those of the colour map in turn.
+
+        Raises:
+            ValueError: if the boxes are no rotated ones, or the numbers of boxes, labels and colours differ.
+        """
+        if boxes is not None:
+            boxes = to_boxes(boxes)
+            if len(boxes) and boxes.shape[1] != 5:
+                raise ValueError(f"rotated boxes must have shape (N, 5), got {boxes.shape}")
+        return self.overlay_instances(boxes=boxes, labels=labels, assigned_colors=assigned_colors)
 
     def _label_object(self, label, extent, color, font_size, center):
         if font_size is None:

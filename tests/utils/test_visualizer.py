@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from detlib.structures import BitMasks, Boxes, BoxMode, Instances, Keypoints, PolygonMasks
+from detlib.structures import BitMasks, Boxes, BoxMode, Instances, Keypoints, PolygonMasks, RotatedBoxes
 from detlib.utils._vis_canvas import change_brightness
 from detlib.utils._vis_labels import create_text_labels, place_label
 from detlib.utils._vis_panoptic import rgb_to_id
@@ -257,8 +257,8 @@ class TestOverlay:
     def test_unequal_numbers_are_named(self, image):
         with pytest.raises(ValueError, match=r"\{'boxes': 2, 'labels': 1\}"):
             Visualizer(image).overlay_instances(boxes=np.zeros((2, 4)), labels=["one"])
-        with pytest.raises(ValueError, match=r"\(N, 4\), got \(2, 5\)"):
-            Visualizer(image).overlay_instances(boxes=np.zeros((2, 5)))
+        with pytest.raises(ValueError, match=r"\(N, 4\), or \(N, 5\).*got \(2, 6\)"):
+            Visualizer(image).overlay_instances(boxes=np.zeros((2, 6)))
 
 
 def uncompressed(mask):
@@ -387,3 +387,50 @@ class TestParts:
         assert change_brightness("red", -0.5) == pytest.approx((0.5, 0, 0))
         assert change_brightness("red", 1.0) == pytest.approx((1, 1, 1))
         assert rgb_to_id(np.array([[[1, 2, 3]]], dtype=np.uint8)).tolist() == [[1 + 512 + 3 * 65536]]
+
+
+class TestRotatedBoxes:
+    BOX = [80.0, 60.0, 60.0, 20.0, 30.0]
+
+    def lines(self, output):
+        return [(np.array(line.get_xydata()), line.get_linestyle()) for line in output.ax.lines]
+
+    @staticmethod
+    def corners_by_rotation(box):
+        """cv2's own corners, for its angle that runs the other way."""
+        return cv2.boxPoints(((box[0], box[1]), (box[2], box[3]), -box[4]))
+
+    def test_three_sides_and_a_dashed_upper_one(self, image):
+        output = Visualizer(image).draw_rotated_box_with_label(self.BOX, edge_color="r", label="plane")
+        (rest, style), (upper, upper_style) = self.lines(output)
+        assert (style, upper_style) == ("-", "--") and texts(output) == ["plane"]
+        expected = {tuple(np.round(p, 3)) for p in self.corners_by_rotation(self.BOX).tolist()}
+        assert {tuple(np.round(p, 3)) for p in rest.tolist()} == expected
+        # Counter-clockwise: the right end of the upper side is higher up.
+        assert upper[0, 0] < upper[1, 0] and upper[1, 1] < upper[0, 1]
+        x0, y0 = upper.mean(axis=0)
+        assert np.allclose([x0, y0], [80 - 10 * np.sin(np.pi / 6), 60 - 10 * np.cos(np.pi / 6)])
+
+    def test_overlay_draws_large_ones_first(self, image):
+        boxes = RotatedBoxes([[30, 30, 10, 6, 45], self.BOX])
+        output = Visualizer(image).overlay_rotated_instances(boxes, ["a", "b"], ["r", "b"])
+        assert [line.get_color() for line in output.ax.lines] == [(0, 0, 1)] * 2 + [(1, 0, 0)] * 2
+        assert sorted(texts(output)) == ["a", "b"]
+        assert not self.lines(Visualizer(image).overlay_rotated_instances(RotatedBoxes([])))
+
+    def test_predictions_and_annotations(self, image):
+        predictions = make_predictions(with_masks=False)
+        predictions.pred_boxes = RotatedBoxes([self.BOX, [20, 20, 10, 30, -70]])
+        output = Visualizer(image, METADATA).draw_instance_predictions(predictions)
+        assert len(self.lines(output)) == 4 and texts(output) == ["dog 50%", "cat 97%"]
+        annotations = [
+            {"bbox": self.BOX, "bbox_mode": BoxMode.XYWHA_ABS, "category_id": 0},
+            {"bbox": [5, 6, 10, 20], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 1},
+        ]
+        output = Visualizer(image, METADATA).draw_dataset_dict({"annotations": annotations})
+        (_, _), (_, _), (upright, _), (_, _) = self.lines(output)
+        assert {tuple(p) for p in upright.tolist()} == {(5, 6), (15, 6), (15, 26), (5, 26)}
+
+    def test_other_boxes(self, image):
+        with pytest.raises(ValueError, match=r"\(N, 5\), got \(1, 4\)"):
+            Visualizer(image).overlay_rotated_instances(np.zeros((1, 4)))

@@ -103,9 +103,10 @@ def load_coco_json(
     `category_id` is the index into them; the mapping stands in the metadata, as
     `thing_dataset_id_to_contiguous_id`, and in the log. Without, ids stay as they are in the file.
 
-    Boxes stay (x, y, width, height) in pixels. Keypoints are moved by half a pixel: COCO counts whole pixels
-    from 0, detlib measures from the picture's corner. Annotations whose polygons all have fewer than three
-    points are left out, with a warning.
+    Boxes stay (x, y, width, height) in pixels; those of five numbers are rotated ones, (center x, center y,
+    width, height, angle) with the angle in degrees counter-clockwise, and have the mode XYWHA_ABS. Keypoints
+    are moved by half a pixel: COCO counts whole pixels from 0, detlib measures from the picture's corner.
+    Annotations whose polygons all have fewer than three points are left out, with a warning.
 
     Args:
         json_file: path of the annotations. `annotations` itself may be missing (test sets), and so may
@@ -250,7 +251,7 @@ class _Reader:
         if not self._box_is_good(record, annotation):
             self.dropped["annotations whose box has no area"] += 1
             return None
-        read["bbox_mode"] = BoxMode.XYWH_ABS
+        read["bbox_mode"] = BoxMode.XYWH_ABS if len(read["bbox"]) == 4 else BoxMode.XYWHA_ABS
         if annotation.get("segmentation"):
             read["segmentation"] = self._segmentation(record, annotation)
             if not read["segmentation"]:
@@ -266,15 +267,20 @@ class _Reader:
 
     def _box_is_good(self, record: dict, annotation: dict) -> bool:
         box = annotation.get("bbox")
-        if not isinstance(box, list) or len(box) != 4:
-            raise self._error(record, annotation, f"has the bbox {box!r}; it must be [x, y, width, height]")
+        if not isinstance(box, list) or len(box) not in (4, 5):
+            raise self._error(
+                record,
+                annotation,
+                f"has the bbox {box!r}; it must be [x, y, width, height], or [center x, center y, width, "
+                "height, angle in degrees] for a rotated box",
+            )
         if box[2] > 0 and box[3] > 0:
             return True
         if self.empty_boxes == "error":
             raise self._error(
                 record,
                 annotation,
-                f"has a box of no area: [x, y, width, height] = {box}. Mend it, or let such annotations be "
+                f"has a box of no area, by its width and height: {box}. Mend it, or let such annotations be "
                 "left out with empty_boxes='drop' (in an address: ?empty_boxes=drop)",
             )
         return False

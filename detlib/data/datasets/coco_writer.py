@@ -44,9 +44,10 @@ def convert_to_coco_json(dataset_name: str, output_file: str, allow_cached: bool
 def convert_to_coco_dict(dataset_name: str) -> dict[str, Any]:
     """Converts a data set from the standard dicts to the content of a COCO annotation file.
 
-    Boxes become (x, y, width, height), keypoints pixel indices (moved back by half a pixel). Class indices
-    become the category ids of the original data set if its metadata has `thing_dataset_id_to_contiguous_id`.
-    Areas are those of the masks, or of the boxes where there is no mask.
+    Boxes become (x, y, width, height), rotated ones stay (center x, center y, width, height, angle).
+    Keypoints become pixel indices (moved back by half a pixel). Class indices become the category ids of the
+    original data set if its metadata has `thing_dataset_id_to_contiguous_id`. Areas are those of the masks,
+    or of the boxes where there is no mask.
 
     Args:
         dataset_name: a registered name or an address.
@@ -102,7 +103,9 @@ def _convert_annotation(
     for key in ("bbox", "bbox_mode", "category_id"):
         if annotation.get(key) is None:
             raise ValueError(f"{where}: annotation {_shorten(annotation)} has no {key!r}.")
-    box = BoxMode.convert(list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYWH_ABS)
+    is_rotated = annotation["bbox_mode"] == BoxMode.XYWHA_ABS
+    mode = BoxMode.XYWHA_ABS if is_rotated else BoxMode.XYWH_ABS
+    box = BoxMode.convert(list(annotation["bbox"]), annotation["bbox_mode"], mode)
     box = [float(value) for value in box]
     category = annotation["category_id"]
     converted: dict[str, Any] = {

@@ -18,6 +18,8 @@ from fvcore.transforms.transform import (
 )
 from PIL import Image
 
+from . import rotated_box  # noqa: F401 (gives all transforms apply_rotated_box)
+
 __all__ = [
     "ColorTransform",
     "CropTransform",

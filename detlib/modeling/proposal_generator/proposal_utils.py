@@ -157,7 +157,8 @@ def add_ground_truth_to_proposals_single_image(gt, proposals: Instances) -> Inst
     added = Instances(proposals.image_size)
     for name, value in proposals.get_fields().items():
         if name == "proposal_boxes":
-            added.proposal_boxes = gt.gt_boxes.to(device)
+            # A picture without objects may not know which type they had.
+            added.proposal_boxes = gt.gt_boxes.to(device) if len(gt) else value[:0]
         elif name == "objectness_logits":
             added.objectness_logits = value.new_full((len(gt),), _GT_LOGIT)
         elif gt.has(name):
