@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 __all__ = ["Keypoints", "heatmaps_to_keypoints"]
 
@@ -91,6 +90,83 @@ class Keypoints:
         return Keypoints(torch.cat([keypoints.tensor for keypoints in keypoints_list], dim=0))
 
 
+# How many enlarged pixels `heatmaps_to_keypoints` holds at once: a CPU works in its cache, a GPU wants few
+# large calls. An object that is larger is worked off alone.
+_MAX_PIXELS_CPU = 2**19
+_MAX_PIXELS = 2**27
+
+
+def _cubic_weights(distance: torch.Tensor) -> torch.Tensor:
+    """The cubic convolution kernel (Keys 1981) with a = -0.75, which bicubic resizing of images uses."""
+    a = -0.75
+    near = ((a + 2) * distance - (a + 3)) * distance * distance + 1
+    far = a * (((distance - 5) * distance + 8) * distance - 4)
+    return torch.where(distance <= 1, near, far)
+
+
+def _enlarging_matrices(sizes: torch.Tensor, count: int, side: int) -> torch.Tensor:
+    """Matrices that enlarge S values to some pixels, pixel centres at half integers, borders repeated.
+
+    Args:
+        sizes: (R,) number of pixels of each, as floats.
+        count: rows of each matrix, at least the largest size. Rows behind a size repeat its last pixel.
+        side: S.
+
+    Returns:
+        (R, count, S), the type of `sizes`.
+    """
+    pixel = torch.arange(count, device=sizes.device, dtype=sizes.dtype)
+    pixel = torch.minimum(pixel, sizes[:, None] - 1)
+    source = (pixel + 0.5) * (side / sizes)[:, None] - 0.5
+    first = source.floor() - 1
+    taps = first[..., None] + torch.arange(4, device=sizes.device, dtype=sizes.dtype)
+    weights = _cubic_weights((taps - source[..., None]).abs())
+    matrices = weights.new_zeros(len(sizes), count, side)
+    return matrices.scatter_add_(2, taps.long().clamp_(0, side - 1), weights)
+
+
+def _group_by_size(sizes: list[tuple[int, int]], max_pixels: int) -> list[list[int]]:
+    """Parts objects of (height, width) into groups of like area with at most `max_pixels` when all are
+    padded to the largest."""
+    groups: list[list[int]] = []
+    height = width = 0
+    for i in sorted(range(len(sizes)), key=lambda i: sizes[i][0] * sizes[i][1]):
+        height, width = max(height, sizes[i][0]), max(width, sizes[i][1])
+        if not groups or (len(groups[-1]) + 1) * height * width > max_pixels:
+            groups.append([])
+            height, width = sizes[i]
+        groups[-1].append(i)
+    return groups
+
+
+def _find_peaks(maps: torch.Tensor, pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The highest pixel of heatmaps enlarged to their objects' sizes.
+
+    Args:
+        maps: (R, K, S, S) float.
+        pixels: (R, 2) width and height of each, as floats.
+        height, width: the largest of these.
+
+    Returns:
+        (R, K, 4): column and row of the peak (the first where several are equal), the logit there, and its
+        probability among the S x S cells.
+    """
+    num_objects, num_keypoints, side, _ = maps.shape
+    across = _enlarging_matrices(pixels[:, 0], width, side)
+    down = _enlarging_matrices(pixels[:, 1], height, side)
+    # Bicubic enlargement is a product with one matrix for each axis, the same for all K maps of an object:
+    # (S rows x K, S) by (S, width), then (height, S) by (S, K x width).
+    enlarged = maps.transpose(1, 2).flatten(1, 2) @ across.transpose(1, 2)
+    enlarged = down @ enlarged.view(num_objects, side, num_keypoints * width)
+    enlarged = enlarged.view(num_objects, height, num_keypoints, width)
+    logits, rows = enlarged.amax(dim=3).max(dim=1)
+    best_rows = enlarged.gather(1, rows[:, None, :, None].expand(-1, -1, -1, width))[:, 0]
+    columns = best_rows.argmax(dim=2)
+    # exp(logit) / sum of exp over the cells, with the largest logit taken out of both.
+    probs = 1.0 / (maps.flatten(2) - logits[..., None]).exp_().sum(dim=2)
+    return torch.stack([columns, rows, logits, probs], dim=2)
+
+
 @torch.no_grad()
 def heatmaps_to_keypoints(maps: torch.Tensor, rois: torch.Tensor) -> torch.Tensor:
     """Finds keypoints in predicted heatmaps.
@@ -104,24 +180,24 @@ def heatmaps_to_keypoints(maps: torch.Tensor, rois: torch.Tensor) -> torch.Tenso
 
     Returns:
         (R, K, 4): x, y in absolute pixels, the logit there, and its probability, the softmax taken over the
-        S x S cells.
+        S x S cells. float32, or float64 if the maps are.
     """
-    offsets = rois[:, :2]
-    sizes = (rois[:, 2:] - offsets).clamp(min=1)
+    # Half precision can neither tell cells apart nor hold pixels.
+    maps = maps if maps.dtype == torch.float64 else maps.float()
+    rois = rois.to(maps.dtype)
+    sizes = (rois[:, 2:] - rois[:, :2]).clamp(min=1)
     pixels = sizes.ceil()
+    on_cpu = maps.device.type == "cpu"
+    max_pixels = (_MAX_PIXELS_CPU if on_cpu else _MAX_PIXELS) // max(maps.shape[1], 1)
+    heights_widths = [(height, width) for width, height in pixels.long().tolist()]
+    peaks = maps.new_zeros(*maps.shape[:2], 4)
+    with torch.autocast(maps.device.type, enabled=False):
+        for group in _group_by_size(heights_widths, max_pixels):
+            height = max(heights_widths[i][0] for i in group)
+            width = max(heights_widths[i][1] for i in group)
+            index = torch.tensor(group).to(maps.device, non_blocking=True)
+            peaks[index] = _find_peaks(maps[index], pixels[index], height, width)
     # The enlarged map has whole pixels, the region has not.
-    corrections = sizes / pixels
-
-    keypoints = maps.new_zeros(*maps.shape[:2], 4)
-    for i, (width, height) in enumerate(pixels.long().tolist()):
-        enlarged = F.interpolate(maps[i : i + 1], size=(height, width), mode="bicubic", align_corners=False)[
-            0
-        ]
-        logits, positions = enlarged.flatten(1).max(dim=1)
-        columns, rows = positions % width, positions // width
-        points = torch.stack([columns, rows], dim=1) + 0.5
-        keypoints[i, :, :2] = points * corrections[i] + offsets[i]
-        keypoints[i, :, 2] = logits
-        # exp(logit) / sum of exp over the cells, with the largest logit taken out of both.
-        keypoints[i, :, 3] = 1.0 / (maps[i].flatten(1) - logits[:, None]).exp().sum(dim=1)
-    return keypoints
+    centers = torch.minimum(peaks[..., :2], pixels[:, None] - 1) + 0.5
+    points = centers * (sizes / pixels)[:, None] + rois[:, None, :2]
+    return torch.cat([points, peaks[..., 2:]], dim=2)

@@ -4,8 +4,9 @@ Shape legend: R regions of all images together, R_i those of one image, K classe
 B numbers of a box (4, or 5 for rotated boxes).
 """
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from detlib.modeling.roi_heads.box_inference import fast_rcnn_inference, fast_rc
 from detlib.modeling.roi_heads.training_stats import put_scalars, to_floats
 from detlib.structures import Boxes, Instances
 from detlib.utils.events import has_event_storage
+from detlib.utils.registry import locate
 
 __all__ = ["FastRCNNOutputLayers", "fast_rcnn_inference", "fast_rcnn_inference_single_image"]
 
@@ -56,6 +58,15 @@ def _cat_gt_boxes(proposals: list[Instances]) -> torch.Tensor:
     return cat([(p.gt_boxes if p.has("gt_boxes") else p.proposal_boxes).tensor for p in proposals])
 
 
+def _weights_of_datasets(dataset_names: Sequence[str], freq_weight_power: float) -> torch.Tensor:
+    """Sampling weights of the classes from the data sets' metadata: image count ** power.
+
+    Found by its path when it is called, since models do not depend on data.
+    """
+    weights_of = locate("detlib.data.detection_utils.get_fed_loss_cls_weights")
+    return weights_of(dataset_names, freq_weight_power=freq_weight_power)
+
+
 class FastRCNNOutputLayers(nn.Module):
     """Two linear layers that give class scores and box deltas for each region.
 
@@ -74,7 +85,7 @@ class FastRCNNOutputLayers(nn.Module):
             arXiv:2103.07461); needs `use_sigmoid_ce`.
         use_sigmoid_ce: one sigmoid a class in place of the softmax.
         get_fed_loss_cls_weights: how likely each class is to be sampled by the federated loss: (K,) tensor,
-            or a function that returns it.
+            or a function that returns it, called when the loss is first computed.
         fed_loss_num_classes: how many classes the federated loss takes.
 
     Raises:
@@ -125,20 +136,29 @@ class FastRCNNOutputLayers(nn.Module):
         self.use_fed_loss = use_fed_loss
         self.use_sigmoid_ce = use_sigmoid_ce
         self.fed_loss_num_classes = fed_loss_num_classes
+        self.register_buffer("fed_loss_cls_weights", None, persistent=False)
         if use_fed_loss:
             self._init_fed_loss(get_fed_loss_cls_weights)
 
     def _init_fed_loss(self, weights: Callable[[], torch.Tensor] | torch.Tensor | None) -> None:
         if not self.use_sigmoid_ce:
-            raise ValueError("FastRCNNOutputLayers: use_fed_loss needs use_sigmoid_ce = True.")
-        weights = weights() if callable(weights) else weights
+            raise ValueError(
+                "FastRCNNOutputLayers: use_fed_loss needs use_sigmoid_ce = True "
+                "(MODEL.ROI_BOX_HEAD.USE_FED_LOSS and USE_SIGMOID_CE)."
+            )
+        if weights is not None and callable(weights):
+            self._get_fed_loss_cls_weights = weights
+        else:
+            self._set_fed_loss_weights(weights)
+
+    def _set_fed_loss_weights(self, weights: torch.Tensor | None) -> None:
         if weights is None or tuple(weights.shape) != (self.num_classes,):
             found = "none" if weights is None else f"shape {tuple(weights.shape)}"
             raise ValueError(
                 "FastRCNNOutputLayers: use_fed_loss needs get_fed_loss_cls_weights, sampling weights of the "
                 f"{self.num_classes} classes (a tensor, or a function that returns it); got {found}."
             )
-        self.register_buffer("fed_loss_cls_weights", weights.float(), persistent=False)
+        self.fed_loss_cls_weights = weights.to(self.cls_score.weight.device, torch.float32)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
@@ -161,6 +181,9 @@ class FastRCNNOutputLayers(nn.Module):
             "use_fed_loss": head.USE_FED_LOSS,
             "use_sigmoid_ce": head.USE_SIGMOID_CE,
             "fed_loss_num_classes": head.FED_LOSS_NUM_CLASSES,
+            "get_fed_loss_cls_weights": functools.partial(
+                _weights_of_datasets, cfg.DATASETS.TRAIN, head.FED_LOSS_FREQ_WEIGHT_POWER
+            ),
         }
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -251,6 +274,8 @@ class FastRCNNOutputLayers(nn.Module):
         target = F.one_hot(gt_classes, num_classes + 1)[:, :-1].to(logits.dtype)
         loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
         if self.use_fed_loss:
+            if self.fed_loss_cls_weights is None:
+                self._set_fed_loss_weights(self._get_fed_loss_cls_weights())
             chosen = self.get_fed_loss_classes(
                 gt_classes, self.fed_loss_num_classes, num_classes, self.fed_loss_cls_weights
             )
