@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss, generalized_box_iou_loss
 
+from detlib.config import get_cfg
 from detlib.layers import ShapeSpec
 from detlib.modeling.box_regression import Box2BoxTransform
 from detlib.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers, fast_rcnn_inference
@@ -15,6 +16,7 @@ from detlib.structures import Boxes, Instances
 from detlib.utils.events import EventStorage
 
 NUM_CLASSES = 5
+BBOX_PRED = ("bbox_pred.weight", "bbox_pred.bias")
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
 
@@ -258,7 +260,46 @@ def test_federated_loss_needs_weights():
     with pytest.raises(ValueError, match="get_fed_loss_cls_weights.*got none"):
         make_layers(use_fed_loss=True, use_sigmoid_ce=True)
     with pytest.raises(ValueError, match=r"5 classes.*\(7,\)"):
-        make_layers(use_fed_loss=True, use_sigmoid_ce=True, get_fed_loss_cls_weights=lambda: torch.ones(7))
+        make_layers(use_fed_loss=True, use_sigmoid_ce=True, get_fed_loss_cls_weights=torch.ones(7))
+    layers = make_layers(
+        use_fed_loss=True, use_sigmoid_ce=True, get_fed_loss_cls_weights=lambda: torch.ones(7)
+    )
+    with pytest.raises(ValueError, match=r"5 classes.*\(7,\)"):
+        layers.sigmoid_cross_entropy_loss(torch.zeros(1, 6), torch.tensor([2]))
+
+
+def test_federated_loss_by_config(monkeypatch):
+    calls = []
+
+    def weights(dataset_names, freq_weight_power=1.0):
+        calls.append((tuple(dataset_names), freq_weight_power))
+        return torch.tensor([4.0, 0, 9, 0, 0]) ** freq_weight_power
+
+    monkeypatch.setattr("detlib.data.detection_utils.get_fed_loss_cls_weights", weights)
+    cfg = get_cfg()
+    cfg.DATASETS.TRAIN = ("a", "b")
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = NUM_CLASSES
+    head = cfg.MODEL.ROI_BOX_HEAD
+    head.USE_FED_LOSS, head.USE_SIGMOID_CE = True, True
+    head.FED_LOSS_NUM_CLASSES, head.FED_LOSS_FREQ_WEIGHT_POWER = 3, 0.25
+    with torch.device("meta"):
+        FastRCNNOutputLayers(cfg, ShapeSpec(channels=6))
+    layers = FastRCNNOutputLayers(cfg, ShapeSpec(channels=6))
+    layers.eval()(torch.zeros(2, 6))
+    assert not calls  # a model that only predicts needs no data sets
+    logits, gt_classes = torch.randn(3, NUM_CLASSES + 1), torch.tensor([1, NUM_CLASSES, 1])
+    got = [layers.sigmoid_cross_entropy_loss(logits, gt_classes).item() for _ in range(2)]
+    assert calls == [(("a", "b"), 0.25)]
+    torch.testing.assert_close(layers.fed_loss_cls_weights, torch.tensor([4.0, 0, 9, 0, 0]) ** 0.25)
+    assert not layers.state_dict().keys() - {"cls_score.weight", "cls_score.bias", *BBOX_PRED}
+    target = F.one_hot(gt_classes, NUM_CLASSES + 1).float()
+    loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    wants = [loss[:, [1, drawn]].sum().item() / 3 for drawn in (0, 2)]  # what is there, and one drawn
+    assert all(min(abs(value - want) for want in wants) < 1e-5 for value in got)
+
+    head.USE_SIGMOID_CE = False
+    with pytest.raises(ValueError, match="USE_FED_LOSS and USE_SIGMOID_CE"):
+        FastRCNNOutputLayers(cfg, ShapeSpec(channels=6))
 
 
 @pytest.mark.parametrize("sigmoid", [False, True])

@@ -73,3 +73,44 @@ def test_heatmaps_to_keypoints_finds_the_peak_and_takes_no_objects():
     ].tolist()
     assert abs(x - 165) <= 1 and abs(y - 225) <= 1 and probability > 0.8
     assert heatmaps_to_keypoints(torch.zeros(0, 3, 8, 8), torch.zeros(0, 4)).shape == (0, 3, 4)
+
+
+def enlarged_one_by_one(maps, rois):
+    """Keypoints as `heatmaps_to_keypoints` gives them, by torch's own enlargement of one object at a time."""
+    out = torch.zeros(*maps.shape[:2], 4)
+    for r, (x0, y0, x1, y1) in enumerate(rois.tolist()):
+        size = torch.tensor([max(x1 - x0, 1), max(y1 - y0, 1)])
+        width, height = (math.ceil(v) for v in size.tolist())
+        for k in range(maps.shape[1]):
+            large = F.interpolate(maps[r, k][None, None], size=(height, width), mode="bicubic")[0, 0]
+            row, column = divmod(large.argmax().item(), width)
+            place = (torch.tensor([column, row]) + 0.5) * size / torch.tensor([width, height])
+            out[r, k, :2] = place + rois[r, :2]
+            out[r, k, 2] = large.max()
+            out[r, k, 3] = 1 / (maps[r, k] - large.max()).exp().sum()
+    return out
+
+
+@pytest.mark.parametrize("max_pixels", [1, 20_000, 10**9])
+def test_heatmaps_to_keypoints_in_groups_of_any_size(monkeypatch, max_pixels):
+    monkeypatch.setattr("detlib.structures.keypoints._MAX_PIXELS_CPU", max_pixels)
+    generator = torch.Generator().manual_seed(2)
+    maps = torch.randn(30, 3, 9, 9, generator=generator) * 2
+    corner = torch.rand(30, 2, generator=generator) * 50
+    rois = torch.cat([corner, corner + 70 * torch.rand(30, 2, generator=generator) ** 2], dim=1)
+    want = enlarged_one_by_one(maps, rois)
+    torch.testing.assert_close(heatmaps_to_keypoints(maps, rois), want, rtol=1e-4, atol=1e-4)
+
+
+def test_heatmaps_to_keypoints_keeps_its_precision_in_mixed_precision():
+    generator = torch.Generator().manual_seed(3)
+    maps = torch.randn(5, 3, 14, 14, generator=generator).to(torch.bfloat16)
+    rois = torch.tensor([[10.0, 20, 310, 420]]).repeat(5, 1)
+    want = enlarged_one_by_one(maps.float(), rois)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = heatmaps_to_keypoints(maps, rois)
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result, want, rtol=1e-4, atol=1e-4)
+    result = heatmaps_to_keypoints(maps.double(), rois)
+    assert result.dtype == torch.float64
+    torch.testing.assert_close(result.float(), want, rtol=1e-4, atol=1e-4)
