@@ -1,6 +1,6 @@
 """What the documentation on using models says, done.
 
-Each of its programs, and each key of inputs and outputs that Faster and Mask R-CNN have.
+Each of its programs, and each key of the inputs and outputs of models.
 """
 
 import pickle
@@ -18,7 +18,7 @@ from detlib.data import (
 from detlib.engine import DefaultPredictor
 from detlib.modeling import build_backbone, build_model, build_proposal_generator, build_roi_heads
 from detlib.modeling.roi_heads import ROI_MASK_HEAD_REGISTRY, MaskRCNNConvUpsampleHead
-from detlib.structures import BitMasks, Boxes, ImageList, Instances, PolygonMasks
+from detlib.structures import BitMasks, Boxes, ImageList, Instances, Keypoints, PolygonMasks
 from detlib.utils.events import EventStorage
 from tests.modeling.small_rcnn import (
     FAST_RCNN,
@@ -32,11 +32,29 @@ from tests.modeling.small_rcnn import (
 )
 
 HEIGHT, WIDTH = 64, 96
+KEYPOINT_RCNN = "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml"
+SEMANTIC = "Misc/semantic_R_50_FPN_1x.yaml"
+PANOPTIC = "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml"
+NUM_KEYPOINTS, NUM_STUFF = 5, 7
+SMALL = {
+    KEYPOINT_RCNN: {
+        "MODEL__ROI_KEYPOINT_HEAD__CONV_DIMS": (16,),
+        "MODEL__ROI_KEYPOINT_HEAD__NUM_KEYPOINTS": NUM_KEYPOINTS,
+    },
+    SEMANTIC: {"MODEL__SEM_SEG_HEAD__CONVS_DIM": 32, "MODEL__SEM_SEG_HEAD__NUM_CLASSES": NUM_STUFF},
+    # What a model without training is unsure of shall become segments too.
+    PANOPTIC: {
+        "MODEL__SEM_SEG_HEAD__CONVS_DIM": 32,
+        "MODEL__SEM_SEG_HEAD__NUM_CLASSES": NUM_STUFF,
+        "MODEL__PANOPTIC_FPN__COMBINE__INSTANCES_CONFIDENCE_THRESH": 0.2,
+        "MODEL__PANOPTIC_FPN__COMBINE__STUFF_AREA_LIMIT": 10,
+    },
+}
 
 
 def built(name: str = MASK_RCNN, **overrides) -> torch.nn.Module:
     torch.manual_seed(0)
-    return build_model(small_config(name, **overrides))
+    return build_model(small_config(name, **{**SMALL.get(name, {}), **overrides}))
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +211,39 @@ def test_instances_are_the_truth(kind):
     )
 
 
+def test_keypoints_are_the_truth():
+    model = built(KEYPOINT_RCNN)
+    batch = training_batch()
+    for item in batch:
+        x = item["instances"]
+        points = torch.rand(len(x), NUM_KEYPOINTS, 3)
+        corners = x.gt_boxes.tensor[:, None]
+        points[..., :2] = corners[..., :2] + points[..., :2] * (corners[..., 2:] - corners[..., :2])
+        points[..., 2] = torch.arange(NUM_KEYPOINTS) % 3  # not labelled, hidden, visible
+        x.gt_keypoints = Keypoints(points)
+    with EventStorage():
+        losses = model(batch)
+    assert set(losses) == {"loss_cls", "loss_box_reg", "loss_keypoint", "loss_rpn_cls", "loss_rpn_loc"}
+    assert all(loss.dim() == 0 and loss > 0 for loss in losses.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_sem_seg_is_the_truth(dtype):
+    labels = (torch.arange(HEIGHT)[:, None] + torch.arange(WIDTH)) // 8 % NUM_STUFF
+    batch = [item | {"sem_seg": labels.to(dtype)} for item in training_batch()]
+    losses = built(SEMANTIC)(batch)
+    assert set(losses) == {"loss_sem_seg"} and losses["loss_sem_seg"] > 0
+    # Pixels without a label count for nothing.
+    partly = [item | {"sem_seg": item["sem_seg"].clone()} for item in batch]
+    for item in partly:
+        item["sem_seg"][: HEIGHT // 2] = 255
+    assert built(SEMANTIC)(partly)["loss_sem_seg"] != losses["loss_sem_seg"]
+    with EventStorage():
+        losses = built(PANOPTIC)(batch)
+    assert {"loss_sem_seg", "loss_mask", "loss_cls"} < set(losses)
+    assert all(loss > 0 for loss in losses.values())
+
+
 def given_proposals() -> Instances:
     boxes = torch.tensor([[8.0, 8, 40, 40], [0, 0, 20, 30], [30, 20, 90, 60], [50, 5, 90, 25]])
     return Instances(
@@ -260,10 +311,13 @@ def check_boxes(boxes: Boxes, size: tuple[int, int]) -> None:
     assert (x0 < x1).all() and (y0 < y1).all()
 
 
-def check_instances(x: Instances, size: tuple[int, int], with_masks: bool) -> None:
+def check_instances(
+    x: Instances, size: tuple[int, int], with_masks: bool, with_keypoints: bool = False
+) -> None:
     """The documented fields by type, shape and range."""
     assert isinstance(x, Instances) and x.image_size == tuple(size)
     wanted = {"pred_boxes", "scores", "pred_classes"} | ({"pred_masks"} if with_masks else set())
+    wanted |= {"pred_keypoints", "pred_keypoint_heatmaps"} if with_keypoints else set()
     assert set(x.get_fields()) == wanted
     count = len(x)
     assert 0 < count <= 20
@@ -275,6 +329,18 @@ def check_instances(x: Instances, size: tuple[int, int], with_masks: bool) -> No
     if with_masks:
         assert isinstance(x.pred_masks, torch.Tensor) and x.pred_masks.dtype == torch.bool
         assert x.pred_masks.shape == (count, *size)
+    if with_keypoints:
+        check_keypoints(x.pred_keypoints, x.pred_boxes)
+
+
+def check_keypoints(keypoints: torch.Tensor, boxes: Boxes) -> None:
+    """Rows of x, y, score: places in the box (up to a cell of rounding), and scores above 0."""
+    assert isinstance(keypoints, torch.Tensor) and keypoints.is_floating_point()
+    assert keypoints.shape == (len(boxes), NUM_KEYPOINTS, 3) and keypoints.isfinite().all()
+    places, scores = keypoints.split([2, 1], dim=2)
+    assert (scores > 0).all()
+    corners = boxes.tensor[:, None]
+    assert (places >= corners[..., :2] - 1).all() and (places <= corners[..., 2:] + 1).all()
 
 
 @pytest.mark.parametrize("name", [FASTER_RCNN, MASK_RCNN])
@@ -288,6 +354,66 @@ def test_detections(name):
     assert isinstance(outputs, list) and all(set(out) == {"instances"} for out in outputs)
     for out, size in zip(outputs, [(HEIGHT, WIDTH), (160, 112)]):
         check_instances(out["instances"], size, with_masks=name == MASK_RCNN)
+
+
+@torch.no_grad()
+def test_keypoints():
+    model = built(KEYPOINT_RCNN).eval()
+    small, large = model([{"image": picture()}, {"image": picture(), "height": 128, "width": 192}])
+    check_instances(small["instances"], (HEIGHT, WIDTH), with_masks=False, with_keypoints=True)
+    check_instances(large["instances"], (128, 192), with_masks=False, with_keypoints=True)
+    places = [x["instances"].pred_keypoints[..., :2] for x in (small, large)]
+    torch.testing.assert_close(2 * places[0], places[1], rtol=1e-3, atol=1e-2)
+
+
+def check_sem_seg(x: torch.Tensor, size: tuple[int, int]) -> None:
+    """Scores of each category at each pixel."""
+    assert isinstance(x, torch.Tensor) and x.is_floating_point() and x.isfinite().all()
+    assert x.shape == (NUM_STUFF, *size)
+    assert 1 < len(x.argmax(dim=0).unique()) <= NUM_STUFF
+
+
+@torch.no_grad()
+def test_sem_seg():
+    inputs = [{"image": picture(seed=1)}, {"image": picture(80, 56, seed=2), "height": 120, "width": 84}]
+    outputs = built(SEMANTIC).eval()(inputs)
+    assert isinstance(outputs, list) and all(set(out) == {"sem_seg"} for out in outputs)
+    for out, size in zip(outputs, [(HEIGHT, WIDTH), (120, 84)]):
+        check_sem_seg(out["sem_seg"], size)
+
+
+def check_panoptic_seg(panoptic_seg: tuple, instances: Instances, sem_seg: torch.Tensor) -> None:
+    """A map of segment ids, and a dict for each segment, which says what it is."""
+    assert isinstance(panoptic_seg, tuple) and len(panoptic_seg) == 2
+    ids, segments = panoptic_seg
+    assert isinstance(ids, torch.Tensor) and ids.dtype in (torch.int32, torch.int64)
+    assert ids.shape == sem_seg.shape[1:] == instances.image_size
+    assert isinstance(segments, list) and all(isinstance(segment, dict) for segment in segments)
+    known = [segment["id"] for segment in segments]
+    assert all(type(i) is int and i > 0 for i in known) and len(set(known)) == len(known)
+    assert set(ids.unique().tolist()) - {0} == set(known)
+    for segment in segments:
+        assert type(segment["isthing"]) is bool and type(segment["category_id"]) is int
+        where = ids == segment["id"]
+        if segment["isthing"]:
+            assert 0 <= segment["category_id"] < NUM_CLASSES
+            same = instances.pred_classes == segment["category_id"]
+            assert (instances.pred_masks[same] | ~where).flatten(1).all(dim=1).any()  # it is one of these
+        else:
+            assert 0 < segment["category_id"] < NUM_STUFF  # 0 stands for things
+            assert (sem_seg.argmax(dim=0)[where] == segment["category_id"]).all()
+    assert {segment["isthing"] for segment in segments} == {True, False}
+
+
+@torch.no_grad()
+def test_panoptic_seg():
+    inputs = [{"image": picture(seed=1)}, {"image": picture(80, 56, seed=2), "height": 120, "width": 84}]
+    outputs = built(PANOPTIC).eval()(inputs)
+    for out, size in zip(outputs, [(HEIGHT, WIDTH), (120, 84)]):
+        assert set(out) == {"instances", "sem_seg", "panoptic_seg"}
+        check_instances(out["instances"], size, with_masks=True)
+        check_sem_seg(out["sem_seg"], size)
+        check_panoptic_seg(out["panoptic_seg"], out["instances"], out["sem_seg"])
 
 
 @torch.no_grad()
