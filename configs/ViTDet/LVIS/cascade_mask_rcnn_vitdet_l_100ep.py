@@ -1,0 +1,6 @@
+"""As with ViT-B, but larger."""
+
+from ..common.vit import use_vit_large
+from .cascade_mask_rcnn_vitdet_b_100ep import dataloader, lr_multiplier, model, optimizer, train
+
+use_vit_large(model, optimizer, train)

@@ -1,0 +1,7 @@
+"""As to 100 epochs, but 2 times as long."""
+
+from .mask_rcnn_regnetx_4gf_dds_FPN_100ep_LSJ import dataloader, lr_multiplier, model, optimizer, train
+
+train.max_iter *= 2
+lr_multiplier.scheduler.milestones = [step * 2 for step in lr_multiplier.scheduler.milestones]
+lr_multiplier.scheduler.num_updates = train.max_iter
