@@ -17,7 +17,7 @@ from detlib.config._yaml import missing_config
 from detlib.utils.file_io import PathManager
 from detlib.utils.suggest import suggest
 
-__all__ = ["run_config_file"]
+__all__ = ["as_config", "run_config_file"]
 
 
 def run_config_file(path: str) -> dict[str, Any]:
@@ -61,6 +61,13 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         else:
             result.extend(_copied(item, memo) for item in value)
     return memo.get(id(value), value)
+
+
+def as_config(value: Any) -> Any:
+    """Makes a DictConfig of a dict, so that its entries are attributes too; returns all else as it is."""
+    from omegaconf import DictConfig
+
+    return DictConfig(value, flags={"allow_objects": True}) if isinstance(value, dict) else value
 
 
 class _Session:
@@ -128,7 +135,7 @@ class _Session:
         return module
 
     def _module(self, path: str, importer: str) -> ModuleType:
-        """The variables of a file as a module, with copies of its configs for the importing file."""
+        """The variables of a file as a module; its configs, and its dicts as configs, are copies."""
         variables = self.variables(path, asked_by=importer)
         module = ModuleType(variables["__name__"], variables.get("__doc__"))
         module.__file__ = path
@@ -136,7 +143,7 @@ class _Session:
         memo: dict[int, Any] = {}
         for key, value in variables.items():
             if not key.startswith("__") or key == "__all__":
-                setattr(module, key, _copied(value, memo))
+                setattr(module, key, as_config(_copied(value, memo)))
         return module
 
     def _folder(self, folder: str, wanted: tuple[str, ...], importer: str) -> ModuleType:

@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from detlib.config._lazy_files import run_config_file
+from detlib.config._lazy_files import as_config, run_config_file
 from detlib.config._lazy_text import as_plain_data, as_python
 from detlib.config._override import apply_override
 from detlib.config._yaml import read_yaml
@@ -86,7 +86,7 @@ class LazyConfig:
         """Loads a config file; a ``.py`` file is run, so it must be one that you trust.
 
         Within a ``.py`` file, relative imports reach other config files. Every importing file gets copies of
-        the configs there, so that changing them changes nothing for others.
+        the configs there, so that changing them changes nothing for others, and dicts as DictConfigs.
 
         Args:
             filename: path of a ``.py``, ``.yaml`` or ``.yml`` file.
@@ -119,7 +119,7 @@ class LazyConfig:
                 if key not in variables:
                     near = suggest(key, (name for name in variables if not name.startswith("__")))
                     raise KeyError(f"{filename!r} has no {key!r}.{near}")
-            values = tuple(_as_config(variables[key]) for key in wanted)
+            values = tuple(as_config(variables[key]) for key in wanted)
             return values[0] if isinstance(keys, str) else values
         if ending == ".py":
             variables = {
@@ -185,9 +185,3 @@ class LazyConfig:
             prefix: what the assigned names begin with.
         """
         return as_python(cfg, prefix.removesuffix("."))
-
-
-def _as_config(value: Any) -> Any:
-    from omegaconf import DictConfig
-
-    return DictConfig(value, flags={"allow_objects": True}) if isinstance(value, dict) else value
