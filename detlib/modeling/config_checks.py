@@ -4,10 +4,12 @@ import contextlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
+
 from detlib.layers import get_norm
 from detlib.utils.suggest import suggest
 
-__all__ = ["check_choice", "check_count", "check_features", "check_norm", "config_keys"]
+__all__ = ["check_choice", "check_count", "check_features", "check_norm", "config_keys", "take_features"]
 
 
 def check_choice(value: Any, legal: Collection, key: str) -> None:
@@ -46,6 +48,24 @@ def check_norm(norm: str, key: str) -> None:
     """Raise ValueError unless `norm`, of the config key `key`, is a name that `get_norm` knows."""
     with config_keys(key):
         get_norm(norm, 32)
+
+
+def take_features(features: dict[str, torch.Tensor], names: Sequence[str], what: str) -> list[torch.Tensor]:
+    """The maps that a part of a model works on.
+
+    Models that were built without a config meet a wrong name here first.
+
+    Args:
+        features: what the backbone gave.
+        names: the maps wanted.
+        what: the argument, and the config key, that names them.
+
+    Raises:
+        ValueError: a name that the backbone does not give.
+    """
+    if any(name not in features for name in names):
+        check_features(names, features, what)
+    return [features[name] for name in names]
 
 
 @contextlib.contextmanager

@@ -205,3 +205,19 @@ def test_truth_that_lacks_what_a_head_learns(config, key):
 def test_inference_without_proposals():
     with pytest.raises(ValueError, match="'proposals'.*item 0 of the batch"):
         built(FAST_RCNN).eval()([{"image": picture()}])
+
+
+@pytest.mark.parametrize("config", [MASK_RCNN, CASCADE])
+@pytest.mark.parametrize(
+    "part, argument",
+    [
+        ("proposal_generator", "in_features"),
+        ("roi_heads", "box_in_features"),
+        ("roi_heads", "mask_in_features"),
+    ],
+)
+def test_features_that_do_not_exist_in_a_model_without_config(config, part, argument):
+    model = built(config)
+    setattr(getattr(model, part), argument, ["p2", "p9"])
+    with pytest.raises(ValueError, match=r"in_features .*IN_FEATURES\).*'p9'\].*'p6'"):
+        model(training_batch())

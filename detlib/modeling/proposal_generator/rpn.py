@@ -12,7 +12,7 @@ from detlib.config import configurable
 from detlib.layers import Conv2d, ShapeSpec
 from detlib.modeling.anchor_generator import build_anchor_generator
 from detlib.modeling.box_regression import BOX_LOSS_TYPES, Box2BoxTransform, box2box_transform_for
-from detlib.modeling.config_checks import check_choice, check_features, config_keys
+from detlib.modeling.config_checks import check_choice, check_features, config_keys, take_features
 from detlib.modeling.dense_ops import (
     decode_top_predictions,
     dense_box_regression_loss,
@@ -236,7 +236,7 @@ class RPN(nn.Module):
         Raises:
             ValueError: in training, no ground truth.
         """
-        features = [features[name] for name in self.in_features]
+        features = take_features(features, self.in_features, "in_features of the RPN (MODEL.RPN.IN_FEATURES)")
         anchors = self.anchor_generator(features)
         logits, deltas = self.rpn_head(features)
         logits = [permute_to_N_HWA_K(x, 1).squeeze(2) for x in logits]

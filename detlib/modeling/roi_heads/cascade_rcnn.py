@@ -12,14 +12,14 @@ from torch import nn
 from detlib.config import CfgNode, configurable
 from detlib.layers import ShapeSpec
 from detlib.modeling.box_regression import box2box_transform_for
-from detlib.modeling.config_checks import config_keys
+from detlib.modeling.config_checks import config_keys, take_features
 from detlib.modeling.matcher import Matcher
 from detlib.modeling.poolers import ROIPooler
 from detlib.modeling.roi_heads.base import ROI_HEADS_REGISTRY
 from detlib.modeling.roi_heads.box_head import build_box_head
 from detlib.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers, fast_rcnn_inference
 from detlib.modeling.roi_heads.head_pooler import pooler_from_config
-from detlib.modeling.roi_heads.standard import StandardROIHeads
+from detlib.modeling.roi_heads.standard import BOX_IN_FEATURES, StandardROIHeads
 from detlib.modeling.roi_heads.training_stats import put_scalars, to_floats
 from detlib.modeling.sampling import label_boxes
 from detlib.structures import Boxes, ImageList, Instances
@@ -166,7 +166,7 @@ class CascadeROIHeads(StandardROIHeads):
     ) -> dict[str, torch.Tensor] | list[Instances]:
         """All stages: losses in training, which needs `targets`, else detections. Parts of models are run by
         this name, see the documentation on using models."""
-        maps = [features[name] for name in self.box_in_features]
+        maps = take_features(features, self.box_in_features, BOX_IN_FEATURES)
         stages = []
         for k, predictor in enumerate(self.box_predictor):
             if k > 0:

@@ -5,6 +5,7 @@ from torch import nn
 
 from detlib.config import CfgNode, configurable
 from detlib.layers import ShapeSpec
+from detlib.modeling.config_checks import take_features
 from detlib.modeling.poolers import ROIPooler
 from detlib.modeling.roi_heads.base import (
     ROI_HEADS_REGISTRY,
@@ -23,6 +24,8 @@ from detlib.modeling.roi_heads.mask_head import build_mask_head
 from detlib.structures import ImageList, Instances
 
 __all__ = ["StandardROIHeads"]
+
+BOX_IN_FEATURES = "box_in_features (MODEL.ROI_HEADS.IN_FEATURES)"
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -166,7 +169,7 @@ class StandardROIHeads(ROIHeads):
     ) -> dict[str, torch.Tensor] | list[Instances]:
         """The box branch: losses in training, else detections. Parts of models are run by this name, see the
         documentation on using models."""
-        maps = [features[name] for name in self.box_in_features]
+        maps = take_features(features, self.box_in_features, BOX_IN_FEATURES)
         box_features = self.box_head(self.box_pooler(maps, [x.proposal_boxes for x in proposals]))
         predictions = self.box_predictor(box_features)
         if not self.training:
@@ -209,7 +212,8 @@ class StandardROIHeads(ROIHeads):
         names: list[str],
         pooler: ROIPooler | None,
     ) -> torch.Tensor | dict[str, torch.Tensor]:
+        maps = take_features(features, names, "in_features of a head (MODEL.ROI_HEADS.IN_FEATURES)")
         if pooler is None:
-            return {name: features[name] for name in names}
+            return dict(zip(names, maps))
         boxes = [x.proposal_boxes if self.training else x.pred_boxes for x in instances]
-        return pooler([features[name] for name in names], boxes)
+        return pooler(maps, boxes)
