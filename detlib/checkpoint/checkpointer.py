@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from detlib.checkpoint.formats import read_checkpoint, write_checkpoint
+from detlib.checkpoint.background import BackgroundWriter, copy_to_host
+from detlib.checkpoint.formats import read_checkpoint, to_plain_types, write_checkpoint
 from detlib.checkpoint.key_matching import strip_common_prefix
 from detlib.checkpoint.report import LoadReport
-from detlib.utils.atomic_write import write_bytes_atomically
+from detlib.utils.atomic_write import remove_unfinished_files, write_bytes_atomically
 from detlib.utils.file_io import PathManager
 
 __all__ = ["Checkpointer", "IncompatibleKeys"]
@@ -39,12 +40,22 @@ class Checkpointer:
     under its name. The file "last_checkpoint" beside it names the newest one.
     """
 
-    def __init__(self, model: nn.Module, save_dir: str = "", *, save_to_disk: bool = True, **checkpointables):
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        save_to_disk: bool = True,
+        async_save: bool = False,
+        **checkpointables,
+    ):
         """
         Args:
             model: a model; wrappers for parallel training are taken off.
             save_dir: folder of the checkpoints.
             save_to_disk: False makes `save` do nothing, as on all processes but one.
+            async_save: `save` copies everything to main memory and returns; a thread writes it. Should
+                writing fail, the next `save`, `load` or `wait` raises the error.
             **checkpointables: the other objects, by the name that they have in the file.
         """
         self.is_distributed = isinstance(model, DistributedDataParallel)
@@ -56,6 +67,7 @@ class Checkpointer:
         self.path_manager = PathManager
         self.report: LoadReport | None = None
         """What the last `load` did."""
+        self._background = BackgroundWriter() if async_save else None
         self.checkpointables: dict[str, Any] = {}
         for key, checkpointable in checkpointables.items():
             self.add_checkpointable(key, checkpointable)
@@ -80,29 +92,57 @@ class Checkpointer:
         The file appears whole or not at all: a crash leaves the former one, and its mark, in place.
 
         Args:
-            name: file name without ending.
+            name: file name without ending. With the ending ``.safetensors``, the parameters alone are saved
+                in that format, and the mark of the last checkpoint stays where it is.
             **kwargs: more entries, of plain types.
+
+        Raises:
+            TypeError: if something to save is of no plain type.
         """
-        if self.write(name, **kwargs):
-            self.tag_last_checkpoint(f"{name}.pth")
+        mark = None if name.endswith(".safetensors") else f"{name}.pth"
+        self._write(name, kwargs, mark)
 
     def write(self, name: str, **kwargs: Any) -> bool:
         """As `save`, but the mark of the last checkpoint stays where it is.
 
         Returns:
-            Whether a file was written: without `save_dir` or `save_to_disk` none is.
+            Whether a file is written: without `save_dir` or `save_to_disk` none is.
         """
+        return self._write(name, kwargs, mark=None)
+
+    def _write(self, name: str, entries: dict[str, Any], mark: str | None) -> bool:
+        """Writes a file and then `mark`, now or in the background."""
         if not self.save_dir or not self.save_to_disk:
             return False
         content = {"model": self.model.state_dict()}
         for key, checkpointable in self.checkpointables.items():
             content[key] = checkpointable.state_dict()
-        content.update(kwargs)
-        path = os.path.join(self.save_dir, f"{name}.pth")
-        self.path_manager.mkdirs(self.save_dir)
-        write_checkpoint(path, content)
-        logger.info("Saved checkpoint %s", path)
+        content = to_plain_types(content | entries, "checkpoint")
+        if self._background is not None:
+            content = copy_to_host(content)
+        path = os.path.join(self.save_dir, name if name.endswith(".safetensors") else f"{name}.pth")
+
+        def write_file() -> None:
+            self.path_manager.mkdirs(self.save_dir)
+            write_checkpoint(path, content)
+            if mark is not None:
+                self.tag_last_checkpoint(mark)
+            logger.info("Saved checkpoint %s", path)
+
+        self.then(write_file)
         return True
+
+    def then(self, task: Callable[[], None]) -> None:
+        """Runs `task` when all that was saved before is on disk: now, or in the background."""
+        if self._background is None:
+            task()
+        else:
+            self._background.submit(task)
+
+    def wait(self) -> None:
+        """Returns when all that was saved is on disk, or raises the error that kept it from there."""
+        if self._background is not None:
+            self._background.wait()
 
     def load(
         self, path: str, checkpointables: list[str] | None = None, *, trust: bool = False
@@ -126,6 +166,7 @@ class Checkpointer:
         if not path:
             logger.info("No checkpoint given: the model starts from its random initialization")
             return {}
+        self.wait()
         logger.info("Loading checkpoint %s", path)
         checkpoint = self._load_file(path, trust)
         self.report = LoadReport(path)
@@ -146,6 +187,7 @@ class Checkpointer:
 
     def has_checkpoint(self) -> bool:
         """Whether `save_dir` has a last checkpoint."""
+        self.wait()
         return self.path_manager.exists(self._mark_path)
 
     def get_checkpoint_file(self) -> str:
@@ -157,6 +199,7 @@ class Checkpointer:
 
     def get_all_checkpoint_files(self) -> list[str]:
         """Paths of all ``.pth`` files in `save_dir`, in the order of their names."""
+        self.wait()
         if not self.path_manager.isdir(self.save_dir):
             return []
         paths = [os.path.join(self.save_dir, name) for name in sorted(self.path_manager.ls(self.save_dir))]
@@ -172,6 +215,9 @@ class Checkpointer:
         Returns:
             What `load` returns.
         """
+        if resume and self.save_dir and self.save_to_disk:
+            self.wait()
+            remove_unfinished_files(self.save_dir)
         if resume and self.has_checkpoint():
             return self.load(self.get_checkpoint_file())
         if resume and self.save_dir:

@@ -36,13 +36,11 @@ class DetectionCheckpointer(Checkpointer):
       Detectron and Caffe2 are recognized.
     """
 
-    def __init__(
-        self, model: nn.Module, save_dir: str = "", *, save_to_disk: bool | None = None, **checkpointables
-    ):
+    def __init__(self, model: nn.Module, save_dir: str = "", *, save_to_disk: bool | None = None, **kwargs):
         """As `Checkpointer`; `save_to_disk` None means: only on the main process."""
         if save_to_disk is None:
             save_to_disk = comm.is_main_process()
-        super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        super().__init__(model, save_dir, save_to_disk=save_to_disk, **kwargs)
 
     def load(self, path: str, *args, **kwargs) -> dict[str, Any]:
         """As `Checkpointer.load`, with the options of this class behind the path.

@@ -55,8 +55,9 @@ class PeriodicCheckpointer:
         state = {"iteration": iteration, **kwargs}
         if self._is_periodic(iteration):
             name = f"{self.file_prefix}_{iteration:07d}"
+            self._note(f"{name}.pth")
             self.checkpointer.save(name, **state)
-            self._remove_old(f"{name}.pth")
+            self._remove_old()
         if self._is_final(iteration):
             self.checkpointer.save(f"{self.file_prefix}_final", **state)
 
@@ -70,15 +71,28 @@ class PeriodicCheckpointer:
     def _is_final(self, iteration: int) -> bool:
         return self.max_iter is not None and iteration >= self.max_iter - 1
 
-    def _remove_old(self, newest: str) -> None:
+    def _note(self, newest: str) -> None:
+        """Counts a file in before it is saved, so that the state within it knows of it."""
+        path = os.path.join(self.checkpointer.save_dir, newest)
+        self.recent_checkpoints = [old for old in self.recent_checkpoints if old != path] + [path]
+
+    def _remove_old(self) -> None:
         """Forgets and deletes the oldest file once there are more than `max_to_keep`."""
         if self.max_to_keep is None or not self.checkpointer.save_to_disk:
             return
-        path = os.path.join(self.checkpointer.save_dir, newest)
-        if path in self.recent_checkpoints:
-            self.recent_checkpoints.remove(path)
-        self.recent_checkpoints.append(path)
         while len(self.recent_checkpoints) > self.max_to_keep:
             old = self.recent_checkpoints.pop(0)
-            if self.path_manager.exists(old):
-                self.path_manager.rm(old)
+            # Only when the newest one is safe on disk.
+            self.checkpointer.then(lambda old=old: self._remove(old))
+
+    def _remove(self, path: str) -> None:
+        if self.path_manager.exists(path):
+            self.path_manager.rm(path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which files to remove in time, so that a resumed training goes on with it."""
+        return {"recent_checkpoints": [os.path.basename(path) for path in self.recent_checkpoints]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        folder = self.checkpointer.save_dir
+        self.recent_checkpoints = [os.path.join(folder, name) for name in state_dict["recent_checkpoints"]]

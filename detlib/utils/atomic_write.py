@@ -8,7 +8,20 @@ from typing import Any
 
 from detlib.utils.file_io import PathManager, is_remote
 
-__all__ = ["write_bytes_atomically"]
+__all__ = ["remove_unfinished_files", "write_bytes_atomically"]
+
+_ENDING = ".unfinished"
+
+
+def _read_umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+# Read once: setting it while other threads make files would change theirs.
+_UMASK = _read_umask()
 
 
 def write_bytes_atomically(path: str, write: Callable[[Any], None]) -> None:
@@ -25,14 +38,14 @@ def write_bytes_atomically(path: str, write: Callable[[Any], None]) -> None:
             PathManager.copy_from_local(local, path, overwrite=True)
         return
     folder = os.path.dirname(os.path.abspath(path))
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}.", suffix=".tmp")
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}.", suffix=_ENDING)
     try:
         with os.fdopen(handle, "wb") as f:
             write(f)
             f.flush()
             os.fsync(f.fileno())
         # mkstemp makes files that only the owner can read; ours are as open as any other file.
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, 0o666 & ~_UMASK)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -41,11 +54,14 @@ def write_bytes_atomically(path: str, write: Callable[[Any], None]) -> None:
     _sync_folder(folder)
 
 
-def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+def remove_unfinished_files(folder: str) -> None:
+    """Removes what killed processes left of files that they were writing to `folder`. Nothing may be writing
+    there at the same time."""
+    if is_remote(folder) or not os.path.isdir(folder):
+        return
+    for name in os.listdir(folder):
+        if name.startswith(".") and name.endswith(_ENDING):
+            os.remove(os.path.join(folder, name))
 
 
 def _sync_folder(folder: str) -> None:

@@ -1,0 +1,238 @@
+"""Files of every kind that users and zoos have."""
+
+import io
+import logging
+import os
+import pickle
+import zipfile
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from detlib.checkpoint import Checkpointer, DetectionCheckpointer
+from detlib.checkpoint.formats import read_checkpoint, write_checkpoint
+
+
+def small_model():
+    torch.manual_seed(0)
+    return nn.Sequential(OrderedDict(backbone=nn.Conv2d(3, 4, 1), head=nn.Linear(4, 2)))
+
+
+def equal(one, other):
+    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
+    return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+
+
+def changed(model):
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, 0.5)
+    return model
+
+
+def as_arrays(model):
+    return {name: value.numpy() for name, value in model.state_dict().items()}
+
+
+def write(path, content, kind, protocol=4):
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(content, protocol=protocol))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=kind != "old torch")
+
+
+FILES = {
+    "zoo.pkl": ("pickle", lambda m: {"model": as_arrays(m), "__author__": "Detectron2 Model Zoo"}),
+    "tensors.pkl": ("pickle", lambda m: {"model": m.state_dict()}),
+    "bare.pkl": ("pickle", lambda m: OrderedDict(m.state_dict())),
+    "torch.pkl": ("torch", lambda m: {"model": m.state_dict()}),
+    "old_torch.pkl": ("old torch", lambda m: {"model": m.state_dict()}),
+    "trainer.pth": ("torch", lambda m: {"model": m.state_dict(), "optimizer": {"state": {}}, "iteration": 9}),
+    "old.pth": ("old torch", lambda m: {"model": m.state_dict(), "iteration": np.int64(9)}),
+    "bare.pth": ("torch", lambda m: m.state_dict()),
+    "parallel.pth": ("torch", lambda m: {"model": {f"module.{k}": v for k, v in m.state_dict().items()}}),
+    "lightning.ckpt": ("torch", lambda m: {"state_dict": m.state_dict()}),
+    "slowfast.pyth": ("torch", lambda m: {"model_state": m.state_dict(), "epoch": 3, "cfg": "A: 1"}),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_fills_the_model(tmp_path, name):
+    kind, content = FILES[name]
+    model = small_model()
+    for protocol in range(2, 6) if kind == "pickle" else (2,):
+        write(tmp_path / name, content(model), kind, protocol)
+        other = changed(small_model())
+        checkpointer = DetectionCheckpointer(other)
+        checkpointer.load(str(tmp_path / name), checkpointables=[])
+        assert equal(model, other)
+        assert sorted(checkpointer.report.loaded) == sorted(model.state_dict())
+        assert not checkpointer.report.missing_keys and not checkpointer.report.unexpected_keys
+
+
+def test_safetensors(tmp_path):
+    model = small_model()
+    model.tied = model.head  # two names of one parameter
+    model.register_buffer("view", torch.arange(12.0).reshape(3, 4).T)
+    Checkpointer(model, str(tmp_path)).save("weights.safetensors", iteration=3)
+    assert (tmp_path / "weights.safetensors").exists()
+    other = changed(small_model())
+    other.tied = other.head
+    other.register_buffer("view", torch.zeros(4, 3))
+    DetectionCheckpointer(other).load(str(tmp_path / "weights.safetensors"))
+    assert equal(model, other)
+    (tmp_path / "broken.safetensors").write_bytes(b"\xff" * 50)
+    with pytest.raises(ValueError, match="broken.safetensors is broken"):
+        read_checkpoint(str(tmp_path / "broken.safetensors"))
+
+
+class Evil:
+    def __init__(self, witness):
+        self.witness = witness
+
+    def __reduce__(self):
+        return os.mkdir, (self.witness,)
+
+
+@pytest.mark.parametrize("name", ["a.pkl", "a.pth", "a.pyth", "a.ckpt", "old.pth", "torch.pkl"])
+def test_trust_is_the_only_way_round(tmp_path, name):
+    witness = str(tmp_path / "witness")
+    kind = "old torch" if name == "old.pth" else "pickle" if name == "a.pkl" else "torch"
+    content = {"model": small_model().state_dict(), "extra": Evil(witness)}
+    write(tmp_path / name, content, kind, 2)
+    checkpointer = DetectionCheckpointer(small_model())
+    with pytest.raises(ValueError, match=r"(posix|nt)\.mkdir"):
+        checkpointer.load(str(tmp_path / name))
+    assert not os.path.exists(witness)
+    checkpointer.load(str(tmp_path / name), trust=True)
+    assert os.path.exists(witness)
+
+
+def test_a_zip_within_a_zip_is_refused(tmp_path):
+    inner = io.BytesIO()
+    torch.save({"model": {"w": Evil(str(tmp_path / "witness"))}}, inner)
+
+    class Nested:
+        def __reduce__(self):
+            return torch.load, (io.BytesIO(inner.getvalue()),)
+
+    torch.save({"model": {"w": Nested()}}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="could run code"):
+        read_checkpoint(str(tmp_path / "a.pth"))
+    assert not (tmp_path / "witness").exists()
+
+
+def test_a_zip_bomb_is_refused(tmp_path):
+    torch.save({"model": {"w": torch.zeros(1_000_000)}}, tmp_path / "a.pth")
+    with zipfile.ZipFile(tmp_path / "a.pth") as source:
+        with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb:
+            for entry in source.infolist():
+                bomb.writestr(entry.filename, source.read(entry))
+    with pytest.raises(ValueError, match=r"refused: its \d+ bytes would become \d{7}"):
+        read_checkpoint(str(tmp_path / "bomb.pth"))
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path):
+    for content, said in (([1], "a list instead"), ({"a": 1}, "no arrays: 'a'"), ({}, "it is empty")):
+        torch.save(content, tmp_path / "a.pth")
+        with pytest.raises(ValueError, match=said):
+            read_checkpoint(str(tmp_path / "a.pth"))
+    torch.save({"model": [1]}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="holds a list under 'model'"):
+        read_checkpoint(str(tmp_path / "a.pth"))
+
+
+def logged(caplog, model, path):
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="detlib"):
+        checkpointer = DetectionCheckpointer(model)
+        checkpointer.load(path)
+    levels = {
+        level: "\n".join(r.getMessage() for r in caplog.records if r.levelno == level) for level in (20, 30)
+    }
+    return levels[20], levels[30], checkpointer.report
+
+
+def test_the_report_says_what_was_renamed(tmp_path, caplog):
+    model = small_model()
+    part = {name.removeprefix("backbone."): value for name, value in model.backbone.state_dict().items()}
+    write_checkpoint(str(tmp_path / "a.pth"), {"model": part, "matching_heuristics": True})
+    model = nn.Sequential(OrderedDict(backbone=nn.Conv2d(3, 4, 1), norm=nn.BatchNorm1d(2, affine=False)))
+    info, warning, report = logged(caplog, model, str(tmp_path / "a.pth"))
+    assert report.renamed == {"backbone.weight": "weight", "backbone.bias": "bias"}
+    assert "  (no module) -> backbone" in info and "  backbone: 2 of 2" in info and "  norm: 0 of 2" in info
+    assert "norm.{running_mean, running_var}" in warning
+
+
+def test_other_classes_load_the_rest(tmp_path, caplog):
+    model = small_model()
+    write_checkpoint(str(tmp_path / "a.pth"), {"model": model.state_dict()})
+    other = changed(small_model())
+    other.head = nn.Linear(4, 5)
+    _, warning, report = logged(caplog, other, str(tmp_path / "a.pth"))
+    assert torch.equal(other.backbone.weight, model.backbone.weight)
+    assert "head.weight: (2, 4) in the file, (5, 4) here" in warning and "start fresh" in warning
+    assert [name for name, _, _ in report.incorrect_shapes] == ["head.weight", "head.bias"]
+
+
+def test_a_file_of_another_model_is_said_plainly(tmp_path, caplog):
+    write_checkpoint(str(tmp_path / "a.pth"), {"model": {"layer1.w": torch.ones(1)}})
+    _, warning, report = logged(caplog, small_model(), str(tmp_path / "a.pth"))
+    assert "Almost nothing" in warning and "0 of 4" in warning
+    assert "'layer1.w'" in warning and "'backbone.weight'" in warning and "matching_heuristics" in warning
+    assert report.loaded == []
+
+
+def test_options_of_a_path(tmp_path):
+    model = small_model()
+    state = {name.partition(".")[2]: value for name, value in model.state_dict().items() if "head" in name}
+    write_checkpoint(str(tmp_path / "a.pth"), {"model": {f"head.{k}": v for k, v in state.items()}})
+    wrapped = nn.ModuleDict({"deep": changed(small_model())})
+    DetectionCheckpointer(wrapped).load(f"{tmp_path}/a.pth?matching_heuristics=True")
+    assert torch.equal(wrapped["deep"].head.weight, model.head.weight)
+    with pytest.raises(ValueError, match="no conversion 'torchvison'.*'torchvision'"):
+        DetectionCheckpointer(wrapped).load(f"{tmp_path}/a.pth?convert=torchvison")
+    with pytest.raises(FileNotFoundError, match=r"a.pth\?other=1"):
+        DetectionCheckpointer(wrapped).load(f"{tmp_path}/a.pth?other=1")
+
+
+def test_a_big_file_is_in_memory_once(tmp_path):
+    """Of 60 MB of weights, at most 1.3 times as much is held at once, beyond the model itself."""
+    code = """
+import resource, sys, torch
+from detlib.checkpoint import DetectionCheckpointer
+class Big(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        for i in range(15):
+            self.register_parameter(f"p{i}", torch.nn.Parameter(torch.ones(1_000_000)))
+model = Big()
+DetectionCheckpointer(model).load(sys.argv[2])  # a small file: what reading imports is not counted
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+DetectionCheckpointer(model).load(sys.argv[1])
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 60e6)
+assert model.p7[0] == 7
+"""
+    import subprocess
+    import sys
+
+    arrays = {f"p{i}": np.full(1_000_000, i, np.float32) for i in range(15)}
+    tensors = {name: torch.from_numpy(value) for name, value in arrays.items()}
+    files = {
+        "a.pth": lambda path: write_checkpoint(path, {"model": tensors}),
+        "a.safetensors": lambda path: write_checkpoint(path, {"model": tensors}),
+        "a.pkl": lambda path: open(path, "wb").write(pickle.dumps({"model": arrays, "__author__": "x"})),
+    }
+    for name, save in files.items():
+        save(str(tmp_path / name))
+        small = tmp_path / f"small{name[1:]}"
+        empty = {"p0": np.zeros(1, np.float32)}
+        if name == "a.pkl":
+            small.write_bytes(pickle.dumps({"model": empty, "__author__": "x"}))
+        else:
+            write_checkpoint(str(small), {"model": {"p0": torch.zeros(1)}})
+        command = [sys.executable, "-c", code, str(tmp_path / name), str(small)]
+        ratio = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        assert ratio < 1.3, f"{name}: {ratio:.2f}"

@@ -1,0 +1,165 @@
+"""What is saved is whole, in time and in the background."""
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from detlib.checkpoint import Checkpointer, PeriodicCheckpointer
+from detlib.checkpoint import checkpointer as checkpointer_module
+from detlib.checkpoint.background import BackgroundWriter, copy_to_host
+from detlib.checkpoint.formats import read_checkpoint
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("mode", ["sync", "async"])
+@pytest.mark.parametrize("kills", [10, pytest.param(200, marks=pytest.mark.slow)])
+def test_a_killed_process_leaves_what_can_be_gone_on_from(tmp_path, mode, kills):
+    script = Path(__file__).with_name("kill_while_saving.py")
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, str(script), str(tmp_path), str(kills), mode]
+    run = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert run.returncode == 0, run.stdout + run.stderr
+    reached = int(run.stdout.split("iteration ")[1].split(",")[0])
+    assert run.stdout.startswith(f"{kills} kills") and reached > 0, run.stdout
+    # The mark, two checkpoints, and one that was being added or removed.
+    assert len(os.listdir(tmp_path)) <= 4
+
+
+class SlowDisk:
+    """Takes the place of `write_checkpoint`: waits for `go`, and fails if `error` is set."""
+
+    def __init__(self, monkeypatch):
+        self.go, self.started, self.error, self.paths = threading.Event(), threading.Event(), None, []
+        self.write = checkpointer_module.write_checkpoint
+        monkeypatch.setattr(checkpointer_module, "write_checkpoint", self)
+
+    def __call__(self, path, content):
+        self.started.set()
+        assert self.go.wait(20)
+        self.paths.append(Path(path).name)
+        if self.error:
+            raise self.error
+        self.write(path, content)
+
+
+def test_saving_in_the_background_holds_the_state_of_the_call(tmp_path, monkeypatch):
+    disk = SlowDisk(monkeypatch)
+    model = nn.Linear(2, 2)
+    checkpointer = Checkpointer(model, str(tmp_path), async_save=True)
+    with torch.no_grad():
+        model.weight.fill_(1)
+    checkpointer.save("a")
+    with torch.no_grad():
+        model.weight.fill_(2)
+    assert disk.started.wait(20) and not (tmp_path / "last_checkpoint").exists()
+    disk.go.set()
+    checkpointer.wait()
+    assert (read_checkpoint(str(tmp_path / "a.pth"))["model"]["weight"] == 1).all()
+    assert checkpointer.get_checkpoint_file() == str(tmp_path / "a.pth")
+
+
+def test_an_error_in_the_background_is_raised_and_removes_nothing(tmp_path, monkeypatch, caplog):
+    disk = SlowDisk(monkeypatch)
+    disk.go.set()
+    checkpointer = Checkpointer(nn.Linear(2, 2), str(tmp_path), async_save=True)
+    saver = PeriodicCheckpointer(checkpointer, period=1, max_to_keep=1)
+    saver.step(0)
+    checkpointer.wait()
+    disk.error = OSError("No space left on device")
+    saver.step(1)
+    with pytest.raises(OSError, match="No space left"):
+        checkpointer.wait()
+    # The good file is still there and still the last one.
+    assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0000000.pth"]
+    assert checkpointer.get_checkpoint_file().endswith("model_0000000.pth")
+    disk.error = None
+    saver.step(2)
+    assert checkpointer.get_checkpoint_file().endswith("model_0000002.pth")
+
+
+def test_the_queue_is_bounded():
+    writer, go, done = BackgroundWriter(max_pending=1), threading.Event(), []
+    writer.submit(lambda: go.wait(20))
+    writer.submit(lambda: done.append(1))
+    third = threading.Thread(target=lambda: writer.submit(lambda: done.append(2)))
+    third.start()
+    third.join(0.2)
+    assert third.is_alive(), "one runs and one waits: a third has to wait for its place"
+    go.set()
+    third.join(20)
+    writer.wait()
+    assert done == [1, 2]
+    with pytest.raises(ValueError, match="got 0"):
+        BackgroundWriter(0)
+
+
+def test_after_an_error_later_tasks_are_dropped_until_it_is_told():
+    writer, go, done = BackgroundWriter(max_pending=3), threading.Event(), []
+
+    def fail():
+        go.wait(20)
+        raise OSError("full")
+
+    writer.submit(fail)
+    writer.submit(lambda: done.append(1))
+    go.set()
+    with pytest.raises(OSError, match="full"):
+        writer.wait()
+    assert not done
+    writer.submit(lambda: done.append(2))
+    writer.wait()
+    assert done == [2]
+
+
+def test_copies_keep_sharing_and_versions():
+    base = torch.arange(6.0)
+    state = nn.BatchNorm2d(2).state_dict()
+    tree = {"a": base, "b": [base[2:4], (base.view(2, 3).T,)], "state": state, "n": 3}
+    copy = copy_to_host(tree)
+    base.fill_(9)
+    assert copy["a"].tolist() == [0, 1, 2, 3, 4, 5] and copy["b"][0].tolist() == [2, 3]
+    assert copy["b"][1][0].tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert copy["a"].untyped_storage().data_ptr() == copy["b"][0].untyped_storage().data_ptr()
+    assert copy["state"]._metadata == state._metadata and copy["n"] == 3
+
+
+def test_a_program_that_ends_finishes_saving(tmp_path):
+    code = (
+        "import sys; from torch import nn; from detlib.checkpoint import Checkpointer; "
+        "Checkpointer(nn.Linear(500, 500), sys.argv[1], async_save=True).save('a')"
+    )
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=env)
+    assert sorted(os.listdir(tmp_path)) == ["a.pth", "last_checkpoint"]
+
+
+def test_a_resumed_training_goes_on_removing(tmp_path):
+    def saver():
+        checkpointer = Checkpointer(nn.Linear(1, 1), str(tmp_path))
+        periodic = PeriodicCheckpointer(checkpointer, period=1, max_to_keep=2)
+        checkpointer.add_checkpointable("periodic", periodic)
+        return periodic
+
+    first = saver()
+    for iteration in range(3):
+        first.step(iteration)
+    second = saver()
+    second.checkpointer.resume_or_load("", resume=True)
+    second.step(3)
+    assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0000002.pth", "model_0000003.pth"]
+
+
+def test_leftovers_of_a_killed_process_are_removed(tmp_path, caplog):
+    checkpointer = Checkpointer(nn.Linear(1, 1), str(tmp_path))
+    checkpointer.save("a")
+    (tmp_path / ".a.pth.x7.unfinished").write_bytes(b"half")
+    with caplog.at_level(logging.INFO):
+        checkpointer.resume_or_load("", resume=True)
+    assert sorted(os.listdir(tmp_path)) == ["a.pth", "last_checkpoint"]
