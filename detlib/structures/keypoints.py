@@ -197,6 +197,7 @@ def heatmaps_to_keypoints(maps: torch.Tensor, rois: torch.Tensor) -> torch.Tenso
             width = max(heights_widths[i][1] for i in group)
             index = torch.tensor(group).to(maps.device, non_blocking=True)
             peaks[index] = _find_peaks(maps[index], pixels[index], height, width)
+    # Of equal pixels a GPU may find any, so also one that repeats the last of a map smaller than its group's.
     # The enlarged map has whole pixels, the region has not.
     centers = torch.minimum(peaks[..., :2], pixels[:, None] - 1) + 0.5
     points = centers * (sizes / pixels)[:, None] + rois[:, None, :2]

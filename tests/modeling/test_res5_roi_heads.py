@@ -150,6 +150,14 @@ def test_config():
             },
             r"one feature map.*\['res3', 'res4'\]",
         ),
+        (
+            {
+                "MODEL__RESNETS__DEFORM_ON_PER_STAGE": [False, False, False, True],
+                "MODEL__RESNETS__DEPTH": 50,
+                "MODEL__RESNETS__RES2_OUT_CHANNELS": 256,
+            },
+            "deformable res5",
+        ),
         ({"MODEL__ROI_HEADS__IN_FEATURES": ["res9"]}, r"\['res9'\].*\['res4'\]"),
     ],
 )

@@ -21,28 +21,6 @@ from detlib.structures import Boxes, ImageList, Instances
 __all__ = ["Res5ROIHeads"]
 
 
-def _build_res5(cfg: CfgNode) -> tuple[list[nn.Module], int]:
-    """Three bottleneck blocks that halve the side, and the number of channels that they give."""
-    resnets = cfg.MODEL.RESNETS
-    if resnets.DEFORM_ON_PER_STAGE[-1]:
-        raise ValueError(
-            "MODEL.RESNETS.DEFORM_ON_PER_STAGE asks for a deformable res5, which Res5ROIHeads does not have."
-        )
-    out_channels = resnets.RES2_OUT_CHANNELS * 8  # channels double from stage to stage
-    blocks = ResNet.make_stage(
-        BottleneckBlock,
-        3,
-        stride_per_block=[2, 1, 1],
-        in_channels=out_channels // 2,
-        bottleneck_channels=resnets.NUM_GROUPS * resnets.WIDTH_PER_GROUP * 8,
-        out_channels=out_channels,
-        num_groups=resnets.NUM_GROUPS,
-        norm=resnets.NORM,
-        stride_in_1x1=resnets.STRIDE_IN_1X1,
-    )
-    return blocks, out_channels
-
-
 @ROI_HEADS_REGISTRY.register()
 class Res5ROIHeads(ROIHeads):
     """One stage of residual blocks over each pooled region, shared by the box and the mask head.
@@ -88,7 +66,7 @@ class Res5ROIHeads(ROIHeads):
         pooler, pooled = pooler_from_config(cfg, "ROI_BOX_HEAD", input_shape)
         if pooler is None:
             raise ValueError("MODEL.ROI_BOX_HEAD.POOLER_TYPE is empty, but Res5ROIHeads pools its features.")
-        res5, channels = _build_res5(cfg)
+        res5, channels = cls._build_res5_block(cfg)
         if pooled.channels != channels // 2:
             raise ValueError(
                 f"Res5ROIHeads needs a feature map of {channels // 2} channels (half of 8 x "
@@ -105,6 +83,29 @@ class Res5ROIHeads(ROIHeads):
             shape = ShapeSpec(channels=channels, height=pooled.height, width=pooled.width)
             args["mask_head"] = build_mask_head(cfg, shape)
         return args
+
+    @classmethod
+    def _build_res5_block(cls, cfg: CfgNode) -> tuple[nn.Sequential, int]:
+        """Three bottleneck blocks that halve the side, and the number of channels that they give."""
+        resnets = cfg.MODEL.RESNETS
+        if resnets.DEFORM_ON_PER_STAGE[-1]:
+            raise ValueError(
+                "MODEL.RESNETS.DEFORM_ON_PER_STAGE asks for a deformable res5, which Res5ROIHeads does not "
+                "have."
+            )
+        out_channels = resnets.RES2_OUT_CHANNELS * 8  # channels double from stage to stage
+        blocks = ResNet.make_stage(
+            BottleneckBlock,
+            3,
+            stride_per_block=[2, 1, 1],
+            in_channels=out_channels // 2,
+            bottleneck_channels=resnets.NUM_GROUPS * resnets.WIDTH_PER_GROUP * 8,
+            out_channels=out_channels,
+            num_groups=resnets.NUM_GROUPS,
+            norm=resnets.NORM,
+            stride_in_1x1=resnets.STRIDE_IN_1X1,
+        )
+        return nn.Sequential(*blocks), out_channels
 
     def forward(
         self,
