@@ -1,93 +1,149 @@
-"""The lazy configs hold what the published ones hold, and everything in them can be made.
+"""The lazy configs hold what the published ones hold, and what is in them can be made."""
 
-`lazy_configs.json.gz` has the published trees: targets by their dotted paths, `functools.partial` as
-``_partial_``, and ``<lambda>`` where a lambda stood, for which there are partials here.
-"""
-
+import copy
 import functools
-import gzip
-import json
-from pathlib import Path
+import inspect
 
 import pytest
-from omegaconf import DictConfig, OmegaConf, SCMode
+import torch
+from omegaconf import OmegaConf
+from torch import nn
 
 import detlib.evaluation
-from detlib.config import LazyConfig
+from detlib.config import LazyConfig, instantiate
+from detlib.config._lazy_text import as_plain_data
+from detlib.data import DatasetMapper
+from detlib.layers import ShapeSpec
 from detlib.utils.registry import locate
+from tests.configs.published_lazy import CONFIGS, NAMES, PENDING, PUBLISHED, differences, load, tree
 
-ROOT = Path(__file__).parents[2]
-PUBLISHED = json.loads(gzip.decompress(Path(__file__).with_name("lazy_configs.json.gz").read_bytes()))
-
-# Configs that import what is not built yet: beginnings of their names, and what that is.
-PENDING = {
-    "ViTDet/LVIS/": "LVISEvaluator",
-    "COCO-PanopticSegmentation/": "COCOPanopticEvaluator",
-    "common/data/coco_panoptic_separated.py": "COCOPanopticEvaluator",
-}
-NAMES = [name for name in PUBLISHED if not name.startswith(tuple(PENDING))]
-
-
-@functools.cache
-def _loaded(name):
-    return LazyConfig.load(str(ROOT / "configs" / name))
-
-
-def load(name):
-    """A lazy config; the caller may change it."""
-    return _loaded(name).copy()
-
-
-def tree(value):
-    """A config in the form of the published trees."""
-    if isinstance(value, DictConfig):
-        mode = SCMode.DICT_CONFIG if OmegaConf.get_type(value) is dict else SCMode.DICT
-        value = OmegaConf.to_container(value, resolve=False, structured_config_mode=mode)
-    if isinstance(value, dict):
-        return {key: tree(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [tree(item) for item in value]
-    if isinstance(value, functools.partial):
-        return {"_partial_": value.func, **tree(value.keywords)}
-    return value
-
-
-def differences(ours, published, path=""):
-    """Places where two trees differ."""
-    if published == "<lambda>":
-        return [] if "_partial_" in ours else [f"{path}: {ours!r}"]
-    if isinstance(published, dict) and isinstance(ours, dict):
-        return [
-            found
-            for key in sorted(ours.keys() | published.keys())
-            for found in (
-                differences(ours[key], published[key], f"{path}.{key}")
-                if key in ours and key in published
-                else [f"{path}.{key}: {'missing' if key in published else 'not wanted'}"]
-            )
-        ]
-    if isinstance(published, list) and isinstance(ours, list) and len(ours) == len(published):
-        return [
-            found
-            for i, (a, b) in enumerate(zip(ours, published))
-            for found in differences(a, b, f"{path}[{i}]")
-        ]
-    if callable(ours):
-        published = locate(published)
-    elif isinstance(published, str) and published.startswith("detlib."):
-        ours, published = locate(ours), locate(published)
-    return (
-        []
-        if ours == published and type(ours) is type(published)
-        else [f"{path}: {ours!r}, want {published!r}"]
-    )
+RECIPES = [name for name in NAMES if "optimizer" in PUBLISHED[name]]
 
 
 def test_what_is_pending_is_not_there():
     assert not [name for name in PENDING.values() if hasattr(detlib.evaluation, name)]
 
 
+def test_published_configs_are_there():
+    others = {"edits", "mvitv2", "regnet", "vit", "lvis"}  # parts that several configs share
+    files = {
+        path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.py") if path.stem not in others
+    }
+    assert set(NAMES) <= files
+    assert not [name for name in files - set(NAMES) if not name.startswith(tuple(PENDING))]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_trees(name):
-    found = differences(tree(load(name)), PUBLISHED[name])
+    found = differences(tree(load(name)), name)
     assert not found, "\n".join(found)
+
+
+def nodes(value):
+    """All nodes with a target below `value`, which holds plain containers."""
+    if isinstance(value, dict):
+        if "_target_" in value:
+            yield value
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from nodes(item)
+
+
+def test_targets_take_the_arguments():
+    calls = {}
+    for name in NAMES:
+        cfg = OmegaConf.to_container(load(name), resolve=False)
+        calls |= {(node["_target_"], *node): name for node in nodes(cfg)}
+    assert len(calls) > 50
+    for (target, *keys), name in calls.items():
+        target = locate(target) if isinstance(target, str) else target
+        arguments = dict.fromkeys(key for key in keys if key != "_target_")
+        if target is locate("detlib.solver.get_default_optimizer_params"):
+            arguments["model"] = None
+        try:
+            inspect.signature(target).bind(**arguments)
+        except TypeError as error:
+            pytest.fail(f"{name}: {target}: {error}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_configs_are_the_same(name, tmp_path):
+    cfg = load(name)
+    LazyConfig.save(cfg, str(tmp_path / "cfg.yaml"))
+    assert as_plain_data(LazyConfig.load(str(tmp_path / "cfg.yaml"))) == as_plain_data(cfg)
+
+
+class TestOptimizers:
+    @pytest.fixture
+    def model(self):
+        """Parameters with the names that the recipes treat apart."""
+        block = nn.ModuleDict({"norm": nn.LayerNorm(2), "linear": nn.Linear(2, 2)})
+        net = nn.ModuleDict({"blocks": nn.ModuleList([block])})
+        net.register_parameter("pos_embed", nn.Parameter(torch.zeros(1)))
+        net.register_parameter("relative_position_bias_table", nn.Parameter(torch.zeros(1)))
+        backbone = nn.ModuleDict({"net": net})
+        return nn.ModuleDict({"backbone": backbone, "roi_heads": nn.Linear(2, 2)})
+
+    @pytest.mark.parametrize("name", RECIPES)
+    def test_groups(self, name, model):
+        cfg = copy.deepcopy(load(name).optimizer)
+        OmegaConf.set_readonly(cfg, False)
+        cfg.params.model = model
+        optimizer = instantiate(cfg)
+        settings = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        of = {key: settings[id(p)] for key, p in model.named_parameters()}
+        head, norm = of["roi_heads.weight"], of["backbone.net.blocks.0.norm.weight"]
+        assert type(optimizer) is cfg._target_ and len(of) == 8
+        assert head["lr"] == cfg.lr and head["weight_decay"] == cfg.weight_decay
+        is_huge_vit = "vitdet_h" in name
+        assert norm["weight_decay"] == (cfg.weight_decay if is_huge_vit else 0.0)
+        for table in cfg.params.get("overrides", {}):
+            if f"backbone.net.{table}" in of:
+                assert of[f"backbone.net.{table}"]["weight_decay"] == 0.0
+        if decay := cfg.params.get("lr_factor_func"):
+            layers, rate = decay.keywords["num_layers"], decay.keywords["lr_decay_rate"]
+            assert norm["lr"] == pytest.approx(cfg.lr * rate**layers)  # block 0: layer 1 of num_layers + 1
+            assert of["backbone.net.pos_embed"]["lr"] == pytest.approx(cfg.lr * rate ** (layers + 1))
+
+    @pytest.mark.parametrize("name", RECIPES)
+    def test_schedules(self, name):
+        node = load(name).lr_multiplier
+        multiplier = instantiate(node)
+        length, factor = node.warmup_length, node.warmup_factor
+        assert multiplier(0.0) == pytest.approx(factor)
+        assert multiplier(length / 2) == pytest.approx((1 + factor) / 2)
+        milestones = node.scheduler.milestones
+        first, second = (m / node.scheduler.get("num_updates", milestones[-1]) for m in milestones[:2])
+        places = (length, first - 1e-4, first + 1e-4, second - 1e-4, second + 1e-4, 1.0)
+        assert [multiplier(x) for x in places] == [1.0, 1.0, 0.1, 0.1, 0.01, 0.01]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "common/data/coco.py",
+        "common/data/coco_keypoint.py",
+        "new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py",
+        "ViTDet/common/coco_loader_lsj.py",
+        "MViTv2/common/coco_loader.py",
+        "MViTv2/common/coco_loader_lsj.py",
+    ],
+)
+def test_mappers_are_made(name):
+    loaders = load(name).dataloader
+    train, test = instantiate(loaders.train.mapper), instantiate(loaders.test.mapper)
+    assert isinstance(train, DatasetMapper) and isinstance(test, DatasetMapper)
+    assert train.is_train and not test.is_train
+    assert train.image_format == test.image_format == loaders.train.mapper.image_format
+    assert len(train.augmentations.augs) == len(loaders.train.mapper.augmentations)
+
+
+def test_instantiated_arguments():
+    """What stands in the configs of ViTDet and C4 arrives as plain objects."""
+    cfg = load("common/models/mask_rcnn_c4.py").model
+    made = instantiate({**cfg.roi_heads.mask_head, "_target_": dict})
+    assert made["input_shape"] == ShapeSpec(channels=2048, height=14, width=14)
+    cfg = load("common/models/mask_rcnn_vitdet.py").model
+    norm = instantiate({**cfg.backbone.net, "_target_": dict})["norm_layer"]
+    assert isinstance(norm, functools.partial) and norm(8).eps == 1e-6

@@ -1,0 +1,84 @@
+"""The published lazy configs, and how to compare with them.
+
+`lazy_configs.json.gz` has the published trees: targets by their dotted paths, `functools.partial` as
+``_partial_``, and ``<lambda>`` where a lambda stood, for which there are partials here.
+"""
+
+import functools
+import gzip
+import json
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf, SCMode
+
+from detlib.config import LazyConfig
+from detlib.utils.registry import locate
+
+HERE = Path(__file__).parent
+CONFIGS = HERE.parents[1] / "configs"
+PUBLISHED = json.loads(gzip.decompress((HERE / "lazy_configs.json.gz").read_bytes()))
+
+# Configs that import what is not built yet: beginnings of their names, and what that is.
+PENDING = {
+    "ViTDet/LVIS/": "LVISEvaluator",
+    "COCO-PanopticSegmentation/": "COCOPanopticEvaluator",
+    "common/data/coco_panoptic_separated.py": "COCOPanopticEvaluator",
+}
+NAMES = [name for name in PUBLISHED if not name.startswith(tuple(PENDING))]
+
+
+@functools.cache
+def load(name):
+    """A lazy config, read-only since all tests share it."""
+    cfg = LazyConfig.load(str(CONFIGS / name))
+    OmegaConf.set_readonly(cfg, True)
+    return cfg
+
+
+def tree(value):
+    """A config in the form of the published trees."""
+    if isinstance(value, DictConfig):
+        mode = SCMode.DICT_CONFIG if OmegaConf.get_type(value) is dict else SCMode.DICT
+        value = OmegaConf.to_container(value, resolve=False, structured_config_mode=mode)
+    if isinstance(value, dict):
+        return {key: tree(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [tree(item) for item in value]
+    if isinstance(value, functools.partial):
+        return {"_partial_": value.func, **tree(value.keywords)}
+    return value
+
+
+def differences(ours, name):
+    """Places where a tree differs from the published config of that name."""
+    return _differences(ours, PUBLISHED[name], name)
+
+
+def _differences(ours, published, path):
+    if published == "<lambda>":
+        return [] if "_partial_" in ours else [f"{path}: {ours!r}"]
+    if isinstance(published, dict) and isinstance(ours, dict):
+        return [
+            found
+            for key in sorted(ours.keys() | published.keys())
+            for found in (
+                _differences(ours[key], published[key], f"{path}.{key}")
+                if key in ours and key in published
+                else [f"{path}.{key}: {'missing' if key in published else 'not wanted'}"]
+            )
+        ]
+    if isinstance(published, list) and isinstance(ours, list) and len(ours) == len(published):
+        return [
+            found
+            for i, (a, b) in enumerate(zip(ours, published))
+            for found in _differences(a, b, f"{path}[{i}]")
+        ]
+    if callable(ours):
+        published = locate(published)
+    elif isinstance(published, str) and published.startswith("detlib."):
+        ours, published = locate(ours), locate(published)
+    return (
+        []
+        if ours == published and type(ours) is type(published)
+        else [f"{path}: {ours!r}, want {published!r}"]
+    )

@@ -1,0 +1,101 @@
+"""The models of the lazy configs: that they are made, and that they are those of the YAML configs."""
+
+import gzip
+import json
+import re
+
+import pytest
+import torch
+
+from detlib.config import LazyConfig, get_cfg, instantiate
+from detlib.config._lazy_text import as_plain_data
+from detlib.modeling import build_model
+from detlib.utils.events import EventStorage
+from tests.configs.published_lazy import CONFIGS, HERE, NAMES, PUBLISHED, load
+from tests.conformance.harness import Case, add_semantic_truth, add_truth, make_inputs
+
+STATES = json.loads(gzip.decompress((HERE / "zoo_states.json.gz").read_bytes()))
+TWINS = [
+    "COCO-Detection/retinanet_R_50_FPN_1x",
+    "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x",
+    "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x",
+    "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x",
+    "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x",
+]
+
+
+# One config for each model that there is: recipes of other lengths share theirs.
+DISTINCT = {json.dumps(PUBLISHED[name]["model"]): name for name in NAMES if "model" in PUBLISHED[name]}
+
+
+def on_meta(node):
+    with torch.device("meta"):
+        return build_model(node)
+
+
+def shapes(model):
+    return {key: list(value.shape) for key, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", DISTINCT.values())
+def test_models_are_made(name):
+    model = on_meta(load(name).model)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("name", [name for name in STATES if name.endswith("100ep_LSJ.py")])
+def test_published_states(name, tmp_path):
+    """From the saved config, which must stand for the same model."""
+    LazyConfig.save(load(name), str(tmp_path / "cfg.yaml"))
+    model = on_meta(LazyConfig.load(str(tmp_path / "cfg.yaml")).model)
+    assert shapes(model) == dict(STATES[name]["state"])
+    assert {key for key, p in model.named_parameters() if not p.requires_grad} == set(STATES[name]["frozen"])
+
+
+@pytest.mark.parametrize("name", [name for name in STATES if name.endswith(".py") and "100ep" not in name])
+def test_longer_recipes_have_the_same_model(name):
+    base = re.sub(r"\d+ep", "100ep", name)
+    assert STATES[name] == STATES[base]
+    assert as_plain_data(load(name).model) == as_plain_data(load(base).model)
+
+
+def training_items(model):
+    """Two small pictures with all that any model may train on."""
+    inputs = [
+        {"image": [96, 128], "image_seed": 1, "height": 96, "width": 128},
+        {"image": [128, 96], "image_seed": 2, "height": 128, "width": 96},
+    ]
+    heads = getattr(model, "roi_heads", None)
+    case = Case({"inputs": inputs, "num_classes": getattr(heads, "num_classes", 80)}, {})
+    items = make_inputs(case)
+    add_truth(items, case, with_masks=True, with_keypoints=getattr(heads, "keypoint_on", False))
+    if hasattr(model, "sem_seg_head"):
+        add_semantic_truth(items, case, model.sem_seg_head.num_classes)
+    return items
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_twins_of_yaml_configs(name):
+    """The same parameters, the same frozen ones, and from one seed the same losses."""
+    if f"{name}.py" not in NAMES:
+        pytest.skip("it imports what is not built yet")
+    cfg = get_cfg()
+    cfg.merge_from_file(str(CONFIGS / f"{name}.yaml"))
+    cfg.MODEL.DEVICE = "cpu"
+    torch.manual_seed(0)
+    models = [build_model(cfg), instantiate(load(f"{name}.py").model)]
+    assert shapes(models[0]) == shapes(models[1])
+    frozen = [{key for key, p in model.named_parameters() if not p.requires_grad} for model in models]
+    assert frozen[0] == frozen[1] and frozen[0]
+    models[1].load_state_dict(models[0].state_dict())
+    losses = []
+    for model in models:
+        torch.manual_seed(1)
+        with EventStorage(), torch.no_grad():
+            losses.append(model.train()(training_items(model)))
+    assert losses[0].keys() == losses[1].keys()
+    for key, value in losses[0].items():
+        assert value > 0 and value.isfinite(), key
+        torch.testing.assert_close(
+            losses[1][key], value, rtol=1e-5, atol=0.0, msg=lambda m, k=key: f"{k}: {m}"
+        )
