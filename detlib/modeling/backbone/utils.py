@@ -18,8 +18,8 @@ __all__ = [
     "window_unpartition",
 ]
 
-# From this many attention weights on, folding the bias into queries and keys is faster than writing it down
-# (CPU, float32; 32 MB), besides that it then saves the more memory.
+# From this many attention weights on (32 MB in float32), folding the bias into queries and keys is faster on
+# a CPU than writing it down, and saves memory that counts.
 _FOLD_FROM = 2**23
 
 
@@ -152,6 +152,9 @@ def decomposed_attention(q, k, v, rel_pos_h, rel_pos_w, q_size, k_size):
     if q.shape[0] * q.shape[1] * num_queries * k.shape[2] < _FOLD_FROM:
         bias = rel_h[..., :, None] + rel_w[..., None, :]
         bias = bias.reshape(*batch_and_heads, num_queries, k.shape[2])
+        if q.is_cpu and torch.is_grad_enabled() and bias.requires_grad:
+            # The fused CPU kernel has no gradient of a mask, and its stand-in is slower than the formula.
+            return (q * channels**-0.5 @ k.mT + bias).softmax(dim=-1) @ v
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
     terms = torch.cat([rel_h, rel_w], dim=-1).reshape(*batch_and_heads, num_queries, -1)
