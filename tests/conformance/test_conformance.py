@@ -13,6 +13,7 @@ SLOW = {
     "COCO-InstanceSegmentation__mask_rcnn_R_50_DC5_1x",
     "LVISv0.5-InstanceSegmentation__mask_rcnn_R_50_FPN_1x",
     "PascalVOC-Detection__faster_rcnn_R_50_C4",
+    "ViTDet__mask_rcnn_vitdet_b_100ep",
 }
 
 
