@@ -1,5 +1,7 @@
 """Shared pytest configuration: tests marked `gpu` are skipped where there is no CUDA device."""
 
+import logging
+
 import pytest
 import torch
 
@@ -11,3 +13,11 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture
+def log(caplog, monkeypatch):
+    """What detlib logs, even after a test that stopped its logger from handing messages on."""
+    monkeypatch.setattr(logging.getLogger("detlib"), "propagate", True)
+    caplog.set_level(logging.INFO, "detlib")
+    return caplog

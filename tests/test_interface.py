@@ -20,7 +20,6 @@ INTERFACE = json.loads(Path(__file__).with_name("interface.json").read_text())
 LATER_MODULES = {
     "data.datasets.cityscapes": "more data sets",
     "data.datasets.cityscapes_panoptic": "more data sets",
-    "data.datasets.coco_panoptic": "more data sets",
     "data.datasets.lvis": "more data sets",
     "export": "export",
     "modeling.mmdet_wrapper": "models of other libraries",
@@ -37,21 +36,14 @@ LATER_NAMES = {
     "data.datasets": {
         "get_lvis_instances_meta",
         "load_lvis_json",
-        "load_sem_seg",
-        "register_coco_panoptic",
-        "register_coco_panoptic_separated",
         "register_lvis_instances",
     },
     "data.datasets.builtin": {"register_all_ade20k", "register_all_cityscapes", "register_all_lvis"},
-    "data.datasets.coco": {"load_sem_seg"},
-    "data.datasets.register_coco": {"register_coco_panoptic_separated"},
     "evaluation": {
-        "COCOPanopticEvaluator",
         "CityscapesInstanceEvaluator",
         "CityscapesSemSegEvaluator",
         "LVISEvaluator",
         "PascalVOCDetectionEvaluator",
-        "SemSegEvaluator",
     },
     "modeling": {
         "DatasetMapperTTA",

@@ -2,7 +2,8 @@
 
     coco:ANNOTATIONS.json@IMAGE_DIR     COCO's instance format; ?empty_boxes=drop leaves out boxes of no area
     voc:DIR@SPLIT                       Pascal VOC's folder layout; boxes are taken as they stand in the XML
-    shapes:train, shapes:val            generated pictures; shapes:train?num=500&size=128&seed=1
+    shapes:train, shapes:val            generated pictures; shapes:train?num=500&size=128&seed=1;
+                                        ?task=panoptic or ?task=stuff chooses what is evaluated
 
 Importing this module makes the catalogs understand them.
 """
@@ -172,11 +173,23 @@ class VocAddress:
 
 
 class ShapesAddress:
-    """`shapes:train` or `shapes:val`, with `?num=...&size=...&seed=...`: generated pictures."""
+    """`shapes:train` or `shapes:val`, with `?num=...&size=...&seed=...`: generated pictures.
+
+    Their dicts always have instances, stuff and panoptic segments; `?task=...` says which metrics are
+    computed.
+    """
+
+    EVALUATOR_TYPES = {"instances": "coco", "panoptic": "coco_panoptic_seg", "stuff": "sem_seg"}
 
     def __init__(self, address: str) -> None:
-        legal = tuple(field.name for field in fields(ShapesParameters) if field.name != "split")
-        split, options = _split_options(address, legal)
+        numeric = tuple(field.name for field in fields(ShapesParameters) if field.name != "split")
+        split, options = _split_options(address, (*numeric, "task"))
+        self.task = options.pop("task", "instances")
+        if self.task not in self.EVALUATOR_TYPES:
+            raise ValueError(
+                f"Dataset address {address!r}: there is no task {self.task!r}, only "
+                f"{', '.join(self.EVALUATOR_TYPES)}.{suggest(self.task, self.EVALUATOR_TYPES)}"
+            )
         numbers = {}
         for key, text in options.items():
             try:
@@ -199,7 +212,7 @@ class ShapesAddress:
 
     def metadata(self) -> dict[str, Any]:
         """Returns things, stuff and keypoints with their names and colours."""
-        return dict(SHAPES_METADATA)
+        return SHAPES_METADATA | {"evaluator_type": self.EVALUATOR_TYPES[self.task]}
 
 
 register_address_scheme("coco", CocoAddress)

@@ -1,5 +1,7 @@
 """Checks of a config that save the user a late failure."""
 
+import functools
+import operator
 import os
 from collections.abc import Iterable
 
@@ -8,11 +10,15 @@ from detlib.data.catalog import MetadataCatalog, check_datasets_exist
 
 __all__ = ["as_names", "check_datasets", "check_num_classes", "check_weights"]
 
-# Where each kind of model has its number of thing classes.
+# Where each kind of model has its number of things, and of stuff.
 _NUM_CLASSES_KEYS = {
-    "GeneralizedRCNN": "MODEL.ROI_HEADS.NUM_CLASSES",
-    "PanopticFPN": "MODEL.ROI_HEADS.NUM_CLASSES",
-    "RetinaNet": "MODEL.RETINANET.NUM_CLASSES",
+    "GeneralizedRCNN": {"thing_classes": "MODEL.ROI_HEADS.NUM_CLASSES"},
+    "PanopticFPN": {
+        "thing_classes": "MODEL.ROI_HEADS.NUM_CLASSES",
+        "stuff_classes": "MODEL.SEM_SEG_HEAD.NUM_CLASSES",
+    },
+    "RetinaNet": {"thing_classes": "MODEL.RETINANET.NUM_CLASSES"},
+    "SemanticSegmentor": {"stuff_classes": "MODEL.SEM_SEG_HEAD.NUM_CLASSES"},
 }
 
 
@@ -47,20 +53,17 @@ def check_num_classes(cfg: CfgNode, names: str | Iterable[str]) -> None:
     Raises:
         ValueError: if they differ, naming the key and both numbers.
     """
-    key = _NUM_CLASSES_KEYS.get(cfg.MODEL.META_ARCHITECTURE)
-    if key is None:
-        return
-    node = cfg
-    for part in key.split("."):
-        node = node[part]
-    for name in as_names(names):
-        classes = MetadataCatalog.get(name).get("thing_classes")
-        if classes and len(classes) != node:
-            shown = ", ".join(map(str, classes[:5])) + (", ..." if len(classes) > 5 else "")
-            raise ValueError(
-                f"{key} is {node}, but dataset '{name}' has {len(classes)} classes ({shown}). "
-                f"Set {key} to {len(classes)}; the background does not count."
-            )
+    for kind, key in _NUM_CLASSES_KEYS.get(cfg.MODEL.META_ARCHITECTURE, {}).items():
+        number = functools.reduce(operator.getitem, key.split("."), cfg)
+        for name in as_names(names):
+            classes = MetadataCatalog.get(name).get(kind)
+            if classes and len(classes) != number:
+                shown = ", ".join(map(str, classes[:5])) + (", ..." if len(classes) > 5 else "")
+                hint = "; the background does not count" if kind == "thing_classes" else ""
+                raise ValueError(
+                    f"{key} is {number}, but dataset '{name}' has {len(classes)} classes ({shown}). "
+                    f"Set {key} to {len(classes)}{hint}."
+                )
 
 
 def check_weights(cfg: CfgNode) -> None:

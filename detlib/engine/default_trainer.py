@@ -1,7 +1,6 @@
 """The trainer that builds everything from a config."""
 
 import logging
-import os
 import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -12,15 +11,14 @@ from torch import nn
 
 from detlib.checkpoint import DetectionCheckpointer
 from detlib.config import CfgNode
-from detlib.data import MetadataCatalog, build_detection_test_loader, build_detection_train_loader
+from detlib.data import build_detection_test_loader, build_detection_train_loader
 from detlib.engine import hooks
 from detlib.engine.checks import as_names, check_datasets, check_num_classes
+from detlib.engine.evaluators import default_evaluator
 from detlib.engine.setup import create_ddp_model, default_writers
 from detlib.engine.train_loop import AMPTrainer, HookBase, SimpleTrainer, TrainerBase
 from detlib.evaluation import (
-    COCOEvaluator,
     DatasetEvaluator,
-    RotatedCOCOEvaluator,
     inference_on_dataset,
     print_csv_format,
     verify_results,
@@ -35,14 +33,6 @@ from detlib.utils.logger import setup_logger
 __all__ = ["DefaultTrainer"]
 
 logger = logging.getLogger(__name__)
-
-# Data sets that the COCO metric is right for; without a type, annotations are converted to COCO's format.
-_COCO_METRICS = {
-    "coco": COCOEvaluator,
-    "coco_panoptic_seg": COCOEvaluator,
-    "rotated_coco": RotatedCOCOEvaluator,
-    None: COCOEvaluator,
-}
 
 
 class _AfterBackward(HookBase):
@@ -236,27 +226,13 @@ class DefaultTrainer(TrainerBase):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """Builds what evaluates predictions on one data set: the COCO metric by default.
+        """Builds what evaluates predictions on one data set, by default `default_evaluator`.
 
         Raises:
-            NotImplementedError: if the data set's ``evaluator_type`` asks for another metric.
+            NotImplementedError: if the data set's ``evaluator_type`` asks for a metric that is not there.
             ValueError: if the data set has another number of classes than the model.
         """
-        kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
-        if kind not in _COCO_METRICS:
-            raise NotImplementedError(
-                f"There is no default evaluator for the type '{kind}' of dataset '{dataset_name}': override "
-                f"{cls.__name__}.build_evaluator"
-            )
-        check_num_classes(cfg, dataset_name)
-        limit = cfg.TEST.DETECTIONS_PER_IMAGE
-        return _COCO_METRICS[kind](
-            dataset_name,
-            output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"),
-            # The metric looks at 100 detections otherwise, however many the model puts out.
-            max_dets_per_image=limit if limit > 100 else None,
-            kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
-        )
+        return default_evaluator(cfg, dataset_name)
 
     @classmethod
     def test(

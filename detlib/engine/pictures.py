@@ -76,12 +76,17 @@ def _draw(
     """Draws one prediction on its picture, in the picture's own size or larger."""
     picture = _picture_rgb(sample, fmt)
     visualizer = Visualizer(picture, metadata, scale=max(1.0, _MIN_LONG_SIDE / max(picture.shape[:2])))
+    if "panoptic_seg" in prediction:
+        ids, segments = prediction["panoptic_seg"]
+        return visualizer.draw_panoptic_seg(ids.cpu(), segments)
     if "instances" in prediction:
         instances = prediction["instances"].to("cpu")
         return visualizer.draw_instance_predictions(instances[instances.scores >= min_score])
     if "proposals" in prediction:
         boxes = prediction["proposals"].proposal_boxes.tensor.cpu()[:20]
         return visualizer.overlay_instances(boxes=boxes)
+    if "sem_seg" in prediction:
+        return visualizer.draw_sem_seg(prediction["sem_seg"].argmax(dim=0).cpu())
     return visualizer.get_output()
 
 

@@ -2,14 +2,18 @@
 
 from .coco_evaluation import COCOEvaluator
 from .evaluator import DatasetEvaluator, DatasetEvaluators, inference_context, inference_on_dataset
+from .panoptic_evaluation import COCOPanopticEvaluator
 from .rotated_coco_evaluation import RotatedCOCOEvaluator
+from .sem_seg_evaluation import SemSegEvaluator
 from .testing import flatten_results_dict, print_csv_format, verify_results
 
 __all__ = [
     "COCOEvaluator",
+    "COCOPanopticEvaluator",
     "DatasetEvaluator",
     "DatasetEvaluators",
     "RotatedCOCOEvaluator",
+    "SemSegEvaluator",
     "flatten_results_dict",
     "inference_context",
     "inference_on_dataset",

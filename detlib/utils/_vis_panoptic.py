@@ -5,12 +5,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["PanopticSegments", "rgb_to_id"]
-
-
-def rgb_to_id(image: np.ndarray) -> np.ndarray:
-    """Segment ids of a COCO panoptic PNG: (H, W, 3) uint8 RGB to (H, W) int64, R + 256 G + 256^2 B."""
-    return image.astype(np.int64) @ np.array([1, 256, 256**2])
+__all__ = ["PanopticSegments"]
 
 
 class PanopticSegments:

@@ -33,7 +33,8 @@ from ._vis_convert import (
 from ._vis_image import VisImage
 from ._vis_labels import create_text_labels
 from ._vis_masks import GenericMask, to_generic_masks
-from ._vis_panoptic import PanopticSegments, rgb_to_id
+from ._vis_panoptic import PanopticSegments
+from .panoptic import rgb_to_id
 
 __all__ = ["ColorMode", "GenericMask", "VisImage", "Visualizer"]
 

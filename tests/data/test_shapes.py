@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from detlib.data import DatasetCatalog, MetadataCatalog
 from detlib.data.datasets.shapes import ShapesParameters, load_shapes
 from detlib.structures import BoxMode
+from detlib.utils.panoptic import rgb_to_id
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +89,25 @@ def test_labels_are_where_the_polygons_are():
     assert seen == {0, 1, 2, 3}
 
 
+def test_segments_agree_with_labels_and_annotations():
+    for record in load_shapes(ShapesParameters("val", num=8, size=96)):
+        ids = rgb_to_id(pixels(record, "pan_seg_file_name"))
+        stuff = pixels(record, "sem_seg_file_name")
+        infos = {x["id"]: x for x in record["segments_info"]}
+        assert set(np.unique(ids).tolist()) == infos.keys() and 0 not in infos
+        table = np.zeros(ids.max() + 1, int)
+        for i, x in infos.items():
+            table[i] = 0 if x["isthing"] else x["category_id"]
+        np.testing.assert_array_equal(stuff, table[ids])
+        things = [x for x in infos.values() if x["isthing"]]
+        assert [x["category_id"] for x in things] == [a["category_id"] for a in record["annotations"]]
+        for x, annotation in zip(things, record["annotations"]):
+            rows, columns = (ids == x["id"]).nonzero()
+            x0, y0, x1, y1 = annotation["bbox"]
+            assert x0 - 1 <= columns.min() and columns.max() < x1 + 1
+            assert y0 - 1 <= rows.min() and rows.max() < y1 + 1
+
+
 def test_hidden_keypoints():
     """A keypoint that a later shape covers has visibility 1."""
     hidden = 0
@@ -111,6 +131,8 @@ def test_metadata():
     assert metadata.thing_classes == ["circle", "square", "triangle"]
     assert metadata.stuff_classes == ["things", "grass", "sand", "water"]
     assert metadata.evaluator_type == "coco" and metadata.ignore_label == 255
+    assert MetadataCatalog.get("shapes:val?num=7&task=panoptic").evaluator_type == "coco_panoptic_seg"
+    assert MetadataCatalog.get("shapes:val?task=stuff").evaluator_type == "sem_seg"
     names = metadata.keypoint_names
     assert len(names) == 5 and {n for pair in metadata.keypoint_flip_map for n in pair} <= set(names)
     assert {n for rule in metadata.keypoint_connection_rules for n in rule[:2]} <= set(names)

@@ -10,7 +10,7 @@ from PIL import Image
 from detlib.structures import BitMasks, Boxes, BoxMode, Instances, Keypoints, PolygonMasks, RotatedBoxes
 from detlib.utils._vis_canvas import change_brightness
 from detlib.utils._vis_labels import create_text_labels, place_label
-from detlib.utils._vis_panoptic import rgb_to_id
+from detlib.utils.panoptic import rgb_to_id
 from detlib.utils.visualizer import ColorMode, GenericMask, VisImage, Visualizer
 from tests.helpers import circle_polygon
 

@@ -1,14 +1,18 @@
 """Readers and writers of data set formats, and the built-in data sets."""
 
 from . import builtin
-from .coco import convert_to_coco_json, load_coco_json, register_coco_instances
+from .coco import convert_to_coco_json, load_coco_json, load_sem_seg, register_coco_instances
+from .coco_panoptic import register_coco_panoptic, register_coco_panoptic_separated
 from .pascal_voc import load_voc_instances, register_pascal_voc
 
 __all__ = [
     "builtin",
     "convert_to_coco_json",
     "load_coco_json",
+    "load_sem_seg",
     "load_voc_instances",
     "register_coco_instances",
+    "register_coco_panoptic",
+    "register_coco_panoptic_separated",
     "register_pascal_voc",
 ]

@@ -7,6 +7,7 @@ read when detlib.data is imported.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from detlib.utils.file_io import PathManager
 
 from .builtin_meta import _get_builtin_metadata
 from .coco import load_coco_json
+from .coco_panoptic import register_coco_panoptic, register_coco_panoptic_separated
 from .pascal_voc import CLASS_NAMES, load_voc_instances
 
 __all__ = ["register_all_coco", "register_all_pascal_voc"]
@@ -43,6 +45,13 @@ _COCO: dict[str, dict[str, tuple[str, str]]] = {
         "keypoints_coco_2017_val": ("val2017", "person_keypoints_val2017"),
         "keypoints_coco_2017_val_100": ("val2017", "person_keypoints_val2017_100"),
     },
+}
+
+# The set with the pictures and instances -> folder of the segment ids, panoptic annotations, folder of stuff.
+_COCO_PANOPTIC = {
+    "coco_2017_train": ("panoptic_train2017", "panoptic_train2017", "panoptic_stuff_train2017"),
+    "coco_2017_val": ("panoptic_val2017", "panoptic_val2017", "panoptic_stuff_val2017"),
+    "coco_2017_val_100": ("panoptic_val2017_100", "panoptic_val2017_100", "panoptic_stuff_val2017_100"),
 }
 
 _VOC_SPLITS = {"2007": ("trainval", "train", "val", "test"), "2012": ("trainval", "train", "val")}
@@ -75,6 +84,22 @@ class _BuiltinCoco:
 
 
 @dataclass(frozen=True)
+class _Checked:
+    """Loads what was registered already, after looking for the file or folder that it needs."""
+
+    name: str
+    path: str
+    load: Callable[[], list[dict]]
+
+    def check(self) -> None:
+        _check_exists(self.name, self.path)
+
+    def __call__(self) -> list[dict]:
+        self.check()
+        return self.load()
+
+
+@dataclass(frozen=True)
 class _BuiltinVoc:
     """Loads one of Pascal VOC's own sets."""
 
@@ -91,7 +116,7 @@ class _BuiltinVoc:
 
 
 def register_all_coco(root: str) -> None:
-    """Registers COCO 2014 and 2017, with instances and with persons' keypoints, below `root`/coco."""
+    """Registers COCO 2014 and 2017 below `root`/coco: instances, persons' keypoints, panoptic segments."""
     for kind, sets in _COCO.items():
         metadata: dict[str, Any] = _get_builtin_metadata(kind)
         for name, (folder, file_name) in sets.items():
@@ -101,6 +126,40 @@ def register_all_coco(root: str) -> None:
             MetadataCatalog.get(name).set(
                 json_file=json_file, image_root=image_root, evaluator_type="coco", **metadata
             )
+
+    for name in _COCO_PANOPTIC:
+        _register_coco_panoptic(root, name)
+
+
+def _register_coco_panoptic(root: str, instances_name: str) -> None:
+    """Registers the three panoptic forms of one of COCO's sets, after that with instances."""
+    instances = MetadataCatalog.get(instances_name)
+    folder, file_name, stuff_folder = _COCO_PANOPTIC[instances_name]
+    panoptic_root = os.path.join(root, "coco", folder)
+    panoptic_json = os.path.join(root, "coco", "annotations", file_name + ".json")
+    sem_seg_root = os.path.join(root, "coco", stuff_folder)
+    name = instances_name + "_panoptic"
+    register_coco_panoptic(
+        name,
+        _get_builtin_metadata("coco_panoptic_standard"),
+        instances.image_root,
+        panoptic_root,
+        panoptic_json,
+        instances.json_file,
+    )
+    register_coco_panoptic_separated(
+        name,
+        _get_builtin_metadata("coco_panoptic_separated"),
+        instances.image_root,
+        panoptic_root,
+        panoptic_json,
+        sem_seg_root,
+        instances.json_file,
+        empty_boxes="drop",
+    )
+    for suffix, path in (("", panoptic_json), ("_separated", sem_seg_root), ("_stuffonly", sem_seg_root)):
+        full = name + suffix
+        DatasetCatalog.register(full, _Checked(full, path, DatasetCatalog[full]), overwrite=True)
 
 
 def register_all_pascal_voc(root: str) -> None:

@@ -91,19 +91,49 @@ KEYPOINT_CONNECTION_RULES = (
 )
 
 
+def _things(things: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "thing_dataset_id_to_contiguous_id": {category["id"]: i for i, category in enumerate(things)},
+        "thing_classes": [category["name"] for category in things],
+        "thing_colors": [category["color"] for category in things],
+    }
+
+
+def _stuff() -> dict[str, Any]:
+    """Metadata of label maps of stuff, in which class 0 stands for all things together."""
+    stuff = [category for category in COCO_CATEGORIES if not category["isthing"]]
+    names = [category["name"].replace("-other", "").replace("-merged", "") for category in stuff]
+    return {
+        "stuff_dataset_id_to_contiguous_id": {c["id"]: i for i, c in enumerate(stuff, 1)} | {0: 0},
+        "stuff_classes": ["things", *names],
+        "stuff_colors": [[82, 18, 128], *(category["color"] for category in stuff)],
+    }
+
+
 def _get_builtin_metadata(name: str) -> dict[str, Any]:
     """Returns the metadata that the built-in data sets of a kind share.
 
     Args:
-        name: "coco" or "coco_person".
+        name: "coco", "coco_person", or the two forms of panoptic data: "coco_panoptic_standard", with all
+            categories in one list, and "coco_panoptic_separated", with things apart from stuff.
     """
+    things = [category for category in COCO_CATEGORIES if category["isthing"]]
     if name == "coco":
-        things = [category for category in COCO_CATEGORIES if category["isthing"]]
+        return _things(things)
+    if name == "coco_panoptic_standard":
+        classes = [category["name"] for category in COCO_CATEGORIES]
+        colors = [category["color"] for category in COCO_CATEGORIES]
+        ids = {category["id"]: i for i, category in enumerate(COCO_CATEGORIES)}
         return {
-            "thing_dataset_id_to_contiguous_id": {category["id"]: i for i, category in enumerate(things)},
-            "thing_classes": [category["name"] for category in things],
-            "thing_colors": [category["color"] for category in things],
+            "thing_classes": classes,
+            "thing_colors": colors,
+            "stuff_classes": classes,
+            "stuff_colors": colors,
+            "thing_dataset_id_to_contiguous_id": dict(list(ids.items())[: len(things)]),
+            "stuff_dataset_id_to_contiguous_id": dict(list(ids.items())[len(things) :]),
         }
+    if name == "coco_panoptic_separated":
+        return _things(things) | _stuff()
     if name == "coco_person":
         return {
             "thing_classes": ["person"],
@@ -111,4 +141,7 @@ def _get_builtin_metadata(name: str) -> dict[str, Any]:
             "keypoint_flip_map": COCO_PERSON_KEYPOINT_FLIP_MAP,
             "keypoint_connection_rules": KEYPOINT_CONNECTION_RULES,
         }
-    raise KeyError(f"There is no built-in metadata {name!r}, only 'coco' and 'coco_person'.")
+    raise KeyError(
+        f"There is no built-in metadata {name!r}, only 'coco', 'coco_person', 'coco_panoptic_standard' and "
+        "'coco_panoptic_separated'."
+    )

@@ -14,11 +14,13 @@ from detlib.structures import BoxMode
 from detlib.utils.file_io import PathManager
 
 from .coco_writer import convert_to_coco_dict, convert_to_coco_json
+from .sem_seg import load_sem_seg
 
 __all__ = [
     "convert_to_coco_dict",
     "convert_to_coco_json",
     "load_coco_json",
+    "load_sem_seg",
     "read_coco_json",
     "register_coco_instances",
 ]

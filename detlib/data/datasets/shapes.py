@@ -1,7 +1,8 @@
 """A generated data set to learn and test with: circles, squares and triangles on textured ground.
 
-It has boxes, polygons, keypoints and stuff labels, and is made where it is needed, in a few seconds.
-The same parameters give the same pictures on any machine; with more pictures, the first ones stay the same.
+It has boxes, polygons, keypoints, stuff labels and panoptic segments, and is made where it is needed, in a
+few seconds. The same parameters give the same pictures on any machine; with more pictures, the first ones
+stay the same.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from detlib.structures import BoxMode
+from detlib.utils.panoptic import id_to_rgb
 
 from .shapes_scene import KEYPOINTS, KINDS, STUFF, UNIT, Scene, draw_scene, sample_scene
 
@@ -26,11 +28,10 @@ __all__ = ["SHAPES_METADATA", "ShapesParameters", "load_shapes"]
 logger = logging.getLogger(__name__)
 
 # Part of the cache folder's name: to be raised with any change of what is drawn or written.
-_VERSION = 1
+_VERSION = 2
 _SPLITS = {"train": 0, "val": 1}
 
 SHAPES_METADATA: dict[str, Any] = {
-    "evaluator_type": "coco",
     "thing_classes": list(KINDS),
     "thing_colors": [(230, 60, 60), (60, 90, 230), (240, 190, 40)],
     "stuff_classes": ["things", *STUFF],
@@ -79,7 +80,8 @@ def load_shapes(parameters: ShapesParameters) -> list[dict]:
 
     The pictures are kept as PNG below `$DETLIB_CACHE`, or `~/.cache/detlib` where that is not set.
 
-    Each dict has `sem_seg_file_name` as well: a PNG of indices into `stuff_classes`, 0 where a shape is.
+    Each dict has `sem_seg_file_name` as well, a PNG of indices into `stuff_classes`, 0 where a shape is; and
+    `pan_seg_file_name` with `segments_info`, in COCO's panoptic format with contiguous category ids.
     Polygons are whole, and keypoints that another shape hides have visibility 1.
     """
     folder = _cache_folder(parameters)
@@ -89,7 +91,8 @@ def load_shapes(parameters: ShapesParameters) -> list[dict]:
         dicts = json.load(file)
     for record in dicts:
         record["file_name"] = os.path.join(folder, record["file_name"])
-        record["sem_seg_file_name"] = os.path.join(folder, record["sem_seg_file_name"])
+        for key in ("sem_seg_file_name", "pan_seg_file_name"):
+            record[key] = os.path.join(folder, record[key])
         for annotation in record["annotations"]:
             annotation["bbox_mode"] = BoxMode.XYXY_ABS
     return dicts
@@ -102,7 +105,7 @@ def _cache_folder(parameters: ShapesParameters) -> str:
 
 
 def _is_complete(folder: str, num: int) -> bool:
-    return os.path.isdir(folder) and len(os.listdir(folder)) == 2 * num + 1
+    return os.path.isdir(folder) and len(os.listdir(folder)) == 3 * num + 1
 
 
 def _generate(parameters: ShapesParameters, folder: str) -> None:
@@ -140,8 +143,13 @@ def _generate_picture(parameters: ShapesParameters, index: int, folder: str) -> 
     random = np.random.RandomState([parameters.seed, _SPLITS[parameters.split], index])
     scene = sample_scene(random, parameters.size)
     image, labels, owners = draw_scene(random, scene)
-    names = {"file_name": f"{index:06d}.png", "sem_seg_file_name": f"{index:06d}_stuff.png"}
-    for name, array in zip(names.values(), (image, labels)):
+    names = {
+        "file_name": f"{index:06d}.png",
+        "sem_seg_file_name": f"{index:06d}_stuff.png",
+        "pan_seg_file_name": f"{index:06d}_panoptic.png",
+    }
+    ids, segments = _segments(scene, labels, owners)
+    for name, array in zip(names.values(), (image, labels, id_to_rgb(ids))):
         Image.fromarray(array).save(os.path.join(folder, name), compress_level=1)
     return {
         **names,
@@ -149,7 +157,20 @@ def _generate_picture(parameters: ShapesParameters, index: int, folder: str) -> 
         "height": parameters.size,
         "width": parameters.size,
         "annotations": [_annotation(scene, i, owners) for i in range(len(scene.shapes))],
+        "segments_info": segments,
     }
+
+
+def _segments(scene: Scene, labels: np.ndarray, owners: np.ndarray) -> tuple[np.ndarray, list[dict]]:
+    """Returns the segment of each pixel, (H, W) int64, and what they are: shapes first, then stuff."""
+    num_shapes = len(scene.shapes)
+    ids = np.where(owners >= 0, 1 + owners, num_shapes + labels)
+    segments = []
+    for i in np.unique(ids).tolist():
+        isthing = i <= num_shapes
+        category = scene.shapes[i - 1].kind if isthing else i - num_shapes
+        segments.append({"id": i, "category_id": category, "isthing": isthing, "iscrowd": 0})
+    return ids, segments
 
 
 def _annotation(scene: Scene, index: int, owners: np.ndarray) -> dict:

@@ -1,0 +1,196 @@
+"""Data sets in COCO's panoptic format (https://cocodataset.org/#format-data), whole or in two parts.
+
+The format has one PNG of segment ids for each picture, and a JSON file that says what the segments are.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+from detlib.data.catalog import DatasetCatalog, MetadataCatalog
+
+from .coco import load_coco_json, read_coco_json
+from .sem_seg import load_sem_seg
+
+__all__ = [
+    "load_coco_panoptic_json",
+    "merge_to_panoptic",
+    "register_coco_panoptic",
+    "register_coco_panoptic_separated",
+]
+
+logger = logging.getLogger(__name__)
+
+
+def load_coco_panoptic_json(json_file: str, image_dir: str, gt_dir: str, meta: dict[str, Any]) -> list[dict]:
+    """Loads annotations in COCO's panoptic format as dicts in the standard format.
+
+    Args:
+        json_file: path of the annotations.
+        image_dir: folder of the pictures.
+        gt_dir: folder of the PNGs of segment ids.
+        meta: has `thing_dataset_id_to_contiguous_id` and `stuff_dataset_id_to_contiguous_id`.
+
+    Returns:
+        One dict for each annotation, in the file's order: "file_name", "image_id", "height" and "width" where
+        the file has them, "pan_seg_file_name" and "segments_info", whose entries have "category_id" as a
+        contiguous id, and "isthing".
+
+    Raises:
+        FileNotFoundError: there is no such annotation file.
+        ValueError: the file is none, or a segment has a category that `meta` does not know.
+    """
+    coco = read_coco_json(json_file)
+    images = {image["id"]: image for image in coco["images"]}
+    dicts = []
+    for annotation in coco.get("annotations") or ():
+        image = images.get(annotation["image_id"])
+        if image is None:
+            raise ValueError(
+                f"{json_file}: there is no image of id {annotation['image_id']!r}, which the annotation of "
+                f"{annotation['file_name']!r} names."
+            )
+        name = image.get("file_name") or os.path.splitext(annotation["file_name"])[0] + ".jpg"
+        where = f"{json_file}: segment of {annotation['file_name']!r}"
+        dicts.append(
+            {
+                "file_name": os.path.join(image_dir, name),
+                "image_id": annotation["image_id"],
+                **{key: image[key] for key in ("height", "width") if key in image},
+                "pan_seg_file_name": os.path.join(gt_dir, annotation["file_name"]),
+                "segments_info": [_with_contiguous_id(x, meta, where) for x in annotation["segments_info"]],
+            }
+        )
+    if not dicts:
+        raise ValueError(f"Annotation file {json_file!r} has no annotations.")
+    logger.info("Loaded %d images in COCO's panoptic format from %s", len(dicts), json_file)
+    return dicts
+
+
+def _with_contiguous_id(segment: dict, meta: dict[str, Any], where: str) -> dict:
+    for kind, isthing in (("thing", True), ("stuff", False)):
+        contiguous = meta[f"{kind}_dataset_id_to_contiguous_id"].get(segment["category_id"])
+        if contiguous is not None:
+            return {**segment, "category_id": contiguous, "isthing": isthing}
+    raise ValueError(
+        f"{where} has the category id {segment['category_id']!r}, which is neither in "
+        "thing_dataset_id_to_contiguous_id nor in stuff_dataset_id_to_contiguous_id."
+    )
+
+
+def merge_to_panoptic(detection_dicts: list[dict], sem_seg_dicts: list[dict]) -> list[dict]:
+    """Joins dicts of the same pictures with instances and with label maps.
+
+    Args:
+        detection_dicts: with "file_name" and "annotations"; all of them come back.
+        sem_seg_dicts: with "file_name" and "sem_seg_file_name".
+
+    Returns:
+        New dicts with the entries of both, in the order of `detection_dicts`.
+
+    Raises:
+        ValueError: there is nothing to join, or a picture has no label map.
+    """
+    if not sem_seg_dicts:
+        raise ValueError("merge_to_panoptic: sem_seg_dicts is empty.")
+    labels = {record["file_name"]: record for record in sem_seg_dicts}
+    missing = [record["file_name"] for record in detection_dicts if record["file_name"] not in labels]
+    if missing:
+        raise ValueError(
+            f"merge_to_panoptic: {len(missing)} of {len(detection_dicts)} pictures have no label map, such "
+            f"as {missing[0]!r}."
+        )
+    return [{**record, **labels[record["file_name"]]} for record in detection_dicts]
+
+
+def register_coco_panoptic(
+    name: str,
+    metadata: dict[str, Any],
+    image_root: str,
+    panoptic_root: str,
+    panoptic_json: str,
+    instances_json: str | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Registers a data set in COCO's panoptic format; its dicts are `load_coco_panoptic_json`'s.
+
+    Args:
+        name: the name, as it will stand in `cfg.DATASETS`.
+        metadata: attributes for the data set's metadata; with `thing_dataset_id_to_contiguous_id` and
+            `stuff_dataset_id_to_contiguous_id`.
+        image_root: folder of the pictures.
+        panoptic_root: folder of the PNGs of segment ids.
+        panoptic_json: path of the panoptic annotations.
+        instances_json: path of the same pictures' annotations of instances, for the COCO metric.
+        overwrite: replace what `name` stands for already.
+    """
+
+    def load() -> list[dict]:
+        return load_coco_panoptic_json(panoptic_json, image_root, panoptic_root, metadata)
+
+    facts = {
+        "panoptic_root": panoptic_root,
+        "image_root": image_root,
+        "panoptic_json": panoptic_json,
+        "json_file": instances_json,
+        "evaluator_type": "coco_panoptic_seg",
+        "ignore_label": 255,
+        "label_divisor": 1000,
+    }
+    _register(name, load, facts | metadata, overwrite)
+
+
+def register_coco_panoptic_separated(
+    name: str,
+    metadata: dict[str, Any],
+    image_root: str,
+    panoptic_root: str,
+    panoptic_json: str,
+    sem_seg_root: str,
+    instances_json: str,
+    *,
+    empty_boxes: str = "error",
+    overwrite: bool = False,
+) -> None:
+    """Registers a panoptic data set with things as instances and stuff as label maps, for Panoptic FPN.
+
+    There are two names: `name`_separated has "annotations" and "sem_seg_file_name", `name`_stuffonly only the
+    latter. In the label maps 0 stands for all things together, and 255 for no label.
+
+    Args:
+        name: the names' beginning.
+        metadata: attributes for the data sets' metadata.
+        image_root: folder of the pictures.
+        panoptic_root: folder of the PNGs of segment ids.
+        panoptic_json: path of the panoptic annotations.
+        sem_seg_root: folder of the label maps.
+        instances_json: path of the annotations of instances.
+        empty_boxes: see `load_coco_json`.
+        overwrite: replace what the names stand for already.
+    """
+    separated, stuff_only = name + "_separated", name + "_stuffonly"
+
+    def load_separated() -> list[dict]:
+        return merge_to_panoptic(
+            load_coco_json(instances_json, image_root, separated, empty_boxes=empty_boxes), load_stuff()
+        )
+
+    def load_stuff() -> list[dict]:
+        return load_sem_seg(sem_seg_root, image_root)
+
+    facts = {"image_root": image_root, "sem_seg_root": sem_seg_root, "ignore_label": 255, **metadata}
+    panoptic = {"panoptic_root": panoptic_root, "panoptic_json": panoptic_json, "json_file": instances_json}
+    _register(
+        separated, load_separated, facts | panoptic | {"evaluator_type": "coco_panoptic_seg"}, overwrite
+    )
+    _register(stuff_only, load_stuff, facts | {"evaluator_type": "sem_seg"}, overwrite)
+
+
+def _register(name: str, load: Any, metadata: dict[str, Any], overwrite: bool) -> None:
+    DatasetCatalog.register(name, load, overwrite=overwrite)
+    if overwrite:
+        MetadataCatalog.pop(name, None)
+    MetadataCatalog.get(name).set(**metadata)

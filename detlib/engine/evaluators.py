@@ -1,0 +1,98 @@
+"""Which metrics a data set is evaluated with, unless the user says otherwise."""
+
+import os
+from collections.abc import Callable
+
+from detlib.config import CfgNode
+from detlib.data.catalog import MetadataCatalog
+from detlib.engine.checks import check_num_classes
+from detlib.evaluation import (
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    RotatedCOCOEvaluator,
+    SemSegEvaluator,
+)
+
+__all__ = ["default_evaluator"]
+
+
+def _coco(cfg: CfgNode, dataset_name: str, folder: str, metric: type = COCOEvaluator) -> DatasetEvaluator:
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE
+    return metric(
+        dataset_name,
+        output_dir=folder,
+        # The metric looks at 100 detections otherwise, however many the model puts out.
+        max_dets_per_image=limit if limit > 100 else None,
+        kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+    )
+
+
+def _rotated_coco(cfg: CfgNode, dataset_name: str, folder: str) -> DatasetEvaluator:
+    return _coco(cfg, dataset_name, folder, RotatedCOCOEvaluator)
+
+
+def _sem_seg(cfg: CfgNode, dataset_name: str, folder: str) -> DatasetEvaluator:
+    return SemSegEvaluator(dataset_name, output_dir=folder)
+
+
+def _panoptic(cfg: CfgNode, dataset_name: str, folder: str) -> DatasetEvaluator:
+    return COCOPanopticEvaluator(dataset_name, os.path.join(folder, "panoptic"))
+
+
+# By `evaluator_type`; without a type, annotations are converted to COCO's format.
+_EVALUATORS = {
+    None: (_coco,),
+    "coco": (_coco,),
+    "rotated_coco": (_rotated_coco,),
+    "sem_seg": (_sem_seg,),
+    "coco_panoptic_seg": (_coco, _sem_seg, _panoptic),
+}
+
+
+# What models have outputs for, where it is less than everything.
+_ONLY = {
+    "GeneralizedRCNN": (_coco,),
+    "ProposalNetwork": (_coco,),
+    "RetinaNet": (_coco,),
+    "SemanticSegmentor": (_sem_seg,),
+}
+
+
+def _chosen(cfg: CfgNode, dataset_name: str) -> list[Callable[..., DatasetEvaluator]]:
+    """The evaluators of the data set's type for which it has the truth and the model the outputs."""
+    metadata = MetadataCatalog.get(dataset_name)
+    kind = metadata.get("evaluator_type")
+    if kind not in _EVALUATORS:
+        raise NotImplementedError(
+            f"There is no default evaluator for the type '{kind}' of dataset '{dataset_name}': override "
+            "DefaultTrainer.build_evaluator"
+        )
+    builders = list(_EVALUATORS[kind])
+    if len(builders) == 1:
+        return builders
+    if metadata.get("label_divisor"):  # all classes in one list, and no label maps
+        builders.remove(_sem_seg)
+    if not cfg.MODEL.PANOPTIC_FPN.COMBINE.ENABLED:
+        builders.remove(_panoptic)
+    only = _ONLY.get(cfg.MODEL.META_ARCHITECTURE, builders)
+    return [build for build in builders if build in only]
+
+
+def default_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+    """Builds what evaluates predictions on one data set, by the `evaluator_type` in its metadata.
+
+    Args:
+        cfg: OUTPUT_DIR/inference takes the results' files.
+        dataset_name: a registered name or an address.
+
+    Raises:
+        NotImplementedError: there is none for the type.
+        ValueError: the data set has another number of classes than the model.
+    """
+    builders = _chosen(cfg, dataset_name)
+    check_num_classes(cfg, dataset_name)
+    folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+    evaluators = [build(cfg, dataset_name, folder) for build in builders]
+    return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)

@@ -1,0 +1,292 @@
+"""The panoptic quality of predictions, and their files in COCO's panoptic format."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from detlib.data.catalog import DatasetCatalog, Metadata, MetadataCatalog
+from detlib.data.datasets.coco import read_coco_json
+from detlib.utils import comm
+from detlib.utils.file_io import PathManager
+from detlib.utils.panoptic import id_to_rgb, rgb_to_id
+
+from .evaluator import DatasetEvaluator
+from .panoptic_quality import PanopticStats, Segments
+
+__all__ = ["COCOPanopticEvaluator"]
+
+
+@dataclass(frozen=True)
+class _GroundTruth:
+    """What is true, in COCO's panoptic format.
+
+    Attributes:
+        coco: "categories" (with "id", "name", "isthing"), and "images".
+        annotations: from image id to the segments ("id", "category_id" of the data set, "iscrowd") and the
+            path of the PNG with their ids.
+    """
+
+    coco: dict[str, Any]
+    annotations: dict[Any, tuple[list[dict], str]]
+
+
+class _CategoryIds:
+    """The data set's ids of things and stuff, from the contiguous ids of models.
+
+    Without maps in the metadata, things are numbered from 1, and stuff after them.
+    """
+
+    def __init__(self, metadata: Metadata) -> None:
+        num_things = len(metadata.get("thing_classes") or ())
+        self._maps = {}
+        for isthing, kind, start in ((True, "thing", 1), (False, "stuff", num_things + 1)):
+            ids = metadata.get(f"{kind}_dataset_id_to_contiguous_id")
+            if ids is None:
+                count = len(metadata.get(f"{kind}_classes") or ())
+                ids = {start + i: i for i in range(count)}
+            self._maps[isthing] = {contiguous: dataset_id for dataset_id, contiguous in ids.items()}
+
+    def to_dataset(self, category: int, isthing: bool, where: str) -> int:
+        ids = self._maps[bool(isthing)]
+        if category not in ids:
+            raise ValueError(
+                f"{where}: a segment has the category_id {category}; the data set has {len(ids)} kinds of "
+                f"{'things' if isthing else 'stuff'} ({min(ids, default=None)} to {max(ids, default=None)})."
+            )
+        return ids[category]
+
+    def categories(self, metadata: Metadata) -> list[dict]:
+        """The categories in COCO's format."""
+        return [
+            {"id": dataset_id, "name": metadata.get(f"{kind}_classes")[contiguous], "isthing": int(isthing)}
+            for isthing, kind in ((True, "thing"), (False, "stuff"))
+            for contiguous, dataset_id in self._maps[isthing].items()
+        ]
+
+
+class COCOPanopticEvaluator(DatasetEvaluator):
+    """Computes panoptic quality (arXiv:1801.00868): PQ, and its factors SQ and RQ, in percent.
+
+    PQ is the mean over all categories that occur, PQ_th over things, PQ_st over stuff; so with SQ and RQ.
+    Pictures are compared as they come, so that nothing is kept but sums.
+
+    The truth is the `panoptic_json` and `panoptic_root` of the data set's metadata; without these, it is what
+    the data set's dicts have under "pan_seg_file_name" and "segments_info" (with contiguous ids, see
+    `load_coco_panoptic_json`).
+
+    Args:
+        dataset_name: a registered name or an address.
+        output_dir: folder for `predictions.json` and `predictions/*.png`, in COCO's panoptic format.
+
+    Raises:
+        FileNotFoundError: the metadata names a file or folder that does not exist.
+    """
+
+    def __init__(self, dataset_name: str, output_dir: str | None = None) -> None:
+        self._logger = logging.getLogger(__name__)
+        self._dataset_name = dataset_name
+        self._output_dir = output_dir
+        self._metadata = MetadataCatalog.get(dataset_name)
+        for key, exists in (("panoptic_json", PathManager.isfile), ("panoptic_root", PathManager.isdir)):
+            path = self._metadata.get(key)
+            if path and not exists(path):
+                raise FileNotFoundError(
+                    f"COCOPanopticEvaluator: {key} of dataset {dataset_name!r}, {path!r}, does not exist."
+                )
+        self._ids = _CategoryIds(self._metadata)
+        self.reset()
+
+    @functools.cached_property
+    def _truth(self) -> _GroundTruth:
+        if self._metadata.get("panoptic_json"):
+            return _read_truth(self._metadata.panoptic_json, self._metadata.panoptic_root)
+        return _convert_truth(self._dataset_name, self._metadata, self._ids)
+
+    @functools.cached_property
+    def _places(self) -> dict[int, int]:
+        """Places of the categories in the sums, by the data set's ids."""
+        return {category["id"]: i for i, category in enumerate(self._truth.coco["categories"])}
+
+    def reset(self) -> None:
+        """Forgets all predictions."""
+        self._stats: PanopticStats | None = None
+        self._predictions: list[dict] = []
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        """Takes in one batch.
+
+        Args:
+            inputs: the model's input dicts, each with "image_id" and "file_name".
+            outputs: the model's output dicts, with "panoptic_seg": (H, W) segment ids and a dict for each
+                segment ("id", "category_id", "isthing"), or None in its place, when ids are category *
+                `label_divisor` of the metadata + number, and -1 for none.
+        """
+        for image, output in zip(inputs, outputs):
+            if "panoptic_seg" not in output:
+                raise ValueError(
+                    "COCOPanopticEvaluator: the model's outputs have no 'panoptic_seg', only "
+                    f"{sorted(output)}."
+                )
+            ids, segments = output["panoptic_seg"]
+            ids = ids.cpu().numpy()
+            where = f"the prediction for {image['file_name']!r}"
+            if segments is None:
+                ids, segments = self._segments_from_ids(ids)
+            # Without "isthing", a category is the data set's own already.
+            categories = [
+                self._ids.to_dataset(x["category_id"], x["isthing"], where)
+                if x.get("isthing") is not None
+                else x["category_id"]
+                for x in segments
+            ]
+            pred = Segments(
+                ids,
+                [x["id"] for x in segments],
+                [self._place(category, where) for category in categories],
+                where=where,
+            )
+            if self._stats is None:
+                self._stats = PanopticStats(len(self._places))
+            self._stats.add_picture(self._true_segments(image["image_id"], where), pred)
+            annotation = {"image_id": image["image_id"], "file_name": _png_name(image["file_name"])}
+            if self._output_dir:
+                annotation["segments_info"] = [
+                    {"id": int(x["id"]), "category_id": category} for x, category in zip(segments, categories)
+                ]
+                self._write_png(annotation["file_name"], ids)
+            self._predictions.append(annotation)
+
+    def _segments_from_ids(self, ids: np.ndarray) -> tuple[np.ndarray, list[dict]]:
+        divisor = self._metadata.label_divisor
+        found = [label for label in np.unique(ids).tolist() if label != -1]
+        things = set((self._metadata.get("thing_dataset_id_to_contiguous_id") or {}).values())
+        segments = [
+            {"id": label + 1, "category_id": label // divisor, "isthing": label // divisor in things}
+            for label in found
+        ]
+        return ids + 1, segments
+
+    def _place(self, category: int, where: str) -> int:
+        if category not in self._places:
+            raise ValueError(
+                f"{where}: a segment has the category {category}, which the truth does not list."
+            )
+        return self._places[category]
+
+    def _true_segments(self, image_id: Any, where: str) -> Segments:
+        if image_id not in self._truth.annotations:
+            raise ValueError(
+                f"{where}: the truth of dataset {self._dataset_name!r} has no image of id {image_id!r}."
+            )
+        segments, path = self._truth.annotations[image_id]
+        with PathManager.open(path, "rb") as file, Image.open(file) as image:
+            ids = rgb_to_id(np.asarray(image.convert("RGB")))
+        where = f"the truth {path!r}"
+        return Segments(
+            ids,
+            [x["id"] for x in segments],
+            [self._place(x["category_id"], where) for x in segments],
+            [bool(x.get("iscrowd", 0)) for x in segments],
+            where,
+        )
+
+    def _write_png(self, name: str, ids: np.ndarray) -> None:
+        folder = os.path.join(self._output_dir, "predictions")
+        PathManager.mkdirs(folder)
+        with PathManager.open(os.path.join(folder, name), "wb") as file:
+            Image.fromarray(id_to_rgb(ids)).save(file, format="PNG")
+
+    def evaluate(self) -> OrderedDict[str, dict[str, float]] | None:
+        """Returns `{"panoptic_seg": {metric: percent}}`, see the class; None but in the main process."""
+        comm.synchronize()
+        gathered = comm.all_gather((self._stats, self._predictions))
+        if not comm.is_main_process():
+            return None
+        stats = PanopticStats(len(self._places))
+        for part, _ in gathered:
+            stats = stats if part is None else stats + part
+        predictions = [x for _, part in gathered for x in part]
+        missing = self._truth.annotations.keys() - {x["image_id"] for x in predictions}
+        if missing:
+            self._logger.warning(
+                "%d of %d pictures of %s have no prediction; all their segments count as missed.",
+                len(missing),
+                len(self._truth.annotations),
+                self._dataset_name,
+            )
+        for image_id in missing:
+            segments = self._truth.annotations[image_id][0]
+            places = [self._places[x["category_id"]] for x in segments]
+            stats.miss(places, [bool(x.get("iscrowd", 0)) for x in segments])
+        if self._output_dir:
+            PathManager.mkdirs(self._output_dir)
+            with PathManager.open(os.path.join(self._output_dir, "predictions.json"), "w") as file:
+                json.dump(self._truth.coco | {"annotations": predictions}, file)
+        return OrderedDict(panoptic_seg=self._results(stats))
+
+    def _results(self, stats: PanopticStats) -> dict[str, float]:
+        """Means over categories, in percent; logs them, and the quality of each category."""
+        from tabulate import tabulate
+
+        categories = self._truth.coco["categories"]
+        values = np.stack(stats.quality()) * 100
+        isthing = np.array([bool(category["isthing"]) for category in categories])
+        occurs = ~np.isnan(values[0])
+        results, rows = {}, []
+        for title, suffix, chosen in (
+            ("All", "", occurs),
+            ("Things", "_th", occurs & isthing),
+            ("Stuff", "_st", occurs & ~isthing),
+        ):
+            means = values[:, chosen].mean(axis=1).tolist() if chosen.any() else [float("nan")] * 3
+            results |= {f"{name}{suffix}": mean for name, mean in zip(("PQ", "SQ", "RQ"), means)}
+            rows.append([title, *means, int(chosen.sum())])
+        headers = ["PQ", "SQ", "RQ"]
+        style = {"tablefmt": "pipe", "floatfmt": ".3f", "numalign": "center"}
+        table = tabulate(rows, headers=["", *headers, "#categories"], **style)
+        self._logger.info("Panoptic quality:\n%s", table)
+        rows = [[category["name"], *column] for category, column in zip(categories, values.T.tolist())]
+        self._logger.info("Per category:\n%s", tabulate(rows, headers=["category", *headers], **style))
+        return results
+
+
+def _png_name(file_name: str) -> str:
+    return os.path.splitext(os.path.basename(file_name))[0] + ".png"
+
+
+def _read_truth(json_file: str, folder: str) -> _GroundTruth:
+    coco = read_coco_json(json_file)
+    annotations = {
+        x["image_id"]: (x["segments_info"], os.path.join(folder, x["file_name"]))
+        for x in coco.get("annotations") or ()
+    }
+    return _GroundTruth({**coco, "annotations": []}, annotations)
+
+
+def _convert_truth(dataset_name: str, metadata: Metadata, ids: _CategoryIds) -> _GroundTruth:
+    """The truth from a data set's dicts."""
+    annotations, images = {}, []
+    for record in DatasetCatalog.get(dataset_name):
+        if "pan_seg_file_name" not in record or "segments_info" not in record:
+            raise ValueError(
+                f"COCOPanopticEvaluator: the metadata of dataset {dataset_name!r} has no panoptic_json, and "
+                "its dicts lack 'pan_seg_file_name' or 'segments_info'."
+            )
+        where = f"segments_info of {record['file_name']!r}"
+        segments = [
+            {**x, "category_id": ids.to_dataset(x["category_id"], x["isthing"], where)}
+            for x in record["segments_info"]
+        ]
+        annotations[record["image_id"]] = (segments, record["pan_seg_file_name"])
+        image = {"id": record["image_id"], "file_name": os.path.basename(record["file_name"])}
+        images.append(image | {key: record[key] for key in ("height", "width") if key in record})
+    return _GroundTruth({"images": images, "categories": ids.categories(metadata)}, annotations)

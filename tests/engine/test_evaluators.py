@@ -1,0 +1,72 @@
+"""Which evaluators a data set and a model get."""
+
+import pytest
+
+from detlib.data import MetadataCatalog
+from detlib.engine.checks import check_num_classes
+from detlib.engine.evaluators import default_evaluator
+from detlib.evaluation import COCOEvaluator, COCOPanopticEvaluator, DatasetEvaluators, SemSegEvaluator
+from tests.modeling.small_rcnn import MASK_RCNN, small_config
+
+PANOPTIC = "COCO-PanopticSegmentation/panoptic_fpn_R_50_3x.yaml"
+SEMANTIC = "Misc/semantic_R_50_FPN_1x.yaml"
+SHAPES = "shapes:val?num=2&size=64&task="
+
+
+def config(name: str, tmp_path, **overrides):
+    return small_config(name, OUTPUT_DIR=str(tmp_path), MODEL__SEM_SEG_HEAD__NUM_CLASSES=4, **overrides)
+
+
+def kinds(evaluator) -> list[type]:
+    if isinstance(evaluator, DatasetEvaluators):
+        return [type(x) for x in evaluator._evaluators]
+    return [type(evaluator)]
+
+
+ALL = [COCOEvaluator, SemSegEvaluator, COCOPanopticEvaluator]
+
+
+@pytest.mark.parametrize(
+    "model, task, overrides, want",
+    [
+        (PANOPTIC, "panoptic", {}, ALL),
+        (PANOPTIC, "panoptic", {"MODEL__PANOPTIC_FPN__COMBINE__ENABLED": False}, ALL[:2]),
+        (PANOPTIC, "panoptic", {"MODEL__META_ARCHITECTURE": "mypackage.MyPanopticModel"}, ALL),
+        (PANOPTIC, "instances", {}, ALL[:1]),
+        (PANOPTIC, "stuff", {}, ALL[1:2]),
+        (SEMANTIC, "stuff", {}, ALL[1:2]),
+        (SEMANTIC, "panoptic", {}, ALL[1:2]),
+        (MASK_RCNN, "panoptic", {}, ALL[:1]),
+        (MASK_RCNN, "instances", {}, ALL[:1]),
+    ],
+)
+def test_evaluators_fit_data_and_model(tmp_path, model, task, overrides, want):
+    assert kinds(default_evaluator(config(model, tmp_path, **overrides), SHAPES + task)) == want
+
+
+def test_data_without_label_maps(tmp_path):
+    name = "panoptic_without_labels"
+    MetadataCatalog.get(name).set(evaluator_type="coco_panoptic_seg", label_divisor=1000)
+    try:
+        found = kinds(default_evaluator(config(PANOPTIC, tmp_path), name))
+    finally:
+        MetadataCatalog.remove(name)
+    assert found == [COCOEvaluator, COCOPanopticEvaluator]
+
+
+def test_unknown_type(tmp_path):
+    MetadataCatalog.get("strange_type").set(evaluator_type="strange")
+    try:
+        with pytest.raises(NotImplementedError, match="'strange' of dataset 'strange_type'"):
+            default_evaluator(config(PANOPTIC, tmp_path), "strange_type")
+    finally:
+        MetadataCatalog.remove("strange_type")
+
+
+@pytest.mark.parametrize("model", [PANOPTIC, SEMANTIC])
+def test_number_of_stuff_classes_is_checked(tmp_path, model):
+    cfg = config(model, tmp_path)
+    check_num_classes(cfg, SHAPES + "panoptic")
+    cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 54
+    with pytest.raises(ValueError, match="SEM_SEG_HEAD.NUM_CLASSES is 54, .* 4 classes .things, grass"):
+        check_num_classes(cfg, SHAPES + "panoptic")
