@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 # Settings that a model keeps as buffers: a file without them leaves them as the config says.
 _SETTING_BUFFERS = ("pixel_mean", "pixel_std")
 _ANCHOR_BUFFERS = "anchor_generator.cell_anchors"
+_BATCH_COUNT = ".num_batches_tracked"
 
 
 class DetectionCheckpointer(Checkpointer):
@@ -103,8 +104,8 @@ class DetectionCheckpointer(Checkpointer):
         missing, unexpected, wrong = super()._load_model(checkpoint)
         own_buffers = {name for name, _ in self.model.named_buffers(remove_duplicate=False)}
         missing = [n for n in missing if not (n in _SETTING_BUFFERS and n in own_buffers)]
-        # Files of old releases hold the anchors, which follow from the config.
-        unexpected = [n for n in unexpected if _ANCHOR_BUFFERS not in n]
+        # Files of old releases hold the anchors, which follow from the config; frozen norms count no batches.
+        unexpected = [n for n in unexpected if _ANCHOR_BUFFERS not in n and not n.endswith(_BATCH_COUNT)]
         return IncompatibleKeys(missing, unexpected, wrong)
 
 
