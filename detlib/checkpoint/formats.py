@@ -135,7 +135,10 @@ def _read_safetensors(path: str) -> Any:
     import safetensors.torch
 
     try:
-        return {"model": safetensors.torch.load_file(path)}
+        with safetensors.safe_open(path, framework="pt") as file:
+            notes = file.metadata() or {}
+        content = {"model": safetensors.torch.load_file(path)}
+        return content | {"matching_heuristics": True} if "matching_heuristics" in notes else content
     except safetensors.SafetensorError as e:
         raise ValueError(f"Checkpoint file {path} is broken: {e}") from e
 
@@ -169,23 +172,24 @@ def write_checkpoint(path: str, content: Mapping[str, Any]) -> None:
         TypeError: if something in `content` is neither a tensor nor of a plain type.
     """
     if path.endswith(".safetensors"):
-        data = _safetensors_bytes(content["model"])
+        data = _safetensors_bytes(content)
         write_bytes_atomically(path, lambda file: file.write(data))
         return
     plain = to_plain_types(content, "checkpoint")
     write_bytes_atomically(path, lambda file: torch.save(plain, file))
 
 
-def _safetensors_bytes(state: Mapping[str, Any]) -> bytes:
+def _safetensors_bytes(content: Mapping[str, Any]) -> bytes:
     import safetensors.torch
 
-    tensors = {name: torch.as_tensor(value).detach() for name, value in state.items()}
+    tensors = {name: torch.as_tensor(value).detach() for name, value in content["model"].items()}
     owners: dict[int, str] = {}
     for name, tensor in tensors.items():
         # The format knows no views: what shares memory, or has gaps, is written out.
         first = owners.setdefault(tensor.untyped_storage().data_ptr(), name)
         tensors[name] = tensor.contiguous() if first == name else tensor.clone().contiguous()
-    return safetensors.torch.save(tensors, {"format": "pt"})
+    notes = {"matching_heuristics": "true"} if content.get("matching_heuristics") else {}
+    return safetensors.torch.save(tensors, {"format": "pt"} | notes)
 
 
 def to_plain_types(value: Any, where: str) -> Any:
