@@ -109,9 +109,26 @@ def test_wheel_without_compiling_holds_package_and_configs(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     missing = {str(path.relative_to(ROOT)) for path in (ROOT / "detlib").rglob("*.py")} - names
     assert not missing
-    configs = {f"detlib/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.yaml")}
-    assert configs and configs <= names
+    files = [path for path in (ROOT / "configs").rglob("*.*") if path.is_file()]
+    assert {path.suffix for path in files} == {".py", ".yaml"}
+    assert {f"detlib/{path.relative_to(ROOT)}" for path in files} <= names
     assert not [name for name in names if name.startswith(("tests", "csrc", "tools", "build_backend"))]
+    find_configs_of_wheel(wheel, tmp_path / "installed")
+
+
+def find_configs_of_wheel(wheel, target):
+    """Let the model zoo of the unpacked wheel find its own configs, YAML and lazy ones."""
+    zipfile.ZipFile(wheel).extractall(target)
+    code = (
+        "from detlib import model_zoo as zoo; print(zoo.get_config_file('Base-RCNN-FPN.yaml'));"
+        "print(zoo.get_config('COCO-Detection/retinanet_R_50_FPN_1x.py').optimizer.lr)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(target)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=target.parent, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.split() == [str(target / "detlib" / "configs" / "Base-RCNN-FPN.yaml"), "0.01"]
 
 
 def copy_sources(target):
