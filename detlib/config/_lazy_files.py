@@ -122,16 +122,10 @@ class _Session:
         elif os.path.isdir(stem):
             module = self._folder(stem, wanted, importer)
         else:
-            raise ImportError(self._no_file(stem, importer, written), name=name, path=importer)
+            raise ImportError(_no_file(stem, importer, written), name=name, path=importer)
         for attribute in wanted:
             if attribute != "*" and not hasattr(module, attribute):
-                near = suggest(attribute, (n for n in vars(module) if not n.startswith("__")))
-                raise ImportError(
-                    f"The config file {module.__file__!r} has no {attribute!r}, which {importer!r} asks for "
-                    f"({written}).{near}",
-                    name=name,
-                    path=module.__file__,
-                )
+                raise ImportError(_no_name(module, attribute, importer, written), name=name, path=importer)
         return module
 
     def _module(self, path: str, importer: str) -> ModuleType:
@@ -147,26 +141,42 @@ class _Session:
         return module
 
     def _folder(self, folder: str, wanted: tuple[str, ...], importer: str) -> ModuleType:
-        """``from ..common import train``: the folder's ``__init__.py``, if any, and the files asked for."""
-        own = os.path.join(folder, "__init__.py")
-        if os.path.isfile(own):
-            module = self._module(own, importer)
-        else:
-            module = ModuleType(f"lazy_config({folder})")
-            module.__file__ = folder
+        """``from ..common import train``: a module of the files asked for."""
+        module = ModuleType(f"lazy_config({folder})")
+        module.__file__ = folder
         for attribute in wanted:
             file = os.path.join(folder, f"{attribute}.py")
-            if not hasattr(module, attribute) and os.path.isfile(file):
+            if _is_file(file):
                 setattr(module, attribute, self._module(file, importer))
         return module
 
-    @staticmethod
-    def _no_file(stem: str, importer: str, written: str) -> str:
-        folder, name = os.path.split(stem)
-        near = ""
-        if os.path.isdir(folder):
-            near = suggest(f"{name}.py", os.listdir(folder))
+
+_ONLY_FILES = "Relative imports in config files reach other config files only"
+
+
+def _no_file(stem: str, importer: str, written: str) -> str:
+    folder, name = os.path.split(stem)
+    near = suggest(f"{name}.py", os.listdir(folder)) if os.path.isdir(folder) else ""
+    return (
+        f"There is no config file '{stem}.py', which {importer!r} imports ({written}).{near} "
+        f"{_ONLY_FILES}; import packages by their full name."
+    )
+
+
+def _no_name(module: ModuleType, attribute: str, importer: str, written: str) -> str:
+    place = module.__file__
+    if not os.path.isdir(place):
+        near = suggest(attribute, (name for name in vars(module) if not name.startswith("__")))
         return (
-            f"There is no config file '{stem}.py', which {importer!r} imports ({written}).{near} Relative "
-            "imports in config files reach other config files only; import packages by their full name."
+            f"The config file {place!r} has no {attribute!r}, which {importer!r} asks for ({written}).{near}"
         )
+    near = suggest(f"{attribute}.py", os.listdir(place))
+    package, parent = [], place
+    while os.path.isfile(os.path.join(parent, "__init__.py")):
+        parent, name = os.path.split(parent)
+        package.insert(0, name)
+    right = f"; write: from {'.'.join(package)} import {attribute}" if package else ""
+    return (
+        f"The folder {place!r} has no config file '{attribute}.py', which {importer!r} imports ({written})."
+        f"{near} {_ONLY_FILES}{right}."
+    )

@@ -124,6 +124,13 @@ class TestRelativeImports:
             LazyConfig.load(path)
         assert "import packages by their full name" in str(info.value)
 
+    def test_packages_are_not_run_as_configs(self, zoo):
+        zoo("mypkg/__init__.py", "")
+        zoo("mypkg/heads/__init__.py", "class MyHead: pass\n")
+        path = zoo("mypkg/configs/top.py", "from ..heads import MyHead\n")
+        with pytest.raises(ImportError, match=r"top\.py' imports.*; write: from mypkg\.heads import MyHead"):
+            LazyConfig.load(path)
+
     def test_missing_name(self, zoo):
         path = zoo("top.py", "from .common.model import modle\n")
         with pytest.raises(ImportError, match=r"model\.py' has no 'modle', which .*top\.py'.*'model'\?"):
