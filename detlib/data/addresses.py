@@ -3,7 +3,8 @@
     coco:ANNOTATIONS.json@IMAGE_DIR     COCO's instance format; ?empty_boxes=drop leaves out boxes of no area
     voc:DIR@SPLIT                       Pascal VOC's folder layout; boxes are taken as they stand in the XML
     shapes:train, shapes:val            generated pictures; shapes:train?num=500&size=128&seed=1;
-                                        ?task=panoptic or ?task=stuff chooses what is evaluated
+                                        ?task=panoptic or ?task=stuff chooses what is evaluated;
+                                        ?rotated=1 has rectangles with rotated boxes
 
 Importing this module makes the catalogs understand them.
 """
@@ -21,7 +22,7 @@ from detlib.utils.suggest import suggest
 from .catalog import register_address_scheme
 from .datasets.coco import load_coco_json, read_categories, read_coco_json
 from .datasets.pascal_voc import find_voc_class_names, load_voc_instances, read_voc_split
-from .datasets.shapes import SHAPES_METADATA, ShapesParameters, load_shapes
+from .datasets.shapes import ShapesParameters, load_shapes, shapes_metadata
 
 __all__ = ["CocoAddress", "ShapesAddress", "VocAddress"]
 
@@ -173,7 +174,7 @@ class VocAddress:
 
 
 class ShapesAddress:
-    """`shapes:train` or `shapes:val`, with `?num=...&size=...&seed=...`: generated pictures.
+    """`shapes:train` or `shapes:val`, with `?num=...&size=...&seed=...&rotated=1`: generated pictures.
 
     Their dicts always have instances, stuff and panoptic segments; `?task=...` says which metrics are
     computed.
@@ -212,7 +213,7 @@ class ShapesAddress:
 
     def metadata(self) -> dict[str, Any]:
         """Returns things, stuff and keypoints with their names and colours."""
-        return SHAPES_METADATA | {"evaluator_type": self.EVALUATOR_TYPES[self.task]}
+        return shapes_metadata(self.parameters) | {"evaluator_type": self.EVALUATOR_TYPES[self.task]}
 
 
 register_address_scheme("coco", CocoAddress)

@@ -83,7 +83,7 @@ def test_home_folder(folder, monkeypatch):
         ("coco:FOLDER/ann.json@FOLDER/images?empty=1", ValueError, "no option 'empty', only empty_boxes"),
         ("coco:FOLDER/ann.json@FOLDER/images?empty_boxes=x", ValueError, "'error' or 'drop', not 'x'"),
         ("shapes:train?num", ValueError, "'num' is not of the form key=value"),
-        ("shapes:train?nun=3", ValueError, "no option 'nun', only num, size, seed, task. Did you mean 'num'"),
+        ("shapes:train?nun=3", ValueError, "no option 'nun', only num, size, .* Did you mean 'num'"),
         ("shapes:train?num=many", ValueError, "num='many' is not a whole number"),
         ("shapes:train?size=8", ValueError, "size=8 is out of range: 32 to 1024"),
         (

@@ -152,3 +152,33 @@ def test_cache_is_used_mended_and_left_clean(cache):
     cache.write_text("a file where the folder should be")
     with pytest.raises(OSError, match="DETLIB_CACHE"):
         load_shapes(parameters)
+
+
+class TestRectangles:
+    def test_boxes_are_where_the_polygons_are(self):
+        angles = []
+        for record in DatasetCatalog.get("shapes:val?rotated=1&num=30&size=96"):
+            for annotation in record["annotations"]:
+                assert annotation["bbox_mode"] is BoxMode.XYWHA_ABS and "keypoints" not in annotation
+                x, y, w, h, angle = annotation["bbox"]
+                assert w / h == pytest.approx({0: 2, 1: 5}[annotation["category_id"]], rel=0.05)
+                c, s = np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))
+                corners = np.array([[-w, -h], [w, -h], [w, h], [-w, h]]) / 2 @ [[c, -s], [s, c]] + [x, y]
+                polygon = np.array(annotation["segmentation"][0]).reshape(-1, 2)
+                np.testing.assert_allclose(polygon, corners, atol=0.1)
+                assert polygon.min() >= 0 and polygon.max() <= 96
+                angles.append(angle)
+        assert min(angles) < -70 and max(angles) > 70 and -90 <= min(angles) and max(angles) < 90
+
+    def test_metadata(self):
+        metadata = MetadataCatalog.get("shapes:train?rotated=1")
+        assert metadata.thing_classes == ["brick", "plank"] and metadata.get("keypoint_names") is None
+        with pytest.raises(ValueError, match="rotated=2 is out of range: 0 to 1"):
+            MetadataCatalog.get("shapes:train?rotated=2")
+
+    def test_pictures_do_not_change(self):
+        digest = hashlib.sha256()
+        for record in load_shapes(ShapesParameters("train", num=6, size=64, seed=1, rotated=1)):
+            digest.update(pixels(record).tobytes())
+            digest.update(str([a["bbox"] for a in record["annotations"]]).encode())
+        assert digest.hexdigest() == "0693d8db0514de5698ebe275e81a5b3a8e478935c2f56f8146ecf9b12fd10132"

@@ -2,7 +2,7 @@
 
 It has boxes, polygons, keypoints, stuff labels and panoptic segments, and is made where it is needed, in a
 few seconds. The same parameters give the same pictures on any machine; with more pictures, the first ones
-stay the same.
+stay the same. There is a set of rectangles too, with rotated boxes.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from PIL import Image
 from detlib.structures import BoxMode
 from detlib.utils.panoptic import id_to_rgb
 
-from .shapes_scene import KEYPOINTS, KINDS, STUFF, UNIT, Scene, draw_scene, sample_scene
+from .shapes_scene import KEYPOINTS, KINDS, RECTANGLES, STUFF, UNIT, Scene, draw_scene, sample_scene
 
-__all__ = ["SHAPES_METADATA", "ShapesParameters", "load_shapes"]
+__all__ = ["SHAPES_METADATA", "ShapesParameters", "load_shapes", "shapes_metadata"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,21 +58,32 @@ class ShapesParameters:
         num: number of pictures, 1000 for train and 200 for val by default.
         size: height and width of the pictures in pixels, 32 to 1024.
         seed: another seed, other pictures.
+        rotated: if 1, there are rectangles of any direction, with rotated boxes and without keypoints.
     """
 
     split: str
     num: int = 0
     size: int = 128
     seed: int = 0
+    rotated: int = 0
 
     def __post_init__(self) -> None:
         if self.split not in _SPLITS:
             raise ValueError(f"the generated shapes have no split {self.split!r}, only 'train' and 'val'")
         if not self.num:
             object.__setattr__(self, "num", {"train": 1000, "val": 200}[self.split])
-        for name, low, high in (("num", 1, 10**6), ("size", 32, 1024), ("seed", 0, 2**31 - 1)):
+        ranges = (("num", 1, 10**6), ("size", 32, 1024), ("seed", 0, 2**31 - 1), ("rotated", 0, 1))
+        for name, low, high in ranges:
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name}={getattr(self, name)} is out of range: {low} to {high}")
+
+
+def shapes_metadata(parameters: ShapesParameters) -> dict[str, Any]:
+    """Returns what the catalog knows about a generated set."""
+    if not parameters.rotated:
+        return dict(SHAPES_METADATA)
+    upright = {k: v for k, v in SHAPES_METADATA.items() if not k.startswith("keypoint")}
+    return {**upright, "thing_classes": list(RECTANGLES), "thing_colors": [(230, 60, 60), (60, 90, 230)]}
 
 
 def load_shapes(parameters: ShapesParameters) -> list[dict]:
@@ -94,13 +105,14 @@ def load_shapes(parameters: ShapesParameters) -> list[dict]:
         for key in ("sem_seg_file_name", "pan_seg_file_name"):
             record[key] = os.path.join(folder, record[key])
         for annotation in record["annotations"]:
-            annotation["bbox_mode"] = BoxMode.XYXY_ABS
+            annotation["bbox_mode"] = BoxMode.XYWHA_ABS if parameters.rotated else BoxMode.XYXY_ABS
     return dicts
 
 
 def _cache_folder(parameters: ShapesParameters) -> str:
     root = os.environ.get("DETLIB_CACHE") or os.path.join("~", ".cache", "detlib")
-    name = "-".join(f"{key}_{value}" for key, value in asdict(parameters).items())
+    shown = {key: value for key, value in asdict(parameters).items() if key != "rotated" or value}
+    name = "-".join(f"{key}_{value}" for key, value in shown.items())
     return os.path.join(os.path.expanduser(root), "shapes", f"v{_VERSION}-{name}")
 
 
@@ -141,7 +153,7 @@ def _generate(parameters: ShapesParameters, folder: str) -> None:
 def _generate_picture(parameters: ShapesParameters, index: int, folder: str) -> dict:
     """Draws and writes picture `index` and its labels. Returns its dict, names relative to the folder."""
     random = np.random.RandomState([parameters.seed, _SPLITS[parameters.split], index])
-    scene = sample_scene(random, parameters.size)
+    scene = sample_scene(random, parameters.size, bool(parameters.rotated))
     image, labels, owners = draw_scene(random, scene)
     names = {
         "file_name": f"{index:06d}.png",
@@ -175,6 +187,11 @@ def _segments(scene: Scene, labels: np.ndarray, owners: np.ndarray) -> tuple[np.
 
 def _annotation(scene: Scene, index: int, owners: np.ndarray) -> dict:
     shape = scene.shapes[index]
+    polygon = (shape.outline / UNIT).ravel().tolist()
+    if shape.rotated_box is not None:
+        *sizes, angle = shape.rotated_box
+        box = [*(value / UNIT for value in sizes), float(angle)]
+        return {"category_id": shape.kind, "bbox": box, "segmentation": [polygon], "iscrowd": 0}
     keypoints: list[float] = []
     for x, y in shape.keypoints.tolist():
         seen = owners[min(y // UNIT, scene.size - 1), min(x // UNIT, scene.size - 1)]
@@ -182,7 +199,7 @@ def _annotation(scene: Scene, index: int, owners: np.ndarray) -> dict:
     return {
         "category_id": shape.kind,
         "bbox": (shape.box / UNIT).tolist(),
-        "segmentation": [(shape.outline / UNIT).ravel().tolist()],
+        "segmentation": [polygon],
         "keypoints": keypoints,
         "iscrowd": 0,
     }

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["KINDS", "KEYPOINTS", "STUFF", "Scene", "Shape", "draw_scene", "sample_scene"]
+__all__ = ["KINDS", "KEYPOINTS", "RECTANGLES", "STUFF", "Scene", "Shape", "draw_scene", "sample_scene"]
 
 KINDS = ("circle", "square", "triangle")
+RECTANGLES = ("brick", "plank")
 KEYPOINTS = ("center", "top", "left", "right", "bottom")
 STUFF = ("grass", "sand", "water")
 
@@ -47,6 +48,7 @@ _KEYPOINTS_OF = {
     "square": [(0, 0), (0, -_CORNER), (-_CORNER, 0), (_CORNER, 0), (0, _CORNER)],
     "triangle": [(0, 0), (0, -_ONE), (-_BASE, _HALF), (_BASE, _HALF), (0, _HALF)],
 }
+_LENGTHS = (2, 5)  # of a brick and of a plank, as multiples of their height
 _TILTS = {degrees: _direction(degrees) for degrees in range(-_MAX_TILT, _MAX_TILT + 1)}
 
 
@@ -55,16 +57,19 @@ class Shape:
     """One thing in a picture.
 
     Attributes:
-        kind: index into `KINDS`.
+        kind: index into `KINDS`, or into `RECTANGLES`.
         outline: (P, 2) int64, the convex polygon's corners in sub-pixels, clockwise.
-        keypoints: (5, 2) int64, in sub-pixels, in the order of `KEYPOINTS`.
+        keypoints: (5, 2) int64, in sub-pixels, in the order of `KEYPOINTS`; (0, 2) for rectangles.
         color: (3,) int64, RGB.
+        rotated_box: of a rectangle, center x, center y, width and height in sub-pixels, and the angle in
+            degrees, counter-clockwise.
     """
 
     kind: int
     outline: np.ndarray
     keypoints: np.ndarray
     color: np.ndarray
+    rotated_box: tuple[int, int, int, int, int] | None = None
 
     @property
     def box(self) -> np.ndarray:
@@ -95,8 +100,8 @@ def _integer(random: np.random.RandomState, low: int, high: int) -> int:
     return int(random.randint(low, high + 1, dtype=np.int64))
 
 
-def sample_scene(random: np.random.RandomState, size: int) -> Scene:
-    """Invents a picture of `size` x `size` pixels."""
+def sample_scene(random: np.random.RandomState, size: int, rectangles: bool = False) -> Scene:
+    """Invents a picture of `size` x `size` pixels, of `KINDS` or of `RECTANGLES`."""
     first = _integer(random, 0, len(STUFF) - 1)
     second = (first + _integer(random, 1, len(STUFF) - 1)) % len(STUFF)
     colors = _STUFF_COLORS[[first, second]] + random.randint(-18, 19, size=(2, 3), dtype=np.int64)
@@ -105,7 +110,7 @@ def sample_scene(random: np.random.RandomState, size: int) -> Scene:
     shapes: list[Shape] = []
     wanted = _integer(random, 1, _MAX_SHAPES)
     for _ in range(4 * wanted):
-        shape = _sample_shape(random, size, colors)
+        shape = (_sample_rectangle if rectangles else _sample_shape)(random, size, colors)
         if not any(_overlap_too_much(shape.box, other.box) for other in shapes):
             shapes.append(shape)
         if len(shapes) == wanted:
@@ -126,10 +131,32 @@ def _sample_shape(random: np.random.RandomState, size: int, ground_colors: np.nd
         turned = np.array(points, dtype=np.int64) @ turn
         return center + (turned * radius + _ONE * _ONE // 2) // (_ONE * _ONE)
 
+    color = _sample_color(random, ground_colors)
+    return Shape(kind, place(_OUTLINES[name]), place(_KEYPOINTS_OF[name]), color)
+
+
+def _sample_rectangle(random: np.random.RandomState, size: int, ground_colors: np.ndarray) -> Shape:
+    """A rectangle of any direction: its longer sides are the width, and its angle is from -90 to 89."""
+    kind = _integer(random, 0, len(RECTANGLES) - 1)
+    half_width = _integer(random, size * UNIT // 8, size * UNIT // 4)
+    half_height = half_width // _LENGTHS[kind]
+    angle = _integer(random, -90, 89)
+    cos, sin = _direction(angle)
+    margin = half_width + half_height + UNIT
+    center = np.array([_integer(random, margin, size * UNIT - margin) for _ in range(2)])
+    corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]], dtype=np.int64) * [half_width, half_height]
+    turned = corners @ np.array([[cos, -sin], [sin, cos]], dtype=np.int64)
+    outline = center + (turned + _ONE // 2) // _ONE
+    box = (int(center[0]), int(center[1]), 2 * half_width, 2 * half_height, angle)
+    color = _sample_color(random, ground_colors)
+    return Shape(kind, outline, np.zeros((0, 2), dtype=np.int64), color, box)
+
+
+def _sample_color(random: np.random.RandomState, ground_colors: np.ndarray) -> np.ndarray:
     while True:
         color = random.randint(0, 256, size=3, dtype=np.int64)
         if np.abs(ground_colors - color).sum(axis=1).min() >= _MIN_CONTRAST:
-            return Shape(kind, place(_OUTLINES[name]), place(_KEYPOINTS_OF[name]), color)
+            return color
 
 
 def _overlap_too_much(box: np.ndarray, other: np.ndarray) -> bool:
