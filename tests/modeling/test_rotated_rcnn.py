@@ -1,4 +1,7 @@
-"""Rotated models: published numbers of their parts, and upright boxes as the case that must agree."""
+"""Rotated models: published numbers of their parts, and upright boxes as the case that must agree.
+
+Other dtypes and pictures without objects: see test_all_architectures.
+"""
 
 import math
 from pathlib import Path
@@ -225,22 +228,6 @@ class TestModel:
         if all(empty):
             assert losses["loss_box_reg"] == losses["loss_rpn_loc"] == 0
 
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-    def test_other_dtypes(self, dtype):
-        model = build_model(rotated_config()).to(dtype)
-        losses = model(rotated_batch())
-        sum(losses.values()).backward()
-        assert all(loss.isfinite() for loss in losses.values())
-        (out,) = model.eval()(rotated_batch()[:1])
-        assert type(out["instances"].pred_boxes) is RotatedBoxes
-
-    def test_autocast(self, model):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            losses = model.train()(rotated_batch())
-            sum(losses.values()).backward()
-            (out,) = model.eval()(rotated_batch()[:1])
-        assert all(loss.isfinite() for loss in losses.values()) and len(out["instances"]) > 0
-
     def test_outputs_are_in_the_wanted_frame(self, model):
         model.eval()
         (plain,), (scaled,) = (
@@ -333,6 +320,13 @@ class TestErrors:
             build_model(
                 rotated_config(MODEL__PROPOSAL_GENERATOR__NAME="RPN", MODEL__RPN__BBOX_REG_WEIGHTS=(1.0,) * 4)
             )
+
+    def test_empty_ground_truth_of_another_type(self):
+        """A picture without objects does not show what its boxes would have been."""
+        batch = rotated_batch((False, True))
+        batch[1]["instances"].gt_boxes = Boxes(torch.zeros(0, 4))
+        losses = build_model(rotated_config())(batch)
+        assert all(loss.isfinite() for loss in losses.values()) and losses["loss_rpn_loc"] > 0
 
     def test_ground_truth_of_another_type(self):
         with pytest.raises(ValueError, match="works on RotatedBoxes.*'gt_boxes' are Boxes"):

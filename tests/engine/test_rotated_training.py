@@ -1,0 +1,179 @@
+"""A detector of rotated boxes, trained on generated ones until it knows them."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from detlib.config import get_cfg
+from detlib.data import DatasetCatalog, DatasetMapper
+from detlib.data import transforms as T
+from detlib.data.detection_utils import read_image
+from detlib.engine import DefaultPredictor, DefaultTrainer
+from detlib.evaluation import COCOEvaluator
+from detlib.layers import ShapeSpec
+from detlib.modeling import Backbone, GeneralizedRCNN
+from detlib.modeling.anchor_generator import RotatedAnchorGenerator
+from detlib.modeling.box_regression import Box2BoxTransformRotated
+from detlib.modeling.matcher import Matcher
+from detlib.modeling.poolers import ROIPooler
+from detlib.modeling.proposal_generator import RRPN, StandardRPNHead
+from detlib.modeling.roi_heads import FastRCNNConvFCHead, FastRCNNOutputLayers, RROIHeads
+from detlib.structures import RotatedBoxes
+from detlib.structures.rotated_boxes import pairwise_iou
+from detlib.utils.visualizer import Visualizer
+
+CONFIG = Path(__file__).parents[2] / "configs/Quickstart/rotated_faster_rcnn_R_18_FPN_shapes.yaml"
+NAME = "shapes:train?rotated=1&num=3&size=64&seed=3"
+CHANNELS = 48
+
+
+class TinyBackbone(Backbone):
+    """Four convolutions, to a map of stride 4."""
+
+    def __init__(self):
+        super().__init__()
+        layers = []
+        for source, target, stride, dilation in (
+            (3, 24, 2, 1),
+            (24, 48, 2, 1),
+            (48, 48, 1, 2),
+            (48, 48, 1, 3),
+        ):
+            conv = nn.Conv2d(source, target, 3, stride, padding=dilation, dilation=dilation)
+            layers += [conv, nn.GroupNorm(8, target), nn.ReLU()]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return {"map": self.layers(x)}
+
+    def output_shape(self):
+        return {"map": ShapeSpec(channels=CHANNELS, stride=4)}
+
+
+def build_tiny_model():
+    """By constructors alone, as lazy configs build models."""
+    anchors = RotatedAnchorGenerator(
+        sizes=[[11, 17]], aspect_ratios=[[0.2, 0.5]], angles=[[-90, -60, -30, 0, 30, 60]], strides=[4]
+    )
+    rrpn = RRPN(
+        in_features=["map"],
+        head=StandardRPNHead(in_channels=CHANNELS, num_anchors=24, box_dim=5),
+        anchor_generator=anchors,
+        anchor_matcher=Matcher([0.3, 0.6], [0, -1, 1], allow_low_quality_matches=True),
+        box2box_transform=Box2BoxTransformRotated((1, 1, 1, 1, 1)),
+        batch_size_per_image=32,
+        positive_fraction=0.5,
+        pre_nms_topk=(300, 300),
+        post_nms_topk=(60, 60),
+        loss_weight={"loss_rpn_loc": 4.0},
+    )
+    box_head = FastRCNNConvFCHead(
+        ShapeSpec(channels=CHANNELS, height=7, width=7), conv_dims=[], fc_dims=[128]
+    )
+    heads = RROIHeads(
+        num_classes=2,
+        batch_size_per_image=16,
+        positive_fraction=0.5,
+        proposal_matcher=Matcher([0.5], [0, 1]),
+        box_in_features=["map"],
+        box_pooler=ROIPooler(7, [1 / 4], 2, "ROIAlignRotated"),
+        box_head=box_head,
+        box_predictor=FastRCNNOutputLayers(
+            box_head.output_shape,
+            box2box_transform=Box2BoxTransformRotated((10, 10, 5, 5, 1)),
+            num_classes=2,
+            test_score_thresh=0.05,
+            loss_weight={"loss_box_reg": 5.0},
+        ),
+    )
+    return GeneralizedRCNN(
+        backbone=TinyBackbone(),
+        proposal_generator=rrpn,
+        roi_heads=heads,
+        pixel_mean=[110.0] * 3,
+        pixel_std=[60.0] * 3,
+    )
+
+
+def average_precision(model, batch):
+    evaluator = COCOEvaluator(NAME, distributed=False)
+    with torch.no_grad():
+        evaluator.process(batch, model.eval()(batch))
+    model.train()
+    return evaluator.evaluate()["bbox"]
+
+
+def test_overfits_generated_boxes():
+    torch.manual_seed(0)
+    mapper = DatasetMapper(True, augmentations=[T.NoOpTransform()], image_format="BGR")
+    batch = [mapper(record) for record in DatasetCatalog.get(NAME)]
+    assert all(type(item["instances"].gt_boxes) is RotatedBoxes for item in batch)
+    model = build_tiny_model()
+    steps = 160
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
+    before = average_precision(model, batch)["AP50"]
+    for _ in range(steps):
+        losses = sum(model(copy.copy(batch)).values())
+        optimizer.zero_grad()
+        losses.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        schedule.step()
+    after = average_precision(model, batch)
+    assert before < 5 and after["AP50"] > 95 and after["AP"] > 80, (before, after)
+
+
+def predict(cfg, record, tmp_path, model=None):
+    """A DefaultPredictor's instances for one picture, and the picture; `model`'s weights or random ones."""
+    cfg = cfg.clone()
+    cfg.MODEL.WEIGHTS = ""
+    if model is not None:
+        torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
+        cfg.MODEL.WEIGHTS = str(tmp_path / "model.pth")
+    predictor = DefaultPredictor(cfg)
+    return predictor(read_image(record["file_name"], "BGR"))["instances"], predictor.metadata
+
+
+def quickstart(*overrides):
+    cfg = get_cfg()
+    cfg.merge_from_file(str(CONFIG))
+    cfg.merge_from_list(["MODEL.DEVICE", "cpu", *overrides])
+    return cfg
+
+
+def test_predictor_and_drawing(tmp_path):
+    """In the picture's own frame, of which the network sees twice the height and width."""
+    name = "shapes:val?rotated=1&num=2&size=64"
+    record = DatasetCatalog.get(name)[1]
+    cfg = quickstart(
+        "INPUT.MIN_SIZE_TEST", 128, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "DATASETS.TEST", (name,)
+    )
+    torch.manual_seed(0)
+    instances, metadata = predict(cfg, record, tmp_path)
+    assert type(instances.pred_boxes) is RotatedBoxes and instances.image_size == (64, 64)
+    assert 0 < len(instances) <= 100 and instances.pred_boxes.inside_box((64, 64), 8).all()
+    image = read_image(record["file_name"], "RGB")
+    drawn = Visualizer(image, metadata, scale=4).draw_instance_predictions(instances[:3]).get_image()
+    plain = Visualizer(image, metadata, scale=4).get_output().get_image()
+    assert (drawn != plain).any(axis=2).sum() > 100
+    assert metadata.thing_classes == ["brick", "plank"]
+
+
+@pytest.mark.slow
+def test_quickstart_config(tmp_path):
+    """The whole config by the trainer, a few minutes; what it predicts lies on the truth."""
+    cfg = quickstart("OUTPUT_DIR", str(tmp_path), "DATALOADER.NUM_WORKERS", 0, "TEST.EVAL_PERIOD", 0)
+    torch.manual_seed(0)
+    trainer = DefaultTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    results = trainer.train()
+    assert results["bbox"]["AP50"] > 80 and results["bbox"]["AP"] > 40, results
+    record = DatasetCatalog.get(cfg.DATASETS.TEST[0])[0]
+    instances, _ = predict(cfg, record, tmp_path, trainer.model)
+    truth = RotatedBoxes(np.array([annotation["bbox"] for annotation in record["annotations"]]))
+    assert pairwise_iou(truth, instances[instances.scores > 0.5].pred_boxes).amax(dim=1).min() > 0.5
