@@ -25,7 +25,7 @@ from detlib.modeling.roi_heads.rotated_fast_rcnn import (
     fast_rcnn_inference_rotated,
     fast_rcnn_inference_single_image_rotated,
 )
-from detlib.structures import BoxMode, Instances, RotatedBoxes
+from detlib.structures import Boxes, BoxMode, Instances, RotatedBoxes
 from detlib.structures.rotated_boxes import pairwise_iou
 from tests.modeling.small_rcnn import (
     FASTER_RCNN,
