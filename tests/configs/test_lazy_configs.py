@@ -12,7 +12,7 @@ from torch import nn
 import detlib.evaluation
 from detlib.config import LazyConfig, instantiate
 from detlib.config._lazy_text import as_plain_data
-from detlib.data import DatasetMapper
+from detlib.data import DatasetCatalog, DatasetMapper
 from detlib.layers import ShapeSpec
 from detlib.utils.registry import locate
 from tests.configs.published_lazy import CONFIGS, NAMES, PENDING, PUBLISHED, differences, load, tree
@@ -124,6 +124,7 @@ class TestOptimizers:
     [
         "common/data/coco.py",
         "common/data/coco_keypoint.py",
+        "common/data/coco_panoptic_separated.py",
         "new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py",
         "ViTDet/common/coco_loader_lsj.py",
         "MViTv2/common/coco_loader.py",
@@ -137,6 +138,12 @@ def test_mappers_are_made(name):
     assert train.is_train and not test.is_train
     assert train.image_format == test.image_format == loaders.train.mapper.image_format
     assert len(train.augmentations.augs) == len(loaders.train.mapper.augmentations)
+
+
+def test_datasets_are_registered():
+    loaders = [load(name).dataloader for name in NAMES if "dataloader" in PUBLISHED[name]]
+    names = {loader[part].dataset.names for loader in loaders for part in ("train", "test")}
+    assert names <= set(DatasetCatalog.list()) and len(names) >= 6
 
 
 def test_instantiated_arguments():
