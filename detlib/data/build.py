@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ __all__ = [
     "filter_images_with_few_keypoints",
     "filter_images_with_only_crowd_annotations",
     "get_detection_dataset_dicts",
+    "pictures_per_epoch",
     "print_instances_class_histogram",
     "trivial_batch_collator",
     "worker_init_reset_seed",
@@ -141,6 +142,13 @@ def build_batch_data_loader(
     elements = DataLoader(dataset, batch_size=None, collate_fn=_as_is, **kwargs)
     batches = AspectRatioGroupedDataset(elements, batch_size)
     return batches if collate_fn is None else MapDataset(batches, collate_fn)
+
+
+def pictures_per_epoch(loader: Any) -> int | None:
+    """Number of elements that a loader of `build_batch_data_loader` draws from; None if that is not known."""
+    while hasattr(loader, "dataset"):
+        loader = loader.dataset
+    return len(loader) if isinstance(loader, Sized) else None
 
 
 # Where each meta architecture has its number of classes, in config keys.

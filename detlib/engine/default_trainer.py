@@ -12,6 +12,7 @@ from torch import nn
 from detlib.checkpoint import DetectionCheckpointer
 from detlib.config import CfgNode
 from detlib.data import build_detection_test_loader, build_detection_train_loader
+from detlib.data.build import pictures_per_epoch
 from detlib.engine import hooks
 from detlib.engine.checks import as_names, check_datasets, check_num_classes
 from detlib.engine.evaluators import default_evaluator
@@ -88,7 +89,9 @@ class DefaultTrainer(TrainerBase):
         self._trainer = trainer_class(model, data_loader, optimizer)
         self._trainer.register_hooks([_AfterBackward(weakref.proxy(self))])
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = DetectionCheckpointer(
+            model, cfg.OUTPUT_DIR, async_save=cfg.SOLVER.CHECKPOINT_ASYNC, trainer=weakref.proxy(self)
+        )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -137,7 +140,13 @@ class DefaultTrainer(TrainerBase):
                 )
             )
         # On every process, so that all of them stop if the model has diverged; only one writes files.
-        result.append(hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))
+        result.append(
+            hooks.PeriodicCheckpointer(
+                self.checkpointer,
+                self._checkpoint_period(),
+                max_to_keep=cfg.SOLVER.CHECKPOINT_KEEP_LAST or None,
+            )
+        )
 
         def test_and_save_results() -> dict:
             self._last_eval_results = self.test(self.cfg, self.model)
@@ -147,6 +156,19 @@ class DefaultTrainer(TrainerBase):
         if comm.is_main_process():
             result.append(hooks.PeriodicWriter(self.build_writers(), period=20))
         return result
+
+    def _checkpoint_period(self) -> int:
+        """Iterations between checkpoints."""
+        solver = self.cfg.SOLVER
+        if solver.CHECKPOINT_EPOCHS <= 0:
+            return solver.CHECKPOINT_PERIOD
+        pictures = pictures_per_epoch(self.data_loader)
+        if pictures is None:
+            raise ValueError(
+                f"SOLVER.CHECKPOINT_EPOCHS = {solver.CHECKPOINT_EPOCHS}: the training data do not tell their "
+                "length; set SOLVER.CHECKPOINT_PERIOD in iterations instead."
+            )
+        return max(1, round(solver.CHECKPOINT_EPOCHS * pictures / solver.IMS_PER_BATCH))
 
     def build_writers(self) -> list[EventWriter]:
         """The writers: terminal, ``metrics.json`` and TensorBoard."""

@@ -303,3 +303,22 @@ def test_precise_bn_is_added_on_demand(tmp_path):
     assert not any(isinstance(h, hooks.PreciseBN) for h in DefaultTrainer(cfg)._hooks)  # GN has none
     cfg.MODEL.RESNETS.NORM = "BN"
     assert any(isinstance(h, hooks.PreciseBN) for h in DefaultTrainer(cfg)._hooks)
+
+
+def test_checkpoint_keys(tmp_path):
+    """Six steps of two pictures out of eight: an epoch is four steps."""
+    cfg = tiny_cfg(
+        tmp_path,
+        DATASETS__TEST=(),
+        SOLVER__MAX_ITER=6,
+        SOLVER__CHECKPOINT_EPOCHS=1,
+        SOLVER__CHECKPOINT_ASYNC=True,
+    )
+    trainer = DefaultTrainer(cfg)
+    trainer.train()
+    assert sorted(p.name for p in tmp_path.glob("model*")) == ["model_0000003.pth", "model_final.pth"]
+    cfg.SOLVER.CHECKPOINT_EPOCHS, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINT_KEEP_LAST = 0, 1, 2
+    cfg.OUTPUT_DIR = str(tmp_path / "kept")
+    DefaultTrainer(cfg).train()
+    names = sorted(p.name for p in (tmp_path / "kept").glob("model*"))
+    assert names == ["model_0000004.pth", "model_0000005.pth", "model_final.pth"]

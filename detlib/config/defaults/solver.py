@@ -42,8 +42,13 @@ SOLVER = {
         "CLIP_VALUE": 1.0,
         "NORM_TYPE": 2.0,
     },
-    # Iterations between checkpoints.
+    # Iterations between checkpoints; or epochs, passes over the training data, if that is above 0.
     "CHECKPOINT_PERIOD": 5000,
+    "CHECKPOINT_EPOCHS": 0,
+    # How many periodic checkpoints to keep, the newest ones; 0 keeps all.
+    "CHECKPOINT_KEEP_LAST": 0,
+    # Write checkpoints while training goes on, from a copy in main memory.
+    "CHECKPOINT_ASYNC": False,
     # Automatic mixed precision, float16 on CUDA.
     "AMP": {"ENABLED": False},
 }

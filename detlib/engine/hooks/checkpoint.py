@@ -38,6 +38,10 @@ class PeriodicCheckpointer(_PeriodicCheckpointer, HookBase):
         _refuse_diverged(self.checkpointer, iteration)
         self.step(iteration)
 
+    def after_train(self) -> None:
+        """Waits for what is saved in the background, and raises its error if it failed."""
+        self.checkpointer.wait()
+
 
 def _refuse_diverged(checkpointer: Checkpointer, iteration: int) -> None:
     bad = find_non_finite_parameters(checkpointer.model)
