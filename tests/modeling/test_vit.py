@@ -365,8 +365,8 @@ def test_pyramid_without_norm_keeps_the_positions_of_its_layers():
     assert names == {f"simfp_2.{i}.{kind}" for i in (0, 3, 4, 5) for kind in ("weight", "bias")}
 
 
-@pytest.mark.parametrize("square_pad, padded", [(0, (64, 96)), (128, (128, 128))])
-def test_pictures_are_padded_as_the_pyramid_needs(square_pad, padded):
+@pytest.mark.parametrize("square_pad, padded", [(0, (50, 70)), (128, (128, 128))])
+def test_pictures_are_padded_to_the_square_alone(square_pad, padded):
     net = pyramid(square_pad=square_pad)
     images = preprocess_images(
         [{"image": torch.ones(3, 50, 70)}, {"image": torch.ones(3, 33, 65)}],
@@ -376,7 +376,8 @@ def test_pictures_are_padded_as_the_pyramid_needs(square_pad, padded):
         padding_constraints=net.padding_constraints,
     )
     assert images.tensor.shape == (2, 3, *padded)
-    assert net(images.tensor)["p5"].shape[-2:] == (padded[0] // 32, padded[1] // 32)
+    patches = [side // 16 for side in padded]
+    assert net(images.tensor)["p5"].shape[-2:] == (patches[0] // 2, patches[1] // 2)
 
 
 @pytest.mark.parametrize(

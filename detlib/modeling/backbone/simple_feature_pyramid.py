@@ -96,13 +96,16 @@ class SimpleFeaturePyramid(Backbone):
         self._out_features = [f"p{level}" for level in levels]
         self._out_feature_strides = {f"p{level}": 2**level for level in levels}
         self._out_feature_channels = dict.fromkeys(self._out_features, out_channels)
-        self._size_divisibility = strides[-1]
         self._square_pad = square_pad
 
     @property
     def padding_constraints(self) -> dict[str, int]:
-        """{"size_divisibility": the coarsest own stride, "square_size": side in pixels, 0 for none}."""
-        return {"size_divisibility": self._size_divisibility, "square_size": self._square_pad}
+        """{"square_size": side in pixels, 0 for none}.
+
+        Without a square nothing is padded, as in the published models: what reaches beyond the last whole
+        patch is not seen.
+        """
+        return {"square_size": self._square_pad}
 
     def forward(self, x):
         """Compute the pyramid.
