@@ -249,7 +249,7 @@ class TestOverrides:
     def test_arguments_of_the_target_may_be_added(self, cfg):
         LazyConfig.apply_overrides(cfg, ["model.depth=4", "model.norm.name=GN"])
         del cfg.model["parts"]
-        assert instantiate(cfg.model) == (3, 4, {"name": "GN"}, (1, 2))
+        assert instantiate(cfg.model)[:3] == (3, 4, {"name": "GN"})
 
     def test_marks(self, cfg):
         LazyConfig.apply_overrides(cfg, ["+train.amp.enabled=true", "++train.max_iter=1", "~model.width"])
