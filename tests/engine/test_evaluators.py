@@ -3,9 +3,12 @@
 import pytest
 
 from detlib.data import MetadataCatalog
+from detlib.engine import DefaultTrainer
 from detlib.engine.checks import check_num_classes
 from detlib.engine.evaluators import default_evaluator
+from detlib.engine.pictures import write_prediction_pictures
 from detlib.evaluation import COCOEvaluator, COCOPanopticEvaluator, DatasetEvaluators, SemSegEvaluator
+from tests.engine.tiny import tiny_cfg
 from tests.modeling.small_rcnn import MASK_RCNN, small_config
 
 PANOPTIC = "COCO-PanopticSegmentation/panoptic_fpn_R_50_3x.yaml"
@@ -61,6 +64,30 @@ def test_unknown_type(tmp_path):
             default_evaluator(config(PANOPTIC, tmp_path), "strange_type")
     finally:
         MetadataCatalog.remove("strange_type")
+
+
+@pytest.mark.parametrize(
+    "model, tasks",
+    [("PanopticFPN", {"bbox", "segm", "sem_seg", "panoptic_seg"}), ("SemanticSegmentor", {"sem_seg"})],
+)
+def test_a_model_is_trained_evaluated_and_drawn(tmp_path, model, tasks):
+    cfg = tiny_cfg(
+        tmp_path,
+        MODEL__META_ARCHITECTURE=model,
+        MODEL__SEM_SEG_HEAD__NUM_CLASSES=4,
+        MODEL__SEM_SEG_HEAD__CONVS_DIM=32,
+        DATASETS__TRAIN=("shapes:train?num=4&size=64&task=panoptic",),
+        DATASETS__TEST=("shapes:val?num=3&size=64&task=panoptic",),
+        SOLVER__MAX_ITER=1,
+    )
+    trainer = DefaultTrainer(cfg)
+    results = trainer.train()
+    assert results.keys() == tasks
+    assert 0 <= results["sem_seg"]["mIoU"] <= 100
+    pictures = write_prediction_pictures(cfg, trainer.model)
+    assert len(pictures) == 3
+    written = tmp_path / "inference" / "panoptic" / "predictions"
+    assert written.exists() == (model == "PanopticFPN")
 
 
 @pytest.mark.parametrize("model", [PANOPTIC, SEMANTIC])

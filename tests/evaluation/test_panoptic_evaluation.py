@@ -12,6 +12,7 @@ from detlib.data import DatasetCatalog, MetadataCatalog
 from detlib.data.datasets import register_coco_panoptic
 from detlib.evaluation import COCOPanopticEvaluator
 from detlib.evaluation.panoptic_quality import PanopticStats, Segments
+from detlib.utils import comm
 from detlib.utils.panoptic import id_to_rgb, rgb_to_id
 
 NAME = "panoptic_evaluation_test"
@@ -153,6 +154,24 @@ def test_quality_equals_the_slow_one(data, pictures):
     assert evaluator.evaluate() == results
 
 
+def test_processes_add_up(data, pictures, monkeypatch):
+    whole, first, second = (COCOPanopticEvaluator(NAME) for _ in range(3))
+    process(whole, pictures)
+    process(first, pictures[:3])
+    process(second, pictures)
+    second.reset()
+    for i in range(3, len(pictures)):
+        ids, segments = pictures[i][1]
+        image = {"image_id": 7 * i, "file_name": f"{i:03d}.jpg"}
+        second.process([image], [{"panoptic_seg": (torch.from_numpy(ids), segments)}])
+    want = whole.evaluate()["panoptic_seg"]
+    other = (second._stats, second._predictions)
+    monkeypatch.setattr(comm, "all_gather", lambda mine: [mine, other])
+    assert first.evaluate()["panoptic_seg"] == pytest.approx(want)
+    monkeypatch.setattr(comm, "is_main_process", lambda: False)
+    assert first.evaluate() is None
+
+
 def test_truth_from_the_data_sets_own_dicts(data, pictures):
     """The same without `panoptic_json`, and without maps of category ids."""
     records = DatasetCatalog.get(NAME)
@@ -246,6 +265,17 @@ def test_half_is_no_match():
     stats = PanopticStats(2)
     stats.add_picture(Segments(truth, [1], [0]), Segments(pred, [4], [0]))
     assert stats.matched.tolist() == [1, 0] and stats.iou.tolist() == [1.0, 0.0]
+
+
+def test_just_half_on_pixels_without_truth_is_no_excuse():
+    truth = np.zeros((1, 4), np.int64)
+    truth[0, 2:] = 1
+    for columns, wrong in ((slice(0, 4), 1), (slice(0, 3), 0)):
+        pred = np.zeros((1, 4), np.int64)
+        pred[0, columns] = 1
+        stats = PanopticStats(2)
+        stats.add_picture(Segments(truth, [1], [0]), Segments(pred, [1], [1]))
+        assert stats.wrong.tolist() == [0, wrong] and stats.missed.tolist() == [1, 0]
 
 
 def test_ids_as_colours():

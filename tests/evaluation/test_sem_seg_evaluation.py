@@ -12,6 +12,7 @@ from pycocotools import mask as mask_utils
 from detlib.data import DatasetCatalog, MetadataCatalog
 from detlib.evaluation import SemSegEvaluator
 from detlib.evaluation.sem_seg_evaluation import load_image_into_numpy_array
+from detlib.utils import comm
 
 NAME = "sem_seg_evaluation_test"
 CLASSES = ["sky", "road", "tree", "never"]
@@ -139,6 +140,20 @@ def test_results_are_forgotten_and_batches_add_up(data):
     inputs = [{"file_name": r["file_name"]} for r in records]
     evaluator.process(inputs, [output(p) for p in predictions])
     assert evaluator.evaluate()["sem_seg"]["mIoU"] == first["mIoU"]
+
+
+def test_processes_add_up(data, monkeypatch):
+    records, predictions = data
+    want = run(SemSegEvaluator(NAME), records, predictions)
+    first, second = (SemSegEvaluator(NAME) for _ in range(2))
+    run(second, records[1:], predictions[1:])
+    other = (second._confusion, second._boundary_confusion, second._predictions)
+    monkeypatch.setattr(comm, "all_gather", lambda mine: [mine, other])
+    assert run(first, records[:1], predictions[:1]) == pytest.approx(want, nan_ok=True)
+    monkeypatch.setattr(comm, "is_main_process", lambda: False)
+    assert first.evaluate() is None
+    alone = SemSegEvaluator(NAME, distributed=False)
+    assert run(alone, records, predictions) == pytest.approx(want, nan_ok=True)
 
 
 def test_files(data, tmp_path):

@@ -149,6 +149,19 @@ def test_losses(model):
         assert half[key] == pytest.approx(factors.get(key, 0.5) * value, rel=1e-4), key
 
 
+def test_instance_loss_weight_of_a_cascade():
+    agnostic = {
+        "MODEL__ROI_HEADS__NAME": "CascadeROIHeads",
+        "MODEL__ROI_BOX_HEAD__CLS_AGNOSTIC_BBOX_REG": True,
+    }
+    whole = losses_of(built(**agnostic))
+    half = losses_of(built(MODEL__PANOPTIC_FPN__INSTANCE_LOSS_WEIGHT=0.5, **agnostic))
+    assert {"loss_cls_stage2", "loss_box_reg_stage0", "loss_mask"} < whole.keys()
+    for key, value in whole.items():
+        factor = 1 if key.startswith(("loss_rpn", "loss_sem")) else 0.5
+        assert half[key] == pytest.approx(factor * value, rel=1e-4), key
+
+
 @torch.no_grad()
 def test_outputs_of_each_picture(model):
     items = [{"image": picture(), "height": 128, "width": 144}, {"image": picture(40, 96, seed=1)}]
