@@ -163,10 +163,10 @@ def check_rows(anchors, predictions: list[torch.Tensor], remedy: str) -> None:
 
 
 class Candidates(NamedTuple):
-    """Predictions of one level that score above a threshold; P of them, of all images of a batch."""
+    """Predictions that score above a threshold: P of them, of all images of a batch, image by image."""
 
     images: torch.Tensor
-    """(P,) int64 in [0, N)."""
+    """(P,) int64 in [0, N), rising."""
     rows: torch.Tensor
     """(P,) int64 in [0, R): which anchor of the level."""
     classes: torch.Tensor
@@ -175,29 +175,30 @@ class Candidates(NamedTuple):
     """(P,) float32, or float64 where the predictions are."""
 
 
-def _score_dtype(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def candidates_from_scores(scores: torch.Tensor, threshold: float) -> Candidates:
-    """The scores above `threshold` of a (N, R, K) tensor."""
-    images, rows, classes = (scores > threshold).nonzero(as_tuple=True)
-    return Candidates(images, rows, classes, scores[images, rows, classes].to(_score_dtype(scores)))
+    """The scores of one level, a (N, R, K) tensor, that are above `threshold`."""
+    # Most anchors have no class that does: to look for these first takes a third of the time.
+    images, rows = (scores.amax(dim=2) > threshold).nonzero(as_tuple=True)
+    chosen = scores[images, rows]
+    index, classes = (chosen > threshold).nonzero(as_tuple=True)
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    return Candidates(images[index], rows[index], classes, chosen[index, classes].to(dtype))
 
 
 def candidates_from_logits(
     logits: torch.Tensor, threshold: float, quality_logits: torch.Tensor | None = None
 ) -> Candidates:
-    """The predictions whose score is above a threshold, without computing the scores of the others.
+    """The predictions of one level that may score above a threshold, without the scores of the others.
 
     Args:
         logits: (N, R, K); the sigmoid of it is the score of a class.
-        threshold: scores must be above it.
+        threshold: what a score must exceed. A few that fall short of it are among the candidates:
+            `decode_candidates` drops them.
         quality_logits: (N, R, 1); if given, its sigmoid is how well the box lies, and the score is the
             geometric mean of both.
 
     Returns:
-        Candidates: of this level.
+        Candidates: of this level, with their exact scores.
     """
     # A quality is at most 1, so that the class alone must score above the square.
     least = threshold if quality_logits is None else threshold * abs(threshold)
@@ -206,25 +207,28 @@ def candidates_from_logits(
     else:
         least_logit = math.log(least / (1 - least)) if least < 1 else math.inf
         least_logit -= 0.01 * (1 + abs(least_logit))  # how logits are rounded must not decide
-    images, rows, classes, chosen = candidates_from_scores(logits, least_logit)
-    scores = chosen.sigmoid()
+    found = candidates_from_scores(logits, least_logit)
+    scores = found.scores.sigmoid()
     if quality_logits is not None:
-        scores = (scores * quality_logits[images, rows, 0].to(scores.dtype).sigmoid()).sqrt()
-    keep = (scores > threshold).nonzero().flatten()
-    return Candidates(images[keep], rows[keep], classes[keep], scores[keep])
+        quality = quality_logits[found.images, found.rows, 0].to(scores.dtype).sigmoid()
+        scores = (scores * quality).sqrt()
+    return found._replace(scores=scores)
 
 
 def best_candidates(candidates: Candidates, topk: int) -> Candidates:
-    """The `topk` best of each image (all where there are fewer): images in order, scores falling."""
-    order = candidates.scores.argsort(descending=True, stable=True)
-    order = order[candidates.images[order].argsort(stable=True)]
-    images = candidates.images[order]
-    rank = torch.arange(len(order), device=order.device) - torch.searchsorted(images, images)
-    order = order[rank < topk]
-    return Candidates(*(x[order] for x in candidates))
+    """The `topk` best of each image; all where there are fewer."""
+    if len(candidates.scores) <= topk:
+        return candidates
+    chosen, start = [], 0
+    for count in torch.bincount(candidates.images).tolist():
+        scores = candidates.scores[start : start + count]
+        chosen.append(scores.topk(min(topk, count)).indices + start)
+        start += count
+    index = torch.cat(chosen)
+    return Candidates(*(x[index] for x in candidates))
 
 
-def decode_candidates(anchors, deltas, levels: list[Candidates], box2box_transform):
+def decode_candidates(anchors, deltas, levels: list[Candidates], box2box_transform, threshold: float):
     """Turn the chosen predictions of all levels into boxes, at once.
 
     Args:
@@ -232,22 +236,27 @@ def decode_candidates(anchors, deltas, levels: list[Candidates], box2box_transfo
         deltas: L tensors (N, R, B).
         levels: L sets of candidates, P on all levels together.
         box2box_transform: what relates deltas and boxes.
+        threshold: scores must be above it.
 
     Returns:
         boxes: (P, B) float32, in the anchors' frame; only those that are finite.
-        candidates: the `Candidates` they belong to, with `rows` of their levels.
+        images: (P,) int64, the image of each.
+        classes: (P,) int64, its class.
+        scores: (P,) float32, its score.
     """
     chosen_anchors = torch.cat([a.tensor[c.rows] for a, c in zip(anchors, levels)])
     chosen_deltas = torch.cat([d[c.images, c.rows] for d, c in zip(deltas, levels)])
     boxes = box2box_transform.apply_deltas(chosen_deltas, chosen_anchors)
-    finite = torch.isfinite(boxes).all(dim=1).nonzero().flatten()
-    merged = Candidates(*(torch.cat(field)[finite] for field in zip(*levels)))
-    return boxes[finite], merged
+    images, _, classes, scores = (torch.cat(field) for field in zip(*levels))
+    keep = (torch.isfinite(boxes).all(dim=1) & (scores > threshold)).nonzero().flatten()
+    return boxes[keep], images[keep], classes[keep], scores[keep]
 
 
 def detections_per_image(
     boxes: torch.Tensor,
-    candidates: Candidates,
+    images: torch.Tensor,
+    classes: torch.Tensor,
+    scores: torch.Tensor,
     image_sizes: list[tuple[int, int]],
     box_type: type,
     nms_thresh: float,
@@ -257,7 +266,9 @@ def detections_per_image(
 
     Args:
         boxes: (P, B) boxes, in pixels of the pictures.
-        candidates: image, class and score of each.
+        images: (P,) int64 in [0, N).
+        classes: (P,) int64.
+        scores: (P,) float.
         image_sizes: N pairs (height, width) of the pictures before padding.
         box_type: the class of the boxes, with `batched_nms`.
         nms_thresh: IoU above which the worse of two boxes of a class is dropped.
@@ -266,16 +277,18 @@ def detections_per_image(
     Returns:
         list[Instances]: N with `pred_boxes` (not clipped), `scores` and `pred_classes`, by falling score.
     """
-    order = candidates.images.argsort(stable=True)
-    counts = torch.bincount(candidates.images, minlength=len(image_sizes)).tolist()
-    parts = (x[order].split(counts) for x in (boxes, candidates.scores, candidates.classes))
+    order = images.argsort(stable=True)
+    counts = torch.bincount(images, minlength=len(image_sizes)).tolist()
+    parts = (x[order].split(counts) for x in (boxes, classes, scores))
     results = []
-    for image_boxes, scores, classes, size in zip(*parts, image_sizes):
+    for image_boxes, image_classes, image_scores, size in zip(*parts, image_sizes):
         typed = box_type(image_boxes)
-        keep = typed.batched_nms(scores, classes, nms_thresh)
+        keep = typed.batched_nms(image_scores, image_classes, nms_thresh)
         if max_detections >= 0:
             keep = keep[:max_detections]
         results.append(
-            Instances(size, pred_boxes=typed[keep], scores=scores[keep], pred_classes=classes[keep])
+            Instances(
+                size, pred_boxes=typed[keep], scores=image_scores[keep], pred_classes=image_classes[keep]
+            )
         )
     return results

@@ -192,7 +192,16 @@ class DenseDetector(nn.Module, metaclass=ABCMeta):
     def _detect(self, anchors, candidates, deltas, image_sizes) -> list[Instances]:
         """From candidates of each level to the detections of each image."""
         best = [best_candidates(c, self.test_topk_candidates) for c in candidates]
-        boxes, chosen = decode_candidates(anchors, deltas, best, self.box2box_transform)
+        boxes, images, classes, scores = decode_candidates(
+            anchors, deltas, best, self.box2box_transform, self.test_score_thresh
+        )
         return detections_per_image(
-            boxes, chosen, image_sizes, type(anchors[0]), self.test_nms_thresh, self.max_detections_per_image
+            boxes,
+            images,
+            classes,
+            scores,
+            image_sizes,
+            type(anchors[0]),
+            self.test_nms_thresh,
+            self.max_detections_per_image,
         )
