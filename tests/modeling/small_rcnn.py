@@ -6,12 +6,16 @@ import numpy as np
 import torch
 
 from detlib.config import CfgNode, get_cfg
-from detlib.structures import Boxes, Instances, PolygonMasks, RotatedBoxes
+from detlib.layers import ShapeSpec
+from detlib.modeling import FCOS, Backbone, build_backbone
+from detlib.modeling.meta_arch.fcos import FCOSHead
+from detlib.structures import Boxes, Instances, PolygonMasks, RotatedBoxes, pairwise_iou
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 NUM_CLASSES = 3
 MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml"
 FASTER_RCNN = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
 FAST_RCNN = "COCO-Detection/fast_rcnn_R_50_FPN_1x.yaml"
 RPN = "COCO-Detection/rpn_R_50_FPN_1x.yaml"
 # A narrow ResNet with bottlenecks, as C4, DC5 and deformable convolutions need them.
@@ -39,6 +43,9 @@ def small_config(name: str = MASK_RCNN, **overrides) -> CfgNode:
         "MODEL.RPN.POST_NMS_TOPK_TRAIN": 60,
         "MODEL.RPN.POST_NMS_TOPK_TEST": 40,
         "MODEL.ROI_HEADS.NUM_CLASSES": NUM_CLASSES,
+        "MODEL.RETINANET.NUM_CLASSES": NUM_CLASSES,
+        "MODEL.RETINANET.NUM_CONVS": 1,
+        "MODEL.RETINANET.SCORE_THRESH_TEST": 0.005,
         "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 16,
         "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
         "MODEL.ROI_MASK_HEAD.NUM_CONV": 1,
@@ -103,3 +110,61 @@ def rotated_batch(empty: tuple[bool, ...] = (False, False)) -> list[dict]:
         {"image": picture(seed=i), "instances": rotated_truth(boxes=()) if is_empty else rotated_truth()}
         for i, is_empty in enumerate(empty)
     ]
+
+
+def small_fcos(**overrides) -> FCOS:
+    """FCOS on a narrow ResNet-18 with a pyramid of five levels; `overrides` are arguments of `FCOS`."""
+    backbone = build_backbone(small_config(RETINANET))
+    names = ["p3", "p4", "p5", "p6", "p7"]
+    head = FCOSHead(
+        input_shape=[ShapeSpec(channels=32)] * 5, conv_dims=[32], num_classes=NUM_CLASSES, norm="GN"
+    )
+    values = {
+        "backbone": backbone,
+        "head": head,
+        "head_in_features": names,
+        "num_classes": NUM_CLASSES,
+        "pixel_mean": [103.53, 116.28, 123.675],
+        "pixel_std": [57.375, 57.12, 58.395],
+        "test_score_thresh": 0.02,
+    }
+    return FCOS(**values | overrides)
+
+
+class TinyPyramid(Backbone):
+    """Three levels p3, p4 and p5 of 16 channels, to overfit in a second."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 16, 8, stride=8), torch.nn.GroupNorm(4, 16), torch.nn.ReLU()
+        )
+
+    def forward(self, x):
+        p3 = self.stem(x)
+        p4 = torch.nn.functional.avg_pool2d(p3, 2)
+        return {"p3": p3, "p4": p4, "p5": torch.nn.functional.avg_pool2d(p4, 2)}
+
+    def output_shape(self):
+        return {f"p{i}": ShapeSpec(channels=16, stride=2**i) for i in (3, 4, 5)}
+
+    @property
+    def size_divisibility(self):
+        return 32
+
+
+def finds_what_it_trained_on(model, num_steps: int, lr: float = 1e-3) -> bool:
+    """Overfit `training_batch` and see whether each object is found, with its class."""
+    optimizer = torch.optim.Adam(model.train().parameters(), lr)
+    for _ in range(num_steps):
+        losses = model(training_batch())
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+    want, found = truth(), [x["instances"] for x in model.eval()(training_batch())]
+    iou = [pairwise_iou(want.gt_boxes, x.pred_boxes) for x in found]
+    return all(
+        (iou[i][j][found[i].pred_classes == k] > 0.6).any()
+        for i in range(len(found))
+        for j, k in enumerate(want.gt_classes.tolist())
+    )

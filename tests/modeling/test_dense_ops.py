@@ -5,9 +5,17 @@ import torch
 
 from detlib.modeling.box_regression import Box2BoxTransform
 from detlib.modeling.dense_ops import (
+    Candidates,
+    best_candidates,
+    candidates_from_logits,
+    candidates_from_scores,
+    check_rows,
+    decode_candidates,
     decode_top_predictions,
     dense_box_regression_loss,
+    detections_per_image,
     permute_to_N_HWA_K,
+    same_on_all_levels,
     top_per_level,
 )
 from detlib.structures import Boxes
@@ -88,3 +96,99 @@ def test_dense_box_loss(loss_type):
             hull = (max(p[2], t[2]) - min(p[0], t[0])) * (max(p[3], t[3]) - min(p[1], t[1]))
             want += 1 - inter / union + (hull - union) / hull
     assert loss.item() == pytest.approx(want, rel=1e-4)
+
+
+def rows_of(candidates):
+    """{(image, row, class): score}"""
+    keys = zip(*(x.tolist() for x in candidates[:3]))
+    return dict(zip(keys, candidates.scores.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("with_quality", [False, True])
+@pytest.mark.parametrize("threshold", [0.3, 0.9, 0.0, -1.0, 1.0])
+def test_candidates_from_logits(threshold, with_quality):
+    g = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(2, 30, 3, generator=g)
+    quality = torch.randn(2, 30, 1, generator=g) if with_quality else None
+    scores = logits.sigmoid() if quality is None else (logits.sigmoid() * quality.sigmoid()).sqrt()
+    found = candidates_from_logits(logits, threshold, quality)
+    assert found.images.tolist() == sorted(found.images.tolist())
+    have = {key: score for key, score in rows_of(found).items() if score > threshold}
+    want = rows_of(candidates_from_scores(scores, threshold))
+    assert have.keys() == want.keys() and len(want) == (scores > threshold).sum()
+    assert all(have[key] == pytest.approx(want[key], rel=1e-6) for key in want)
+    if threshold == 0.9:
+        assert len(found.scores) < (60 if with_quality else 30)  # of 180: the others were not scored
+
+
+def test_candidates_of_half_precision_are_scored_in_float32():
+    logits = torch.linspace(-4, 4, 800, dtype=torch.bfloat16).view(1, 100, 8)
+    found = rows_of(candidates_from_logits(logits, 0.05))
+    exact = logits.float().sigmoid()
+    want = {tuple(key): exact[tuple(key)].item() for key in (exact > 0.05).nonzero().tolist()}
+    assert {key: s for key, s in found.items() if s > 0.05} == pytest.approx(want, rel=1e-6)
+
+
+def test_best_candidates():
+    scores = torch.tensor([[[0.5], [0.9], [0.7], [0.6]], [[0.2], [0.1], [0.3], [0.0]]])
+    found = best_candidates(candidates_from_scores(scores, 0.0), 2)
+    assert rows_of(found) == pytest.approx(
+        {(0, 1, 0): 0.9, (0, 2, 0): 0.7, (1, 2, 0): 0.3, (1, 0, 0): 0.2}, abs=1e-6
+    )
+    second_alone = candidates_from_scores(scores * torch.tensor([0.0, 1.0]).view(2, 1, 1), 0.0)
+    assert rows_of(best_candidates(second_alone, 2)).keys() == {(1, 2, 0), (1, 0, 0)}
+
+
+def test_decode_candidates():
+    g = torch.Generator().manual_seed(0)
+    anchors = [random_boxes(20, 1), random_boxes(6, 2)]
+    deltas = [torch.randn(2, len(a), 4, generator=g) for a in anchors]
+    deltas[1][0, 3, 2] = float("nan")
+    scores = [torch.rand(2, len(a), 3, generator=g) for a in anchors]
+    levels = [candidates_from_scores(s, 0.5) for s in scores]
+    boxes, images, classes, chosen = decode_candidates(anchors, deltas, levels, TRANSFORM, 0.6)
+    want = [
+        (*TRANSFORM.apply_deltas(d[i, r][None], a.tensor[r][None])[0].tolist(), i, k, s[i, r, k].item())
+        for a, d, s in zip(anchors, deltas, scores)
+        for i in range(2)
+        for r in range(len(a))
+        for k in range(3)
+        if s[i, r, k] > 0.6 and d[i, r].isfinite().all()
+    ]
+    have = torch.cat((boxes, torch.stack((images.float(), classes.float(), chosen), dim=1)), dim=1)
+    torch.testing.assert_close(have, torch.tensor(want))
+
+
+def test_detections_per_image():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 11], [0, 0, 10, 10], [50, 0, 60, 10], [0, 0, 10, 10]])
+    images, classes = torch.tensor([0, 0, 2, 0, 0]), torch.tensor([1, 1, 1, 1, 0])
+    scores = torch.tensor([0.5, 0.6, 0.1, 0.7, 0.9])
+    sizes = [(20, 70), (5, 5), (30, 30)]
+
+    def detect(limit):
+        return detections_per_image(boxes, images, classes, scores, sizes, Boxes, 0.5, limit)
+
+    results = detect(-1)
+    assert [r.image_size for r in results] == sizes
+    assert results[0].scores.tolist() == pytest.approx([0.9, 0.7, 0.6])  # 0.5 overlaps 0.6 of its class
+    assert results[0].pred_classes.tolist() == [0, 1, 1]
+    assert results[0].pred_boxes.tensor.tolist() == boxes[[4, 3, 1]].tolist()
+    assert len(results[1]) == 0 and results[2].scores.tolist() == pytest.approx([0.1])
+    assert detect(2)[0].scores.tolist() == pytest.approx([0.9, 0.7])
+
+
+def test_no_candidates():
+    none = candidates_from_scores(torch.zeros(2, 5, 3), 0.5)
+    assert isinstance(none, Candidates) and len(none.scores) == 0
+    found = decode_candidates([random_boxes(5, 0)], [torch.zeros(2, 5, 4)], [none], TRANSFORM, 0.5)
+    results = detections_per_image(*found, [(9, 9)] * 2, Boxes, 0.5, 10)
+    assert [len(r) for r in results] == [0, 0] and results[0].pred_boxes.tensor.shape == (0, 4)
+
+
+def test_checks():
+    assert same_on_all_levels([3, 3], "channels") == 3
+    with pytest.raises(ValueError, match=r"channels must be the same on each; got \[3, 4\]"):
+        same_on_all_levels([3, 4], "channels")
+    check_rows([random_boxes(5, 0)], [torch.zeros(1, 5, 2)], "set it right")
+    with pytest.raises(ValueError, match=r"\[6\] anchors by level, there are \[5\]: set it right"):
+        check_rows([random_boxes(5, 0)], [torch.zeros(1, 6, 2)], "set it right")
