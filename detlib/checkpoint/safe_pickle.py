@@ -21,6 +21,7 @@ import torch
 
 __all__ = ["NUMPY_STAND_INS", "load_plain_pickle", "resolve_stand_ins"]
 
+_SHORT_TEXT = 1000
 _PLAIN_DTYPE = re.compile(r"[biufcSU]\d+")
 _PUTS = {"PUT", "BINPUT", "LONG_BINPUT"}
 _REFUSED_OPCODES = {"EXT1", "EXT2", "EXT4", "PERSID", "BINPERSID"}
@@ -43,12 +44,29 @@ class _PickledDtype:
         self.dtype = self.dtype.newbyteorder(byte_order)
 
 
-class _PickledArray:
-    """Stands in for ``numpy.ndarray`` while unpickling; `resolve_stand_ins` puts the array in its place.
+class _Later:
+    """Stands in for something big while unpickling; `resolve_stand_ins` puts what `build` makes in its place.
 
-    The array is made when it is asked for, one after the other: by then the unpickler is gone, and with it
-    what else holds the bytes, so a file is in memory once and not twice.
+    By then the unpickler is gone, and with it what else holds the bytes, and things are built one after the
+    other: so a file is in memory once and not twice.
     """
+
+
+class _PickledText(_Later):
+    """Bytes that an old protocol wrote as text."""
+
+    def __init__(self, text: str):
+        self.text = text
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def build(self) -> bytes:
+        return self.text.encode("latin1")
+
+
+class _PickledArray(_Later):
+    """Stands in for ``numpy.ndarray``."""
 
     _parts: tuple | None = None
 
@@ -61,6 +79,7 @@ class _PickledArray:
             raise pickle.UnpicklingError("a pickled numpy array has no content")
         data, dtype, shape, order = self._parts
         self._parts = None
+        data = data.build() if isinstance(data, _PickledText) else data
         # A copy: the arrays must be writable, and aligned whatever the file held.
         return np.array(np.frombuffer(data, dtype=dtype).reshape(shape, order=order))
 
@@ -68,10 +87,12 @@ class _PickledArray:
 def _checked_parts(data: Any, dtype: Any, shape: Any, order: str) -> tuple:
     """Raw bytes, dtype, shape and order of an array, which fit each other."""
     if isinstance(data, str):
-        data = data.encode("latin1")  # a byte string of Python 2
+        data = _PickledText(data)  # a byte string of Python 2
     if isinstance(data, pickle.PickleBuffer):
         data = data.raw()
-    if not isinstance(dtype, _PickledDtype) or not isinstance(data, bytes | bytearray | memoryview):
+    if not isinstance(dtype, _PickledDtype) or not isinstance(
+        data, bytes | bytearray | memoryview | _PickledText
+    ):
         raise pickle.UnpicklingError("a pickled numpy array is malformed")
     if not isinstance(shape, tuple) or not all(isinstance(n, int) and n >= 0 for n in shape):
         raise pickle.UnpicklingError(f"a pickled numpy array has the malformed shape {shape!r}")
@@ -99,43 +120,58 @@ def _scalar(dtype: Any, data: Any) -> np.generic:
     return _array_from_bytes(data, dtype, (1,)).build()[0]
 
 
-def _encode_latin1(text: str, encoding: str) -> bytes:
+def _encode_latin1(text: str, encoding: str) -> bytes | _PickledText:
     """Takes the place of ``codecs.encode``, with which old protocols write bytes."""
-    if encoding not in ("latin1", "latin-1"):
+    if encoding not in ("latin1", "latin-1") or not isinstance(text, str):
         raise pickle.UnpicklingError(f"bytes in the encoding {encoding!r} are refused")
-    return text.encode("latin1")
+    # Short ones may be keys of a dict.
+    return _PickledText(text) if len(text) > _SHORT_TEXT else text.encode("latin1")
 
 
-class _PickledStorage:
-    """The memory of a tensor, as `torch.save` wrote it into a pickle."""
+class _PickledStorage(_Later):
+    """Stands in for the memory of a tensor, as `torch.save` wrote it into a pickle."""
 
     def __init__(self, data: Any):
-        if not isinstance(data, bytes):
+        if not isinstance(data, bytes | _PickledText):
             raise pickle.UnpicklingError("a pickled tensor storage is malformed")
-        storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        if not isinstance(storage, torch.storage.TypedStorage):
-            raise pickle.UnpicklingError(f"a pickled tensor storage holds a {type(storage).__name__}")
-        self.dtype, self.bytes = storage.dtype, storage._untyped_storage
+        self._data = data
+        self._storage: torch.storage.TypedStorage | None = None
+
+    def build(self) -> torch.storage.TypedStorage:
+        if self._storage is None:
+            data = self._data.build() if isinstance(self._data, _PickledText) else self._data
+            storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            if not isinstance(storage, torch.storage.TypedStorage):
+                raise pickle.UnpicklingError(f"a pickled tensor storage holds a {type(storage).__name__}")
+            self._storage, self._data = storage, None
+        return self._storage
 
 
-def _tensor(storage: Any, offset: int, size: Any, stride: Any, *_flags: Any) -> torch.Tensor:
-    """Takes the place of ``torch._utils._rebuild_tensor_v2``."""
-    numbers = [offset, *size, *stride]
-    if not isinstance(storage, _PickledStorage) or len(size) != len(stride):
-        raise pickle.UnpicklingError("a pickled tensor is malformed")
-    if not all(isinstance(n, int) and n >= 0 for n in numbers):
-        raise pickle.UnpicklingError(
-            f"a pickled tensor has size {size!r}, stride {stride!r}, offset {offset!r}"
-        )
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride))
-    if all(size) and last >= storage.bytes.nbytes() // storage.dtype.itemsize:
-        raise pickle.UnpicklingError(f"a pickled tensor of size {tuple(size)} reaches beyond its storage")
-    return torch.empty(0, dtype=storage.dtype).set_(storage.bytes, offset, tuple(size), tuple(stride))
+class _PickledTensor(_Later):
+    """Stands in for a tensor."""
+
+    def __init__(self, storage: Any, offset: int, size: Any, stride: Any, *_flags: Any):
+        """Takes the place of ``torch._utils._rebuild_tensor_v2``."""
+        if not isinstance(storage, _PickledStorage) or len(size) != len(stride):
+            raise pickle.UnpicklingError("a pickled tensor is malformed")
+        if not all(isinstance(n, int) and n >= 0 for n in (offset, *size, *stride)):
+            raise pickle.UnpicklingError(
+                f"a pickled tensor has size {size!r}, stride {stride!r}, offset {offset!r}"
+            )
+        self._storage, self._offset, self._size, self._stride = storage, offset, tuple(size), tuple(stride)
+
+    def build(self) -> torch.Tensor:
+        storage = self._storage.build()
+        memory, dtype = storage._untyped_storage, storage.dtype
+        last = self._offset + sum((n - 1) * step for n, step in zip(self._size, self._stride))
+        if all(self._size) and last >= memory.nbytes() // dtype.itemsize:
+            raise pickle.UnpicklingError(f"a pickled tensor of size {self._size} reaches beyond its storage")
+        return torch.empty(0, dtype=dtype).set_(memory, self._offset, self._size, self._stride)
 
 
-def _parameter(data: Any, *_flags: Any) -> torch.Tensor:
+def _parameter(data: Any, *_flags: Any) -> _PickledTensor:
     """Takes the place of ``torch._utils._rebuild_parameter``."""
-    if not isinstance(data, torch.Tensor):
+    if not isinstance(data, _PickledTensor):
         raise pickle.UnpicklingError("a pickled parameter is malformed")
     return data
 
@@ -184,7 +220,7 @@ def _legal_globals() -> dict[str, Any]:
         "collections.defaultdict": _default_dict,
         "_codecs.encode": _encode_latin1,
         "torch.storage._load_from_bytes": _PickledStorage,
-        "torch._utils._rebuild_tensor_v2": _tensor,
+        "torch._utils._rebuild_tensor_v2": _PickledTensor,
         "torch._utils._rebuild_parameter": _parameter,
         "torch.Size": _container(tuple),
     }
@@ -247,7 +283,7 @@ def _look_through(file: BinaryIO) -> None:
 
 
 def resolve_stand_ins(value: Any) -> Any:
-    """Puts numpy arrays and dtypes in the places of what `NUMPY_STAND_INS` built, in a tree of containers.
+    """Puts arrays, tensors and dtypes in the places of their stand-ins, in a tree of containers.
 
     Dicts and lists are changed in place. Something that occurs in several places is resolved once and stays
     shared, so nesting cannot make a small file big.
@@ -257,7 +293,7 @@ def resolve_stand_ins(value: Any) -> Any:
 
 def _resolve(value: Any, known: dict[int, tuple[Any, Any]]) -> Any:
     """`known`: id of what was resolved, to it (kept alive, so that ids stay unique) and the result."""
-    if not isinstance(value, _PickledArray | _PickledDtype | dict | list | tuple | set | frozenset):
+    if not isinstance(value, _Later | _PickledDtype | dict | list | tuple | set | frozenset):
         return value
     if id(value) in known:
         return known[id(value)][1]
@@ -267,7 +303,7 @@ def _resolve(value: Any, known: dict[int, tuple[Any, Any]]) -> Any:
         for key, item in list(places):
             value[key] = _resolve(item, known)
         return value
-    if isinstance(value, _PickledArray):
+    if isinstance(value, _Later):
         result: Any = value.build()
     elif isinstance(value, _PickledDtype):
         result = value.dtype

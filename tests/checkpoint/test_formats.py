@@ -198,10 +198,13 @@ def test_options_of_a_path(tmp_path):
         DetectionCheckpointer(wrapped).load(f"{tmp_path}/a.pth?other=1")
 
 
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/clear_refs"), reason="memory is measured as Linux tells it"
+)
 def test_a_big_file_is_in_memory_once(tmp_path):
     """Of 60 MB of weights, at most 1.3 times as much is held at once, beyond the model itself."""
     code = """
-import resource, sys, torch
+import re, sys, torch
 from detlib.checkpoint import DetectionCheckpointer
 class Big(torch.nn.Module):
     def __init__(self):
@@ -210,9 +213,12 @@ class Big(torch.nn.Module):
             self.register_parameter(f"p{i}", torch.nn.Parameter(torch.ones(1_000_000)))
 model = Big()
 DetectionCheckpointer(model).load(sys.argv[2])  # a small file: what reading imports is not counted
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def memory(kind):
+    return int(re.search(kind + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+before = memory("VmRSS")
 DetectionCheckpointer(model).load(sys.argv[1])
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 60e6)
+print((memory("VmHWM") - before) / 60e6)
 assert model.p7[0] == 7
 """
     import subprocess
@@ -235,4 +241,5 @@ assert model.p7[0] == 7
             write_checkpoint(str(small), {"model": {"p0": torch.zeros(1)}})
         command = [sys.executable, "-c", code, str(tmp_path / name), str(small)]
         ratio = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        assert ratio < 1.3, f"{name}: {ratio:.2f}"
+        # At least the file itself, or the measurement is wrong.
+        assert 0.9 < ratio < 1.3, f"{name}: {ratio:.2f}"
