@@ -20,6 +20,8 @@ __all__ = [
     "convert_PIL_to_numpy",
     "convert_image_to_rgb",
     "read_image",
+    "read_image_size",
+    "upright_size",
 ]
 
 logger = logging.getLogger(__name__)
@@ -150,6 +152,32 @@ def read_image(file_name: str, format: str | None = None) -> np.ndarray:
         except ValueError as error:
             message = f"image file {file_name} cannot be converted to format {format!r}: {error}"
             raise ValueError(message) from error
+
+
+def read_image_size(file_name: str) -> tuple[int, int]:
+    """Read width and height from the header of a picture, upright by its EXIF orientation.
+
+    Raises:
+        FileNotFoundError: the file is not there.
+        ImageReadError: the file is not a picture.
+    """
+    try:
+        with PathManager.open(file_name, "rb") as handle, Image.open(handle) as image:
+            return upright_size(image)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"image file not found: {file_name}") from error
+    except _PIL_ERRORS as error:
+        raise ImageReadError(f"image file {file_name} is broken or cannot be read: {error}") from error
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of a picture once it is turned as its EXIF orientation says."""
+    try:
+        turned = image.getexif().get(_EXIF_ORIENTATION) in (5, 6, 7, 8)
+    except (SyntaxError, ValueError, KeyError, TypeError, EOFError, struct.error):
+        turned = False
+    width, height = image.size
+    return (height, width) if turned else (width, height)
 
 
 def check_image_size(dataset_dict: dict, image: np.ndarray) -> None:

@@ -92,7 +92,7 @@ def test_home_folder(folder, monkeypatch):
             "no task 'panoptics', only instances, panoptic, stuff.*'panoptic'",
         ),
         ("shapes:test", ValueError, "no split 'test', only 'train' and 'val'"),
-        ("ftp:x", KeyError, "coco:..., shapes:..., voc:..."),
+        ("ftp:x", KeyError, "coco:..., dir:..., roboflow:..., shapes:..., voc:..., yolo:..."),
     ],
 )
 def test_errors_name_the_part_that_is_wrong(folder, address, error, message):

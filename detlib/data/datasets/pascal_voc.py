@@ -2,19 +2,21 @@
 
 DIR/ImageSets/Main/SPLIT.txt    one picture name a line
 DIR/Annotations/NAME.xml
+DIR/labels.txt                  the classes in their order, one a line; not VOC's own, and may be missing
 DIR/JPEGImages/NAME.jpg         or .jpeg, .png, ...
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
-
-from PIL import Image
+from concurrent.futures import ThreadPoolExecutor
 
 from detlib.data.catalog import DatasetCatalog, MetadataCatalog
+from detlib.data.readers import read_image_size
 from detlib.structures import BoxMode
 from detlib.utils.file_io import PathManager
 from detlib.utils.suggest import suggest
@@ -39,6 +41,7 @@ def register_pascal_voc(
     class_names: Sequence[str] = CLASS_NAMES,
     *,
     one_based: bool = True,
+    empty_boxes: str = "error",
     overwrite: bool = False,
 ) -> None:
     """Registers a data set in Pascal VOC's layout.
@@ -49,12 +52,12 @@ def register_pascal_voc(
         split: name of a list in `ImageSets/Main`, without `.txt`.
         year: 2007 or 2012; VOC's own metric differs between them.
         class_names: all classes, in the order of their indices.
-        one_based: see `load_voc_instances`.
+        one_based, empty_boxes: see `load_voc_instances`.
         overwrite: replace what `name` stands for already.
     """
 
     def load() -> list[dict]:
-        return load_voc_instances(dirname, split, class_names, one_based=one_based)
+        return load_voc_instances(dirname, split, class_names, one_based=one_based, empty_boxes=empty_boxes)
 
     DatasetCatalog.register(name, load, overwrite=overwrite)
     if overwrite:
@@ -69,7 +72,12 @@ def register_pascal_voc(
 
 
 def load_voc_instances(
-    dirname: str, split: str, class_names: Sequence[str], *, one_based: bool = True
+    dirname: str,
+    split: str,
+    class_names: Sequence[str],
+    *,
+    one_based: bool = True,
+    empty_boxes: str = "error",
 ) -> list[dict]:
     """Loads a Pascal VOC split as dicts in the standard format.
 
@@ -80,6 +88,8 @@ def load_voc_instances(
         one_based: the XML counts pixels from 1, with the maximum included, as VOC's own does; so 1 is taken
             off xmin and ymin. If False, the boxes are taken as they are written. Those that span one pixel
             (minimum and maximum are equal) have no area then, and are left out with a warning.
+        empty_boxes: what to do about a box whose maximum is below its minimum: "error", or "drop" for leaving
+            it out with a warning.
 
     Returns:
         One dict for each picture, in the order of the list; boxes are XYXY_ABS, floats. The size is the
@@ -90,6 +100,8 @@ def load_voc_instances(
         ValueError: an annotation is malformed, names an unknown class or has a box whose maximum is below its
             minimum; the message names file and object.
     """
+    if empty_boxes not in ("error", "drop"):
+        raise ValueError(f"empty_boxes must be 'error' or 'drop', not {empty_boxes!r}.")
     names = read_voc_split(dirname, split)
     images = _image_files(dirname)
     class_index = {name: i for i, name in enumerate(class_names)}
@@ -103,7 +115,10 @@ def load_voc_instances(
         xml_file = os.path.join(dirname, "Annotations", name + ".xml")
         root = _parse_xml(xml_file)
         width, height = _picture_size(root, xml_file, images[name])
-        objects = (_read_object(element, xml_file, class_index, one_based) for element in root.iter("object"))
+        objects = (
+            _read_object(element, xml_file, class_index, one_based, empty_boxes)
+            for element in root.iter("object")
+        )
         dicts.append(
             {
                 "file_name": images[name],
@@ -142,14 +157,21 @@ def read_voc_split(dirname: str, split: str) -> list[str]:
 
 
 def find_voc_class_names(dirname: str) -> list[str]:
-    """Returns the sorted names of all objects in `DIR/Annotations`, whatever split they belong to."""
+    """Returns the lines of `DIR/labels.txt`; without that file, the sorted names of all objects in
+    `DIR/Annotations`, whatever split they belong to."""
+    listed = os.path.join(dirname, "labels.txt")
+    if PathManager.isfile(listed):
+        with PathManager.open(listed, "rb") as file:
+            lines = [line.strip() for line in file.read().decode("utf-8").splitlines()]
+        if any(lines):
+            return [line for line in lines if line]
     folder = os.path.join(dirname, "Annotations")
     if not PathManager.isdir(folder):
         raise FileNotFoundError(f"Folder {folder!r} does not exist.")
     names: set[str] = set()
-    for entry in PathManager.ls(folder):
-        if entry.endswith(".xml"):
-            root = _parse_xml(os.path.join(folder, entry))
+    files = [os.path.join(folder, entry) for entry in PathManager.ls(folder) if entry.endswith(".xml")]
+    with ThreadPoolExecutor(8) as pool:  # in an object store, most of it is waiting
+        for root in pool.map(_parse_xml, files):
             names.update((element.findtext("name") or "").strip() for element in root.iter("object"))
     names.discard("")
     if not names:
@@ -189,12 +211,15 @@ def _picture_size(root: ElementTree.Element, xml_file: str, image_file: str) -> 
         raise ValueError(f"{xml_file}: the size is {texts}, which are not two numbers.") from error
     if width > 0 and height > 0:
         return width, height
-    with PathManager.open(image_file, "rb") as file, Image.open(file) as image:
-        return image.size
+    return read_image_size(image_file)
 
 
 def _read_object(
-    element: ElementTree.Element, xml_file: str, class_index: dict[str, int], one_based: bool
+    element: ElementTree.Element,
+    xml_file: str,
+    class_index: dict[str, int],
+    one_based: bool,
+    empty_boxes: str,
 ) -> dict | None:
     """Returns one annotation in the standard format, or None if it is left out."""
     name = (element.findtext("name") or "").strip()
@@ -208,14 +233,21 @@ def _read_object(
         box = [float(text) for text in texts]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{xml_file}: object {name!r} has the box {texts}, not four numbers.") from error
-    if not (box[2] >= box[0] and box[3] >= box[1]):
+    if not all(map(math.isfinite, box)):
+        raise ValueError(f"{xml_file}: object {name!r} has a box that is not finite: {texts}.")
+    is_turned = box[2] < box[0] or box[3] < box[1]
+    if is_turned and empty_boxes == "error":
         raise ValueError(
-            f"{xml_file}: object {name!r} has a box of no area: [xmin, ymin, xmax, ymax] = {texts}."
+            f"{xml_file}: object {name!r} has a box of no area: [xmin, ymin, xmax, ymax] = {texts}. Mend it, "
+            "or let such objects be left out with empty_boxes='drop' (in an address: ?empty_boxes=drop)."
         )
+    if is_turned or (not one_based and (box[2] == box[0] or box[3] == box[1])):
+        logger.warning("%s: left out an object %r whose box has no area: %s", xml_file, name, texts)
+        return None
     if one_based:
         box[0] -= 1.0
         box[1] -= 1.0
-    elif box[2] == box[0] or box[3] == box[1]:
-        logger.warning("%s: left out an object %r whose box has no area: %s", xml_file, name, texts)
-        return None
-    return {"category_id": class_index[name], "bbox": box, "bbox_mode": BoxMode.XYXY_ABS}
+    annotation = {"category_id": class_index[name], "bbox": box, "bbox_mode": BoxMode.XYXY_ABS}
+    if (element.findtext("iscrowd") or "0").strip() == "1":  # not VOC's own: detlib's converter writes it
+        annotation["iscrowd"] = 1
+    return annotation

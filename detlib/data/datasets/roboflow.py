@@ -1,0 +1,137 @@
+"""Roboflow's COCO export: a folder for each split, with its pictures and `_annotations.coco.json`.
+
+Its categories begin with one of id 0 that stands for the whole data set: other categories name it as their
+supercategory, and no annotation has it. It is no class.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from detlib.data.catalog import DatasetCatalog, MetadataCatalog
+from detlib.utils.file_io import PathManager
+
+from .coco import load_coco_content, read_categories, read_coco_json
+
+__all__ = [
+    "ANNOTATION_FILE",
+    "find_roboflow_split",
+    "load_roboflow",
+    "read_roboflow_json",
+    "register_roboflow",
+    "roboflow_metadata",
+    "roboflow_splits",
+    "without_root_category",
+]
+
+ANNOTATION_FILE = "_annotations.coco.json"
+_ALIASES = {"val": ("valid", "validation"), "valid": ("val",), "validation": ("valid", "val")}
+
+
+def register_roboflow(
+    name: str, dirname: str, split: str, *, empty_boxes: str = "error", overwrite: bool = False
+) -> None:
+    """Registers a split of Roboflow's COCO export.
+
+    Args:
+        name: the name, as it will stand in `cfg.DATASETS`.
+        dirname: the folder with the splits' folders.
+        split: "train", "valid" or "test".
+        empty_boxes: see `detlib.data.datasets.load_coco_json`.
+        overwrite: replace what `name` stands for already.
+    """
+    folder = find_roboflow_split(dirname, split)
+    DatasetCatalog.register(
+        name, lambda: load_roboflow(dirname, split, name, empty_boxes=empty_boxes), overwrite=overwrite
+    )
+    if overwrite:
+        MetadataCatalog.pop(name, None)
+    MetadataCatalog.get(name).set(**roboflow_metadata(folder))
+
+
+def find_roboflow_split(dirname: str, split: str) -> str:
+    """Returns the folder of a split; "val" finds "valid" too.
+
+    Raises:
+        FileNotFoundError: there is none with annotations; the message lists those that there are.
+    """
+    for name in (split, *_ALIASES.get(split, ())):
+        folder = os.path.join(dirname, name)
+        if PathManager.isfile(os.path.join(folder, ANNOTATION_FILE)):
+            return folder
+    if not PathManager.isdir(dirname):
+        raise FileNotFoundError(f"Folder {dirname!r} does not exist.")
+    there = roboflow_splits(dirname)
+    raise FileNotFoundError(
+        f"{os.path.join(dirname, split, ANNOTATION_FILE)!r} does not exist. {dirname!r} has the splits: "
+        f"{', '.join(there) or 'none'}."
+    )
+
+
+def roboflow_splits(dirname: str) -> list[str]:
+    """Returns the names of the folders that hold annotations."""
+    names = sorted(PathManager.ls(dirname))
+    return [name for name in names if PathManager.isfile(os.path.join(dirname, name, ANNOTATION_FILE))]
+
+
+def without_root_category(coco: dict) -> dict:
+    """Returns the content of an annotation file without the category that stands for the whole set.
+
+    It is the one of id 0 with the supercategory "none" that is the supercategory of others, and that no
+    annotation has.
+    """
+    categories = coco.get("categories") or []
+    above = {category.get("supercategory") for category in categories if category.get("id") != 0}
+    root = [
+        category
+        for category in categories
+        if category.get("id") == 0
+        and category.get("supercategory") == "none"
+        and (category.get("name") in above)
+    ]
+    used = any(annotation.get("category_id") == 0 for annotation in coco.get("annotations") or ())
+    if not root or used:
+        return coco
+    return {**coco, "categories": [category for category in categories if category is not root[0]]}
+
+
+def read_roboflow_json(folder: str) -> dict:
+    """Reads the annotation file of a split's folder, without the root category."""
+    return without_root_category(read_coco_json(os.path.join(folder, ANNOTATION_FILE)))
+
+
+def roboflow_metadata(folder: str) -> dict[str, Any]:
+    """Returns classes and places for the metadata of a split's folder."""
+    json_file = os.path.join(folder, ANNOTATION_FILE)
+    thing_classes, id_map = read_categories(read_roboflow_json(folder)["categories"], json_file)
+    return {
+        "evaluator_type": "coco",
+        "image_root": folder,
+        "thing_classes": thing_classes,
+        "thing_dataset_id_to_contiguous_id": id_map,
+    }
+
+
+def load_roboflow(
+    dirname: str, split: str, dataset_name: str | None = None, *, empty_boxes: str = "error"
+) -> list[dict]:
+    """Loads a split of Roboflow's COCO export as dicts in the standard format.
+
+    Args:
+        dirname: the folder with the splits' folders.
+        split: "train", "valid" or "test".
+        dataset_name, empty_boxes: see `detlib.data.datasets.load_coco_json`.
+
+    Returns:
+        One dict for each image, sorted by image id.
+
+    Raises:
+        FileNotFoundError: there is no such split.
+        ValueError: the annotations have an error; the message names file, image and annotation.
+    """
+    folder = find_roboflow_split(dirname, split)
+    json_file = os.path.join(folder, ANNOTATION_FILE)
+    return load_coco_content(
+        read_roboflow_json(folder), json_file, folder, dataset_name, empty_boxes=empty_boxes
+    )

@@ -1,0 +1,269 @@
+"""Data sets in Ultralytics' YOLO format: boxes, polygons or poses (https://docs.ultralytics.com/datasets/).
+
+A line of a label file is `class cx cy w h`, `class x1 y1 x2 y2 ...` for the polygon of a mask, or with
+`kpt_shape` in the data.yaml `class cx cy w h x1 y1 [v1] ...`; all but class and v in shares of the picture.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from detlib.data.catalog import DatasetCatalog, MetadataCatalog
+from detlib.data.readers import read_image_size
+from detlib.structures import BoxMode
+from detlib.utils.file_io import PathManager
+
+from .yolo_layout import YoloConfig, find_yolo_pictures, label_file_of, read_yolo_config
+
+__all__ = ["load_yolo", "read_label_rows", "register_yolo", "row_to_annotation", "yolo_metadata"]
+
+logger = logging.getLogger(__name__)
+
+# Shares of the picture are written with few digits: their rounding may lead out of it.
+_SLACK = 0.01
+# Written as shares, whole pixels come back with a rounding error far below this many digits.
+_DIGITS = 6
+
+
+def register_yolo(
+    name: str, yaml_file: str, split: str, *, empty_boxes: str = "error", overwrite: bool = False
+) -> None:
+    """Registers a data set in YOLO's format.
+
+    Args:
+        name: the name, as it will stand in `cfg.DATASETS`.
+        yaml_file: path of the data.yaml.
+        split: "train", "val" or "test".
+        empty_boxes: see `load_yolo`.
+        overwrite: replace what `name` stands for already.
+
+    Raises:
+        FileNotFoundError, ValueError: the data.yaml is not there or malformed.
+    """
+    metadata = yolo_metadata(read_yolo_config(yaml_file), split)
+    DatasetCatalog.register(
+        name, lambda: load_yolo(yaml_file, split, empty_boxes=empty_boxes), overwrite=overwrite
+    )
+    if overwrite:
+        MetadataCatalog.pop(name, None)
+    MetadataCatalog.get(name).set(**metadata)
+
+
+def yolo_metadata(config: YoloConfig, split: str) -> dict[str, Any]:
+    """Returns classes, and keypoints if there are any, for the metadata of a split."""
+    metadata: dict[str, Any] = {
+        "evaluator_type": "coco",
+        "yaml_file": config.file,
+        "split": split,
+        "thing_classes": list(config.names),
+    }
+    if config.kpt_shape is None:
+        return metadata
+    names = list(config.kpt_names)
+    if config.flip_idx is not None:
+        pairs = [(names[i], names[j]) for i, j in enumerate(config.flip_idx) if i < j]
+    else:
+        pairs = [(name, name.replace("left", "right")) for name in names if "left" in name]
+        pairs = [pair for pair in pairs if pair[1] in names]
+        if not pairs:
+            logger.warning(
+                "%s has no flip_idx: where pictures are mirrored, no keypoints are swapped. That is wrong if "
+                "there are left and right ones.",
+                config.file,
+            )
+    return {
+        **metadata,
+        "keypoint_names": names,
+        "keypoint_flip_map": pairs,
+        "keypoint_connection_rules": [],
+    }
+
+
+def load_yolo(yaml_file: str, split: str, *, empty_boxes: str = "error") -> list[dict]:
+    """Loads a split of a data set in YOLO's format as dicts in the standard format.
+
+    The sizes of the pictures are read from their headers, upright by EXIF. Boxes become XYXY_ABS; where a
+    line has a polygon, the box is its extent. Coordinates are rounded to 1e-6 pixel, so that whole pixels
+    come out whole. Keypoints of two values are visible (2), or at (0, 0) or below 0 not labelled. A picture
+    without label file has no objects. Equal lines of a file are taken once, with a warning.
+
+    Args:
+        yaml_file: path of the data.yaml.
+        split: "train", "val" or "test".
+        empty_boxes: what to do about a box without an area: "error", or "drop" for leaving it out with a
+            warning.
+
+    Returns:
+        One dict for each picture, lists in their order and folders sorted. `image_id` is the file's name
+        without suffix, or its path where two files have one name.
+
+    Raises:
+        FileNotFoundError: a file or folder does not exist.
+        ValueError: a file is malformed; the message names file and line.
+    """
+    if empty_boxes not in ("error", "drop"):
+        raise ValueError(f"empty_boxes must be 'error' or 'drop', not {empty_boxes!r}.")
+    config = read_yolo_config(yaml_file)
+    pictures = find_yolo_pictures(config, split)
+    with ThreadPoolExecutor(8) as pool:  # headers from disks and object stores: most of it is waiting
+        sizes = list(pool.map(read_image_size, pictures))
+        rows = list(pool.map(lambda picture: list(read_label_rows(label_file_of(picture))), pictures))
+    dropped: Counter[str] = Counter()
+    dicts = []
+    for picture, image_id, size, lines in zip(pictures, _image_ids(pictures), sizes, rows):
+        annotations = _annotations(lines, label_file_of(picture), size, config, empty_boxes, dropped)
+        dicts.append(
+            {
+                "file_name": picture,
+                "image_id": image_id,
+                "height": size[1],
+                "width": size[0],
+                "annotations": annotations,
+            }
+        )
+    for what, count in dropped.items():
+        logger.warning("%s: left out %d %s.", yaml_file, count, what)
+    logger.info("Loaded %d images of split %r in YOLO format from %s", len(dicts), split, yaml_file)
+    return dicts
+
+
+def _image_ids(pictures: list[str]) -> list[str]:
+    stems = [os.path.splitext(os.path.basename(picture))[0] for picture in pictures]
+    return stems if len(set(stems)) == len(stems) else [os.path.splitext(path)[0] for path in pictures]
+
+
+def read_label_rows(label_file: str) -> Iterator[tuple[int, list[str]]]:
+    """Yields the number of each line, from 1, and its words; nothing if there is no such file.
+
+    Raises:
+        ValueError: the file is not text.
+    """
+    try:
+        with PathManager.open(label_file, "rb") as file:
+            text = file.read().decode("utf-8-sig")
+    except FileNotFoundError:
+        return
+    except UnicodeDecodeError as error:
+        raise ValueError(f"Label file {label_file!r} is not text: {error}") from error
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            yield number, line.split()
+
+
+def _annotations(
+    lines: list[tuple[int, list[str]]],
+    label_file: str,
+    size: tuple[int, int],
+    config: YoloConfig,
+    empty_boxes: str,
+    dropped: Counter[str],
+) -> list[dict]:
+    annotations = []
+    seen = set()
+    for number, words in lines:
+        where = f"{label_file}, line {number}"
+        if tuple(words) in seen:
+            dropped["lines that stand twice in their file"] += 1
+            continue
+        seen.add(tuple(words))
+        annotation = row_to_annotation(words, size, config, where)
+        _check_range(words, annotation, where)
+        x0, y0, x1, y1 = annotation["bbox"]
+        if x1 > x0 and y1 > y0:
+            annotations.append(annotation)
+        elif empty_boxes == "drop":
+            dropped["objects whose box has no area"] += 1
+        else:
+            raise ValueError(
+                f"{where}: the box has no area: {' '.join(words[:7])}. Mend it, or let such objects be left "
+                "out with empty_boxes='drop' (in an address: ?empty_boxes=drop)."
+            )
+    return annotations
+
+
+def _check_range(words: list[str], annotation: dict, where: str) -> None:
+    """Raises ValueError if box or polygon are in pixels, or otherwise outside the picture."""
+    shares = words[1:] if "segmentation" in annotation else words[1:5]
+    for share in shares:
+        if not -_SLACK <= float(share) <= 1 + _SLACK:
+            raise ValueError(
+                f"{where}: {share} is outside 0..1; YOLO's coordinates are shares of the picture's width and "
+                "height, not pixels."
+            )
+
+
+def row_to_annotation(words: list[str], size: tuple[int, int], config: YoloConfig, where: str) -> dict:
+    """Turns the words of a line into an annotation in the standard format.
+
+    Args:
+        words: the line.
+        size: width and height of the picture.
+        config: for the classes and the keypoints.
+        where: file and line, for the error.
+
+    Raises:
+        ValueError: the number of values is wrong, one is not a finite number, or the class is unknown.
+    """
+    class_index = _class_index(words[0], config, where)
+    try:
+        values = [float(word) for word in words[1:]]
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}.") from error
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"{where}: there is a value that is not finite.")
+    width, height = size
+    annotation: dict[str, Any] = {"category_id": class_index, "bbox_mode": BoxMode.XYXY_ABS}
+    if config.kpt_shape is not None:
+        num, dim = config.kpt_shape
+        if len(values) != 4 + num * dim:
+            raise ValueError(
+                f"{where}: {1 + len(values)} values; with kpt_shape [{num}, {dim}] there must be "
+                f"{5 + num * dim}: class, box and keypoints."
+            )
+        annotation["keypoints"] = _keypoints(values[4:], dim, size)
+    elif len(values) != 4:
+        if len(values) < 6 or len(values) % 2:
+            raise ValueError(
+                f"{where}: {1 + len(values)} values; there must be 5 (class, cx, cy, w, h), or class and "
+                "three corners of a polygon at least."
+            )
+        polygon = [round(value * (height if i % 2 else width), _DIGITS) for i, value in enumerate(values)]
+        annotation["segmentation"] = [polygon]
+        x, y = polygon[0::2], polygon[1::2]
+        annotation["bbox"] = [min(x), min(y), max(x), max(y)]
+        return annotation
+    cx, cy, w, h = values[:4]
+    corners = ((cx - w / 2) * width, (cy - h / 2) * height, (cx + w / 2) * width, (cy + h / 2) * height)
+    annotation["bbox"] = [round(value, _DIGITS) for value in corners]
+    return annotation
+
+
+def _class_index(word: str, config: YoloConfig, where: str) -> int:
+    try:
+        value = float(word)
+    except ValueError as error:
+        raise ValueError(f"{where}: the class {word!r} is not a number.") from error
+    if value not in range(len(config.names)):
+        raise ValueError(
+            f"{where}: class {word} is not in 0..{len(config.names) - 1}, the {len(config.names)} classes of "
+            f"{config.file}."
+        )
+    return int(value)
+
+
+def _keypoints(values: list[float], dim: int, size: tuple[int, int]) -> list[float]:
+    """Returns x, y in pixels and visibility of all keypoints, flat."""
+    keypoints = []
+    for i in range(0, len(values), dim):
+        x, y = values[i : i + 2]
+        visibility = values[i + 2] if dim == 3 else 2.0 * (x >= 0 and y >= 0 and (x, y) != (0, 0))
+        if not visibility:
+            x = y = 0.0
+        keypoints += [round(x * size[0], _DIGITS), round(y * size[1], _DIGITS), visibility]
+    return keypoints

@@ -1,0 +1,259 @@
+"""Where things lie in Ultralytics' layout (https://docs.ultralytics.com/datasets/detect/).
+
+data.yaml           path: ROOT; train, val, test: a folder, a list file, or a list of these; names, nc;
+                    for poses kpt_shape, and flip_idx if left and right differ
+.../images/A.jpg    a picture; its objects stand in .../labels/A.txt, one a line
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from detlib.utils.file_io import PathManager, is_remote
+from detlib.utils.suggest import suggest
+
+__all__ = ["IMAGE_SUFFIXES", "YoloConfig", "find_yolo_pictures", "label_file_of", "read_yolo_config"]
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".mpo", ".dng", ".pfm")
+
+_SPLITS = ("train", "val", "test")
+_ALIASES = {"val": ("valid", "validation"), "valid": ("val",), "validation": ("val",)}
+
+
+@dataclass(frozen=True)
+class YoloConfig:
+    """What a data.yaml says.
+
+    Attributes:
+        file: its own path.
+        roots: folders that its relative paths may start from, the likeliest first.
+        names: the classes in the order of their indices.
+        splits: where the pictures of each split are, as written.
+        kpt_shape: number of keypoints, and of values for each (2 or 3); None without poses.
+        flip_idx: for each keypoint the one that takes its place in the mirror; None if not given.
+        kpt_names: names of the keypoints.
+    """
+
+    file: str
+    roots: tuple[str, ...]
+    names: list[str]
+    splits: dict[str, list[str]]
+    kpt_shape: tuple[int, int] | None = None
+    flip_idx: tuple[int, ...] | None = None
+    kpt_names: tuple[str, ...] = ()
+
+    def split_name(self, split: str) -> str:
+        """Returns the key that `split` stands under.
+
+        Raises:
+            ValueError: there is none; the message lists those that there are.
+        """
+        for name in (split, *_ALIASES.get(split, ())):
+            if name in self.splits:
+                return name
+        there = ", ".join(self.splits) or "none"
+        raise ValueError(
+            f"{self.file}: there is no split {split!r}, only: {there}.{suggest(split, self.splits)}"
+        )
+
+
+def read_yolo_config(yaml_file: str) -> YoloConfig:
+    """Reads a data.yaml.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not YAML, or lacks or contradicts what it must say; the message names the key.
+    """
+    if not PathManager.isfile(yaml_file):
+        raise FileNotFoundError(f"Dataset file {yaml_file!r} does not exist.")
+    with PathManager.open(yaml_file, "rb") as file:
+        try:
+            data = yaml.safe_load(file.read())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"Dataset file {yaml_file!r} is not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(
+            f"Dataset file {yaml_file!r} must hold keys such as 'train', 'val' and 'names', not a "
+            f"{type(data).__name__}."
+        )
+    kpt_shape = _kpt_shape(data, yaml_file)
+    return YoloConfig(
+        file=yaml_file,
+        roots=_roots(data, yaml_file),
+        names=_class_names(data, yaml_file),
+        splits=_splits(data, yaml_file),
+        kpt_shape=kpt_shape,
+        flip_idx=_flip_idx(data, yaml_file, kpt_shape),
+        kpt_names=_kpt_names(data, yaml_file, kpt_shape),
+    )
+
+
+def _roots(data: dict, yaml_file: str) -> tuple[str, ...]:
+    """`path`, from the file's folder or from the working directory; else the file's own folder."""
+    folder = os.path.dirname(yaml_file)
+    path = data.get("path")
+    if not path:
+        return (folder,)
+    path = os.path.expanduser(str(path))
+    if os.path.isabs(path) or is_remote(path):
+        return (path, folder)
+    places = (os.path.join(folder, path), folder) if is_remote(folder) else (os.path.join(folder, path), path)
+    return (*dict.fromkeys((*places, folder)),)
+
+
+def _class_names(data: dict, yaml_file: str) -> list[str]:
+    names = data.get("names")
+    if isinstance(names, dict):
+        keys = sorted(names, key=lambda key: (not isinstance(key, int), key if isinstance(key, int) else 0))
+        if keys != [*range(len(names))]:
+            raise ValueError(f"{yaml_file}: the keys of 'names' must be 0 to {len(names) - 1}, not {keys}.")
+        names = [names[key] for key in keys]
+    if names is None and isinstance(data.get("nc"), int):
+        names = [f"class{i}" for i in range(data["nc"])]
+    if not isinstance(names, list) or not names:
+        raise ValueError(f"{yaml_file}: 'names' must list the classes, got {names!r}.")
+    if data.get("nc", len(names)) != len(names):
+        raise ValueError(f"{yaml_file}: 'nc' is {data['nc']!r}, but 'names' has {len(names)} classes.")
+    return [str(name) for name in names]
+
+
+def _splits(data: dict, yaml_file: str) -> dict[str, list[str]]:
+    aliases = [alias for group in _ALIASES.values() for alias in group]
+    splits = {}
+    for key in dict.fromkeys((*_SPLITS, *aliases)):
+        places = data.get(key)
+        if not places:
+            continue
+        places = [places] if isinstance(places, str) else places
+        if not isinstance(places, list) or not all(isinstance(place, str) for place in places):
+            raise ValueError(
+                f"{yaml_file}: {key!r} must be a folder, a list file or a list of these, got {places!r}."
+            )
+        splits[key] = places
+    if not splits:
+        raise ValueError(f"{yaml_file}: there is none of 'train', 'val' and 'test'; it has {[*data]}.")
+    return splits
+
+
+def _kpt_shape(data: dict, yaml_file: str) -> tuple[int, int] | None:
+    shape = data.get("kpt_shape")
+    if shape is None:
+        return None
+    good = isinstance(shape, list) and len(shape) == 2 and all(isinstance(number, int) for number in shape)
+    if not good or shape[0] < 1 or shape[1] not in (2, 3):
+        raise ValueError(
+            f"{yaml_file}: 'kpt_shape' must be [number of keypoints, 2 or 3 values for each], got {shape!r}."
+        )
+    return shape[0], shape[1]
+
+
+def _flip_idx(data: dict, yaml_file: str, shape: tuple[int, int] | None) -> tuple[int, ...] | None:
+    flip = data.get("flip_idx")
+    if not flip or shape is None:
+        return None
+    if not isinstance(flip, list) or sorted(map(str, flip)) != sorted(map(str, range(shape[0]))):
+        raise ValueError(
+            f"{yaml_file}: 'flip_idx' must hold each of 0 to {shape[0] - 1} once, as kpt_shape has "
+            f"{shape[0]} keypoints; got {flip!r}."
+        )
+    for i, j in enumerate(flip):
+        if flip[j] != i:
+            raise ValueError(
+                f"{yaml_file}: 'flip_idx' must swap keypoints in pairs: {i} becomes {j}, but {j} becomes "
+                f"{flip[j]}."
+            )
+    return tuple(flip)
+
+
+def _kpt_names(data: dict, yaml_file: str, shape: tuple[int, int] | None) -> tuple[str, ...]:
+    if shape is None:
+        return ()
+    names: Any = data.get("kpt_names")
+    if isinstance(names, dict):  # by class; poses of all classes have the same keypoints here
+        names = next(iter(names.values()), None)
+    if names is None:
+        return tuple(f"keypoint_{i}" for i in range(shape[0]))
+    if not isinstance(names, list) or len(names) != shape[0]:
+        raise ValueError(
+            f"{yaml_file}: 'kpt_names' must name {shape[0]} keypoints, as kpt_shape says; got {names!r}."
+        )
+    return tuple(map(str, names))
+
+
+def find_yolo_pictures(config: YoloConfig, split: str) -> list[str]:
+    """Returns the paths of the pictures of a split: lists in their order, folders sorted by path.
+
+    Raises:
+        ValueError: there is no such split, or it has no picture.
+        FileNotFoundError: a folder or list does not exist; the message says where it was looked for.
+    """
+    pictures: dict[str, None] = {}
+    for place in config.splits[config.split_name(split)]:
+        path = _find(place, config)
+        found = _walk(path) if PathManager.isdir(path) else _read_list(path, config)
+        pictures.update(dict.fromkeys(found))
+    if not pictures:
+        places = config.splits[config.split_name(split)]
+        raise ValueError(f"{config.file}: split {split!r} has no picture in {', '.join(places)}.")
+    return [*pictures]
+
+
+def _find(place: str, config: YoloConfig) -> str:
+    place = os.path.expanduser(place)
+    if os.path.isabs(place) or is_remote(place):
+        tried = [place]
+    else:
+        tried = [_join(root, place) for root in config.roots]
+        if place.startswith("../"):  # Roboflow's exports mean the folder beside the file
+            tried += [_join(root, place[3:]) for root in config.roots]
+    for path in tried:
+        if PathManager.exists(path):
+            return path
+    raise FileNotFoundError(f"{config.file}: {place!r} was not found. Looked for: {', '.join(tried)}.")
+
+
+def _join(folder: str, path: str) -> str:
+    """Joins, and resolves `./` and `../`, which object stores do not know."""
+    joined = os.path.join(folder, path)
+    scheme, mark, rest = joined.partition("://")
+    return f"{scheme}://{os.path.normpath(rest)}" if mark else os.path.normpath(joined)
+
+
+def _walk(folder: str) -> list[str]:
+    found = []
+    for name in PathManager.ls(folder):
+        path = os.path.join(folder, name)
+        if name.lower().endswith(IMAGE_SUFFIXES):
+            found.append(path)
+        elif "." not in name[1:] and PathManager.isdir(path):
+            found += _walk(path)
+    return sorted(found)
+
+
+def _read_list(path: str, config: YoloConfig) -> list[str]:
+    """Reads a list file; its lines are relative to its folder, or to the data set's."""
+    with PathManager.open(path, "rb") as file:
+        lines = [line.strip() for line in file.read().decode("utf-8").splitlines()]
+    folders = [os.path.dirname(path), *config.roots]
+    used = folders[0]
+    found = []
+    for line in filter(None, lines):
+        if os.path.isabs(line) or is_remote(line):
+            found.append(line)
+            continue
+        if not found or not PathManager.isfile(_join(used, line)):
+            there = (folder for folder in folders if PathManager.isfile(_join(folder, line)))
+            used = next(there, used)
+        found.append(_join(used, line))
+    return found
+
+
+def label_file_of(picture: str) -> str:
+    """Returns where the objects of a picture stand: in `labels` for `images`, else beside the picture."""
+    stem = os.path.splitext(picture)[0]
+    head, folder, tail = stem.rpartition("/images/")
+    return f"{head}/labels/{tail}.txt" if folder else f"{stem}.txt"

@@ -1,0 +1,116 @@
+"""Addresses of folders and of Roboflow's exports, and all formats in an object store."""
+
+import json
+
+import pytest
+
+from detlib.data import DatasetCatalog, MetadataCatalog
+from detlib.data.catalog import check_datasets_exist
+from detlib.data.datasets import load_roboflow, register_roboflow
+from detlib.data.detection_utils import read_image
+from tests.data.small_sets import (
+    CLASSES,
+    coco_content,
+    picture,
+    write,
+    write_coco,
+    write_roboflow,
+    write_voc,
+    write_yolo,
+)
+
+WRITERS = {"coco": write_coco, "voc": write_voc, "yolo": write_yolo, "roboflow": write_roboflow}
+
+
+@pytest.fixture(autouse=True)
+def forget(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETLIB_CACHE", str(tmp_path / "cache"))
+    before = MetadataCatalog.list()
+    yield
+    for name in MetadataCatalog.list():
+        if name not in before:
+            MetadataCatalog.remove(name)
+    DatasetCatalog.pop("birds_test", None)
+
+
+@pytest.mark.parametrize("scheme", WRITERS)
+def test_object_store(scheme):
+    address = WRITERS[scheme](f"memory://front/{scheme}")
+    check_datasets_exist(address)
+    dicts = DatasetCatalog.get(address)
+    assert len(dicts) == 2 and any(record["annotations"] for record in dicts)
+    assert MetadataCatalog.get(address).thing_classes == CLASSES
+    for record in dicts:
+        assert record["file_name"].startswith("memory://front/")
+        assert read_image(record["file_name"], "RGB").shape == (30, 40, 3)
+    found = DatasetCatalog.get(f"dir:memory://front/{scheme}")
+    assert found == dicts
+
+
+@pytest.mark.parametrize("scheme", WRITERS)
+def test_folder(scheme, tmp_path, log):
+    address = WRITERS[scheme](tmp_path / "set")
+    name = f"dir:{tmp_path}/set"
+    check_datasets_exist(name)
+    assert DatasetCatalog.get(name) == DatasetCatalog.get(address)
+    assert f"{name} is taken as {address}: found" in log.text
+    assert MetadataCatalog.get(name).thing_classes == CLASSES
+
+
+def test_roboflow_root_is_no_class(tmp_path):
+    address = write_roboflow(tmp_path, "valid")
+    assert MetadataCatalog.get(address).thing_dataset_id_to_contiguous_id == {3: 0, 5: 1, 7: 2}
+    assert DatasetCatalog.get(f"roboflow:{tmp_path}@val") == DatasetCatalog.get(address)
+    register_roboflow("birds_test", str(tmp_path), "valid")
+    assert [a["category_id"] for a in DatasetCatalog.get("birds_test")[0]["annotations"]] == [2, 0, 1]
+    file = tmp_path / "valid/_annotations.coco.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["category_id"] = 0
+    file.write_text(json.dumps(content))
+    with_root = f"roboflow:{tmp_path}@validation"
+    assert MetadataCatalog.get(with_root).thing_classes == ["birds", *CLASSES]
+    with pytest.raises(FileNotFoundError, match="has the splits: valid"):
+        load_roboflow(str(tmp_path), "train")
+
+
+def test_coco_places(tmp_path):
+    for split in ("train", "val"):
+        write(tmp_path / f"annotations/instances_{split}2017.json", json.dumps(coco_content()))
+        write(tmp_path / f"{split}2017/a.jpg", picture())
+    assert DatasetCatalog.get(f"dir:{tmp_path}@val")[0]["file_name"] == f"{tmp_path}/val2017/a.jpg"
+    assert DatasetCatalog.get(f"dir:{tmp_path}")[0]["file_name"] == f"{tmp_path}/train2017/a.jpg"
+
+
+def test_options_are_handed_on(tmp_path):
+    content = coco_content()
+    content["annotations"][0]["bbox"] = [1, 1, 0, 4]
+    write_coco(tmp_path, content)
+    with pytest.raises(ValueError, match="empty_boxes=drop"):
+        DatasetCatalog.get(f"dir:{tmp_path}")
+    assert len(DatasetCatalog.get(f"dir:{tmp_path}?empty_boxes=drop")[0]["annotations"]) == 2
+
+
+def test_near_misses(tmp_path):
+    with pytest.raises(FileNotFoundError, match="the folder '/nowhere' does not exist"):
+        check_datasets_exist("dir:/nowhere")
+    write(tmp_path / "labels/a.txt", "0 0.5 0.5 1 1")
+    with pytest.raises(FileNotFoundError) as error:
+        check_datasets_exist(f"dir:{tmp_path}")
+    message = str(error.value)
+    for scheme in ("yolo: data.yaml", "roboflow: SPLIT/_annot", "voc: Annotations", "coco: *.json"):
+        assert scheme in message
+    assert "There is: labels." in message
+
+
+def test_ambiguous_folders(tmp_path):
+    write_voc(tmp_path)
+    with pytest.raises(ValueError, match="no split 'tarin', only: train. Did you mean 'train'"):
+        check_datasets_exist(f"dir:{tmp_path}@tarin")
+    write_yolo(tmp_path)
+    with pytest.raises(
+        ValueError, match=f"like yolo and like voc; .* yolo:{tmp_path}/data.yaml@train or voc:"
+    ):
+        check_datasets_exist(f"dir:{tmp_path}")
+    (tmp_path / "data.yaml").write_text("names: [a]\n")
+    with pytest.raises(ValueError, match="none of 'train', 'val' and 'test'"):
+        check_datasets_exist(f"dir:{tmp_path}")
