@@ -23,7 +23,6 @@ LATER_MODULES = {
     "data.datasets.lvis": "more data sets",
     "export": "export",
     "modeling.mmdet_wrapper": "models of other libraries",
-    "modeling.test_time_augmentation": "test-time augmentation",
     "tracking": "tracking",
     "utils.analysis": "analysis",
     "utils.video_visualizer": "video",
@@ -46,8 +45,6 @@ LATER_NAMES = {
         "PascalVOCDetectionEvaluator",
     },
     "modeling": {
-        "DatasetMapperTTA",
-        "GeneralizedRCNNWithTTA",
         "MMDetBackbone",
         "MMDetDetector",
     },

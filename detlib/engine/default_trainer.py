@@ -24,6 +24,7 @@ from detlib.evaluation import (
     print_csv_format,
     verify_results,
 )
+from detlib.evaluation.test_time_augmentation import GeneralizedRCNNWithTTA
 from detlib.layers.fvcore_nn import get_bn_modules
 from detlib.modeling import build_model
 from detlib.solver import build_lr_scheduler, build_optimizer
@@ -80,6 +81,8 @@ class DefaultTrainer(TrainerBase):
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
 
         model = self.build_model(cfg)
+        if cfg.TEST.AUG.ENABLED:
+            GeneralizedRCNNWithTTA(cfg, model)  # to learn now, not at the end, if it has none for this model
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         self._check_num_classes(cfg)
@@ -149,7 +152,13 @@ class DefaultTrainer(TrainerBase):
         )
 
         def test_and_save_results() -> dict:
-            self._last_eval_results = self.test(self.cfg, self.model)
+            test_cfg = self.cfg
+            if test_cfg.TEST.AUG.ENABLED and self.iter + 1 < self.max_iter:
+                # It takes many times as long, so it is for the end of the training.
+                test_cfg = test_cfg.clone()
+                test_cfg.defrost()
+                test_cfg.TEST.AUG.ENABLED = False
+            self._last_eval_results = self.test(test_cfg, self.model)
             return self._last_eval_results
 
         result.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, test_and_save_results))
@@ -263,7 +272,7 @@ class DefaultTrainer(TrainerBase):
         model: nn.Module,
         evaluators: DatasetEvaluator | list[DatasetEvaluator] | None = None,
     ) -> dict:
-        """Evaluates a model on all of DATASETS.TEST.
+        """Evaluates a model on all of DATASETS.TEST, and with TEST.AUG.ENABLED again with augmentation.
 
         Args:
             cfg: the config.
@@ -272,11 +281,49 @@ class DefaultTrainer(TrainerBase):
 
         Returns:
             Results such as ``{"bbox": {"AP": 37.9, ...}}``, below the data set's name if there are several;
-            empty on processes other than the main one.
+            those with augmentation beside them, as "bbox_TTA". Empty on processes other than the main one.
 
         Raises:
             ValueError: if there are not as many evaluators as data sets.
         """
+        results = cls._test_all(cfg, model, evaluators)
+        if cfg.TEST.AUG.ENABLED:
+            for name, augmented in cls._test_all_with_tta(cfg, model, evaluators).items():
+                results[name] = {**results[name], **augmented}
+        return next(iter(results.values())) if len(results) == 1 else results
+
+    @classmethod
+    def test_with_TTA(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict:  # noqa: N802
+        """Evaluates a model with test-time augmentation alone, whatever TEST.AUG.ENABLED says.
+
+        The evaluators that `build_evaluator` makes write below ``OUTPUT_DIR/TTA``.
+
+        Args:
+            cfg, model, evaluators: as `test`'s.
+
+        Returns:
+            As `test`, each task with "_TTA" behind its name: ``{"bbox_TTA": {"AP": 38.9, ...}}``.
+        """
+        results = cls._test_all_with_tta(cfg, model, evaluators)
+        return next(iter(results.values())) if len(results) == 1 else results
+
+    @classmethod
+    def _test_all_with_tta(cls, cfg: CfgNode, model: nn.Module, evaluators) -> dict[str, dict]:
+        logger.info("Evaluation with test-time augmentation")
+        model = GeneralizedRCNNWithTTA(cfg, model)
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.INPUT.MIN_SIZE_TEST = 0  # the views are made of the picture as it is
+        cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "TTA")
+        results = cls._test_all(cfg, model, evaluators)
+        return {
+            name: {f"{task}_TTA": metrics for task, metrics in of_dataset.items()}
+            for name, of_dataset in results.items()
+        }
+
+    @classmethod
+    def _test_all(cls, cfg: CfgNode, model: nn.Module, evaluators) -> dict[str, dict]:
+        """The results of each data set."""
         names = as_names(cfg.DATASETS.TEST)
         if isinstance(evaluators, DatasetEvaluator):
             evaluators = [evaluators]
@@ -301,7 +348,7 @@ class DefaultTrainer(TrainerBase):
             if comm.is_main_process():
                 logger.info("Results on %s, in comma-separated form:", name)
                 print_csv_format(results[name])
-        return next(iter(results.values())) if len(results) == 1 else results
+        return results
 
     @staticmethod
     def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:

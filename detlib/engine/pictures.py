@@ -14,6 +14,8 @@ from detlib.config import CfgNode
 from detlib.data import MetadataCatalog, build_detection_test_loader
 from detlib.data.detection_utils import read_image
 from detlib.engine.checks import as_names
+from detlib.evaluation import inference_context
+from detlib.evaluation.test_time_augmentation import GeneralizedRCNNWithTTA
 from detlib.utils import comm
 from detlib.utils.file_io import PathManager
 from detlib.utils.visualizer import Visualizer
@@ -32,7 +34,7 @@ def write_prediction_pictures(
     """Draws a model's predictions on pictures spread evenly over the first data set of DATASETS.TEST.
 
     Args:
-        cfg: OUTPUT_DIR, DATASETS and INPUT are used.
+        cfg: OUTPUT_DIR, DATASETS and INPUT are used; with TEST.AUG.ENABLED, so is TEST.AUG.
         model: the model; its mode is as before afterwards.
         max_pictures: how many pictures at most.
         min_score: instances that score less are not drawn.
@@ -52,9 +54,9 @@ def write_prediction_pictures(
 
     count = min(max_pictures, len(dataset))
     paths = []
-    was_training = model.training
-    model.eval()
-    try:
+    if cfg.TEST.AUG.ENABLED:
+        model = GeneralizedRCNNWithTTA(cfg, model)
+    with inference_context(model):
         for k in range(count):
             index = k * len(dataset) // count
             sample = dataset[index]
@@ -64,8 +66,6 @@ def write_prediction_pictures(
             path = os.path.join(folder, f"{index:05d}_{stem}.png")
             _draw(sample, prediction, metadata, min_score, cfg.INPUT.FORMAT).save(path)
             paths.append(path)
-    finally:
-        model.train(was_training)
     logger.info("Pictures of predictions are in %s", folder)
     return paths
 

@@ -11,6 +11,7 @@ from detlib.config import CfgNode
 from detlib.data import Metadata, MetadataCatalog
 from detlib.data import transforms as T
 from detlib.engine.checks import as_names
+from detlib.evaluation.test_time_augmentation import GeneralizedRCNNWithTTA
 from detlib.modeling import build_model
 
 __all__ = ["DefaultPredictor"]
@@ -22,12 +23,14 @@ class DefaultPredictor:
     """Runs a config's model, with the config's weights, on one picture after the other.
 
     It loads MODEL.WEIGHTS onto MODEL.DEVICE, resizes by INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST, and converts
-    to INPUT.FORMAT. For whole data sets, a data loader and `inference_on_dataset` are faster.
+    to INPUT.FORMAT. With TEST.AUG.ENABLED it predicts on the views of TEST.AUG instead, and merges. For whole
+    data sets, a data loader and `inference_on_dataset` are faster.
 
     Attributes:
         metadata: of the first data set in DATASETS.TEST, for drawing; without class names where the data set
             is named by its address and is not on this machine; missing if DATASETS.TEST is empty.
         model: the model, in eval mode.
+        tta: the model with test-time augmentation, or None.
         aug: the resizing.
         input_format: "BGR" or "RGB", what the model takes.
 
@@ -47,6 +50,7 @@ class DefaultPredictor:
             raise ValueError(f"INPUT.FORMAT must be 'RGB' or 'BGR' here, got {self.input_format!r}")
         self.model = build_model(self.cfg)
         self.model.eval()
+        self.tta = GeneralizedRCNNWithTTA(self.cfg, self.model) if cfg.TEST.AUG.ENABLED else None
         names = as_names(cfg.DATASETS.TEST)
         if names:
             self.metadata = _find_metadata(names[0])
@@ -73,6 +77,9 @@ class DefaultPredictor:
         if self.input_format == "RGB":
             original_image = original_image[:, :, ::-1]
         height, width = original_image.shape[:2]
+        if self.tta is not None:
+            image = torch.from_numpy(np.ascontiguousarray(original_image.transpose(2, 0, 1)))
+            return self.tta([{"image": image, "height": height, "width": width}])[0]
         image = self.aug.get_transform(original_image).apply_image(original_image)
         # The transpose and the reversal give strides that torch cannot take.
         image = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32))

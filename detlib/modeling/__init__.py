@@ -57,10 +57,12 @@ __all__ = [
     "Backbone",
     "BaseKeypointRCNNHead",
     "BaseMaskRCNNHead",
+    "DatasetMapperTTA",
     "FCOS",
     "FPN",
     "FastRCNNOutputLayers",
     "GeneralizedRCNN",
+    "GeneralizedRCNNWithTTA",
     "META_ARCH_REGISTRY",
     "MViT",
     "PROPOSAL_GENERATOR_REGISTRY",
@@ -97,3 +99,12 @@ __all__ = [
     "make_stage",
     "sem_seg_postprocess",
 ]
+
+
+def __getattr__(name: str):
+    # These two live further up and are imported when they are used.
+    if name in ("DatasetMapperTTA", "GeneralizedRCNNWithTTA"):
+        from detlib.modeling import test_time_augmentation
+
+        return getattr(test_time_augmentation, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

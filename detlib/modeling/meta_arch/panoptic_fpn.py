@@ -137,16 +137,27 @@ class PanopticFPN(GeneralizedRCNN):
         if not do_postprocess:
             return detections, sem_seg
         return [
-            self._output_of_image(
+            self.merge_outputs(
                 instances, logits, size, item.get("height", size[0]), item.get("width", size[1])
             )
             for instances, logits, size, item in zip(detections, sem_seg, images.image_sizes, batched_inputs)
         ]
 
-    def _output_of_image(
+    def merge_outputs(
         self, instances: Instances, logits: torch.Tensor, size: tuple[int, int], height: int, width: int
     ) -> dict:
-        """The output dict of one image of `size`, for the wanted height and width."""
+        """Bring one image's outputs to the wanted size and merge them.
+
+        Args:
+            instances: detections in pixels of "image".
+            logits: (K, H, W) semantic logits of the padded image.
+            size: (height, width) of "image".
+            height: of the wanted frame.
+            width: of the wanted frame.
+
+        Returns:
+            The image's dict, as `forward` returns it.
+        """
         output = {
             "sem_seg": sem_seg_postprocess(logits, size, height, width),
             "instances": detector_postprocess(instances, height, width),

@@ -1,0 +1,358 @@
+"""Test-time augmentation: a model predicts on several views of a picture, and the results are merged.
+
+A view is the picture in another size, mirrored or not. Boxes of all views are brought back to the picture and
+merged by NMS; masks, keypoints and semantic maps are averaged.
+
+Shape legend: R detections, K classes or keypoints, C channels, H and W the size of the wanted output, M and S
+the sides of predicted masks and heatmaps.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import groupby
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from detlib.config import CfgNode, configurable
+from detlib.data import transforms as T  # noqa: N812 (the name that mappers use)
+from detlib.data.detection_utils import create_keypoint_hflip_indices, read_image
+from detlib.modeling.meta_arch import DenseDetector, GeneralizedRCNN, PanopticFPN, SemanticSegmentor
+from detlib.modeling.postprocessing import detector_postprocess, sem_seg_postprocess
+from detlib.modeling.roi_heads.keypoint_head import keypoint_rcnn_inference
+from detlib.structures import Boxes, Instances, RotatedBoxes
+from detlib.utils.file_io import PathManager
+
+__all__ = ["DatasetMapperTTA", "GeneralizedRCNNWithTTA"]
+
+# After these transforms alone, maps can be brought back by mirroring and scaling.
+_MIRRORS = {T.HFlipTransform: -1, T.VFlipTransform: -2}
+_PLAIN = (T.NoOpTransform, T.ResizeTransform, T.ColorTransform)
+
+
+class DatasetMapperTTA:
+    """Makes the views of a picture: each size, and each size mirrored.
+
+    Args:
+        min_sizes: lengths of the views' shorter sides, in pixels.
+        max_size: limit of the longer side.
+        flip: whether each size is also mirrored left-right.
+
+    Raises:
+        ValueError: no size, or a size that is not positive.
+    """
+
+    @configurable
+    def __init__(self, min_sizes: list[int], max_size: int, flip: bool):
+        if len(min_sizes) == 0 or min(min_sizes) < 1 or max_size < 1:
+            raise ValueError(
+                "DatasetMapperTTA needs positive min_sizes (TEST.AUG.MIN_SIZES) and max_size "
+                f"(TEST.AUG.MAX_SIZE), got {list(min_sizes)} and {max_size}"
+            )
+        self.min_sizes = min_sizes
+        self.max_size = max_size
+        self.flip = flip
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        aug = cfg.TEST.AUG
+        return {"min_sizes": aug.MIN_SIZES, "max_size": aug.MAX_SIZE, "flip": aug.FLIP}
+
+    def __call__(self, dataset_dict: dict) -> list[dict]:
+        """Make the views.
+
+        Args:
+            dataset_dict: with "image", a (C, H', W') tensor, and "height" and "width", the size of the frame
+                that results are wanted in. It stays as it is.
+
+        Returns:
+            For each view the dict with another "image", and with "transforms", a `TransformList` from the
+            wanted frame to the view.
+        """
+        image = np.ascontiguousarray(dataset_dict["image"].permute(1, 2, 0).cpu().numpy())
+        frame, size = (dataset_dict["height"], dataset_dict["width"]), image.shape[:2]
+        before = T.NoOpTransform() if frame == size else T.ResizeTransform(*frame, *size)
+        views = []
+        for min_size in self.min_sizes:
+            resize = T.ResizeShortestEdge(min_size, self.max_size).get_transform(image)
+            resized = resize.apply_image(image)
+            views.append((resized, [before, resize]))
+            if self.flip:
+                flip = T.HFlipTransform(resized.shape[1])
+                views.append((flip.apply_image(resized), [before, resize, flip]))
+        return [
+            {
+                **dataset_dict,
+                "image": torch.from_numpy(np.ascontiguousarray(view.transpose(2, 0, 1))),
+                "transforms": T.TransformList(transforms),
+            }
+            for view, transforms in views
+        ]
+
+
+def _mirrored_axes(transforms: T.Transform) -> list[int]:
+    """The axes of a view's (..., H, W) maps that must be reversed to bring them back.
+
+    Raises:
+        ValueError: a transform that neither scales nor mirrors.
+    """
+    counts = {-1: 0, -2: 0}
+    for transform in getattr(transforms, "transforms", [transforms]):
+        if type(transform) in _MIRRORS:
+            counts[_MIRRORS[type(transform)]] += 1
+        elif not isinstance(transform, _PLAIN):
+            raise ValueError(
+                "Masks, keypoints and semantic maps can be averaged over views that are scaled, mirrored or "
+                f"recoloured; the mapper made one with a {type(transform).__name__}"
+            )
+    return [axis for axis, count in counts.items() if count % 2]
+
+
+def _transform_boxes(boxes: Boxes, transform: T.Transform) -> Boxes:
+    """Boxes in another frame, of the same kind, dtype and device."""
+    coordinates = boxes.tensor.double().cpu().numpy()
+    if isinstance(boxes, RotatedBoxes):
+        moved = transform.apply_rotated_box(coordinates)
+    else:
+        moved = transform.apply_box(coordinates)
+    return type(boxes)(torch.as_tensor(moved).to(boxes.tensor))
+
+
+@contextmanager
+def _boxes_only(model: nn.Module) -> Iterator[None]:
+    """Turns off the heads that follow the boxes."""
+    heads = model.roi_heads
+    before = {name: getattr(heads, name) for name in ("mask_on", "keypoint_on") if hasattr(heads, name)}
+    try:
+        for name in before:
+            setattr(heads, name, False)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(heads, name, value)
+
+
+class GeneralizedRCNNWithTTA(nn.Module):
+    """A detector or segmentor with test-time augmentation, called as the model itself is.
+
+    It takes every built-in architecture but `ProposalNetwork`:
+
+    * `GeneralizedRCNN`: boxes are merged, then the mask and keypoint heads run on the merged boxes in every
+      view, and their outputs are averaged.
+    * `PanopticFPN`: this, and the semantic maps are averaged; then both are merged as without augmentation.
+    * RetinaNet, FCOS: boxes are merged.
+    * `SemanticSegmentor`: the maps are averaged.
+    """
+
+    def __init__(
+        self,
+        cfg: CfgNode,
+        model: nn.Module,
+        tta_mapper: Callable[[dict], list[dict]] | None = None,
+        batch_size: int = 3,
+    ):
+        """
+        Args:
+            cfg: TEST.AUG for the views; INPUT.FORMAT where pictures are read; the thresholds of merging;
+                DATASETS for the keypoints that change places in a mirror.
+            model: the model, with its weights, in eval mode when it is used.
+            tta_mapper: makes the views; by default `DatasetMapperTTA(cfg)`. Another one returns the same.
+            batch_size: at most so many views of one size run at once.
+
+        Raises:
+            TypeError: a model of another kind.
+        """
+        super().__init__()
+        if isinstance(model, DistributedDataParallel | DataParallel):
+            model = model.module
+        if not isinstance(model, GeneralizedRCNN | DenseDetector | SemanticSegmentor):
+            raise TypeError(
+                "Test-time augmentation (TEST.AUG.ENABLED) is for GeneralizedRCNN, PanopticFPN, RetinaNet, "
+                f"FCOS and SemanticSegmentor, got {type(model).__name__}"
+            )
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.cfg = cfg.clone()
+        self.model = model
+        self.tta_mapper = DatasetMapperTTA(cfg) if tta_mapper is None else tta_mapper
+        self.batch_size = batch_size
+
+    @torch.no_grad()
+    def forward(self, batched_inputs: list[dict]) -> list[dict]:
+        """Predict.
+
+        Args:
+            batched_inputs: dicts as the model takes them. The views are made of the original picture: that is
+                "image" if it is of the size "height" x "width" or these are left out, and else the one in
+                "file_name". Without such a file, "image" serves as it is.
+
+        Returns:
+            What the model returns, in the frame of "height" and "width". Semantic maps are the logarithms of
+            the averaged probabilities, which are logits again.
+
+        Raises:
+            ValueError: the model is in training mode, or a dict has neither "image" nor "file_name".
+        """
+        if self.model.training:
+            raise ValueError("Test-time augmentation: the model is in training mode; call eval() first.")
+        return [self._predict(self._with_original_picture(item)) for item in batched_inputs]
+
+    def _with_original_picture(self, item: Mapping) -> dict:
+        item = dict(item)
+        image = item.get("image")
+        frame = (item.get("height"), item.get("width"))
+        if image is None and "file_name" not in item:
+            raise ValueError(f"An input needs 'image' or 'file_name', got only {sorted(item)}")
+        # A float picture is not what is in the file.
+        is_resized = image is not None and None not in frame and tuple(image.shape[1:]) != frame
+        if image is None or (
+            is_resized and image.dtype == torch.uint8 and PathManager.isfile(item.get("file_name", ""))
+        ):
+            array = read_image(item["file_name"], format=self.cfg.INPUT.FORMAT)
+            picture = torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
+            if image is None or picture.shape[0] == image.shape[0]:
+                item["image"] = picture
+        for key, size in zip(("height", "width"), item["image"].shape[1:]):
+            item.setdefault(key, size)
+        return item
+
+    def _predict(self, item: dict) -> dict:
+        views = self.tta_mapper(item)
+        frame = (item["height"], item["width"])
+        if isinstance(self.model, SemanticSegmentor):
+            maps = ((view, output["sem_seg"]) for view, output in self._run(views, self.model))
+            return {"sem_seg": self._average_maps(maps, frame)}
+        detections, maps = [], []
+        for view, output in self._run(views, self._detect):
+            boxes, logits = output
+            detections.append((view, boxes))
+            maps.append((view, logits))
+        merged = self._merge(detections, frame)
+        if isinstance(self.model, GeneralizedRCNN):
+            self._add_masks_and_keypoints(views, merged)
+        if isinstance(self.model, PanopticFPN):
+            return self.model.merge_outputs(merged, self._average_maps(maps, frame), frame, *frame)
+        return {"instances": detector_postprocess(merged, *frame)}
+
+    def _run(self, views: list[dict], function: Callable, *extra: list) -> Iterator[tuple[dict, object]]:
+        """Call `function` with batches of views, and of what else there is for each; yields view by view.
+
+        A batch has views of one size only: padding would change what is predicted near the border.
+        """
+        rows = list(zip(views, *extra, strict=True))
+        for _, group in groupby(rows, key=lambda row: row[0]["image"].shape):
+            group = list(group)
+            for start in range(0, len(group), self.batch_size):
+                batch = group[start : start + self.batch_size]
+                inputs = [self._model_input(view) for view, *_ in batch]
+                outputs = function(inputs, *[list(column) for column in list(zip(*batch))[1:]])
+                yield from zip((view for view, *_ in batch), outputs, strict=True)
+
+    def _model_input(self, view: Mapping) -> dict:
+        """A view as the model takes it, in its own frame."""
+        out = {"image": view["image"]}
+        if "proposals" in view:
+            size, given = tuple(view["image"].shape[1:]), view["proposals"]
+            to_frame = T.ResizeTransform(*given.image_size, view["height"], view["width"])
+            boxes = _transform_boxes(given.proposal_boxes, T.TransformList([to_frame, view["transforms"]]))
+            boxes.clip(size)
+            out["proposals"] = Instances(size, **given.get_fields())
+            out["proposals"].proposal_boxes = boxes
+        return out
+
+    def _detect(self, inputs: list[dict]) -> list[tuple[Instances, torch.Tensor | None]]:
+        """Boxes of each view in its own frame, and of a panoptic model the semantic logits."""
+        if isinstance(self.model, DenseDetector):
+            return [(output["instances"], None) for output in self.model(inputs)]
+        with _boxes_only(self.model):
+            output = self.model.inference(inputs, do_postprocess=False)
+        if not isinstance(self.model, PanopticFPN):
+            return [(instances, None) for instances in output]
+        sizes = [item["image"].shape[1:] for item in inputs]
+        maps = [logits[:, :height, :width] for logits, (height, width) in zip(output[1], sizes)]
+        return list(zip(output[0], maps))
+
+    def _merge(self, detections: list[tuple[dict, Instances]], frame: tuple[int, int]) -> Instances:
+        """The best of all views' detections, in the wanted frame, after NMS class by class."""
+        in_frame = []
+        for view, instances in detections:
+            boxes = _transform_boxes(instances.pred_boxes, view["transforms"].inverse())
+            fields = {"scores": instances.scores, "pred_classes": instances.pred_classes}
+            in_frame.append(Instances(frame, pred_boxes=boxes, **fields))
+        merged = Instances.cat(in_frame)
+        merged.pred_boxes.clip(frame)
+        nms_thresh, limit = self._nms_thresh_and_limit()
+        keep = merged.pred_boxes.batched_nms(merged.scores, merged.pred_classes, nms_thresh)
+        return merged[keep[:limit] if limit >= 0 else keep]
+
+    def _nms_thresh_and_limit(self) -> tuple[float, int]:
+        if isinstance(self.model, DenseDetector):
+            return self.model.test_nms_thresh, self.model.max_detections_per_image
+        return self.cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST, self.cfg.TEST.DETECTIONS_PER_IMAGE
+
+    def _add_masks_and_keypoints(self, views: list[dict], merged: Instances) -> None:
+        """Run the other heads on the merged boxes in each view and average, in place."""
+        heads = self.model.roi_heads
+        mask_on, keypoint_on = (getattr(heads, name, False) for name in ("mask_on", "keypoint_on"))
+        if not (mask_on or keypoint_on):
+            return
+        if keypoint_on:
+            swap = self._keypoint_swap(views)
+        given = []
+        for view in views:
+            boxes = _transform_boxes(merged.pred_boxes, view["transforms"])
+            given.append(Instances(tuple(view["image"].shape[1:]), pred_boxes=boxes))
+            given[-1].set("pred_classes", merged.pred_classes)
+
+        def run(inputs, instances):
+            return GeneralizedRCNN.inference(self.model, inputs, instances, do_postprocess=False)
+
+        masks, heatmaps = [], []
+        for view, output in self._run(views, run, given):
+            axes = _mirrored_axes(view["transforms"])
+            if mask_on:
+                masks.append(output.pred_masks.flip(axes))
+            if keypoint_on and (len(axes) != 1 or swap is not None):
+                maps = output.pred_keypoint_heatmaps.flip(axes)
+                heatmaps.append(maps[:, swap] if len(axes) == 1 else maps)
+        if mask_on:
+            merged.pred_masks = torch.stack(masks).mean(dim=0)
+        if keypoint_on:
+            keypoint_rcnn_inference(torch.stack(heatmaps).mean(dim=0), [merged])
+
+    def _keypoint_swap(self, views: list[dict]) -> list[int] | None:
+        """Which keypoint takes the place of each in a mirror; None where no view is mirrored.
+
+        Raises:
+            ValueError: there are mirrored views, and no data set's metadata tells.
+        """
+        if not any(len(_mirrored_axes(view["transforms"])) == 1 for view in views):
+            return None
+        for names in (self.cfg.DATASETS.TEST, self.cfg.DATASETS.TRAIN):
+            if names:
+                return create_keypoint_hflip_indices(names)
+        raise ValueError(
+            "Mirrored views of keypoints need to know left from right: name a data set with "
+            "'keypoint_flip_map' in DATASETS.TEST, or set TEST.AUG.FLIP = False"
+        )
+
+    def _average_maps(self, maps, frame: tuple[int, int]) -> torch.Tensor:
+        """Average semantic maps.
+
+        Args:
+            maps: pairs of a view and its logits (K, height, width), in the view's frame.
+            frame: (H, W).
+
+        Returns:
+            (K, H, W), the logarithms of the averaged probabilities.
+        """
+        total, count = 0, 0
+        for view, logits in maps:
+            logits = logits.flip(_mirrored_axes(view["transforms"]))
+            logits = sem_seg_postprocess(logits, tuple(logits.shape[1:]), *frame)
+            total = total + logits.softmax(dim=0)
+            count += 1
+        mean = total / count
+        return mean.clamp(min=torch.finfo(mean.dtype).tiny).log()
