@@ -1,6 +1,7 @@
 """The trainer that builds everything from a config."""
 
 import logging
+import os
 import weakref
 from collections import OrderedDict
 from collections.abc import Mapping

@@ -108,6 +108,46 @@ def test_evaluation_of_several_data_sets_and_own_evaluators(trained):
         DefaultTrainer.test(cfg, trainer.model, [Count()])
 
 
+def with_tta(cfg, **values):
+    cfg = cfg.clone()
+    cfg.defrost()
+    for key, value in {"ENABLED": True, "MIN_SIZES": (48, 64), "MAX_SIZE": 90, **values}.items():
+        cfg.TEST.AUG[key] = value
+    return cfg
+
+
+def test_evaluation_with_test_time_augmentation(trained, tmp_path):
+    trainer, plain, _ = trained
+    cfg = with_tta(trainer.cfg)
+    cfg.OUTPUT_DIR = str(tmp_path)
+    results = DefaultTrainer.test(cfg, trainer.model)
+    assert set(results) == {"bbox", "segm", "bbox_TTA", "segm_TTA"}
+    assert results["bbox"] == pytest.approx(plain["bbox"], nan_ok=True)
+    assert set(results["segm_TTA"]) == set(plain["segm"])
+    assert (tmp_path / "inference").is_dir() and (tmp_path / "TTA" / "inference").is_dir()
+    # One view as the model sees it changes nothing; the results of many data sets stay apart.
+    cfg = with_tta(cfg, MIN_SIZES=(64,), FLIP=False)
+    only = DefaultTrainer.test_with_TTA(cfg, trainer.model)
+    for task in ("bbox", "segm"):
+        assert only[f"{task}_TTA"] == pytest.approx(plain[task], nan_ok=True)
+    cfg.DATASETS.TEST = ("shapes:val?num=2&size=64", "shapes:val?num=3&size=64")
+    results = DefaultTrainer.test(cfg, trainer.model)
+    assert list(results) == list(cfg.DATASETS.TEST)
+    assert all(set(r) == {"bbox", "segm", "bbox_TTA", "segm_TTA"} for r in results.values())
+
+
+def test_training_ends_with_test_time_augmentation(tmp_path):
+    cfg = with_tta(tiny_cfg(tmp_path, TEST__EVAL_PERIOD=1), MIN_SIZES=(64,), FLIP=False)
+    trainer = DefaultTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    assert set(trainer.train()) == {"bbox", "segm", "bbox_TTA", "segm_TTA"}
+    lines = (tmp_path / "metrics.json").read_text().splitlines()
+    assert "bbox/AP50" in lines[0] and "bbox_TTA" not in lines[0] and "bbox_TTA/AP50" in lines[-1]
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.MASK_ON = "ProposalNetwork", False
+    with pytest.raises(TypeError, match="TEST.AUG.ENABLED.* got ProposalNetwork"):
+        DefaultTrainer(cfg)
+
+
 def test_a_single_name_may_stand_for_the_test_sets(trained):
     trainer, _, _ = trained
     cfg = trainer.cfg.clone()
@@ -212,6 +252,23 @@ def test_predictor_gives_the_models_output_in_the_pictures_size(trained):
     cfg.INPUT.FORMAT = "RGB"
     flipped = DefaultPredictor(cfg)(np.ascontiguousarray(picture[:, :, ::-1]))["instances"]
     assert torch.equal(flipped.scores, expected.scores)
+
+
+def test_predictor_with_test_time_augmentation(trained):
+    trainer, _, folder = trained
+    cfg = with_tta(trainer.cfg)
+    cfg.MODEL.WEIGHTS = str(folder / "model_final.pth")
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    picture = np.random.default_rng(0).integers(0, 255, (80, 160, 3), dtype=np.uint8)
+    predictor = DefaultPredictor(cfg)
+    instances = predictor(picture)["instances"]
+    image = torch.from_numpy(picture.transpose(2, 0, 1).copy())
+    expected = predictor.tta([{"image": image, "height": 80, "width": 160}])[0]["instances"]
+    assert instances.image_size == (80, 160) and torch.equal(instances.scores, expected.scores)
+    cfg.TEST.AUG.ENABLED = False
+    plain = DefaultPredictor(cfg)
+    assert plain.tta is None
+    assert not torch.equal(plain(picture)["instances"].scores[:5], instances.scores[:5])
 
 
 @pytest.mark.parametrize(

@@ -125,11 +125,14 @@ def test_views():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_one_view_of_the_pictures_own_size_is_the_model(name):
-    cfg, model = build(name)
+    # Boxes are clipped before they are merged, so that NMS may drop more; here it drops none.
+    cfg, model = build(name, MODEL__RETINANET__NMS_THRESH_TEST=1.0)
     tta = GeneralizedRCNNWithTTA(one_view(cfg), model)
     inputs = [item(height=128, width=192), {"image": picture(HEIGHT, WIDTH, seed=1)}]
+    if name == "keypoints":  # which are looked for among the wanted frame's pixels, not the view's
+        del inputs[0]
     with torch.no_grad():
-        expected = model(inputs[:1]) + model(inputs[1:])
+        expected = [model([x])[0] for x in inputs]
     for a, b in zip(tta(inputs), expected, strict=True):
         same(a, b)
 
