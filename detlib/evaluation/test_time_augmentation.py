@@ -1,7 +1,8 @@
 """Test-time augmentation: a model predicts on several views of a picture, and the results are merged.
 
 A view is the picture in another size, mirrored or not. Boxes of all views are brought back to the picture and
-merged by NMS; masks, keypoints and semantic maps are averaged.
+merged by NMS; each box that is kept becomes the average of those that agree with it (box voting, section 4 of
+arXiv:1505.01749). Masks, keypoints and semantic maps are averaged.
 
 Shape legend: R detections, K classes or keypoints, C channels, H and W the size of the wanted output, M and S
 the sides of predicted masks and heatmaps.
@@ -30,6 +31,9 @@ __all__ = ["DatasetMapperTTA", "GeneralizedRCNNWithTTA"]
 # After these transforms alone, maps can be brought back by mirroring and scaling.
 _MIRRORS = {T.HFlipTransform: -1, T.VFlipTransform: -2}
 _PLAIN = (T.NoOpTransform, T.ResizeTransform, T.ColorTransform)
+
+# Boxes that overlap a kept one by this much, or by NMS's threshold if that is more, vote on where it lies.
+_VOTE_THRESH = 0.7
 
 
 class DatasetMapperTTA:
@@ -120,6 +124,17 @@ def _transform_boxes(boxes: Boxes, transform: T.Transform) -> Boxes:
     return type(boxes)(torch.as_tensor(moved).to(boxes.tensor))
 
 
+def _vote(instances: Instances, keep: torch.Tensor, nms_thresh: float) -> Boxes:
+    """The boxes at the indices `keep`, each the average of those that agree with it, weighted by score."""
+    boxes, classes = instances.pred_boxes, instances.pred_classes
+    votes = boxes[keep].pairwise_iou(boxes) >= max(_VOTE_THRESH, nms_thresh)
+    votes &= classes[keep][:, None] == classes
+    votes[torch.arange(len(keep), device=keep.device), keep] = True
+    scores = instances.scores.clamp(min=torch.finfo(instances.scores.dtype).tiny).to(boxes.tensor.dtype)
+    weights = votes * (scores / scores.max() if len(scores) else scores)
+    return type(boxes)((weights @ boxes.tensor) / weights.sum(dim=1, keepdim=True))
+
+
 @contextmanager
 def _boxes_only(model: nn.Module) -> Iterator[None]:
     """Turns off the heads that follow the boxes."""
@@ -152,6 +167,8 @@ class GeneralizedRCNNWithTTA(nn.Module):
         model: nn.Module,
         tta_mapper: Callable[[dict], list[dict]] | None = None,
         batch_size: int = 3,
+        *,
+        box_voting: bool = True,
     ):
         """
         Args:
@@ -160,6 +177,8 @@ class GeneralizedRCNNWithTTA(nn.Module):
             model: the model, with its weights, in eval mode when it is used.
             tta_mapper: makes the views; by default `DatasetMapperTTA(cfg)`. Another one returns the same.
             batch_size: at most so many views of one size run at once.
+            box_voting: whether the boxes that NMS keeps are averaged with those that agree; without, each
+                is the box of one view. Rotated boxes are not averaged.
 
         Raises:
             TypeError: a model of another kind.
@@ -178,6 +197,7 @@ class GeneralizedRCNNWithTTA(nn.Module):
         self.model = model
         self.tta_mapper = DatasetMapperTTA(cfg) if tta_mapper is None else tta_mapper
         self.batch_size = batch_size
+        self.box_voting = box_voting
 
     @torch.no_grad()
     def forward(self, batched_inputs: list[dict]) -> list[dict]:
@@ -285,7 +305,11 @@ class GeneralizedRCNNWithTTA(nn.Module):
         merged.pred_boxes.clip(frame)
         nms_thresh, limit = self._nms_thresh_and_limit()
         keep = merged.pred_boxes.batched_nms(merged.scores, merged.pred_classes, nms_thresh)
-        return merged[keep[:limit] if limit >= 0 else keep]
+        keep = keep[:limit] if limit >= 0 else keep
+        result = merged[keep]
+        if self.box_voting and not isinstance(merged.pred_boxes, RotatedBoxes):
+            result.pred_boxes = _vote(merged, keep, nms_thresh)
+        return result
 
     def _nms_thresh_and_limit(self) -> tuple[float, int]:
         if isinstance(self.model, DenseDetector):

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, box_iou
 
 from detlib.data import MetadataCatalog
 from detlib.data import transforms as T
-from detlib.modeling import DatasetMapperTTA, GeneralizedRCNNWithTTA, build_model
+from detlib.modeling import DatasetMapperTTA, GeneralizedRCNNWithTTA, build_model, detector_postprocess
 from detlib.structures import Instances, RotatedBoxes
 from tests.modeling.small_rcnn import FASTER_RCNN, MASK_RCNN, RPN, picture, rotated_config, small_config
 
@@ -172,9 +172,22 @@ def test_a_mirrored_picture_gives_mirrored_results(name):
         same(model([{"image": other}])[0], mirrored(model([item()])[0]))
 
 
-def test_boxes_and_masks_by_hand():
+def voted(boxes, scores, classes, keep):
+    """Each kept box averaged with the boxes that agree with it, one by one."""
+    out = []
+    for i in keep:
+        total, weights = 0, 0
+        for box, score, label in zip(boxes, scores, classes):
+            if label == classes[i] and box_iou(box[None], boxes[i][None]) >= 0.7:
+                total, weights = total + score * box, weights + score
+        out.append(total / weights)
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("box_voting", [False, True])
+def test_boxes_and_masks_by_hand(box_voting):
     cfg, model = build("mask")
-    tta = GeneralizedRCNNWithTTA(cfg, model)
+    tta = GeneralizedRCNNWithTTA(cfg, model, box_voting=box_voting)
     got = tta([item(height=128, width=192)])[0]["instances"]
     views = tta.tta_mapper(item(height=128, width=192))
     boxes, scores, classes = [], [], []
@@ -192,19 +205,21 @@ def test_boxes_and_masks_by_hand():
         keep = batched_nms(boxes, scores, classes, cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST)[:12]
         assert 12 == len(got) < len(scores)
         torch.testing.assert_close(got.scores, scores[keep])
-        torch.testing.assert_close(got.pred_boxes.tensor, boxes[keep], rtol=1e-4, atol=1e-2)
+        kept = boxes[keep]
+        if box_voting:
+            kept = voted(boxes, scores, classes, keep)
+            assert (kept - boxes[keep]).abs().max() > 1
+        torch.testing.assert_close(got.pred_boxes.tensor, kept, rtol=1e-4, atol=1e-2)
         masks = 0
         for i, view in enumerate(views):
             size = tuple(view["image"].shape[1:])
-            box = boxes[keep] * size[0] / 128
+            box = kept * size[0] / 128
             if i % 2:
                 box[:, [0, 2]] = size[1] - box[:, [2, 0]]
             given = Instances(size, pred_boxes=type(found.pred_boxes)(box), pred_classes=classes[keep])
             (one,) = model.inference([{"image": view["image"]}], [given], do_postprocess=False)
             masks = masks + (one.pred_masks.flip(3) if i % 2 else one.pred_masks) / len(views)
-    merged = Instances((128, 192), pred_boxes=type(found.pred_boxes)(boxes[keep]), pred_masks=masks)
-    from detlib.modeling import detector_postprocess
-
+    merged = Instances((128, 192), pred_boxes=type(found.pred_boxes)(kept), pred_masks=masks)
     want = detector_postprocess(merged, 128, 192).pred_masks
     assert want.any() and (got.pred_masks != want).sum() <= 0.001 * want.sum() + 2
     assert model.roi_heads.mask_on
