@@ -50,7 +50,11 @@ PRIVATE_PACKAGES = {"config/defaults/__init__.py"}
 
 MAX_LINES = 500
 # Files that are tables and nothing else.
-TABLES = {"data/datasets/builtin_meta.py", "data/datasets/lvis_v1_categories.py"}
+TABLES = {
+    "data/datasets/builtin_meta.py",
+    "data/datasets/lvis_v0_5_categories.py",
+    "data/datasets/lvis_v1_categories.py",
+}
 
 # Slow to import or not always installed, so they are imported where they are used.
 LAZY = {

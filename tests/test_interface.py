@@ -20,7 +20,6 @@ INTERFACE = json.loads(Path(__file__).with_name("interface.json").read_text())
 LATER_MODULES = {
     "data.datasets.cityscapes": "more data sets",
     "data.datasets.cityscapes_panoptic": "more data sets",
-    "data.datasets.lvis": "more data sets",
     "export": "export",
     "modeling.mmdet_wrapper": "models of other libraries",
     "tracking": "tracking",
@@ -32,16 +31,11 @@ LATER_MODULES = {
 LATER_NAMES = {
     "data": {"load_proposals_into_dataset"},
     "data.build": {"load_proposals_into_dataset"},
-    "data.datasets": {
-        "get_lvis_instances_meta",
-        "load_lvis_json",
-        "register_lvis_instances",
-    },
-    "data.datasets.builtin": {"register_all_ade20k", "register_all_cityscapes", "register_all_lvis"},
+    "data.datasets": {},
+    "data.datasets.builtin": {"register_all_ade20k", "register_all_cityscapes"},
     "evaluation": {
         "CityscapesInstanceEvaluator",
         "CityscapesSemSegEvaluator",
-        "LVISEvaluator",
         "PascalVOCDetectionEvaluator",
     },
     "modeling": {

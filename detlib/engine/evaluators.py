@@ -11,6 +11,7 @@ from detlib.evaluation import (
     COCOPanopticEvaluator,
     DatasetEvaluator,
     DatasetEvaluators,
+    LVISEvaluator,
     RotatedCOCOEvaluator,
     SemSegEvaluator,
 )
@@ -37,6 +38,10 @@ def _sem_seg(cfg: CfgNode, dataset_name: str, folder: str) -> DatasetEvaluator:
     return SemSegEvaluator(dataset_name, output_dir=folder)
 
 
+def _lvis(cfg: CfgNode, dataset_name: str, folder: str) -> DatasetEvaluator:
+    return LVISEvaluator(dataset_name, output_dir=folder)
+
+
 def _panoptic(cfg: CfgNode, dataset_name: str, folder: str) -> DatasetEvaluator:
     return COCOPanopticEvaluator(dataset_name, os.path.join(folder, "panoptic"))
 
@@ -46,6 +51,7 @@ _EVALUATORS = {
     None: (_coco,),
     "coco": (_coco,),
     "rotated_coco": (_rotated_coco,),
+    "lvis": (_lvis,),
     "sem_seg": (_sem_seg,),
     "coco_panoptic_seg": (_coco, _sem_seg, _panoptic),
 }

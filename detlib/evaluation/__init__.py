@@ -2,6 +2,7 @@
 
 from .coco_evaluation import COCOEvaluator
 from .evaluator import DatasetEvaluator, DatasetEvaluators, inference_context, inference_on_dataset
+from .lvis_evaluation import LVISEvaluator
 from .panoptic_evaluation import COCOPanopticEvaluator
 from .rotated_coco_evaluation import RotatedCOCOEvaluator
 from .sem_seg_evaluation import SemSegEvaluator
@@ -12,6 +13,7 @@ __all__ = [
     "COCOPanopticEvaluator",
     "DatasetEvaluator",
     "DatasetEvaluators",
+    "LVISEvaluator",
     "RotatedCOCOEvaluator",
     "SemSegEvaluator",
     "flatten_results_dict",

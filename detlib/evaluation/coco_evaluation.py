@@ -12,7 +12,7 @@ import os
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,6 @@ from .rotated_iou import are_rotated
 
 __all__ = ["COCOEvaluator", "instances_to_coco_json"]
 
-_DEFAULT_MAX_DETS = 100
 _NUM_COCO_KEYPOINTS = 17
 
 
@@ -60,6 +59,9 @@ class COCOEvaluator(DatasetEvaluator):
     """
 
     _always_rotated = False
+    _METRICS = METRICS
+    _RESULTS_FILE = "coco_instances_results.json"
+    _DEFAULT_MAX_DETS = 100
 
     def __init__(
         self,
@@ -83,7 +85,7 @@ class COCOEvaluator(DatasetEvaluator):
             max_dets_per_image = max_dets_per_image or tasks.TEST.DETECTIONS_PER_IMAGE
             tasks = None
         self._dataset_name = dataset_name
-        self._tasks = _check_tasks(tasks)
+        self._tasks = _check_tasks(tasks, self._METRICS, type(self).__name__)
         self._distributed = distributed
         self._output_dir = output_dir
         self._use_fast_impl = use_fast_impl
@@ -93,8 +95,8 @@ class COCOEvaluator(DatasetEvaluator):
         json_file = self._metadata.get("json_file")
         if json_file and "://" not in json_file and not PathManager.isfile(json_file):
             raise FileNotFoundError(
-                f"COCOEvaluator: dataset {dataset_name!r} has the annotation file {json_file!r}, which does "
-                "not exist."
+                f"{type(self).__name__}: dataset {dataset_name!r} has the annotation file {json_file!r}, "
+                "which does not exist."
             )
         self._check_keypoints()
         self._predictions: list[dict] = []
@@ -174,7 +176,7 @@ class COCOEvaluator(DatasetEvaluator):
         if predictions is None:
             return {}
         if not predictions:
-            self._logger.warning("COCOEvaluator has received no predictions.")
+            self._logger.warning("%s has received no predictions.", type(self).__name__)
             return {}
         if self._output_dir:
             PathManager.mkdirs(self._output_dir)
@@ -211,7 +213,7 @@ class COCOEvaluator(DatasetEvaluator):
             for result in results
         ]
         if self._output_dir:
-            self._write_json("coco_instances_results.json", results)
+            self._write_json(self._RESULTS_FILE, results)
         if not self._ground_truth.has_annotations:
             self._logger.info("Dataset %r has no annotations to evaluate with.", self._dataset_name)
             return
@@ -230,14 +232,14 @@ class COCOEvaluator(DatasetEvaluator):
         missing = set(self._tasks or ()) - there
         if results and missing:
             raise ValueError(
-                f"COCOEvaluator: tasks is {self._tasks}, but the predictions have nothing for "
+                f"{type(self).__name__}: tasks is {self._tasks}, but the predictions have nothing for "
                 f"{sorted(missing)}, only for {sorted(there)}."
             )
-        return set(self._tasks or there)
+        return set(self._tasks or there & self._METRICS.keys())
 
     def _score(self, results: list[dict], task: str, img_ids: Sequence[int] | None) -> CocoScores:
         """Computes precision and recall for one task; image ids are the ground truth's numbers."""
-        max_dets = self._max_dets_per_image or _DEFAULT_MAX_DETS
+        max_dets = self._max_dets_per_image or self._DEFAULT_MAX_DETS
         rotated = task == "bbox" and (
             self._always_rotated
             or are_rotated(results)
@@ -285,8 +287,8 @@ class COCOEvaluator(DatasetEvaluator):
         """
         if coco_eval is None:
             self._logger.warning("The model has predicted nothing: all %s metrics are nan.", iou_type)
-            return {metric: math.nan for metric in METRICS[iou_type]}
-        results = {metric: coco_eval.ap(metric) for metric in METRICS[iou_type]}
+            return {metric: math.nan for metric in self._METRICS[iou_type]}
+        results = {metric: coco_eval.ap(metric) for metric in self._METRICS[iou_type]}
         self._logger.info("Evaluation results for %s:\n%s", iou_type, create_small_table(results))
         recalls = {f"AR@{n}": coco_eval.ar(i) for i, n in enumerate(coco_eval.max_dets)}
         self._logger.info("Average recall for %s:\n%s", iou_type, create_small_table(recalls))
@@ -324,12 +326,12 @@ class COCOEvaluator(DatasetEvaluator):
 
     def _warn_of_limit(self, predictions: list[dict]) -> None:
         most = max(len(prediction["instances"]) for prediction in predictions)
-        if self._max_dets_per_image is None and most > _DEFAULT_MAX_DETS:
+        if self._max_dets_per_image is None and most > self._DEFAULT_MAX_DETS:
             self._logger.warning(
                 "There are pictures with up to %d detections, of which the best %d count. Pass "
-                "max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE to COCOEvaluator to let all count.",
+                "max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE to the evaluator to let all count.",
                 most,
-                _DEFAULT_MAX_DETS,
+                self._DEFAULT_MAX_DETS,
             )
 
     def _write_json(self, name: str, content: Any) -> None:
@@ -345,16 +347,18 @@ def _mode_of(proposals: list[Instances]) -> BoxMode:
     return BoxMode.XYWHA_ABS if rotated else BoxMode.XYXY_ABS
 
 
-def _check_tasks(tasks: Sequence[str] | None) -> tuple[str, ...] | None:
+def _check_tasks(
+    tasks: Sequence[str] | None, legal: Mapping[str, Any], evaluator: str
+) -> tuple[str, ...] | None:
     if tasks is None:
         return None
     if isinstance(tasks, str) or not all(isinstance(task, str) for task in tasks):
         raise TypeError(
-            f"COCOEvaluator: tasks must be a tuple of names such as ('bbox', 'segm'), not {tasks!r}."
+            f"{evaluator}: tasks must be a tuple of names such as ('bbox', 'segm'), not {tasks!r}."
         )
-    unknown = [task for task in tasks if task not in METRICS]
+    unknown = [task for task in tasks if task not in legal]
     if unknown:
-        raise ValueError(f"COCOEvaluator: there are no tasks {unknown}; legal are {', '.join(METRICS)}.")
+        raise ValueError(f"{evaluator}: there are no tasks {unknown}; legal are {', '.join(legal)}.")
     return tuple(tasks)
 
 

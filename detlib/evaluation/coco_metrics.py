@@ -15,7 +15,7 @@ import numpy as np
 
 from .rotated_iou import make_rotated_iou
 
-__all__ = ["CocoScores", "METRICS", "evaluate_coco", "make_coco_api"]
+__all__ = ["CocoScores", "METRICS", "evaluate_coco", "make_coco_api", "mean_percent"]
 
 METRICS = {
     "bbox": ("AP", "AP50", "AP75", "APs", "APm", "APl"),
@@ -53,11 +53,11 @@ class CocoScores:
         precision = self.precision[..., self._area_index("" if suffix.isdigit() else suffix), -1]
         if suffix.isdigit():
             precision = precision[np.isclose(self.iou_thresholds, int(suffix) / 100)]
-        return _mean(precision)
+        return mean_percent(precision)
 
     def ap_of_class(self, index: int) -> float:
         """Returns AP, in percent, of the category with the `index`-th smallest id, or nan."""
-        return _mean(self.precision[:, :, index, 0, -1])
+        return mean_percent(self.precision[:, :, index, 0, -1])
 
     def ar(self, max_dets_index: int = -1, area: str = "") -> float:
         """Returns the average recall, in percent, or nan.
@@ -66,13 +66,14 @@ class CocoScores:
             max_dets_index: which of `max_dets` is the limit.
             area: "", "s", "m" or "l".
         """
-        return _mean(self.recall[:, :, self._area_index(area), max_dets_index])
+        return mean_percent(self.recall[:, :, self._area_index(area), max_dets_index])
 
     def _area_index(self, suffix: str) -> int:
         return self.area_names.index(_AREAS[suffix])
 
 
-def _mean(values: np.ndarray) -> float:
+def mean_percent(values: np.ndarray) -> float:
+    """The mean in percent of the values that are there (above -1), or nan."""
     values = values[values > -1]
     return float(values.mean() * 100) if values.size else float("nan")
 

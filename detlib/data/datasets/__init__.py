@@ -3,6 +3,7 @@
 from . import builtin
 from .coco import convert_to_coco_json, load_coco_json, load_sem_seg, register_coco_instances
 from .coco_panoptic import register_coco_panoptic, register_coco_panoptic_separated
+from .lvis import get_lvis_instances_meta, load_lvis_json, register_lvis_instances
 from .pascal_voc import load_voc_instances, register_pascal_voc
 from .roboflow import load_roboflow, register_roboflow
 from .yolo import load_yolo, register_yolo
@@ -10,7 +11,9 @@ from .yolo import load_yolo, register_yolo
 __all__ = [
     "builtin",
     "convert_to_coco_json",
+    "get_lvis_instances_meta",
     "load_coco_json",
+    "load_lvis_json",
     "load_roboflow",
     "load_sem_seg",
     "load_voc_instances",
@@ -18,6 +21,7 @@ __all__ = [
     "register_coco_instances",
     "register_coco_panoptic",
     "register_coco_panoptic_separated",
+    "register_lvis_instances",
     "register_pascal_voc",
     "register_roboflow",
     "register_yolo",

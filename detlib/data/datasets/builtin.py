@@ -17,9 +17,10 @@ from detlib.utils.file_io import PathManager
 from .builtin_meta import _get_builtin_metadata
 from .coco import load_coco_json
 from .coco_panoptic import register_coco_panoptic, register_coco_panoptic_separated
+from .lvis import get_lvis_instances_meta, load_lvis_json
 from .pascal_voc import CLASS_NAMES, load_voc_instances
 
-__all__ = ["register_all_coco", "register_all_pascal_voc"]
+__all__ = ["register_all_coco", "register_all_lvis", "register_all_pascal_voc"]
 
 _ROOT_VARIABLES = ("DETLIB_DATASETS", "DETECTRON2_DATASETS")
 
@@ -54,6 +55,20 @@ _COCO_PANOPTIC = {
     "coco_2017_val_100": ("panoptic_val2017_100", "panoptic_val2017_100", "panoptic_stuff_val2017_100"),
 }
 
+# Name -> annotation file. The pictures are COCO's; the annotations name the folder of each.
+_LVIS = {
+    "lvis_v1_train": "lvis_v1_train",
+    "lvis_v1_val": "lvis_v1_val",
+    "lvis_v1_test_dev": "lvis_v1_image_info_test_dev",
+    "lvis_v1_test_challenge": "lvis_v1_image_info_test_challenge",
+    "lvis_v0.5_train": "lvis_v0.5_train",
+    "lvis_v0.5_val": "lvis_v0.5_val",
+    "lvis_v0.5_val_rand_100": "lvis_v0.5_val_rand_100",
+    "lvis_v0.5_test": "lvis_v0.5_image_info_test",
+    "lvis_v0.5_train_cocofied": "lvis_v0.5_train_cocofied",
+    "lvis_v0.5_val_cocofied": "lvis_v0.5_val_cocofied",
+}
+
 _VOC_SPLITS = {"2007": ("trainval", "train", "val", "test"), "2012": ("trainval", "train", "val")}
 
 
@@ -81,6 +96,22 @@ class _BuiltinCoco:
         self.check()
         # COCO's own training set has two boxes without an area.
         return load_coco_json(self.json_file, self.image_root, self.name, empty_boxes="drop")
+
+
+@dataclass(frozen=True)
+class _BuiltinLvis:
+    """Loads one of LVIS's own sets."""
+
+    name: str
+    json_file: str
+    image_root: str
+
+    def check(self) -> None:
+        _check_exists(self.name, self.json_file)
+
+    def __call__(self) -> list[dict]:
+        self.check()
+        return load_lvis_json(self.json_file, self.image_root, self.name, empty_boxes="drop")
 
 
 @dataclass(frozen=True)
@@ -162,6 +193,20 @@ def _register_coco_panoptic(root: str, instances_name: str) -> None:
         DatasetCatalog.register(full, _Checked(full, path, DatasetCatalog[full]), overwrite=True)
 
 
+def register_all_lvis(root: str) -> None:
+    """Registers LVIS v1 and v0.5: annotations below `root`/lvis, pictures below `root`/coco."""
+    image_root = os.path.join(root, "coco/")
+    for name, file_name in _LVIS.items():
+        json_file = os.path.join(root, "lvis", file_name + ".json")
+        DatasetCatalog.register(name, _BuiltinLvis(name, json_file, image_root))
+        MetadataCatalog.get(name).set(
+            json_file=json_file,
+            image_root=image_root,
+            evaluator_type="lvis",
+            **get_lvis_instances_meta(name),
+        )
+
+
 def register_all_pascal_voc(root: str) -> None:
     """Registers Pascal VOC 2007 and 2012 below `root`/VOC2007 and `root`/VOC2012."""
     for year, splits in _VOC_SPLITS.items():
@@ -184,4 +229,5 @@ def _root() -> str:
 
 
 register_all_coco(_root())
+register_all_lvis(_root())
 register_all_pascal_voc(_root())

@@ -1,0 +1,193 @@
+"""Data sets in LVIS's format (https://www.lvisdataset.org/dataset): COCO's, with a federated ground truth.
+
+Which categories a picture was searched for is part of it: those that are annotated, those in
+`neg_category_ids`, which are known to be absent, and of the former those in `not_exhaustive_category_ids`, of
+which some objects may lack annotations. Of all others nothing is known.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from detlib.data.catalog import DatasetCatalog, MetadataCatalog
+
+from .builtin_meta import _get_builtin_metadata
+from .coco import read_categories, read_coco_json
+from .coco_reader import CocoReader
+from .lvis_v0_5_categories import LVIS_CATEGORIES as LVIS_V0_5_CATEGORIES
+from .lvis_v1_categories import LVIS_CATEGORIES as LVIS_V1_CATEGORIES
+from .lvis_v1_category_image_count import LVIS_CATEGORY_IMAGE_COUNT
+
+__all__ = ["get_lvis_instances_meta", "load_lvis_json", "register_lvis_instances"]
+
+logger = logging.getLogger(__name__)
+
+
+def register_lvis_instances(
+    name: str,
+    metadata: dict[str, Any],
+    json_file: str,
+    image_root: str,
+    *,
+    empty_boxes: str = "error",
+    overwrite: bool = False,
+) -> None:
+    """Registers a data set in LVIS's format for detection and instance segmentation.
+
+    Args:
+        name: the name, as it will stand in `cfg.DATASETS`.
+        metadata: more attributes for the data set's metadata, such as `get_lvis_instances_meta` returns; may
+            be empty.
+        json_file: path of the annotations.
+        image_root: folder that the pictures' paths are relative to, see `load_lvis_json`.
+        empty_boxes: see `load_coco_json`.
+        overwrite: replace what `name` stands for already.
+    """
+    for argument, value in (("name", name), ("json_file", json_file), ("image_root", image_root)):
+        if not isinstance(value, str | os.PathLike):
+            raise TypeError(f"register_lvis_instances: {argument} must be a string or a path, not {value!r}.")
+    json_file, image_root = os.fspath(json_file), os.fspath(image_root)
+
+    def load() -> list[dict]:
+        return load_lvis_json(json_file, image_root, name, empty_boxes=empty_boxes)
+
+    DatasetCatalog.register(name, load, overwrite=overwrite)
+    if overwrite:
+        MetadataCatalog.pop(name, None)
+    MetadataCatalog.get(name).set(
+        json_file=json_file, image_root=image_root, evaluator_type="lvis", **metadata
+    )
+
+
+def get_lvis_instances_meta(dataset_name: str) -> dict[str, Any]:
+    """Returns the metadata of LVIS's own sets.
+
+    Args:
+        dataset_name: "cocofied" in it means COCO's 80 classes, "v0.5" LVIS v0.5's 1230, "v1" LVIS v1's 1203.
+
+    Returns:
+        `thing_classes`; for v1 also `class_image_count`, a list of {"id", "image_count"} over the training
+        set; for COCO's classes also their ids and colours.
+
+    Raises:
+        ValueError: none of the three is in the name.
+    """
+    if "cocofied" in dataset_name:
+        return _get_builtin_metadata("coco")
+    if "v0.5" in dataset_name:
+        return {"thing_classes": [category["name"] for category in LVIS_V0_5_CATEGORIES]}
+    if "v1" in dataset_name:
+        return {
+            "thing_classes": [category["name"] for category in LVIS_V1_CATEGORIES],
+            "class_image_count": LVIS_CATEGORY_IMAGE_COUNT,
+        }
+    raise ValueError(
+        f"There is no built-in LVIS metadata for dataset {dataset_name!r}: its name has neither 'v1' nor "
+        "'v0.5' nor 'cocofied' in it."
+    )
+
+
+def load_lvis_json(
+    json_file: str,
+    image_root: str,
+    dataset_name: str | None = None,
+    extra_annotation_keys: Sequence[str] | None = None,
+    *,
+    empty_boxes: str = "error",
+) -> list[dict]:
+    """Loads annotations in LVIS's format as dicts in the standard format.
+
+    The class index is the category id less 1, or what `thing_dataset_id_to_contiguous_id` in the metadata
+    says. The class names are those in the metadata of `dataset_name`; where it has none yet, they are LVIS's
+    own if the name asks for them (see `get_lvis_instances_meta`) and the categories are as many, else the
+    file's.
+
+    Args:
+        json_file: path of the annotations.
+        image_root: folder that the pictures lie below. The last two parts of a picture's `coco_url`, such as
+            "train2017/000000000009.jpg", are its path there; without one it is its `file_name`.
+        dataset_name: the data set whose metadata is used and filled.
+        extra_annotation_keys: keys of the annotations that are to be kept beside the standard ones.
+        empty_boxes: see `load_coco_json`.
+
+    Returns:
+        One dict for each image, sorted by image id, as of `load_coco_json`, with `neg_category_ids` and
+        `not_exhaustive_category_ids`: lists of category ids as they stand in the file.
+
+    Raises:
+        FileNotFoundError: there is no such annotation file.
+        ValueError: the file is no annotation file or has an error; the message names file, image and
+            annotation.
+    """
+    if empty_boxes not in ("error", "drop"):
+        raise ValueError(f"empty_boxes must be 'error' or 'drop', not {empty_boxes!r}.")
+    lvis = read_coco_json(json_file)
+    names, id_map = read_categories(lvis["categories"], json_file)
+    if dataset_name is None:
+        id_map = {category_id: category_id - 1 for category_id in id_map}
+    else:
+        id_map = _class_indices(dataset_name, json_file, lvis["categories"], names, id_map)
+    reader = _LvisReader(json_file, image_root, lvis, id_map, tuple(extra_annotation_keys or ()), empty_boxes)
+    return reader.read()
+
+
+def _class_indices(
+    dataset_name: str, json_file: str, categories: list[dict], names: list[str], by_order: dict[int, int]
+) -> dict[int, int]:
+    """Completes the data set's metadata, and returns the class index of each category id.
+
+    Args:
+        dataset_name: the data set.
+        json_file: its file, for errors.
+        categories: the file's categories.
+        names: their names, in the order of their ids.
+        by_order: the place of each id in that order.
+    """
+    metadata = MetadataCatalog.get(dataset_name)
+    if metadata.get("thing_classes") is None:
+        metadata.set(**_metadata_for(dataset_name, categories, names, by_order))
+    id_map = metadata.get("thing_dataset_id_to_contiguous_id")
+    if id_map is None:
+        id_map = {category_id: category_id - 1 for category_id in by_order}
+    num_classes = len(metadata.thing_classes)
+    wrong = [i for i in by_order if not 0 <= id_map.get(i, -1) < num_classes]
+    if wrong:
+        raise ValueError(
+            f"{json_file}: category ids {wrong[:10]} are none of the {num_classes} classes of dataset "
+            f"{dataset_name!r}: are the metadata and the file of the same version of LVIS?"
+        )
+    return {category_id: id_map[category_id] for category_id in by_order}
+
+
+def _metadata_for(
+    dataset_name: str, categories: list[dict], names: list[str], by_order: dict[int, int]
+) -> dict[str, Any]:
+    """The metadata that a data set without any gets: LVIS's own, or what the file says."""
+    if any(version in dataset_name for version in ("cocofied", "v0.5", "v1")):
+        builtin = get_lvis_instances_meta(dataset_name)
+        if len(builtin["thing_classes"]) == len(names):
+            return builtin
+    found: dict[str, Any] = {"thing_classes": names}
+    if any(category_id != index + 1 for category_id, index in by_order.items()):
+        found["thing_dataset_id_to_contiguous_id"] = by_order
+    if all("image_count" in category for category in categories):
+        counts = sorted(categories, key=lambda category: category["id"])
+        found["class_image_count"] = [{key: c[key] for key in ("id", "image_count")} for c in counts]
+    logger.info("Dataset %r gets the %d classes of its annotation file.", dataset_name, len(names))
+    return found
+
+
+class _LvisReader(CocoReader):
+    """Reads where pictures lie and which categories they were searched for, too."""
+
+    def _image(self, image: dict) -> dict:
+        url = image.get("coco_url")
+        if url:
+            image = {**image, "file_name": "/".join(url.split("/")[-2:])}
+        record = super()._image(image)
+        for key in ("neg_category_ids", "not_exhaustive_category_ids"):
+            record[key] = image.get(key, [])
+        return record

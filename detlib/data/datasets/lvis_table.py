@@ -1,0 +1,30 @@
+"""How the tables of LVIS categories are written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["parse_lvis_table"]
+
+
+def parse_lvis_table(table: str) -> list[dict[str, Any]]:
+    """Reads entries such as "c64 aerosol.n.02 aerosol_can" that commas part.
+
+    Returns:
+        A dict for each category, as in LVIS's annotation files: `id` (from 1), `name`, `synset`, `frequency`
+        ("r", "c" or "f"), and `image_count` where the table has it.
+    """
+    categories = []
+    for category_id, entry in enumerate(table.replace("\n", " ").split(","), start=1):
+        frequency, synset, name = entry.split(maxsplit=2)
+        name = name.strip()
+        category = {
+            "id": category_id,
+            "name": name,
+            "synset": f"{name}.n.01" if synset == "-" else synset,
+            "frequency": frequency[0],
+        }
+        if frequency[1:]:
+            category["image_count"] = int(frequency[1:])
+        categories.append(category)
+    return categories

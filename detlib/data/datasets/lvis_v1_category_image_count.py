@@ -1,0 +1,11 @@
+"""How many training pictures of LVIS v1 each category is in."""
+
+from __future__ import annotations
+
+from .lvis_v1_categories import LVIS_CATEGORIES
+
+__all__ = ["LVIS_CATEGORY_IMAGE_COUNT"]
+
+LVIS_CATEGORY_IMAGE_COUNT = [
+    {key: category[key] for key in ("id", "image_count")} for category in LVIS_CATEGORIES
+]
