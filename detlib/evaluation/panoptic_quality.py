@@ -44,11 +44,11 @@ class Segments:
             )
         if len(np.unique(listed)) < len(listed):
             raise ValueError(f"{self.where}: two segments have the same id: {sorted(listed.tolist())}.")
-        # Memory that is not touched is not taken, so a table for a few large ids is cheap.
-        table = np.zeros(highest + 1, np.int64)
-        table[listed] = np.arange(1, len(listed) + 1)
-        numbers = table[self.ids]
-        unlisted = (numbers == 0) & (self.ids != 0)
+        # With 0 in front, the place of an id in `known` is its number. Ids are too large for a quick table.
+        known = np.concatenate([np.zeros(1, np.int64), listed])
+        order = np.argsort(known)
+        numbers = order[np.searchsorted(known, self.ids, sorter=order).clip(max=len(listed))]
+        unlisted = known[numbers] != self.ids
         if unlisted.any():
             raise ValueError(
                 f"{self.where}: the map has the segment ids {np.unique(self.ids[unlisted]).tolist()}, which "
