@@ -10,6 +10,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 CASES = sorted((HERE / "cases").glob("*.json"))
 # Cases that take long and have a quicker relative in the default run.
 SLOW = {
+    "COCO-Detection__retinanet_R_50_FPN_1x",
     "COCO-InstanceSegmentation__mask_rcnn_R_50_DC5_1x",
     "LVISv0.5-InstanceSegmentation__mask_rcnn_R_50_FPN_1x",
     "PascalVOC-Detection__faster_rcnn_R_50_C4",
