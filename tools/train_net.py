@@ -2,10 +2,12 @@
 """Trains and evaluates the model of a config file.
 
     tools/train_net.py --config-file configs/Quickstart/mask_rcnn_R_18_FPN_shapes.yaml OUTPUT_DIR out
+    tools/train_net.py --config-file configs/COCO-Detection/fcos_R_50_FPN_1x.py train.output_dir=out
 
-OUTPUT_DIR then holds checkpoints, config.yaml, log.txt, metrics.json, events for TensorBoard, inference/
-and predictions/. Changes to the config come last, as pairs KEY VALUE. For more than a config can say,
-subclass DefaultTrainer in a script like this one.
+The output folder then holds checkpoints, config.yaml, log.txt, metrics.json, events for TensorBoard,
+inference/ and predictions/. Changes to the config come last, as pairs KEY VALUE for a YAML config and as
+path.to.key=value for a lazy one. For more than a config can say, subclass DefaultTrainer or LazyTrainer in a
+script like this one.
 """
 
 import logging
@@ -13,12 +15,14 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
+from typing import Any
 
 from detlib.checkpoint import DetectionCheckpointer
-from detlib.config import CfgNode, get_cfg
-from detlib.engine import DefaultTrainer, default_argument_parser, default_setup, launch
+from detlib.config import CfgNode, LazyConfig, get_cfg
+from detlib.engine import DefaultTrainer, LazyTrainer, default_argument_parser, default_setup, launch
 from detlib.engine.checks import check_datasets, check_weights
 from detlib.engine.pictures import write_prediction_pictures
+from detlib.engine.setup import run_setting
 from detlib.evaluation import verify_results
 from detlib.utils import comm
 from detlib.utils.logger import create_small_table
@@ -26,8 +30,10 @@ from detlib.utils.logger import create_small_table
 logger = logging.getLogger("detlib.train_net")
 
 
-def make_config(args: Namespace) -> CfgNode:
-    """Reads the config file and the changes of the command line."""
+def make_config(args: Namespace) -> CfgNode | Mapping[str, Any]:
+    """Reads the config file, YAML or lazy, and the changes of the command line."""
+    if args.config_file.endswith(".py"):
+        return LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
     cfg = get_cfg()
     if args.config_file:
         cfg.merge_from_file(args.config_file)
@@ -50,20 +56,24 @@ def main(args: Namespace) -> Mapping | None:
     """What every process does."""
     cfg = make_config(args)
     default_setup(cfg, args)
+    is_yaml = isinstance(cfg, CfgNode)
+    trainer_class = DefaultTrainer if is_yaml else LazyTrainer
     if args.eval_only:
-        model = DefaultTrainer.build_model(cfg)
-        DetectionCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        results = DefaultTrainer.test(cfg, model)
-        if comm.is_main_process() and cfg.TEST.EXPECTED_RESULTS:
+        model = trainer_class.build_model(cfg)
+        weights = cfg.MODEL.WEIGHTS if is_yaml else cfg.train.get("init_checkpoint", "")
+        checkpointer = DetectionCheckpointer(model, run_setting(cfg, "output_dir"))
+        checkpointer.resume_or_load(weights, resume=args.resume)
+        results = trainer_class.test(cfg, model)
+        if comm.is_main_process() and is_yaml and cfg.TEST.EXPECTED_RESULTS:
             verify_results(cfg, results)
     else:
-        trainer = DefaultTrainer(cfg)
+        trainer = trainer_class(cfg)
         trainer.resume_or_load(resume=args.resume)
         results, model = trainer.train(), trainer.model
     write_prediction_pictures(cfg, model)
     if comm.is_main_process():
         log_results(results or {})
-        logger.info("All output is in %s", os.path.abspath(cfg.OUTPUT_DIR))
+        logger.info("All output is in %s", os.path.abspath(run_setting(cfg, "output_dir")))
     return results
 
 

@@ -10,6 +10,8 @@ from detlib.engine.defaults import (
     default_writers,
 )
 from detlib.engine.launch import DEFAULT_TIMEOUT, launch
+from detlib.engine.lazy_trainer import LazyTrainer
+from detlib.engine.parts_trainer import PartsTrainer
 from detlib.engine.train_loop import AMPTrainer, HookBase, SimpleTrainer, TrainerBase
 
 __all__ = [
@@ -18,6 +20,8 @@ __all__ = [
     "DefaultPredictor",
     "DefaultTrainer",
     "HookBase",
+    "LazyTrainer",
+    "PartsTrainer",
     "SimpleTrainer",
     "TrainerBase",
     "create_ddp_model",

@@ -3,10 +3,12 @@
 import functools
 import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from detlib.config import CfgNode
 from detlib.data.catalog import MetadataCatalog, check_datasets_exist
+from detlib.utils.file_io import is_remote
 
 __all__ = ["as_names", "check_datasets", "check_num_classes", "check_weights"]
 
@@ -27,18 +29,24 @@ def as_names(names: str | Iterable[str]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def check_datasets(cfg: CfgNode, *, train: bool = True) -> None:
+def check_datasets(cfg: CfgNode | Mapping[str, Any], *, train: bool = True) -> None:
     """Makes sure that all data sets of a config can be found, without loading them.
 
     Args:
-        cfg: DATASETS.TRAIN and DATASETS.TEST are looked at.
-        train: False looks at DATASETS.TEST only.
+        cfg: DATASETS.TRAIN and DATASETS.TEST are looked at; of a lazy config, ``dataset.names`` of
+            ``dataloader.train`` and ``dataloader.test``.
+        train: False looks at the data to test on only.
 
     Raises:
         ValueError: if there is none to train on, or a name is malformed.
         KeyError: if a name is unknown; near names are listed.
         FileNotFoundError: if a file or folder of a data set does not exist.
     """
+    if not isinstance(cfg, CfgNode):
+        for part in ("train", "test") if train else ("test",):
+            node = cfg.get("dataloader", {}).get(part, {}).get("dataset", {})
+            check_datasets_exist(as_names(node.get("names", ())))
+        return
     if train:
         names = as_names(cfg.DATASETS.TRAIN)
         if not names:
@@ -66,12 +74,16 @@ def check_num_classes(cfg: CfgNode, names: str | Iterable[str]) -> None:
                 )
 
 
-def check_weights(cfg: CfgNode) -> None:
-    """Makes sure that MODEL.WEIGHTS is there, if it is a file of this machine.
+def check_weights(cfg: CfgNode | Mapping[str, Any]) -> None:
+    """Makes sure that MODEL.WEIGHTS, or ``train.init_checkpoint``, is there, if it is a file of this machine.
 
     Raises:
         FileNotFoundError: naming the file.
     """
-    path = cfg.MODEL.WEIGHTS
-    if path and "://" not in path and not os.path.isfile(path):
-        raise FileNotFoundError(f"MODEL.WEIGHTS: the file {path} does not exist")
+    if isinstance(cfg, CfgNode):
+        key, path = "MODEL.WEIGHTS", cfg.MODEL.WEIGHTS
+    else:
+        key, path = "train.init_checkpoint", cfg.get("train", {}).get("init_checkpoint", "")
+    path = path.partition("?")[0]  # options of the checkpointer
+    if path and not is_remote(path) and not os.path.isfile(path):
+        raise FileNotFoundError(f"{key}: the file {path} does not exist")

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
@@ -10,15 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from detlib.checkpoint import DetectionCheckpointer
 from detlib.config import CfgNode
 from detlib.data import build_detection_test_loader, build_detection_train_loader
 from detlib.data.build import pictures_per_epoch
 from detlib.engine import hooks
 from detlib.engine.checks import as_names, check_datasets, check_num_classes
 from detlib.engine.evaluators import default_evaluator
-from detlib.engine.setup import create_ddp_model, default_writers
-from detlib.engine.train_loop import AMPTrainer, HookBase, SimpleTrainer, TrainerBase
+from detlib.engine.parts_trainer import PartsTrainer
+from detlib.engine.train_loop import HookBase
 from detlib.evaluation import (
     DatasetEvaluator,
     inference_on_dataset,
@@ -30,7 +28,6 @@ from detlib.layers.fvcore_nn import get_bn_modules
 from detlib.modeling import build_model
 from detlib.solver import build_lr_scheduler, build_optimizer
 from detlib.utils import comm
-from detlib.utils.events import EventWriter
 from detlib.utils.logger import setup_logger
 
 __all__ = ["DefaultTrainer"]
@@ -38,17 +35,7 @@ __all__ = ["DefaultTrainer"]
 logger = logging.getLogger(__name__)
 
 
-class _AfterBackward(HookBase):
-    """Hands the inner trainer's `after_backward` on to the hooks of the outer one."""
-
-    def __init__(self, outer: TrainerBase):
-        self._outer = outer
-
-    def after_backward(self) -> None:
-        self._outer.after_backward()
-
-
-class DefaultTrainer(TrainerBase):
+class DefaultTrainer(PartsTrainer):
     """Builds model, optimizer, schedule, data loader and hooks from a config, and trains.
 
     To change a part, override the method that builds it. What it does by default:
@@ -64,8 +51,6 @@ class DefaultTrainer(TrainerBase):
         >>> trainer.train()
 
     Attributes:
-        scheduler: the learning-rate schedule.
-        checkpointer: the `DetectionCheckpointer`.
         cfg: the config, scaled to the number of processes (see `auto_scale_workers`).
     """
 
@@ -88,16 +73,18 @@ class DefaultTrainer(TrainerBase):
         data_loader = self.build_train_loader(cfg)
         self._check_num_classes(cfg)
 
-        model = create_ddp_model(model, broadcast_buffers=False)
-        trainer_class = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-        self._trainer = trainer_class(model, data_loader, optimizer)
-        self._trainer.register_hooks([_AfterBackward(weakref.proxy(self))])
-        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = DetectionCheckpointer(
-            model, cfg.OUTPUT_DIR, async_save=cfg.SOLVER.CHECKPOINT_ASYNC, trainer=weakref.proxy(self)
+        self._take_parts(
+            model,
+            optimizer,
+            data_loader,
+            self.build_lr_scheduler(cfg, optimizer),
+            max_iter=cfg.SOLVER.MAX_ITER,
+            output_dir=cfg.OUTPUT_DIR,
+            weights=cfg.MODEL.WEIGHTS,
+            amp=cfg.SOLVER.AMP.ENABLED,
+            async_save=cfg.SOLVER.CHECKPOINT_ASYNC,
+            broadcast_buffers=False,
         )
-        self.start_iter = 0
-        self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
@@ -106,23 +93,6 @@ class DefaultTrainer(TrainerBase):
         check_num_classes(cfg, cfg.DATASETS.TRAIN)
         if type(self).build_evaluator.__func__ is DefaultTrainer.build_evaluator.__func__:
             check_num_classes(cfg, cfg.DATASETS.TEST)
-
-    def resume_or_load(self, resume: bool = True) -> None:
-        """Resumes from the last checkpoint in OUTPUT_DIR, or else loads MODEL.WEIGHTS.
-
-        Args:
-            resume: False loads MODEL.WEIGHTS in any case, and starts at iteration 0.
-        """
-        self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
-        if resume and self.checkpointer.has_checkpoint():
-            # The checkpoint was saved after the step it is named by.
-            self.start_iter = self.iter + 1
-            logger.info(
-                "Resumed from %s with optimizer, schedule and hooks; next is iteration %d of %d",
-                self.checkpointer.get_checkpoint_file(),
-                self.start_iter,
-                self.max_iter,
-            )
 
     def build_hooks(self) -> list[HookBase | None]:
         """The hooks: timing, schedule, precise BN, checkpoints, evaluation and writers, in this order.
@@ -152,17 +122,16 @@ class DefaultTrainer(TrainerBase):
             )
         )
 
-        def test_and_save_results() -> dict:
+        def test() -> dict:
             test_cfg = self.cfg
             if test_cfg.TEST.AUG.ENABLED and self.iter + 1 < self.max_iter:
                 # It takes many times as long, so it is for the end of the training.
                 test_cfg = test_cfg.clone()
                 test_cfg.defrost()
                 test_cfg.TEST.AUG.ENABLED = False
-            self._last_eval_results = self.test(test_cfg, self.model)
-            return self._last_eval_results
+            return self.test(test_cfg, self.model)
 
-        result.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, test_and_save_results))
+        result.append(self._evaluation_hook(cfg.TEST.EVAL_PERIOD, test))
         if comm.is_main_process():
             result.append(hooks.PeriodicWriter(self.build_writers(), period=20))
         return result
@@ -180,54 +149,14 @@ class DefaultTrainer(TrainerBase):
             )
         return max(1, round(solver.CHECKPOINT_EPOCHS * pictures / solver.IMS_PER_BATCH))
 
-    def build_writers(self) -> list[EventWriter]:
-        """The writers: terminal, ``metrics.json`` and TensorBoard."""
-        return default_writers(self.cfg.OUTPUT_DIR, self.max_iter)
-
     def train(self) -> Mapping[str, Any] | None:
-        """Trains from where `resume_or_load` has left it up to SOLVER.MAX_ITER.
-
-        Returns:
-            The results of the last evaluation, on the main process.
-
-        Raises:
-            FloatingPointError: if a loss becomes infinite or NaN.
-        """
-        super().train(self.start_iter, self.max_iter)
-        results = getattr(self, "_last_eval_results", None)
-        if not comm.is_main_process():
-            return None
-        if self.cfg.TEST.EXPECTED_RESULTS:
+        """As `PartsTrainer.train`; also holds the results against TEST.EXPECTED_RESULTS."""
+        results = super().train()
+        if comm.is_main_process() and self.cfg.TEST.EXPECTED_RESULTS:
             if results is None:
                 raise ValueError("TEST.EXPECTED_RESULTS is set, but no evaluation was made")
             verify_results(self.cfg, results)
         return results
-
-    def run_step(self) -> None:
-        self._trainer.iter = self.iter
-        self._trainer.run_step()
-
-    def state_dict(self) -> dict:
-        return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict(state_dict)
-        self._trainer.load_state_dict(state_dict["_trainer"])
-
-    @property
-    def model(self) -> nn.Module:
-        """The model, wrapped if there are several processes."""
-        return self._trainer.model
-
-    @property
-    def data_loader(self):
-        """The training data."""
-        return self._trainer.data_loader
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer."""
-        return self._trainer.optimizer
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:

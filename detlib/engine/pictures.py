@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from detlib.config import CfgNode
+from detlib.config import CfgNode, instantiate
 from detlib.data import MetadataCatalog, build_detection_test_loader
 from detlib.data.detection_utils import read_image
 from detlib.engine.checks import as_names
+from detlib.engine.setup import run_setting
 from detlib.evaluation import inference_context
 from detlib.evaluation.test_time_augmentation import GeneralizedRCNNWithTTA
 from detlib.utils import comm
@@ -29,12 +30,13 @@ _MIN_LONG_SIDE = 640
 
 
 def write_prediction_pictures(
-    cfg: CfgNode, model: nn.Module, max_pictures: int = 8, min_score: float = 0.5
+    cfg: CfgNode | Mapping[str, Any], model: nn.Module, max_pictures: int = 8, min_score: float = 0.5
 ) -> list[str]:
-    """Draws a model's predictions on pictures spread evenly over the first data set of DATASETS.TEST.
+    """Draws a model's predictions on pictures spread evenly over the first data set to test on.
 
     Args:
-        cfg: OUTPUT_DIR, DATASETS and INPUT are used; with TEST.AUG.ENABLED, so is TEST.AUG.
+        cfg: a config of either kind: its output folder, test data and image format are used; of a YAML
+            config with TEST.AUG.ENABLED, so is TEST.AUG.
         model: the model; its mode is as before afterwards.
         max_pictures: how many pictures at most.
         min_score: instances that score less are not drawn.
@@ -42,19 +44,19 @@ def write_prediction_pictures(
     Returns:
         Paths of the files, ``OUTPUT_DIR/predictions/*.png``; empty on processes other than the main one.
     """
-    names = as_names(cfg.DATASETS.TEST)
-    if not names or max_pictures < 1 or not comm.is_main_process():
+    source = _test_data(cfg) if max_pictures > 0 and comm.is_main_process() else None
+    if source is None:
         return []
+    name, dataset, input_format = source
     if isinstance(model, DistributedDataParallel | DataParallel):
         model = model.module  # the other processes take no part
-    dataset = build_detection_test_loader(cfg, names[0], num_workers=0).dataset
-    metadata = MetadataCatalog.get(names[0])
-    folder = os.path.join(cfg.OUTPUT_DIR, "predictions")
+    metadata = MetadataCatalog.get(name)
+    folder = os.path.join(run_setting(cfg, "output_dir"), "predictions")
     PathManager.mkdirs(folder)
 
     count = min(max_pictures, len(dataset))
     paths = []
-    if cfg.TEST.AUG.ENABLED:
+    if isinstance(cfg, CfgNode) and cfg.TEST.AUG.ENABLED:
         model = GeneralizedRCNNWithTTA(cfg, model)
     with inference_context(model):
         for k in range(count):
@@ -64,10 +66,24 @@ def write_prediction_pictures(
                 prediction = model([sample])[0]
             stem = os.path.splitext(os.path.basename(str(sample.get("file_name", "picture"))))[0]
             path = os.path.join(folder, f"{index:05d}_{stem}.png")
-            _draw(sample, prediction, metadata, min_score, cfg.INPUT.FORMAT).save(path)
+            _draw(sample, prediction, metadata, min_score, input_format).save(path)
             paths.append(path)
     logger.info("Pictures of predictions are in %s", folder)
     return paths
+
+
+def _test_data(cfg: CfgNode | Mapping[str, Any]) -> tuple[str, Any, str] | None:
+    """Name, mapped data set and image format of the first data set to test on; None if there is none."""
+    if isinstance(cfg, CfgNode):
+        names = as_names(cfg.DATASETS.TEST)
+        if not names:
+            return None
+        return names[0], build_detection_test_loader(cfg, names[0], num_workers=0).dataset, cfg.INPUT.FORMAT
+    test = cfg.get("dataloader", {}).get("test", {})
+    if "names" not in test.get("dataset", {}):
+        return None
+    image_format = test.get("mapper", {}).get("image_format", "BGR")
+    return as_names(test.dataset.names)[0], instantiate(test).dataset, image_format
 
 
 def _draw(

@@ -1,23 +1,31 @@
 """What a training script does before the training: arguments, logs, seeds, writers and DDP."""
 
 import argparse
+import logging
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from detlib.config import CfgNode
+from detlib.config import CfgNode, LazyConfig
 from detlib.utils import comm
 from detlib.utils.env import seed_all_rng
 from detlib.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, TensorboardXWriter
 from detlib.utils.file_io import PathManager
 from detlib.utils.logger import setup_logger
 
-__all__ = ["create_ddp_model", "default_argument_parser", "default_setup", "default_writers"]
+__all__ = [
+    "create_ddp_model",
+    "default_argument_parser",
+    "default_setup",
+    "default_writers",
+    "run_setting",
+]
 
 _EPILOG = """
 Examples:
@@ -44,7 +52,9 @@ def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParse
         epilog=_EPILOG.format(program=sys.argv[0]) if epilog is None else epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config-file", default="", metavar="FILE", help="the config, a .yaml file")
+    parser.add_argument(
+        "--config-file", default="", metavar="FILE", help="the config, a .yaml file or a lazy .py one"
+    )
     parser.add_argument(
         "--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR, if there is one"
     )
@@ -65,21 +75,58 @@ def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParse
     parser.add_argument(
         "opts",
         nargs=argparse.REMAINDER,
-        help="changes to the config, as pairs KEY VALUE at the end of the command",
+        help="changes to the config, at the end of the command: pairs KEY VALUE; path.to.key=value for .py",
     )
     return parser
 
 
-def default_setup(cfg: CfgNode, args: Any) -> None:
-    """Makes OUTPUT_DIR, starts the logs, writes down config and environment, and seeds.
+# Where each kind of config has what concerns a run as a whole, and what holds if it says nothing.
+_RUN_SETTINGS = {
+    "output_dir": ("OUTPUT_DIR", "train.output_dir", "./output"),
+    "seed": ("SEED", "train.seed", -1),
+    "cudnn_benchmark": ("CUDNN_BENCHMARK", "train.cudnn_benchmark", False),
+}
+
+
+def run_setting(cfg: CfgNode | Mapping[str, Any], name: str) -> Any:
+    """A setting of a run as a whole, from either kind of config.
 
     Args:
-        cfg: the full config; it is saved as ``OUTPUT_DIR/config.yaml``.
+        cfg: a CfgNode, or a lazy config with the node ``train``.
+        name: "output_dir", "seed" or "cudnn_benchmark".
+    """
+    yaml_key, lazy_key, default = _RUN_SETTINGS[name]
+    if isinstance(cfg, CfgNode):
+        return cfg[yaml_key]
+    section, key = lazy_key.split(".")
+    return cfg.get(section, {}).get(key, default)
+
+
+def _save_config(cfg: CfgNode | Mapping[str, Any], path: str) -> None:
+    logger = logging.getLogger(__name__)
+    if isinstance(cfg, CfgNode):
+        with PathManager.open(path, "w") as f:
+            f.write(cfg.dump())
+    else:
+        try:
+            LazyConfig.save(cfg, path)
+        except ValueError as e:  # lambdas and the like
+            logger.warning("The config is not saved: %s", e)
+            return
+    logger.info("The full config is saved in %s", path)
+
+
+def default_setup(cfg: CfgNode | Mapping[str, Any], args: Any) -> None:
+    """Makes the output folder, starts the logs, writes down config and environment, and seeds.
+
+    Args:
+        cfg: the full config, of either kind; it is saved as ``config.yaml`` in OUTPUT_DIR or
+            ``train.output_dir``.
         args: the command line, to be logged; its ``eval_only`` is looked at.
     """
     from detlib.utils.collect_env import collect_env_info  # slow to import, and needed nowhere else
 
-    output_dir = cfg.OUTPUT_DIR
+    output_dir = run_setting(cfg, "output_dir")
     if comm.is_main_process() and output_dir:
         PathManager.mkdirs(output_dir)
     rank = comm.get_rank()
@@ -89,15 +136,13 @@ def default_setup(cfg: CfgNode, args: Any) -> None:
     logger.info("Environment:\n%s", collect_env_info())
     logger.info("Command line arguments: %s", args)
     if comm.is_main_process() and output_dir:
-        path = os.path.join(output_dir, "config.yaml")
-        with PathManager.open(path, "w") as f:
-            f.write(cfg.dump())
-        logger.info("The full config is saved in %s", path)
+        _save_config(cfg, os.path.join(output_dir, "config.yaml"))
     # Every process needs its own seed, or all would draw the same augmentations.
-    seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + rank)
+    seed = run_setting(cfg, "seed")
+    seed_all_rng(None if seed < 0 else seed + rank)
     if not getattr(args, "eval_only", False):
         # Pictures of all sizes are evaluated: measuring each anew would cost more than it gains.
-        torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+        torch.backends.cudnn.benchmark = run_setting(cfg, "cudnn_benchmark")
 
 
 def default_writers(output_dir: str, max_iter: int | None = None) -> list[EventWriter]:

@@ -189,6 +189,8 @@ class ResNet(Backbone):
         check_choice(depth, _BLOCKS_PER_STAGE, "depth")
         if block_class is None:
             block_class = BasicBlock if depth < 50 else BottleneckBlock
+        if block_class is BasicBlock:
+            kwargs.pop("stride_in_1x1", None)  # it has no 1x1 convolution; so that depth alone can be changed
         in_channels, expansion = 64, 1 if depth < 50 else 4
         stages = []
         for i, num_blocks in enumerate(_BLOCKS_PER_STAGE[depth]):

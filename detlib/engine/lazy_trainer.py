@@ -1,0 +1,131 @@
+"""The trainer that builds everything from a lazy config."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from detlib.config import instantiate
+from detlib.engine import hooks
+from detlib.engine.parts_trainer import PartsTrainer
+from detlib.engine.train_loop import HookBase
+from detlib.evaluation import inference_on_dataset, print_csv_format
+from detlib.solver import LRMultiplier
+from detlib.utils import comm
+from detlib.utils.env import resolve_device
+from detlib.utils.logger import setup_logger
+
+__all__ = ["LazyTrainer"]
+
+logger = logging.getLogger(__name__)
+
+
+class _ClipGradients(HookBase):
+    """Scales all gradients together down to a norm, before each update."""
+
+    def __init__(self, model: nn.Module, **kwargs: Any):
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._kwargs = kwargs
+
+    def after_backward(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self._parameters, **self._kwargs)
+
+
+class LazyTrainer(PartsTrainer):
+    """Builds what a lazy config describes, and trains.
+
+    The config has the nodes ``model``, ``optimizer`` (whose ``params.model`` is set here), ``lr_multiplier``
+    (a schedule of factors in [0, 1]), ``dataloader`` (``train``, ``test`` and ``evaluator``; without the last
+    two nothing is evaluated) and ``train``, as in ``configs/common/train.py``; ``train.clip_grad``
+    (``enabled``, ``params`` for `torch.nn.utils.clip_grad_norm_`) may be there.
+
+    Example:
+        >>> trainer = LazyTrainer(LazyConfig.load("configs/COCO-Detection/fcos_R_50_FPN_1x.py"))
+        >>> trainer.resume_or_load(resume=False)
+        >>> trainer.train()
+
+    Attributes:
+        cfg: the config.
+    """
+
+    def __init__(self, cfg: Mapping[str, Any]):
+        """
+        Raises:
+            KeyError: a node is missing.
+        """
+        super().__init__()
+        if not logging.getLogger("detlib").isEnabledFor(logging.INFO):
+            setup_logger()
+        missing = [k for k in ("model", "optimizer", "lr_multiplier", "dataloader", "train") if k not in cfg]
+        if missing:
+            raise KeyError(f"The lazy config lacks {missing}, which training needs; it has {list(cfg)}.")
+        self.cfg = cfg
+        train = cfg.train
+        model = self.build_model(cfg)
+        model.train()
+        cfg.optimizer.params.model = model
+        optimizer = instantiate(cfg.optimizer)
+        del cfg.optimizer.params.model  # the config stays one that can be saved
+        data_loader = instantiate(cfg.dataloader.train)
+        scheduler = LRMultiplier(optimizer, instantiate(cfg.lr_multiplier), train.max_iter)
+        self._take_parts(
+            model,
+            optimizer,
+            data_loader,
+            scheduler,
+            max_iter=train.max_iter,
+            output_dir=train.output_dir,
+            weights=train.get("init_checkpoint", ""),
+            amp=train.get("amp", {}).get("enabled", False),
+            **instantiate(train.get("ddp", {})),
+        )
+        self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def build_model(cls, cfg: Mapping[str, Any]) -> nn.Module:
+        """Builds the model on ``train.device``, or on the best device if there is no such one."""
+        device = cfg.train.get("device", "auto")
+        try:
+            device = resolve_device(device)
+        except ValueError as e:
+            logger.warning("train.device = %r: %s", device, e)
+            device = resolve_device("auto")
+        model = instantiate(cfg.model).to(device)
+        logger.info("Model:\n%s", model)
+        return model
+
+    def build_hooks(self) -> list[HookBase | None]:
+        """The hooks: timing, schedule, clipping, checkpoints, evaluation and writers, in this order."""
+        train = self.cfg.train
+        clip = train.get("clip_grad", {})
+        return [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(),
+            _ClipGradients(self.model, **clip.get("params", {})) if clip.get("enabled", False) else None,
+            hooks.PeriodicCheckpointer(self.checkpointer, **train.checkpointer),
+            self._evaluation_hook(train.eval_period, lambda: self.test(self.cfg, self.model)),
+            hooks.PeriodicWriter(self.build_writers(), train.log_period) if comm.is_main_process() else None,
+        ]
+
+    @classmethod
+    def test(cls, cfg: Mapping[str, Any], model: nn.Module) -> dict:
+        """Evaluates a model on ``dataloader.test`` with ``dataloader.evaluator``.
+
+        Args:
+            cfg: the config.
+            model: the model; its mode is as before afterwards.
+
+        Returns:
+            Results such as ``{"bbox": {"AP": 37.9, ...}}``; empty on processes other than the main one, and
+            without an evaluator.
+        """
+        if "evaluator" not in cfg.dataloader or "test" not in cfg.dataloader:
+            return {}
+        results = inference_on_dataset(
+            model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
+        )
+        if comm.is_main_process():
+            print_csv_format(results)
+        return results

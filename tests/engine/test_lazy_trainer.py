@@ -1,0 +1,97 @@
+"""Lazy configs are trained, resumed and evaluated as YAML configs are."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from detlib.config import LazyConfig
+from detlib.engine import LazyTrainer
+from detlib.utils.env import seed_all_rng
+
+ROOT = Path(__file__).parents[2]
+CONFIG = "configs/Quickstart/fcos_R_18_FPN_shapes.py"
+SMALL = [
+    "model.head.conv_dims=[16]",
+    "model.head.norm=''",
+    "dataloader.train.dataset.names=shapes:train?num=8&size=64",
+    "dataloader.test.dataset.names=shapes:val?num=4&size=64",
+    "dataloader.train.mapper.augmentations.0.short_edge_length=[64]",
+    "dataloader.test.mapper.augmentations.0.short_edge_length=64",
+    "dataloader.train.total_batch_size=2",
+    "dataloader.train.num_workers=0",
+    "dataloader.test.num_workers=0",
+    "train.device=cpu",
+    "train.max_iter=4",
+]
+
+
+def small_config(folder, *overrides):
+    cfg = LazyConfig.load(str(ROOT / CONFIG))
+    return LazyConfig.apply_overrides(cfg, [*SMALL, f"train.output_dir={folder}", *overrides])
+
+
+def test_trains_evaluates_and_resumes(tmp_path):
+    seed_all_rng(1)
+    trainer = LazyTrainer(small_config(tmp_path, "train.eval_period=2", "train.checkpointer.period=2"))
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    results = trainer.train()
+    assert set(results) == {"bbox"} and "AP50" in results["bbox"]
+    moved = [k for k, v in trainer.model.state_dict().items() if not torch.equal(v, before[k])]
+    assert "head.cls_score.weight" in moved and "backbone.bottom_up.stem.conv1.weight" in moved
+    rates = [json.loads(line).get("lr") for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    assert any(rates)
+    names = {p.name for p in tmp_path.glob("model*")}
+    assert names == {"model_0000001.pth", "model_0000003.pth", "model_final.pth"}
+
+    resumed = LazyTrainer(small_config(tmp_path, "train.max_iter=6"))
+    resumed.resume_or_load(resume=True)
+    assert resumed.start_iter == 4
+    for key, value in trainer.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[key]), key
+    resumed.train()
+    assert resumed.iter == 6
+
+
+def test_gradients_are_clipped(tmp_path):
+    clip = ["+train.clip_grad.enabled=True", "+train.clip_grad.params.max_norm=0.001"]
+    trainer = LazyTrainer(small_config(tmp_path, "train.max_iter=1", "~dataloader.evaluator", *clip))
+    trainer.train()
+    norm = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]).norm()
+    assert norm.item() == pytest.approx(0.001, rel=0.01)
+
+
+def test_a_missing_node_is_named(tmp_path):
+    cfg = small_config(tmp_path)
+    del cfg["lr_multiplier"]
+    with pytest.raises(KeyError, match="lacks .'lr_multiplier'.*'dataloader'"):
+        LazyTrainer(cfg)
+
+
+def train_net():
+    spec = importlib.util.spec_from_file_location("train_net", ROOT / "tools" / "train_net.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    options = [*SMALL, f"train.output_dir={tmp_path}", "train.max_iter=2"]
+    train_net().run(["--config-file", CONFIG, *options])
+    assert (tmp_path / "config.yaml").exists() and (tmp_path / "model_final.pth").exists()
+    assert len(list((tmp_path / "predictions").glob("*.png"))) == 4
+    saved = LazyConfig.load(str(tmp_path / "config.yaml"))
+    assert saved.train.max_iter == 2 and saved.model.num_classes == 3
+    weights = [f"train.init_checkpoint={tmp_path}/model_final.pth"]
+    train_net().run(["--config-file", CONFIG, "--eval-only", *options, *weights])
+    for change, said in (
+        ("dataloader.train.dataset.names=shapes:trian", "trian"),
+        ("train.init_checkpoint=nothing.pth", "train.init_checkpoint: the file nothing.pth"),
+        ("train.max_itr=3", "max_itr"),
+    ):
+        with pytest.raises(SystemExit):
+            train_net().run(["--config-file", CONFIG, *options, change])
+        assert said in capsys.readouterr().err
