@@ -172,8 +172,7 @@ class DatasetMapper:
         image, sem_seg = aug_input.image, aug_input.sem_seg
         image_shape = image.shape[:2]
 
-        # A tensor goes from a worker to the main process by shared memory, an array would be pickled.
-        dataset_dict["image"] = torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))
+        dataset_dict["image"] = utils.image_to_tensor(image)
         if sem_seg is not None:
             dataset_dict["sem_seg"] = torch.as_tensor(sem_seg.astype("long"))
         if self.proposal_topk is not None:

@@ -23,6 +23,7 @@ from .readers import (
     check_image_size,
     convert_image_to_rgb,
     convert_PIL_to_numpy,
+    image_to_tensor,
     read_image,
 )
 from .transforms import Augmentation, CropTransform, RandomFlip, ResizeShortestEdge
@@ -42,6 +43,7 @@ __all__ = [
     "filter_empty_instances",
     "gen_crop_transform_with_instance",
     "get_fed_loss_cls_weights",
+    "image_to_tensor",
     "read_image",
     "transform_instance_annotations",
     "transform_keypoint_annotations",

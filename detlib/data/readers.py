@@ -19,6 +19,7 @@ __all__ = [
     "check_image_size",
     "convert_PIL_to_numpy",
     "convert_image_to_rgb",
+    "image_to_tensor",
     "read_image",
     "read_image_size",
     "upright_size",
@@ -72,9 +73,10 @@ def convert_PIL_to_numpy(image: Image.Image, format: str | None) -> np.ndarray:
         (H, W, C) array, uint8 for most formats, float64 for "YUV-BT.601"; "L" has C = 1. With None, a picture
         of one channel comes as (H, W).
     """
-    if format is not None:
-        image = image.convert("RGB" if format in ("BGR", "YUV-BT.601") else format)
-    array = np.asarray(image)
+    mode = "RGB" if format in ("BGR", "YUV-BT.601") else format
+    if mode is not None and image.mode != mode:
+        image = image.convert(mode)
+    array = np.array(image)
     if format == "L":
         return array[:, :, None]
     if format == "BGR":
@@ -205,3 +207,22 @@ def check_image_size(dataset_dict: dict, image: np.ndarray) -> None:
         )
     dataset_dict.setdefault("height", height)
     dataset_dict.setdefault("width", width)
+
+
+def image_to_tensor(image: np.ndarray) -> torch.Tensor:
+    """A picture as the tensor that models take; from a worker it goes to the main process by shared memory.
+
+    Args:
+        image: (H, W, C) array of any memory layout, flipped views included.
+
+    Returns:
+        (C, H, W) contiguous tensor; it shares its memory with ``image`` where that already lies as planes.
+    """
+    planes = image.transpose(2, 0, 1)
+    flipped = [axis for axis, stride in enumerate(planes.strides) if stride < 0]  # tensors cannot be such
+    if flipped:
+        planes = planes[tuple(slice(None, None, -1 if axis in flipped else 1) for axis in range(3))]
+    if not planes.flags.writeable:
+        planes = planes.copy()
+    tensor = torch.from_numpy(planes)
+    return tensor.flip(flipped).contiguous() if flipped else tensor.contiguous()

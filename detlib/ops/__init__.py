@@ -4,6 +4,7 @@ from detlib.ops.deform_conv import deform_conv2d
 from detlib.ops.ms_deform_attn import ms_deform_attn
 from detlib.ops.nms import batched_nms, nms
 from detlib.ops.paste_masks import paste_masks, paste_masks_to_rle
+from detlib.ops.resize import resize_image
 from detlib.ops.rle import encode_rle
 from detlib.ops.roi_align import roi_align
 from detlib.ops.roi_align_rotated import roi_align_rotated
@@ -20,6 +21,7 @@ __all__ = [
     "nms_rotated",
     "paste_masks",
     "paste_masks_to_rle",
+    "resize_image",
     "roi_align",
     "roi_align_rotated",
 ]

@@ -38,6 +38,7 @@ def samples():
         "batched_nms": (boxes, scores, torch.arange(20) % 3, 0.4),
         "paste_masks": (masks, boxes, 30, 25, 0.6),
         "paste_masks_to_rle": (masks, boxes, 30, 25, 0.6),
+        "resize_image": (torch.randint(0, 256, (7, 9, 3), dtype=torch.uint8, generator=generator), 5, 13, 2, True),
         "roi_align": (maps, rois, 0.3, 3, 2, 0, True),
         "roi_align_backward": (grad, rois, 0.3, 3, 2, 1, 3, 11, 13, 0, True),
         "box_iou_rotated": (rotated, rotated[:7]),

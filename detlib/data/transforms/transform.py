@@ -19,6 +19,7 @@ from fvcore.transforms.transform import (
 from PIL import Image
 
 from . import rotated_box  # noqa: F401 (gives all transforms apply_rotated_box)
+from .resize import from_pil, resize_as_pillow, to_pil
 
 __all__ = [
     "ColorTransform",
@@ -42,19 +43,6 @@ _TORCH_MODES = {
 }
 
 
-def _to_pil(img: np.ndarray) -> Image.Image:
-    """A uint8 array of shape (H, W), (H, W, 1) or (H, W, C) as a PIL image."""
-    if img.ndim == 3 and img.shape[2] == 1:
-        img = img[:, :, 0]
-    return Image.fromarray(img)
-
-
-def _from_pil(image: Image.Image, like: np.ndarray) -> np.ndarray:
-    """``image`` as an array with as many dimensions as ``like``."""
-    array = np.asarray(image)
-    return array[:, :, None] if like.ndim == 3 and array.ndim == 2 else array
-
-
 def _nearest_indices(size: int, new_size: int) -> np.ndarray:
     """Which of ``size`` pixels Pillow picks for each of ``new_size``; asked of Pillow, which breaks ties."""
     line = Image.fromarray(np.arange(size, dtype=np.int32)[None])
@@ -64,7 +52,7 @@ def _nearest_indices(size: int, new_size: int) -> np.ndarray:
 class ResizeTransform(Transform):
     """Resize a picture to a given size.
 
-    uint8 images are resized by Pillow, which filters over the whole source area when it shrinks; other types
+    uint8 images are resized as Pillow does, which filters over the whole source area when it shrinks; other types
     by `torch.nn.functional.interpolate` with ``align_corners=False`` and no such filter.
     """
 
@@ -94,8 +82,7 @@ class ResizeTransform(Transform):
             )
         method = Image.Resampling(self.interp if interp is None else interp)
         if img.dtype == np.uint8 and img.ndim < 4:
-            resized = _to_pil(img).resize((self.new_w, self.new_h), method)
-            return _from_pil(resized, img)
+            return resize_as_pillow(img, self.new_h, self.new_w, method)
         if method == Image.Resampling.NEAREST and not np.issubdtype(img.dtype, np.floating):
             return self._pick_nearest(img)
         return self._interpolate(img, method)
@@ -172,7 +159,7 @@ class ExtentTransform(Transform):
 
     def _extent(self, img: np.ndarray, interp: int, fill: float) -> np.ndarray:
         height, width = self.output_size
-        source = _to_pil(img)
+        source = to_pil(img)
         color = int(fill) if source.mode == "L" else (int(fill),) * len(source.getbands())
         out = source.transform(
             size=(width, height),
@@ -181,7 +168,7 @@ class ExtentTransform(Transform):
             resample=interp,
             fillcolor=color,
         )
-        return _from_pil(out, img)
+        return from_pil(out, img)
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
         """Move and scale (N, 2) xy coordinates."""
