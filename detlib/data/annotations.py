@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 
-def _decode_rle(rle: dict) -> np.ndarray:
+def decode_rle(rle: dict) -> np.ndarray:
     """A COCO RLE (compressed, or with counts as a list) as an (H, W) uint8 array of 0 and 1."""
     import pycocotools.mask as mask_util
 
@@ -50,7 +50,7 @@ def transform_instance_annotations(
     Returns:
         ``annotation``, with "bbox" (4,) float64 in XYXY_ABS, clipped to the picture, or where it was rotated
         (5,) float64 in XYWHA_ABS, not clipped; "segmentation" a list of (2P,) float64 polygons, or an (H, W)
-        uint8 array where it was an RLE; "keypoints" (K, 3) float64.
+        array where it was an RLE or an array; "keypoints" (K, 3) float64.
     """
     if isinstance(transforms, (tuple, list)):
         transforms = TransformList(transforms)
@@ -86,18 +86,27 @@ def _transform_segmentation(segmentation, transforms: Transform, image_size: tup
     if isinstance(segmentation, list):
         polygons = [np.array(polygon, dtype=np.float64).reshape(-1, 2) for polygon in segmentation]
         return [polygon.reshape(-1) for polygon in transforms.apply_polygons(polygons)]
-    if isinstance(segmentation, dict):
-        mask = transforms.apply_segmentation(_decode_rle(segmentation))
+    if isinstance(segmentation, (dict, np.ndarray)):
+        source = decode_rle(segmentation) if isinstance(segmentation, dict) else segmentation
+        mask = transforms.apply_segmentation(source)
         if tuple(mask.shape[:2]) != tuple(image_size):
             raise ValueError(
-                f"the mask (RLE) has size {tuple(segmentation['size'])} and becomes {tuple(mask.shape[:2])} "
+                f"the mask (RLE) has size {source.shape[:2]} and becomes {tuple(mask.shape[:2])} "
                 f"under the transforms of the picture, which becomes {tuple(image_size)}; they must agree"
             )
         return mask
     raise TypeError(
         f"segmentation of type {type(segmentation).__name__} cannot be transformed; it must be a list of "
-        "polygons [x0, y0, x1, y1, ...] or a dict in COCO's RLE format"
+        "polygons [x0, y0, x1, y1, ...], a dict in COCO's RLE format or an (H, W) array"
     )
+
+
+def _mirrors(transform: Transform) -> bool:
+    """Whether left and right are swapped: by an odd number of horizontal flips, within lists too. A vertical
+    flip does not count, as in detectron2; a transform may say for itself, by an attribute ``mirrors``."""
+    if isinstance(transform, TransformList):
+        return sum(_mirrors(step) for step in transform.transforms) % 2 == 1
+    return isinstance(transform, HFlipTransform) or bool(getattr(transform, "mirrors", False))
 
 
 def transform_keypoint_annotations(
@@ -126,8 +135,7 @@ def transform_keypoint_annotations(
     keypoints[:, :2] = xy
     keypoints[~inside, 2] = 0
 
-    steps = transforms.transforms if isinstance(transforms, TransformList) else [transforms]
-    if sum(isinstance(step, HFlipTransform) for step in steps) % 2 == 1:
+    if _mirrors(transforms):
         if keypoint_hflip_indices is None:
             raise ValueError("keypoints cannot be mirrored without keypoint_hflip_indices")
         if len(keypoints) != len(keypoint_hflip_indices):
@@ -269,7 +277,7 @@ def _to_masks(segmentations: list, image_size: tuple[int, int], mask_format: str
 def _to_bitmask(segmentation, image_size: tuple[int, int], index: int) -> np.ndarray:
     if isinstance(segmentation, list):
         return polygons_to_bitmask(segmentation, *image_size)
-    mask = _decode_rle(segmentation) if isinstance(segmentation, dict) else segmentation
+    mask = decode_rle(segmentation) if isinstance(segmentation, dict) else segmentation
     if not isinstance(mask, np.ndarray) or mask.ndim != 2:
         raise ValueError(
             f"the mask of instance {index} must be a list of polygons, an RLE dict or an (H, W) array, got "

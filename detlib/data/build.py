@@ -3,10 +3,11 @@
 import logging
 import sys
 from collections.abc import Callable, Sized
+from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Sampler
 
 from detlib.config import configurable
 from detlib.utils import comm
@@ -22,12 +23,17 @@ from .dataset_dicts import (
     print_instances_class_histogram,
 )
 from .dataset_mapper import DatasetMapper
+from .detection_utils import check_metadata_consistency
+from .resume import PlacedSampler, ResumableLoader
 from .samplers import (
+    ClassAwareTrainingSampler,
     InferenceSampler,
+    MultiDatasetTrainingSampler,
     RandomSubsetTrainingSampler,
     RepeatFactorTrainingSampler,
     TrainingSampler,
 )
+from .samplers.stream import EndlessSampler
 
 __all__ = [
     "build_batch_data_loader",
@@ -117,7 +123,8 @@ def build_batch_data_loader(
         **kwargs: further arguments of `torch.utils.data.DataLoader`.
 
     Returns:
-        An iterable of batches.
+        An iterable of batches. With an endless sampler of `detlib.data.samplers` its ``state_dict`` and
+        ``load_state_dict`` save and restore the position, see `ResumableLoader`.
 
     Raises:
         ValueError: arguments do not go together, or the batch cannot be shared out between the processes.
@@ -127,21 +134,37 @@ def build_batch_data_loader(
         raise ValueError("build_batch_data_loader: sampler must be None with an iterable dataset")
     if num_workers > 0:
         kwargs.update(prefetch_factor=prefetch_factor, persistent_workers=persistent_workers)
-    kwargs.update(num_workers=num_workers, pin_memory=pin_memory, sampler=sampler)
+    placed = PlacedSampler(sampler) if isinstance(sampler, EndlessSampler) else None
+    kwargs.update(num_workers=num_workers, pin_memory=pin_memory, sampler=placed or sampler)
     kwargs.setdefault("worker_init_fn", worker_init_reset_seed)
     if seed is not None:
         kwargs["generator"] = torch.Generator().manual_seed(seed)
 
     if not aspect_ratio_grouping:
         collate_fn = trivial_batch_collator if collate_fn is None else collate_fn
-        return DataLoader(
+        loader = DataLoader(
             dataset, batch_size=batch_size, drop_last=drop_last, collate_fn=collate_fn, **kwargs
         )
+        return ResumableLoader(loader, batch_size, placed)
     if not drop_last:
         raise ValueError("build_batch_data_loader: aspect_ratio_grouping needs drop_last=True")
     elements = DataLoader(dataset, batch_size=None, collate_fn=_as_is, **kwargs)
     batches = AspectRatioGroupedDataset(elements, batch_size)
-    return batches if collate_fn is None else MapDataset(batches, collate_fn)
+    batches = batches if collate_fn is None else MapDataset(batches, collate_fn)
+    return ResumableLoader(batches, batch_size, placed, is_wide=partial(_is_wide, dataset))
+
+
+def _is_wide(dataset: Dataset, index: int) -> bool:
+    """The group of an element, told from what a dataset is before it is mapped."""
+    while isinstance(dataset, MapDataset):
+        dataset = dataset._dataset
+    record = dataset[int(index)]
+    if not isinstance(record, dict) or not {"width", "height"} <= set(record):
+        raise ValueError(
+            "a loader with aspect_ratio_grouping can go on at a saved position only if the records have "
+            f"'width' and 'height'; element {int(index)} has none"
+        )
+    return record["width"] > record["height"]
 
 
 def pictures_per_epoch(loader: Any) -> int | None:
@@ -178,7 +201,17 @@ def _as_names(names) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
 
 
-def _build_train_sampler(cfg, dataset) -> Sampler:
+_SAMPLERS = (
+    "TrainingSampler",
+    "RepeatFactorTrainingSampler",
+    "RandomSubsetTrainingSampler",
+    "ClassAwareTrainingSampler",
+    "MultiDatasetTrainingSampler",
+)
+
+
+def _build_train_sampler(cfg, dataset, parts: list | None = None) -> Sampler:
+    """The sampler that a config names; ``parts`` are the data sets that ``dataset`` is made of."""
     name = cfg.DATALOADER.SAMPLER_TRAIN
     logger.info("Using training sampler %s", name)
     if name == "TrainingSampler":
@@ -193,27 +226,44 @@ def _build_train_sampler(cfg, dataset) -> Sampler:
         if ratio is None:
             raise KeyError("DATALOADER.RANDOM_SUBSET_RATIO is needed by RandomSubsetTrainingSampler, not set")
         return RandomSubsetTrainingSampler(len(dataset), ratio, seed_shuffle=cfg.SEED, seed_subset=cfg.SEED)
-    raise ValueError(
-        "DATALOADER.SAMPLER_TRAIN must be TrainingSampler, RepeatFactorTrainingSampler or "
-        f"RandomSubsetTrainingSampler, got {name!r}"
-    )
+    if name == "ClassAwareTrainingSampler":
+        return ClassAwareTrainingSampler(ClassAwareTrainingSampler.categories_of(dataset), seed=cfg.SEED)
+    if name == "MultiDatasetTrainingSampler":
+        sizes = [len(part) for part in parts or [dataset]]
+        return MultiDatasetTrainingSampler(sizes, cfg.DATALOADER.DATASET_WEIGHTS, seed=cfg.SEED)
+    raise ValueError(f"DATALOADER.SAMPLER_TRAIN must be one of {', '.join(_SAMPLERS)}, got {name!r}")
+
+
+def _load_train_sets(cfg) -> tuple[list | Dataset, list]:
+    """The training data as one data set, and the data sets that it is made of where the sampler asks."""
+    names = _as_names(cfg.DATASETS.TRAIN)
+    options = {
+        "filter_empty": cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        "min_keypoints": cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
+    }
+    files = list(cfg.DATASETS.PROPOSAL_FILES_TRAIN) if cfg.MODEL.LOAD_PROPOSALS else []
+    if cfg.DATALOADER.SAMPLER_TRAIN != "MultiDatasetTrainingSampler" or len(names) < 2:
+        return get_detection_dataset_dicts(names, proposal_files=files or None, **options), []
+    check_metadata_consistency("thing_classes", names)
+    parts = [
+        get_detection_dataset_dicts([name], proposal_files=files[i : i + 1] or None, **options)
+        for i, name in enumerate(names)
+    ]
+    if all(isinstance(part, list) for part in parts):
+        return [record for part in parts for record in part], parts
+    return ConcatDataset(parts), parts
 
 
 def _train_loader_from_config(cfg, mapper=None, *, dataset=None, sampler=None) -> dict:
+    parts: list = []
     if dataset is None:
-        keypoint_on = cfg.MODEL.KEYPOINT_ON
-        dataset = get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN,
-            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if keypoint_on else 0,
-            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-        )
+        dataset, parts = _load_train_sets(cfg)
         if mapper is None and isinstance(dataset, list):  # a mapper of the user's may change category ids
             _check_num_classes(cfg, dataset)
     if mapper is None:
         mapper = DatasetMapper(cfg, True)
     if sampler is None and not isinstance(dataset, IterableDataset):
-        sampler = _build_train_sampler(cfg, dataset)
+        sampler = _build_train_sampler(cfg, dataset, parts)
     return {
         "dataset": dataset,
         "sampler": sampler,

@@ -13,6 +13,8 @@ from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from detlib.utils.serialize import PicklableWrapper
 
+from .resume import place_seed, seeded
+
 __all__ = ["AspectRatioGroupedDataset", "DatasetFromList", "MapDataset", "ToIterableDataset"]
 
 logger = logging.getLogger(__name__)
@@ -85,10 +87,10 @@ def _describe(element: Any) -> str:
     return f"the dataset element with {known or 'no file_name'}"
 
 
-def _apply(map_func: Callable, element: Any) -> Any:
-    """``map_func(element)``; an exception gets a note about the element and goes on its way."""
+def _apply(map_func: Callable, element: Any, *others: Callable) -> Any:
+    """``map_func(element, *others)``; an exception gets a note about the element and goes on its way."""
     try:
-        return map_func(element)
+        return map_func(element, *others)
     except Exception as error:
         error.add_note(f"This happened while loading {_describe(element)}.")
         raise
@@ -100,10 +102,21 @@ class MapDataset(Dataset):
     Where the function returns None, a map-style dataset gives another element, drawn at random, in its place,
     and an iterable dataset skips the element. An exception of the function is never swallowed: it is passed
     on with a note that names the element's file.
+
+    A function with a true attribute ``takes_others`` makes its result of several elements (as copy-paste
+    does): it is called with the element and a function that draws a further one at random.
+
+    Where indices know their place in a sampler's stream, as those of `build_batch_data_loader` do, all random
+    numbers follow from the place: they are the same on any number of workers, and in a resumed run.
     """
 
     def __new__(cls, dataset: Dataset, map_func: Callable):
         if isinstance(dataset, IterableDataset):
+            if getattr(map_func, "takes_others", False):
+                raise TypeError(
+                    f"MapDataset: {type(map_func).__name__} takes further elements at random, which an "
+                    f"iterable dataset ({type(dataset).__name__}) cannot give"
+                )
             return _MapIterableDataset(dataset, map_func)
         return super().__new__(cls)
 
@@ -118,6 +131,7 @@ class MapDataset(Dataset):
         """
         self._dataset = dataset
         self._map_func = PicklableWrapper(map_func)
+        self._others = (self._draw_element,) if getattr(map_func, "takes_others", False) else ()
         self._rng = random.Random(42)
         self._refused: set[int] = set()
 
@@ -125,10 +139,15 @@ class MapDataset(Dataset):
         return len(self._dataset)
 
     def __getitem__(self, idx: int) -> Any:
-        index = int(idx)
+        seed = place_seed(idx)
+        with seeded(seed):
+            return self._load(int(idx), self._rng if seed is None else random.Random(seed))
+
+    def _load(self, idx: int, rng: random.Random) -> Any:
+        index = idx
         tries = 0
         while True:
-            data = _apply(self._map_func, self._dataset[index])
+            data = _apply(self._map_func, self._dataset[index], *self._others)
             if data is not None:
                 self._refused.discard(index)
                 return data
@@ -136,16 +155,19 @@ class MapDataset(Dataset):
             tries += 1
             if tries == 3:
                 logger.warning("The mapper returned None for 3 elements in a row, from index %d on", idx)
-            index = self._draw_other(idx)
+            index = self._draw_other(idx, rng)
 
-    def _draw_other(self, idx: int) -> int:
+    def _draw_element(self) -> Any:
+        return self._dataset[int(np.random.randint(len(self._dataset)))]
+
+    def _draw_other(self, idx: int, rng: random.Random) -> int:
         size = len(self._dataset)
         if len(self._refused) >= size:
             raise ValueError(
                 f"the mapper returned None for all {size} elements of the dataset (asked for index {idx})"
             )
         while True:
-            index = self._rng.randrange(size)
+            index = rng.randrange(size)
             if index not in self._refused:
                 return index
 

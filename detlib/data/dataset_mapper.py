@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from detlib.structures import BoxMode
 
 from . import detection_utils as utils
 from . import transforms as T  # noqa: N812 (the name that mappers use)
+from .mixing import CopyPaste, Mixing, Mosaic, Sample
 
 __all__ = ["DatasetMapper"]
 
@@ -38,6 +40,8 @@ class DatasetMapper:
         precomputed_proposal_topk: int | None = None,
         recompute_boxes: bool = False,
         rotated_boxes: bool | None = None,
+        mixing: list[Mixing] | tuple = (),
+        decoder: str = "pil",
     ):
         """
         Args:
@@ -54,10 +58,23 @@ class DatasetMapper:
             rotated_boxes: whether models get RotatedBoxes; by default, those pictures with a rotated
                 annotation (BoxMode.XYWHA_ABS). If False, rotated annotations become the upright boxes around
                 them.
+            mixing: what makes one training picture of several, in order; see `detlib.data.mixing`. The mapper
+                then needs a `MapDataset` around it, which the loaders make.
+            decoder: see `detection_utils.read_image`.
         """
         if recompute_boxes and not use_instance_mask:
             raise ValueError("DatasetMapper: recompute_boxes=True needs use_instance_mask=True")
+        mixing = list(mixing) if is_train else []
+        if mixing and precomputed_proposal_topk is not None:
+            raise ValueError("DatasetMapper: precomputed proposals do not go together with mixing")
+        if any(m.makes_bitmasks for m in mixing) and use_instance_mask and instance_mask_format != "bitmask":
+            raise ValueError(
+                f"DatasetMapper: mixing={mixing} makes masks that polygons cannot hold; set "
+                "instance_mask_format (INPUT.MASK_FORMAT) to 'bitmask'"
+            )
         self.is_train = is_train
+        self.mixing = mixing
+        self.decoder = decoder
         self.augmentations = T.AugmentationList(augmentations)
         self.image_format = image_format
         self.use_instance_mask = use_instance_mask
@@ -85,9 +102,12 @@ class DatasetMapper:
             "instance_mask_format": cfg.INPUT.MASK_FORMAT,
             "use_keypoint": cfg.MODEL.KEYPOINT_ON,
             "recompute_boxes": recompute_boxes,
+            "decoder": cfg.INPUT.DECODER,
             # A picture without objects shows no type: there the model's counts.
             "rotated_boxes": True if cfg.MODEL.ANCHOR_GENERATOR.NAME == "RotatedAnchorGenerator" else None,
         }
+        if is_train:
+            ret["mixing"] = build_mixing(cfg)
         if cfg.MODEL.KEYPOINT_ON:
             ret["keypoint_hflip_indices"] = utils.create_keypoint_hflip_indices(cfg.DATASETS.TRAIN)
         if cfg.MODEL.LOAD_PROPOSALS:
@@ -98,15 +118,16 @@ class DatasetMapper:
             )
         return ret
 
-    def _transform_annotations(self, dataset_dict: dict, transforms: T.TransformList, image_shape) -> None:
-        """Replace "annotations" by "instances". Crowd regions are left out."""
+    def _transform_annotations(self, dataset_dict: dict, transforms: T.TransformList, image_shape) -> list:
+        """The annotations of a picture, transformed, without crowd regions and what is not used."""
         unused = set()
-        if not self.use_instance_mask:
+        # Mixing needs masks to know what covers what.
+        if not self.use_instance_mask and not self.mixing:
             unused.add("segmentation")
         if not self.use_keypoint:
             unused.add("keypoints")
         annos = []
-        for index, annotation in enumerate(dataset_dict.pop("annotations")):
+        for index, annotation in enumerate(dataset_dict.get("annotations", ())):
             if annotation.get("iscrowd", 0) != 0:
                 continue
             used = {key: value for key, value in annotation.items() if key not in unused}
@@ -124,6 +145,11 @@ class DatasetMapper:
                 raise ValueError(
                     f"annotation {index} of image file {dataset_dict.get('file_name')}: {reason}"
                 ) from error
+        return annos
+
+    def _to_instances(self, annos: list[dict], image_shape, file_name: str | None):
+        if not self.use_instance_mask:
+            annos = [{key: value for key, value in anno.items() if key != "segmentation"} for anno in annos]
         try:
             if self._are_rotated(annos):
                 instances = utils.annotations_to_instances_rotated(annos, image_shape)
@@ -132,21 +158,65 @@ class DatasetMapper:
                     annos, image_shape, mask_format=self.instance_mask_format
                 )
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"annotations of image file {dataset_dict.get('file_name')}: {error}") from error
+            raise ValueError(f"annotations of image file {file_name}: {error}") from error
         if self.recompute_boxes and instances.has("gt_masks"):
             instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
-        dataset_dict["instances"] = utils.filter_empty_instances(instances)
+        return utils.filter_empty_instances(instances)
 
     def _are_rotated(self, annos: list[dict]) -> bool:
         if self.rotated_boxes is not None:
             return self.rotated_boxes
         return any(anno["bbox_mode"] == BoxMode.XYWHA_ABS for anno in annos)
 
-    def __call__(self, dataset_dict: dict) -> dict:
+    @property
+    def takes_others(self) -> bool:
+        """Whether `MapDataset` is to give a function that draws further records."""
+        return bool(self.mixing)
+
+    def _read(self, dataset_dict: dict) -> Sample:
+        """The picture and its semantic map as they are in their files; annotations stay in the dict."""
+        image = utils.read_image(dataset_dict["file_name"], format=self.image_format, decoder=self.decoder)
+        utils.check_image_size(dataset_dict, image)
+        sem_seg_file = dataset_dict.pop("sem_seg_file_name", None)
+        sem_seg = None if sem_seg_file is None else utils.read_image(sem_seg_file, "L").squeeze(2)
+        return Sample(image, dataset_dict.get("annotations", []), sem_seg)
+
+    def _augment(self, sample: Sample, dataset_dict: dict) -> T.TransformList:
+        """Apply the augmentations to a sample, in place; for training to its annotations, too."""
+        aug_input = T.AugInput(sample.image, sem_seg=sample.sem_seg)
+        transforms = self.augmentations(aug_input)
+        sample.image, sample.sem_seg = aug_input.image, aug_input.sem_seg
+        if self.is_train:
+            named = {"annotations": sample.annotations, "file_name": dataset_dict.get("file_name")}
+            sample.annotations = self._transform_annotations(named, transforms, sample.image.shape[:2])
+        return transforms
+
+    def _load_mixed(self, dataset_dict: dict, others: Callable[[], dict]) -> tuple[Sample, T.TransformList]:
+        before = [m for m in self.mixing if m.before_augmentation]
+        after = [m for m in self.mixing if not m.before_augmentation]
+
+        def read(record: dict) -> Sample:
+            sample = self._read(record)
+            sample.annotations = [a for a in sample.annotations if a.get("iscrowd", 0) == 0]
+            return sample
+
+        def load(record: dict) -> tuple[Sample, T.TransformList]:
+            sample = read(record)
+            for mix in before:
+                sample = mix(sample, lambda: read(copy.copy(others())))
+            return sample, self._augment(sample, record)
+
+        sample, transforms = load(dataset_dict)
+        for mix in after:
+            sample = mix(sample, lambda: load(copy.copy(others()))[0])
+        return sample, transforms
+
+    def __call__(self, dataset_dict: dict, others: Callable[[], dict] | None = None) -> dict:
         """Map one picture.
 
         Args:
             dataset_dict: dict of one picture in the standard format; it stays as it is.
+            others: draws a further dict at random; needed with ``mixing``, and given by `MapDataset`.
 
         Returns:
             A dict with all entries of ``dataset_dict`` ("file_name", "image_id", "height", "width", ...) but
@@ -162,23 +232,40 @@ class DatasetMapper:
             FileNotFoundError, ImageReadError, SizeMismatchError, ValueError: with the file's name.
         """
         dataset_dict = copy.copy(dataset_dict)
-        image = utils.read_image(dataset_dict["file_name"], format=self.image_format)
-        utils.check_image_size(dataset_dict, image)
+        if self.mixing:
+            if others is None:
+                raise ValueError(
+                    "DatasetMapper: with mixing it needs further pictures; put it into a MapDataset, as the "
+                    "train loader does"
+                )
+            sample, transforms = self._load_mixed(dataset_dict, others)
+        else:
+            sample = self._read(dataset_dict)
+            transforms = self._augment(sample, dataset_dict)
+        image_shape = sample.image.shape[:2]
 
-        sem_seg_file = dataset_dict.pop("sem_seg_file_name", None)
-        sem_seg = None if sem_seg_file is None else utils.read_image(sem_seg_file, "L").squeeze(2)
-        aug_input = T.AugInput(image, sem_seg=sem_seg)
-        transforms = self.augmentations(aug_input)
-        image, sem_seg = aug_input.image, aug_input.sem_seg
-        image_shape = image.shape[:2]
-
-        dataset_dict["image"] = utils.image_to_tensor(image)
-        if sem_seg is not None:
-            dataset_dict["sem_seg"] = torch.as_tensor(sem_seg.astype("long"))
+        dataset_dict["image"] = utils.image_to_tensor(sample.image)
+        if sample.sem_seg is not None:
+            dataset_dict["sem_seg"] = torch.as_tensor(sample.sem_seg.astype("long"))
         if self.proposal_topk is not None:
             utils.transform_proposals(dataset_dict, image_shape, transforms, proposal_topk=self.proposal_topk)
-        if not self.is_train:
-            dataset_dict.pop("annotations", None)
-        elif "annotations" in dataset_dict:
-            self._transform_annotations(dataset_dict, transforms, image_shape)
+        annotated = dataset_dict.pop("annotations", None) is not None
+        if self.is_train and (annotated or sample.annotations):
+            dataset_dict["instances"] = self._to_instances(
+                sample.annotations, image_shape, dataset_dict.get("file_name")
+            )
         return dataset_dict
+
+
+def build_mixing(cfg) -> list[Mixing]:
+    """The mixings of a config, in the order of application.
+
+    Args:
+        cfg: reads ``INPUT.MOSAIC`` and ``INPUT.COPY_PASTE``.
+    """
+    mixing: list[Mixing] = []
+    if cfg.INPUT.MOSAIC.PROB > 0:
+        mixing.append(Mosaic(cfg.INPUT.MOSAIC.PROB, size=tuple(cfg.INPUT.MOSAIC.SIZE)))
+    if cfg.INPUT.COPY_PASTE.PROB > 0:
+        mixing.append(CopyPaste(cfg.INPUT.COPY_PASTE.PROB))
+    return mixing

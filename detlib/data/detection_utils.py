@@ -26,7 +26,15 @@ from .readers import (
     image_to_tensor,
     read_image,
 )
-from .transforms import Augmentation, CropTransform, RandomFlip, ResizeShortestEdge
+from .transforms import (
+    Augmentation,
+    CropTransform,
+    FixedSizeCrop,
+    RandomColorJitter,
+    RandomFlip,
+    ResizeScale,
+    ResizeShortestEdge,
+)
 
 __all__ = [
     "ImageReadError",
@@ -138,27 +146,38 @@ def gen_crop_transform_with_instance(
     return CropTransform(crop_x, crop_y, int(crop_size[1]), int(crop_size[0]))
 
 
+def _build_color_jitter(cfg) -> list[Augmentation]:
+    jitter = cfg.INPUT.COLOR_JITTER
+    strengths = jitter.BRIGHTNESS, jitter.CONTRAST, jitter.SATURATION, jitter.HUE
+    return [RandomColorJitter(*strengths, image_format=cfg.INPUT.FORMAT)] if any(strengths) else []
+
+
 def build_augmentation(cfg, is_train: bool) -> list[Augmentation]:
-    """The default augmentations of a config: ResizeShortestEdge and, for training, RandomFlip.
+    """The default augmentations of a config: resizing and, for training, flips and colours.
 
     Args:
-        cfg: reads ``INPUT.{MIN,MAX}_SIZE_{TRAIN,TEST}``, ``INPUT.MIN_SIZE_TRAIN_SAMPLING`` and
-            ``INPUT.RANDOM_FLIP``.
+        cfg: reads ``INPUT.{MIN,MAX}_SIZE_{TRAIN,TEST}``, ``INPUT.MIN_SIZE_TRAIN_SAMPLING``,
+            ``INPUT.RANDOM_FLIP``, ``INPUT.LSJ`` and ``INPUT.COLOR_JITTER``.
         is_train: for training or for testing.
     """
     if not is_train:
         return [ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, "choice")]
-    augmentations = [
-        ResizeShortestEdge(
-            cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
-        )
-    ]
     flip = cfg.INPUT.RANDOM_FLIP
     if flip not in ("none", "horizontal", "vertical"):
         raise ValueError(f"INPUT.RANDOM_FLIP must be 'none', 'horizontal' or 'vertical', got {flip!r}")
-    if flip != "none":
-        augmentations.append(RandomFlip(horizontal=flip == "horizontal", vertical=flip == "vertical"))
-    return augmentations
+    flips = (
+        [] if flip == "none" else [RandomFlip(horizontal=flip == "horizontal", vertical=flip == "vertical")]
+    )
+    if cfg.INPUT.LSJ.ENABLED:
+        size = tuple(cfg.INPUT.LSJ.SIZE)
+        resize = [ResizeScale(*cfg.INPUT.LSJ.SCALE, *size), FixedSizeCrop(size)]
+    else:
+        resize = [
+            ResizeShortestEdge(
+                cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
+            )
+        ]
+    return resize + flips + _build_color_jitter(cfg)
 
 
 build_transform_gen = build_augmentation  # an earlier name, still found in projects

@@ -27,8 +27,7 @@ SCHEMAS = {
     "paste_masks": "(Tensor masks, Tensor boxes, SymInt height, SymInt width, float threshold) -> Tensor",
     "paste_masks_to_rle": "(Tensor masks, Tensor boxes, SymInt height, SymInt width, float threshold)"
     " -> (Tensor, Tensor)",
-    "resize_image": "(Tensor image, SymInt height, SymInt width, int filter, bool vertical_first)"
-    " -> Tensor",
+    "resize_image": "(Tensor image, SymInt height, SymInt width, int filter, bool vertical_first) -> Tensor",
     "roi_align": "(Tensor input, Tensor boxes, float spatial_scale, SymInt pooled_height,"
     " SymInt pooled_width, int sampling_ratio, bool aligned) -> Tensor",
     "roi_align_backward": "(Tensor grad, Tensor boxes, float spatial_scale, SymInt pooled_height,"

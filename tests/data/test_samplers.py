@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from detlib.data.samplers import (
+    ClassAwareTrainingSampler,
     GroupedBatchSampler,
     InferenceSampler,
+    MultiDatasetTrainingSampler,
     RandomSubsetTrainingSampler,
     RepeatFactorTrainingSampler,
     TrainingSampler,
@@ -139,3 +141,41 @@ def test_sizes_are_checked(make):
         make(0)
     with pytest.raises(TypeError, match="size must be an int, got float"):
         make(3.0)
+
+
+def test_every_class_comes_equally_often():
+    categories = [[0]] * 30 + [[0, 1]] * 5 + [[2, 2]] + [[]] * 2
+    order = take(ClassAwareTrainingSampler(categories, seed=0), 39 * 20)
+    assert set(order) <= set(range(36))
+    # Class 2 has one picture; class 1 five, in turn; 13 draws of each class in an epoch of 39.
+    counts = Counter(order)
+    assert counts[35] == 13 * 20
+    of_one = [counts[i] for i in range(30, 35)]
+    assert sum(of_one) >= 13 * 20 and min(of_one) > 40
+    assert abs(sum(counts[i] for i in range(30)) - 260 * 30 / 35) < 15
+    assert order == take(ClassAwareTrainingSampler(categories, seed=0), 39 * 20)
+    assert order != take(ClassAwareTrainingSampler(categories, seed=1), 39 * 20)
+    with pytest.raises(ValueError, match="no picture has an object"):
+        ClassAwareTrainingSampler([[], []])
+
+
+def test_sets_come_by_their_weights():
+    order = np.array(take(MultiDatasetTrainingSampler([10, 90], [3, 1], seed=0), 5000))
+    assert abs((order < 10).mean() - 0.75) < 0.01
+    counts = np.bincount(order, minlength=100)
+    assert counts[:10].max() - counts[:10].min() <= 50 and counts[10:].min() > 0
+    third = np.array(take(MultiDatasetTrainingSampler([7, 7, 7], seed=0), 2100))
+    assert np.bincount(third // 7).tolist() == [700, 700, 700]
+    assert (np.array(take(MultiDatasetTrainingSampler([2, 3], [0, 1], seed=0), 100)) >= 2).all()
+    for weights in ([1], [-1, 2], [0, 0]):
+        with pytest.raises(ValueError, match="DATASET_WEIGHTS"):
+            MultiDatasetTrainingSampler([2, 3], weights)
+
+
+def test_the_state_holds_a_drawn_seed():
+    first = TrainingSampler(50, seed=-1)
+    second = TrainingSampler(50, seed=-1)
+    second.load_state_dict(first.state_dict())
+    assert take(first, 60) == take(second, 60)
+    with pytest.raises(KeyError, match="lacks"):
+        second.load_state_dict({})

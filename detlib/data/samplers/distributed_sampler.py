@@ -16,6 +16,8 @@ from torch.utils.data import Sampler
 
 from detlib.utils import comm
 
+from .stream import EndlessSampler, check_size, resolve_seed
+
 __all__ = [
     "InferenceSampler",
     "RandomSubsetTrainingSampler",
@@ -24,50 +26,7 @@ __all__ = [
 ]
 
 
-def _check_size(owner: str, size: int) -> None:
-    if not isinstance(size, int):
-        raise TypeError(f"{owner}: size must be an int, got {type(size).__name__}")
-    if size <= 0:
-        raise ValueError(f"{owner}: size must be positive, got {size}")
-
-
-def _resolve_seed(seed: int | None) -> int:
-    """``seed``, or, for None or a negative one, a random seed that all processes share."""
-    return comm.shared_random_seed() if seed is None or seed < 0 else int(seed)
-
-
-class _EndlessSampler(Sampler):
-    """An endless stream of indices, made of epochs, shared out between the processes.
-
-    Attributes:
-        start: position in the stream of all processes together at which iteration begins; set it before
-            iterating, to go on where an earlier run stopped.
-    """
-
-    def __init__(self, seed: int | None):
-        self._seed = _resolve_seed(seed)
-        self._rank = comm.get_rank()
-        self._world_size = comm.get_world_size()
-        self.start = 0
-
-    def _draw_epoch(self, generator: torch.Generator) -> torch.Tensor:
-        """The (L,) int64 indices of the next epoch."""
-        raise NotImplementedError(f"{type(self).__name__} does not implement _draw_epoch")
-
-    def _stream(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self._seed)
-        skip = self.start
-        while True:
-            indices = self._draw_epoch(generator)
-            if skip < len(indices):
-                yield from indices[skip:].tolist()
-            skip = max(skip - len(indices), 0)
-
-    def __iter__(self) -> Iterator[int]:
-        yield from itertools.islice(self._stream(), self._rank, None, self._world_size)
-
-
-class TrainingSampler(_EndlessSampler):
+class TrainingSampler(EndlessSampler):
     """Endless stream of epochs, each a fresh shuffle of all indices."""
 
     def __init__(self, size: int, shuffle: bool = True, seed: int | None = None):
@@ -78,7 +37,7 @@ class TrainingSampler(_EndlessSampler):
             seed: of the shuffle, equal in all processes. None or a negative one (``cfg.SEED = -1``) draws
                 another order in each run.
         """
-        _check_size(type(self).__name__, size)
+        check_size(type(self).__name__, size)
         super().__init__(seed)
         self._size = size
         self._shuffle = shuffle
@@ -114,8 +73,19 @@ class RandomSubsetTrainingSampler(TrainingSampler):
             raise ValueError(
                 f"RandomSubsetTrainingSampler: subset_ratio {subset_ratio} of {size} elements leaves none"
             )
-        generator = torch.Generator().manual_seed(_resolve_seed(seed_subset))
-        self._subset = torch.randperm(size, generator=generator)[: self._size_subset]
+        self._choose(resolve_seed(seed_subset))
+
+    def _choose(self, seed: int) -> None:
+        self._seed_subset = seed
+        generator = torch.Generator().manual_seed(seed)
+        self._subset = torch.randperm(self._size, generator=generator)[: self._size_subset]
+
+    def state_dict(self) -> dict[str, int]:
+        return super().state_dict() | {"seed_subset": self._seed_subset}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        super().load_state_dict(state)
+        self._choose(state["seed_subset"])
 
     def _draw_epoch(self, generator: torch.Generator) -> torch.Tensor:
         if not self._shuffle:
@@ -123,7 +93,7 @@ class RandomSubsetTrainingSampler(TrainingSampler):
         return self._subset[torch.randperm(self._size_subset, generator=generator)]
 
 
-class RepeatFactorTrainingSampler(_EndlessSampler):
+class RepeatFactorTrainingSampler(EndlessSampler):
     """Endless stream in which pictures with rare categories come more often.
 
     Paper: "LVIS: A Dataset for Large Vocabulary Instance Segmentation" (https://arxiv.org/abs/1908.03195),
@@ -192,7 +162,7 @@ class InferenceSampler(Sampler):
         Args:
             size: number of elements of the dataset.
         """
-        _check_size("InferenceSampler", size)
+        check_size("InferenceSampler", size)
         self._size = size
         rank, world_size = comm.get_rank(), comm.get_world_size()
         share, rest = divmod(size, world_size)

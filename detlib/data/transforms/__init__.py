@@ -25,6 +25,7 @@ from .augmentation_impl import (
     MinIoURandomCrop,
     RandomApply,
     RandomBrightness,
+    RandomColorJitter,
     RandomContrast,
     RandomCrop,
     RandomCrop_CategoryAreaConstraint,
@@ -38,6 +39,7 @@ from .augmentation_impl import (
     ResizeScale,
     ResizeShortestEdge,
 )
+from .torchvision_adapter import TorchvisionAugmentation, TorchvisionTransform
 from .transform import (
     ColorTransform,
     CropTransform,
@@ -65,6 +67,7 @@ __all__ = [
     "PadTransform",
     "RandomApply",
     "RandomBrightness",
+    "RandomColorJitter",
     "RandomContrast",
     "RandomCrop",
     "RandomCrop_CategoryAreaConstraint",
@@ -81,6 +84,8 @@ __all__ = [
     "RotationTransform",
     "ScaleTransform",
     "StandardAugInput",
+    "TorchvisionAugmentation",
+    "TorchvisionTransform",
     "Transform",
     "TransformGen",
     "TransformList",

@@ -1,11 +1,12 @@
 """Augmentations of colour. Intensities are factors: below 1 lowers, 1 keeps, above 1 raises."""
 
 import numpy as np
-from fvcore.transforms.transform import BlendTransform, Transform
+from fvcore.transforms.transform import BlendTransform, Transform, TransformList
 
 from .augmentation import Augmentation
+from .transform import ColorTransform
 
-__all__ = ["RandomBrightness", "RandomContrast", "RandomLighting", "RandomSaturation"]
+__all__ = ["RandomBrightness", "RandomColorJitter", "RandomContrast", "RandomLighting", "RandomSaturation"]
 
 # ITU-R BT.601 luma of R, G, B.
 _LUMA = (0.299, 0.587, 0.114)
@@ -78,3 +79,76 @@ class RandomLighting(Augmentation):
         return BlendTransform(
             src_image=_EIGEN_VECTORS.dot(weights * _EIGEN_VALUES), src_weight=1.0, dst_weight=1.0
         )
+
+
+def _luma(image: np.ndarray, is_bgr: bool) -> np.ndarray:
+    return image @ np.array(_LUMA[::-1] if is_bgr else _LUMA, dtype=np.float32)
+
+
+def turn_hue(image: np.ndarray, turn: float, is_bgr: bool) -> np.ndarray:
+    """Turn the hue of a uint8 RGB or BGR picture by a fraction of the circle (HSV; hue in 180 steps)."""
+    import cv2
+
+    to_hsv, back = (
+        (cv2.COLOR_BGR2HSV, cv2.COLOR_HSV2BGR) if is_bgr else (cv2.COLOR_RGB2HSV, cv2.COLOR_HSV2RGB)
+    )
+    hsv = cv2.cvtColor(np.ascontiguousarray(image), to_hsv)
+    hsv[:, :, 0] = (hsv[:, :, 0].astype(np.int32) + round(turn * 180)) % 180
+    return cv2.cvtColor(hsv, back)
+
+
+class RandomColorJitter(Augmentation):
+    """Change brightness, contrast, saturation and hue at random, in random order.
+
+    Paper: "Some Improvements on Deep Convolutional Neural Network Based Image Classification"
+    (https://arxiv.org/abs/1312.5402).
+    """
+
+    def __init__(
+        self,
+        brightness: float = 0.0,
+        contrast: float = 0.0,
+        saturation: float = 0.0,
+        hue: float = 0.0,
+        prob: float = 1.0,
+        image_format: str = "BGR",
+    ):
+        """
+        Args:
+            brightness, contrast, saturation: the factor is drawn from [max(0, 1 - x), 1 + x].
+            hue: the turn is drawn from [-x, x] of the circle; at most 0.5.
+            prob: probability that anything changes.
+            image_format: "BGR" or "RGB".
+        """
+        super().__init__()
+        if min(brightness, contrast, saturation, hue) < 0 or hue > 0.5:
+            raise ValueError(
+                "RandomColorJitter: brightness, contrast and saturation must not be negative and hue must be "
+                f"in [0, 0.5], got {brightness}, {contrast}, {saturation}, {hue}"
+            )
+        if image_format not in ("BGR", "RGB"):
+            raise ValueError(f"RandomColorJitter: image_format must be 'BGR' or 'RGB', got {image_format!r}")
+        self._init(locals())
+
+    def get_transform(self, image) -> Transform:
+        _check_three_channels("RandomColorJitter", image)
+        if np.random.uniform() >= self.prob:
+            return TransformList([])
+        is_bgr = self.image_format == "BGR"
+        strengths = (self.brightness, self.contrast, self.saturation)
+        factors = [np.random.uniform(max(0.0, 1 - x), 1 + x) for x in strengths]
+        turn = np.random.uniform(-self.hue, self.hue)
+
+        def blend(image: np.ndarray, source, factor: float) -> np.ndarray:
+            out = image.astype(np.float32) * np.float32(factor) + np.float32(1 - factor) * source
+            return np.clip(np.rint(out), 0, 255).astype(np.uint8)
+
+        steps = [
+            lambda x: blend(x, np.float32(0), factors[0]),
+            lambda x: blend(x, np.float32(_luma(x, is_bgr).mean()), factors[1]),
+            lambda x: blend(x, _luma(x, is_bgr)[:, :, None], factors[2]),
+            lambda x: turn_hue(x, turn, is_bgr),
+        ]
+        active = [step for step, x in zip(steps, (*strengths, self.hue)) if x > 0]
+        order = np.random.permutation(len(active))
+        return TransformList([ColorTransform(active[i]) for i in order])

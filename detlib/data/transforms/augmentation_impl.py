@@ -1,6 +1,12 @@
 """The augmentations under the module path that projects import them from."""
 
-from .augment_color import RandomBrightness, RandomContrast, RandomLighting, RandomSaturation
+from .augment_color import (
+    RandomBrightness,
+    RandomColorJitter,
+    RandomContrast,
+    RandomLighting,
+    RandomSaturation,
+)
 from .augment_crop import FixedSizeCrop, MinIoURandomCrop, RandomCrop, RandomCrop_CategoryAreaConstraint
 from .augment_geometry import (
     RandomApply,
@@ -18,6 +24,7 @@ __all__ = [
     "MinIoURandomCrop",
     "RandomApply",
     "RandomBrightness",
+    "RandomColorJitter",
     "RandomContrast",
     "RandomCrop",
     "RandomCrop_CategoryAreaConstraint",

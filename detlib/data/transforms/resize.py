@@ -43,7 +43,7 @@ def _never(height: int, width: int, new_height: int, new_width: int) -> bool:
     return False
 
 
-# (height, width, new height, new width) of all kinds: larger, smaller, one of each, on both sides of the rule.
+# (height, width, new height, new width) of all kinds: larger, smaller, both; on either side of the rule.
 _PROBES = (
     (12, 15, 19, 26),
     (12, 15, 7, 26),

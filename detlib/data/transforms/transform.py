@@ -52,8 +52,8 @@ def _nearest_indices(size: int, new_size: int) -> np.ndarray:
 class ResizeTransform(Transform):
     """Resize a picture to a given size.
 
-    uint8 images are resized as Pillow does, which filters over the whole source area when it shrinks; other types
-    by `torch.nn.functional.interpolate` with ``align_corners=False`` and no such filter.
+    uint8 images are resized as Pillow does, which filters over the whole source area when it shrinks; other
+    types by `torch.nn.functional.interpolate` with ``align_corners=False`` and no such filter.
     """
 
     def __init__(self, h: int, w: int, new_h: int, new_w: int, interp: int | None = None):

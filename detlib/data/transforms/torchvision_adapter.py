@@ -1,0 +1,118 @@
+"""Transforms of `torchvision.transforms.v2` as augmentations of this package.
+
+A v2 transform draws its random numbers when it is called, on all data at once. Here a seed is drawn instead,
+and the transform runs once for each kind of data, each time with the numbers of that seed and with a picture
+of the same size beside the data. Coordinates of any kind go through it as its key points.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from fvcore.transforms.transform import Transform
+
+from .augmentation import Augmentation
+
+__all__ = ["TorchvisionAugmentation", "TorchvisionTransform"]
+
+
+class TorchvisionTransform(Transform):
+    """A v2 transform with its random numbers fixed by a seed."""
+
+    def __init__(self, transform: Any, seed: int, height: int, width: int, channels: int = 3):
+        """
+        Args:
+            transform: callable of `torchvision.transforms.v2`.
+            seed: of torch's generator while it runs.
+            height, width, channels: of the pictures it is applied to.
+        """
+        super().__init__()
+        self._set_attributes(locals())
+
+    def _run(self, kind: str, data: torch.Tensor, dtype: torch.dtype | None = torch.uint8) -> torch.Tensor:
+        """The v2 transform of ``data``, which comes beside a picture unless it is one."""
+        from torchvision import tv_tensors
+
+        image = tv_tensors.Image(torch.zeros(self.channels, self.height, self.width, dtype=dtype))
+        sample = {"image": data} if kind == "images" else {"image": image, "data": data}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            try:
+                out = self.transform(sample)["image" if kind == "images" else "data"]
+            except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
+                raise ValueError(
+                    f"torchvision's {self.transform} cannot be applied to {kind}: {error}"
+                ) from error
+        if not isinstance(out, torch.Tensor):
+            raise ValueError(f"torchvision's {self.transform} makes {type(out).__name__} of {kind}")
+        return out
+
+    def apply_image(self, img: np.ndarray) -> np.ndarray:
+        """Transform (H, W) or (H, W, C) pictures."""
+        from torchvision import tv_tensors
+
+        planes = img[None] if img.ndim == 2 else img.transpose(2, 0, 1)
+        out = self._run("images", tv_tensors.Image(torch.from_numpy(planes.copy()))).numpy()
+        return out[0] if img.ndim == 2 else out.transpose(1, 2, 0)
+
+    def apply_coords(self, coords: np.ndarray) -> np.ndarray:
+        """Transform (N, 2) xy coordinates."""
+        from torchvision import tv_tensors
+
+        size = (self.height, self.width)
+        points = torch.from_numpy(np.array(coords, dtype=np.float64))
+        if len(points) == 0:
+            return np.array(coords, dtype=np.float64)
+        options = {"clamping_mode": None} if hasattr(tv_tensors.KeyPoints, "clamping_mode") else {}
+        out = self._run("coordinates", tv_tensors.KeyPoints(points, canvas_size=size, **options))
+        if out.shape != points.shape:
+            raise ValueError(f"torchvision's {self.transform} drops coordinates, which is not supported")
+        return out.numpy().astype(np.float64)
+
+    def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
+        """Transform an (H, W) integer or bool array."""
+        from torchvision import tv_tensors
+
+        mask = tv_tensors.Mask(torch.from_numpy(np.ascontiguousarray(segmentation))[None])
+        return self._run("segmentation masks", mask)[0].numpy()
+
+    @property
+    def mirrors(self) -> bool:
+        """Whether left and right are swapped."""
+        origin, along_x, along_y = self.apply_coords(np.array([[1.0, 1.0], [2.0, 1.0], [1.0, 2.0]]))
+        x, y = along_x - origin, along_y - origin
+        return bool(x[0] * y[1] - x[1] * y[0] < 0 and x[0] < 0)
+
+
+class TorchvisionAugmentation(Augmentation):
+    """Any transform of `torchvision.transforms.v2`, photometric or geometric.
+
+    Those that need several pictures (CutMix, MixUp), boxes to draw from (RandomIoUCrop) or that drop objects
+    are refused with an error.
+    """
+
+    def __init__(self, transform: Any):
+        """
+        Args:
+            transform: callable of `torchvision.transforms.v2`, a Compose for example. Photometric ones that
+                tell the channels apart (hue, grey) need ``INPUT.FORMAT`` "RGB".
+        """
+        super().__init__()
+        from torchvision.transforms import v2
+
+        parts = list(transform.modules()) if isinstance(transform, torch.nn.Module) else [transform]
+        refused = (v2.CutMix, v2.MixUp, v2.RandomIoUCrop, v2.SanitizeBoundingBoxes)
+        for part in parts:
+            if isinstance(part, refused):
+                raise TypeError(
+                    f"TorchvisionAugmentation: {type(part).__name__} needs or drops more than one picture's "
+                    "coordinates; use this package's own augmentation of that kind"
+                )
+        if not callable(transform):
+            raise TypeError(f"TorchvisionAugmentation: {type(transform).__name__} is not callable")
+        self._init(locals())
+
+    def get_transform(self, image) -> Transform:
+        channels = 1 if image.ndim == 2 else image.shape[2]
+        seed = int(np.random.randint(2**31))
+        return TorchvisionTransform(self.transform, seed, *image.shape[:2], channels)
