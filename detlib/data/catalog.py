@@ -20,6 +20,8 @@ __all__ = [
     "Metadata",
     "MetadataCatalog",
     "check_datasets_exist",
+    "find_address",
+    "is_address",
     "register_address_scheme",
 ]
 
@@ -217,6 +219,27 @@ _addresses = _Addresses()
 
 DatasetCatalog = _DatasetCatalog()
 MetadataCatalog = _MetadataCatalog()
+
+
+def is_address(name: str) -> bool:
+    """Whether `name` is an address, and not registered.
+
+    Raises:
+        ValueError: it is one, but malformed.
+    """
+    return name not in DatasetCatalog and _addresses.find(name) is not None
+
+
+def find_address(name: str) -> Address:
+    """Returns what an address stands for.
+
+    Raises:
+        KeyError: `name` is no address. The message lists near names.
+    """
+    address = _addresses.find(name)
+    if address is None:
+        raise KeyError(_unknown_dataset(name))
+    return address
 
 
 def check_datasets_exist(names: str | Iterable[str]) -> None:

@@ -1,16 +1,19 @@
 """Checks of a config that save the user a late failure."""
 
 import functools
+import logging
 import operator
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from detlib.config import CfgNode
-from detlib.data.catalog import MetadataCatalog, check_datasets_exist
+from detlib.config import CfgNode, get_cfg
+from detlib.data.catalog import MetadataCatalog, check_datasets_exist, is_address
 from detlib.utils.file_io import is_remote
 
-__all__ = ["as_names", "check_datasets", "check_num_classes", "check_weights"]
+__all__ = ["as_names", "check_datasets", "check_num_classes", "check_weights", "set_num_classes"]
+
+logger = logging.getLogger(__name__)
 
 # Where each kind of model has its number of things, and of stuff.
 _NUM_CLASSES_KEYS = {
@@ -62,7 +65,7 @@ def check_num_classes(cfg: CfgNode, names: str | Iterable[str]) -> None:
         ValueError: if they differ, naming the key and both numbers.
     """
     for kind, key in _NUM_CLASSES_KEYS.get(cfg.MODEL.META_ARCHITECTURE, {}).items():
-        number = functools.reduce(operator.getitem, key.split("."), cfg)
+        number = _get(cfg, key)
         for name in as_names(names):
             classes = MetadataCatalog.get(name).get(kind)
             if classes and len(classes) != number:
@@ -72,6 +75,52 @@ def check_num_classes(cfg: CfgNode, names: str | Iterable[str]) -> None:
                     f"{key} is {number}, but dataset '{name}' has {len(classes)} classes ({shown}). "
                     f"Set {key} to {len(classes)}{hint}."
                 )
+
+
+def set_num_classes(cfg: CfgNode) -> None:
+    """Sets the model's numbers of classes and keypoints from the training data, if nobody has set them.
+
+    That is so where the config has the default still and the first of DATASETS.TRAIN is an address. What was
+    set otherwise stays, and is compared with the data by `check_num_classes`. Data that are not on this
+    machine change nothing: a model goes where its data do not.
+
+    Args:
+        cfg: changed in place, even if it is frozen, so that what is saved is what is used.
+    """
+    names = as_names(cfg.DATASETS.TRAIN)
+    if not names or not is_address(names[0]):
+        return
+    defaults = get_cfg()
+    keys = dict(_NUM_CLASSES_KEYS.get(cfg.MODEL.META_ARCHITECTURE, {}))
+    if cfg.MODEL.KEYPOINT_ON:
+        keys["keypoint_names"] = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
+    unset = {kind: key for kind, key in keys.items() if _get(cfg, key) == _get(defaults, key)}
+    if not unset:
+        return
+    try:
+        check_datasets_exist(names[0])
+        metadata = MetadataCatalog.get(names[0])
+    except FileNotFoundError as error:
+        logger.warning("The numbers of classes stay as they are: %s", error)
+        return
+    for kind, key in unset.items():
+        entries = metadata.get(kind)
+        if entries and len(entries) != _get(cfg, key):
+            _set(cfg, key, len(entries))
+            logger.info("%s is set to %d, as dataset '%s' has them", key, len(entries), names[0])
+
+
+def _get(cfg: CfgNode, key: str) -> int:
+    return functools.reduce(operator.getitem, key.split("."), cfg)
+
+
+def _set(cfg: CfgNode, key: str, value: int) -> None:
+    frozen = cfg.is_frozen()
+    cfg.defrost()
+    parent, _, name = key.rpartition(".")
+    setattr(_get(cfg, parent), name, value)
+    if frozen:
+        cfg.freeze()
 
 
 def check_weights(cfg: CfgNode | Mapping[str, Any]) -> None:

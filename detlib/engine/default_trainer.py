@@ -13,7 +13,7 @@ from detlib.config import CfgNode
 from detlib.data import build_detection_test_loader, build_detection_train_loader
 from detlib.data.build import pictures_per_epoch
 from detlib.engine import hooks
-from detlib.engine.checks import as_names, check_datasets, check_num_classes
+from detlib.engine.checks import as_names, check_datasets, check_num_classes, set_num_classes
 from detlib.engine.evaluators import default_evaluator
 from detlib.engine.parts_trainer import PartsTrainer
 from detlib.engine.train_loop import HookBase
@@ -40,7 +40,8 @@ class DefaultTrainer(PartsTrainer):
 
     To change a part, override the method that builds it. What it does by default:
 
-    1. checks, before anything is built, that all data sets exist, and that the number of classes fits;
+    1. checks, before anything is built, that all data sets exist; sets the number of classes from an
+       address, if nobody has set it, and checks that it fits;
     2. builds the parts with the usual functions, and the hooks in `build_hooks`;
     3. loads MODEL.WEIGHTS, or the last checkpoint to resume from, in `resume_or_load`;
     4. trains, saving checkpoints, evaluating and logging on the way.
@@ -64,6 +65,7 @@ class DefaultTrainer(PartsTrainer):
         if not logging.getLogger("detlib").isEnabledFor(logging.INFO):
             setup_logger()
         check_datasets(cfg)
+        set_num_classes(cfg)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
 
         model = self.build_model(cfg)

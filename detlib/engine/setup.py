@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detlib.config import CfgNode, LazyConfig
+from detlib.engine.checks import set_num_classes
 from detlib.utils import comm
 from detlib.utils.env import seed_all_rng
 from detlib.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, TensorboardXWriter
@@ -121,7 +122,8 @@ def default_setup(cfg: CfgNode | Mapping[str, Any], args: Any) -> None:
 
     Args:
         cfg: the full config, of either kind; it is saved as ``config.yaml`` in OUTPUT_DIR or
-            ``train.output_dir``.
+            ``train.output_dir``. In a CfgNode, the numbers of classes are set from the training data, if
+            nobody has set them (see `detlib.engine.checks.set_num_classes`).
         args: the command line, to be logged; its ``eval_only`` is looked at.
     """
     from detlib.utils.collect_env import collect_env_info  # slow to import, and needed nowhere else
@@ -135,6 +137,8 @@ def default_setup(cfg: CfgNode | Mapping[str, Any], args: Any) -> None:
     logger.info("Process %d of %d", rank, comm.get_world_size())
     logger.info("Environment:\n%s", collect_env_info())
     logger.info("Command line arguments: %s", args)
+    if isinstance(cfg, CfgNode):
+        set_num_classes(cfg)
     if comm.is_main_process() and output_dir:
         _save_config(cfg, os.path.join(output_dir, "config.yaml"))
     # Every process needs its own seed, or all would draw the same augmentations.

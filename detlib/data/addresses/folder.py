@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -102,8 +103,8 @@ class FolderAddress:
         if len(schemes) > 1:
             listed = " or ".join(candidate.address for candidate in _first_of_each(candidates))
             raise ValueError(
-                f"Dataset address {self.address!r}: {self.path!r} looks like {' and like '.join(schemes)}; say "
-                f"which is meant: {listed}."
+                f"Dataset address {self.address!r}: {self.path!r} looks like {' and like '.join(schemes)}; "
+                f"say which is meant: {listed}."
             )
         wanted = self.split or (candidates[0].split if len(candidates) == 1 else "train")
         matching = [c for c in candidates if _same(c.split) == _same(wanted)]
@@ -214,9 +215,9 @@ def _coco(path: str) -> list[Candidate]:
 
 
 def _split_of(name: str, folder: str, path: str) -> str:
-    for split in ("train", "valid", "val", "test"):
-        if split in name.lower():
-            return split
+    found = re.search(r"trainval|train|minival|valid|val|test", name.lower())
+    if found:
+        return found[0]
     inner = os.path.basename(folder)
     return inner if folder != path and inner != "annotations" else name.removesuffix(".json")
 

@@ -91,8 +91,8 @@ class CocoReader:
             )
         if not isinstance(image["file_name"], str) or not isinstance(image["id"], int | float | str):
             raise ValueError(
-                f"{self.json_file}: image {image['file_name']!r} has the id {image['id']!r}; the file name must "
-                "be a string, the id a whole number or a string."
+                f"{self.json_file}: image {image['file_name']!r} has the id {image['id']!r}; the file name "
+                "must be a string, the id a whole number or a string."
             )
         sizes = image["height"], image["width"]
         if not all(isinstance(size, int | float) and math.isfinite(size) and size > 0 for size in sizes):

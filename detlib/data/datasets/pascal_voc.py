@@ -21,7 +21,14 @@ from detlib.structures import BoxMode
 from detlib.utils.file_io import PathManager
 from detlib.utils.suggest import suggest
 
-__all__ = ["CLASS_NAMES", "find_voc_class_names", "load_voc_instances", "register_pascal_voc"]
+__all__ = [
+    "CLASS_NAMES",
+    "find_voc_class_names",
+    "find_voc_pictures",
+    "load_voc_instances",
+    "read_voc_split",
+    "register_pascal_voc",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +110,7 @@ def load_voc_instances(
     if empty_boxes not in ("error", "drop"):
         raise ValueError(f"empty_boxes must be 'error' or 'drop', not {empty_boxes!r}.")
     names = read_voc_split(dirname, split)
-    images = _image_files(dirname)
+    images = find_voc_pictures(dirname)
     class_index = {name: i for i, name in enumerate(class_names)}
     dicts = []
     for name in names:
@@ -179,7 +186,7 @@ def find_voc_class_names(dirname: str) -> list[str]:
     return sorted(names)
 
 
-def _image_files(dirname: str) -> dict[str, str]:
+def find_voc_pictures(dirname: str) -> dict[str, str]:
     """Returns the paths of the pictures by their names without suffix."""
     folder = os.path.join(dirname, "JPEGImages")
     if not PathManager.isdir(folder):

@@ -21,12 +21,12 @@ from detlib.utils.file_io import PathManager
 
 from .yolo_layout import YoloConfig, find_yolo_pictures, label_file_of, read_yolo_config
 
-__all__ = ["load_yolo", "read_label_rows", "register_yolo", "row_to_annotation", "yolo_metadata"]
+__all__ = ["SLACK", "load_yolo", "read_label_rows", "register_yolo", "row_to_annotation", "yolo_metadata"]
 
 logger = logging.getLogger(__name__)
 
 # Shares of the picture are written with few digits: their rounding may lead out of it.
-_SLACK = 0.01
+SLACK = 0.01
 # Written as shares, whole pixels come back with a rounding error far below this many digits.
 _DIGITS = 6
 
@@ -191,7 +191,7 @@ def _check_range(words: list[str], annotation: dict, where: str) -> None:
     """Raises ValueError if box or polygon are in pixels, or otherwise outside the picture."""
     shares = words[1:] if "segmentation" in annotation else words[1:5]
     for share in shares:
-        if not -_SLACK <= float(share) <= 1 + _SLACK:
+        if not -SLACK <= float(share) <= 1 + SLACK:
             raise ValueError(
                 f"{where}: {share} is outside 0..1; YOLO's coordinates are shares of the picture's width and "
                 "height, not pixels."

@@ -1,0 +1,201 @@
+"""Looking at boxes, masks and keypoints of one annotation, and mending them where that can be done.
+
+Each function takes the annotation, a copy that it may change, and returns None if nothing of it can be kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from detlib.data.datasets.coco_rle import rle_runs
+
+__all__ = ["check_box", "check_keypoints", "check_segmentation"]
+
+Size = tuple[float, float] | None  # width and height of the picture, where they are known
+Report = Callable[..., None]  # kind, detail, action
+
+_DROP = "annotation dropped"
+_TOLERANCE = 1.0  # pixels that a box or polygon may stick out without a word: COCO's own do
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_box(annotation: dict, size: Size, report: Report) -> dict | None:
+    """Looks at `bbox`: (x, y, width, height), or (center x, center y, width, height, angle)."""
+    if annotation.get("bbox") is None:
+        extent = _polygon_extent(annotation.get("segmentation"))
+        if extent is None:
+            report("annotation-broken", "there is no 'bbox'", _DROP)
+            return None
+        report("annotation-broken", "there is no 'bbox'", "box taken from the polygons")
+        annotation["bbox"] = [extent[0], extent[1], extent[2] - extent[0], extent[3] - extent[1]]
+    box = annotation["bbox"]
+    if not isinstance(box, list) or len(box) not in (4, 5) or not all(map(is_number, box)):
+        report("bad-box", f"the bbox is {box!r}", _DROP)
+        return None
+    if not all(map(math.isfinite, box)):
+        report("box-not-finite", f"the bbox is {box}", _DROP)
+        return None
+    if not (box[2] > 0 and box[3] > 0):
+        report("box-no-area", f"the bbox is {box}", _DROP)
+        return None
+    if min(box[2], box[3]) < 1:
+        report("box-below-one-pixel", f"the bbox is {box}")
+    if size is None:
+        return annotation
+    return _check_place(annotation, size, report)
+
+
+def _check_place(annotation: dict, size: tuple[float, float], report: Report) -> dict | None:
+    """Compares a good box with the picture."""
+    box, (width, height) = annotation["bbox"], size
+    said = f"the bbox is {box}, the picture {width} x {height}"
+    if len(box) == 5:
+        if 0 <= box[0] <= width and 0 <= box[1] <= height:
+            return annotation
+        report("box-outside", said, _DROP)
+        return None
+    x0, y0, x1, y1 = box[0], box[1], box[0] + box[2], box[1] + box[3]
+    inside = [max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)]
+    if not (inside[2] > inside[0] and inside[3] > inside[1]):
+        report("box-outside", said, _DROP)
+        return None
+    if inside != [x0, y0, x1, y1]:
+        clipped = [inside[0], inside[1], inside[2] - inside[0], inside[3] - inside[1]]
+        if max(-x0, -y0, x1 - width, y1 - height) > _TOLERANCE:
+            report("box-sticks-out", said, f"box clipped to {clipped}")
+        annotation["bbox"] = clipped
+    return annotation
+
+
+def check_segmentation(annotation: dict, size: Size, report: Report) -> dict | None:
+    """Looks at `segmentation`: a list of polygons (x0, y0, x1, y1, ...), or an RLE mask."""
+    segmentation = annotation.get("segmentation")
+    if segmentation is None or segmentation in ([], {}):
+        annotation.pop("segmentation", None)
+        return annotation
+    if isinstance(segmentation, dict):
+        return _check_rle(annotation, size, report)
+    if not isinstance(segmentation, list) or not all(isinstance(p, list) for p in segmentation):
+        report("bad-segmentation", f"it is a {type(segmentation).__name__}", _DROP)
+        return None
+    kept = []
+    for polygon in segmentation:
+        kind, detail = _polygon_fault(polygon)
+        if kind:
+            report(kind, detail, "polygon dropped" if len(segmentation) > 1 else _DROP)
+        else:
+            kept.append(polygon if size is None else _clip_polygon(polygon, size, report))
+    if not kept:
+        return None
+    annotation["segmentation"] = kept
+    _compare_with_box(annotation, report)
+    return annotation
+
+
+def _polygon_fault(polygon: list) -> tuple[str, str]:
+    """Returns the kind of a polygon's fault and what it is; empty where there is none."""
+    shown = f"{polygon[:8]}{'...' if len(polygon) > 8 else ''}"
+    if not all(is_number(value) and math.isfinite(value) for value in polygon):
+        return "polygon-not-finite", shown
+    if len(polygon) % 2:
+        return "polygon-odd", f"{len(polygon)} values: {shown}"
+    if len(polygon) < 6:
+        return "polygon-too-short", f"{len(polygon) // 2} points: {shown}"
+    x, y = polygon[0::2], polygon[1::2]
+    twice = sum(x[i - 1] * y[i] - x[i] * y[i - 1] for i in range(len(x)))
+    if abs(twice) < 1e-9:
+        return "polygon-no-area", shown
+    return "", ""
+
+
+def _clip_polygon(polygon: list, size: tuple[float, float], report: Report) -> list:
+    """Moves points that are outside onto the picture's edge."""
+    clipped = [min(max(value, 0), size[i % 2]) for i, value in enumerate(polygon)]
+    if max(abs(a - b) for a, b in zip(polygon, clipped)) <= _TOLERANCE:
+        return polygon
+    extent = _polygon_extent([polygon])
+    report("polygon-sticks-out", f"it spans {extent}, the picture {size}", "polygon clipped")
+    return polygon if _polygon_fault(clipped)[0] else clipped
+
+
+def _polygon_extent(segmentation: Any) -> list[float] | None:
+    """(x0, y0, x1, y1) of all good polygons; None where there is none."""
+    if not isinstance(segmentation, list):
+        return None
+    good = [p for p in segmentation if isinstance(p, list) and not _polygon_fault(p)[0]]
+    x, y = [v for p in good for v in p[0::2]], [v for p in good for v in p[1::2]]
+    return [min(x), min(y), max(x), max(y)] if good else None
+
+
+def _compare_with_box(annotation: dict, report: Report) -> None:
+    box = annotation["bbox"]
+    if len(box) != 4:
+        return
+    extent = _polygon_extent(annotation["segmentation"])
+    corners = [box[0], box[1], box[0] + box[2], box[1] + box[3]]
+    off = max(abs(a - b) for a, b in zip(corners, extent))
+    if off > max(5.0, 0.1 * max(box[2], box[3])):
+        report("mask-box-mismatch", f"the box is {corners}, the polygons span {extent} (x0, y0, x1, y1)")
+
+
+def _check_rle(annotation: dict, size: Size, report: Report) -> dict | None:
+    rle = annotation["segmentation"]
+    try:
+        runs = rle_runs(rle)
+    except ValueError as error:
+        report("rle-broken", str(error), _DROP)
+        return None
+    if size is not None and (rle["size"][1], rle["size"][0]) != size:
+        report(
+            "rle-wrong-size", f"[height, width] is {rle['size']}, the image is {size[1]} x {size[0]}", _DROP
+        )
+        return None
+    if not runs[1::2].any():
+        report("rle-empty", "no pixel is set", _DROP)
+        return None
+    return annotation
+
+
+def check_keypoints(annotation: dict, size: Size, wanted: int | None, report: Report) -> dict | None:
+    """Looks at `keypoints`, x, y, visibility of each, flat; `wanted` is how many the category names."""
+    keypoints = annotation.get("keypoints")
+    if keypoints is None or keypoints == []:
+        return annotation
+    if not isinstance(keypoints, list) or len(keypoints) % 3 or (wanted and len(keypoints) != 3 * wanted):
+        count = len(keypoints) if isinstance(keypoints, list) else repr(keypoints)
+        named = f", the category names {wanted} keypoints" if wanted else ""
+        report("keypoint-length", f"{count} values{named}", _DROP)
+        return None
+    if not all(is_number(value) and math.isfinite(value) for value in keypoints):
+        report("keypoint-not-finite", f"{keypoints[:9]}", _DROP)
+        return None
+    keypoints = annotation["keypoints"] = list(keypoints)
+    odd = sorted({v for v in keypoints[2::3] if v not in (0, 1, 2)})
+    if odd:
+        report("keypoint-visibility", f"{odd[:5]}", "2 for values above 0, else 0")
+        keypoints[2::3] = [v if v in (0, 1, 2) else 2 * (v > 0) for v in keypoints[2::3]]
+    if size is not None:
+        _check_inside(keypoints, size, report)
+    labelled = sum(v > 0 for v in keypoints[2::3])
+    if annotation.get("num_keypoints", labelled) != labelled:
+        report(
+            "keypoint-count", f"it is {annotation['num_keypoints']!r}, labelled are {labelled}", "set right"
+        )
+    annotation["num_keypoints"] = labelled
+    return annotation
+
+
+def _check_inside(keypoints: list, size: tuple[float, float], report: Report) -> None:
+    for i in range(0, len(keypoints), 3):
+        x, y, visibility = keypoints[i : i + 3]
+        if visibility > 0 and not (
+            -_TOLERANCE <= x <= size[0] + _TOLERANCE and -_TOLERANCE <= y <= size[1] + _TOLERANCE
+        ):
+            report("keypoint-outside", f"number {i // 3} is at ({x}, {y}), the picture {size}", "unlabelled")
+            keypoints[i : i + 3] = [0, 0, 0]
