@@ -40,6 +40,13 @@ def write_coco(source: Source, out: str, masks: str) -> tuple[str, list[str]]:
     folder = os.path.join(out, "images", source.split)
     for i, image in enumerate(content["images"]):
         image["file_name"] = source.file_name(i)
+    if not all(isinstance(image["id"], int) for image in content["images"]):
+        # Tools of COCO's format expect whole numbers; in this order, since readers sort by them.
+        ids = {image["id"]: i for i, image in enumerate(content["images"], start=1)}
+        for image in content["images"]:
+            image["id"] = ids[image["id"]]
+        for annotation in content.get("annotations", ()):
+            annotation["image_id"] = ids[annotation["image_id"]]
     names = source.metadata.get("keypoint_names")
     if names:
         rules = source.metadata.get("keypoint_connection_rules") or []

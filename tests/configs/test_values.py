@@ -71,7 +71,6 @@ def test_quickstart_recipe():
         "MODEL.FPN.NORM": "GN",
         "MODEL.BACKBONE.FREEZE_AT": 0,
         "MODEL.PIXEL_STD": [57.375, 57.12, 58.395],
-        "MODEL.ROI_HEADS.NUM_CLASSES": 3,
         "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 128,
         "INPUT.MIN_SIZE_TRAIN": [240],
         "INPUT.MIN_SIZE_TEST": 240,

@@ -188,7 +188,7 @@ def test_evaluator_looks_at_as_many_detections_as_the_model_gives(trained):
         ({"DATASETS__TRAIN": ("coco_2017_trian",)}, KeyError, "coco_2017_train"),
         ({"DATASETS__TEST": ("nowhere",)}, KeyError, "nowhere"),
         ({"DATASETS__TEST": ("voc:/no/such/folder@val",)}, FileNotFoundError, "/no/such/folder"),
-        ({"MODEL__ROI_HEADS__NUM_CLASSES": 80}, ValueError, r"MODEL.ROI_HEADS.NUM_CLASSES is 80.* 3 classes"),
+        ({"MODEL__ROI_HEADS__NUM_CLASSES": 7}, ValueError, r"MODEL.ROI_HEADS.NUM_CLASSES is 7.* 3 classes"),
     ],
 )
 def test_bad_data_sets_are_found_before_the_first_step(tmp_path, overrides, error, message):

@@ -46,10 +46,10 @@ def read_yolo(yaml_file: str, split: str) -> RawSet:
         images.append(image)
         label_file = label_file_of(picture)
         for number, words in _rows(raw, label_file, name):
-            where = {"file": label_file, "image": name, "annotation": f"line {number}"}
+            where = {"image": name, "annotation": f"{label_file}, line {number}"}
             annotation = _read_line(raw, words, size or (1, 1), config, where)
             if annotation is not None:
-                raw.places[len(annotations)] = f"{label_file}, line {number}"
+                raw.places[len(annotations)] = where["annotation"]
                 annotations.append({"id": len(annotations) + 1, "image_id": image["id"], **annotation})
     _find_orphans(raw, pictures)
     categories: list[dict] = [{"id": i, "name": name} for i, name in enumerate(config.names)]
@@ -84,7 +84,7 @@ def _read_line(
     if kind:
         raw.report(kind, detail, action="line dropped", **where)
         return None
-    annotation = row_to_annotation(words, size, config, where["file"])
+    annotation = row_to_annotation(words, size, config, where["annotation"])
     x0, y0, x1, y1 = annotation["bbox"]
     result = {"category_id": annotation["category_id"], "bbox": [x0, y0, x1 - x0, y1 - y0]}
     if "segmentation" in annotation:

@@ -58,6 +58,7 @@ def class_table(checked: Checked) -> str:
 def format_repairs(checked: Checked, limit: int) -> list[str]:
     """Returns one line for each thing that the repaired set has otherwise, and the sums."""
     changed = [finding for finding in checked.findings if finding.action]
+    changed.sort(key=lambda finding: finding.severity)
     shown = changed[:limit] if limit else changed
     lines = [f"repaired: {finding.place}: {finding.action} ({finding.kind})" for finding in shown]
     if len(shown) < len(changed):

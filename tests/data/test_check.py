@@ -1,0 +1,368 @@
+"""One broken set for each sort of fault: the checker reports it, and loaders refuse or mend it.
+
+What loaders do with each is what docs/data.md says.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from detlib.data import DatasetCatalog, MetadataCatalog
+from detlib.data.check import KINDS, check_dataset
+from detlib.data.check.__main__ import main
+from detlib.data.datasets import register_coco_instances
+from detlib.data.detection_utils import check_image_size, read_image
+from tests.data.small_sets import (
+    coco_content,
+    picture,
+    voc_xml,
+    write_coco,
+    write_roboflow,
+    write_voc,
+    write_yolo,
+)
+
+NAN = float("nan")
+
+
+@pytest.fixture(autouse=True)
+def forget(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETLIB_CACHE", str(tmp_path / "cache"))
+    before = MetadataCatalog.list()
+    yield
+    for name in MetadataCatalog.list():
+        if name not in before:
+            MetadataCatalog.remove(name)
+    DatasetCatalog.pop("check_test", None)
+
+
+def change(path, value):
+    """A change of the good content: `annotations.0.bbox` becomes `value`; None deletes it."""
+
+    def apply(content):
+        *way, last = (int(part) if part.isdigit() else part for part in path.split("."))
+        for part in way:
+            content = content[part]
+        if value is None:
+            del content[last]
+        else:
+            content[last] = value
+
+    return apply
+
+
+def append(part, **entry):
+    return lambda content: content[part].append(entry)
+
+
+def box(*values):
+    return change("annotations.0.bbox", list(values))
+
+
+def polygon(*values):
+    return change("annotations.0.segmentation", [list(values)])
+
+
+def rle(size, counts):
+    return change("annotations.2.segmentation", {"size": size, "counts": counts})
+
+
+def keypoints(*values, **more):
+    def apply(content):
+        content["categories"][2]["keypoints"] = ["beak", "tail"]
+        content["annotations"][0].update(keypoints=list(values), **more)
+
+    return apply
+
+
+# Kind, the change, part of the place that is told, what loaders do: a part of their error, or "mended" (left
+# out or put right, with a word in the log), or "kept".
+COCO = [
+    ("missing-part", change("categories", []), "ann.json", "has no categories"),
+    ("missing-part", change("annotations", {"a": 1}), "ann.json", "must be a list of JSON objects"),
+    ("category-broken", change("categories.0.name", None), "ann.json", "no 'id' or no 'name'"),
+    ("category-broken", change("categories.0.id", "3"), "ann.json", "a whole number as 'id'"),
+    ("duplicate-category-id", change("categories.0.id", 5), "ann.json", "category id 5 is given to 2"),
+    ("duplicate-category-name", change("categories.0.name", "owl"), "ann.json", "kept"),
+    ("unused-category", append("categories", id=9, name="gull"), "ann.json", "kept"),
+    ("image-broken", change("images.1.file_name", None), "ann.json", "has no 'file_name'"),
+    ("image-broken", change("images.1.width", None), "'b.jpg'", "has no 'width'"),
+    ("image-wrong-type", change("images.1.id", 2.5), "'b.jpg'", "must all be whole numbers"),
+    ("image-wrong-type", change("images.1.width", "40"), "'b.jpg'", "both must be above 0"),
+    ("image-size-not-positive", change("images.1.height", 0), "'b.jpg'", "both must be above 0"),
+    ("duplicate-image-id", change("images.1.id", 1), "'b.jpg'", "two images have the id 1"),
+    ("mixed-image-ids", change("images.1.id", "two"), "ann.json", "int and str"),
+    ("duplicate-file-name", change("images.1.file_name", "a.jpg"), "'a.jpg'", "kept"),
+    ("empty-image", change("annotations", []), "'b.jpg'", "kept"),
+    ("size-mismatch", change("images.1.width", 41), "'b.jpg'", "says width 41"),
+    ("size-mismatch", lambda c: c["images"][1].update(width=30, height=40), "'b.jpg'", "says width 30"),
+    ("missing-picture", change("images.1.file_name", "c.jpg"), "'c.jpg'", "image file not found"),
+    ("annotation-broken", append("annotations"), "annotation 'number 3'", "mended"),
+    ("annotation-broken", change("annotations.0.category_id", None), "annotation 1", "has category id None"),
+    ("annotation-broken", change("annotations.0.bbox", None), "annotation 1", "has the bbox None"),
+    ("annotation-broken", change("annotations.0", "box"), "ann.json", "must be a list of JSON objects"),
+    ("unknown-image", change("annotations.0.image_id", 77), "annotation 1", "mended"),
+    ("unknown-category", change("annotations.0.category_id", 4), "annotation 1", "has category id 4"),
+    ("duplicate-annotation-id", change("annotations.1.id", 1), "annotation 1", "has the same id"),
+    (
+        "duplicate-annotation",
+        append("annotations", id=4, image_id=1, category_id=3, bbox=[0, 0, 40, 30]),
+        "annotation 4",
+        "kept",
+    ),
+    ("bad-iscrowd", change("annotations.0.iscrowd", "0"), "annotation 1", "has iscrowd '0'"),
+    ("bad-area", change("annotations.0.area", -3), "annotation 1", "kept"),
+    ("bad-box", box(1, 2, 3), "annotation 1", r"has the bbox \[1, 2, 3\]"),
+    ("bad-box", box(1, 2, "3", 4), "annotation 1", "has the bbox"),
+    ("box-not-finite", box(NAN, 2, 3, 4), "annotation 1", "has a box that is not finite"),
+    ("box-no-area", box(1, 2, 0, 4), "annotation 1", "has a box of no area"),
+    ("box-no-area", box(9, 2, -4, 4), "annotation 1", "has a box of no area"),
+    ("box-outside", box(50, 2, 4, 4), "annotation 1", "kept"),
+    ("box-sticks-out", box(30, 2, 14, 4), "annotation 1", "kept"),
+    ("box-below-one-pixel", box(3, 2, 0.5, 4), "annotation 1", "kept"),
+    (
+        "bad-segmentation",
+        change("annotations.0.segmentation", "mask"),
+        "annotation 1",
+        "neither polygons nor",
+    ),
+    ("polygon-too-short", polygon(1, 1, 5, 5), "annotation 1", "mended"),
+    ("polygon-odd", polygon(1, 1, 5, 5, 1, 5, 2), "annotation 1", "mended"),
+    ("polygon-not-finite", polygon(1, NAN, 5, 5, 1, 5), "annotation 1", "polygon that is not of finite"),
+    ("polygon-no-area", polygon(1, 1, 5, 1, 9, 1), "annotation 1", "mended"),
+    ("polygon-sticks-out", polygon(2, 3, 10, 3, 2, 39), "annotation 1", "kept"),
+    ("rle-broken", rle([30, 40], [610, 5, 580]), "annotation 3", "broken RLE mask: the runs cover 1195"),
+    ("rle-broken", rle([30, 40], "~~~"), "annotation 3", "broken RLE mask"),
+    ("rle-wrong-size", rle([40, 30], [610, 5, 585]), "annotation 3", r"RLE mask of \[height, width\]"),
+    ("rle-empty", rle([30, 40], [1200]), "annotation 3", "kept"),
+    ("mask-box-mismatch", box(2, 3, 30, 20), "annotation 1", "kept"),
+    ("mixed-masks", change("annotations.0.segmentation", None), "'a.jpg'", "kept"),
+    ("keypoint-length", keypoints(1, 2, 2), "annotation 1", "has 1 keypoints, but its category names 2"),
+    ("keypoint-length", keypoints(1, 2, 2, 4), "annotation 1", "not triples"),
+    ("keypoint-not-finite", keypoints(1, NAN, 2, 0, 0, 0), "annotation 1", "not finite numbers"),
+    ("keypoint-visibility", keypoints(1, 2, 3, 0, 0, 0), "annotation 1", "kept"),
+    ("keypoint-outside", keypoints(1, 2, 2, 90, 9, 2), "annotation 1", "kept"),
+    ("keypoint-count", keypoints(1, 2, 2, 3, 3, 2, num_keypoints=1), "annotation 1", "kept"),
+    ("mixed-keypoints", keypoints(1, 2, 2, 3, 3, 2), "'a.jpg'", "kept"),
+]
+
+VOC = [
+    ("bad-file", "<annotation>", "Annotations/a.xml", "not valid XML"),
+    ("image-without-size", voc_xml(("owl", (1, 1, 4, 4)), size=None), "a.xml", "kept"),
+    ("image-wrong-type", voc_xml(size=("4px", 3)), "a.xml", "the size is"),
+    ("size-mismatch", voc_xml(size=(30, 40)), "'a.jpg'", "says width 30"),
+    ("annotation-broken", voc_xml(("", (1, 1, 4, 4))), "a.xml, object 1", "an object is a ''"),
+    ("annotation-broken", voc_xml(("owl", (1, 1, 4))), "a.xml, object 1", "not four numbers"),
+    ("bad-box", voc_xml(("owl", (1, "x", 4, 4))), "a.xml, object 1 (owl)", "not four numbers"),
+    ("box-not-finite", voc_xml(("owl", (1, "nan", 4, 4))), "a.xml, object 1 (owl)", "not finite"),
+    ("box-no-area", voc_xml(("owl", (5, 1, 4, 4))), "a.xml, object 1 (owl)", "no area"),
+    ("box-no-area", voc_xml(("owl", (5, 1, 5, 4))), "a.xml, object 1 (owl)", "mended"),
+    ("box-outside", voc_xml(("owl", (50, 1, 60, 4))), "a.xml, object 1 (owl)", "kept"),
+]
+
+YOLO = [
+    ("bad-label-line", "0 0.5 0.5 1", "a.txt, line 1", "4 values"),
+    ("bad-label-line", "0 0.5 0.5 1 x", "a.txt, line 1", "could not convert"),
+    ("unknown-category", "3 0.5 0.5 1 1", "a.txt, line 1", "class 3 is not in 0..2"),
+    ("box-not-finite", "0 0.5 0.5 1 inf", "a.txt", "not finite"),
+    ("polygon-not-finite", "0 0.5 0.5 1 inf 0.1 0.1", "a.txt", "not finite"),
+    ("not-shares", "0 20 15 4 4", "a.txt", "not pixels"),
+    ("box-no-area", "0 0.5 0.5 0 1", "a.txt, line 1", "no area"),
+    ("polygon-no-area", "0 0.1 0.1 0.3 0.3 0.5 0.5", "a.txt, line 1", "kept"),
+    ("duplicate-annotation", "0 0.5 0.5 1 1\n0 0.5 0.5 1 1", "a.txt, line 2", "mended"),
+    ("box-sticks-out", "0 0 0.5 0.5 0.5", "a.txt, line 1", "kept"),
+]
+
+
+def find(address, kind, place, count=None):
+    """Checks that the fault is reported at its place, and that the repaired set has no error left."""
+    checked = check_dataset(address)
+    found = [finding for finding in checked.findings if finding.kind == kind]
+    assert any(place in finding.place or place in finding.detail for finding in found), checked.findings
+    assert all(finding.severity == KINDS[kind][0] for finding in found)
+    assert all(str(finding).startswith(f"{finding.severity}: {kind}: ") for finding in found)
+    return checked
+
+
+def use(address):
+    """Loads as a training does, up to the sizes of the pictures."""
+    dicts = DatasetCatalog.get(address)
+    for record in dicts:
+        check_image_size(record, read_image(record["file_name"]))
+    return dicts
+
+
+def load_as(address, outcome, log):
+    if outcome in ("kept", "mended"):
+        use(address)
+        said = "left out" in log.text
+        assert said == (outcome == "mended"), log.text
+    else:
+        with pytest.raises((ValueError, FileNotFoundError), match=outcome):
+            use(address)
+
+
+def check_repaired(checked, tmp_path):
+    """The repaired set loads, and has no errors unless nothing is left."""
+    content = checked.repaired
+    if not content.get("images") or not content.get("categories"):
+        return
+    file = tmp_path / "fixed.json"
+    file.write_text(json.dumps(content))
+    address = f"coco:{file}@{checked.image_root}"
+    use(address)
+    again = check_dataset(address)
+    assert not again.num_errors, again.findings
+
+
+@pytest.mark.parametrize(("kind", "apply", "place", "outcome"), COCO, ids=lambda value: str(value)[:30])
+def test_coco(tmp_path, kind, apply, place, outcome, log):
+    content = coco_content()
+    apply(content)
+    address = write_coco(tmp_path, content)
+    checked = find(address, kind, place)
+    load_as(address, outcome, log)
+    check_repaired(checked, tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "text", "place", "outcome"), VOC, ids=lambda value: str(value)[:30])
+def test_voc(tmp_path, kind, text, place, outcome, log):
+    address = write_voc(tmp_path, a=text)
+    checked = find(address, kind, place)
+    load_as(address, outcome, log)
+    check_repaired(checked, tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "line", "place", "outcome"), YOLO, ids=lambda value: str(value)[:30])
+def test_yolo(tmp_path, kind, line, place, outcome, log):
+    address = write_yolo(tmp_path, {"a": line, "b": "1 0.5 0.5 0.5 0.5\n"})
+    checked = find(address, kind, place)
+    load_as(address, outcome, log)
+    check_repaired(checked, tmp_path)
+
+
+def test_yolo_files(tmp_path, log):
+    address = write_yolo(tmp_path, {"a": "0 0.5 0.5 1 1 0.5 0.5\n"}, kpt_shape=[1, 3])
+    find(address, "keypoint-length", "line 1")
+    load_as(address, "7 values", log)
+    (tmp_path / "labels/train/x.txt").write_text("0 0.5 0.5 1 1\n")
+    find(address, "label-without-picture", "x.txt")
+    (tmp_path / "labels/train/a.txt").write_bytes(b"\xff\xfe0")
+    find(address, "bad-file", "labels/train/a.txt")
+    load_as(address, "is not text", log)
+    (tmp_path / "data.yaml").write_text("names: [a]\n")
+    find(address, "bad-file", "data.yaml")
+
+
+def test_voc_files(tmp_path, log):
+    address = write_voc(tmp_path)
+    (tmp_path / "ImageSets/Main/train.txt").write_text("a\nb\na\nc\n")
+    (tmp_path / "Annotations/b.xml").unlink()
+    find(address, "duplicate-file-name", "'a'")
+    find(address, "missing-annotation-file", "'b.jpg'")
+    find(address, "missing-picture", "'c.jpg'")
+    load_as(address, "b.xml' does not exist", log)
+    (tmp_path / "labels.txt").write_text("crow\n")
+    find(address, "unknown-category", "object 1 (wren)")
+
+
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_no_coco_file(tmp_path, text, log):
+    address = write_coco(tmp_path)
+    (tmp_path / "ann.json").write_text(text)
+    find(address, "bad-file", "ann.json")
+    load_as(address, "is not valid JSON|must hold a JSON object", log)
+
+
+def test_pictures(tmp_path, log):
+    address = write_coco(tmp_path)
+    file = tmp_path / "images/b.jpg"
+    Image.effect_noise((40, 30), 90).convert("RGB").save(file)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2 + 300])
+    find(address, "truncated-picture", "'b.jpg'")
+    load_as(address, "b.jpg is broken or cannot be read", log)
+    file.write_text("no picture")
+    find(address, "unreadable-picture", "'b.jpg'")
+    load_as(address, "b.jpg is broken or cannot be read", log)
+    file.write_bytes((tmp_path / "images/a.jpg").read_bytes())
+    find(address, "duplicate-picture", "'b.jpg'")
+    load_as(address, "kept", log)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture().save(file, exif=exif)
+    checked = find(address, "size-mismatch-exif", "'b.jpg'")
+    load_as(address, "turned by its EXIF", log)
+    check_repaired(checked, tmp_path)
+
+
+def test_every_kind_is_tested_and_documented():
+    text = Path(__file__).read_text()
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    rows = re.findall(r"^\| `([a-z-]+)` \|", page, re.MULTILINE)
+    for kind in KINDS:
+        assert f'"{kind}"' in text, kind
+        assert kind in rows, kind
+    assert len(KINDS) >= 30
+
+
+@pytest.mark.parametrize("writer", [write_coco, write_voc, write_yolo, write_roboflow])
+def test_good_sets(tmp_path, writer, capsys):
+    address = writer(tmp_path)
+    assert main([address]) == 0
+    printed = capsys.readouterr().out
+    assert "\n0 errors" in printed and "error:" not in printed
+    assert main([f"dir:{tmp_path}", "--no-pictures"]) == 0
+
+
+def test_registered_names_and_generated_pictures(tmp_path, capsys):
+    content = coco_content()
+    content["annotations"][0]["bbox"] = [1, 1, 0, 3]
+    write_coco(tmp_path, content)
+    register_coco_instances("check_test", {}, f"{tmp_path}/ann.json", f"{tmp_path}/images")
+    assert main(["check_test"]) == 1
+    assert "error: box-no-area" in capsys.readouterr().out
+    assert main(["shapes:val?num=3&size=32"]) == 0
+    assert main(["no_such_set"]) == 2
+    assert "error: Dataset 'no_such_set' is not registered" in capsys.readouterr().err
+
+
+def test_object_store(capsys):
+    content = coco_content()
+    content["images"][1]["file_name"] = "c.jpg"
+    address = write_coco("memory://check/coco", content)
+    assert main([address, "--fix", "memory://check/fixed.json"]) == 1
+    assert "missing-picture" in capsys.readouterr().out
+    assert main(["coco:memory://check/fixed.json@memory://check/coco/images"]) == 0
+
+
+def test_command(tmp_path, capsys):
+    content = coco_content()
+    content["annotations"] += [
+        {"id": 10 + i, "image_id": 1, "category_id": 3, "bbox": [i, 2, 50, 9]} for i in range(25)
+    ]
+    content["annotations"].append({"id": 50, "image_id": 2, "category_id": 5, "bbox": [1, 2, 0, 9]})
+    address = write_coco(tmp_path, content)
+    assert main([address, "--fix", str(tmp_path / "fixed.json")]) == 1
+    printed = capsys.readouterr().out
+    assert printed.startswith("error: box-no-area:") and printed.count("warning: box-sticks-out: ") == 21
+    assert "box-sticks-out: and 5 more (--all shows them)" in printed
+    assert re.search(r"crow +1 +26 +0 +\d+ +\d+ +0", printed)
+    assert re.search(r"owl +1 +1 +1 +0 +0 +0", printed)
+    assert "annotation 50: annotation dropped (box-no-area)" in printed
+    assert "kept 2 of 2 images and 28 of 29 annotations" in printed
+    fixed = json.loads((tmp_path / "fixed.json").read_text())
+    assert fixed["annotations"][4]["bbox"] == [1, 2, 39, 9]
+    assert main([f"coco:{tmp_path}/fixed.json@{tmp_path}/images", "--all"]) == 0
+
+
+def test_runs_as_a_program(tmp_path):
+    address = write_yolo(tmp_path)
+    command = [sys.executable, "-m", "detlib.data.check", address]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0 and "2 images, 2 annotations" in done.stdout and not done.stderr

@@ -1,0 +1,168 @@
+"""Round trips between formats keep every box, class and picture."""
+
+import pytest
+
+from detlib.data import DatasetCatalog, MetadataCatalog
+from detlib.data.convert import convert_dataset, main
+from detlib.structures import BoxMode
+from tests.data.small_sets import CLASSES, coco_content, write_coco, write_voc, write_yolo
+
+
+@pytest.fixture(autouse=True)
+def forget(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETLIB_CACHE", str(tmp_path / "cache"))
+    before = MetadataCatalog.list()
+    yield
+    for name in MetadataCatalog.list():
+        if name not in before:
+            MetadataCatalog.remove(name)
+
+
+def records(name):
+    """What formats share: picture, size, and class, box and crowd of each object."""
+    result = []
+    for record in DatasetCatalog.get(name):
+        objects = [
+            (
+                a["category_id"],
+                BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYXY_ABS),
+                a.get("iscrowd", 0),
+            )
+            for a in record["annotations"]
+        ]
+        result.append((record["file_name"].rpartition("/")[2], record["width"], record["height"], objects))
+    return result
+
+
+def awkward_voc(root):
+    """Boxes in thirds, at the edges, and classes that are not in the order of the alphabet."""
+    text = "<annotation><size><width>40</width><height>30</height></size>"
+    for name, box in (("wren", (1 / 3, 0.1, 39.99, 29.7)), ("owl", (0, 0, 40, 30)), ("crow", (7, 8, 8, 9.5))):
+        corners = "".join(f"<{k}>{v!r}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), box))
+        text += f"<object><name>{name}</name><bndbox>{corners}</bndbox></object>"
+    address = write_voc(root, a=text + "</annotation>")
+    (root / "labels.txt").write_text("wren\nowl\ncrow\n")
+    return address
+
+
+@pytest.mark.parametrize("path", [("coco", "yolo", "voc"), ("yolo", "coco", "voc"), ("voc", "yolo", "coco")])
+@pytest.mark.parametrize("link", [False, True])
+def test_round_trips(tmp_path, path, link):
+    address = awkward_voc(tmp_path / "start")
+    before = records(address)
+    assert [len(objects) for *_, objects in before] == [1, 3]
+    for step, to in enumerate(path):
+        address = convert_dataset(address, to, f"{tmp_path}/{step}", link=link)
+        assert address.startswith(f"{to}:{tmp_path}/{step}")
+        assert MetadataCatalog.get(address).thing_classes == ["wren", "owl", "crow"]
+        after = records(address)
+        assert [r[:3] for r in after] == [r[:3] for r in before]
+        for (*_, expected), (*_, objects) in zip(before, after):
+            assert [o[0] for o in objects] == [o[0] for o in expected]
+            for one, other in zip(objects, expected):
+                assert one[1] == pytest.approx(other[1], abs=1e-6)
+        for record in DatasetCatalog.get(address):
+            original = f"{tmp_path}/start/JPEGImages/{record['file_name'].rpartition('/')[2]}"
+            with open(record["file_name"], "rb") as one, open(original, "rb") as other:
+                assert one.read() == other.read()
+
+
+def test_masks_and_crowds(tmp_path, log):
+    start = write_coco(tmp_path / "start")
+    coco = convert_dataset(start, "coco", f"{tmp_path}/coco")
+    first, second = DatasetCatalog.get(start)[0], DatasetCatalog.get(coco)[0]
+    assert [a["bbox"] for a in first["annotations"]] == [a["bbox"] for a in second["annotations"]]
+    assert second["annotations"][0]["segmentation"] == [[2, 3, 10, 3, 2, 12.5]]
+    assert second["annotations"][2]["iscrowd"] == 1
+
+    voc = convert_dataset(start, "voc", f"{tmp_path}/voc")
+    assert records(voc) == records(start)
+    assert "3 objects lose their segmentation" in log.text
+
+    yolo = convert_dataset(start, "yolo", f"{tmp_path}/yolo")
+    assert "1 crowd regions are left out" in log.text
+    objects = DatasetCatalog.get(yolo)[0]["annotations"]
+    assert [a["segmentation"][0] for a in objects] == [[2, 3, 10, 3, 2, 12.5], [0, 0, 40, 0, 40, 30, 0, 30]]
+    assert [a["bbox"] for a in objects] == [[2, 3, 10, 12.5], [0, 0, 40, 30]]
+
+
+def test_polygons_never_cost_a_box_unasked(tmp_path, log):
+    content = coco_content()
+    content["annotations"][0]["bbox"] = [1, 1, 12, 12]
+    start = write_coco(tmp_path / "start", content)
+    boxes = convert_dataset(start, "yolo", f"{tmp_path}/boxes")
+    assert DatasetCatalog.get(boxes)[0]["annotations"][0]["bbox"] == [1, 1, 13, 13]
+    assert "1 of 2 objects would get another box" in log.text
+    polygons = convert_dataset(start, "yolo", f"{tmp_path}/polygons", masks="polygons")
+    assert DatasetCatalog.get(polygons)[0]["annotations"][0]["bbox"] == [2, 3, 10, 12.5]
+
+
+def test_mask_of_two_parts_keeps_its_area(tmp_path):
+    from pycocotools import mask as mask_utils
+
+    content = coco_content()
+    parts = [[2, 2, 12, 2, 12, 10, 2, 10], [20, 15, 30, 15, 30, 25, 20, 25]]
+    content["annotations"] = [
+        {"id": 1, "image_id": 1, "category_id": 3, "bbox": [2, 2, 28, 23], "segmentation": parts}
+    ]
+    address = convert_dataset(write_coco(tmp_path / "start", content), "yolo", f"{tmp_path}/yolo")
+    (polygon,) = DatasetCatalog.get(address)[0]["annotations"][0]["segmentation"]
+    joined, apart = (mask_utils.merge(mask_utils.frPyObjects(p, 30, 40)) for p in ([polygon], parts))
+    assert mask_utils.area(apart) == 180 and mask_utils.iou([joined], [apart], [0])[0, 0] > 0.9
+
+
+def test_poses(tmp_path):
+    start = write_yolo(
+        tmp_path / "start",
+        {"a": "1 0.5 0.5 1 1 0.25 0.5 2 0.5 0.5 1 0 0 0\n"},
+        kpt_shape=[3, 3],
+        flip_idx=[0, 2, 1],
+        kpt_names={0: ["beak", "left wing", "right wing"]},
+    )
+    address = start
+    for to in ("coco", "yolo"):
+        address = convert_dataset(address, to, f"{tmp_path}/{to}")
+        one, other = (DatasetCatalog.get(name)[0]["annotations"][0] for name in (start, address))
+        assert other["keypoints"][:6] == one["keypoints"][:6] and other["keypoints"][8] == 0
+        metadata = MetadataCatalog.get(address)
+        assert metadata.keypoint_names == ["beak", "left wing", "right wing"]
+        assert metadata.keypoint_flip_map == [("left wing", "right wing")]
+
+
+@pytest.mark.parametrize("to", ["coco", "voc", "yolo"])
+def test_several_splits_and_object_stores(tmp_path, to):
+    start = write_voc(tmp_path / "start")
+    out = f"memory://convert/{to}"
+    for split in ("train", "val"):
+        convert_dataset(start, to, out, split=split)
+        assert sorted(records(f"dir:{out}@{split}")) == sorted(records(start))
+    other = write_yolo(tmp_path / "other", names=["a", "b", "c"])
+    if to != "coco":
+        with pytest.raises(ValueError, match="other classes .*another folder"):
+            convert_dataset(other, to, out, split="test")
+
+
+def test_equal_names_in_two_folders(tmp_path):
+    content = coco_content()
+    content["images"][1]["file_name"] = "more/a.jpg"
+    start = write_coco(tmp_path / "start", content, ("a.jpg", "more/a.jpg"))
+    address = convert_dataset(start, "voc", f"{tmp_path}/voc")
+    assert [name for name, *_ in records(address)] == ["a.jpg", "more_a.jpg"]
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(ValueError, match="to must be one of coco, voc, yolo, not 'csv'"):
+        convert_dataset("shapes:train", "csv", "out")
+    with pytest.raises(ValueError, match="masks must be"):
+        convert_dataset("shapes:train", "yolo", "out", masks="some")
+    with pytest.raises(ValueError, match="rotated boxes; only --to coco"):
+        convert_dataset("shapes:train?num=2&size=32&rotated=1", "voc", f"{tmp_path}/out")
+
+
+def test_command(tmp_path, capsys):
+    start = write_voc(tmp_path / "start")
+    assert main([start, "--to", "yolo", f"{tmp_path}/out", "--link"]) == 0
+    address = capsys.readouterr().out.strip()
+    assert records(address) == records(start) and MetadataCatalog.get(address).thing_classes == CLASSES
+    assert main(["voc:/nowhere@train", "--to", "yolo", f"{tmp_path}/out"]) == 2
+    assert "error: Dataset address 'voc:/nowhere@train'" in capsys.readouterr().err
