@@ -20,6 +20,7 @@ from .dataset_dicts import (
     filter_images_with_few_keypoints,
     filter_images_with_only_crowd_annotations,
     get_detection_dataset_dicts,
+    log_images_without_objects,
     print_instances_class_histogram,
 )
 from .dataset_mapper import DatasetMapper
@@ -258,6 +259,8 @@ def _train_loader_from_config(cfg, mapper=None, *, dataset=None, sampler=None) -
     parts: list = []
     if dataset is None:
         dataset, parts = _load_train_sets(cfg)
+        if isinstance(dataset, list) and not cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+            log_images_without_objects(dataset)
         if mapper is None and isinstance(dataset, list):  # a mapper of the user's may change category ids
             _check_num_classes(cfg, dataset)
     if mapper is None:

@@ -17,6 +17,7 @@ __all__ = [
     "filter_images_with_few_keypoints",
     "filter_images_with_only_crowd_annotations",
     "get_detection_dataset_dicts",
+    "log_images_without_objects",
     "print_instances_class_histogram",
 ]
 
@@ -32,11 +33,7 @@ def filter_images_with_only_crowd_annotations(dataset_dicts: list[dict]) -> list
     Returns:
         The pictures that stay, in a new list.
     """
-    kept = [
-        record
-        for record in dataset_dicts
-        if any(anno.get("iscrowd", 0) == 0 for anno in record.get("annotations", ()))
-    ]
+    kept = [record for record in dataset_dicts if _has_objects(record)]
     logger.info(
         "DATALOADER.FILTER_EMPTY_ANNOTATIONS: dropped %d of %d images, those without objects; %d are left",
         len(dataset_dicts) - len(kept),
@@ -44,6 +41,21 @@ def filter_images_with_only_crowd_annotations(dataset_dicts: list[dict]) -> list
         len(kept),
     )
     return kept
+
+
+def log_images_without_objects(dataset_dicts: list[dict]) -> None:
+    """Log how many pictures without objects, or with crowd regions only, are kept as negatives, if any."""
+    count = sum(not _has_objects(record) for record in dataset_dicts)
+    if count:
+        logger.info(
+            "DATALOADER.FILTER_EMPTY_ANNOTATIONS is False: kept %d of %d images that have no objects",
+            count,
+            len(dataset_dicts),
+        )
+
+
+def _has_objects(record: dict) -> bool:
+    return any(anno.get("iscrowd", 0) == 0 for anno in record.get("annotations", ()))
 
 
 def filter_images_with_few_keypoints(dataset_dicts: list[dict], min_keypoints_per_image: int) -> list[dict]:

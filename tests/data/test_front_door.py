@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from detlib.data import DatasetCatalog, MetadataCatalog
+from detlib.config import get_cfg
+from detlib.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
+from detlib.data.build import pictures_per_epoch
 from detlib.data.catalog import check_datasets_exist
 from detlib.data.datasets import load_roboflow, register_roboflow
 from detlib.data.detection_utils import read_image
@@ -114,3 +116,17 @@ def test_ambiguous_folders(tmp_path):
     (tmp_path / "data.yaml").write_text("names: [a]\n")
     with pytest.raises(ValueError, match="none of 'train', 'val' and 'test'"):
         check_datasets_exist(f"dir:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("filter_empty", "said"), [(True, "dropped 1 of 2 images"), (False, "kept 1 of 2 images")]
+)
+def test_images_without_objects_are_counted(tmp_path, filter_empty, said, log):
+    cfg = get_cfg()
+    cfg.DATASETS.TRAIN = (write_coco(tmp_path),)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = filter_empty
+    cfg.DATALOADER.NUM_WORKERS = 0
+    loader = build_detection_train_loader(cfg)
+    assert pictures_per_epoch(loader) == 2 - filter_empty
+    assert log.text.count("DATALOADER.FILTER_EMPTY_ANNOTATIONS") == 1 and said in log.text
