@@ -318,6 +318,7 @@ def test_good_sets(tmp_path, writer, capsys):
     printed = capsys.readouterr().out
     assert "\n0 errors" in printed and "error:" not in printed
     assert main([f"dir:{tmp_path}", "--no-pictures"]) == 0
+    assert f"dir:{tmp_path} is taken as {address}: found" in capsys.readouterr().out
 
 
 def test_registered_names_and_generated_pictures(tmp_path, capsys):

@@ -77,9 +77,10 @@ class FolderAddress:
         if not self.path:
             raise ValueError(f"Dataset address {address!r}: it must be dir:PATH or dir:PATH@SPLIT.")
         self._found: Address | None = None
+        self._explanation = ""
 
     def resolve(self) -> Address:
-        """Returns the address that this one stands for; says so in the log the first time.
+        """Returns the address that this one stands for.
 
         Raises:
             FileNotFoundError: the folder does not exist, or holds no data set that is known.
@@ -89,8 +90,13 @@ class FolderAddress:
             need_folder(self.address, "folder", self.path)
             chosen = self._choose(find_datasets(self.path))
             self._found = self.PARSERS[chosen.scheme](chosen.address + self._options)
-            logger.info("%s is taken as %s: %s", self.address, chosen.address, chosen.reason)
+            self._explanation = f"{self.address} is taken as {chosen.address}: {chosen.reason}"
         return self._found
+
+    def explain(self) -> str:
+        """Returns a sentence on what this address stands for and why; raises as `resolve` does."""
+        self.resolve()
+        return self._explanation
 
     def _choose(self, candidates: list[Candidate]) -> Candidate:
         if not candidates:
@@ -128,7 +134,8 @@ class FolderAddress:
         self.resolve().check()
 
     def load(self) -> list[dict]:
-        """Returns the data set in the standard dict format."""
+        """Returns the data set in the standard dict format; says in the log what was taken for it."""
+        logger.info(self.explain())
         return self.resolve().load()
 
     def metadata(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 
+from detlib.data.catalog import DatasetCatalog, find_address
 from detlib.utils.file_io import PathManager
 
 from .checker import Checked, check_dataset
@@ -44,6 +45,8 @@ def main(argv: list[str] | None = None) -> int:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"error: {message}", file=sys.stderr)
         return 2
+    if args.dataset not in DatasetCatalog and args.dataset.startswith("dir:"):
+        print(find_address(args.dataset).explain())
     limit = 0 if args.all else 20
     for line in format_findings(checked, limit):
         print(line)

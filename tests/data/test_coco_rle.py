@@ -1,0 +1,57 @@
+"""The runs of RLE masks, held against pycocotools' own."""
+
+import numpy as np
+import pytest
+from pycocotools import mask as mask_utils
+
+from detlib.data.datasets.coco_rle import rle_runs
+
+
+def runs_of(mask):
+    """The lengths of the runs of 0 and 1 in turn, down the columns, by a loop."""
+    counts, value = [0], 0
+    for pixel in mask.ravel(order="F"):
+        if pixel != value:
+            counts.append(0)
+            value = pixel
+        counts[-1] += 1
+    return counts
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (90, 61), (400, 700)])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
+def test_runs(shape, share):
+    rng = np.random.default_rng(0)
+    small = rng.random((-(-shape[0] // 3), -(-shape[1] // 3))) < share
+    mask = np.kron(small, np.ones((3, 3)))[: shape[0], : shape[1]].astype(np.uint8)
+    expected = runs_of(mask)
+    compressed = mask_utils.encode(np.asfortranarray(mask))
+    text = {"size": list(shape), "counts": compressed["counts"].decode()}
+    plain = {"size": list(shape), "counts": expected}
+    for rle in (compressed, text, plain):
+        assert rle_runs(rle).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("rle", "message"),
+    [
+        ({"counts": [6]}, "the size is None"),
+        ({"size": [2, 3.0], "counts": [6]}, r"the size is \[2, 3.0\]"),
+        ({"size": [2, 3], "counts": [5]}, "cover 5 pixels, .* has 6"),
+        ({"size": [2, 3], "counts": [8, -2]}, "shorter than 0"),
+        ({"size": [2, 3], "counts": [2.5, 3.5]}, "not whole numbers"),
+        ({"size": [2, 3], "counts": None}, "neither a list nor a string but NoneType"),
+        ({"size": [2, 3], "counts": ""}, "no compressed runs"),
+        ({"size": [2, 3], "counts": "6"}, None),
+        ({"size": [2, 3], "counts": "a"}, "no compressed runs"),
+        ({"size": [2, 3], "counts": "é6"}, "no compressed runs"),
+        ({"size": [2, 3], "counts": "o" * 20 + "1"}, "no compressed runs"),
+        ({"size": [2, 3], "counts": "@"}, "shorter than 0"),
+    ],
+)
+def test_broken_runs(rle, message):
+    if message is None:
+        assert rle_runs(rle).tolist() == [6]
+        return
+    with pytest.raises(ValueError, match=message):
+        rle_runs(rle)
