@@ -78,6 +78,9 @@ class _Checker:
         self.images: dict[Any, dict] = {}
         self.categories: dict[Any, dict] = {}
         self.annotations: list[dict] = []
+        # Images of which it was said already that the annotation file has no size.
+        kinds = ("image-without-size", "missing-annotation-file", "bad-file")
+        self.told = {finding.image for finding in raw.findings if finding.kind in kinds}
         self.all_images: set = set()  # good or not: annotations of bad ones need no finding of their own
 
     def run(self, pictures: bool) -> Checked:
@@ -194,11 +197,7 @@ class _Checker:
         name = image["file_name"]
         detail = f"width and height are {said[0]!r} and {said[1]!r}"
         if None in said:
-            noted = any(
-                f.image == name and f.kind in ("image-without-size", "missing-annotation-file", "bad-file")
-                for f in self.raw.findings
-            )
-            if not noted and not self._sizes_come_from_pictures():
+            if name not in self.told and not self._sizes_come_from_pictures():
                 self.raw.report("image-broken", detail, image=name, action=action)
         elif not all(map(is_number, said)) or not all(map(math.isfinite, said)):
             self.raw.report("image-wrong-type", detail, image=name, action=action)
