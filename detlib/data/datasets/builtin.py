@@ -6,8 +6,9 @@ read when detlib.data is imported.
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +16,22 @@ from detlib.data.catalog import DatasetCatalog, MetadataCatalog
 from detlib.utils.file_io import PathManager
 
 from .builtin_meta import _get_builtin_metadata
+from .cityscapes import load_cityscapes_instances, load_cityscapes_semantic
+from .cityscapes_panoptic import register_all_cityscapes_panoptic
 from .coco import load_coco_json
 from .coco_panoptic import register_coco_panoptic, register_coco_panoptic_separated
 from .lvis import get_lvis_instances_meta, load_lvis_json
 from .pascal_voc import CLASS_NAMES, load_voc_instances
+from .sem_seg import load_sem_seg
 
-__all__ = ["register_all_coco", "register_all_lvis", "register_all_pascal_voc"]
+__all__ = [
+    "register_all_ade20k",
+    "register_all_cityscapes",
+    "register_all_cityscapes_panoptic",
+    "register_all_coco",
+    "register_all_lvis",
+    "register_all_pascal_voc",
+]
 
 _ROOT_VARIABLES = ("DETLIB_DATASETS", "DETECTRON2_DATASETS")
 
@@ -68,6 +79,11 @@ _LVIS = {
     "lvis_v0.5_train_cocofied": "lvis_v0.5_train_cocofied",
     "lvis_v0.5_val_cocofied": "lvis_v0.5_val_cocofied",
 }
+
+_CITYSCAPES_SPLITS = ("train", "val", "test")
+
+# Name -> folder in `images` and `annotations_detectron2`.
+_ADE20K = {"ade20k_sem_seg_train": "training", "ade20k_sem_seg_val": "validation"}
 
 _VOC_SPLITS = {"2007": ("trainval", "train", "val", "test"), "2012": ("trainval", "train", "val")}
 
@@ -223,11 +239,62 @@ def register_all_pascal_voc(root: str) -> None:
             )
 
 
+def register_all_cityscapes(root: str) -> None:
+    """Registers Cityscapes' fine annotations below `root`/cityscapes: instances and label maps."""
+    metadata = _get_builtin_metadata("cityscapes")
+    for split in _CITYSCAPES_SPLITS:
+        image_dir = os.path.join(root, f"cityscapes/leftImg8bit/{split}/")
+        gt_dir = os.path.join(root, f"cityscapes/gtFine/{split}/")
+        places = {"image_dir": image_dir, "gt_dir": gt_dir}
+
+        name = f"cityscapes_fine_instance_seg_{split}"
+        load = functools.partial(load_cityscapes_instances, image_dir, gt_dir)
+        DatasetCatalog.register(name, _Checked(name, gt_dir, load))
+        MetadataCatalog.get(name).set(**places, evaluator_type="cityscapes_instance", **metadata)
+
+        name = f"cityscapes_fine_sem_seg_{split}"
+        load = functools.partial(load_cityscapes_semantic, image_dir, gt_dir)
+        DatasetCatalog.register(name, _Checked(name, gt_dir, load))
+        MetadataCatalog.get(name).set(
+            **places, evaluator_type="cityscapes_sem_seg", ignore_label=255, **metadata
+        )
+
+
+def register_all_ade20k(root: str) -> None:
+    """Registers ADE20K's label maps of 150 classes below `root`/ADEChallengeData2016.
+
+    The label maps have classes from 0, and 255 for none; those of the download have classes from 1.
+    """
+    for name, folder in _ADE20K.items():
+        image_root = os.path.join(root, "ADEChallengeData2016", "images", folder)
+        sem_seg_root = os.path.join(root, "ADEChallengeData2016", "annotations_detectron2", folder)
+        load = functools.partial(load_sem_seg, sem_seg_root, image_root)
+        DatasetCatalog.register(name, _Checked(name, sem_seg_root, load))
+        MetadataCatalog.get(name).set(
+            image_root=image_root,
+            sem_seg_root=sem_seg_root,
+            evaluator_type="sem_seg",
+            ignore_label=255,
+            **_get_builtin_metadata("ade20k_sem_seg"),
+        )
+
+
+def _check_when_loaded(names: Iterable[str], key: str) -> None:
+    """Lets registered data sets look for the file or folder under `key` of their metadata first."""
+    for name in names:
+        path = getattr(MetadataCatalog.get(name), key)
+        DatasetCatalog.register(name, _Checked(name, path, DatasetCatalog[name]), overwrite=True)
+
+
 def _root() -> str:
     found = next((os.environ[name] for name in _ROOT_VARIABLES if os.environ.get(name)), "datasets")
     return os.path.expanduser(found)
 
 
+register_all_ade20k(_root())
+register_all_cityscapes(_root())
+register_all_cityscapes_panoptic(_root())
+_check_when_loaded(("cityscapes_fine_panoptic_train", "cityscapes_fine_panoptic_val"), "panoptic_json")
 register_all_coco(_root())
 register_all_lvis(_root())
 register_all_pascal_voc(_root())

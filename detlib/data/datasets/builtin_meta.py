@@ -1,10 +1,14 @@
-"""What is known beforehand about COCO: categories with ids and colours, and the keypoints of a person."""
+"""What is known beforehand about COCO, Cityscapes and ADE20K: classes, ids, colours, a person's keypoints."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from .cityscapes_labels import CITYSCAPES_LABELS
+
 __all__ = [
+    "ADE20K_SEM_SEG_CATEGORIES",
+    "CITYSCAPES_CATEGORIES",
     "COCO_CATEGORIES",
     "COCO_PERSON_KEYPOINT_FLIP_MAP",
     "COCO_PERSON_KEYPOINT_NAMES",
@@ -49,6 +53,29 @@ _COCO_STUFF = """
 200 rug-merged #fa8dff
 """
 
+# The 150 classes of the scene parsing challenge; a class may have several names, with commas between them.
+_ADE20K = """
+wall; building; sky; floor; tree; ceiling; road, route; bed; window; grass; cabinet; sidewalk, pavement;
+person; earth, ground; door; table; mountain, mount; plant; curtain; chair; car; water; painting, picture;
+sofa; shelf; house; sea; mirror; rug; field; armchair; seat; fence; desk; rock, stone; wardrobe, closet,
+press; lamp; tub; rail; cushion; base, pedestal, stand; box; column, pillar; signboard, sign; chest of
+drawers, chest, bureau, dresser; counter; sand; sink; skyscraper; fireplace; refrigerator, icebox;
+grandstand, covered stand; path; stairs; runway; case, display case, showcase, vitrine; pool table, billiard
+table, snooker table; pillow; screen door, screen; stairway, staircase; river; bridge, span; bookcase;
+blind, screen; coffee table; toilet, can, commode, crapper, pot, potty, stool, throne; flower; book; hill;
+bench; countertop; stove; palm, palm tree; kitchen island; computer; swivel chair; boat; bar; arcade
+machine; hovel, hut, hutch, shack, shanty; bus; towel; light; truck; tower; chandelier; awning, sunshade,
+sunblind; street lamp; booth; tv; plane; dirt track; clothes; pole; land, ground, soil; bannister, banister,
+balustrade, balusters, handrail; escalator, moving staircase, moving stairway; ottoman, pouf, pouffe, puff,
+hassock; bottle; buffet, counter, sideboard; poster, posting, placard, notice, bill, card; stage; van; ship;
+fountain; conveyer belt, conveyor belt, conveyer, conveyor, transporter; canopy; washer, automatic washer,
+washing machine; plaything, toy; pool; stool; barrel, cask; basket, handbasket; falls; tent; bag; minibike,
+motorbike; cradle; oven; ball; food, solid food; step, stair; tank, storage tank; trade name; microwave;
+pot; animal; bicycle; lake; dishwasher; screen; blanket, cover; sculpture; hood, exhaust hood; sconce; vase;
+traffic light; tray; trash can; fan; pier; crt screen; plate; monitor; bulletin board; shower; radiator;
+glass, drinking glass; clock; flag
+"""
+
 
 def _parse_categories(table: str, isthing: int) -> list[dict[str, Any]]:
     categories = []
@@ -60,6 +87,24 @@ def _parse_categories(table: str, isthing: int) -> list[dict[str, Any]]:
 
 
 COCO_CATEGORIES = _parse_categories(_COCO_THINGS, 1) + _parse_categories(_COCO_STUFF, 0)
+
+# In the order of the training ids.
+CITYSCAPES_CATEGORIES = [
+    {
+        "id": label.id,
+        "trainId": label.train_id,
+        "name": label.name,
+        "isthing": int(label.has_instances),
+        "color": list(label.color),
+    }
+    for label in CITYSCAPES_LABELS
+    if not label.ignored
+]
+
+# detectron2 has one name with a space at its end; names are compared, so it stays.
+ADE20K_SEM_SEG_CATEGORIES = [
+    name + " " if name == "window" else name for name in _ADE20K.strip().replace("\n", " ").split("; ")
+]
 
 COCO_PERSON_KEYPOINT_NAMES = (
     "nose",
@@ -110,12 +155,39 @@ def _stuff() -> dict[str, Any]:
     }
 
 
+def _cityscapes() -> dict[str, Any]:
+    """Things for instances, and all classes as stuff for label maps."""
+    return {
+        "thing_classes": [c["name"] for c in CITYSCAPES_CATEGORIES if c["isthing"]],
+        "stuff_classes": [c["name"] for c in CITYSCAPES_CATEGORIES],
+    }
+
+
+def _cityscapes_panoptic() -> dict[str, Any]:
+    """All classes in one list, by their training ids."""
+    classes = [category["name"] for category in CITYSCAPES_CATEGORIES]
+    colors = [category["color"] for category in CITYSCAPES_CATEGORIES]
+    return {
+        "thing_classes": classes,
+        "thing_colors": colors,
+        "stuff_classes": classes,
+        "stuff_colors": colors,
+        **{
+            f"{kind}_dataset_id_to_contiguous_id": {
+                c["id"]: c["trainId"] for c in CITYSCAPES_CATEGORIES if c["isthing"] == isthing
+            }
+            for kind, isthing in (("thing", 1), ("stuff", 0))
+        },
+    }
+
+
 def _get_builtin_metadata(name: str) -> dict[str, Any]:
     """Returns the metadata that the built-in data sets of a kind share.
 
     Args:
         name: "coco", "coco_person", or the two forms of panoptic data: "coco_panoptic_standard", with all
-            categories in one list, and "coco_panoptic_separated", with things apart from stuff.
+            categories in one list, and "coco_panoptic_separated", with things apart from stuff; "cityscapes",
+            "cityscapes_panoptic", "ade20k_sem_seg".
     """
     things = [category for category in COCO_CATEGORIES if category["isthing"]]
     if name == "coco":
@@ -141,7 +213,13 @@ def _get_builtin_metadata(name: str) -> dict[str, Any]:
             "keypoint_flip_map": COCO_PERSON_KEYPOINT_FLIP_MAP,
             "keypoint_connection_rules": KEYPOINT_CONNECTION_RULES,
         }
+    if name == "cityscapes":
+        return _cityscapes()
+    if name == "cityscapes_panoptic":
+        return _cityscapes_panoptic()
+    if name == "ade20k_sem_seg":
+        return {"stuff_classes": list(ADE20K_SEM_SEG_CATEGORIES)}
     raise KeyError(
-        f"There is no built-in metadata {name!r}, only 'coco', 'coco_person', 'coco_panoptic_standard' and "
-        "'coco_panoptic_separated'."
+        f"There is no built-in metadata {name!r}, only 'coco', 'coco_person', 'coco_panoptic_standard', "
+        "'coco_panoptic_separated', 'cityscapes', 'cityscapes_panoptic' and 'ade20k_sem_seg'."
     )

@@ -1,0 +1,90 @@
+"""The labels of Cityscapes (https://www.cityscapes-dataset.com): also those that do not count."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["CITYSCAPES_LABELS", "CityscapesLabel", "cityscapes_label"]
+
+
+@dataclass(frozen=True)
+class CityscapesLabel:
+    """One label.
+
+    Attributes:
+        name: as in the files of polygons; groups of objects are there called name + "group".
+        id: as in the `labelIds` PNGs, and in the `instanceIds` PNGs as id * 1000 + number, or as it is for
+            stuff and for groups. Below 0: is in no PNG.
+        train_id: as in the `labelTrainIds` PNGs; None for labels that do not count.
+        category: the group of labels to which it belongs.
+        has_instances: whether objects are told apart.
+        color: red, green, blue.
+    """
+
+    name: str
+    id: int
+    train_id: int | None
+    category: str
+    has_instances: bool
+    color: tuple[int, int, int]
+
+    @property
+    def ignored(self) -> bool:
+        """Whether predictions are not asked for; what lies on its pixels is not held against them."""
+        return self.train_id is None
+
+
+# Each category has its labels: id, name, training id or "-", colour; "*" marks those with instances.
+_TABLE = {
+    "void": """0 unlabeled - #000000, 1 ego vehicle - #000000, 2 rectification border - #000000,
+        3 out of roi - #000000, 4 static - #000000, 5 dynamic - #6f4a00, 6 ground - #510051""",
+    "flat": "7 road 0 #804080, 8 sidewalk 1 #f423e8, 9 parking - #faaaa0, 10 rail track - #e6968c",
+    "construction": """11 building 2 #464646, 12 wall 3 #66669c, 13 fence 4 #be9999,
+        14 guard rail - #b4a5b4, 15 bridge - #966464, 16 tunnel - #96785a""",
+    "object": """17 pole 5 #999999, 18 polegroup - #999999, 19 traffic light 6 #faaa1e,
+        20 traffic sign 7 #dcdc00""",
+    "nature": "21 vegetation 8 #6b8e23, 22 terrain 9 #98fb98",
+    "sky": "23 sky 10 #4682b4",
+    "human": "24 *person 11 #dc143c, 25 *rider 12 #ff0000",
+    "vehicle": """26 *car 13 #00008e, 27 *truck 14 #000046, 28 *bus 15 #003c64, 29 *caravan - #00005a,
+        30 *trailer - #00006e, 31 *train 16 #005064, 32 *motorcycle 17 #0000e6, 33 *bicycle 18 #770b20,
+        -1 license plate - #00008e""",
+}
+
+
+def _parse(table: dict[str, str]) -> tuple[CityscapesLabel, ...]:
+    labels = []
+    for category, entries in table.items():
+        for entry in entries.split(","):
+            label_id, *words, train_id, color = entry.split()
+            name = " ".join(words)
+            labels.append(
+                CityscapesLabel(
+                    name.removeprefix("*"),
+                    int(label_id),
+                    None if train_id == "-" else int(train_id),
+                    category,
+                    name.startswith("*"),
+                    tuple(int(color[i : i + 2], 16) for i in (1, 3, 5)),
+                )
+            )
+    return tuple(labels)
+
+
+CITYSCAPES_LABELS = _parse(_TABLE)
+
+_BY_NAME = {label.name: label for label in CITYSCAPES_LABELS}
+
+
+def cityscapes_label(name: str) -> tuple[CityscapesLabel, bool]:
+    """Finds what a file of polygons calls `name`.
+
+    Returns:
+        The label, and whether `name` means a group of its objects that are not told apart.
+
+    Raises:
+        KeyError: there is no such label.
+    """
+    if name in _BY_NAME:
+        return _BY_NAME[name], False
+    return _BY_NAME[name.removesuffix("group")], True
