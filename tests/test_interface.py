@@ -18,12 +18,6 @@ INTERFACE = json.loads(Path(__file__).with_name("interface.json").read_text())
 
 # Modules of parts that are to come.
 LATER_MODULES = {
-<<<<<<< HEAD
-    "data.datasets.cityscapes": "more data sets",
-    "data.datasets.cityscapes_panoptic": "more data sets",
-=======
-    "data.datasets.lvis": "more data sets",
->>>>>>> db0f679 (Add Cityscapes and ADE20K under their usual names)
     "export": "export",
     "modeling.mmdet_wrapper": "models of other libraries",
     "tracking": "tracking",
@@ -33,24 +27,6 @@ LATER_MODULES = {
 
 # Names of parts that are to come, in modules that are here.
 LATER_NAMES = {
-    "data": {"load_proposals_into_dataset"},
-    "data.build": {"load_proposals_into_dataset"},
-<<<<<<< HEAD
-    "data.datasets": {},
-    "data.datasets.builtin": {"register_all_ade20k", "register_all_cityscapes"},
-=======
-    "data.datasets": {
-        "get_lvis_instances_meta",
-        "load_lvis_json",
-        "register_lvis_instances",
-    },
-    "data.datasets.builtin": {"register_all_lvis"},
->>>>>>> db0f679 (Add Cityscapes and ADE20K under their usual names)
-    "evaluation": {
-        "CityscapesInstanceEvaluator",
-        "CityscapesSemSegEvaluator",
-        "PascalVOCDetectionEvaluator",
-    },
     "modeling": {
         "MMDetBackbone",
         "MMDetDetector",

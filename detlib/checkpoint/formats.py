@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from detlib.checkpoint.safe_pickle import NUMPY_STAND_INS, load_plain_pickle, resolve_stand_ins
 from detlib.utils.atomic_write import write_bytes_atomically
+from detlib.utils.safe_pickle import NUMPY_STAND_INS, load_plain_pickle, resolve_stand_ins
 
 __all__ = ["read_checkpoint", "to_plain_types", "write_checkpoint"]
 

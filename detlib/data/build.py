@@ -25,6 +25,7 @@ from .dataset_dicts import (
 )
 from .dataset_mapper import DatasetMapper
 from .detection_utils import check_metadata_consistency
+from .proposals import load_proposals_into_dataset
 from .resume import PlacedSampler, ResumableLoader
 from .samplers import (
     ClassAwareTrainingSampler,
@@ -43,6 +44,7 @@ __all__ = [
     "filter_images_with_few_keypoints",
     "filter_images_with_only_crowd_annotations",
     "get_detection_dataset_dicts",
+    "load_proposals_into_dataset",
     "pictures_per_epoch",
     "print_instances_class_histogram",
     "trivial_batch_collator",
@@ -325,7 +327,14 @@ def _test_loader_from_config(cfg, dataset_name, mapper=None) -> dict:
     if cfg.MODEL.LOAD_PROPOSALS:
         # The files are listed in the order of the datasets.
         files = dict(zip(_as_names(cfg.DATASETS.TEST), cfg.DATASETS.PROPOSAL_FILES_TEST))
-        proposal_files = [files[name] for name in names if name in files]
+        missing = [name for name in names if name not in files]
+        if missing:
+            raise ValueError(
+                f"MODEL.LOAD_PROPOSALS is True, but dataset {missing[0]!r} has no file of proposals: "
+                "DATASETS.PROPOSAL_FILES_TEST must list one for each of DATASETS.TEST, got "
+                f"{tuple(cfg.DATASETS.PROPOSAL_FILES_TEST)} for {_as_names(cfg.DATASETS.TEST)}"
+            )
+        proposal_files = [files[name] for name in names]
     dataset = get_detection_dataset_dicts(names, filter_empty=False, proposal_files=proposal_files)
     return {
         "dataset": dataset,

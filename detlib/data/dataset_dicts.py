@@ -11,6 +11,7 @@ from detlib.utils.logger import log_first_n
 
 from .catalog import DatasetCatalog, MetadataCatalog
 from .detection_utils import check_metadata_consistency
+from .proposals import load_proposals_into_dataset
 
 __all__ = [
     "check_category_ids",
@@ -168,7 +169,8 @@ def get_detection_dataset_dicts(
             (``DATALOADER.FILTER_EMPTY_ANNOTATIONS``).
         min_keypoints: drop pictures with fewer labelled keypoints
             (``MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE``); 0 for no such filter.
-        proposal_files: must be None or empty; files of precomputed proposals are not read.
+        proposal_files: one file of precomputed proposals for each name, see
+            :func:`load_proposals_into_dataset`; None for none.
         check_consistency: require that all datasets have the same ``thing_classes``.
 
     Returns:
@@ -178,19 +180,23 @@ def get_detection_dataset_dicts(
     Raises:
         KeyError: a name is not known.
         ValueError: a dataset is empty, or nothing is left of it; a category id has no class; the classes
-            differ.
+            differ; there are not as many files of proposals as names.
     """
     names = [names] if isinstance(names, str) else list(names)
     if not names:
         raise ValueError("no dataset is named; set DATASETS.TRAIN or DATASETS.TEST")
-    if proposal_files:
+    if proposal_files is not None and len(proposal_files) != len(names):
         raise ValueError(
-            f"precomputed proposals are not read from files; got proposal_files={list(proposal_files)}; give "
-            "the dataset dicts proposal_boxes, proposal_bbox_mode and proposal_objectness_logits instead"
+            "there must be one file of proposals for each dataset (DATASETS.PROPOSAL_FILES_TRAIN for "
+            f"DATASETS.TRAIN, when MODEL.LOAD_PROPOSALS is True): got {list(proposal_files)} for {names}"
         )
     datasets = _load(names)
     if any(isinstance(dataset, Dataset) for dataset in datasets):
+        if proposal_files:
+            raise ValueError("precomputed proposals are added to lists of dicts, not to torch Datasets")
         return datasets[0] if len(datasets) == 1 else ConcatDataset(datasets)
+    if proposal_files:
+        datasets = [load_proposals_into_dataset(*pair) for pair in zip(datasets, proposal_files)]
 
     for name, records in zip(names, datasets):
         class_names = getattr(MetadataCatalog.get(name), "thing_classes", None)

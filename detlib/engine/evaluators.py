@@ -7,11 +7,14 @@ from detlib.config import CfgNode
 from detlib.data.catalog import MetadataCatalog
 from detlib.engine.checks import check_num_classes
 from detlib.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
     COCOEvaluator,
     COCOPanopticEvaluator,
     DatasetEvaluator,
     DatasetEvaluators,
     LVISEvaluator,
+    PascalVOCDetectionEvaluator,
     RotatedCOCOEvaluator,
     SemSegEvaluator,
 )
@@ -46,6 +49,18 @@ def _panoptic(cfg: CfgNode, dataset_name: str, folder: str) -> DatasetEvaluator:
     return COCOPanopticEvaluator(dataset_name, os.path.join(folder, "panoptic"))
 
 
+def _pascal_voc(cfg: CfgNode, dataset_name: str, folder: str) -> DatasetEvaluator:
+    return PascalVOCDetectionEvaluator(dataset_name)
+
+
+def _cityscapes_instance(cfg: CfgNode, dataset_name: str, folder: str) -> DatasetEvaluator:
+    return CityscapesInstanceEvaluator(dataset_name)
+
+
+def _cityscapes_sem_seg(cfg: CfgNode, dataset_name: str, folder: str) -> DatasetEvaluator:
+    return CityscapesSemSegEvaluator(dataset_name)
+
+
 # By `evaluator_type`; without a type, annotations are converted to COCO's format.
 _EVALUATORS = {
     None: (_coco,),
@@ -54,15 +69,19 @@ _EVALUATORS = {
     "lvis": (_lvis,),
     "sem_seg": (_sem_seg,),
     "coco_panoptic_seg": (_coco, _sem_seg, _panoptic),
+    "pascal_voc": (_pascal_voc,),
+    "cityscapes_instance": (_cityscapes_instance,),
+    "cityscapes_sem_seg": (_cityscapes_sem_seg,),
+    "cityscapes_panoptic_seg": (_cityscapes_instance, _cityscapes_sem_seg, _panoptic),
 }
 
 
 # What models have outputs for, where it is less than everything.
 _ONLY = {
-    "GeneralizedRCNN": (_coco,),
+    "GeneralizedRCNN": (_coco, _cityscapes_instance),
     "ProposalNetwork": (_coco,),
     "RetinaNet": (_coco,),
-    "SemanticSegmentor": (_sem_seg,),
+    "SemanticSegmentor": (_sem_seg, _cityscapes_sem_seg),
 }
 
 
@@ -78,7 +97,7 @@ def _chosen(cfg: CfgNode, dataset_name: str) -> list[Callable[..., DatasetEvalua
     builders = list(_EVALUATORS[kind])
     if len(builders) == 1:
         return builders
-    if metadata.get("label_divisor"):  # all classes in one list, and no label maps
+    if metadata.get("label_divisor") and _sem_seg in builders:  # all classes in one list, no label maps
         builders.remove(_sem_seg)
     if not cfg.MODEL.PANOPTIC_FPN.COMBINE.ENABLED:
         builders.remove(_panoptic)

@@ -1,9 +1,11 @@
 """Evaluation of models on data sets."""
 
+from .cityscapes_evaluation import CityscapesInstanceEvaluator, CityscapesSemSegEvaluator
 from .coco_evaluation import COCOEvaluator
 from .evaluator import DatasetEvaluator, DatasetEvaluators, inference_context, inference_on_dataset
 from .lvis_evaluation import LVISEvaluator
 from .panoptic_evaluation import COCOPanopticEvaluator
+from .pascal_voc_evaluation import PascalVOCDetectionEvaluator
 from .rotated_coco_evaluation import RotatedCOCOEvaluator
 from .sem_seg_evaluation import SemSegEvaluator
 from .testing import flatten_results_dict, print_csv_format, verify_results
@@ -11,9 +13,12 @@ from .testing import flatten_results_dict, print_csv_format, verify_results
 __all__ = [
     "COCOEvaluator",
     "COCOPanopticEvaluator",
+    "CityscapesInstanceEvaluator",
+    "CityscapesSemSegEvaluator",
     "DatasetEvaluator",
     "DatasetEvaluators",
     "LVISEvaluator",
+    "PascalVOCDetectionEvaluator",
     "RotatedCOCOEvaluator",
     "SemSegEvaluator",
     "flatten_results_dict",

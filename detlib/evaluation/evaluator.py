@@ -101,8 +101,9 @@ def inference_on_dataset(
 ) -> dict[str, Any]:
     """Runs a model over a data set without gradients and evaluates what it returns.
 
-    The log says how far it is, the time left, and in the end the time for a picture: in all, and for the
-    model alone. The first batches, up to five, are left out of these times.
+    The log says how far it is, the time left, and in the end the time for a picture on each device, as model
+    zoos have it: in all, and for the model alone ("pure compute"). The first batches, up to five, are left
+    out of these times.
 
     Args:
         model: an nn.Module, which runs in eval mode and is put back afterwards; or any callable.
@@ -151,12 +152,13 @@ class _Progress:
 
     def __init__(self, num_batches: int, num_processes: int) -> None:
         self.num_batches = num_batches
-        self.processes = f" in each of {num_processes} processes" if num_processes > 1 else ""
+        self.num_processes = num_processes
+        processes = f" in each of {num_processes} processes" if num_processes > 1 else ""
         self.warmup = min(_WARMUP_BATCHES, num_batches - 1)
         self.batches = 0
         self._start_clock()
         self._last_report = time.perf_counter()
-        logger.info("Inference on %d batches%s", num_batches, self.processes)
+        logger.info("Inference on %d batches%s", num_batches, processes)
 
     def _start_clock(self) -> None:
         self.start = self._mark = time.perf_counter()
@@ -196,13 +198,17 @@ class _Progress:
         return f"Seconds a picture: {sum(self.seconds.values()) / images:.4f} ({times})"
 
     def finish(self) -> None:
-        total = datetime.timedelta(seconds=int(time.perf_counter() - self.start))
-        model = datetime.timedelta(seconds=int(self.seconds["model"]))
-        logger.info(
-            "Inference time for the last %d pictures%s: %s in all, %s in the model. %s",
-            self.images,
-            self.processes,
-            total,
-            model,
-            self._per_image(),
-        )
+        images = max(self.images, 1)
+        for what, seconds in (
+            ("Total inference time", time.perf_counter() - self.start),
+            ("Pure compute time", self.seconds["model"]),
+        ):
+            logger.info(
+                "%s: %s (%.6f s / im on each device, on %d devices, over %d pictures here, warm-up left out)",
+                what,
+                datetime.timedelta(seconds=int(seconds)),
+                seconds / images,
+                self.num_processes,
+                self.images,
+            )
+        logger.info("%s", self._per_image())

@@ -107,11 +107,13 @@ def test_progress_and_times(log, monkeypatch):
 
     inference_on_dataset(model, [[{}, {}]] * 12, None)
     assert re.search(r"Inference done \d+/12\. Seconds a picture: .* ETA 0:00:0\d", log.text)
-    last = log.records[-1].getMessage()
     # Seven of the twelve batches are timed.
-    assert "last 14 pictures" in last
-    per_picture = float(re.search(r"model (\d\.\d+)", last)[1])
-    assert 0.014 < per_picture < 0.1
+    pattern = r": 0:00:00 \((\d\.\d{6}) s / im on each device, on 1 devices, over 14 pictures here"
+    total = float(re.search("Total inference time" + pattern, log.text)[1])
+    model_alone = float(re.search("Pure compute time" + pattern, log.text)[1])
+    assert 0.014 < model_alone <= total < 0.2
+    last = log.records[-1].getMessage()
+    assert float(re.search(r"model (\d\.\d+)", last)[1]) == pytest.approx(model_alone, abs=1e-4)
 
 
 def test_the_ground_truth_as_prediction_is_perfect(tmp_path, monkeypatch):

@@ -100,7 +100,8 @@ def load_voc_instances(
 
     Returns:
         One dict for each picture, in the order of the list; boxes are XYXY_ABS, floats. The size is the
-        XML's, or the picture's own where the XML has none.
+        XML's, or the picture's own where the XML has none. Objects that are marked so have "difficult": they
+        are trained on, and VOC's metric leaves them out.
 
     Raises:
         FileNotFoundError: the list, an annotation or a picture does not exist.
@@ -257,4 +258,6 @@ def _read_object(
     annotation = {"category_id": class_index[name], "bbox": box, "bbox_mode": BoxMode.XYXY_ABS}
     if (element.findtext("iscrowd") or "0").strip() == "1":  # not VOC's own: detlib's converter writes it
         annotation["iscrowd"] = 1
+    if (element.findtext("difficult") or "0").strip() not in ("0", ""):
+        annotation["difficult"] = 1
     return annotation

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from detlib.checkpoint.formats import read_checkpoint
-from detlib.checkpoint.safe_pickle import load_plain_pickle
+from detlib.utils.safe_pickle import load_plain_pickle
 
 
 def _load(data: bytes):

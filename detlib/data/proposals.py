@@ -1,0 +1,100 @@
+"""Precomputed box proposals, as a region proposal network wrote them for another model."""
+
+import logging
+import pickle
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from detlib.structures import BoxMode
+from detlib.utils.file_io import PathManager
+from detlib.utils.safe_pickle import load_plain_pickle
+
+__all__ = ["load_proposals_into_dataset"]
+
+logger = logging.getLogger(__name__)
+
+# Names that Detectron's files have for them.
+_OLD_KEYS = {"indexes": "ids", "scores": "objectness_logits"}
+_KEYS = ("ids", "boxes", "objectness_logits")
+
+
+def load_proposals_into_dataset(dataset_dicts: list[dict], proposal_file: str) -> list[dict]:
+    """Add precomputed proposals to dataset dicts, in place.
+
+    The file is a pickle of plain data, such as the ``box_proposals.pkl`` that evaluating a proposal network
+    leaves in its output folder: a dict of "ids" (image ids), "boxes" (for each image an array (P, 4), or
+    (P, 5) rotated), "objectness_logits" ((P,) for each image; or "scores") and "bbox_mode" (the number of a
+    `BoxMode`; absolute corners when it is missing). Nothing in it is executed.
+
+    Args:
+        dataset_dicts: dataset in the standard format, with "image_id".
+        proposal_file: path or address of the pickle.
+
+    Returns:
+        ``dataset_dicts``, with "proposal_boxes", "proposal_objectness_logits" (both best first) and
+        "proposal_bbox_mode" in every dict.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no such pickle, or lacks an image.
+    """
+    ids, boxes, logits, mode = _read(proposal_file)
+    places = {str(image_id): i for i, image_id in enumerate(ids)}
+    missing = [record["image_id"] for record in dataset_dicts if str(record["image_id"]) not in places]
+    if missing:
+        raise ValueError(
+            f"{proposal_file}: there are no proposals for {len(missing)} of {len(dataset_dicts)} images, "
+            f"such as image {missing[0]!r}; the file is about {len(places)} images, such as "
+            f"{next(iter(places), 'none')!r}. Was it made for this dataset?"
+        )
+    for record in dataset_dicts:
+        place = places[str(record["image_id"])]
+        order = np.argsort(-np.asarray(logits[place]), kind="stable")
+        record["proposal_boxes"] = np.asarray(boxes[place])[order]
+        record["proposal_objectness_logits"] = np.asarray(logits[place])[order]
+        record["proposal_bbox_mode"] = mode
+    logger.info("Loaded proposals of %d images from %s", len(dataset_dicts), proposal_file)
+    return dataset_dicts
+
+
+def _read(proposal_file: str) -> tuple[Sequence, Sequence, Sequence, BoxMode]:
+    """Image ids, boxes, logits and mode of a file, checked against each other."""
+    path = PathManager.get_local_path(proposal_file)
+    if not PathManager.isfile(path):
+        raise FileNotFoundError(
+            f"The file of proposals {proposal_file!r} (DATASETS.PROPOSAL_FILES_TRAIN or _TEST) does not "
+            "exist."
+        )
+    with PathManager.open(path, "rb") as file:
+        try:
+            content = load_plain_pickle(file)
+        except pickle.UnpicklingError as error:
+            raise ValueError(f"{proposal_file} is no file of proposals: {error}.") from error
+    if isinstance(content, dict):
+        content = {_OLD_KEYS.get(key, key): value for key, value in content.items()}
+    if not isinstance(content, dict) or not all(key in content for key in _KEYS):
+        there = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(
+            f"{proposal_file} is no file of proposals: it must have {', '.join(_KEYS)}, not {there}."
+        )
+    ids, boxes, logits = (content[key] for key in _KEYS)
+    _check_lengths(proposal_file, ids, boxes, logits)
+    mode = BoxMode(int(content.get("bbox_mode", BoxMode.XYXY_ABS)))
+    return [i.item() if isinstance(i, np.generic) else i for i in ids], boxes, logits, mode
+
+
+def _check_lengths(proposal_file: str, ids: Any, boxes: Any, logits: Any) -> None:
+    if not len(ids) == len(boxes) == len(logits):
+        raise ValueError(
+            f"{proposal_file}: ids, boxes and objectness_logits must have one entry for each image, but have "
+            f"{len(ids)}, {len(boxes)} and {len(logits)}."
+        )
+    for image_id, image_boxes, image_logits in zip(ids, boxes, logits):
+        shape = np.shape(image_boxes)
+        if len(shape) != 2 or shape[1] not in (4, 5) or np.shape(image_logits) != shape[:1]:
+            raise ValueError(
+                f"{proposal_file}: image {image_id!r} has boxes of shape {shape} and logits of shape "
+                f"{np.shape(image_logits)}; they must be (P, 4) or (P, 5), and (P,)."
+            )

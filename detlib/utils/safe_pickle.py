@@ -1,0 +1,315 @@
+"""Reads pickles of plain data without running anything that they say.
+
+A pickle is a program: it may import any callable and call it. `load_plain_pickle` knows a fixed list of
+names and maps each to a builder of its own, so neither the pickle nor numpy's and torch's own restoring
+functions decide what runs. What comes out is made of dicts, lists, tuples, sets, strings, bytes, numbers,
+numpy arrays and scalars of plain types, and torch tensors. A pickle is also looked through before it is run,
+so that a few bytes cannot ask for gigabytes.
+"""
+
+import collections
+import io
+import math
+import pickle
+import pickletools
+import re
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+__all__ = ["NUMPY_STAND_INS", "load_plain_pickle", "resolve_stand_ins"]
+
+_SHORT_TEXT = 1000
+_PLAIN_DTYPE = re.compile(r"[biufcSU]\d+")
+_PUTS = {"PUT", "BINPUT", "LONG_BINPUT"}
+_REFUSED_OPCODES = {"EXT1", "EXT2", "EXT4", "PERSID", "BINPERSID"}
+
+
+class _PickledDtype:
+    """Stands in for ``numpy.dtype`` while unpickling: kind, size and byte order are all it takes in."""
+
+    def __init__(self, code: str, align: bool = False, copy: bool = False):
+        if not isinstance(code, str) or not _PLAIN_DTYPE.fullmatch(code):
+            raise pickle.UnpicklingError(
+                f"numpy dtype {code!r} is refused: only booleans, numbers and strings are read"
+            )
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: tuple) -> None:
+        byte_order = state[1]
+        if byte_order not in ("<", ">", "=", "|"):
+            raise pickle.UnpicklingError(f"numpy byte order {byte_order!r} is refused")
+        self.dtype = self.dtype.newbyteorder(byte_order)
+
+
+class _Later:
+    """Stands in for something big while unpickling; `resolve_stand_ins` puts what `build` makes in its place.
+
+    By then the unpickler is gone, and with it what else holds the bytes, and things are built one after the
+    other: so a file is in memory once and not twice.
+    """
+
+
+class _PickledText(_Later):
+    """Bytes that an old protocol wrote as text."""
+
+    def __init__(self, text: str):
+        self.text = text
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def build(self) -> bytes:
+        return self.text.encode("latin1")
+
+
+class _PickledArray(_Later):
+    """Stands in for ``numpy.ndarray``."""
+
+    _parts: tuple | None = None
+
+    def __setstate__(self, state: tuple) -> None:
+        shape, dtype, fortran, data = state[-4:]
+        self._parts = _checked_parts(data, dtype, shape, "F" if fortran else "C")
+
+    def build(self) -> np.ndarray:
+        if self._parts is None:
+            raise pickle.UnpicklingError("a pickled numpy array has no content")
+        data, dtype, shape, order = self._parts
+        self._parts = None
+        data = data.build() if isinstance(data, _PickledText) else data
+        # A copy: the arrays must be writable, and aligned whatever the file held.
+        return np.array(np.frombuffer(data, dtype=dtype).reshape(shape, order=order))
+
+
+def _checked_parts(data: Any, dtype: Any, shape: Any, order: str) -> tuple:
+    """Raw bytes, dtype, shape and order of an array, which fit each other."""
+    if isinstance(data, str):
+        data = _PickledText(data)  # a byte string of Python 2
+    if isinstance(data, pickle.PickleBuffer):
+        data = data.raw()
+    if not isinstance(dtype, _PickledDtype) or not isinstance(
+        data, bytes | bytearray | memoryview | _PickledText
+    ):
+        raise pickle.UnpicklingError("a pickled numpy array is malformed")
+    if not isinstance(shape, tuple) or not all(isinstance(n, int) and n >= 0 for n in shape):
+        raise pickle.UnpicklingError(f"a pickled numpy array has the malformed shape {shape!r}")
+    if len(data) != math.prod(shape) * dtype.dtype.itemsize:
+        raise pickle.UnpicklingError(
+            f"a pickled numpy array of shape {shape} and dtype {dtype.dtype} holds {len(data)} bytes"
+        )
+    return data, dtype.dtype, shape, order or "C"
+
+
+def _array_from_bytes(data: Any, dtype: Any, shape: Any, order: str = "C") -> _PickledArray:
+    """Takes the place of numpy's ``_frombuffer``."""
+    result = _PickledArray()
+    result._parts = _checked_parts(data, dtype, shape, order)
+    return result
+
+
+def _empty_array(*_args: Any) -> _PickledArray:
+    """Takes the place of numpy's ``_reconstruct``: the array's state follows in the pickle."""
+    return _PickledArray()
+
+
+def _scalar(dtype: Any, data: Any) -> np.generic:
+    """Takes the place of numpy's ``scalar``."""
+    return _array_from_bytes(data, dtype, (1,)).build()[0]
+
+
+def _encode_latin1(text: str, encoding: str) -> bytes | _PickledText:
+    """Takes the place of ``codecs.encode``, with which old protocols write bytes."""
+    if encoding not in ("latin1", "latin-1") or not isinstance(text, str):
+        raise pickle.UnpicklingError(f"bytes in the encoding {encoding!r} are refused")
+    # Short ones may be keys of a dict.
+    return _PickledText(text) if len(text) > _SHORT_TEXT else text.encode("latin1")
+
+
+class _PickledStorage(_Later):
+    """Stands in for the memory of a tensor, as `torch.save` wrote it into a pickle."""
+
+    def __init__(self, data: Any):
+        if not isinstance(data, bytes | _PickledText):
+            raise pickle.UnpicklingError("a pickled tensor storage is malformed")
+        self._data = data
+        self._storage: torch.storage.TypedStorage | None = None
+
+    def build(self) -> torch.storage.TypedStorage:
+        if self._storage is None:
+            data = self._data.build() if isinstance(self._data, _PickledText) else self._data
+            storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            if not isinstance(storage, torch.storage.TypedStorage):
+                raise pickle.UnpicklingError(f"a pickled tensor storage holds a {type(storage).__name__}")
+            self._storage, self._data = storage, None
+        return self._storage
+
+
+class _PickledTensor(_Later):
+    """Stands in for a tensor."""
+
+    def __init__(self, storage: Any, offset: int, size: Any, stride: Any, *_flags: Any):
+        """Takes the place of ``torch._utils._rebuild_tensor_v2``."""
+        if not isinstance(storage, _PickledStorage) or len(size) != len(stride):
+            raise pickle.UnpicklingError("a pickled tensor is malformed")
+        if not all(isinstance(n, int) and n >= 0 for n in (offset, *size, *stride)):
+            raise pickle.UnpicklingError(
+                f"a pickled tensor has size {size!r}, stride {stride!r}, offset {offset!r}"
+            )
+        self._storage, self._offset, self._size, self._stride = storage, offset, tuple(size), tuple(stride)
+
+    def build(self) -> torch.Tensor:
+        storage = self._storage.build()
+        memory, dtype = storage._untyped_storage, storage.dtype
+        last = self._offset + sum((n - 1) * step for n, step in zip(self._size, self._stride))
+        if all(self._size) and last >= memory.nbytes() // dtype.itemsize:
+            raise pickle.UnpicklingError(f"a pickled tensor of size {self._size} reaches beyond its storage")
+        return torch.empty(0, dtype=dtype).set_(memory, self._offset, self._size, self._stride)
+
+
+def _parameter(data: Any, *_flags: Any) -> _PickledTensor:
+    """Takes the place of ``torch._utils._rebuild_parameter``."""
+    if not isinstance(data, _PickledTensor):
+        raise pickle.UnpicklingError("a pickled parameter is malformed")
+    return data
+
+
+def _container(kind: type) -> Callable[..., Any]:
+    """A builder of `kind` from a container or text: a number would be a length to allocate."""
+
+    def build(*args: Any) -> Any:
+        if args and isinstance(args[0], int):
+            raise pickle.UnpicklingError(f"{kind.__name__}({args[0]!r}) is refused")
+        return kind(*args)
+
+    return build
+
+
+def _default_dict(_factory: Any = None, *items: Any) -> dict:
+    """Takes the place of ``collections.defaultdict``; what it would make by itself is left out."""
+    return dict(*items)
+
+
+def _numpy_stand_ins() -> tuple[tuple[Any, str], ...]:
+    pairs: list[tuple[Any, str]] = [(_PickledDtype, "numpy.dtype"), (_PickledArray, "numpy.ndarray")]
+    for core in ("numpy.core", "numpy._core"):
+        pairs.append((_empty_array, f"{core}.multiarray._reconstruct"))
+        pairs.append((_scalar, f"{core}.multiarray.scalar"))
+        pairs.append((_array_from_bytes, f"{core}.numeric._frombuffer"))
+    return tuple(pairs)
+
+
+# What a pickle gets for the names that numpy's arrays and scalars need, in the form that
+# `torch.serialization.safe_globals` takes too. Whatever was read so must pass `resolve_stand_ins`.
+NUMPY_STAND_INS = _numpy_stand_ins()
+
+
+def _frozen(function: Callable[..., Any]) -> Any:
+    """Something that can be called and nothing else: a pickle can also set attributes of what it names."""
+    members = {"__slots__": (), "__call__": staticmethod(function)}
+    return type(getattr(function, "__name__", "stand_in"), (), members)()
+
+
+def _legal_globals() -> dict[str, Any]:
+    """All that a pickle may name, and what it gets."""
+    legal: dict[str, Any] = {name: stand_in for stand_in, name in NUMPY_STAND_INS}
+    legal |= {
+        "collections.OrderedDict": lambda *items: collections.OrderedDict(*items),
+        "collections.defaultdict": _default_dict,
+        "_codecs.encode": _encode_latin1,
+        "torch.storage._load_from_bytes": _PickledStorage,
+        "torch._utils._rebuild_tensor_v2": _PickledTensor,
+        "torch._utils._rebuild_parameter": _parameter,
+        "torch.Size": _container(tuple),
+    }
+    for kind in (bytearray, bytes, dict, frozenset, list, set, str, tuple):
+        legal[f"builtins.{kind.__name__}"] = legal[f"__builtin__.{kind.__name__}"] = _container(kind)
+    for kind in (bool, complex, float, int):
+        legal[f"builtins.{kind.__name__}"] = legal[f"__builtin__.{kind.__name__}"] = kind
+    legal = {name: _frozen(function) for name, function in legal.items()}
+    dtypes = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+    return legal | {f"torch.{name}": dtype for name, dtype in dtypes.items()}
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """An unpickler that resolves names from a table and imports nothing."""
+
+    _legal = _legal_globals()
+
+    def find_class(self, module: str, name: str) -> Any:
+        if f"{module}.{name}" not in self._legal:
+            raise pickle.UnpicklingError(
+                f"it wants to import '{module}.{name}', which is refused: a pickle may run any code through "
+                "what it imports, so only plain containers, numbers, strings, numpy arrays and torch tensors "
+                "are read"
+            )
+        return self._legal[f"{module}.{name}"]
+
+
+def load_plain_pickle(file: BinaryIO) -> Any:
+    """Reads a pickle of plain containers, numpy arrays and torch tensors; pickles of Python 2 too.
+
+    Args:
+        file: opened for reading in binary mode; it must be seekable.
+
+    Raises:
+        pickle.UnpicklingError: if the pickle names anything but plain data (the message says what), or is
+            broken. Nothing of it has been executed then.
+    """
+    try:
+        start = file.tell()
+        _look_through(file)
+        file.seek(start)
+        return resolve_stand_ins(_PlainUnpickler(file, encoding="latin1").load())
+    except pickle.UnpicklingError:
+        raise
+    except Exception as e:
+        # A malformed pickle can fail in the unpickler in any way (IndexError, KeyError, EOFError ...).
+        raise pickle.UnpicklingError(f"it is malformed ({type(e).__name__}: {e})") from e
+
+
+def _look_through(file: BinaryIO) -> None:
+    """Refuses opcodes that no plain data need, and memo entries far beyond the pickle's length, for which the
+    unpickler would allocate a table."""
+    for count, (opcode, argument, position) in enumerate(pickletools.genops(file)):
+        if opcode.name in _REFUSED_OPCODES:
+            raise pickle.UnpicklingError(f"it holds the opcode {opcode.name} at {position}, which is refused")
+        if opcode.name in _PUTS and argument > count + 1:
+            raise pickle.UnpicklingError(
+                f"its memo entry {argument} at {position} is refused: it is out of order"
+            )
+
+
+def resolve_stand_ins(value: Any) -> Any:
+    """Puts arrays, tensors and dtypes in the places of their stand-ins, in a tree of containers.
+
+    Dicts and lists are changed in place. Something that occurs in several places is resolved once and stays
+    shared, so nesting cannot make a small file big.
+    """
+    return _resolve(value, {})
+
+
+def _resolve(value: Any, known: dict[int, tuple[Any, Any]]) -> Any:
+    """`known`: id of what was resolved, to it (kept alive, so that ids stay unique) and the result."""
+    if not isinstance(value, _Later | _PickledDtype | dict | list | tuple | set | frozenset):
+        return value
+    if id(value) in known:
+        return known[id(value)][1]
+    if isinstance(value, dict | list):
+        known[id(value)] = value, value  # before its items, which may hold it
+        places = dict.items(value) if isinstance(value, dict) else enumerate(value)
+        for key, item in list(places):
+            value[key] = _resolve(item, known)
+        return value
+    if isinstance(value, _Later):
+        result: Any = value.build()
+    elif isinstance(value, _PickledDtype):
+        result = value.dtype
+    else:
+        items = [_resolve(item, known) for item in value]
+        unchanged = all(new is old for new, old in zip(items, value))
+        result = value if unchanged else type(value)(items)
+    known[id(value)] = value, result
+    return result

@@ -1,0 +1,76 @@
+"""Files of precomputed proposals."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from detlib.data import load_proposals_into_dataset
+from detlib.structures import BoxMode
+
+RECORDS = [{"image_id": 7}, {"image_id": "a"}]
+CONTENT = {
+    "ids": ["a", 7, 8],
+    "boxes": [np.arange(8.0).reshape(2, 4), np.arange(12.0).reshape(3, 4), np.zeros((0, 4))],
+    "objectness_logits": [np.array([0.0, 1.0]), np.array([0.5, -1.0, 2.0]), np.zeros(0)],
+    "bbox_mode": BoxMode.XYWH_ABS.value,
+}
+
+
+def write(folder, content=CONTENT, **changes):
+    path = folder / "proposals.pkl"
+    path.write_bytes(pickle.dumps({**content, **changes} if isinstance(content, dict) else content))
+    return str(path)
+
+
+def load(path):
+    return load_proposals_into_dataset([dict(r) for r in RECORDS], path)
+
+
+def test_best_first(tmp_path):
+    first, second = load(write(tmp_path))
+    np.testing.assert_array_equal(first["proposal_objectness_logits"], [2.0, 0.5, -1.0])
+    np.testing.assert_array_equal(first["proposal_boxes"][:, 0], [8, 0, 4])
+    np.testing.assert_array_equal(second["proposal_boxes"][:, 0], [4, 0])
+    assert first["proposal_bbox_mode"] is BoxMode.XYWH_ABS
+
+
+def test_names_of_detectron_and_default_mode(tmp_path):
+    old = {
+        "indexes": np.array([7, 8]),
+        "boxes": CONTENT["boxes"][1:],
+        "scores": CONTENT["objectness_logits"][1:],
+    }
+    (record,) = load_proposals_into_dataset([{"image_id": 7}], write(tmp_path, old))
+    assert record["proposal_bbox_mode"] is BoxMode.XYXY_ABS
+    np.testing.assert_array_equal(record["proposal_objectness_logits"], [2.0, 0.5, -1.0])
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ([1, 2], "must have ids, boxes, objectness_logits, not list"),
+        ({"ids": [], "boxes": []}, r"not \['boxes', 'ids'\]"),
+        ({**CONTENT, "ids": [7, 8]}, "one entry for each image, but have 2, 3 and 3"),
+        ({**CONTENT, "ids": [7, 8, 9]}, "no proposals for 1 of 2 images, such as image 'a'"),
+        (
+            {**CONTENT, "boxes": [np.zeros(4)] * 3},
+            r"'a' has boxes of shape \(4,\) and logits .*\(2,\)",
+        ),
+        (Evil(), "is no file of proposals: it wants to import 'builtins.print'"),
+    ],
+)
+def test_bad_files(tmp_path, content, message, capsys):
+    with pytest.raises(ValueError, match=message):
+        load(write(tmp_path, content))
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.pkl.*PROPOSAL_FILES_TRAIN"):
+        load(str(tmp_path / "none.pkl"))
