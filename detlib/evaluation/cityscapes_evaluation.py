@@ -176,7 +176,8 @@ class CityscapesInstanceEvaluator(CityscapesEvaluator):
             overlaps = np.stack([np.bincount(places[mask], minlength=len(ids)) for mask in masks])
             scores = prediction.scores.detach().cpu().numpy().astype(np.float64)
             pred_labels = self._label_ids[prediction.pred_classes.cpu().numpy()]
-        void = np.array([_LABELS[i].ignored for i in labels.tolist()])
+        # Objects of ignored labels (caravans, trailers) are no void in the reference, only their groups are.
+        void = np.array([i < 1000 and _LABELS[i].ignored for i in ids.tolist()])
         kept = np.isin(labels, [label.id for label in _THINGS])
         return InstanceMatches(
             labels=labels[kept],

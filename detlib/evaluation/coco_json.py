@@ -22,7 +22,7 @@ def instances_to_coco_json(instances: Instances, img_id: Any) -> list[dict]:
 
     Args:
         instances: with `pred_boxes`, `scores` and `pred_classes`, and if there are, `pred_masks` (N, H, W)
-            bool (or `ROIMasks`, which are pasted on the way) and `pred_keypoints` (N, K, 3), with x and y
+            bool (or `ROIMasks`, which are pasted on the way, or a list of RLE dicts) and `pred_keypoints` (N, K, 3), with x and y
             that become COCO's pixel indices (0.5 less).
         img_id: the picture's id.
 
@@ -55,8 +55,10 @@ def instances_to_coco_json(instances: Instances, img_id: Any) -> list[dict]:
 
 
 def _encode_masks(instances: Instances) -> list[dict]:
-    """Compresses the masks, a tensor, BitMasks or ROIMasks, to RLE that JSON can hold."""
+    """Compresses the masks, a tensor, BitMasks or ROIMasks, to RLE that JSON can hold; RLE stays as it is."""
     masks = instances.pred_masks
+    if isinstance(masks, list):
+        return masks
     if isinstance(masks, ROIMasks):
         boxes = instances.pred_boxes.tensor.detach()
         rles = paste_masks_to_rle(masks.tensor.detach(), boxes, instances.image_size)
