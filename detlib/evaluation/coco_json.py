@@ -22,8 +22,8 @@ def instances_to_coco_json(instances: Instances, img_id: Any) -> list[dict]:
 
     Args:
         instances: with `pred_boxes`, `scores` and `pred_classes`, and if there are, `pred_masks` (N, H, W)
-            bool (or `ROIMasks`, which are pasted on the way, or a list of RLE dicts) and `pred_keypoints` (N, K, 3), with x and y
-            that become COCO's pixel indices (0.5 less).
+            bool (or `ROIMasks`, which are pasted on the way, or a list of RLE dicts) and `pred_keypoints`
+            (N, K, 3), with x and y that become COCO's pixel indices (0.5 less).
         img_id: the picture's id.
 
     Returns:

@@ -56,7 +56,7 @@ class PascalVOCDetectionEvaluator(DatasetEvaluator):
 
     "AP50" and "AP75" are the means over classes at an IoU above 0.5 and 0.75, "AP" the mean over 0.5, 0.55,
     ..., 0.95, all in percent. For the year 2007 the precision is averaged at the recalls 0, 0.1, ..., 1;
-    otherwise it is the area under the curve. Difficult objects (those whose annotation has "difficult") need
+    otherwise it is the area under the curve. Difficult objects (whose annotation has "difficult" or "iscrowd") need
     not be found, and detections of them do not count. A class that has no other objects in the data set has
     nan and is left out of the means.
 
@@ -191,7 +191,7 @@ def _by_class(record: dict[str, Any]) -> dict[int, _Truth]:
     return {
         index: _Truth(
             np.array([BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYXY_ABS) for x in group], float),
-            np.array([bool(x.get("difficult", 0)) for x in group]),
+            np.array([bool(x.get("difficult", 0) or x.get("iscrowd", 0)) for x in group]),
         )
         for index, group in groups.items()
     }
