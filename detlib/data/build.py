@@ -257,6 +257,16 @@ def _load_train_sets(cfg) -> tuple[list | Dataset, list]:
     return ConcatDataset(parts), parts
 
 
+def _check_proposals(cfg, dataset: list | Dataset, key: str) -> None:
+    """Tells of missing proposals before a model without a proposal generator misses them."""
+    if cfg.MODEL.LOAD_PROPOSALS and isinstance(dataset, list):
+        if any("proposal_boxes" not in record for record in dataset):
+            raise ValueError(
+                f"MODEL.LOAD_PROPOSALS is True, but DATASETS.PROPOSAL_FILES_{key} is empty and the dicts "
+                f"have no 'proposal_boxes': name one file for each of DATASETS.{key}"
+            )
+
+
 def _train_loader_from_config(cfg, mapper=None, *, dataset=None, sampler=None) -> dict:
     parts: list = []
     if dataset is None:
@@ -266,6 +276,7 @@ def _train_loader_from_config(cfg, mapper=None, *, dataset=None, sampler=None) -
         if mapper is None and isinstance(dataset, list):  # a mapper of the user's may change category ids
             _check_num_classes(cfg, dataset)
     if mapper is None:
+        _check_proposals(cfg, dataset, "TRAIN")
         mapper = DatasetMapper(cfg, True)
     if sampler is None and not isinstance(dataset, IterableDataset):
         sampler = _build_train_sampler(cfg, dataset, parts)
@@ -327,15 +338,10 @@ def _test_loader_from_config(cfg, dataset_name, mapper=None) -> dict:
     if cfg.MODEL.LOAD_PROPOSALS:
         # The files are listed in the order of the datasets.
         files = dict(zip(_as_names(cfg.DATASETS.TEST), cfg.DATASETS.PROPOSAL_FILES_TEST))
-        missing = [name for name in names if name not in files]
-        if missing:
-            raise ValueError(
-                f"MODEL.LOAD_PROPOSALS is True, but dataset {missing[0]!r} has no file of proposals: "
-                "DATASETS.PROPOSAL_FILES_TEST must list one for each of DATASETS.TEST, got "
-                f"{tuple(cfg.DATASETS.PROPOSAL_FILES_TEST)} for {_as_names(cfg.DATASETS.TEST)}"
-            )
-        proposal_files = [files[name] for name in names]
+        proposal_files = [files[name] for name in names if name in files] or None
     dataset = get_detection_dataset_dicts(names, filter_empty=False, proposal_files=proposal_files)
+    if mapper is None:
+        _check_proposals(cfg, dataset, "TEST")
     return {
         "dataset": dataset,
         "mapper": DatasetMapper(cfg, False) if mapper is None else mapper,

@@ -26,7 +26,7 @@ from detlib.utils.logger import create_small_table
 
 from .box_proposals import evaluate_box_proposals
 from .coco_json import GroundTruth, instances_to_coco_json, load_ground_truth
-from .coco_metrics import METRICS, CocoScores, evaluate_coco, make_coco_api
+from .coco_metrics import METRICS, CocoScores, evaluate_coco, gc_paused, make_coco_api
 from .evaluator import DatasetEvaluator
 from .rotated_iou import are_rotated
 
@@ -186,7 +186,8 @@ class COCOEvaluator(DatasetEvaluator):
         if "proposals" in predictions[0]:
             self._eval_box_proposals(predictions)
         if "instances" in predictions[0]:
-            self._eval_predictions(predictions, img_ids)
+            with gc_paused():
+                self._eval_predictions(predictions, img_ids)
         return copy.deepcopy(self._results)
 
     def _gather(self) -> list[dict] | None:

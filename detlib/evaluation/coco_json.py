@@ -111,7 +111,8 @@ def complete_ground_truth(coco: dict) -> GroundTruth:
     Annotations are numbered anew: the metric takes id 0 for "no match", and ids may be missing.
     """
     ids = [image["id"] for image in coco["images"]]
-    numbers = {i: i if _all_integers(ids) else n for n, i in enumerate(ids, start=1)}
+    keep_ids = all(type(i) is int for i in ids)
+    numbers = {i: i if keep_ids else n for n, i in enumerate(ids, start=1)}
     sizes = {image["id"]: (image["height"], image["width"]) for image in coco["images"]}
     annotations = []
     for annotation in coco.get("annotations") or ():
@@ -135,10 +136,6 @@ def complete_ground_truth(coco: dict) -> GroundTruth:
         "annotations": annotations,
     }
     return GroundTruth(completed, numbers, "annotations" in coco)
-
-
-def _all_integers(ids: list) -> bool:
-    return all(type(i) is int for i in ids)
 
 
 def _area(annotation: dict, height: int, width: int) -> float:

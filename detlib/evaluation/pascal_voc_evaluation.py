@@ -56,9 +56,9 @@ class PascalVOCDetectionEvaluator(DatasetEvaluator):
 
     "AP50" and "AP75" are the means over classes at an IoU above 0.5 and 0.75, "AP" the mean over 0.5, 0.55,
     ..., 0.95, all in percent. For the year 2007 the precision is averaged at the recalls 0, 0.1, ..., 1;
-    otherwise it is the area under the curve. Difficult objects (whose annotation has "difficult" or "iscrowd") need
-    not be found, and detections of them do not count. A class that has no other objects in the data set has
-    nan and is left out of the means.
+    otherwise it is the area under the curve. Difficult objects (whose annotation has "difficult" or
+    "iscrowd") need not be found, and detections of them do not count. A class that has no other objects in
+    the data set has nan and is left out of the means.
 
     Args:
         dataset_name: a registered name or an address; its metadata has `thing_classes`, and `year` if the

@@ -65,7 +65,7 @@ def test_a_proposal_networks_file_trains_fast_rcnn(tmp_path, monkeypatch):
 
 def test_config_without_files_is_told(tmp_path):
     cfg = config(FAST_RCNN, tmp_path, DATASETS__PROPOSAL_FILES_TRAIN=(), DATASETS__PROPOSAL_FILES_TEST=())
-    with pytest.raises(ValueError, match="DATASETS.PROPOSAL_FILES_TRAIN"):
+    with pytest.raises(ValueError, match="DATASETS.PROPOSAL_FILES_TRAIN is empty"):
         build_detection_train_loader(cfg)
-    with pytest.raises(ValueError, match="DATASETS.PROPOSAL_FILES_TEST must list one for each"):
+    with pytest.raises(ValueError, match="DATASETS.PROPOSAL_FILES_TEST is empty"):
         build_detection_test_loader(cfg, DATA)

@@ -1,6 +1,7 @@
 """COCOEvaluator held against pycocotools on random detections, and its way with unusual input."""
 
 import contextlib
+import copy
 import io
 import json
 import math
@@ -452,3 +453,30 @@ def test_predictions_of_all_processes_are_gathered(dataset, outputs, monkeypatch
     assert halves[1].evaluate() == {}
     halves[1]._distributed = False
     assert halves[1].evaluate()["bbox"]["AP"] < expected["bbox"]["AP"]
+
+
+def test_rle_masks_of_many_predictions(tmp_path):
+    """Masks that come as RLE stay as they are, however many there are (pycocotools stumbles at 256)."""
+    from detlib.evaluation.coco_metrics import evaluate_coco, make_coco_api
+
+    rng = np.random.default_rng(0)
+    annotations, results = [], []
+    for image_id in range(1, 31):
+        for _ in range(10):
+            x, y = rng.integers(0, 40, 2).tolist()
+            mask = np.zeros((64, 64), np.uint8, order="F")
+            mask[y : y + 20, x : x + 15] = 1
+            rle = mask_utils.encode(mask)
+            rle["counts"] = rle["counts"].decode()
+            annotation = {"image_id": image_id, "category_id": 1, "segmentation": rle, "bbox": [x, y, 15, 20]}
+            annotations.append(annotation | {"id": len(annotations) + 1, "area": 300, "iscrowd": 0})
+            results.append(annotation | {"score": float(rng.random()), "bbox": [0, 0, 1, 1]})
+    images = [{"id": i, "height": 64, "width": 64} for i in range(1, 31)]
+    coco = {"images": images, "categories": [{"id": 1, "name": "x"}], "annotations": annotations}
+    scores = [
+        evaluate_coco(make_coco_api(copy.deepcopy(coco), fast), results, "segm", fast=fast)
+        for fast in (True, False)
+    ]
+    assert scores[0].ap("AP") == pytest.approx(scores[1].ap("AP"), abs=1e-10)
+    # The area is that of the mask, not of the box, so what is found counts as small and nothing is wrong.
+    assert scores[0].ap("APs") == pytest.approx(100)
