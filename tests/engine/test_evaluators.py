@@ -7,7 +7,15 @@ from detlib.engine import DefaultTrainer
 from detlib.engine.checks import check_num_classes
 from detlib.engine.evaluators import default_evaluator
 from detlib.engine.pictures import write_prediction_pictures
-from detlib.evaluation import COCOEvaluator, COCOPanopticEvaluator, DatasetEvaluators, SemSegEvaluator
+from detlib.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluators,
+    PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
+)
 from tests.engine.tiny import tiny_cfg
 from tests.modeling.small_rcnn import MASK_RCNN, small_config
 
@@ -97,3 +105,27 @@ def test_number_of_stuff_classes_is_checked(tmp_path, model):
     cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 54
     with pytest.raises(ValueError, match="SEM_SEG_HEAD.NUM_CLASSES is 54, .* 4 classes .things, grass"):
         check_num_classes(cfg, SHAPES + "panoptic")
+
+
+def test_types_of_voc_and_cityscapes(tmp_path):
+    voc = config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", tmp_path, MODEL__ROI_HEADS__NUM_CLASSES=20)
+    assert kinds(default_evaluator(voc, "voc_2007_test")) == [PascalVOCDetectionEvaluator]
+    name = "cityscapes_of_this_test"
+    try:
+        for kind, model, want in (
+            ("instance", MASK_RCNN, [CityscapesInstanceEvaluator]),
+            ("sem_seg", SEMANTIC, [CityscapesSemSegEvaluator]),
+            ("panoptic_seg", SEMANTIC, [CityscapesSemSegEvaluator]),
+            (
+                "panoptic_seg",
+                PANOPTIC,
+                [CityscapesInstanceEvaluator, CityscapesSemSegEvaluator, COCOPanopticEvaluator],
+            ),
+        ):
+            MetadataCatalog.pop(name, None)
+            MetadataCatalog.get(name).set(
+                evaluator_type=f"cityscapes_{kind}", gt_dir=str(tmp_path), label_divisor=1000
+            )
+            assert kinds(default_evaluator(config(model, tmp_path), name)) == want
+    finally:
+        MetadataCatalog.pop(name, None)
