@@ -88,7 +88,8 @@ def _transform_segmentation(segmentation, transforms: Transform, image_size: tup
         return [polygon.reshape(-1) for polygon in transforms.apply_polygons(polygons)]
     if isinstance(segmentation, (dict, np.ndarray)):
         source = decode_rle(segmentation) if isinstance(segmentation, dict) else segmentation
-        mask = transforms.apply_segmentation(source)
+        # What a transform pads segmentations with (255, "ignore") is no part of an object.
+        mask = (transforms.apply_segmentation((source != 0).astype(np.uint8)) == 1).astype(np.uint8)
         if tuple(mask.shape[:2]) != tuple(image_size):
             raise ValueError(
                 f"the mask (RLE) has size {source.shape[:2]} and becomes {tuple(mask.shape[:2])} "

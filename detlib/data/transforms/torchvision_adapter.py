@@ -2,7 +2,8 @@
 
 A v2 transform draws its random numbers when it is called, on all data at once. Here a seed is drawn instead,
 and the transform runs once for each kind of data, each time with the numbers of that seed and with a picture
-of the same size beside the data. Coordinates of any kind go through it as its key points.
+of the same size beside the data. Coordinates of any kind go through it as boxes without extent: as in this
+package, a picture spans [0, W] for boxes, while torchvision's key points are numbers of pixels.
 """
 
 from typing import Any
@@ -59,15 +60,21 @@ class TorchvisionTransform(Transform):
         """Transform (N, 2) xy coordinates."""
         from torchvision import tv_tensors
 
-        size = (self.height, self.width)
-        points = torch.from_numpy(np.array(coords, dtype=np.float64))
+        points = torch.from_numpy(np.array(coords, dtype=np.float64)).reshape(-1, 2)
         if len(points) == 0:
-            return np.array(coords, dtype=np.float64)
-        options = {"clamping_mode": None} if hasattr(tv_tensors.KeyPoints, "clamping_mode") else {}
-        out = self._run("coordinates", tv_tensors.KeyPoints(points, canvas_size=size, **options))
-        if out.shape != points.shape:
+            return points.numpy()
+        boxes = tv_tensors.BoundingBoxes(
+            points.repeat(1, 2),
+            format="XYXY",
+            canvas_size=(self.height, self.width),
+            **(
+                {"clamping_mode": None} if "clamping_mode" in tv_tensors.BoundingBoxes.__annotations__ else {}
+            ),
+        )
+        out = self._run("coordinates", boxes)
+        if out.shape != boxes.shape:
             raise ValueError(f"torchvision's {self.transform} drops coordinates, which is not supported")
-        return out.numpy().astype(np.float64)
+        return out.numpy().astype(np.float64)[:, :2]
 
     def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
         """Transform an (H, W) integer or bool array."""
@@ -100,7 +107,10 @@ class TorchvisionAugmentation(Augmentation):
         super().__init__()
         from torchvision.transforms import v2
 
-        parts = list(transform.modules()) if isinstance(transform, torch.nn.Module) else [transform]
+        parts = [transform]
+        for part in parts:  # grows as containers are found
+            inner = getattr(part, "transforms", None)
+            parts += inner if isinstance(inner, (list, tuple, torch.nn.ModuleList)) else []
         refused = (v2.CutMix, v2.MixUp, v2.RandomIoUCrop, v2.SanitizeBoundingBoxes)
         for part in parts:
             if isinstance(part, refused):
