@@ -56,7 +56,8 @@ def make(kind, draw):
 
 
 KINDS = (
-    "resize", "scale", "hflip", "vflip", "crop", "pad", "rotation", "extent", "lsj", "list", "torchvision", "color",
+    "resize", "scale", "hflip", "vflip", "crop", "pad", "rotation", "extent", "lsj", "list",
+    "torchvision", "color",
 )  # fmt: skip
 
 
