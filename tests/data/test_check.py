@@ -220,7 +220,9 @@ def check_repaired(checked, tmp_path):
     assert not again.num_errors, again.findings
 
 
-@pytest.mark.parametrize(("kind", "apply", "place", "outcome"), COCO, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(
+    ("kind", "apply", "place", "outcome"), COCO, ids=lambda value: "" if callable(value) else str(value)[:30]
+)
 def test_coco(tmp_path, kind, apply, place, outcome, log):
     content = coco_content()
     apply(content)

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ from detlib.utils import download as download_module
 from detlib.utils.download import Checksum, DownloadError, checksum_in_name, download
 from detlib.utils.file_io import HuggingFaceHandler, PathManager
 
-CONTENT = os.urandom(300_000)
+CONTENT = random.Random(0).randbytes(300_000)
 MD5 = hashlib.md5(CONTENT).hexdigest()
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
