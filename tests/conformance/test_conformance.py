@@ -13,6 +13,8 @@ SLOW = {
     "COCO-Detection__retinanet_R_50_FPN_1x",
     "COCO-InstanceSegmentation__mask_rcnn_R_50_DC5_1x",
     "LVISv0.5-InstanceSegmentation__mask_rcnn_R_50_FPN_1x",
+    "Misc__mask_rcnn_R_50_FPN_3x_gn",
+    "Misc__semantic_R_50_FPN_1x",
     "PascalVOC-Detection__faster_rcnn_R_50_C4",
     "ViTDet__mask_rcnn_vitdet_b_100ep",
 }
