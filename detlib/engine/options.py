@@ -4,13 +4,16 @@
 meet; the trainer and the hooks know no config.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from detlib.config import CfgNode
 
-__all__ = ["RunOptions", "epochs_to_iterations"]
+__all__ = ["RunOptions", "epochs_to_iterations", "set_iterations"]
+
+logger = logging.getLogger(__name__)
 
 _LEGAL = {
     "precision": ("", "float16", "bfloat16"),
@@ -41,6 +44,8 @@ class RunOptions:
     """How many steps in a row may be left out because their loss is not finite; 0 ends the training."""
     images_per_step: int = 0
     """Pictures of one update over all processes, 0 if that is not known; for advice."""
+    rate_per_image: float = 0.02 / 16
+    """Learning rate over batch size of the published schedules for such a model; for advice."""
 
     freeze: tuple[str, ...] = ()
     """Patterns of parameter names that are not trained."""
@@ -129,7 +134,9 @@ class RunOptions:
         solver, test, train = cfg.SOLVER, cfg.TEST, cfg.TRAIN
 
         def iterations(epochs_key: str, epochs: float, period: int) -> int:
-            return epochs_to_iterations(epochs_key, epochs, pictures_per_epoch, solver.IMS_PER_BATCH) or period
+            return (
+                epochs_to_iterations(epochs_key, epochs, pictures_per_epoch, solver.IMS_PER_BATCH) or period
+            )
 
         return cls(
             max_iter=solver.MAX_ITER,
@@ -140,6 +147,7 @@ class RunOptions:
             precision=solver.AMP.PRECISION if solver.AMP.ENABLED else "",
             skip_non_finite=solver.SKIP_NON_FINITE,
             images_per_step=solver.IMS_PER_BATCH,
+            rate_per_image=(0.01 if cfg.MODEL.META_ARCHITECTURE in ("RetinaNet", "FCOS") else 0.02) / 16,
             freeze=tuple(cfg.MODEL.FREEZE),
             strategy=train.STRATEGY,
             ddp={
@@ -162,7 +170,9 @@ class RunOptions:
             best_mode=solver.BEST_CHECKPOINT.MODE,
             early_stop_patience=solver.EARLY_STOP.PATIENCE,
             early_stop_metric=solver.EARLY_STOP.METRIC,
-            early_stop_mode=solver.EARLY_STOP.MODE if solver.EARLY_STOP.METRIC else solver.BEST_CHECKPOINT.MODE,
+            early_stop_mode=solver.EARLY_STOP.MODE
+            if solver.EARLY_STOP.METRIC
+            else solver.BEST_CHECKPOINT.MODE,
             precise_bn_batches=test.PRECISE_BN.NUM_ITER if test.PRECISE_BN.ENABLED else 0,
             log_period=train.LOG_PERIOD,
             vis_period=cfg.VIS_PERIOD,
@@ -190,7 +200,11 @@ class RunOptions:
             ValueError: if an entry has no legal value.
         """
         amp, ema, best = train.get("amp", {}), train.get("model_ema", {}), train.get("best_checkpoint", {})
-        early, profile, compiling = train.get("early_stop", {}), train.get("profile", {}), train.get("compile", {})
+        early, profile, compiling = (
+            train.get("early_stop", {}),
+            train.get("profile", {}),
+            train.get("compile", {}),
+        )
         checkpoints, wandb = train.get("checkpointer", {}), train.get("wandb", {})
         writers = tuple(train.get("writers", ("console", "json", "tensorboard", "csv")))
         if wandb.get("enabled", False) and "wandb" not in writers:
@@ -228,6 +242,45 @@ class RunOptions:
             profile_start=profile.get("start", 20),
             profile_steps=profile.get("steps", 5) if profile.get("enabled", False) else 0,
         )
+
+
+def set_iterations(cfg: CfgNode, pictures_per_epoch: int | None) -> CfgNode:
+    """Sets SOLVER.MAX_ITER from SOLVER.MAX_EPOCHS, and moves STEPS and WARMUP_ITERS in proportion.
+
+    Args:
+        cfg: the config, which is not changed.
+        pictures_per_epoch: number of training pictures, None if it is not known.
+
+    Returns:
+        `cfg` itself if MAX_EPOCHS is 0, else a changed copy.
+
+    Raises:
+        ValueError: if the training data do not tell their length.
+    """
+    solver = cfg.SOLVER
+    max_iter = epochs_to_iterations(
+        "SOLVER.MAX_EPOCHS", solver.MAX_EPOCHS, pictures_per_epoch, solver.IMS_PER_BATCH
+    )
+    if max_iter is None:
+        return cfg
+    cfg, scale = cfg.clone(), max_iter / solver.MAX_ITER
+    frozen = cfg.is_frozen()
+    cfg.defrost()
+    cfg.SOLVER.MAX_ITER = max_iter
+    cfg.SOLVER.STEPS = tuple(round(step * scale) for step in solver.STEPS)
+    cfg.SOLVER.WARMUP_ITERS = round(solver.WARMUP_ITERS * scale)
+    logger.info(
+        "%g epochs of %d pictures are %d iterations of %d; the rate falls at %s, the warm-up takes %d",
+        solver.MAX_EPOCHS,
+        pictures_per_epoch,
+        max_iter,
+        solver.IMS_PER_BATCH,
+        cfg.SOLVER.STEPS,
+        cfg.SOLVER.WARMUP_ITERS,
+    )
+    if frozen:
+        cfg.freeze()
+    return cfg
 
 
 def epochs_to_iterations(
