@@ -1,6 +1,7 @@
 """The trainer around a model and what belongs to it, however these were made."""
 
 import contextlib
+import functools
 import logging
 import weakref
 from collections.abc import Iterable, Mapping
@@ -36,6 +37,10 @@ class _AfterBackward(HookBase):
 
     def after_backward(self) -> None:
         self._outer.after_backward()
+
+
+def _seed_step(trainer: "PartsTrainer", iteration: int) -> None:
+    seed_step(trainer._seed, iteration, comm.get_rank())
 
 
 class PartsTrainer(TrainerBase):
@@ -95,6 +100,7 @@ class PartsTrainer(TrainerBase):
             "accum_steps": options.accum_steps,
             "skip_non_finite": options.skip_non_finite,
             "advice": advice,
+            "seed_step": functools.partial(_seed_step, weakref.proxy(self)),
         }
         if options.precision:
             precision = getattr(torch, options.precision)
@@ -189,10 +195,6 @@ class PartsTrainer(TrainerBase):
         # Some scripts register the hooks that save on the main process only.
         self._all_save = all(comm.all_gather(saves))
         super().before_train()
-
-    def before_step(self) -> None:
-        seed_step(self._seed, self.iter, comm.get_rank())
-        super().before_step()
 
     def run_step(self) -> None:
         self._trainer.iter = self.iter
