@@ -129,7 +129,9 @@ class RunOptions:
         solver, test, train = cfg.SOLVER, cfg.TEST, cfg.TRAIN
 
         def iterations(epochs_key: str, epochs: float, period: int) -> int:
-            return epochs_to_iterations(epochs_key, epochs, pictures_per_epoch, solver.IMS_PER_BATCH) or period
+            return (
+                epochs_to_iterations(epochs_key, epochs, pictures_per_epoch, solver.IMS_PER_BATCH) or period
+            )
 
         return cls(
             max_iter=solver.MAX_ITER,
@@ -162,7 +164,9 @@ class RunOptions:
             best_mode=solver.BEST_CHECKPOINT.MODE,
             early_stop_patience=solver.EARLY_STOP.PATIENCE,
             early_stop_metric=solver.EARLY_STOP.METRIC,
-            early_stop_mode=solver.EARLY_STOP.MODE if solver.EARLY_STOP.METRIC else solver.BEST_CHECKPOINT.MODE,
+            early_stop_mode=solver.EARLY_STOP.MODE
+            if solver.EARLY_STOP.METRIC
+            else solver.BEST_CHECKPOINT.MODE,
             precise_bn_batches=test.PRECISE_BN.NUM_ITER if test.PRECISE_BN.ENABLED else 0,
             log_period=train.LOG_PERIOD,
             vis_period=cfg.VIS_PERIOD,
@@ -190,7 +194,11 @@ class RunOptions:
             ValueError: if an entry has no legal value.
         """
         amp, ema, best = train.get("amp", {}), train.get("model_ema", {}), train.get("best_checkpoint", {})
-        early, profile, compiling = train.get("early_stop", {}), train.get("profile", {}), train.get("compile", {})
+        early, profile, compiling = (
+            train.get("early_stop", {}),
+            train.get("profile", {}),
+            train.get("compile", {}),
+        )
         checkpoints, wandb = train.get("checkpointer", {}), train.get("wandb", {})
         writers = tuple(train.get("writers", ("console", "json", "tensorboard", "csv")))
         if wandb.get("enabled", False) and "wandb" not in writers:

@@ -122,7 +122,9 @@ class PartsTrainer(TrainerBase):
 
     def run_step(self) -> None:
         self._trainer.iter = self.iter
+        self._trainer.keep_batch = self.keep_batch
         self._trainer.run_step()
+        self.batch, self._trainer.batch = self._trainer.batch, None
 
     def state_dict(self) -> dict:
         return {**super().state_dict(), "_trainer": self._trainer.state_dict()}

@@ -71,6 +71,8 @@ class SimpleTrainer(TrainerBase):
         start = time.perf_counter()
         data = self._next_batch()
         data_time = time.perf_counter() - start
+        if self.keep_batch:
+            self.batch = data
 
         if self.zero_grad_before_forward:
             self.optimizer.zero_grad()

@@ -39,7 +39,17 @@ class PeriodicCheckpointer(_PeriodicCheckpointer, HookBase):
         self.step(iteration)
 
     def after_train(self) -> None:
-        """Waits for what is saved in the background, and raises its error if it failed."""
+        """Saves the final checkpoint of a training that was stopped early, and waits for what is saved in the
+        background.
+
+        Raises:
+            FloatingPointError: if parameters are not finite.
+        """
+        trainer = self.trainer
+        last = trainer.iter - 1
+        if trainer.is_finished and trainer.start_iter <= last < trainer.max_iter - 1:
+            _refuse_diverged(self.checkpointer, last)
+            self.checkpointer.save(f"{self.file_prefix}_final", iteration=last)
         self.checkpointer.wait()
 
 
@@ -96,7 +106,7 @@ class BestCheckpointer(HookBase):
             self._save_if_best(self._checkpointer.save)
 
     def after_train(self) -> None:
-        if self.trainer.iter >= self.trainer.max_iter:
+        if self.trainer.is_finished:
             # The final checkpoint stays the last one, if there is one.
             is_last = not self._checkpointer.has_checkpoint()
             self._save_if_best(self._checkpointer.save if is_last else self._checkpointer.write)

@@ -59,7 +59,7 @@ class EvalHook(HookBase):
 
     def after_train(self) -> None:
         # Not if training was cut short by an error.
-        if self._eval_after_train and self.trainer.iter >= self.trainer.max_iter:
+        if self._eval_after_train and self.trainer.is_finished:
             self._do_eval()
         # The function usually holds the trainer, which holds this hook.
         del self._func
