@@ -361,8 +361,9 @@ def test_stopping_ends_the_training_in_good_order(caplog):
     hook.iteration = -1
     trainer.train(4, 6)  # goes on as any other
     assert hook.finished == (True, 6, 5) and trainer.stopped_reason is None
-    trainer.load_state_dict({"iteration": 5})
     assert trainer.state_dict()["iteration"] == 5
+    trainer.load_state_dict(trainer.state_dict())
+    assert trainer.state_dict()["iteration"] == trainer.iter == 5
 
 
 def test_stopped_or_not_a_failed_training_is_not_finished():
