@@ -8,7 +8,11 @@ import torch
 from torch import nn
 
 from detlib.config import instantiate
-from detlib.engine import hooks
+from detlib.data import MetadataCatalog
+from detlib.data.build import pictures_per_epoch
+from detlib.engine.checks import as_names
+from detlib.engine.default_hooks import build_default_hooks
+from detlib.engine.options import RunOptions
 from detlib.engine.parts_trainer import PartsTrainer
 from detlib.engine.train_loop import HookBase
 from detlib.evaluation import inference_on_dataset, print_csv_format
@@ -38,7 +42,8 @@ class LazyTrainer(PartsTrainer):
 
     The config has the nodes ``model``, ``optimizer`` (whose ``params.model`` is set here), ``lr_multiplier``
     (a schedule of factors in [0, 1]), ``dataloader`` (``train``, ``test`` and ``evaluator``; without the last
-    two nothing is evaluated) and ``train``, as in ``configs/common/train.py``; ``train.clip_grad``
+    two nothing is evaluated; ``val_loss``, a loader or several by name, if there is to be a validation loss)
+    and ``train``, as in ``configs/common/train.py``; ``train.clip_grad``
     (``enabled``, ``params`` for `torch.nn.utils.clip_grad_norm_`) may be there.
 
     Example:
@@ -81,6 +86,9 @@ class LazyTrainer(PartsTrainer):
             amp=train.get("amp", {}).get("enabled", False),
             **instantiate(train.get("ddp", {})),
         )
+        self.options = RunOptions.from_lazy(
+            train, cfg.dataloader.train.get("total_batch_size", 0) or 0, pictures_per_epoch(data_loader)
+        )
         self.register_hooks(self.build_hooks())
 
     @classmethod
@@ -97,17 +105,30 @@ class LazyTrainer(PartsTrainer):
         return model
 
     def build_hooks(self) -> list[HookBase | None]:
-        """The hooks: timing, schedule, clipping, checkpoints, evaluation and writers, in this order."""
-        train = self.cfg.train
-        clip = train.get("clip_grad", {})
-        return [
-            hooks.IterationTimer(),
-            hooks.LRScheduler(),
-            _ClipGradients(self.model, **clip.get("params", {})) if clip.get("enabled", False) else None,
-            hooks.PeriodicCheckpointer(self.checkpointer, **train.checkpointer),
-            self._evaluation_hook(train.eval_period, lambda: self.test(self.cfg, self.model)),
-            hooks.PeriodicWriter(self.build_writers(), train.log_period) if comm.is_main_process() else None,
-        ]
+        """The hooks: those of `build_default_hooks`, with the clipping of gradients after the schedule."""
+        cfg = self.cfg
+        clip = cfg.train.get("clip_grad", {})
+        train = cfg.dataloader.train
+        names = as_names(train.get("dataset", {}).get("names", ()))
+        return build_default_hooks(
+            self,
+            self.options,
+            evaluate=self._keep_results(lambda: self.test(cfg, self.model)),
+            build_writers=self.build_writers,
+            val_loss_loaders=self._val_loss_loaders if "val_loss" in cfg.dataloader else None,
+            precise_bn_loader=lambda: instantiate(train),
+            metadata=MetadataCatalog.get(names[0]) if names else None,
+            image_format=train.get("mapper", {}).get("image_format", "BGR"),
+            extra_hooks=[
+                _ClipGradients(self.model, **clip.get("params", {})) if clip.get("enabled", False) else None
+            ],
+        )
+
+    def _val_loss_loaders(self) -> dict[str, Any]:
+        """The loaders of ``dataloader.val_loss``, which is one or has several by name."""
+        node = self.cfg.dataloader.val_loss
+        nodes = {"val_loss": node} if "_target_" in node else node
+        return {name: instantiate(loader) for name, loader in nodes.items()}
 
     @classmethod
     def test(cls, cfg: Mapping[str, Any], model: nn.Module) -> dict:

@@ -2,13 +2,13 @@
 
 import logging
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
 
 from detlib.checkpoint import DetectionCheckpointer
-from detlib.engine import hooks
+from detlib.engine.options import RunOptions
 from detlib.engine.setup import create_ddp_model, default_writers
 from detlib.engine.train_loop import AMPTrainer, HookBase, SimpleTrainer, TrainerBase
 from detlib.utils import comm
@@ -36,7 +36,10 @@ class PartsTrainer(TrainerBase):
         scheduler: the learning-rate schedule.
         checkpointer: the `DetectionCheckpointer`.
         output_dir: folder of checkpoints and logs.
+        options: how to train, as the config says.
     """
+
+    options: RunOptions
 
     def _take_parts(
         self,
@@ -96,17 +99,18 @@ class PartsTrainer(TrainerBase):
             )
 
     def build_writers(self) -> list[EventWriter]:
-        """The writers: terminal, ``metrics.json`` and TensorBoard."""
-        return default_writers(self.output_dir, self.max_iter)
+        """The writers that the config names."""
+        options = self.options
+        return default_writers(self.output_dir, self.max_iter, options.writers, options.writer_params)
 
-    def _evaluation_hook(self, period: int, test) -> hooks.EvalHook:
-        """Evaluates every `period` steps; the results are kept for `train` to return."""
+    def _keep_results(self, evaluate: Callable[[], Mapping]) -> Callable[[], Mapping]:
+        """`evaluate`, whose results are also kept for `train` to return."""
 
-        def test_and_save_results() -> dict:
-            self._last_eval_results = test()
+        def evaluate_and_keep_results() -> Mapping:
+            self._last_eval_results = evaluate()
             return self._last_eval_results
 
-        return hooks.EvalHook(period, test_and_save_results)
+        return evaluate_and_keep_results
 
     def train(self) -> dict | None:
         """Trains from where `resume_or_load` has left it up to the last iteration.

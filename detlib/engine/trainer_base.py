@@ -24,7 +24,8 @@ class HookBase:
         hook.after_train()          # also when training ends with an error
 
     In a step, ``trainer.iter`` is the number of that step. In `after_train` it is the number of steps done,
-    and ``trainer.is_finished`` says whether training came to its end, be it early, or was cut short by an error.
+    and ``trainer.is_finished`` says whether training came to its end, be it early, or was cut short by an
+    error.
     """
 
     trainer: "TrainerBase"
