@@ -109,6 +109,8 @@ class SimpleTrainer(TrainerBase):
             start = time.perf_counter()
             data = self._next_batch()
             data_time += time.perf_counter() - start
+            if self.keep_batch:
+                self.batch = data
             if part == 0 and self._seed_step is not None:
                 # After the loading: a loader draws random numbers when it starts, so at other steps in a
                 # resumed run.
