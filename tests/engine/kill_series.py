@@ -117,7 +117,9 @@ def main(number: int, seed: int = 0) -> int:
             phases[phase if os.WIFSIGNALED(status) else "over"] += 1
             final = _finish(folder, memory, asynchronous)
             same = all(_equal(final[entry], whole[entry]) for entry in ("model", "ema_state"))
-            same &= _equal(final["trainer"]["_trainer"]["optimizer"], whole["trainer"]["_trainer"]["optimizer"])
+            same &= _equal(
+                final["trainer"]["_trainer"]["optimizer"], whole["trainer"]["_trainer"]["optimizer"]
+            )
             different += not same
     names = {"b": "starting", "t": "training", "s": "saving", "e": "evaluating", "over": "already over"}
     listed = ", ".join(f"{count} {names[phase]}" for phase, count in sorted(phases.items()))
