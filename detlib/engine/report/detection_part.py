@@ -26,15 +26,17 @@ __all__ = ["add_detections"]
 _PICTURES = 6
 _CONFUSIONS = 15
 _JPEG_QUALITY = 88
+_MAX_FAILURES = 2  # then the pictures are most likely not on this machine
 
 
 def _scores_table(scores: Mapping[str, CocoScores], is_lvis: bool) -> Table:
-    rows = []
+    legal = LVIS_METRICS if is_lvis else METRICS
+    metrics = list(dict.fromkeys(metric for task in scores for metric in legal[task]))
+    rows: list[list[Any]] = []
     for task, of_task in scores.items():
-        for metric in (LVIS_METRICS if is_lvis else METRICS)[task]:
-            value = of_task.ap(metric)
-            rows.append([task, metric, None if np.isnan(value) else round(value, 4)])
-    return ["task", "metric", "percent"], rows
+        values = [of_task.ap(metric) if metric in legal[task] else np.nan for metric in metrics]
+        rows.append([task, *(None if np.isnan(value) else round(value, 4) for value in values)])
+    return ["task", *metrics], rows
 
 
 def add_detections(
@@ -125,7 +127,7 @@ def _add_threshold(report: Report, found: Detections, curve: F1Curve, name: str)
     f1 = curve.rates()[2][curve.best]
     if f1 > 0:
         page.text(
-            f"The best F1 over all detections together is {f1:.3f}, at a confidence of {curve.threshold:.3f}. "
+            f"The best F1 over all detections together is {f1:.3f}, at confidence {curve.threshold:.3f}. "
             "Tables, confusions and pictures below are made at this threshold."
         )
     else:
@@ -151,9 +153,10 @@ def _add_confusions(report: Report, found: Detections, matches: Matches, curve: 
         name_of("confusion_matrix.png"),
         confusion_figure(matrix, found, curve.threshold),
         "Confusion matrix as counts and as shares",
-        f"Detections with confidence from {curve.threshold:.3f}, overlap from 0.5. First each class is matched "
-        "with its own detections, then what is left over across classes. The last column is what was missed, "
-        "the last row what was found where no object is. On the right each row is divided by its sum.",
+        f"Detections with confidence from {curve.threshold:.3f}, overlap from 0.5. First each class is "
+        "matched with its own detections, then what is left across classes. The last column is what was "
+        "missed, the last row what was found where no object is. On the right each row is divided by its "
+        "sum.",
     )
     columns, rows = confusion_table(matrix, found.class_names)
     report.save(name_of("confusions.csv"), to_csv((columns, rows)).encode())
@@ -169,6 +172,7 @@ def _add_pictures(report: Report, found: Detections, matches: Matches, threshold
     scores = picture_scores(found, matches, threshold)
     files = picture_files(found)
     page = report.page
+    failures = 0
     for kind, chosen in zip(("best", "worst"), rank_pictures(scores, _PICTURES)):
         page.heading(f"{kind.capitalize()} pictures")
         if not chosen:
@@ -176,9 +180,9 @@ def _add_pictures(report: Report, found: Detections, matches: Matches, threshold
             continue
         if kind == "best":
             page.text(
-                "The score of a picture is the sum of the overlaps of all right detections, divided by the mean "
-                "of the numbers of objects and of detections: 1 if all is found exactly and nothing else. Green "
-                "is right, orange-red is missed or wrong, grey does not count."
+                "The score of a picture is the sum of the overlaps of all right detections, divided by the "
+                "mean of the numbers of objects and of detections: 1 if all is found exactly and nothing "
+                "else. Green is right, orange-red is missed or wrong, grey does not count."
             )
         for rank, image in enumerate(chosen, start=1):
             file_name = files[int(found.image_ids[image])]
@@ -196,4 +200,7 @@ def _add_pictures(report: Report, found: Detections, matches: Matches, threshold
                     "image/jpeg",
                 )
 
-            report.attempt(f"picture of {shown}", draw)
+            failures += not report.attempt(f"picture of {shown}", draw)
+            if failures >= _MAX_FAILURES:
+                page.note("The other pictures are not tried.")
+                return

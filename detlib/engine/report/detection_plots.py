@@ -61,7 +61,8 @@ def pr_curve(scores: CocoScores, iou: float | None = None, class_index: int | No
 def pr_figure(found: Detections, scores: Mapping[str, CocoScores]) -> bytes:
     """Precision over recall at an IoU of 0.5 and as the mean over all thresholds, of each task."""
     shown = shown_classes(found.gt_counts, _CURVES)
-    figure, axes = new_figure(2, len(scores), width=11.0, height=4.8)
+    with_objects = int((found.gt_counts > 0).sum())
+    figure, axes = new_figure(2, len(scores), width=13.0, height=4.4)
     for row, (task, of_task) in enumerate(scores.items()):
         for column, iou in enumerate((0.5, None)):
             ax = axes[2 * row + column]
@@ -71,18 +72,18 @@ def pr_figure(found: Detections, scores: Mapping[str, CocoScores]) -> bytes:
                     label = f"{shorten(found.class_names[k])} {100 * curve.mean():.1f}"
                     ax.plot(_RECALLS, curve, **style, linewidth=1.3, label=label)
             curve = pr_curve(of_task, iou)
-            label = f"mean of all {found.num_classes} classes {100 * curve.mean():.1f}"
+            label = f"mean of {with_objects} classes {100 * curve.mean():.1f}"
             ax.plot(_RECALLS, curve, color=INK, linewidth=3, label=label)
             at = "IoU 0.5" if iou else "mean of IoU 0.5 to 0.95"
             label_axes(ax, f"{_TASK_NAMES.get(task, task)}, {at}", "recall", "precision")
             ax.set(xlim=(0, 1.01), ylim=(0, 1.03))
-            legend(ax, loc="upper right" if curve.mean() < 0.5 else "lower left", title="AP")
+            legend(ax, beside=True, title="AP")
     return png(figure)
 
 
 def f1_figure(found: Detections, curve: F1Curve) -> bytes:
     """F1, precision and recall over the threshold of confidence."""
-    figure, (whole, classes) = new_figure(2, width=11.0)
+    figure, (whole, classes) = new_figure(2, width=12.0)
     names = ("precision", "recall", "F1")
     for name, values, color in zip(names, curve.rates(), (COLORS[0], COLORS[2], COLORS[1])):
         width = 2.6 if name == "F1" else 1.6
@@ -102,7 +103,7 @@ def f1_figure(found: Detections, curve: F1Curve) -> bytes:
     for ax in (whole, classes):
         ax.axvline(curve.threshold, color=INK, linewidth=1, linestyle="--")
         ax.set(xlim=(0, 1), ylim=(0, 1.03))
-        legend(ax, loc="best")
+        legend(ax, beside=True)
     if not np.isnan(best):
         on_left = curve.threshold > 0.55
         whole.annotate(
@@ -155,7 +156,7 @@ def confusion_figure(matrix: np.ndarray, found: Detections, threshold: float) ->
 def _write_cells(ax: Any, values: np.ndarray, colors: np.ndarray) -> None:
     size = 9 if len(values) <= 10 else 6.5
     for (row, column), value in np.ndenumerate(values):
-        if value > 0:
+        if value >= 0.005:
             text = _short_number(value) if values.dtype.kind == "i" else f"{value:.2f}".removeprefix("0")
             color = "white" if colors[row, column] > 0.6 else INK
             ax.text(column, row, text, ha="center", va="center", fontsize=size, color=color)
@@ -175,13 +176,14 @@ def labels_figure(found: Detections, curve: F1Curve) -> bytes:
     axes[0].barh(places - 0.2, there, 0.4, color=COLORS[0], label="objects")
     axes[0].barh(places + 0.2, detected, 0.4, color=COLORS[4], label="detections")
     plain_ticks(axes[0], "y", [found.class_names[k] for k in shown])
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(shown) - 0.4, -0.6)
     if len(there) and there.max() > 100 * max(1, there.min()):
         axes[0].set_xscale("log")
     few = len(shown) < found.num_classes
     title = f"Objects of the {len(shown)} most frequent classes" if few else "Objects of each class"
     label_axes(axes[0], title, "number", "")
-    legend(axes[0], loc="lower right")
+    axes[0].set_xlim(right=axes[0].get_xlim()[1] * 1.02)
+    legend(axes[0], loc="best")
 
     sizes = (
         found.gt_boxes[~found.gt_crowd][:, -3:-1]
@@ -217,6 +219,7 @@ def _draw_shares(ax: Any, found: Detections, sizes: np.ndarray) -> None:
     grid = np.linspace(0, 1, 41)
     counts = np.histogram2d(*shares.clip(0, 1).T, bins=(grid, grid))[0].T
     ax.imshow(np.sqrt(counts), origin="lower", extent=(0, 1, 0, 1), cmap="Blues", aspect="auto")
+    ax.grid(False)
     label_axes(
         ax, "Box beside its picture (darker is more)", "width / picture's width", "height / picture's height"
     )
@@ -239,7 +242,7 @@ def class_metric_figure(metric: str, values: Mapping[str, float]) -> bytes:
     plain_ticks(ax, "y", [name for _, name in shown])
     for i, (value, _) in enumerate(shown):
         ax.text(value, i, f" {value:.1f}", va="center", fontsize=8.5, color=INK)
-    ax.invert_yaxis()
+    ax.set_ylim(len(shown) - 0.4, -0.6)
     few = f", the best and the worst {half} of {len(known)} classes" if len(shown) < len(known) else ""
     label_axes(ax, f"{metric} of each class{few}", "percent", "")
     ax.set_xlim(0, max(5.0, known[0][0]) * 1.1)

@@ -148,7 +148,7 @@ class Detections:
 
 
 def _load_truth(dataset: str, folder: str) -> GroundTruth:
-    """The ground truth of a data set; that which the evaluator has left beside the predictions, without it."""
+    """The ground truth of a data set; without it, what the evaluator has left beside the predictions."""
     try:
         return load_ground_truth(dataset, MetadataCatalog.get(dataset))
     except (KeyError, OSError, ValueError) as error:
@@ -188,8 +188,8 @@ def load_detections(path: str, dataset: str, config: Mapping[str, Any] | None = 
         strange = np.setdiff1d([result[key] for result in results], known)
         if len(strange):
             raise ValueError(
-                f"{path}: predictions have the {key} {strange[:3].tolist()}, which dataset {dataset!r} lacks; "
-                "they are those of another data set, or it has changed since."
+                f"{path}: predictions have the {key} {strange[:3].tolist()}, which dataset {dataset!r} "
+                "lacks; they are those of another data set, or it has changed since."
             )
 
     counted, uncounted = results, np.zeros(len(results), dtype=bool)

@@ -1,4 +1,4 @@
-"""The page of a report: one HTML file that needs nothing else, for wide and narrow, light and dark screens."""
+"""The page of a report: one HTML file that needs nothing else, for any screen, light or dark."""
 
 from __future__ import annotations
 
@@ -142,8 +142,8 @@ class Page:
             "<tr>" + "".join(_cell(value, kind) for value, kind in zip(row, kinds)) + "</tr>" for row in rows
         )
         self._add(
-            f'<div class="table" tabindex="0"><table aria-label="{escape(label)}"><thead><tr>{head}</tr></thead>'
-            f"<tbody>{body}</tbody></table></div>"
+            f'<div class="table" tabindex="0"><table aria-label="{escape(label)}">'
+            f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
         )
 
     def render(self) -> str:

@@ -71,9 +71,10 @@ def _half(
     metadata = MetadataCatalog.get(found.dataset)
     visualizer = Visualizer(picture, metadata, scale=_SIDE / max(picture.shape[:2]))
     masks = keypoints = None
-    if rows and all(row.get("segmentation") for row in rows):
+    # Of the ground truth, too, only what the model predicts.
+    if rows and "segm" in found.tasks and all(row.get("segmentation") for row in rows):
         masks = [row["segmentation"] for row in rows]
-    if rows and all(row.get("keypoints") for row in rows):
+    if rows and "keypoints" in found.tasks and all(row.get("keypoints") for row in rows):
         keypoints = np.array([row["keypoints"] for row in rows], dtype=np.float64).reshape(len(rows), -1, 3)
         keypoints[:, :, :2] += 0.5  # from COCO's pixel indices
     visualizer.overlay_instances(
@@ -92,8 +93,8 @@ def draw_comparison(
 ) -> np.ndarray:
     """Draws a picture twice: with its ground truth on the left, with the predictions on the right.
 
-    What is matched is green; what was missed, or found where it is not, is orange-red; crowds and what lies in
-    them are grey.
+    What is matched is green; what was missed, or found where it is not, is orange-red; crowds and what lies
+    in them are grey.
 
     Args:
         found: detections and ground truth.
@@ -121,7 +122,8 @@ def draw_comparison(
     dt_labels, dt_colors = [], []
     for i in dts.tolist():
         is_right = matches.dt_match[i] >= 0
-        dt_labels.append(f"{found.class_names[found.dt_class[i]]} {found.dt_score[i]:.2f}")
+        state = "" if is_right or matches.dt_ignored[i] else " wrong"
+        dt_labels.append(f"{found.class_names[found.dt_class[i]]} {found.dt_score[i]:.2f}{state}")
         dt_colors.append(_RIGHT if is_right else _NEITHER if matches.dt_ignored[i] else _WRONG)
     annotations = found.ground_truth.coco["annotations"]
     left = _half(picture, [annotations[i] for i in gts.tolist()], gt_labels, gt_colors, found)

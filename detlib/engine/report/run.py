@@ -11,7 +11,16 @@ import yaml
 from detlib.config import LazyConfig
 from detlib.utils.file_io import PathManager
 
-__all__ = ["dataset_names", "logged_facts", "max_dets", "max_iter", "model_name", "read_config", "setting"]
+__all__ = [
+    "dataset_names",
+    "logged_facts",
+    "max_dets",
+    "max_iter",
+    "model_name",
+    "read_config",
+    "report_wanted",
+    "setting",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +48,7 @@ def read_config(output_dir: str) -> Mapping[str, Any] | None:
 
 
 def setting(config: Mapping[str, Any] | None, *paths: str, default: Any = None) -> Any:
-    """The first of several dotted paths that the config has, such as "SOLVER.MAX_ITER" and "train.max_iter"."""
+    """What the first of several dotted paths leads to in a config, such as "SOLVER.MAX_ITER"."""
     for path in paths:
         node: Any = config
         for key in path.split("."):
@@ -47,6 +56,11 @@ def setting(config: Mapping[str, Any] | None, *paths: str, default: Any = None) 
         if node is not None:
             return node
     return default
+
+
+def report_wanted(config: Mapping[str, Any]) -> bool:
+    """Whether a config of either kind asks for a report: TRAIN.REPORT, ``train.report``; by default it does."""
+    return bool(setting(config, "TRAIN.REPORT", "train.report", default=True))
 
 
 def dataset_names(config: Mapping[str, Any] | None) -> tuple[str, ...]:

@@ -37,6 +37,7 @@ def new_figure(columns: int = 1, rows: int = 1, *, width: float = 9.0, height: f
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height * rows), dpi=_DPI, layout="constrained", facecolor="white")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     axes = list(figure.subplots(rows, columns, squeeze=False).ravel())
     for ax in axes:
         _dress(ax)
@@ -46,7 +47,7 @@ def new_figure(columns: int = 1, rows: int = 1, *, width: float = 9.0, height: f
 def _dress(ax: Any) -> None:
     ax.grid(True, color=_GRID, linewidth=0.8)
     ax.set_axisbelow(True)
-    ax.tick_params(colors=INK, labelsize=9, length=0)
+    ax.tick_params(which="both", colors=INK, labelsize=9, length=0)
     for side, spine in ax.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color("#bbbbbb")
@@ -61,8 +62,13 @@ def label_axes(ax: Any, title: str, x: str, y: str) -> None:
     ax.set_ylabel(y, fontsize=9.5, parse_math=False)
 
 
-def legend(ax: Any, **kwargs: Any) -> None:
-    """Adds a legend; names of classes and metrics are no mathematics, whatever they contain."""
+def legend(ax: Any, *, beside: bool = False, **kwargs: Any) -> None:
+    """Adds a legend, within the axes or to the right of them.
+
+    Names of classes and metrics are no mathematics, whatever they contain.
+    """
+    if beside:
+        kwargs |= {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
     made = ax.legend(frameon=True, framealpha=0.85, edgecolor="none", fontsize=8.5, labelcolor=INK, **kwargs)
     for text in made.get_texts():
         text.set_parse_math(False)

@@ -34,7 +34,10 @@ def describe_seconds(seconds: float) -> str:
 
 
 def _iterations(config: Mapping[str, Any] | None, records: Records) -> str:
-    done, planned = records.last_iteration + 1, max_iter(config)
+    planned = max_iter(config)
+    trained = [i for i, scalars in records.by_iteration.items() if "total_loss" in scalars or "lr" in scalars]
+    # The last evaluation comes after the last iteration, and bears the number of the one that would follow.
+    done = max(trained[-1] + 1 if trained else 0, records.last_iteration)
     if not records.by_iteration:
         return "not known, there is no metrics.json"
     if planned is None:
@@ -103,7 +106,7 @@ def metrics_table(records: Records) -> Table:
         for metric, name in metrics.items():
             at, value = last[name]
             iterations, values = records.series(name)
-            known = [None if math.isnan(value) else value, at + 1]
+            known = [None if math.isnan(value) else value, at]
             best = max(zip(values, iterations), key=lambda pair: pair[0], default=None)
-            rows.append([group, metric, *known, *((best[0], best[1] + 1) if best else (None, None))])
-    return ["task", "metric", "last", "after iterations", "highest", "at that time"], rows
+            rows.append([group, metric, *known, *(best or (None, None))])
+    return ["task", "metric", "last", "at iteration", "highest", "at iteration "], rows

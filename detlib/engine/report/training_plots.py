@@ -15,12 +15,16 @@ __all__ = ["evaluation_figure", "learning_rate_figure", "losses_figure", "smooth
 
 _LOG_RANGE = 30  # losses that span more than this factor are drawn on a logarithmic scale
 _SMOOTHING_SHARE = 0.05  # of all points, on either side
+_FEWEST_TO_SMOOTH = 8
 
 
 def smooth(values: Sequence[float]) -> np.ndarray:
-    """The mean over a centred window of a tenth of the points; at the ends, over what there is of it."""
+    """The mean over a centred window of a tenth of the points, three at least.
+
+    At the ends it is over what there is of the window. Very short series stay as they are.
+    """
     values = np.asarray(values, dtype=np.float64)
-    reach = int(len(values) * _SMOOTHING_SHARE)
+    reach = max(int(len(values) * _SMOOTHING_SHARE), len(values) >= _FEWEST_TO_SMOOTH)
     sums = np.r_[0.0, np.cumsum(values)]
     at = np.arange(len(values))
     low, high = np.maximum(at - reach, 0), np.minimum(at + reach + 1, len(values))
@@ -65,7 +69,7 @@ def losses_figure(records: Records) -> bytes:
             ax.set_yscale("log")
         label_axes(ax, title, "iteration", "loss")
         if ax.lines:
-            legend(ax, loc="upper right", ncols=2 if len(ax.lines) > 12 else 1)
+            legend(ax, beside=True, ncols=1 + len(ax.lines) // 32)
     return png(figure)
 
 
@@ -110,7 +114,7 @@ def evaluation_figure(records: Records) -> bytes:
         raise ValueError("metrics.json has no results of an evaluation")
     columns = min(2, len(groups))
     rows = math.ceil(len(groups) / columns)
-    figure, axes = new_figure(columns, rows, width=9.0 if columns == 1 else 11.0, height=4.2)
+    figure, axes = new_figure(columns, rows, width=9.0 if columns == 1 else 12.5, height=4.2)
     for ax, (group, metrics) in zip(axes, groups.items()):
         _draw_metrics(ax, records, group, _ordered(metrics))
     hide_rest(axes[len(groups) :])
@@ -132,12 +136,14 @@ def _draw_metrics(ax: Any, records: Records, group: str, metrics: dict[str, str]
         ax.plot(iterations, values, **style, linewidth=width, marker="o", markersize=3.5, label=metric)
         if chief and len(values) > 1:
             best = int(np.argmax(values))
-            note = {"fontsize": 9, "color": INK, "textcoords": "offset points", "ha": "center"}
+            note = {"fontsize": 9, "color": INK, "textcoords": "offset points", "ha": "right"}
             ax.plot(iterations[best], values[best], "o", markersize=10, mfc="none", mec=INK)
-            ax.annotate(f"best {values[best]:.1f}", (iterations[best], values[best]), (0, 9), **note)
+            ax.annotate(f"best {values[best]:.1f}", (iterations[best], values[best]), (0, 10), **note)
     label_axes(ax, group, "iteration", "percent")
     ax.margins(y=0.12)
     if drawn:
-        legend(ax, loc="best")
+        legend(ax, beside=True)
+        if min(min(values) for _, values in drawn.values()) >= 0:
+            ax.set_ylim(bottom=0)
     else:
         ax.text(0.5, 0.5, "all values are nan", ha="center", transform=ax.transAxes, color=INK)

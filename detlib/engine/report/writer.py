@@ -108,8 +108,8 @@ def _add_evaluation(report: Report, records: Records) -> None:
     report.page.section("Evaluation")
     if not records.evaluations():
         report.page.note(
-            "No metrics: metrics.json has no results of an evaluation. They are there after the first one, at "
-            "TEST.EVAL_PERIOD (train.eval_period) iterations or at the end of training."
+            "No metrics: metrics.json has no results of an evaluation. They are there after the first one, "
+            "every TEST.EVAL_PERIOD (train.eval_period) iterations or at the end of training."
         )
         return
     report.page.table(metrics_table(records), "Metrics")
