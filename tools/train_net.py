@@ -5,9 +5,9 @@
     tools/train_net.py --config-file configs/COCO-Detection/fcos_R_50_FPN_1x.py train.output_dir=out
 
 The output folder then holds checkpoints, config.yaml, log.txt, metrics.json, events for TensorBoard,
-inference/, predictions/ and report/. Changes to the config come last, as pairs KEY VALUE for a YAML config and as
-path.to.key=value for a lazy one. For more than a config can say, subclass DefaultTrainer or LazyTrainer in a
-script like this one.
+inference/, predictions/ and report/. Changes to the config come last, as pairs KEY VALUE for a YAML config
+and as path.to.key=value for a lazy one. For more than a config can say, subclass DefaultTrainer or
+LazyTrainer in a script like this one.
 """
 
 import logging

@@ -59,7 +59,7 @@ def setting(config: Mapping[str, Any] | None, *paths: str, default: Any = None) 
 
 
 def report_wanted(config: Mapping[str, Any]) -> bool:
-    """Whether a config of either kind asks for a report: TRAIN.REPORT, ``train.report``; by default it does."""
+    """Whether a config asks for a report, by TRAIN.REPORT or ``train.report``; without them it does."""
     return bool(setting(config, "TRAIN.REPORT", "train.report", default=True))
 
 
