@@ -67,6 +67,7 @@ def class_table(found: Detections, scores: Mapping[str, CocoScores], curve: F1Cu
 def metrics_class_table(per_class: Mapping[str, Mapping[str, float]]) -> Table:
     """One row a class, from the metrics that an evaluation gave of each."""
     metrics = list(dict.fromkeys(metric for values in per_class.values() for metric in values))
+    metrics.sort(key=lambda metric: metric not in ("AP", "IoU", "PQ"))
     rows = [
         [name, *(_number(values.get(metric, math.nan)) for metric in metrics)]
         for name, values in per_class.items()

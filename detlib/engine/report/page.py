@@ -34,7 +34,7 @@ figure { margin: 0 0 1.2rem; } figure > div, .table { overflow-x: auto; }
 img { display: block; max-width: 100%; min-width: min(34rem, 160%); height: auto; background: #fff;
   border-radius: .4rem; }
 .table { max-height: 34rem; overflow: auto; border: 1px solid var(--line); border-radius: .4rem;
-  width: fit-content; max-width: 100%; }
+  width: fit-content; max-width: 100%; margin: 0 0 1rem; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(--line);
   white-space: nowrap; }
