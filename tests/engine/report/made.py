@@ -57,6 +57,11 @@ def record(iteration, **scalars):
     return json.dumps({**values, "lr": 0.01, "time": 0.5, "rpn/num_pos_anchors": 3.0, **scalars}) + "\n"
 
 
+def evaluation(iteration, **scalars):
+    """The line of an evaluation after the last iteration."""
+    return json.dumps({"iteration": iteration, **scalars}) + "\n"
+
+
 def make_run(folder, truth=None, results=None, lines=None, config=None, pictures=True):
     """Writes an output folder whose data set lies in it, and returns the address of the data set."""
     (folder / "inference").mkdir(parents=True)
@@ -71,7 +76,7 @@ def make_run(folder, truth=None, results=None, lines=None, config=None, pictures
     if results is not None:
         (folder / "inference" / "coco_instances_results.json").write_text(json.dumps(results))
     if lines is None:
-        lines = [record(19), record(39), record(40, **{"bbox/AP": 12.5, "bbox/AP50": 30.0})]
+        lines = [record(19), record(39), evaluation(40, **{"bbox/AP": 12.5, "bbox/AP50": 30.0})]
     if lines:
         (folder / "metrics.json").write_text("".join(lines))
     if config is None:
