@@ -38,6 +38,12 @@ def test_of_a_resumed_run_the_later_lines_count(tmp_path):
     assert records.restarts == [24]
 
 
+def test_of_an_iteration_made_again_nothing_is_left(tmp_path):
+    first = [record(9), record(19, **{"bbox/AP": 1.0}), record(29)]
+    records = read(tmp_path, *first, record(19), record(29))
+    assert "bbox/AP" not in records.names and list(records.by_iteration) == [9, 19, 29]
+
+
 def test_lines_of_one_iteration_are_put_together(tmp_path):
     records = read(tmp_path, record(19), json.dumps({"iteration": 19, "bbox/AP": 5.0, "lr": 0.5}) + "\n")
     assert records.by_iteration[19]["bbox/AP"] == 5.0
