@@ -39,18 +39,24 @@ def safe_name(dataset: str) -> str:
     return re.sub(r"[^\w.-]+", "_", dataset)
 
 
-def find_predictions(output_dir: str, datasets: Sequence[str]) -> dict[str, str]:
-    """The files of predictions in an output folder, by data set.
+def find_predictions(
+    output_dir: str, datasets: Sequence[str], config: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """The files of predictions of a run, by data set.
 
-    They lie in ``inference/``, or in a folder of each data set there. A file that lies in ``inference/``
-    itself is that of the last data set, which has written over the others.
+    They lie in ``inference/``, or in a folder of each data set there; of a lazy config, also where the
+    evaluator says. A file that lies in ``inference/`` itself is that of the last data set, which has written
+    over the others.
     """
     inference = os.path.join(output_dir, "inference")
+    evaluators = setting(config, "dataloader.evaluator", default=())
+    evaluators = [evaluators] if isinstance(evaluators, Mapping) else list(evaluators)
+    own = [folder for e in evaluators if (folder := setting(e, "output_dir"))]
     found = {}
     for dataset in datasets:
         folders = [os.path.join(inference, name) for name in dict.fromkeys((safe_name(dataset), dataset))]
         if dataset == datasets[-1]:
-            folders.append(inference)
+            folders += [inference, *own]
         paths = [os.path.join(folder, name) for folder in folders for name in _RESULT_FILES]
         existing = [path for path in paths if PathManager.isfile(path)]
         if existing:

@@ -17,7 +17,7 @@ from .detection_plots import class_metric_figure
 from .detections import find_predictions, safe_name
 from .page import Page
 from .records import Records, read_records
-from .run import dataset_names, read_config
+from .run import dataset_names, read_config, setting
 from .summary import metrics_table, run_facts
 from .training_plots import evaluation_figure, learning_rate_figure, losses_figure
 
@@ -147,6 +147,12 @@ def _missing_predictions(config: Mapping[str, Any] | None, datasets: tuple[str, 
         return "No predictions: there is no config.yaml, so the data set that they belong to is not known."
     if not datasets:
         return "No predictions: the config names no data set to test on (DATASETS.TEST)."
+    if "dataloader" in config and setting(config, "dataloader.evaluator.output_dir") is None:
+        return (
+            "No precision and recall, confusions and pictures: they are made of the predictions, which the "
+            "evaluator writes only if dataloader.evaluator.output_dir names a folder, such as "
+            "${train.output_dir}/inference."
+        )
     return (
         "No precision and recall, confusions and pictures: inference/ has no coco_instances_results.json. It "
         "is written by the evaluation of boxes and masks in COCO's or LVIS's way; so either nothing has been "
@@ -199,7 +205,8 @@ def make_report(output_dir: str, cfg: Mapping[str, Any] | None = None) -> str:
     report.attempt("metrics", lambda: _add_evaluation(report, records))
 
     datasets = dataset_names(config)
-    predictions = find_predictions(output_dir, datasets)
+    predictions: dict[str, str] = {}
+    report.attempt("predictions", lambda: predictions.update(find_predictions(output_dir, datasets, config)))
     done = False
     for dataset, path in predictions.items():
         folder = safe_name(dataset) if len(predictions) > 1 else ""

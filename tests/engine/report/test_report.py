@@ -225,6 +225,16 @@ def test_a_lazy_config(tmp_path):
     _, text = page_of(folder)
     assert f"Detections: {address}" in text and "40 of 90" in text and "FCOS" in text
 
+    (folder / "inference").rename(folder / "elsewhere")
+    with (folder / "config.yaml").open("a") as file:
+        file.write(f"out: '{folder}'\n")
+    _, text = page_of(folder)
+    assert f"Detections: {address}" not in text and "dataloader.evaluator.output_dir names a folder" in text
+    changed = (folder / "config.yaml").read_text()
+    changed = changed.replace("dataloader: {", "dataloader: {evaluator: {output_dir: '${out}/elsewhere'}, ")
+    (folder / "config.yaml").write_text(changed)
+    assert f"Detections: {address}" in page_of(folder)[1]
+
 
 def test_the_log_tells_machine_and_config_file(tmp_path):
     folder = tmp_path / "run"
