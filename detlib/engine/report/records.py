@@ -16,16 +16,7 @@ _RATE = re.compile(r"^(?:lr|lr/.+|.+/lr|lr_.+)$")
 _TASKS = "bbox|segm|keypoints|box_proposals|sem_seg|panoptic_seg"
 _EVALUATION = re.compile(rf"^(?:(?P<dataset>.+)/)?(?P<task>(?:{_TASKS})(?:_TTA)?)/(?P<metric>.+)$")
 # What the trainer measures beside losses, under names that look like those of an evaluation.
-_TRAINING_GROUPS = (
-    "data",
-    "fast_rcnn",
-    "keypoint_head",
-    "mask_rcnn",
-    "retina_net",
-    "roi_head",
-    "rpn",
-    "system",
-)
+_TRAINING_GROUPS = {"fast_rcnn", "keypoint_head", "mask_rcnn", "roi_head", "rpn"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +47,7 @@ def parse_evaluation(name: str) -> EvaluationName | None:
     if found is None:
         # A task that only its user knows.
         group, slash, metric = name.rpartition("/")
-        if not slash or group.split("/")[0] in _TRAINING_GROUPS or _VALIDATION.match(name):
+        if not slash or set(group.split("/")) & _TRAINING_GROUPS or _VALIDATION.match(name):
             return None
         if _LOSS.search(metric) or _RATE.match(name):
             return None
@@ -106,14 +97,14 @@ class Records:
         names = [name for name in names if parse_evaluation(name) is None]
         return sorted(names, key=lambda name: (name != "total_loss", name))
 
-    def validation_losses(self) -> dict[str, str]:
-        """Names of the validation losses, by the names of the losses that they correspond to."""
-        found = {}
+    def validation_losses(self) -> dict[str, list[str]]:
+        """Names of the validation losses, on one or more sets, by the losses that they correspond to."""
+        found: dict[str, list[str]] = {}
         for name in self.names:
             prefix = _VALIDATION.match(name)
             if prefix and _LOSS.search(name):
-                base = name[prefix.end() :]
-                found["total_loss" if base == "loss" else base] = name
+                base = name[prefix.end() :].rpartition("/")[2]
+                found.setdefault("total_loss" if base == "loss" else base, []).append(name)
         return found
 
     def learning_rates(self) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -57,14 +58,15 @@ def losses_figure(records: Records) -> bytes:
             ax.plot(iterations, values, color=style["color"], alpha=0.25, linewidth=1)
             ax.plot(iterations, smoothed, **style, linewidth=2, label=name, marker=_marker(values))
             lowest, highest = _span(smoothed, lowest, highest)
-        for name in held_out:
-            if name not in validation:
-                continue
-            iterations, values = records.series(validation[name])
-            color = COLORS[training.index(name) % len(COLORS)] if name in training else COLORS[1]
-            color = COLORS[1] if name == "total_loss" else color
-            ax.plot(iterations, values, color=color, marker="o", markersize=4, label=validation[name])
-            lowest, highest = _span(values, lowest, highest)
+        for base in held_out:
+            shared = COLORS[training.index(base) % len(COLORS)] if base in training else COLORS[1]
+            color = COLORS[1] if base == "total_loss" else shared
+            for name, dashes in zip(validation.get(base, ()), itertools.cycle(("-", "--", ":"))):
+                iterations, values = records.series(name)
+                ax.plot(
+                    iterations, values, color=color, linestyle=dashes, marker="o", markersize=4, label=name
+                )
+                lowest, highest = _span(values, lowest, highest)
         if highest > _LOG_RANGE * lowest > 0:
             ax.set_yscale("log")
         label_axes(ax, title, "iteration", "loss")

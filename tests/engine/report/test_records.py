@@ -68,11 +68,13 @@ def test_which_scalar_is_what(tmp_path):
     scalars = {
         "loss_box_reg": 0.1,
         "val/loss_cls": 0.2,
+        "val/coco:a/b.json@c/loss_cls": 0.2,
         "validation_loss": 0.3,
         "lr/backbone": 0.001,
         "eta_seconds": 5.0,
         "data_time": 0.1,
         "mask_rcnn/accuracy": 0.9,
+        "stage0/roi_head/num_fg_samples": 1.0,
         "bbox/AP": 1.0,
         "bbox/AP-T-shirt": 2.0,
         "coco:a/b.json@c/segm/AP": 3.0,
@@ -80,7 +82,10 @@ def test_which_scalar_is_what(tmp_path):
     }
     records = read(tmp_path, record(19, **scalars))
     assert records.losses() == ["total_loss", "loss_box_reg", "loss_cls"]
-    assert records.validation_losses() == {"loss_cls": "val/loss_cls", "total_loss": "validation_loss"}
+    assert records.validation_losses() == {
+        "loss_cls": ["val/coco:a/b.json@c/loss_cls", "val/loss_cls"],
+        "total_loss": ["validation_loss"],
+    }
     assert records.learning_rates() == ["lr", "lr/backbone"]
     assert records.evaluations() == {
         "bbox": {"AP": "bbox/AP"},
