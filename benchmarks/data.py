@@ -1,14 +1,14 @@
 """Time the default training mapper against the plain way of doing the same, and measure what records cost.
 
-    python benchmarks/data.py [--pictures 100] [--rounds 3] [--decoders pil opencv]
+    python benchmarks/data.py [--pictures 50] [--rounds 3] [--decoders pil opencv]
     python benchmarks/data.py --memory 120000 [--workers 8] [--start-method fork]
 
 The first form makes photographs-like JPEGs of 640 x 480 pixels with 8 polygons each, and maps each of them in
 turn by the plain way (what detectron2's mapper is documented to do, with Pillow and numpy) and by
-`DatasetMapper`, on one thread; the arrays and labels must be equal to the last bit. Times are CPU times of this
-process, which other programs on the machine disturb less, and figures are medians over pictures and rounds. The
-second form loads records in worker processes and prints the memory of all of them as PSS, which counts a shared
-page once.
+`DatasetMapper`, on one thread; the arrays and labels must be equal to the last bit. Times are CPU times of
+the process, which other programs on the machine disturb less; figures are medians over pictures and rounds.
+The second form loads records in worker processes and prints the memory of all of them as PSS, which counts a
+shared page once.
 """
 
 import argparse
