@@ -139,10 +139,8 @@ class RunOptions:
         solver, test, train = cfg.SOLVER, cfg.TEST, cfg.TRAIN
         best, early = solver.BEST_CHECKPOINT, solver.EARLY_STOP
 
-        def iterations(epochs_key: str, epochs: float, period: int) -> int:
-            return (
-                epochs_to_iterations(epochs_key, epochs, pictures_per_epoch, solver.IMS_PER_BATCH) or period
-            )
+        def iterations(key: str, epochs: float, period: int) -> int:
+            return epochs_to_iterations(key, epochs, pictures_per_epoch, solver.IMS_PER_BATCH) or period
 
         return cls(
             max_iter=solver.MAX_ITER,
@@ -171,13 +169,11 @@ class RunOptions:
             checkpoint_async=solver.CHECKPOINT_ASYNC,
             eval_period=iterations("TEST.EVAL_EPOCHS", test.EVAL_EPOCHS, test.EVAL_PERIOD),
             val_loss=(test.VAL_LOSS,) if isinstance(test.VAL_LOSS, str) else tuple(test.VAL_LOSS),
-            best_metric=solver.BEST_CHECKPOINT.METRIC,
-            best_mode=solver.BEST_CHECKPOINT.MODE,
-            early_stop_patience=solver.EARLY_STOP.PATIENCE,
-            early_stop_metric=solver.EARLY_STOP.METRIC,
-            early_stop_mode=solver.EARLY_STOP.MODE
-            if solver.EARLY_STOP.METRIC
-            else solver.BEST_CHECKPOINT.MODE,
+            best_metric=best.METRIC,
+            best_mode=best.MODE,
+            early_stop_patience=early.PATIENCE,
+            early_stop_metric=early.METRIC,
+            early_stop_mode=early.MODE if early.METRIC else best.MODE,
             precise_bn_batches=test.PRECISE_BN.NUM_ITER if test.PRECISE_BN.ENABLED else 0,
             log_period=train.LOG_PERIOD,
             vis_period=cfg.VIS_PERIOD,
@@ -204,9 +200,9 @@ class RunOptions:
         ``amp.precision``, ``skip_non_finite``, ``freeze``, ``strategy``, ``activation_checkpoint``,
         ``compile`` (``enabled``, ``modules``, ``backend``), ``model_ema`` (``enabled``, ``decay``),
         ``best_checkpoint`` (``metric``, ``mode``), ``early_stop`` (``patience``, ``metric``, ``mode``),
-        ``eval_epochs``, ``precise_bn`` (``enabled``, ``num_iter``), ``vis_period``, ``writers``, ``wandb`` and
-        ``mlflow`` (``enabled``, ``params`` for the writer) and ``profile`` (``enabled``, ``start``, ``steps``),
-        each as the key of that name in a YAML config.
+        ``eval_epochs``, ``precise_bn`` (``enabled``, ``num_iter``), ``vis_period``, ``writers``, ``wandb``
+        and ``mlflow`` (``enabled``, ``params`` for the writer) and ``profile`` (``enabled``, ``start``,
+        ``steps``), each as the key of that name in a YAML config.
 
         Args:
             train: the node.

@@ -2,7 +2,7 @@
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -103,14 +103,9 @@ class PartsTrainer(TrainerBase):
         options = self.options
         return default_writers(self.output_dir, self.max_iter, options.writers, options.writer_params)
 
-    def _keep_results(self, evaluate: Callable[[], Mapping]) -> Callable[[], Mapping]:
-        """`evaluate`, whose results are also kept for `train` to return."""
-
-        def evaluate_and_keep_results() -> Mapping:
-            self._last_eval_results = evaluate()
-            return self._last_eval_results
-
-        return evaluate_and_keep_results
+    def _keep_results(self, results: Mapping) -> None:
+        """Keeps the results of the last evaluation for `train` to return."""
+        self._last_eval_results = results
 
     def train(self) -> dict | None:
         """Trains from where `resume_or_load` has left it up to the last iteration.

@@ -103,8 +103,8 @@ def _losses_of(output: Any, name: str) -> Mapping[str, torch.Tensor]:
         return {"total_loss": output}
     if not isinstance(output, Mapping) or not output:
         raise TypeError(
-            f"The validation loss on {name or 'a set'} needs a model that returns a dict of losses in training "
-            f"mode, got {type(output).__name__}"
+            f"The validation loss on {name or 'a set'} needs a model that returns a dict of losses in "
+            f"training mode, got {type(output).__name__}"
         )
     return output
 
@@ -128,8 +128,8 @@ def _loss_mode(model: nn.Module) -> Iterator[None]:
 
 
 class _ModelState:
-    """What a model may change in a forward pass: buffers, and numbers that modules have as attributes, such as
-    RetinaNet's running number of positive anchors."""
+    """What a model may change in a forward pass: buffers, and numbers that modules have as attributes, such
+    as RetinaNet's running number of positive anchors."""
 
     def __init__(self, model: nn.Module) -> None:
         # The statistics of normalisation layers do not change in eval mode.
