@@ -75,7 +75,8 @@ def validation_losses(model: nn.Module, loader: Iterable, name: str = "") -> dic
     count = 0
     state = _ModelState(model)
     # A storage of its own, as what models log belongs to training.
-    with _loss_mode(model), torch.no_grad(), EventStorage():
+    # A loader draws a seed whenever it is iterated.
+    with _loss_mode(model), torch.no_grad(), EventStorage(), _random_numbers_of(None):
         for batch in loader:
             parts = [[sample] for sample in batch] if isinstance(batch, list | tuple) else [batch]
             for part in parts:
