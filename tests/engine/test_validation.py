@@ -79,7 +79,7 @@ def test_batch_norm_uses_its_running_statistics():
 
 
 class _Transformer(nn.Module):
-    """What detection transformers have: attention, dropout, losses of several layers, and noise in training."""
+    """What detection transformers have: attention, dropout, losses of several layers, and noise."""
 
     def __init__(self):
         super().__init__()
@@ -169,7 +169,7 @@ def test_two_processes_with_uneven_shares(tmp_path):
 
 
 def test_the_key(tmp_path):
-    """Without augmentation, on every picture, with the weights as they are; training goes its way all the same."""
+    """Without augmentation, on every picture, with the weights as they are; training goes its way."""
     names = ("shapes:val?num=3&size=64", "shapes:val?num=2&size=64")
     common = {"DATASETS__TEST": (), "INPUT__RANDOM_FLIP": "horizontal", "SOLVER__MAX_ITER": 2}
     cfg = tiny_cfg(tmp_path / "with", TEST__VAL_LOSS=names, TEST__EVAL_PERIOD=1, **common)
