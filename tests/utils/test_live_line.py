@@ -14,7 +14,6 @@ from detlib.utils.events import CommonMetricPrinter, EventStorage
 from detlib.utils.live_line import LiveLine
 from detlib.utils.logger import setup_logger
 
-
 ROOT = Path(__file__).parents[2]
 
 
