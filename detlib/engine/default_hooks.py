@@ -38,7 +38,7 @@ def build_default_hooks(
     comes after it; and the writers come last, to put out what all others have measured.
 
     Args:
-        trainer: has ``model``, ``checkpointer`` and ``output_dir``.
+        trainer: has ``model``, ``checkpointer``, ``output_dir`` and ``weights_to_evaluate``.
         options: which hooks.
         evaluate: evaluates and returns a nested dict of numbers, on the main process at least.
         keep_results: is given the results of each evaluation, those of the validation loss with them.
@@ -84,7 +84,8 @@ def build_default_hooks(
         evaluate = _with_validation_loss(trainer, evaluate, val_loss_loaders)
 
     def evaluate_and_keep() -> Mapping[str, Any]:
-        results = evaluate()
+        with trainer.weights_to_evaluate():
+            results = evaluate()
         keep_results(results)
         return results
 

@@ -20,7 +20,7 @@ from detlib.data.build import pictures_per_epoch
 from detlib.engine.checks import as_names, check_datasets, check_num_classes, set_num_classes
 from detlib.engine.default_hooks import build_default_hooks
 from detlib.engine.evaluators import default_evaluator
-from detlib.engine.options import RunOptions
+from detlib.engine.options import RunOptions, set_iterations
 from detlib.engine.parts_trainer import PartsTrainer
 from detlib.engine.train_loop import HookBase
 from detlib.evaluation import (
@@ -76,24 +76,16 @@ class DefaultTrainer(PartsTrainer):
         model = self.build_model(cfg)
         if cfg.TEST.AUG.ENABLED:
             GeneralizedRCNNWithTTA(cfg, model)  # to learn now, not at the end, if it has none for this model
-        optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         self._check_num_classes(cfg)
-
-        self._take_parts(
-            model,
-            optimizer,
-            data_loader,
-            self.build_lr_scheduler(cfg, optimizer),
-            max_iter=cfg.SOLVER.MAX_ITER,
-            output_dir=cfg.OUTPUT_DIR,
-            weights=cfg.MODEL.WEIGHTS,
-            amp=cfg.SOLVER.AMP.ENABLED,
-            async_save=cfg.SOLVER.CHECKPOINT_ASYNC,
-            broadcast_buffers=False,
-        )
+        pictures = pictures_per_epoch(data_loader)
+        cfg = set_iterations(cfg, pictures)
+        options = RunOptions.from_cfg(cfg, pictures)
+        model = self._prepare_model(model, options)
+        optimizer = self.build_optimizer(cfg, model)
+        scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self._take_parts(model, optimizer, data_loader, scheduler, options)
         self.cfg = cfg
-        self.options = RunOptions.from_cfg(cfg, pictures_per_epoch(data_loader))
         self.register_hooks(self.build_hooks())
 
     def _check_num_classes(self, cfg: CfgNode) -> None:

@@ -1,5 +1,6 @@
 """The trainer that builds everything from a lazy config."""
 
+import copy
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -68,28 +69,33 @@ class LazyTrainer(PartsTrainer):
             raise KeyError(f"The lazy config lacks {missing}, which training needs; it has {list(cfg)}.")
         self.cfg = cfg
         train = cfg.train
-        model = self.build_model(cfg)
+        data_loader = instantiate(self._train_loader_config())
+        options = RunOptions.from_lazy(
+            train, cfg.dataloader.train.get("total_batch_size") or 0, pictures_per_epoch(data_loader)
+        )
+        model = self._prepare_model(self.build_model(cfg), options)
         model.train()
         cfg.optimizer.params.model = model
         optimizer = instantiate(cfg.optimizer)
         del cfg.optimizer.params.model  # the config stays one that can be saved
-        data_loader = instantiate(cfg.dataloader.train)
         scheduler = LRMultiplier(optimizer, instantiate(cfg.lr_multiplier), train.max_iter)
-        self._take_parts(
-            model,
-            optimizer,
-            data_loader,
-            scheduler,
-            max_iter=train.max_iter,
-            output_dir=train.output_dir,
-            weights=train.get("init_checkpoint", ""),
-            amp=train.get("amp", {}).get("enabled", False),
-            **instantiate(train.get("ddp", {})),
-        )
-        self.options = RunOptions.from_lazy(
-            train, cfg.dataloader.train.get("total_batch_size", 0) or 0, pictures_per_epoch(data_loader)
-        )
+        self._take_parts(model, optimizer, data_loader, scheduler, options)
         self.register_hooks(self.build_hooks())
+
+    def _train_loader_config(self):
+        """The training loader's node, whose batches are those of one forward pass."""
+        node, parts = self.cfg.dataloader.train, self.cfg.train.get("accum_steps", 1)
+        total = node.get("total_batch_size")
+        if not total or parts == 1:
+            return node
+        if parts < 1 or total % parts:
+            raise ValueError(
+                f"dataloader.train.total_batch_size = {total} must be a multiple of train.accum_steps = "
+                f"{parts}"
+            )
+        node = copy.deepcopy(node)
+        node.total_batch_size = total // parts
+        return node
 
     @classmethod
     def build_model(cls, cfg: Mapping[str, Any]) -> nn.Module:

@@ -4,6 +4,7 @@
 meet; the trainer and the hooks know no config.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 from detlib.config import CfgNode
 from detlib.utils.writers.names import check_writers
 
-__all__ = ["RunOptions", "epochs_to_iterations"]
+__all__ = ["RunOptions", "epochs_to_iterations", "set_iterations"]
+
+logger = logging.getLogger(__name__)
 
 _LEGAL = {
     "precision": ("", "float16", "bfloat16"),
@@ -42,6 +45,8 @@ class RunOptions:
     """How many steps in a row may be left out because their loss is not finite; 0 ends the training."""
     images_per_step: int = 0
     """Pictures of one update over all processes, 0 if that is not known; for advice."""
+    rate_per_image: float = 0.02 / 16
+    """Learning rate over batch size of the published schedules for such a model; for advice."""
 
     freeze: tuple[str, ...] = ()
     """Patterns of parameter names that are not trained."""
@@ -151,6 +156,7 @@ class RunOptions:
             precision=solver.AMP.PRECISION if solver.AMP.ENABLED else "",
             skip_non_finite=solver.SKIP_NON_FINITE,
             images_per_step=solver.IMS_PER_BATCH,
+            rate_per_image=(0.01 if cfg.MODEL.META_ARCHITECTURE in ("RetinaNet", "FCOS") else 0.02) / 16,
             freeze=tuple(cfg.MODEL.FREEZE),
             strategy=train.STRATEGY,
             ddp={
@@ -261,6 +267,45 @@ class RunOptions:
             profile_start=profile.get("start", 20),
             profile_steps=profile.get("steps", 5) if profile.get("enabled", False) else 0,
         )
+
+
+def set_iterations(cfg: CfgNode, pictures_per_epoch: int | None) -> CfgNode:
+    """Sets SOLVER.MAX_ITER from SOLVER.MAX_EPOCHS, and moves STEPS and WARMUP_ITERS in proportion.
+
+    Args:
+        cfg: the config, which is not changed.
+        pictures_per_epoch: number of training pictures, None if it is not known.
+
+    Returns:
+        `cfg` itself if MAX_EPOCHS is 0, else a changed copy.
+
+    Raises:
+        ValueError: if the training data do not tell their length.
+    """
+    solver = cfg.SOLVER
+    max_iter = epochs_to_iterations(
+        "SOLVER.MAX_EPOCHS", solver.MAX_EPOCHS, pictures_per_epoch, solver.IMS_PER_BATCH
+    )
+    if max_iter is None:
+        return cfg
+    cfg, scale = cfg.clone(), max_iter / solver.MAX_ITER
+    frozen = cfg.is_frozen()
+    cfg.defrost()
+    cfg.SOLVER.MAX_ITER = max_iter
+    cfg.SOLVER.STEPS = tuple(round(step * scale) for step in solver.STEPS)
+    cfg.SOLVER.WARMUP_ITERS = round(solver.WARMUP_ITERS * scale)
+    logger.info(
+        "%g epochs of %d pictures are %d iterations of %d; the rate falls at %s, the warm-up takes %d",
+        solver.MAX_EPOCHS,
+        pictures_per_epoch,
+        max_iter,
+        solver.IMS_PER_BATCH,
+        cfg.SOLVER.STEPS,
+        cfg.SOLVER.WARMUP_ITERS,
+    )
+    if frozen:
+        cfg.freeze()
+    return cfg
 
 
 def _as_given(names: Any) -> Any:

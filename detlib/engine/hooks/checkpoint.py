@@ -37,6 +37,7 @@ class PeriodicCheckpointer(_PeriodicCheckpointer, HookBase):
         if not self.is_due(iteration):
             return
         _refuse_diverged(self.checkpointer, iteration)
+        _prepare(self.trainer)
         self.step(iteration)
 
     def after_train(self) -> None:
@@ -52,6 +53,13 @@ class PeriodicCheckpointer(_PeriodicCheckpointer, HookBase):
             _refuse_diverged(self.checkpointer, last)
             self.checkpointer.save(f"{self.file_prefix}_final", iteration=last)
         self.checkpointer.wait()
+
+
+def _prepare(trainer) -> None:
+    """Lets the trainer collect what the processes have for themselves."""
+    prepare = getattr(trainer, "prepare_to_save", None)
+    if prepare is not None:
+        prepare()
 
 
 def _refuse_diverged(checkpointer: Checkpointer, iteration: int) -> None:
@@ -127,6 +135,7 @@ class BestCheckpointer(HookBase):
             return
         self.best_metric, self.best_iter = best
         _refuse_diverged(self._checkpointer, self.best_iter)
+        _prepare(self.trainer)
         save(self._file_prefix, iteration=self.best_iter, best=self.state_dict())
         logger.info(
             "%s is %.5f, the best so far: saved %s", self._val_metric, self.best_metric, self._file_prefix

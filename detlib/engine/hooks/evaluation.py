@@ -117,3 +117,13 @@ class PreciseBN(HookBase):
         # A storage of its own, as these batches are none of the training's.
         with EventStorage():
             update_bn_stats(self._model, itertools.islice(self._data_iter, self._num_iter), self._num_iter)
+
+    def state_dict(self) -> dict:
+        """The position in the data, as another part of them gives other statistics."""
+        if self._disabled or not hasattr(self._data_loader, "state_dict"):
+            return {}
+        return {"data_loader": self._data_loader.state_dict()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        if not self._disabled and hasattr(self._data_loader, "load_state_dict"):
+            self._data_loader.load_state_dict(state_dict["data_loader"])
