@@ -77,16 +77,32 @@ def validation_losses(model: nn.Module, loader: Iterable, name: str = "") -> dic
     # A storage of its own, as what models log belongs to training.
     # A loader draws a seed whenever it is iterated.
     with _loss_mode(model), torch.no_grad(), EventStorage(), _random_numbers_of(None):
-        for batch in loader:
-            parts = [[sample] for sample in batch] if isinstance(batch, list | tuple) else [batch]
-            for part in parts:
-                with _random_numbers_of(part):
-                    losses = _losses_of(model(part), name)
-                state.restore()
+        parts = _single_pictures(loader)
+        # The parts of a model that is shared out between the processes come together in every forward pass.
+        is_shared_out = comm.get_world_size() > 1 and hasattr(model, "unshard")
+        for part, counts in _as_many_as_the_others(parts) if is_shared_out else ((p, True) for p in parts):
+            with _random_numbers_of(part):
+                losses = _losses_of(model(part), name)
+            state.restore()
+            if counts:
                 for key, value in losses_to_floats(losses).items():
                     sums[key] += value
                 count += 1
     return _means_over_processes(sums, count, name)
+
+
+def _single_pictures(loader: Iterable) -> Iterator[Any]:
+    for batch in loader:
+        yield from ([sample] for sample in batch) if isinstance(batch, list | tuple) else [batch]
+
+
+def _as_many_as_the_others(parts: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
+    """Yields parts and True, and in the end one part with False until all processes are through theirs."""
+    part = next(parts, None)
+    spare = next((p for p in comm.all_gather(part) if p is not None), None)
+    while any(comm.all_gather(part is not None)):
+        yield (spare, False) if part is None else (part, True)
+        part = next(parts, None)
 
 
 def _means_over_processes(sums: Mapping[str, float], count: int, name: str) -> dict[str, float]:
