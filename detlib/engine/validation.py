@@ -88,7 +88,10 @@ def validation_losses(model: nn.Module, loader: Iterable, name: str = "") -> dic
                 for key, value in losses_to_floats(losses).items():
                     sums[key] += value
                 count += 1
-    return _means_over_processes(sums, count, name)
+    means = _means_over_processes(sums, count, name)
+    listed = ", ".join(f"{key} {value:.4g}" for key, value in means.items())
+    logger.info("Losses on %s: %s", name or "the validation set", listed)
+    return means
 
 
 def _single_pictures(loader: Iterable) -> Iterator[Any]:
