@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from detlib.checkpoint import Checkpointer
-from detlib.engine import TrainerBase, hooks
+from detlib.engine import TrainerBase, hooks, launch
 from detlib.utils import comm
 
 
@@ -141,6 +141,24 @@ def test_the_main_process_decides(tmp_path, monkeypatch):
     assert trainer.iter == 4 and trainer.stopped_reason.endswith("the best was 1 at iteration 1")
     best = next(h for h in trainer._hooks if isinstance(h, hooks.BestCheckpointer))
     assert (best.best_metric, best.best_iter) == (1.0, 1)
+
+
+class _OnlyTheMainKnows(_Course):
+    def _evaluate(self):
+        results = super()._evaluate()
+        return results if comm.is_main_process() else {}
+
+
+def _stop_together(folder: str) -> None:
+    trainer = _OnlyTheMainKnows(folder, [1, 3, 2, 2, 9], patience=2)
+    assert comm.all_gather((trainer.iter, trainer.is_finished)) == [(8, True)] * 2
+
+
+@pytest.mark.slow
+def test_two_processes_stop_at_the_same_step(tmp_path):
+    launch(_stop_together, 2, dist_url="auto", args=(str(tmp_path),))
+    assert torch.load(tmp_path / "model_final.pth", weights_only=True)["iteration"] == 7
+    assert torch.load(tmp_path / "model_best.pth", weights_only=True)["iteration"] == 3
 
 
 def test_evaluations_that_do_more_at_the_end_are_repeated():
