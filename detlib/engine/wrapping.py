@@ -1,9 +1,10 @@
 """What is done to a model before it trains: sharing it out between processes, and compiling its parts."""
 
+import contextlib
 import itertools
 import logging
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from detlib.engine.memory_saving import find_backbone_blocks
 from detlib.utils import comm
 from detlib.utils.suggest import near_names
 
-__all__ = ["compile_parts", "create_ddp_model", "shard_model"]
+__all__ = ["compile_parts", "create_ddp_model", "shard_model", "whole_parameters"]
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,26 @@ def shard_model(model: nn.Module) -> nn.Module:
     # By default what is not in a block would stay whole after a forward pass, until a backward pass that
     # does not come in evaluation; what is saved or averaged then must be the shares.
     return fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+
+@contextlib.contextmanager
+def whole_parameters(model: nn.Module) -> Iterator[None]:
+    """Within the block each process holds all parameters of a model of `shard_model`; others stay.
+
+    Processes evaluate different numbers of pictures, so they cannot gather parameters in each forward pass.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(True, recurse=False)
+            part.reshard()
 
 
 def create_ddp_model(model: nn.Module, *, fp16_compression: bool = False, **kwargs: Any) -> nn.Module:
