@@ -13,6 +13,7 @@ from detlib.config.defaults.roi_heads import ROI_HEADS
 from detlib.config.defaults.run import RUN
 from detlib.config.defaults.solver import SOLVER
 from detlib.config.defaults.test import TEST
+from detlib.config.defaults.train import TRAIN
 
 __all__ = ["_C"]
 
@@ -41,4 +42,4 @@ _MODEL = {
     **DENSE_HEADS,
 }
 
-_C = CfgNode({**RUN, **DATA, "MODEL": _MODEL, "SOLVER": SOLVER, "TEST": TEST})
+_C = CfgNode({**RUN, **DATA, "MODEL": _MODEL, "SOLVER": SOLVER, "TEST": TEST, "TRAIN": TRAIN})
