@@ -3,6 +3,7 @@
 from detlib.engine.hooks.checkpoint import BestCheckpointer, PeriodicCheckpointer
 from detlib.engine.hooks.evaluation import EvalHook, PreciseBN
 from detlib.engine.hooks.general import CallbackHook, IterationTimer, LRScheduler, PeriodicWriter
+from detlib.engine.hooks.interrupt import StopOnSignal
 from detlib.engine.hooks.profiling import AutogradProfiler, TorchMemoryStats, TorchProfiler
 from detlib.engine.trainer_base import HookBase
 
@@ -17,6 +18,7 @@ __all__ = [
     "PeriodicCheckpointer",
     "PeriodicWriter",
     "PreciseBN",
+    "StopOnSignal",
     "TorchMemoryStats",
     "TorchProfiler",
 ]
