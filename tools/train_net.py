@@ -5,10 +5,10 @@
     tools/train_net.py --config-file configs/COCO-Detection/fcos_R_50_FPN_1x.py train.output_dir=out
 
 It runs on several GPUs and machines by --num-gpus, under torchrun, and as a job of Slurm by --slurm; see
-docs/training.md. The output folder then holds checkpoints, config.yaml, log.txt, metrics.json, events for TensorBoard,
-inference/ and predictions/. Changes to the config come last, as pairs KEY VALUE for a YAML config and as
-path.to.key=value for a lazy one. For more than a config can say, subclass DefaultTrainer or LazyTrainer in a
-script like this one.
+docs/training.md. The output folder then holds checkpoints, config.yaml, log.txt, metrics.json, events for
+TensorBoard, inference/ and predictions/. Changes to the config come last, as pairs KEY VALUE for a YAML
+config and as path.to.key=value for a lazy one. For more than a config can say, subclass DefaultTrainer or
+LazyTrainer in a script like this one.
 """
 
 import datetime
@@ -119,9 +119,7 @@ def run(argv: list[str] | None = None) -> None:
         cfg = make_config(args)
         timeout = run_setting(cfg, "timeout")
         if not timeout > 0:
-            raise ValueError(
-                f"TRAIN.TIMEOUT (train.timeout) is {timeout!r}; it must be a number of seconds > 0"
-            )
+            raise ValueError(f"TRAIN.TIMEOUT (train.timeout) is {timeout!r}; legal are seconds above 0")
         check_datasets(cfg, train=not args.eval_only)
         check_weights(cfg)
         if args.slurm:

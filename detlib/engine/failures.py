@@ -118,7 +118,7 @@ def describe_failure(
         )
     else:
         text = f"{waiting} of {world_size} lost the connection to each other."
-    parts = [text, f"Process {first.rank} says: {first.title}\n\n{first.details}"]
+    parts = [text, f"Process {first.rank} was at:\n\n{first.details or first.title}"]
     parts += [f"Process {r} was at:\n\n{places[r]}" for r in missing if r in places]
     return "\n\n".join(parts)
 
@@ -148,7 +148,7 @@ class FailureBoard:
         return FailureBoard(self._source, self.world_size, self.timeout)
 
     def note(self, name: str, rank: int, value: str = "yes") -> None:
-        """Notes something about a process: "here", "done" or "place"."""
+        """Notes something about a process: "process", "place", "done" or "ended"."""
         self._store.set(f"{name}/{rank}", value)
 
     def noted(self, name: str, rank: int) -> str | None:

@@ -1,11 +1,11 @@
-"""Training as a job of Slurm, by submitit: sent from a script's command line, and requeued when its time is up.
+"""Training as a job of Slurm, by submitit: sent from a command line, and requeued when its time is up.
 
     tools/train_net.py --slurm --slurm-partition gpu --num-gpus 8 --num-machines 2 --config-file ...
     python -m detlib.engine.slurm --slurm-partition gpu --num-gpus 8 my_script.py ARGUMENTS
 
-One task is started for each GPU. Some time before the job's time is up, or when it is preempted, Slurm sends a
-signal. The training then saves a checkpoint after the step under way, and the job goes back to the queue; when
-it runs again, it resumes. This needs the package submitit (``pip install detlib[slurm]``).
+One task is started for each GPU. Some time before the job's time is up, or when it is preempted, Slurm sends
+a signal. The training then saves a checkpoint after the step under way, and the job goes back to the queue;
+when it runs again, it resumes. This needs the package submitit (``pip install detlib[slurm]``).
 """
 
 import argparse

@@ -16,6 +16,8 @@ __all__ = ["Supervisor"]
 
 # Seconds that the other processes have to end after a failure, before they are killed.
 _GRACE = 10.0
+# A forked process could use no GPU.
+_START_METHOD = "spawn"
 _STOP_CODES = {128 + signum: signum for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
 
 
@@ -46,7 +48,7 @@ class Supervisor:
             StopTraining: if they stopped because they were asked to.
             KeyboardInterrupt: on Ctrl-C before they had begun to train, or pressed twice.
         """
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context(_START_METHOD)
         with self._hand_on_signals():
             try:
                 for i in range(count):
@@ -110,7 +112,7 @@ class Supervisor:
         else:
             failure = Failure.from_exit(rank, process.pid, process.exitcode)
             try:
-                if not self._board.noted("failure", rank):
+                if not self._board.noted("failure", rank) and not self._board.noted("ended", rank):
                     self._board.report(failure)
             except RuntimeError:  # the store is another machine's, and has ended
                 self._failures = self._failures or [failure]
@@ -133,7 +135,9 @@ class Supervisor:
             failed = self._board.failures()
             if failed:
                 end = min(end, time.monotonic() + _GRACE)
-            if everyone == self._board.ranks_with("done") | {failure.rank for failure in failed}:
+            if everyone == self._board.ranks_with("done") | self._board.ranks_with("ended") | {
+                failure.rank for failure in failed
+            }:
                 break
             time.sleep(0.1)
         self._read_board()

@@ -104,7 +104,8 @@ class Watchdog:
         self._board = board.clone()
         self._rank = rank
         self._watch_peers = watch_peers
-        self._parent = os.getppid() if watch_parent else None
+        self._watch_parent = watch_parent
+        self._parent = os.getppid()
         self._peers: dict[int, int] = {}
         self._stop = threading.Event()
         self._main_thread = threading.get_ident()
@@ -131,7 +132,7 @@ class Watchdog:
     def _run(self) -> None:
         unheard = 0
         while not self._stop.wait(_PERIOD):
-            if self._parent is not None and os.getppid() != self._parent:
+            if self._watch_parent and not self._has_parent():
                 self._end("The process that started it is gone")
             try:
                 self._report_missing_peers()
@@ -145,6 +146,10 @@ class Watchdog:
                 continue
             if failed:
                 self._follow()
+
+    def _has_parent(self) -> bool:
+        parent = multiprocessing.parent_process()
+        return os.getppid() == self._parent if parent is None else parent.is_alive()
 
     def _report_missing_peers(self) -> None:
         for rank, pid in self._peers.items():
@@ -162,9 +167,12 @@ class Watchdog:
             self._board.note("place", self._rank, place.rstrip())
         if self._stop.wait(grace):
             return
-        self._end(self._board.wait_for_cause(_GRACE))
+        message = self._board.wait_for_cause(_GRACE)
+        self._board.note("ended", self._rank)
+        self._end(message)
 
     def _end(self, message: str) -> None:
         write_error_file(message)
-        print(f"Process {self._rank} is ended. {message}", file=sys.stderr, flush=True)
+        first_line = message.partition("\n")[0]
+        print(f"Process {self._rank} is ended. {first_line}", file=sys.stderr, flush=True)
         end_process(1)
