@@ -116,11 +116,21 @@ def terminate_this_process_and_its_workers() -> None:
 
 
 def training_cfg(folder, **overrides):
-    """A training of 6 steps that saves after each second one."""
-    return tiny_cfg(
-        folder,
-        **{"DATASETS__TEST": (), "SOLVER__MAX_ITER": 6, "SOLVER__CHECKPOINT_PERIOD": 2, **overrides},
-    )
+    """A training of a region proposal network for 6 steps, which saves after each second one."""
+    light = {
+        "MODEL__META_ARCHITECTURE": "ProposalNetwork",
+        "MODEL__MASK_ON": False,
+        # One picture, of which all 1023 anchors count: each step is the same, but for what it starts from.
+        "DATASETS__TRAIN": ("shapes:train?num=1&size=64",),
+        "INPUT__RANDOM_FLIP": "none",
+        "MODEL__RPN__BATCH_SIZE_PER_IMAGE": 1023,
+        "MODEL__RPN__POSITIVE_FRACTION": 1.0,
+        "DATASETS__TEST": (),
+        "SOLVER__IMS_PER_BATCH": comm.get_world_size(),
+        "SOLVER__MAX_ITER": 6,
+        "SOLVER__CHECKPOINT_PERIOD": 2,
+    }
+    return tiny_cfg(folder, **light | overrides)
 
 
 def train(folder: str, hooks: list = (), overrides: dict | None = None, resume: bool = False) -> None:
