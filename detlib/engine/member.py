@@ -15,6 +15,7 @@ from torch.distributed import rendezvous
 from detlib.engine.failures import Failure, FailureBoard, ProcessFailedError, describe_failure
 from detlib.engine.interrupt import StopTraining
 from detlib.engine.process_env import ProcessPlace
+from detlib.engine.rounds import agree_on_round
 from detlib.engine.watchdog import Watchdog, end_process, find_neighbours, write_error_file
 from detlib.utils import comm
 
@@ -121,7 +122,10 @@ def _join_store(place: ProcessPlace, timeout: datetime.timedelta) -> dist.Store:
         if place.launcher == "launch" and place.url.startswith("tcp://"):
             host, port = host_and_port(place.url)
             return dist.TCPStore(host, port, is_master=False, timeout=timeout)
-        return next(rendezvous(place.url, place.rank, place.world_size, timeout=timeout))[0]
+        store = next(rendezvous(place.url, place.rank, place.world_size, timeout=timeout))[0]
+        if place.launcher == "torchrun":
+            store = agree_on_round(store, place.rank, place.world_size, timeout.total_seconds())
+        return store
     except Exception as e:
         raise RuntimeError(
             f"Process {place.rank} of {place.world_size} could not join the others at {place.url}: {e}"

@@ -1,28 +1,25 @@
-"""What a training script does before the training: arguments, logs, seeds, writers and DDP."""
+"""What a training script does before the training: arguments, logs, seeds and writers."""
 
 import argparse
 import logging
 import os
 import sys
-import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from detlib.config import CfgNode, LazyConfig
 from detlib.engine.checks import set_num_classes
 from detlib.engine.slurm import add_slurm_arguments
 from detlib.utils import comm
 from detlib.utils.env import seed_all_rng
-from detlib.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, TensorboardXWriter
+from detlib.utils.events import EventWriter
 from detlib.utils.file_io import PathManager
 from detlib.utils.logger import setup_logger
+from detlib.utils.writers import build_writers
 
 __all__ = [
-    "create_ddp_model",
     "default_argument_parser",
     "default_setup",
     "default_writers",
@@ -160,39 +157,22 @@ def default_setup(cfg: CfgNode | Mapping[str, Any], args: Any) -> None:
         torch.backends.cudnn.benchmark = run_setting(cfg, "cudnn_benchmark")
 
 
-def default_writers(output_dir: str, max_iter: int | None = None) -> list[EventWriter]:
-    """Writers for the terminal, for ``metrics.json`` and for TensorBoard.
+def default_writers(
+    output_dir: str,
+    max_iter: int | None = None,
+    names: Sequence[str] = ("console", "json", "tensorboard"),
+    params: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[EventWriter]:
+    """Writers for the terminal, for ``metrics.json`` and for TensorBoard, or others by name.
 
     Args:
         output_dir: folder of the files.
         max_iter: number of iterations in all, for the time left.
+        names: some of "console", "json", "csv", "tensorboard", "wandb" and "mlflow".
+        params: further arguments of a writer's class, by its name.
+
+    Raises:
+        ValueError: if a name is unknown.
+        ImportError: if a writer's package is not installed, with the command that installs it.
     """
-    PathManager.mkdirs(output_dir)
-    return [
-        CommonMetricPrinter(max_iter),
-        JSONWriter(os.path.join(output_dir, "metrics.json")),
-        TensorboardXWriter(output_dir),
-    ]
-
-
-def create_ddp_model(model: nn.Module, *, fp16_compression: bool = False, **kwargs: Any) -> nn.Module:
-    """Wraps a model for distributed training, if there are several processes.
-
-    Args:
-        model: the model, on its device.
-        fp16_compression: send gradients as float16.
-        **kwargs: for `DistributedDataParallel`.
-    """
-    if comm.get_world_size() == 1:
-        return model
-    if "device_ids" not in kwargs and next(model.parameters()).device.type == "cuda":
-        kwargs["device_ids"] = [comm.get_local_rank()]
-    with warnings.catch_warnings():
-        # The name that replaces broadcast_buffers is unknown to the older releases that detlib runs on.
-        warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-        ddp = DistributedDataParallel(model, **kwargs)
-    if fp16_compression:
-        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-
-        ddp.register_comm_hook(state=None, hook=default_hooks.fp16_compress_hook)
-    return ddp
+    return build_writers(names, output_dir, max_iter, params)

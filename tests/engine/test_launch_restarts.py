@@ -143,7 +143,7 @@ def test_restart_implies_resume(tmp_path, monkeypatch, log, variable):
     assert "it starts anew" in log.text
     (folder / "last_checkpoint").write_text("model_0000001.pth")
     assert should_resume(False, str(folder))
-    assert f"This is restart number 1 ({variable}): --resume is implied" in log.text
+    assert f"This is a restart number 1 ({variable}): --resume is implied" in log.text
 
 
 def test_restart_without_any_checkpoint_starts_anew(tmp_path, monkeypatch):

@@ -25,6 +25,8 @@ _MODEL = {
     "DEVICE": "auto",
     # Weights to start from: a file or an address that PathManager knows; "" for random weights.
     "WEIGHTS": "",
+    # Parameters that are not trained, by name with * and ?: ["backbone.*", "*.norm.*"].
+    "FREEZE": [],
     # Whether R-CNN models predict masks, and whether they predict keypoints.
     "MASK_ON": False,
     "KEYPOINT_ON": False,
