@@ -61,11 +61,12 @@ def test_signal_saves_and_stops_after_the_step(tmp_path, log, signum):
 def test_workers_outlive_a_signal_to_all(tmp_path):
     """The step under way needs their batches."""
     hook = launching.At(1, 0, launching.terminate_this_process_and_its_workers)
-    after = []
-    later = launching.At(1, 0, lambda: after.extend(psutil.Process().children()))
+    before, after = [], []
+    earlier = launching.At(1, 0, lambda: before.extend(_workers()))
+    later = launching.At(1, 0, lambda: after.extend(_workers()))
     with pytest.raises(StopTraining):
-        launching.train(str(tmp_path), [hook, _Wait(), later], {"DATALOADER__NUM_WORKERS": 1})
-    assert any(p.status() != psutil.STATUS_ZOMBIE for p in after if "forkserver" not in " ".join(_cmd(p)))
+        launching.train(str(tmp_path), [earlier, hook, _Wait(), later], {"DATALOADER__NUM_WORKERS": 1})
+    assert len(before) == 1 and after == before
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
     assert not launching.remaining_processes()
 
@@ -75,11 +76,11 @@ class _Wait(launching.HookBase):
         time.sleep(0.2)
 
 
-def _cmd(process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.NoSuchProcess:
-        return []
+def _workers() -> list[int]:
+    """Workers of data loaders, which are forks of this process."""
+    own = psutil.Process().cmdline()
+    children = psutil.Process().children()
+    return [p.pid for p in children if p.status() != psutil.STATUS_ZOMBIE and p.cmdline() == own]
 
 
 def test_second_ctrl_c_does_not_wait():

@@ -50,7 +50,7 @@ class StopOnSignal(HookBase):
             return
         signum = stop_requested()
         if not signum:
-            if iteration + 1 >= self.trainer.max_iter:
+            if self._is_last_step():
                 # What is left needs no step: a signal ends it as it ends any program.
                 self._listening.close()
             return
@@ -71,7 +71,10 @@ class StopOnSignal(HookBase):
         if not self._checkpointer.has_checkpoint():
             return False
         last = os.path.basename(self._checkpointer.get_checkpoint_file())
-        return last == f"{name}.pth" or (last == "model_final.pth" and iteration + 1 >= self.trainer.max_iter)
+        return last == f"{name}.pth" or (last == "model_final.pth" and self._is_last_step())
+
+    def _is_last_step(self) -> bool:
+        return self.trainer.iter + 1 >= self.trainer.max_iter or self.trainer.stopped_reason is not None
 
     def after_train(self) -> None:
         self._listening.close()
