@@ -4,10 +4,12 @@ import datetime
 import multiprocessing
 import os
 import signal
+import subprocess
 import time
 
 import psutil
 import torch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from detlib.engine import DefaultTrainer, HookBase, launch
 from detlib.engine.hooks import StopOnSignal
@@ -47,6 +49,42 @@ def _is_of_ours(process: psutil.Process) -> bool:
         return "forkserver" not in command or process.ppid() != os.getpid()
     except psutil.NoSuchProcess:
         return False
+
+
+def agent_config(count: int, nodes: int = 1, endpoint: str = "localhost:0", **kwargs) -> LaunchConfig:
+    """The agent that is behind torchrun, for `count` processes on each node."""
+    return LaunchConfig(
+        nodes,
+        nodes,
+        count,
+        rdzv_backend="c10d",
+        rdzv_endpoint=endpoint,
+        run_id="test",
+        monitor_interval=0.1,
+        start_method="forkserver",
+        **{"max_restarts": 0, **kwargs},
+    )
+
+
+def run_agent(config: LaunchConfig, function, *args) -> None:
+    """Runs a function in the processes of an agent."""
+    elastic_launch(config, launched)(function, *args)
+
+
+def start_with(environment: dict[str, str], output: str, function, *args):
+    """Starts a process with an environment, as a launcher of clusters does; returns it."""
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=_in_environment, args=(environment, output, function, args))
+    process.start()
+    return process
+
+
+def _in_environment(environment: dict[str, str], output: str, function, args: tuple) -> None:
+    os.environ.update(environment)
+    with open(output, "w") as f:
+        os.dup2(f.fileno(), 1)
+        os.dup2(f.fileno(), 2)
+    function(*args)
 
 
 def all_reduce_for_ever() -> None:
@@ -112,9 +150,9 @@ def terminate_this_process() -> None:
 def terminate_this_process_and_its_workers() -> None:
     """As Slurm and a system that shuts down do; workers of data loaders are forks of this process."""
     own = psutil.Process()
-    for process in [*own.children(), own]:
-        if process.cmdline() == own.cmdline():
-            process.send_signal(signal.SIGTERM)
+    all_of_us = [str(p.pid) for p in [*own.children(), own] if p.cmdline() == own.cmdline()]
+    # Not from here: workers obey the process that they belong to.
+    subprocess.run(["kill", *all_of_us], check=True)
 
 
 def training_cfg(folder, **overrides):
@@ -145,6 +183,12 @@ def train_and_be_killed_once(folder: str, rank: int, iteration: int) -> None:
     """One process is killed after a step, if it is the first start."""
     first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
     train(folder, [At(iteration, rank, kill_this_process)] if first else [])
+
+
+def train_and_be_preempted_once(folder: str) -> None:
+    """The first process gets the signal by which submitit tells that the job's time is up."""
+    first = os.environ["DETLIB_RESTART_COUNT"] == "0"
+    train(folder, [At(2, 0, lambda: os.kill(os.getpid(), signal.SIGUSR2))] if first else [])
 
 
 def launched(function, *args) -> None:

@@ -2,14 +2,11 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import psutil
 import pytest
 import torch
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from detlib.engine import StopTraining, interrupt, launch
 from detlib.engine.hooks import StopOnSignal
@@ -20,21 +17,6 @@ from tests.engine import launching
 @pytest.fixture(autouse=True)
 def quick_start(monkeypatch):
     launching.use_forkserver(monkeypatch)
-
-
-def _torchrun(count: int, max_restarts: int = 0) -> LaunchConfig:
-    """The agent that is behind torchrun, on this machine."""
-    return LaunchConfig(
-        1,
-        1,
-        count,
-        max_restarts=max_restarts,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        run_id="test",
-        monitor_interval=0.1,
-        start_method="forkserver",
-    )
 
 
 def _assert_equal(one: dict, other: dict) -> None:
@@ -122,11 +104,9 @@ def _train_and_terminate(folder: str) -> None:
 
 def test_killed_process_is_restarted_by_torchrun(tmp_path):
     folder, whole = str(tmp_path / "out"), str(tmp_path / "whole")
-    run = elastic_launch(_torchrun(2, max_restarts=2), launching.launched)
-    run(launching.train_and_be_killed_once, folder, 1, 3)
+    config = launching.agent_config(2, max_restarts=2)
+    launching.run_agent(config, launching.train_and_be_killed_once, folder, 1, 3)
     assert not launching.remaining_processes()
-    iterations = [line for line in (tmp_path / "out" / "metrics.json").read_text().splitlines()]
-    assert iterations
     launch(launching.train, 2, args=(whole,), timeout=launching.TIMEOUT)
     _assert_equal(launching.read_model(folder), launching.read_model(whole))
 
@@ -150,13 +130,3 @@ def test_restart_implies_resume(tmp_path, monkeypatch, log, variable):
 def test_restart_without_any_checkpoint_starts_anew(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     assert not should_resume(False, str(tmp_path / "new"))
-
-
-def _run_program(*arguments: str, seconds: float = 300) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=seconds,
-        env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
-    )
