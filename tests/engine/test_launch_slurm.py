@@ -36,7 +36,7 @@ def test_job_is_requeued_and_resumes(tmp_path, monkeypatch, tasks):
     assert "it stops after this step, to be put back into the queue" in log
     assert "Stopped by SIGUSR2 after iteration 2, which is saved in" in log
     assert "Requeued job" in log
-    assert "This is a restart number 1 (DETLIB_RESTART_COUNT): --resume is implied" in log
+    assert "next is iteration 3 of 6" in log
     assert job.result() is None  # it raises if the job failed
     launching.use_forkserver(monkeypatch)
     launching.launch(launching.train, tasks, args=(str(tmp_path / "whole"),), timeout=launching.TIMEOUT)
