@@ -176,6 +176,11 @@ class FailureBoard:
         texts = (self.noted("failure", rank) for rank in range(self.world_size))
         return [Failure(**json.loads(text)) for text in texts if text]
 
+    def finished(self) -> set[int]:
+        """The processes that are through, have failed, or were ended because of another."""
+        ranks = (self.ranks_with(name) for name in ("done", "failure", "ended"))
+        return set().union(*ranks)
+
     def wait_for_cause(self, seconds: float) -> str:
         """Waits, once there is a report, until the cause is known, and describes it.
 

@@ -4,6 +4,7 @@ import datetime
 import os
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
@@ -66,7 +67,10 @@ def run_as_child(
             end_process(error.code or 0)
         if board is None:
             raise
-        board.report(Failure.from_exception(rank, error))
+        try:
+            board.report(Failure.from_exception(rank, error))
+        except RuntimeError:  # the store is another machine's, and has ended
+            traceback.print_exception(error)
         # Past Python's own way out, which would wait for processes that are no more.
         end_process(1)
 
@@ -84,18 +88,26 @@ def run_here(
             _let_others_read(place, board)
             raise
         failure = Failure.from_exception(place.rank, error)
-        board.report(failure)
-        if failure.kind == "lost":
-            message = board.wait_for_cause(_GRACE)
-        else:
-            message = describe_failure([failure], place.world_size, {}, board.timeout)
-        write_error_file(message)
-        _let_others_read(place, board)
+        message = _tell_others(place, board, failure)
         _leave_broken_group()
         if failure.kind == "lost":
             raise ProcessFailedError(message) from None
         raise
     _let_others_read(place, board)
+
+
+def _tell_others(place: ProcessPlace, board: FailureBoard, failure: Failure) -> str:
+    """Reports this process's failure, and returns what was the cause of all."""
+    message = describe_failure([failure], place.world_size, {}, board.timeout)
+    try:
+        board.report(failure)
+        if failure.kind == "lost":
+            message = board.wait_for_cause(_GRACE)
+        _let_others_read(place, board)
+    except RuntimeError:
+        message += "\n\nThe process that kept the meeting point of all is gone, see its output."
+    write_error_file(message)
+    return message
 
 
 def _leave_broken_group() -> None:
@@ -111,7 +123,7 @@ def _let_others_read(place: ProcessPlace, board: FailureBoard) -> None:
         return
     ranks = set(range(place.world_size))
     end = time.monotonic() + board.timeout
-    while time.monotonic() < end and ranks - board.ranks_with("done") - {f.rank for f in board.failures()}:
+    while time.monotonic() < end and ranks - board.finished():
         if board.has_reports():
             end = min(end, time.monotonic() + 2 * _GRACE)
         time.sleep(0.1)

@@ -132,18 +132,17 @@ class Supervisor:
         end = time.monotonic() + (_GRACE if self._failures or self._signal else self._board.timeout)
         everyone = set(range(self._board.world_size))
         while time.monotonic() < end:
-            failed = self._board.failures()
-            if failed:
+            if self._board.has_reports():
                 end = min(end, time.monotonic() + _GRACE)
-            if everyone == self._board.ranks_with("done") | self._board.ranks_with("ended") | {
-                failure.rank for failure in failed
-            }:
+            if everyone == self._board.finished():
                 break
             time.sleep(0.1)
         self._read_board()
 
     def _tell(self) -> None:
-        if self._signal:
+        # Who was stopped before it trained leaves broken connections behind.
+        own = [f for f in self._failures if f.kind != "lost" and not f.title.startswith("KeyboardInterrupt")]
+        if self._signal and not own:
             raise StopTraining(self._signal)
         if self._failures:
             raise ProcessFailedError(

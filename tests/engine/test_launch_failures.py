@@ -1,9 +1,14 @@
 """When one of several processes fails, all end soon, and the cause is what is said."""
 
 import datetime
+import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 import torch.distributed as dist
 
@@ -73,6 +78,35 @@ def _train_and_fail(folder: str, where: str) -> None:
 
 def _break_the_mapper() -> None:
     raise FileNotFoundError("no such picture")
+
+
+@pytest.mark.slow
+def test_processes_whose_starter_is_killed_end(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(_STARTER.format(folder=str(tmp_path)))
+    starter = subprocess.Popen([sys.executable, str(script)], env={**os.environ, "PYTHONPATH": os.getcwd()})
+    end = time.monotonic() + 120
+    while len(list(tmp_path.glob("pid*"))) < 2 and time.monotonic() < end:
+        time.sleep(0.05)
+    pids = [int(path.name.removeprefix("pid")) for path in tmp_path.glob("pid*")]
+    starter.kill()
+    starter.wait()
+    assert len(pids) == 2
+    _, alive = psutil.wait_procs([psutil.Process(p) for p in pids if psutil.pid_exists(p)], timeout=20)
+    assert not alive
+
+
+_STARTER = """
+from detlib.engine import launch
+from tests.engine.test_launch_failures import note_and_wait
+if __name__ == "__main__":
+    launch(note_and_wait, 2, args=({folder!r},))
+"""
+
+
+def note_and_wait(folder: str) -> None:
+    Path(folder, f"pid{os.getpid()}").touch()
+    launching.all_reduce_for_ever()
 
 
 def test_cause_comes_before_its_consequences():
