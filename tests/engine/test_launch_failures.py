@@ -46,7 +46,7 @@ def test_killed_process_is_named_with_a_hint():
     assert not launching.remaining_processes()
 
 
-@pytest.mark.parametrize("operation", ["barrier", "all_reduce"])
+@pytest.mark.parametrize("operation", ["barrier", pytest.param("all_reduce", marks=pytest.mark.slow)])
 def test_hanging_operation_names_who_is_missing_and_where(operation):
     said, seconds = _fail(launching.one_oversleeps, 3, 1, operation, timeout=3)
     assert said.startswith(
@@ -60,7 +60,7 @@ def test_hanging_operation_names_who_is_missing_and_where(operation):
     assert not launching.remaining_processes()
 
 
-@pytest.mark.parametrize("where", ["loss", "loader"])
+@pytest.mark.parametrize("where", [pytest.param("loss", marks=pytest.mark.slow), "loader"])
 def test_failure_of_a_training_leaves_no_worker(tmp_path, where):
     said, _ = _fail(_train_and_fail, 2, str(tmp_path), where)
     assert said.startswith("Process 1 of 2 failed with ")

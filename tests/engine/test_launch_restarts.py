@@ -25,7 +25,7 @@ def _assert_equal(one: dict, other: dict) -> None:
     assert not different, f"{len(different)} of {len(one)} differ, such as {different[0]}"
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_signal_saves_and_stops_after_the_step(tmp_path, log, signum):
     hook = launching.At(2, 0, lambda: os.kill(os.getpid(), signum))
     with pytest.raises(StopTraining) as stop:

@@ -2,6 +2,8 @@
 
 import argparse
 import os
+import signal
+import sys
 
 import pytest
 import torch
@@ -28,7 +30,8 @@ def _submit(folder, monkeypatch, tasks: int, function: str):
     )
 
 
-@pytest.mark.parametrize("tasks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tasks", [1, 2])
 def test_job_is_requeued_and_resumes(tmp_path, monkeypatch, tasks):
     job = _submit(tmp_path, monkeypatch, tasks, "train_and_be_preempted_once")
     job.wait()
@@ -43,6 +46,30 @@ def test_job_is_requeued_and_resumes(tmp_path, monkeypatch, tasks):
     resumed, whole = (launching.read_model(tmp_path / name) for name in ("out", "whole"))
     assert resumed and all(torch.equal(resumed[name], whole[name]) for name in whole)
     assert not launching.remaining_processes()
+
+
+def test_signal_saves_before_the_job_is_requeued(tmp_path, monkeypatch):
+    """As above, without the processes of submitit around the one that trains."""
+    launching.use_forkserver(monkeypatch)
+    script, out = tmp_path / "script.py", tmp_path / "out"
+    script.write_text(_SCRIPT)
+    env = {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_JOB_ID": "77"}
+    job = SlurmJob(str(script), ["train_and_be_preempted_once", str(out)])
+    for attempt, exit_code in enumerate((144, 0)):
+        process = launching.start_with(env, str(tmp_path / f"log{attempt}"), _run_job, job)
+        process.join(100)
+        assert process.exitcode == exit_code, (tmp_path / f"log{attempt}").read_text()
+        job = job.checkpoint().function
+        if attempt == 0:
+            assert (out / "last_checkpoint").read_text() == "model_0000002.pth"
+    assert (out / "last_checkpoint").read_text() == "model_final.pth"
+    resumed = [file for file in os.listdir(out) if file.startswith("model_")]
+    assert "model_0000001.pth" in resumed and "model_0000003.pth" in resumed
+
+
+def _run_job(job: SlurmJob) -> None:
+    signal.signal(signal.SIGUSR2, lambda *_: sys.exit(144))  # what submitit does, after it has requeued
+    job()
 
 
 @pytest.mark.slow
