@@ -6,8 +6,8 @@
 
 It runs on several GPUs and machines by --num-gpus, under torchrun, and as a job of Slurm by --slurm; see
 docs/training.md. The output folder then holds checkpoints, config.yaml, log.txt, metrics.json, events for
-TensorBoard, inference/ and predictions/. Changes to the config come last, as pairs KEY VALUE for a YAML
-config and as path.to.key=value for a lazy one. For more than a config can say, subclass DefaultTrainer or
+TensorBoard, inference/, predictions/ and report/. Changes to the config come last, as pairs KEY VALUE for a
+YAML config and as path.to.key=value for a lazy one. For more than a config can say, subclass DefaultTrainer or
 LazyTrainer in a script like this one.
 """
 
@@ -32,6 +32,7 @@ from detlib.engine import (
 )
 from detlib.engine.checks import check_datasets, check_weights
 from detlib.engine.pictures import write_prediction_pictures
+from detlib.engine.report import report_wanted, write_report
 from detlib.engine.restart import should_resume
 from detlib.engine.setup import run_setting
 from detlib.engine.slurm import submit
@@ -87,6 +88,8 @@ def main(args: Namespace) -> Mapping | None:
     write_prediction_pictures(cfg, model)
     if comm.is_main_process():
         log_results(results or {})
+        if report_wanted(cfg):
+            write_report(run_setting(cfg, "output_dir"), cfg)
         logger.info("All output is in %s", os.path.abspath(run_setting(cfg, "output_dir")))
     return results
 
