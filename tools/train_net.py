@@ -7,8 +7,8 @@
 It runs on several GPUs and machines by --num-gpus, under torchrun, and as a job of Slurm by --slurm; see
 docs/training.md. The output folder then holds checkpoints, config.yaml, log.txt, metrics.json, events for
 TensorBoard, inference/, predictions/ and report/. Changes to the config come last, as pairs KEY VALUE for a
-YAML config and as path.to.key=value for a lazy one. For more than a config can say, subclass DefaultTrainer or
-LazyTrainer in a script like this one.
+YAML config and as path.to.key=value for a lazy one. For more than a config can say, subclass DefaultTrainer
+or LazyTrainer in a script like this one.
 """
 
 import datetime
