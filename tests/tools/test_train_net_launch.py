@@ -11,7 +11,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
 from detlib.engine import ProcessFailedError
 from tests.engine.launching import read_model, remaining_processes, training_cfg
@@ -52,10 +51,10 @@ def _train(config: str, out, count: int = 2) -> str:
     return _run(str(_SCRIPT), "--num-gpus", str(count), "--config-file", config, "OUTPUT_DIR", str(out))
 
 
-def _assert_equal_models(one, other) -> None:
+def _assert_equal_models(one, other, tolerance: float = 0.0) -> None:
     one, other = read_model(one), read_model(other)
-    different = [name for name in one if not torch.equal(one[name], other[name])]
-    assert one and not different, f"{len(different)} of {len(one)} differ, such as {different[0]}"
+    apart = max((one[name] - other[name]).abs().max().item() for name in one)
+    assert apart <= tolerance, f"{apart} apart"
 
 
 def _free_port() -> int:
@@ -97,7 +96,8 @@ def test_killed_process_changes_nothing(tmp_path, count):
     print(f"killed with {killed_at} iterations saved")
     assert process.returncode == 0, printed[-3000:]
     assert "This is a restart number 1 (TORCHELASTIC_RESTART_COUNT)" in printed or killed_at == 0
-    _assert_equal_models(out, tmp_path / "whole")
+    # DDP groups gradients anew after the first step of a run, and then sums those of four in another order.
+    _assert_equal_models(out, tmp_path / "whole", tolerance=0.0 if count == 2 else 1e-5)
     assert not remaining_processes()
 
 
