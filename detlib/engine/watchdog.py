@@ -3,6 +3,7 @@
 import contextlib
 import json
 import multiprocessing
+import multiprocessing.util
 import os
 import socket
 import sys
@@ -27,6 +28,10 @@ def end_process(exit_code: int) -> None:
     """
     for child in multiprocessing.active_children():
         child.kill()
+    # Else Python warns of semaphores that are left, after the message that should be the last one.
+    cleaning = threading.Thread(target=multiprocessing.util._run_finalizers, args=(0,), daemon=True)
+    cleaning.start()
+    cleaning.join(timeout=1)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
