@@ -13,6 +13,7 @@ from .build import (
 from .catalog import DatasetCatalog, Metadata, MetadataCatalog
 from .common import DatasetFromList, MapDataset, ToIterableDataset
 from .dataset_mapper import DatasetMapper
+from .panoptic_mapper import PanopticDatasetMapper
 
 __all__ = [
     "DatasetCatalog",
@@ -21,6 +22,7 @@ __all__ = [
     "MapDataset",
     "Metadata",
     "MetadataCatalog",
+    "PanopticDatasetMapper",
     "ToIterableDataset",
     "addresses",
     "build_batch_data_loader",
