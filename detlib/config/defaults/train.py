@@ -7,7 +7,8 @@ TRAIN = {
     # For DDP: promise that each step uses the same parameters; or search for those that a step did not use.
     "STATIC_GRAPH": False,
     "FIND_UNUSED_PARAMETERS": False,
-    # Seconds that a process waits for the others before it gives up.
+    # Seconds that a process waits for the others, in an operation with them or when they meet, before it
+    # gives up and the run ends, naming those that did not come.
     "TIMEOUT": 1800,
     # Compute the insides of the backbone's blocks again in the backward pass instead of keeping them.
     "ACTIVATION_CHECKPOINT": False,
