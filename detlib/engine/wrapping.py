@@ -138,7 +138,7 @@ def create_ddp_model(model: nn.Module, *, fp16_compression: bool = False, **kwar
     return ddp
 
 
-def _average_in_double(state: None, bucket: dist.GradBucket) -> torch.futures.Future:
+def _average_in_double(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """Averages a bucket of gradients over the processes so that the order of the sum does not show.
 
     DDP groups gradients anew after the first step of each run, and the order of the processes in a sum

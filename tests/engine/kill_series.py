@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
@@ -56,6 +57,12 @@ def _train(folder: Path, memory: mmap.mmap, asynchronous: bool) -> None:
         SOLVER__BEST_CHECKPOINT__METRIC="bbox/AP50",
         TEST__EVAL_PERIOD=2,
         DATASETS__TEST=("shapes:val?num=2&size=64",),
+        # A narrow network: what counts is the moments, not the megabytes that each checkpoint writes.
+        MODEL__RESNETS__DEPTH=50,
+        MODEL__RESNETS__NORM="BN",
+        MODEL__RESNETS__STEM_OUT_CHANNELS=8,
+        MODEL__RESNETS__RES2_OUT_CHANNELS=32,
+        MODEL__RESNETS__WIDTH_PER_GROUP=8,
     )
     default_setup(cfg, Namespace(eval_only=False))
     trainer = DefaultTrainer(cfg)
@@ -76,6 +83,8 @@ def _start(folder: Path, memory: mmap.mmap, asynchronous: bool) -> int:
         os.setpgid(0, 0)
         _train(folder, memory, asynchronous)
         status = 0
+    except Exception:
+        traceback.print_exc()
     finally:
         os._exit(status)
 

@@ -96,7 +96,6 @@ def test_killed_process_changes_nothing(tmp_path, count):
     print(f"killed with {killed_at} iterations saved")
     assert process.returncode == 0, printed[-3000:]
     assert "This is a restart number 1 (TORCHELASTIC_RESTART_COUNT)" in printed or killed_at == 0
-    # DDP groups gradients anew after the first step of a run, and then sums those of four in another order.
     _assert_equal_models(out, tmp_path / "whole")
     assert not remaining_processes()
 
