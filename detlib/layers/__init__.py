@@ -9,6 +9,7 @@ from .batch_norm import (
     get_norm,
 )
 from .blocks import CNNBlockBase, DepthwiseSeparableConv2d
+from .conv import ConvNormAct
 from .deform_conv import DeformConv, ModulatedDeformConv
 from .losses import ciou_loss, diou_loss
 from .mask_ops import paste_masks_in_image
@@ -39,6 +40,7 @@ __all__ = [
     "BatchNorm2d",
     "CNNBlockBase",
     "Conv2d",
+    "ConvNormAct",
     "ConvTranspose2d",
     "CycleBatchNormList",
     "DeformConv",

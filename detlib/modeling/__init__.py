@@ -28,6 +28,7 @@ from detlib.modeling.meta_arch import (
     build_model,
     build_sem_seg_head,
 )
+from detlib.modeling.neck import ChannelMapper
 from detlib.modeling.postprocessing import detector_postprocess, sem_seg_postprocess
 from detlib.modeling.proposal_generator import (
     PROPOSAL_GENERATOR_REGISTRY,
@@ -57,6 +58,7 @@ __all__ = [
     "Backbone",
     "BaseKeypointRCNNHead",
     "BaseMaskRCNNHead",
+    "ChannelMapper",
     "DatasetMapperTTA",
     "FCOS",
     "FPN",
