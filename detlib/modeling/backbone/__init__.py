@@ -1,6 +1,6 @@
 """Feature extractors: from a batch of pictures to named feature maps."""
 
-from detlib.modeling.backbone.backbone import Backbone
+from detlib.modeling.backbone.backbone import Backbone, get_backbone_lr_factor
 from detlib.modeling.backbone.build import BACKBONE_REGISTRY, build_backbone
 from detlib.modeling.backbone.fpn import (
     FPN,
@@ -45,6 +45,7 @@ __all__ = [
     "build_resnet_backbone",
     "build_resnet_fpn_backbone",
     "build_retinanet_resnet_fpn_backbone",
+    "get_backbone_lr_factor",
     "get_vit_lr_decay_rate",
     "make_stage",
 ]
