@@ -159,7 +159,7 @@ class TransformerLayerSequence(nn.Module):
         value: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """Applies all layers; each gets the same `key`, `value` and `**kwargs`, see `BaseTransformerLayer`."""
+        """Applies all layers, with `BaseTransformerLayer.forward`'s arguments."""
         for index in range(self.num_layers):
             query = self.run_layer(index, query, key, value, **kwargs)
         return query if self.post_norm_layer is None else self.post_norm_layer(query)

@@ -1,4 +1,4 @@
-"""The losses of DETR-like models: each query learns the class and the box of the object that it is matched to.
+"""The losses of DETR-like models: each query learns class and box of the object that it is matched to.
 
 Shape legend: N images, Q queries, K classes, P matched pairs of a batch.
 """
@@ -24,7 +24,7 @@ _LOSS_TYPES = ("ce_loss", "focal_loss")
 class SetCriterion(nn.Module):
     """Matches predictions with objects and compares them, for the last decoder layer and for all others.
 
-    The losses come without the weights of `weight_dict`; `weigh` puts them on.
+    The losses come without the weights of `weight_dict`; the model puts them on.
 
     Args:
         num_classes: K, the background not counted.
@@ -157,10 +157,6 @@ class SetCriterion(nn.Module):
             "loss_giou": (1 - giou).sum() / num_boxes,
         }
 
-    def weigh(self, losses: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Multiplies losses by their `weight_dict`; those without a weight keep theirs."""
-        return {name: value * self.weight_dict.get(name, 1) for name, value in losses.items()}
-
 
 class TwoStageCriterion(SetCriterion):
     """The losses of a model whose encoder predicts boxes too: the first guesses of the queries.
@@ -184,9 +180,7 @@ class TwoStageCriterion(SetCriterion):
         two_stage_binary_cls: bool = False,
     ):
         eos_coef = 0.1 if eos_coef is None else eos_coef
-        super().__init__(
-            num_classes, matcher, weight_dict, losses, eos_coef, loss_class_type, alpha, gamma
-        )
+        super().__init__(num_classes, matcher, weight_dict, losses, eos_coef, loss_class_type, alpha, gamma)
         self.two_stage_binary_cls = two_stage_binary_cls
 
     def _layers(self, outputs, targets):

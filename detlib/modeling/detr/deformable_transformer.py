@@ -1,7 +1,7 @@
 """The transformer of Deformable DETR (Zhu et al., arXiv:2010.04159), and what DINO's shares with it.
 
-Shape legend: N images, C channels, L feature levels of H x W cells, S cells of all levels together, Q queries,
-K classes.
+Shape legend: N images, C channels, L feature levels of H x W cells, S cells of all levels together,
+Q queries, K classes.
 """
 
 from collections.abc import Sequence
@@ -335,8 +335,8 @@ class DeformableTransformer(nn.Module):
         """
         if scores.shape[1] < self.two_stage_num_proposals:
             raise ValueError(
-                f"two_stage_num_proposals (num_queries) is {self.two_stage_num_proposals}, but these pictures "
-                f"have only {scores.shape[1]} cells on all levels together; use larger pictures or fewer queries"
+                f"two_stage_num_proposals (num_queries) is {self.two_stage_num_proposals}, but pictures of this "
+                f"size have {scores.shape[1]} cells on all levels together; use larger pictures or fewer queries"
             )
         return scores.topk(self.two_stage_num_proposals, dim=1).indices
 
@@ -346,7 +346,7 @@ class DeformableTransformer(nn.Module):
         boxes = torch.cat([centres, sides], dim=2)
         usable = ((boxes > 0.01) & (boxes < 0.99)).all(dim=2, keepdim=True) & ~mask[..., None]
         anchors = torch.logit(boxes).masked_fill(~usable, float("inf"))
-        return self.enc_output_norm(self.enc_output(memory * usable)), anchors
+        return self.enc_output_norm(self.enc_output(memory.masked_fill(~usable, 0))), anchors
 
     def gen_encoder_output_proposals(
         self,
@@ -367,9 +367,7 @@ class DeformableTransformer(nn.Module):
         """
         shapes = [(int(h), int(w)) for h, w in spatial_shapes]
         sizes = [h * w for h, w in shapes]
-        masks = [
-            m.unflatten(1, shape) for m, shape in zip(memory_padding_mask.split(sizes, dim=1), shapes)
-        ]
+        masks = [m.unflatten(1, shape) for m, shape in zip(memory_padding_mask.split(sizes, dim=1), shapes)]
         ratios = torch.stack([valid_ratio(m, memory.dtype) for m in masks], dim=1)
         return self._proposals(memory, memory_padding_mask, cell_centres(shapes, ratios), shapes)
 

@@ -166,7 +166,5 @@ def denoising_matches(
         device: where to.
     """
     starts = np.arange(dn_num)[:, None] * single_padding
-    pairs = [
-        ((starts + np.arange(count)).ravel(), np.tile(np.arange(count), dn_num)) for count in counts
-    ]
+    pairs = [((starts + np.arange(count)).ravel(), np.tile(np.arange(count), dn_num)) for count in counts]
     return Matches.on_device([pairs], counts, device)[0]

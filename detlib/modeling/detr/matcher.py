@@ -147,9 +147,7 @@ class HungarianMatcher(nn.Module):
         return self.match_layers([outputs], [targets])[0]
 
     @torch.no_grad()
-    def match_layers(
-        self, outputs: Sequence[Mapping], targets: Sequence[Sequence[Mapping]]
-    ) -> list[Matches]:
+    def match_layers(self, outputs: Sequence[Mapping], targets: Sequence[Sequence[Mapping]]) -> list[Matches]:
         """Matches L layers of the same N pictures at once.
 
         Args:
