@@ -1,6 +1,6 @@
 """Feature extractors: from a batch of pictures to named feature maps."""
 
-from detlib.modeling.backbone.backbone import Backbone
+from detlib.modeling.backbone.backbone import Backbone, get_backbone_lr_factor
 from detlib.modeling.backbone.build import BACKBONE_REGISTRY, build_backbone
 from detlib.modeling.backbone.build_foreign import (
     build_retinanet_timm_fpn_backbone,
@@ -63,6 +63,7 @@ __all__ = [
     "build_timm_fpn_backbone",
     "build_torchvision_backbone",
     "build_torchvision_fpn_backbone",
+    "get_backbone_lr_factor",
     "get_vit_lr_decay_rate",
     "make_stage",
 ]
