@@ -18,6 +18,7 @@ from detlib.modeling.backbone import (
     get_vit_lr_decay_rate,
     make_stage,
 )
+from detlib.modeling.detr import DETR, DINO, DeformableDETR, HungarianMatcher, SetCriterion
 from detlib.modeling.meta_arch import (
     FCOS,
     META_ARCH_REGISTRY,
@@ -61,12 +62,16 @@ __all__ = [
     "BaseKeypointRCNNHead",
     "BaseMaskRCNNHead",
     "ChannelMapper",
+    "DETR",
+    "DINO",
     "DatasetMapperTTA",
+    "DeformableDETR",
     "FCOS",
     "FPN",
     "FastRCNNOutputLayers",
     "GeneralizedRCNN",
     "GeneralizedRCNNWithTTA",
+    "HungarianMatcher",
     "META_ARCH_REGISTRY",
     "MViT",
     "PROPOSAL_GENERATOR_REGISTRY",
@@ -83,6 +88,7 @@ __all__ = [
     "RetinaNet",
     "SEM_SEG_HEADS_REGISTRY",
     "SemanticSegmentor",
+    "SetCriterion",
     "SimpleFeaturePyramid",
     "StandardROIHeads",
     "SwinTransformer",

@@ -17,11 +17,11 @@ from detlib.layers import (
 )
 from detlib.modeling.detr.criterion import DeformableCriterion, SetCriterion, TwoStageCriterion
 from detlib.modeling.detr.deformable_detr import DeformableDETR
-from detlib.modeling.detr.deformable_transformer import (
-    DeformableDetrTransformer,
+from detlib.modeling.detr.deformable_layers import (
     DeformableDetrTransformerDecoder,
     DeformableDetrTransformerEncoder,
 )
+from detlib.modeling.detr.deformable_transformer import DeformableDetrTransformer
 from detlib.modeling.detr.denoising import apply_box_noise, apply_label_noise, make_denoising_queries
 from detlib.modeling.detr.detr import DETR
 from detlib.modeling.detr.detr_transformer import (

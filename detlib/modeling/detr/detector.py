@@ -89,6 +89,11 @@ class QueryDetector(nn.Module, metaclass=ABCMeta):
         """Where the model lies; inputs are moved there."""
         return self.pixel_mean.device
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of boxes and scores: float32, or float64 in such a model."""
+        return torch.promote_types(self.pixel_mean.dtype, torch.float32)
+
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         """Normalise the pictures, pad them to one size and put them on the model's device."""
         return preprocess_images(
@@ -106,8 +111,8 @@ class QueryDetector(nn.Module, metaclass=ABCMeta):
         if len(set(images.image_sizes)) > 1:
             log_first_n(
                 logging.WARNING,
-                "Pictures of several sizes are predicted in one batch, and their padding is not masked: the boxes "
-                "of the smaller ones are off. Give the model mask_padding_at_test=True, or one picture at a time.",
+                "Pictures of several sizes are predicted in one batch without a mask for the padding, so the "
+                "boxes of smaller ones are off: set mask_padding_at_test, or give single pictures.",
             )
         return images.tensor.new_zeros((len(images), *images.tensor.shape[-2:]), dtype=torch.bool)
 
@@ -123,7 +128,7 @@ class QueryDetector(nn.Module, metaclass=ABCMeta):
         prepared = []
         for instances in targets:
             height, width = instances.image_size
-            boxes = instances.gt_boxes.tensor.to(self.pixel_mean.dtype)
+            boxes = instances.gt_boxes.tensor.to(self._dtype)
             boxes = boxes / boxes.new_tensor([width, height, width, height])
             prepared.append({"labels": instances.gt_classes.long(), "boxes": box_xyxy_to_cxcywh(boxes)})
         return prepared
@@ -195,7 +200,7 @@ class QueryDetector(nn.Module, metaclass=ABCMeta):
         """Of (N, R, 4) boxes as predicted, (N, R) scores and classes."""
         found = []
         for i, (height, width) in enumerate(image_sizes):
-            pred_boxes = Boxes(box_cxcywh_to_xyxy(boxes[i].to(self.pixel_mean.dtype)))
+            pred_boxes = Boxes(box_cxcywh_to_xyxy(boxes[i].to(self._dtype)))
             pred_boxes.scale(width, height)
             found.append(
                 Instances((height, width), pred_boxes=pred_boxes, scores=scores[i], pred_classes=classes[i])

@@ -95,7 +95,7 @@ class DETR(QueryDetector):
         self, box_cls: torch.Tensor, box_pred: torch.Tensor, image_sizes: list[tuple[int, int]]
     ) -> list[Instances]:
         """See `QueryDetector.inference`: each query's best class, the background aside."""
-        probabilities = box_cls.to(self.pixel_mean.dtype).softmax(dim=-1)
+        probabilities = box_cls.to(self._dtype).softmax(dim=-1)
         scores, classes = probabilities[..., :-1].max(dim=-1)
         scores, order = scores.sort(dim=1, descending=True, stable=True)
         boxes = box_pred.gather(1, order[..., None].expand_as(box_pred))

@@ -11,11 +11,8 @@ from torch import nn
 
 from detlib.layers import MLP, get_sine_pos_embed
 from detlib.modeling.dense_ops import gather_rows
-from detlib.modeling.detr.deformable_transformer import (
-    DeformableDecoder,
-    DeformableDetrTransformerEncoder,
-    DeformableTransformer,
-)
+from detlib.modeling.detr.deformable_layers import DeformableDecoder, DeformableDetrTransformerEncoder
+from detlib.modeling.detr.deformable_transformer import DeformableTransformer
 
 __all__ = ["DINOTransformer", "DINOTransformerDecoder", "DINOTransformerEncoder"]
 

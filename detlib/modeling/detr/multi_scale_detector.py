@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from detlib.layers import MLP
 from detlib.modeling.dense_ops import gather_rows
 from detlib.modeling.detr.checks import check_embed_dim, check_neck
-from detlib.modeling.detr.deformable_transformer import refine_boxes
+from detlib.modeling.detr.deformable_layers import refine_boxes
 from detlib.modeling.detr.detector import QueryDetector
 from detlib.structures import ImageList, Instances
 
@@ -124,7 +124,7 @@ class MultiScaleQueryDetector(QueryDetector):
     ) -> list[Instances]:
         """See `QueryDetector.inference`: the best scores over all queries and classes."""
         num_classes = box_cls.shape[2]
-        probabilities = box_cls.to(self.pixel_mean.dtype).sigmoid().flatten(1)
+        probabilities = box_cls.to(self._dtype).sigmoid().flatten(1)
         count = min(self.select_box_nums_for_evaluation, probabilities.shape[1])
         scores, index = probabilities.topk(count, dim=1)
         queries = index.div(num_classes, rounding_mode="floor")
