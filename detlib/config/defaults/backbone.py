@@ -42,21 +42,23 @@ BACKBONE = {
         "PRETRAINED": False,
         # A file of timm's weights for this network, to start from without network. "" for none.
         "CHECKPOINT_PATH": "",
-        # Which of its features to use, by number; number 1 is called "p1". Of a ResNet 1 has stride 4 and 4 has
-        # 32, of a ConvNeXt or Swin transformer 0 has 4 and 3 has 32.
+        # Which of its features to use, by number; number 1 is called "p1". Of a ResNet 1 has stride 4 and 4
+        # has 32, of a ConvNeXt or Swin transformer 0 has 4 and 3 has 32.
         "OUT_INDICES": [1, 2, 3, 4],
         # "" for the network's own norms, "FrozenBN" or "SyncBN" to convert its batch norms; others are handed
         # to timm, whose ResNets take them.
         "NORM": "",
     },
-    # A network of torchvision, for BACKBONE.NAME "build_torchvision_backbone", "build_torchvision_fpn_backbone"
-    # and "build_retinanet_torchvision_fpn_backbone". Its weights want pictures as those of timm do.
+    # A network of torchvision, for BACKBONE.NAME "build_torchvision_backbone",
+    # "build_torchvision_fpn_backbone" and "build_retinanet_torchvision_fpn_backbone". Its weights want
+    # pictures as those of timm do.
     "TORCHVISION": {
         # One of torchvision.models.list_models(torchvision.models).
         "MODEL_NAME": "resnet50",
         # Whether to start from torchvision's weights, which come over the network unless they are cached.
         "PRETRAINED": False,
-        # Whose outputs to use, as torchvision's get_graph_node_names calls them, and what each is called here.
+        # Whose outputs to use, as torchvision's get_graph_node_names calls them, and what each is called
+        # here.
         "RETURN_NODES": ["layer1", "layer2", "layer3", "layer4"],
         "OUT_FEATURES": ["res2", "res3", "res4", "res5"],
     },

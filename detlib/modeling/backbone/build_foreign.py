@@ -66,8 +66,8 @@ def build_torchvision_backbone(cfg, input_shape: ShapeSpec) -> TorchvisionBackbo
         )
     if len(keys.RETURN_NODES) != len(keys.OUT_FEATURES):
         raise ValueError(
-            f"{where}.OUT_FEATURES must name each node of {where}.RETURN_NODES: got {list(keys.OUT_FEATURES)} "
-            f"for {list(keys.RETURN_NODES)}"
+            f"{where}.OUT_FEATURES must name each node of {where}.RETURN_NODES: got "
+            f"{list(keys.OUT_FEATURES)} for {list(keys.RETURN_NODES)}"
         )
     with config_keys(where):
         return TorchvisionBackbone(

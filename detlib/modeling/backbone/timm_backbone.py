@@ -1,4 +1,4 @@
-"""The networks of timm (PyTorch Image Models) as backbones. timm is an extra: ``pip install detlib[timm]``."""
+"""The networks of timm (PyTorch Image Models) as backbones. timm is an extra: ``detlib[timm]``."""
 
 import logging
 import os
@@ -25,8 +25,8 @@ _ANY_SIZE = ({"dynamic_img_size": True, "dynamic_img_pad": True}, {"strict_img_s
 class TimmBackbone(Backbone):
     """A network of timm that gives the maps "p0", "p1", ...: timm's feature number 0, 1, ...
 
-    Strides follow from the network: of a ResNet "p0" has 2 and "p4" 32, of a ConvNeXt or Swin transformer "p0"
-    has 4 and "p3" 32; `output_shape()` tells. Parameters are those of timm's feature extractor, below
+    Strides follow from the network: of a ResNet "p0" has 2 and "p4" 32, of a ConvNeXt or Swin transformer
+    "p0" has 4 and "p3" 32; `output_shape()` tells. Parameters are those of timm's feature extractor, below
     ``timm_model``. Vision transformers, all of whose maps have one stride, take pictures of any size too.
     """
 
@@ -123,7 +123,8 @@ def _import_timm() -> Any:
         import timm
     except ImportError as error:
         raise ImportError(
-            "TimmBackbone needs timm (PyTorch Image Models), which is not installed: pip install 'detlib[timm]'"
+            "TimmBackbone needs timm (PyTorch Image Models), which is not installed: pip install "
+            "'detlib[timm]'"
         ) from error
     return timm
 
@@ -157,8 +158,8 @@ def _numbers(model_name: str, out_indices: Sequence[int], kwargs: dict[str, Any]
     wrong = [i for i in given if not -count <= i < count]
     if wrong:
         raise ValueError(
-            f"TimmBackbone's out_indices are {tuple(given)}, but {model_name!r} has {count} features, numbers "
-            f"0 to {count - 1}: {', '.join(map(str, wrong))} is none of them"
+            f"TimmBackbone's out_indices are {tuple(given)}, but {model_name!r} has {count} features, "
+            f"numbers 0 to {count - 1}: {', '.join(map(str, wrong))} is none of them"
         )
     numbers = sorted({i % count for i in given})
     if len(numbers) < len(given):
@@ -225,8 +226,7 @@ def _no_weights(model_name: str, source: dict[str, Any], error: Exception) -> Ex
         ways.append(f"They are at {url}{' too' if hub else f', and cached as {place!r}: put the file there'}")
     return FileNotFoundError(
         f"The pretrained weights of timm's model {model_name!r} ({full}) cannot be loaded "
-        f"({type(error).__name__}: {error}). {'. '.join(ways)}. Or give a file of them as checkpoint_path, with "
-        "pretrained=False or True"
+        f"({type(error).__name__}: {error}). {'. '.join(ways)}. Or give a file of them as checkpoint_path"
     )
 
 
@@ -266,7 +266,7 @@ def _synchronized(model: nn.Module, model_name: str) -> nn.Module:
 
 
 def _conversion(norm_layer: Any) -> Callable[[nn.Module, str], nn.Module] | None:
-    """How the norms of a built network become those that `norm_layer` asks for; None if timm must see to it."""
+    """How a built network gets the norms that `norm_layer` asks for; None if timm must see to it."""
     if norm_layer == "FrozenBN" or (
         isinstance(norm_layer, type) and issubclass(norm_layer, FrozenBatchNorm2d)
     ):

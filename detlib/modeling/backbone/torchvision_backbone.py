@@ -5,9 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torchvision
 from torch import nn
-from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from detlib.modeling.backbone.backbone import Backbone
 from detlib.modeling.backbone.probing import probe_maps, probe_size_divisibility
@@ -57,6 +55,9 @@ class TorchvisionBackbone(Backbone):
             FileNotFoundError: pretrained weights are neither in the cache nor to be had; what to put where
                 is told.
         """
+        # On use: all else must run where torchvision does not load.
+        from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
         super().__init__()
         self.model_name = model_name
         train, evaluate = _both_nodes(return_nodes, train_return_nodes, eval_return_nodes)
@@ -115,8 +116,8 @@ def _both_nodes(both, train, evaluate) -> tuple[dict[str, str], dict[str, str]]:
     """The nodes for training and for inference."""
     if (train is None) != (evaluate is None):
         raise ValueError(
-            "TorchvisionBackbone takes train_return_nodes and eval_return_nodes together, got one without the "
-            "other"
+            "TorchvisionBackbone takes train_return_nodes and eval_return_nodes together, got one without "
+            "the other"
         )
     train, evaluate = (both, both) if train is None else (train, evaluate)
     if not train or not evaluate:
@@ -149,6 +150,8 @@ def _check_nodes(model_name: str, nodes: Mapping[str, str], known: list[str]) ->
 
 
 def _create(model_name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    import torchvision
+
     models = torchvision.models.list_models(torchvision.models)
     if str(model_name).lower() not in models:
         raise ValueError(
