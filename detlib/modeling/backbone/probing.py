@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-__all__ = ["MapLayout", "probe_maps", "probe_size_divisibility"]
+__all__ = ["MapLayout", "probe_maps", "probe_size_divisibility", "unused_parameters"]
 
 # Large, so that borders (convolutions without padding) do not blur what stride a map has.
 _SIDE = 512
@@ -24,21 +24,43 @@ class MapLayout:
     """Whether the network gives it as (N, H, W, C)."""
 
 
-def _run_on_meta(
+def _on_meta(model: nn.Module) -> nn.Module:
+    """A copy without values: it costs no time, and what networks cache while they run goes with it."""
+    memo: dict[int, torch.Tensor] = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()
+    }
+    memo |= {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
+    return copy.deepcopy(model, memo)
+
+
+def _shapes(
     model: nn.Module,
     run: Callable[[nn.Module, torch.Tensor], Sequence[torch.Tensor]],
     in_channels: int,
     sizes: Sequence[tuple[int, int]],
 ) -> list[list[torch.Size]]:
     """The shapes that `run(model, pictures)` gives for pictures of these (height, width)."""
-    # A copy without values: it costs no time, and what networks cache while they run goes with it.
-    memo: dict[int, torch.Tensor] = {
-        id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in model.parameters()
-    }
-    memo |= {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
-    model = copy.deepcopy(model, memo).eval()
+    model = _on_meta(model).eval()
     with torch.device("meta"), torch.no_grad():
         return [[y.shape for y in run(model, torch.empty(1, in_channels, h, w))] for h, w in sizes]
+
+
+def unused_parameters(model: nn.Module, run, in_channels: int) -> list[str]:
+    """Names of the parameters that no map depends on in training.
+
+    They would never get a gradient, which training on several devices takes for a mistake.
+
+    Args:
+        model, run, in_channels: as for `probe_maps`.
+    """
+    model = _on_meta(model).train()
+    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad))
+    with torch.device("meta"), torch.enable_grad():
+        maps = run(model, torch.empty(2, in_channels, _SIDE, _SIDE))
+        gradients = torch.autograd.grad(
+            maps, parameters, [torch.empty_like(y) for y in maps], allow_unused=True
+        )
+    return [name for name, gradient in zip(names, gradients) if gradient is None]
 
 
 def probe_maps(model: nn.Module, run, in_channels: int, names: Sequence[str], what: str) -> list[MapLayout]:
@@ -59,7 +81,7 @@ def probe_maps(model: nn.Module, run, in_channels: int, names: Sequence[str], wh
             that grow with the picture.
     """
     try:
-        square, wide = _run_on_meta(model, run, in_channels, [(_SIDE, _SIDE), (_SIDE, 2 * _SIDE)])
+        square, wide = _shapes(model, run, in_channels, [(_SIDE, _SIDE), (_SIDE, 2 * _SIDE)])
     except Exception as error:
         raise ValueError(
             f"{what} is of no use to a detector: it cannot be run on pictures of other sizes than its own "
@@ -87,11 +109,11 @@ def probe_size_divisibility(model: nn.Module, run, in_channels: int) -> int:
         model, run, in_channels: as for `probe_maps`.
     """
     try:
-        _run_on_meta(model, run, in_channels, [(221, 333)])
+        _shapes(model, run, in_channels, [(221, 333)])
     except Exception:
         for step in (4, 8, 16, 32, 64):
             try:
-                _run_on_meta(model, run, in_channels, [(5 * step, 7 * step)])
+                _shapes(model, run, in_channels, [(5 * step, 7 * step)])
             except Exception:
                 continue
             return step

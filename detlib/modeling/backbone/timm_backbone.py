@@ -10,7 +10,7 @@ from torch import nn
 
 from detlib.layers import FrozenBatchNorm2d, get_norm
 from detlib.modeling.backbone.backbone import Backbone
-from detlib.modeling.backbone.probing import probe_maps, probe_size_divisibility
+from detlib.modeling.backbone.probing import probe_maps, probe_size_divisibility, unused_parameters
 from detlib.modeling.config_checks import check_features
 from detlib.utils.suggest import suggest
 
@@ -27,7 +27,8 @@ class TimmBackbone(Backbone):
 
     Strides follow from the network: of a ResNet "p0" has 2 and "p4" 32, of a ConvNeXt or Swin transformer
     "p0" has 4 and "p3" 32; `output_shape()` tells. Parameters are those of timm's feature extractor, below
-    ``timm_model``. Vision transformers, all of whose maps have one stride, take pictures of any size too.
+    ``timm_model``; those that no map depends on, which timm leaves in a few networks, do not train. Vision
+    transformers, all of whose maps have one stride, take pictures of any size too.
     """
 
     def __init__(
@@ -88,6 +89,8 @@ class TimmBackbone(Backbone):
         what = f"timm's model {model_name!r}"
         layouts = probe_maps(self.timm_model, _run, in_channels, names, what)
         self._channels_last = tuple(layout.channels_last for layout in layouts)
+        for name in unused_parameters(self.timm_model, _run, in_channels):
+            self.timm_model.get_parameter(name).requires_grad = False
         self._size_divisibility = probe_size_divisibility(self.timm_model, _run, in_channels)
         self._out_features = names
         self._out_feature_channels = {n: layout.channels for n, layout in zip(names, layouts)}

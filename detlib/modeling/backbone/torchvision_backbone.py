@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from detlib.modeling.backbone.backbone import Backbone
-from detlib.modeling.backbone.probing import probe_maps, probe_size_divisibility
+from detlib.modeling.backbone.probing import probe_maps, probe_size_divisibility, unused_parameters
 from detlib.utils.suggest import suggest
 
 __all__ = ["TorchvisionBackbone"]
@@ -75,10 +75,6 @@ class TorchvisionBackbone(Backbone):
             tracer_kwargs=tracer_kwargs,
             suppress_diff_warning=suppress_diff_warnings,
         )
-        used = {id(parameter) for parameter in self.feature_extractor.parameters()}
-        for parameter in self.model.parameters():
-            if id(parameter) not in used:
-                parameter.requires_grad = False  # it would never get a gradient
 
         def run(model, x):
             outputs = model(x)
@@ -86,6 +82,10 @@ class TorchvisionBackbone(Backbone):
 
         what, names = f"torchvision's model {model_name!r}", list(evaluate.values())
         layouts = probe_maps(self.feature_extractor, run, 3, [repr(name) for name in names], what)
+        unused = set(unused_parameters(self.feature_extractor, run, 3))
+        used = {id(p) for name, p in self.feature_extractor.named_parameters() if name not in unused}
+        for parameter in self.model.parameters():
+            parameter.requires_grad = id(parameter) in used
         self._size_divisibility = probe_size_divisibility(self.feature_extractor, run, 3)
         self._channels_last = [name for name, layout in zip(names, layouts) if layout.channels_last]
         self._out_features = names
