@@ -38,7 +38,8 @@ class DetectionCheckpointer(Checkpointer):
       Detectron and Caffe2 are recognized.
 
     A file of which not a single name is the model's own, such as the weights of a network of timm or
-    torchvision, is loaded into the part of the model where its names fit, if there is one; the log tells which.
+    torchvision, is loaded into the part of the model where its names fit, if there is one; the log tells
+    which.
     """
 
     def __init__(self, model: nn.Module, save_dir: str = "", *, save_to_disk: bool | None = None, **kwargs):

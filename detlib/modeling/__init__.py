@@ -1,10 +1,15 @@
 """Models and their parts: backbones, proposal generators, region heads and whole detectors."""
 
+from detlib.layers import ShapeSpec
 from detlib.modeling.anchor_generator import ANCHOR_GENERATOR_REGISTRY, build_anchor_generator
 from detlib.modeling.backbone import (
     BACKBONE_REGISTRY,
     FPN,
     Backbone,
+    BasicBlock,
+    BasicStem,
+    BottleneckBlock,
+    DeformBottleneckBlock,
     MViT,
     ResNet,
     ResNetBlockBase,
@@ -61,10 +66,14 @@ __all__ = [
     "Backbone",
     "BaseKeypointRCNNHead",
     "BaseMaskRCNNHead",
+    "BasicBlock",
+    "BasicStem",
+    "BottleneckBlock",
     "ChannelMapper",
     "DETR",
     "DINO",
     "DatasetMapperTTA",
+    "DeformBottleneckBlock",
     "DeformableDETR",
     "FCOS",
     "FPN",
@@ -89,6 +98,7 @@ __all__ = [
     "SEM_SEG_HEADS_REGISTRY",
     "SemanticSegmentor",
     "SetCriterion",
+    "ShapeSpec",
     "SimpleFeaturePyramid",
     "StandardROIHeads",
     "SwinTransformer",
