@@ -8,9 +8,11 @@ model.backbone.stages.depth = 18
 model.backbone.freeze_at = 0
 for name, channels in (("res3", 128), ("res4", 256), ("res5", 512)):
     model.neck.input_shapes[name].channels = channels
-model.transformer.encoder.update(num_layers=3, feedforward_dim=512)
-model.transformer.decoder.update(num_layers=3, feedforward_dim=512)
-model.update(num_classes=3, num_queries=100, dn_number=25)
+model.transformer.encoder.update(embed_dim=128, feedforward_dim=512, num_layers=3)
+model.transformer.decoder.update(embed_dim=128, feedforward_dim=512, num_layers=3)
+model.position_embedding.num_pos_feats = 64
+model.neck.out_channels = model.neck.norm_layer.num_channels = 128
+model.update(embed_dim=128, num_classes=3, num_queries=100, dn_number=25)
 
 dataloader.train.dataset.names = "shapes:train"
 dataloader.train.mapper.augmentations[0].update(short_edge_length=(256,), max_size=384)
