@@ -45,19 +45,26 @@ def test_layout_without_noise():
 
 
 def test_noise_of_boxes():
-    """Positive boxes move by up to half their size a side, negative ones by half to whole."""
-    truth = [{"labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.1]])}]
-    *_, boxes, _, meta = make(truth, box_noise=1.0)
-    assert meta == {"single_padding": 2, "dn_num": 100}
-    corners = box_cxcywh_to_xyxy(boxes[0].sigmoid()).reshape(100, 2, 4)
-    half = torch.tensor([0.1, 0.05, 0.1, 0.05])
-    moved = (corners - torch.tensor([0.4, 0.45, 0.6, 0.55])) / half
-    # A size that got below the smallest one that has a logit moves both sides a bit.
-    positive, negative = moved[:, 0].abs(), moved[:, 1].abs()
-    assert positive.max() <= 1.01 and 0.9 < positive.max()
-    assert 0.99 <= negative.min() and negative.max() <= 2.01
-    signs = moved.sign().mean(dim=(0, 1))
-    assert signs.abs().max() < 0.3  # in and out are as likely
+    """Sides of positive boxes move by up to half the size, those of negative ones by half to whole."""
+    torch.manual_seed(0)
+    boxes = torch.tensor([0.5, 0.5, 0.2, 0.1]).expand(500, 2, 4)
+    is_negative = torch.tensor([False, True])
+    corners = box_cxcywh_to_xyxy(apply_box_noise(boxes, 1.0, is_negative))
+    moved = (corners - torch.tensor([0.4, 0.45, 0.6, 0.55])) / torch.tensor([0.1, 0.05, 0.1, 0.05])
+    positive, negative = moved.abs().unbind(1)
+    assert 0 <= positive.min() < 0.05 and 0.95 < positive.max() < 1.001
+    assert 0.999 < negative.min() < 1.05 and 1.95 < negative.max() < 2.001
+    assert moved.sign().mean(dim=(0, 1)).abs().max() < 0.15  # in and out are as likely
+    halved = box_cxcywh_to_xyxy(apply_box_noise(boxes, 0.5, is_negative))
+    assert 0.09 < (halved[..., 0] - 0.4).abs().max() < 0.1001
+
+
+def test_which_queries_are_negative():
+    truth = targets((3, 2), num_classes=NUM_CLASSES)
+    _, _, boxes, _, meta = make(truth, box_noise=1e-2)
+    exact = make(truth)[3]
+    off = (boxes.sigmoid() - exact.sigmoid()).abs().sum(2)[0].reshape(meta["dn_num"], 2, 3).mean(dim=(0, 2))
+    assert off[1] > 2 * off[0] > 0
 
 
 def test_noise_stays_in_the_picture():

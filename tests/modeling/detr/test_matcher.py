@@ -13,9 +13,10 @@ from detlib.modeling.detr.matcher import Matches, flat_matches
 from tests.modeling.detr.small_models import predictions, targets
 
 
-def slow_cost(matcher, logits, boxes, target):
+def slow_cost(matcher, outputs, image, target):
     """Of one picture: a list of Q rows of M costs."""
     table = []
+    logits, boxes = outputs["pred_logits"][image].detach(), outputs["pred_boxes"][image].detach()
     for logit, box in zip(logits, boxes):
         row = []
         for label, gt in zip(target["labels"], target["boxes"]):
@@ -44,9 +45,7 @@ def test_costs_and_matches(kind):
     found = matcher(outputs, truth)
     assert cost.shape == (1, 3, 6, 3) and len(found) == 3
     for i, target in enumerate(truth):
-        table = slow_cost(
-            matcher, outputs["pred_logits"][i].detach(), outputs["pred_boxes"][i].detach(), target
-        )
+        table = slow_cost(matcher, outputs, i, target)
         count = len(target["labels"])
         torch.testing.assert_close(
             cost[0, i, :, :count].detach(), torch.tensor(table).reshape(6, count), rtol=1e-5, atol=1e-5
@@ -70,9 +69,7 @@ def test_layers_at_once_are_the_layers_alone():
     for layer, own, matches in zip(outputs, (truth, truth, as_one_class), found):
         assert torch.equal(matches.flat, matcher(layer, own).flat)
         for i, target in enumerate(own):
-            table = slow_cost(
-                matcher, layer["pred_logits"][i].detach(), layer["pred_boxes"][i].detach(), target
-            )
+            table = slow_cost(matcher, layer, i, target)
             if table[0]:
                 queries, objects = linear_sum_assignment(table)
                 assert matches[i][0].tolist() == queries.tolist()
@@ -126,8 +123,8 @@ def test_half_precision_is_compared_in_single():
 
 def test_mistakes():
     with pytest.raises(
-        ValueError, match="cost_class_type is 'focal_cost'; legal are 'ce_cost', 'focal_loss_cost'"
+        ValueError, match="cost_class_type is 'focal'; legal are 'ce_cost', 'focal_loss_cost'"
     ):
-        HungarianMatcher(cost_class_type="focal_cost")
+        HungarianMatcher(cost_class_type="focal")
     with pytest.raises(ValueError, match="must not be 0"):
         HungarianMatcher(0, 0, 0)
