@@ -68,6 +68,7 @@ LAZY = {
     "pycocotools",
     "scipy",
     "tensorboard",
+    "timm",
 }
 # Files that are themselves imported only where they are used.
 LAZY_FILES = {"evaluation/fast_eval_api.py"}

@@ -14,6 +14,7 @@ from detlib.checkpoint.background import BackgroundWriter, copy_to_host
 from detlib.checkpoint.formats import read_checkpoint, to_plain_types, write_checkpoint
 from detlib.checkpoint.key_matching import strip_common_prefix
 from detlib.checkpoint.report import LoadReport
+from detlib.checkpoint.sharded import gather_shards, is_sharded, shard_like
 from detlib.utils.atomic_write import remove_unfinished_files, write_bytes_atomically
 from detlib.utils.file_io import PathManager
 
@@ -112,11 +113,17 @@ class Checkpointer:
 
     def _write(self, name: str, entries: dict[str, Any], mark: str | None) -> bool:
         """Writes a file and then `mark`, now or in the background."""
-        if not self.save_dir or not self.save_to_disk:
+        sharded = is_sharded(self.model)
+        if not self.save_dir or not (self.save_to_disk or sharded):
             return False
         content = {"model": self.model.state_dict()}
         for key, checkpointable in self.checkpointables.items():
             content[key] = checkpointable.state_dict()
+        if sharded:
+            # Every process holds a part, so all of them come here.
+            content = gather_shards(content, keep=self.save_to_disk)
+            if not self.save_to_disk:
+                return False
         content = to_plain_types(content | entries, "checkpoint")
         if self._background is not None:
             content = copy_to_host(content)
@@ -242,7 +249,7 @@ class Checkpointer:
         old_names = {id(value): name for name, value in state.items()}
         state = strip_common_prefix(state, "module.")
         state = self._rename_keys(state, checkpoint)
-        own = {name: value for name, value in self.model.state_dict().items() if _has_shape(value)}
+        own = {name: value for name, value in self.model.state_dict().items() if has_shape(value)}
         wrong = [
             (name, tuple(value.shape), tuple(own[name].shape))
             for name, value in state.items()
@@ -250,7 +257,10 @@ class Checkpointer:
         ]
         for name, _, _ in wrong:
             del state[name]
-        result = self.model.load_state_dict(state, strict=False)
+        placed = state
+        if is_sharded(self.model):
+            placed = {name: shard_like(x, own[name]) if name in own else x for name, x in state.items()}
+        result = self.model.load_state_dict(placed, strict=False)
         skipped = {name for name, _, _ in wrong}
         missing = [name for name in result.missing_keys if name not in skipped]
         self.report.loaded = [name for name in own if name in state]
@@ -264,7 +274,7 @@ class Checkpointer:
         return state
 
 
-def _has_shape(value: Any) -> bool:
+def has_shape(value: Any) -> bool:
     """False for extra states and for parameters of lazy modules, which have no shape yet."""
     return isinstance(value, torch.Tensor) and not nn.parameter.is_lazy(value)
 

@@ -13,11 +13,13 @@ from .build import (
 from .catalog import DatasetCatalog, Metadata, MetadataCatalog
 from .common import DatasetFromList, MapDataset, ToIterableDataset
 from .dataset_mapper import DatasetMapper
+from .detr_dataset_mapper import DetrDatasetMapper
 
 __all__ = [
     "DatasetCatalog",
     "DatasetFromList",
     "DatasetMapper",
+    "DetrDatasetMapper",
     "MapDataset",
     "Metadata",
     "MetadataCatalog",

@@ -284,10 +284,20 @@ def _train_loader_from_config(cfg, mapper=None, *, dataset=None, sampler=None) -
         "dataset": dataset,
         "sampler": sampler,
         "mapper": mapper,
-        "total_batch_size": cfg.SOLVER.IMS_PER_BATCH,
+        "total_batch_size": _pictures_per_pass(cfg.SOLVER),
         "aspect_ratio_grouping": cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         "num_workers": cfg.DATALOADER.NUM_WORKERS,
     }
+
+
+def _pictures_per_pass(solver) -> int:
+    """Pictures of one forward and backward pass over all processes."""
+    if solver.ACCUM_STEPS < 1 or solver.IMS_PER_BATCH % solver.ACCUM_STEPS:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH = {solver.IMS_PER_BATCH} must be a multiple of SOLVER.ACCUM_STEPS = "
+            f"{solver.ACCUM_STEPS}, which is at least 1"
+        )
+    return solver.IMS_PER_BATCH // solver.ACCUM_STEPS
 
 
 @configurable(from_config=_train_loader_from_config)

@@ -31,11 +31,12 @@ class AMPTrainer(SimpleTrainer):
         precision: torch.dtype = torch.float16,
         log_grad_scaler: bool = False,
         async_write_metrics: bool = False,
+        **kwargs,
     ):
         """
         Args:
             model, data_loader, optimizer, gather_metric_period, zero_grad_before_forward,
-                async_write_metrics: as in `SimpleTrainer`.
+                async_write_metrics, **kwargs: as in `SimpleTrainer`.
             grad_scaler: scales the loss so that small gradients survive; None makes one, which does nothing
                 unless `precision` is float16.
             precision: torch.float16 or torch.bfloat16.
@@ -49,7 +50,13 @@ class AMPTrainer(SimpleTrainer):
         if isinstance(model, DataParallel) or len(getattr(model, "device_ids", None) or []) > 1:
             raise ValueError("AMPTrainer trains one device per process: use detlib.engine.launch for several")
         super().__init__(
-            model, data_loader, optimizer, gather_metric_period, zero_grad_before_forward, async_write_metrics
+            model,
+            data_loader,
+            optimizer,
+            gather_metric_period,
+            zero_grad_before_forward,
+            async_write_metrics,
+            **kwargs,
         )
         self.device_type = next(model.parameters()).device.type
         if self.device_type == "cpu" and precision == torch.float16:

@@ -15,6 +15,7 @@ from detlib.data.build import pictures_per_epoch
 from detlib.engine import hooks
 from detlib.engine.checks import as_names, check_datasets, check_num_classes, set_num_classes
 from detlib.engine.evaluators import default_evaluator
+from detlib.engine.options import RunOptions, set_iterations
 from detlib.engine.parts_trainer import PartsTrainer
 from detlib.engine.train_loop import HookBase
 from detlib.evaluation import (
@@ -71,22 +72,15 @@ class DefaultTrainer(PartsTrainer):
         model = self.build_model(cfg)
         if cfg.TEST.AUG.ENABLED:
             GeneralizedRCNNWithTTA(cfg, model)  # to learn now, not at the end, if it has none for this model
-        optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         self._check_num_classes(cfg)
-
-        self._take_parts(
-            model,
-            optimizer,
-            data_loader,
-            self.build_lr_scheduler(cfg, optimizer),
-            max_iter=cfg.SOLVER.MAX_ITER,
-            output_dir=cfg.OUTPUT_DIR,
-            weights=cfg.MODEL.WEIGHTS,
-            amp=cfg.SOLVER.AMP.ENABLED,
-            async_save=cfg.SOLVER.CHECKPOINT_ASYNC,
-            broadcast_buffers=False,
-        )
+        pictures = pictures_per_epoch(data_loader)
+        cfg = set_iterations(cfg, pictures)
+        options = RunOptions.from_cfg(cfg, pictures)
+        model = self._prepare_model(model, options)
+        optimizer = self.build_optimizer(cfg, model)
+        scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self._take_parts(model, optimizer, data_loader, scheduler, options)
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
@@ -109,7 +103,7 @@ class DefaultTrainer(PartsTrainer):
         if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model):
             result.append(
                 hooks.PreciseBN(
-                    cfg.TEST.EVAL_PERIOD,
+                    self.options.eval_period,
                     self.model,
                     self.build_train_loader(cfg),
                     cfg.TEST.PRECISE_BN.NUM_ITER,
@@ -119,8 +113,8 @@ class DefaultTrainer(PartsTrainer):
         result.append(
             hooks.PeriodicCheckpointer(
                 self.checkpointer,
-                self._checkpoint_period(),
-                max_to_keep=cfg.SOLVER.CHECKPOINT_KEEP_LAST or None,
+                self.options.checkpoint_period,
+                max_to_keep=self.options.checkpoint_keep,
             )
         )
 
@@ -133,23 +127,10 @@ class DefaultTrainer(PartsTrainer):
                 test_cfg.TEST.AUG.ENABLED = False
             return self.test(test_cfg, self.model)
 
-        result.append(self._evaluation_hook(cfg.TEST.EVAL_PERIOD, test))
+        result.append(self._evaluation_hook(self.options.eval_period, test))
         if comm.is_main_process():
-            result.append(hooks.PeriodicWriter(self.build_writers(), period=20))
+            result.append(hooks.PeriodicWriter(self.build_writers(), self.options.log_period))
         return result
-
-    def _checkpoint_period(self) -> int:
-        """Iterations between checkpoints."""
-        solver = self.cfg.SOLVER
-        if solver.CHECKPOINT_EPOCHS <= 0:
-            return solver.CHECKPOINT_PERIOD
-        pictures = pictures_per_epoch(self.data_loader)
-        if pictures is None:
-            raise ValueError(
-                f"SOLVER.CHECKPOINT_EPOCHS = {solver.CHECKPOINT_EPOCHS}: the training data do not tell their "
-                "length; set SOLVER.CHECKPOINT_PERIOD in iterations instead."
-            )
-        return max(1, round(solver.CHECKPOINT_EPOCHS * pictures / solver.IMS_PER_BATCH))
 
     def train(self) -> Mapping[str, Any] | None:
         """As `PartsTrainer.train`; also holds the results against TEST.EXPECTED_RESULTS."""

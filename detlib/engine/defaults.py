@@ -2,7 +2,8 @@
 
 from detlib.engine.default_trainer import DefaultTrainer
 from detlib.engine.predictor import DefaultPredictor
-from detlib.engine.setup import create_ddp_model, default_argument_parser, default_setup, default_writers
+from detlib.engine.setup import default_argument_parser, default_setup, default_writers
+from detlib.engine.wrapping import create_ddp_model
 
 __all__ = [
     "DefaultPredictor",

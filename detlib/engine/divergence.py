@@ -13,8 +13,19 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-__all__ = ["LossRecord", "LossStep", "find_non_finite_parameters", "losses_to_floats", "picture_names"]
+from detlib.checkpoint.sharded import is_sharded
+from detlib.utils import comm
+
+__all__ = [
+    "LossRecord",
+    "LossStep",
+    "find_non_finite_parameters",
+    "learning_rate_advice",
+    "losses_to_floats",
+    "picture_names",
+]
 
 _MAX_FILES = 64
 
@@ -85,11 +96,48 @@ def losses_to_floats(loss_dict: Mapping[str, Any]) -> dict[str, float]:
     return {name: values[name] for name in loss_dict}
 
 
+def learning_rate_advice(
+    optimizer: torch.optim.Optimizer, images_per_step: int, rate_per_image: float
+) -> str:
+    """Tells the learning rate that fits, if the one in use is too high for so small a batch.
+
+    By the linear rule of "Accurate, Large Minibatch SGD" (https://arxiv.org/abs/1706.02677); nothing is said
+    of other optimizers than SGD, whose rates do not follow it.
+
+    Args:
+        optimizer: the optimizer.
+        images_per_step: pictures of one update over all processes, 0 if that is not known.
+        rate_per_image: learning rate over batch size of the published schedules.
+
+    Returns:
+        A sentence, or "".
+    """
+    if not isinstance(optimizer, torch.optim.SGD) or images_per_step < 1:
+        return ""
+    rate = max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
+    fitting = rate_per_image * images_per_step
+    if rate <= 1.5 * fitting:
+        return ""
+    return (
+        f"The learning rate {rate:g} is high for {images_per_step} pictures a step: the published schedules "
+        f"have {rate_per_image * 16:g} for 16, which makes {fitting:g} here (SOLVER.BASE_LR)."
+    )
+
+
 def find_non_finite_parameters(model: nn.Module) -> list[str]:
     """Names of the parameters that hold an infinite value or NaN."""
-    named = [(n, p) for n, p in model.named_parameters() if p.is_floating_point() and p.numel()]
-    if not named:
-        return []
-    # One transfer for the whole model.
-    finite = torch.stack([torch.isfinite(p.detach()).all().to(named[0][1].device) for _, p in named])
-    return [name for (name, _), good in zip(named, finite.tolist()) if not good]
+    named = [
+        # Each process looks at its own part of a parameter that is shared out.
+        (name, param.to_local() if isinstance(param, DTensor) else param)
+        for name, param in model.named_parameters()
+        if param.is_floating_point()
+    ]
+    named = [(name, param) for name, param in named if param.numel()]
+    bad: list[str] = []
+    if named:
+        # One transfer for the whole model.
+        finite = torch.stack([torch.isfinite(p.detach()).all().to(named[0][1].device) for _, p in named])
+        bad = [name for (name, _), good in zip(named, finite.tolist()) if not good]
+    if is_sharded(model):
+        bad = sorted(set().union(*comm.all_gather(bad)))
+    return bad

@@ -1,5 +1,6 @@
 """The trainer that builds everything from a lazy config."""
 
+import copy
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +10,7 @@ from torch import nn
 
 from detlib.config import instantiate
 from detlib.engine import hooks
+from detlib.engine.options import RunOptions
 from detlib.engine.parts_trainer import PartsTrainer
 from detlib.engine.train_loop import HookBase
 from detlib.evaluation import inference_on_dataset, print_csv_format
@@ -63,25 +65,30 @@ class LazyTrainer(PartsTrainer):
             raise KeyError(f"The lazy config lacks {missing}, which training needs; it has {list(cfg)}.")
         self.cfg = cfg
         train = cfg.train
-        model = self.build_model(cfg)
+        options = RunOptions.from_lazy(train, cfg.dataloader.train.get("total_batch_size") or 0)
+        model = self._prepare_model(self.build_model(cfg), options)
         model.train()
         cfg.optimizer.params.model = model
         optimizer = instantiate(cfg.optimizer)
         del cfg.optimizer.params.model  # the config stays one that can be saved
-        data_loader = instantiate(cfg.dataloader.train)
+        data_loader = instantiate(self._train_loader_config(options))
         scheduler = LRMultiplier(optimizer, instantiate(cfg.lr_multiplier), train.max_iter)
-        self._take_parts(
-            model,
-            optimizer,
-            data_loader,
-            scheduler,
-            max_iter=train.max_iter,
-            output_dir=train.output_dir,
-            weights=train.get("init_checkpoint", ""),
-            amp=train.get("amp", {}).get("enabled", False),
-            **instantiate(train.get("ddp", {})),
-        )
+        self._take_parts(model, optimizer, data_loader, scheduler, options)
         self.register_hooks(self.build_hooks())
+
+    def _train_loader_config(self, options: RunOptions):
+        """The training loader's node, whose batches are those of one forward pass."""
+        node = self.cfg.dataloader.train
+        if options.accum_steps == 1 or not options.images_per_step:
+            return node
+        if options.images_per_step % options.accum_steps:
+            raise ValueError(
+                f"dataloader.train.total_batch_size = {options.images_per_step} must be a multiple of "
+                f"train.accum_steps = {options.accum_steps}"
+            )
+        node = copy.deepcopy(node)
+        node.total_batch_size = options.images_per_step // options.accum_steps
+        return node
 
     @classmethod
     def build_model(cls, cfg: Mapping[str, Any]) -> nn.Module:

@@ -1,16 +1,25 @@
 """The trainer around a model and what belongs to it, however these were made."""
 
+import contextlib
 import logging
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from detlib.checkpoint import DetectionCheckpointer
 from detlib.engine import hooks
-from detlib.engine.setup import create_ddp_model, default_writers
+from detlib.engine.divergence import learning_rate_advice
+from detlib.engine.ema import EMA_ENTRY, WeightAverage
+from detlib.engine.memory_saving import add_activation_checkpoints
+from detlib.engine.options import RunOptions
+from detlib.engine.process_state import gather_process_state, load_process_state
+from detlib.engine.setup import default_writers
+from detlib.engine.step_seed import seed_step
 from detlib.engine.train_loop import AMPTrainer, HookBase, SimpleTrainer, TrainerBase
+from detlib.engine.wrapping import compile_parts, create_ddp_model, shard_model
 from detlib.utils import comm
 from detlib.utils.events import EventWriter
 
@@ -30,13 +39,35 @@ class _AfterBackward(HookBase):
 
 
 class PartsTrainer(TrainerBase):
-    """Trains, saves and resumes, once it has its parts. Subclasses read a config and call `_take_parts`.
+    """Trains, saves and resumes, once it has its parts. Subclasses read a config.
+
+    They build a model, hand it to `_prepare_model`, build the optimizer of what comes back, and call
+    `_take_parts`. Every step's random numbers are a function of the seed, the step and the process, so that
+    a resumed run draws what it would have drawn without the interruption.
 
     Attributes:
+        options: how to train.
         scheduler: the learning-rate schedule.
         checkpointer: the `DetectionCheckpointer`.
         output_dir: folder of checkpoints and logs.
+        ema: the average of the weights, or None.
     """
+
+    def _prepare_model(self, model: nn.Module, options: RunOptions) -> nn.Module:
+        """Does to a model what must be done before it has an optimizer.
+
+        Args:
+            model: the model, on its device.
+            options: ``activation_checkpoint``, ``compile*`` and ``strategy`` are looked at.
+
+        Raises:
+            ValueError, RuntimeError: if an option does not fit the model or the processes.
+        """
+        if options.activation_checkpoint:
+            add_activation_checkpoints(model)
+        if options.compile:
+            compile_parts(model, options.compile_modules, options.compile_backend)
+        return shard_model(model) if options.strategy == "fsdp" else model
 
     def _take_parts(
         self,
@@ -44,39 +75,47 @@ class PartsTrainer(TrainerBase):
         optimizer: torch.optim.Optimizer,
         data_loader: Iterable,
         scheduler,
-        *,
-        max_iter: int,
-        output_dir: str,
-        weights: str,
-        amp: bool = False,
-        async_save: bool = False,
-        fp16_compression: bool = False,
-        **ddp,
+        options: RunOptions,
     ) -> None:
         """
         Args:
-            model: the model, on its device.
+            model: what `_prepare_model` gave.
             optimizer: of its parameters.
             data_loader: the endless loader of training batches.
             scheduler: the learning-rate schedule, a PyTorch one.
-            max_iter: the number of steps after which training ends.
-            output_dir: folder of checkpoints and logs.
-            weights: what `resume_or_load` loads where it does not resume.
-            amp: train in mixed precision.
-            async_save: see `detlib.checkpoint.Checkpointer`.
-            fp16_compression, **ddp: see `create_ddp_model`.
+            options: how to train.
         """
-        model = create_ddp_model(model, fp16_compression=fp16_compression, **ddp)
-        self._trainer = (AMPTrainer if amp else SimpleTrainer)(model, data_loader, optimizer)
+        self.options = options
+        self.ema = WeightAverage(model, options.ema_decay) if options.ema_decay else None
+        wrapped = model if options.strategy == "fsdp" else create_ddp_model(model, **options.ddp)
+        advice = learning_rate_advice(optimizer, options.images_per_step, options.rate_per_image)
+        if advice:
+            logger.warning("%s", advice)
+        step_options = {
+            "accum_steps": options.accum_steps,
+            "skip_non_finite": options.skip_non_finite,
+            "advice": advice,
+        }
+        if options.precision:
+            precision = getattr(torch, options.precision)
+            self._trainer: SimpleTrainer = AMPTrainer(
+                wrapped, data_loader, optimizer, precision=precision, **step_options
+            )
+        else:
+            self._trainer = SimpleTrainer(wrapped, data_loader, optimizer, **step_options)
         self._trainer.register_hooks([_AfterBackward(weakref.proxy(self))])
         self.scheduler = scheduler
         self.checkpointer = DetectionCheckpointer(
-            model, output_dir, async_save=async_save, trainer=weakref.proxy(self)
+            wrapped, options.output_dir, async_save=options.checkpoint_async, trainer=weakref.proxy(self)
         )
+        if self.ema is not None:
+            self.checkpointer.add_checkpointable(EMA_ENTRY, self.ema)
         self.start_iter = 0
-        self.max_iter = max_iter
-        self.output_dir = output_dir
-        self._weights = weights
+        self.max_iter = options.max_iter
+        self.output_dir = options.output_dir
+        # One for all processes; seed_step tells them apart.
+        self._seed = options.seed if options.seed >= 0 else comm.shared_random_seed()
+        self._process_states: list[dict] = []
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Resumes from the last checkpoint in the output folder, or else loads the config's weights.
@@ -84,15 +123,33 @@ class PartsTrainer(TrainerBase):
         Args:
             resume: False loads the config's weights in any case, and starts at iteration 0.
         """
-        self.checkpointer.resume_or_load(self._weights, resume=resume)
-        if resume and self.checkpointer.has_checkpoint():
-            # The checkpoint was saved after the step it is named by.
-            self.start_iter = self.iter + 1
+        options = self.options
+        has_checkpoint = resume and self.checkpointer.has_checkpoint()
+        self.checkpointer.resume_or_load(options.weights, resume=resume)
+        if not has_checkpoint:
+            if self.ema is not None:
+                self.ema.reset()
+            if resume:
+                logger.info(
+                    "There was nothing to resume in %s: training starts at iteration 0 from %s",
+                    options.output_dir,
+                    options.weights or "random weights",
+                )
+            return
+        # The checkpoint was saved after the step it is named by.
+        self.start_iter = self.iter + 1
+        logger.info(
+            "Resumed from %s: next is iteration %d of %d. Restored: %s",
+            self.checkpointer.get_checkpoint_file(),
+            self.start_iter,
+            self.max_iter,
+            ", ".join(self._restored),
+        )
+        if options.weights:
             logger.info(
-                "Resumed from %s with optimizer, schedule and hooks; next is iteration %d of %d",
-                self.checkpointer.get_checkpoint_file(),
-                self.start_iter,
-                self.max_iter,
+                "The weights to start from, %s, were not loaded: resuming goes on from the checkpoint. Leave "
+                "out --resume to start from them",
+                options.weights,
             )
 
     def build_writers(self) -> list[EventWriter]:
@@ -103,10 +160,17 @@ class PartsTrainer(TrainerBase):
         """Evaluates every `period` steps; the results are kept for `train` to return."""
 
         def test_and_save_results() -> dict:
-            self._last_eval_results = test()
+            with self.weights_to_evaluate():
+                self._last_eval_results = test()
             return self._last_eval_results
 
         return hooks.EvalHook(period, test_and_save_results)
+
+    def weights_to_evaluate(self) -> contextlib.AbstractContextManager:
+        """Within the block the model has the weights that are evaluated: their average, if there is one."""
+        if self.ema is None or not self.options.ema_for_eval:
+            return contextlib.nullcontext()
+        return self.ema.applied()
 
     def train(self) -> dict | None:
         """Trains from where `resume_or_load` has left it up to the last iteration.
@@ -120,16 +184,53 @@ class PartsTrainer(TrainerBase):
         super().train(self.start_iter, self.max_iter)
         return getattr(self, "_last_eval_results", None) if comm.is_main_process() else None
 
+    def before_train(self) -> None:
+        saves = any(isinstance(h, hooks.PeriodicCheckpointer | hooks.BestCheckpointer) for h in self._hooks)
+        # Some scripts register the hooks that save on the main process only.
+        self._all_save = all(comm.all_gather(saves))
+        super().before_train()
+
+    def before_step(self) -> None:
+        seed_step(self._seed, self.iter, comm.get_rank())
+        super().before_step()
+
     def run_step(self) -> None:
         self._trainer.iter = self.iter
         self._trainer.run_step()
+        if self.ema is not None and not self._trainer.skipped:
+            self.ema.update()
+
+    def prepare_to_save(self) -> None:
+        """Collects what each process has for itself; hooks call it before they save, in all processes."""
+        if self._all_save:
+            self._process_states = gather_process_state(self.checkpointer.model)
 
     def state_dict(self) -> dict:
-        return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
+        state = {**super().state_dict(), "_trainer": self._trainer.state_dict(), "seed": self._seed}
+        if self.ema is not None:
+            state["ema_updates"] = self.ema.updates
+        if self._process_states:
+            state["processes"] = self._process_states
+        return state
 
-    def load_state_dict(self, state_dict: dict) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
+        restored = ["model", "optimizer", "schedule and hooks"]
+        if self.options.seed < 0 and "seed" in state_dict:
+            self._seed = state_dict["seed"]
+        restored.append(f"random numbers (seed {self._seed})")
+        if "data_loader" in state_dict["_trainer"]:
+            restored.append("position in the data")
+        if state_dict["_trainer"].get("grad_scaler"):
+            restored.append("gradient scale")
+        if self.ema is not None and "ema_updates" in state_dict:
+            self.ema.updates = state_dict["ema_updates"]
+            restored.append(f"average of the weights ({self.ema.updates} updates)")
+        elif self.ema is not None:
+            self.ema.reset()
+        load_process_state(self.checkpointer.model, state_dict.get("processes", []))
+        self._restored = restored
 
     @property
     def model(self) -> nn.Module:

@@ -1,16 +1,13 @@
-"""What a training script does before the training: arguments, logs, seeds, writers and DDP."""
+"""What a training script does before the training: arguments, logs, seeds and writers."""
 
 import argparse
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from detlib.config import CfgNode, LazyConfig
 from detlib.engine.checks import set_num_classes
@@ -21,7 +18,6 @@ from detlib.utils.file_io import PathManager
 from detlib.utils.logger import setup_logger
 
 __all__ = [
-    "create_ddp_model",
     "default_argument_parser",
     "default_setup",
     "default_writers",
@@ -162,26 +158,3 @@ def default_writers(output_dir: str, max_iter: int | None = None) -> list[EventW
         JSONWriter(os.path.join(output_dir, "metrics.json")),
         TensorboardXWriter(output_dir),
     ]
-
-
-def create_ddp_model(model: nn.Module, *, fp16_compression: bool = False, **kwargs: Any) -> nn.Module:
-    """Wraps a model for distributed training, if there are several processes.
-
-    Args:
-        model: the model, on its device.
-        fp16_compression: send gradients as float16.
-        **kwargs: for `DistributedDataParallel`.
-    """
-    if comm.get_world_size() == 1:
-        return model
-    if "device_ids" not in kwargs and next(model.parameters()).device.type == "cuda":
-        kwargs["device_ids"] = [comm.get_local_rank()]
-    with warnings.catch_warnings():
-        # The name that replaces broadcast_buffers is unknown to the older releases that detlib runs on.
-        warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-        ddp = DistributedDataParallel(model, **kwargs)
-    if fp16_compression:
-        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-
-        ddp.register_comm_hook(state=None, hook=default_hooks.fp16_compress_hook)
-    return ddp

@@ -1,6 +1,8 @@
 """The usual training step: one batch, one forward and backward pass, one update."""
 
 import concurrent.futures
+import contextlib
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -8,13 +10,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+from detlib.checkpoint.sharded import shard_optimizer_state
 from detlib.engine.divergence import LossRecord, losses_to_floats, picture_names
 from detlib.engine.trainer_base import TrainerBase
 from detlib.utils import comm
 from detlib.utils.events import get_event_storage
 
 __all__ = ["SimpleTrainer"]
+
+logger = logging.getLogger(__name__)
 
 _ADVICE = (
     "The parameters were not saved after this. Common causes: a learning rate too high for the batch size, "
@@ -27,6 +33,9 @@ class SimpleTrainer(TrainerBase):
 
     The model must return a dict of scalar losses, which are summed, or one scalar. For anything else,
     subclass `TrainerBase` with a ``run_step`` of your own.
+
+    Attributes:
+        skipped: how many steps in a row were left out last, see `skip_non_finite`.
     """
 
     def __init__(
@@ -37,6 +46,10 @@ class SimpleTrainer(TrainerBase):
         gather_metric_period: int = 1,
         zero_grad_before_forward: bool = False,
         async_write_metrics: bool = False,
+        *,
+        accum_steps: int = 1,
+        skip_non_finite: int = 0,
+        advice: str = "",
     ):
         """
         Args:
@@ -48,8 +61,22 @@ class SimpleTrainer(TrainerBase):
             zero_grad_before_forward: clear the gradients before the forward pass instead of after it.
             async_write_metrics: look at the losses in another thread. An error in one (NaN) comes to light
                 a step later.
+            accum_steps: batches whose gradients are averaged for one update. Their losses are averaged too.
+            skip_non_finite: how many steps in a row may be left out, with a warning, because their loss is
+                infinite or NaN in some process; 0 raises at once. Every step's losses are then looked at.
+            advice: what to add to the message for such losses.
+
+        Raises:
+            ValueError: if `accum_steps` is less than 1, or `skip_non_finite` comes with late looks.
         """
         super().__init__()
+        if accum_steps < 1:
+            raise ValueError(f"accum_steps must be at least 1, got {accum_steps}")
+        if skip_non_finite and (gather_metric_period != 1 or async_write_metrics):
+            raise ValueError(
+                f"skip_non_finite={skip_non_finite} needs gather_metric_period=1 and no async_write_metrics: "
+                f"the loss must be known before the update"
+            )
         model.train()
         self.model = model
         self.data_loader = data_loader
@@ -57,6 +84,10 @@ class SimpleTrainer(TrainerBase):
         self.gather_metric_period = gather_metric_period
         self.zero_grad_before_forward = zero_grad_before_forward
         self.async_write_metrics = async_write_metrics
+        self.accum_steps = accum_steps
+        self.skip_non_finite = skip_non_finite
+        self.advice = advice
+        self.skipped = 0
         self._data_loader_iter_obj = None
         self._losses = LossRecord()
         self._pending_write: concurrent.futures.Future | None = None
@@ -68,26 +99,59 @@ class SimpleTrainer(TrainerBase):
                 f"{type(self).__name__}: the model is in eval mode; something called model.eval() "
                 "without model.train() after it"
             )
-        start = time.perf_counter()
-        data = self._next_batch()
-        data_time = time.perf_counter() - start
-
         if self.zero_grad_before_forward:
             self.optimizer.zero_grad()
-        try:
-            loss_dict = self._forward(data)
-        except FloatingPointError as e:
-            raise FloatingPointError(self._explain_failed_forward(e, data)) from e
-        losses = sum(loss_dict.values())
-        if not self.zero_grad_before_forward:
-            self.optimizer.zero_grad()
-        self._backward(losses)
+        data_time, parts = 0.0, []
+        for part in range(self.accum_steps):
+            start = time.perf_counter()
+            data = self._next_batch()
+            data_time += time.perf_counter() - start
+            with self._communicate(part == self.accum_steps - 1):
+                try:
+                    loss_dict = self._forward(data)
+                except FloatingPointError as e:
+                    message = self._explain_failed_forward(e, data)
+                    if comm.get_world_size() == 1 and self._may_skip(message):
+                        return
+                    raise FloatingPointError(message) from e
+                losses = sum(loss_dict.values())
+                if part == 0 and not self.zero_grad_before_forward:
+                    self.optimizer.zero_grad()
+                self._backward(losses if self.accum_steps == 1 else losses / self.accum_steps)
+            self._losses.add(self.iter, loss_dict, data)
+            parts.append(loss_dict)
         self.after_backward()
-
-        self._losses.add(self.iter, loss_dict, data)
-        self._report(loss_dict, data_time)
+        try:
+            self._report(parts[0] if len(parts) == 1 else _mean_losses(parts), data_time)
+        except FloatingPointError as e:
+            if self._may_skip(str(e)):
+                return
+            raise
         # After the report: a step whose loss is NaN must not reach the parameters.
         self._update()
+        self.skipped = 0
+
+    def _communicate(self, last: bool) -> contextlib.AbstractContextManager:
+        """Sends gradients to the other processes in the last of the backward passes of a step only."""
+        if isinstance(self.model, DistributedDataParallel) and not last:
+            return self.model.no_sync()
+        if hasattr(self.model, "set_requires_gradient_sync"):  # a model of fully_shard
+            self.model.set_requires_gradient_sync(last)
+        return contextlib.nullcontext()
+
+    def _may_skip(self, reason: str) -> bool:
+        """Counts and logs a step that is left out, unless there have been too many."""
+        self.skipped += 1
+        if self.skipped > self.skip_non_finite:
+            return False
+        logger.warning(
+            "The step is left out (%d of at most %d in a row).\n%s",
+            self.skipped,
+            self.skip_non_finite,
+            reason,
+        )
+        self._losses.forget_until(self.iter)
+        return True
 
     def _next_batch(self) -> Any:
         try:
@@ -213,7 +277,7 @@ class SimpleTrainer(TrainerBase):
             where = f"Process {rank}" if len(firsts) > 1 else "Losses"
             lines.append(f"{where}: {_format_losses(step.losses)}")
             lines.append(f"Images: {', '.join(step.files) or 'the batch names no files'}")
-        return "\n".join([*lines, _ADVICE])
+        return self._with_advice(lines)
 
     def _explain_failed_forward(self, error: FloatingPointError, data: Any) -> str:
         """The message for a model that found its own predictions to be not finite."""
@@ -224,18 +288,28 @@ class SimpleTrainer(TrainerBase):
             when = max(iteration for name, (_, iteration) in latest.items() if name in losses)
             lines.append(f"Losses at iteration {when}: {_format_losses(losses)}")
         lines.append(f"Images: {', '.join(picture_names(data)) or 'the batch names no files'}")
-        return "\n".join([*lines, _ADVICE])
+        return self._with_advice(lines)
+
+    def _with_advice(self, lines: list[str]) -> str:
+        return "\n".join(filter(None, [*lines, self.advice, _ADVICE]))
 
     def _learning_rates(self) -> str:
         rates = sorted({float(group["lr"]) for group in self.optimizer.param_groups})
         return f"Learning rate: {', '.join(f'{rate:.6g}' for rate in rates)}"
 
     def state_dict(self) -> dict:
-        return {**super().state_dict(), "optimizer": self.optimizer.state_dict()}
+        """As the base class's, with the optimizer's state and, if the data loader has one, its position."""
+        state = {**super().state_dict(), "optimizer": self.optimizer.state_dict()}
+        if hasattr(self.data_loader, "state_dict"):
+            state["data_loader"] = self.data_loader.state_dict()
+        return state
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
         self.optimizer.load_state_dict(state_dict["optimizer"])
+        shard_optimizer_state(self.optimizer)
+        if "data_loader" in state_dict and hasattr(self.data_loader, "load_state_dict"):
+            self.data_loader.load_state_dict(state_dict["data_loader"])
 
     def after_train(self) -> None:
         # Before the hooks, whose writers put out the last step's metrics.
@@ -246,6 +320,14 @@ class SimpleTrainer(TrainerBase):
             if self._executor is not None:
                 self._executor.shutdown(wait=True)
                 self._executor = None
+
+
+def _mean_losses(parts: list[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The losses of a step of several batches; a loss that a batch lacks counts as 0 there."""
+    names = dict.fromkeys(name for losses in parts for name in losses)
+    return {
+        name: sum(losses[name].detach() for losses in parts if name in losses) / len(parts) for name in names
+    }
 
 
 def _format_losses(losses: Mapping[str, float]) -> str:

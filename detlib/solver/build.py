@@ -1,6 +1,7 @@
 """Builds optimizers and learning-rate schedules from the ``SOLVER`` section of a config."""
 
 import copy
+import fnmatch
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -73,25 +74,73 @@ def maybe_add_gradient_clipping(
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """Builds SGD with momentum over the trainable parameters of `model`, as ``cfg.SOLVER`` says."""
+    """Builds the optimizer SOLVER.OPTIMIZER over the trainable parameters of `model`, as ``cfg.SOLVER`` says.
+
+    On CUDA it is the fused one: a single kernel for the whole update.
+
+    Raises:
+        ValueError: for an unknown optimizer, factors that fit no parameter, or a model without any.
+    """
     solver = cfg.SOLVER
+    if solver.OPTIMIZER not in _OPTIMIZERS:
+        raise ValueError(f"SOLVER.OPTIMIZER must be one of {tuple(_OPTIMIZERS)}, got {solver.OPTIMIZER!r}")
     params = get_default_optimizer_params(
         model,
         base_lr=solver.BASE_LR,
         weight_decay_norm=solver.WEIGHT_DECAY_NORM,
         bias_lr_factor=solver.BIAS_LR_FACTOR,
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+        lr_factor_func=_lr_factor_function(solver, model),
     )
     if not params:
-        raise ValueError("The model has no trainable parameter; check MODEL.BACKBONE.FREEZE_AT")
-    optimizer = torch.optim.SGD(
-        params,
-        lr=solver.BASE_LR,
-        momentum=solver.MOMENTUM,
-        nesterov=solver.NESTEROV,
-        weight_decay=solver.WEIGHT_DECAY,
+        raise ValueError(
+            "The model has no trainable parameter; check MODEL.BACKBONE.FREEZE_AT and MODEL.FREEZE"
+        )
+    on_cuda = all(p.is_cuda and p.is_floating_point() for group in params for p in group["params"])
+    optimizer = _OPTIMIZERS[solver.OPTIMIZER](
+        params, solver, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY, fused=True if on_cuda else None
     )
     return maybe_add_gradient_clipping(cfg, optimizer)
+
+
+_OPTIMIZERS = {
+    "SGD": lambda params, solver, **kwargs: torch.optim.SGD(
+        params, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, **kwargs
+    ),
+    "AdamW": lambda params, solver, **kwargs: torch.optim.AdamW(params, betas=tuple(solver.BETAS), **kwargs),
+}
+
+
+def _lr_factor_function(solver: CfgNode, model: nn.Module) -> Callable[[str], float] | None:
+    """The factor on the learning rate by a parameter's name, of SOLVER.LR_FACTORS and SOLVER.LAYER_DECAY."""
+    if not solver.LR_FACTORS and solver.LAYER_DECAY == 1.0:
+        return None
+    names = [name for name, param in model.named_parameters() if param.requires_grad]
+    for entry in solver.LR_FACTORS:
+        if len(entry) != 2 or not isinstance(entry[0], str):
+            raise ValueError(f"SOLVER.LR_FACTORS takes pairs [pattern, factor], got {entry!r}")
+        if not fnmatch.filter(names, entry[0]):
+            raise ValueError(
+                f"SOLVER.LR_FACTORS: no trainable parameter's name fits {entry[0]!r}; they are named like "
+                f"{', '.join(names[:3])}"
+            )
+    layers_above = None
+    if solver.LAYER_DECAY != 1.0:
+        backbone = getattr(model, "backbone", None)
+        layers_above = getattr(backbone, "layers_above", None)
+        if layers_above is None:
+            raise ValueError(
+                f"SOLVER.LAYER_DECAY = {solver.LAYER_DECAY} needs a plain ViT as backbone, got "
+                f"{type(backbone).__name__}"
+            )
+
+    def factor(name: str) -> float:
+        by_pattern = next((f for p, f in solver.LR_FACTORS if fnmatch.fnmatchcase(name, p)), 1.0)
+        if layers_above is None or not name.startswith("backbone."):
+            return by_pattern
+        return by_pattern * solver.LAYER_DECAY ** layers_above(name.removeprefix("backbone."))
+
+    return factor
 
 
 def get_default_optimizer_params(

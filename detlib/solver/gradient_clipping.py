@@ -36,8 +36,11 @@ def build_gradient_clipper(cfg: CfgNode) -> GradientClipper:
         torch.nn.utils.clip_grad_value_(params, limit)
 
     def clip_each_norm(params: list[torch.nn.Parameter]) -> None:
-        for param in params:
-            torch.nn.utils.clip_grad_norm_(param, limit, norm_type)
+        # All at once, and without a look at any norm, for which the device would have to be waited.
+        gradients = [param.grad for param in params]
+        norms = torch._foreach_norm(gradients, norm_type)
+        scales = [(limit / (norm + 1e-6)).clamp(max=1.0).to(g.dtype) for norm, g in zip(norms, gradients)]
+        torch._foreach_mul_(gradients, scales)
 
     def clip_full_norm(params: list[torch.nn.Parameter]) -> None:
         torch.nn.utils.clip_grad_norm_(params, limit, norm_type)

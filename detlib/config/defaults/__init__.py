@@ -13,6 +13,7 @@ from detlib.config.defaults.roi_heads import ROI_HEADS
 from detlib.config.defaults.run import RUN
 from detlib.config.defaults.solver import SOLVER
 from detlib.config.defaults.test import TEST
+from detlib.config.defaults.train import TRAIN
 
 __all__ = ["_C"]
 
@@ -24,6 +25,8 @@ _MODEL = {
     "DEVICE": "auto",
     # Weights to start from: a file or an address that PathManager knows; "" for random weights.
     "WEIGHTS": "",
+    # Parameters that are not trained, by name with * and ?: ["backbone.*", "*.norm.*"].
+    "FREEZE": [],
     # Whether R-CNN models predict masks, and whether they predict keypoints.
     "MASK_ON": False,
     "KEYPOINT_ON": False,
@@ -41,4 +44,4 @@ _MODEL = {
     **DENSE_HEADS,
 }
 
-_C = CfgNode({**RUN, **DATA, "MODEL": _MODEL, "SOLVER": SOLVER, "TEST": TEST})
+_C = CfgNode({**RUN, **DATA, "MODEL": _MODEL, "SOLVER": SOLVER, "TEST": TEST, "TRAIN": TRAIN})

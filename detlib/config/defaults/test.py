@@ -3,6 +3,11 @@
 TEST = {
     # Iterations between evaluations in training; 0: only at its end.
     "EVAL_PERIOD": 0,
+    # Epochs, passes over the training data, between evaluations, if that is above 0.
+    "EVAL_EPOCHS": 0.0,
+    # Data sets with annotations on which each evaluation takes the losses too, as "val/loss_cls" and the
+    # like.
+    "VAL_LOSS": (),
     # Detections kept for each picture, best first.
     "DETECTIONS_PER_IMAGE": 100,
     # Results that a run must reach, as [task, metric, value, tolerance]: [["bbox", "AP", 38.5, 0.2]]. Used by

@@ -36,11 +36,19 @@ class PeriodicCheckpointer(_PeriodicCheckpointer, HookBase):
         if not self.is_due(iteration):
             return
         _refuse_diverged(self.checkpointer, iteration)
+        _prepare(self.trainer)
         self.step(iteration)
 
     def after_train(self) -> None:
         """Waits for what is saved in the background, and raises its error if it failed."""
         self.checkpointer.wait()
+
+
+def _prepare(trainer) -> None:
+    """Lets the trainer collect what the processes have for themselves."""
+    prepare = getattr(trainer, "prepare_to_save", None)
+    if prepare is not None:
+        prepare()
 
 
 def _refuse_diverged(checkpointer: Checkpointer, iteration: int) -> None:
@@ -122,6 +130,7 @@ class BestCheckpointer(HookBase):
             return
         self.best_metric, self.best_iter = float(value), int(iteration)
         _refuse_diverged(self._checkpointer, iteration)
+        _prepare(self.trainer)
         save(self._file_prefix, iteration=int(iteration), best=self.state_dict())
         logger.info("%s is %.5f, the best so far: saved %s", self._val_metric, value, self._file_prefix)
 

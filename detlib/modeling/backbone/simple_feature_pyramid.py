@@ -98,6 +98,10 @@ class SimpleFeaturePyramid(Backbone):
         self._out_feature_channels = dict.fromkeys(self._out_features, out_channels)
         self._square_pad = square_pad
 
+    def layers_above(self, name: str) -> int:
+        """Number of the ViT's blocks above one of this backbone's parameters, for layer-wise decay."""
+        return _layers_above(f".{name}", len(self.net.blocks))
+
     @property
     def padding_constraints(self) -> dict[str, int]:
         """{"square_size": side in pixels, 0 for none}.
@@ -139,10 +143,13 @@ def get_vit_lr_decay_rate(name, lr_decay_rate=1.0, num_layers=12):
         lie below the first block, and all that is no part of a block (the pyramid, the heads, the
         propagation blocks) has factor 1.
     """
-    layer = num_layers + 1
-    if name.startswith("backbone"):
-        if ".pos_embed" in name or ".patch_embed" in name:
-            layer = 0
-        elif ".blocks." in name and ".residual." not in name:
-            layer = int(name.partition(".blocks.")[2].partition(".")[0]) + 1
-    return lr_decay_rate ** (num_layers + 1 - layer)
+    return lr_decay_rate ** _layers_above(name, num_layers) if name.startswith("backbone") else 1.0
+
+
+def _layers_above(name: str, num_layers: int) -> int:
+    """Number of blocks above a parameter of a ViT; 0 for what is no part of a block or below one."""
+    if ".pos_embed" in name or ".patch_embed" in name:
+        return num_layers + 1
+    if ".blocks." in name and ".residual." not in name:
+        return num_layers - int(name.partition(".blocks.")[2].partition(".")[0])
+    return 0

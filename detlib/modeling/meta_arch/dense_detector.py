@@ -155,12 +155,23 @@ class DenseDetector(nn.Module, metaclass=ABCMeta):
     def _ema_update(self, name: str, value: float, initial_value: float, momentum: float = 0.9) -> float:
         """Move the attribute `name`, an average over the last iterations, towards `value`, and return it.
 
-        It is a plain number that each process has for itself: no parameter, not saved, and `initial_value`
-        before the first call.
+        It is a plain number that each process has for itself: no parameter, and `initial_value` before the
+        first call.
         """
         average = getattr(self, name, initial_value) * momentum + value * (1 - momentum)
         setattr(self, name, average)
+        self._averages = getattr(self, "_averages", set()) | {name}
         return average
+
+    def training_state(self) -> dict[str, float]:
+        """The averages, which a resumed training must know."""
+        return {name: getattr(self, name) for name in sorted(getattr(self, "_averages", ()))}
+
+    def load_training_state(self, state: dict[str, float]) -> None:
+        """Restores what `training_state` gave."""
+        for name, average in state.items():
+            setattr(self, name, average)
+        self._averages = set(state)
 
     def _count_foreground(self, gt_labels: list[torch.Tensor], initial_normalizer: float):
         """Find the foreground of a batch, log how much there is, and update the losses' normaliser.

@@ -1,0 +1,107 @@
+"""What is done to a model before it trains: sharing it out between processes, and compiling its parts."""
+
+import logging
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from detlib.engine.memory_saving import find_backbone_blocks
+from detlib.utils import comm
+from detlib.utils.suggest import near_names
+
+__all__ = ["compile_parts", "create_ddp_model", "shard_model"]
+
+logger = logging.getLogger(__name__)
+
+# Parts that are the same computation for every batch: no lists of boxes go in or out.
+_COMPILED = (
+    "backbone",
+    "proposal_generator.rpn_head",
+    "head",
+    "roi_heads.box_head",
+    "transformer",
+)
+
+
+def compile_parts(model: nn.Module, names: Iterable[str] = (), backend: str = "inductor") -> list[str]:
+    """Has parts of a model compiled by torch.compile when they are first used, for pictures of any size.
+
+    Parameter names stay as they are.
+
+    Args:
+        model: the model.
+        names: the parts, as in ``model.get_submodule``; () for the backbone and the heads that there are.
+        backend: as in `torch.compile`.
+
+    Returns:
+        The names of the parts.
+
+    Raises:
+        ValueError: if the model has no part of a name.
+    """
+    parts = dict(model.named_modules())
+    chosen = list(names) or [name for name in _COMPILED if name in parts]
+    for name in chosen:
+        if name not in parts:
+            near = ", ".join(near_names(name, parts)) or ", ".join(n for n, _ in model.named_children())
+            raise ValueError(f"TRAIN.COMPILE.MODULES: the model has no part '{name}'; near: {near}")
+        parts[name].compile(backend=backend, dynamic=True)
+    logger.info("torch.compile (%s) takes: %s; the first steps take longer", backend, ", ".join(chosen))
+    return chosen
+
+
+def shard_model(model: nn.Module) -> nn.Module:
+    """Shares parameters, and with them gradients and optimizer state, out between all processes (FSDP2).
+
+    Each block of the backbone is gathered when it is computed, the rest of the model as a whole. See
+    `torch.distributed.fsdp.fully_shard`. The optimizer must be made after this.
+
+    Args:
+        model: the model, on its device; changed in place.
+
+    Raises:
+        RuntimeError: without a process group.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    if not dist.is_initialized():
+        raise RuntimeError(
+            "TRAIN.STRATEGY 'fsdp' shares a model out between processes: start several, with --num-gpus or "
+            "torchrun, or use 'ddp'"
+        )
+    device = next(model.parameters()).device.type
+    mesh = dist.device_mesh.init_device_mesh(device, (comm.get_world_size(),))
+    for block in find_backbone_blocks(model):
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def create_ddp_model(model: nn.Module, *, fp16_compression: bool = False, **kwargs: Any) -> nn.Module:
+    """Wraps a model for distributed training, if there are several processes.
+
+    Gradients are views into the buckets that are sent, and buffers stay each process's own, unless `kwargs`
+    say otherwise.
+
+    Args:
+        model: the model, on its device.
+        fp16_compression: send gradients as float16.
+        **kwargs: for `DistributedDataParallel`.
+    """
+    if comm.get_world_size() == 1:
+        return model
+    kwargs = {"gradient_as_bucket_view": True, "broadcast_buffers": False, **kwargs}
+    if "device_ids" not in kwargs and next(model.parameters()).device.type == "cuda":
+        kwargs["device_ids"] = [comm.get_local_rank()]
+    with warnings.catch_warnings():
+        # The name that replaces broadcast_buffers is unknown to the older releases that detlib runs on.
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+        ddp = DistributedDataParallel(model, **kwargs)
+    if fp16_compression:
+        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+        ddp.register_comm_hook(state=None, hook=default_hooks.fp16_compress_hook)
+    return ddp
