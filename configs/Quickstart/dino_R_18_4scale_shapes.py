@@ -17,5 +17,15 @@ model.update(embed_dim=128, num_classes=3, num_queries=100, dn_number=25)
 dataloader.train.dataset.names = "shapes:train"
 dataloader.train.mapper.augmentation[1].update(short_edge_length=(256,), max_size=384)
 dataloader.train.mapper.augmentation_with_crop = None
-dataloader.train.update(max_iter=800, eval_period=0, init_checkpoint="", seed=1)
+dataloader.train.update(total_batch_size=2, num_workers=1)
+dataloader.test.dataset.names = "shapes:val"
+dataloader.test.mapper.augmentation[0].update(short_edge_length=256, max_size=384)
+dataloader.test.num_workers = 1
+
+# From random weights the backbone learns as fast as the rest.
+optimizer.params.lr_factor_func.keywords["factor"] = 1.0
+optimizer.lr = 4e-4
+lr_multiplier.scheduler.milestones = [640, 800]
+lr_multiplier.warmup_length = 20 / 800
+train.update(max_iter=800, eval_period=0, init_checkpoint="", seed=1)
 train.output_dir = dataloader.evaluator.output_dir = "./output/dino_R_18_4scale_shapes"
