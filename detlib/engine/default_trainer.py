@@ -10,10 +10,15 @@ import torch
 from torch import nn
 
 from detlib.config import CfgNode
-from detlib.data import build_detection_test_loader, build_detection_train_loader
+from detlib.data import (
+    DatasetMapper,
+    MetadataCatalog,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
 from detlib.data.build import pictures_per_epoch
-from detlib.engine import hooks
 from detlib.engine.checks import as_names, check_datasets, check_num_classes, set_num_classes
+from detlib.engine.default_hooks import build_default_hooks
 from detlib.engine.evaluators import default_evaluator
 from detlib.engine.options import RunOptions, set_iterations
 from detlib.engine.parts_trainer import PartsTrainer
@@ -25,7 +30,6 @@ from detlib.evaluation import (
     verify_results,
 )
 from detlib.evaluation.test_time_augmentation import GeneralizedRCNNWithTTA
-from detlib.layers.fvcore_nn import get_bn_modules
 from detlib.modeling import build_model
 from detlib.solver import build_lr_scheduler, build_optimizer
 from detlib.utils import comm
@@ -91,46 +95,38 @@ class DefaultTrainer(PartsTrainer):
             check_num_classes(cfg, cfg.DATASETS.TEST)
 
     def build_hooks(self) -> list[HookBase | None]:
-        """The hooks: timing, schedule, precise BN, checkpoints, evaluation and writers, in this order.
+        """The hooks: those of `build_default_hooks`."""
+        cfg = self.cfg
 
-        The order matters: the checkpoint is saved before the evaluation, which may fail, and the writers
-        come last, to put out what all others have measured.
-        """
-        cfg = self.cfg.clone()
-        cfg.defrost()
-        cfg.DATALOADER.NUM_WORKERS = 0  # for PreciseBN, which needs few batches
-        result: list[HookBase | None] = [hooks.IterationTimer(), hooks.LRScheduler()]
-        if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model):
-            result.append(
-                hooks.PreciseBN(
-                    self.options.eval_period,
-                    self.model,
-                    self.build_train_loader(cfg),
-                    cfg.TEST.PRECISE_BN.NUM_ITER,
-                )
-            )
-        # On every process, so that all of them stop if the model has diverged; only one writes files.
-        result.append(
-            hooks.PeriodicCheckpointer(
-                self.checkpointer,
-                self.options.checkpoint_period,
-                max_to_keep=self.options.checkpoint_keep,
-            )
-        )
-
-        def test() -> dict:
-            test_cfg = self.cfg
-            if test_cfg.TEST.AUG.ENABLED and self.iter + 1 < self.max_iter:
+        def evaluate() -> dict:
+            test_cfg = cfg
+            if cfg.TEST.AUG.ENABLED and not self._is_over:
                 # It takes many times as long, so it is for the end of the training.
-                test_cfg = test_cfg.clone()
+                test_cfg = cfg.clone()
                 test_cfg.defrost()
                 test_cfg.TEST.AUG.ENABLED = False
             return self.test(test_cfg, self.model)
 
-        result.append(self._evaluation_hook(self.options.eval_period, test))
-        if comm.is_main_process():
-            result.append(hooks.PeriodicWriter(self.build_writers(), self.options.log_period))
-        return result
+        def val_loss_loaders() -> dict:
+            return {name: self.build_val_loss_loader(cfg, name) for name in self.options.val_loss}
+
+        def precise_bn_loader():
+            few_batches = cfg.clone()
+            few_batches.defrost()
+            few_batches.DATALOADER.NUM_WORKERS = 0
+            return self.build_train_loader(few_batches)
+
+        return build_default_hooks(
+            self,
+            self.options,
+            evaluate=self._keep_results(evaluate),
+            build_writers=self.build_writers,
+            val_loss_loaders=val_loss_loaders if self.options.val_loss else None,
+            precise_bn_loader=precise_bn_loader,
+            metadata=MetadataCatalog.get(as_names(cfg.DATASETS.TRAIN)[0]),
+            image_format=cfg.INPUT.FORMAT,
+            more_at_the_end=cfg.TEST.AUG.ENABLED,
+        )
 
     def train(self) -> Mapping[str, Any] | None:
         """As `PartsTrainer.train`; also holds the results against TEST.EXPECTED_RESULTS."""
@@ -167,6 +163,12 @@ class DefaultTrainer(PartsTrainer):
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
         """Builds the loader of one data set to evaluate on."""
         return build_detection_test_loader(cfg, dataset_name)
+
+    @classmethod
+    def build_val_loss_loader(cls, cfg: CfgNode, dataset_name: str):
+        """Builds the loader of one data set of TEST.VAL_LOSS: as for testing, but with annotations."""
+        mapper = DatasetMapper(**{**DatasetMapper.from_config(cfg, is_train=False), "is_train": True})
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:

@@ -9,7 +9,10 @@ import torch
 from torch import nn
 
 from detlib.config import instantiate
-from detlib.engine import hooks
+from detlib.data import MetadataCatalog
+from detlib.data.build import pictures_per_epoch
+from detlib.engine.checks import as_names
+from detlib.engine.default_hooks import build_default_hooks
 from detlib.engine.options import RunOptions
 from detlib.engine.parts_trainer import PartsTrainer
 from detlib.engine.train_loop import HookBase
@@ -40,7 +43,8 @@ class LazyTrainer(PartsTrainer):
 
     The config has the nodes ``model``, ``optimizer`` (whose ``params.model`` is set here), ``lr_multiplier``
     (a schedule of factors in [0, 1]), ``dataloader`` (``train``, ``test`` and ``evaluator``; without the last
-    two nothing is evaluated) and ``train``, as in ``configs/common/train.py``; ``train.clip_grad``
+    two nothing is evaluated; ``val_loss``, a loader or several by name, if there is to be a validation loss)
+    and ``train``, as in ``configs/common/train.py``; ``train.clip_grad``
     (``enabled``, ``params`` for `torch.nn.utils.clip_grad_norm_`) may be there.
 
     Example:
@@ -65,29 +69,32 @@ class LazyTrainer(PartsTrainer):
             raise KeyError(f"The lazy config lacks {missing}, which training needs; it has {list(cfg)}.")
         self.cfg = cfg
         train = cfg.train
-        options = RunOptions.from_lazy(train, cfg.dataloader.train.get("total_batch_size") or 0)
+        data_loader = instantiate(self._train_loader_config())
+        options = RunOptions.from_lazy(
+            train, cfg.dataloader.train.get("total_batch_size") or 0, pictures_per_epoch(data_loader)
+        )
         model = self._prepare_model(self.build_model(cfg), options)
         model.train()
         cfg.optimizer.params.model = model
         optimizer = instantiate(cfg.optimizer)
         del cfg.optimizer.params.model  # the config stays one that can be saved
-        data_loader = instantiate(self._train_loader_config(options))
         scheduler = LRMultiplier(optimizer, instantiate(cfg.lr_multiplier), train.max_iter)
         self._take_parts(model, optimizer, data_loader, scheduler, options)
         self.register_hooks(self.build_hooks())
 
-    def _train_loader_config(self, options: RunOptions):
+    def _train_loader_config(self):
         """The training loader's node, whose batches are those of one forward pass."""
-        node = self.cfg.dataloader.train
-        if options.accum_steps == 1 or not options.images_per_step:
+        node, parts = self.cfg.dataloader.train, self.cfg.train.get("accum_steps", 1)
+        total = node.get("total_batch_size")
+        if not total or parts == 1:
             return node
-        if options.images_per_step % options.accum_steps:
+        if parts < 1 or total % parts:
             raise ValueError(
-                f"dataloader.train.total_batch_size = {options.images_per_step} must be a multiple of "
-                f"train.accum_steps = {options.accum_steps}"
+                f"dataloader.train.total_batch_size = {total} must be a multiple of train.accum_steps = "
+                f"{parts}"
             )
         node = copy.deepcopy(node)
-        node.total_batch_size = options.images_per_step // options.accum_steps
+        node.total_batch_size = total // parts
         return node
 
     @classmethod
@@ -104,17 +111,30 @@ class LazyTrainer(PartsTrainer):
         return model
 
     def build_hooks(self) -> list[HookBase | None]:
-        """The hooks: timing, schedule, clipping, checkpoints, evaluation and writers, in this order."""
-        train = self.cfg.train
-        clip = train.get("clip_grad", {})
-        return [
-            hooks.IterationTimer(),
-            hooks.LRScheduler(),
-            _ClipGradients(self.model, **clip.get("params", {})) if clip.get("enabled", False) else None,
-            hooks.PeriodicCheckpointer(self.checkpointer, **train.checkpointer),
-            self._evaluation_hook(train.eval_period, lambda: self.test(self.cfg, self.model)),
-            hooks.PeriodicWriter(self.build_writers(), train.log_period) if comm.is_main_process() else None,
-        ]
+        """The hooks: those of `build_default_hooks`, with the clipping of gradients after the schedule."""
+        cfg = self.cfg
+        clip = cfg.train.get("clip_grad", {})
+        train = cfg.dataloader.train
+        names = as_names(train.get("dataset", {}).get("names", ()))
+        return build_default_hooks(
+            self,
+            self.options,
+            evaluate=self._keep_results(lambda: self.test(cfg, self.model)),
+            build_writers=self.build_writers,
+            val_loss_loaders=self._val_loss_loaders if "val_loss" in cfg.dataloader else None,
+            precise_bn_loader=lambda: instantiate(train),
+            metadata=MetadataCatalog.get(names[0]) if names else None,
+            image_format=train.get("mapper", {}).get("image_format", "BGR"),
+            extra_hooks=[
+                _ClipGradients(self.model, **clip.get("params", {})) if clip.get("enabled", False) else None
+            ],
+        )
+
+    def _val_loss_loaders(self) -> dict[str, Any]:
+        """The loaders of ``dataloader.val_loss``, which is one or has several by name."""
+        node = self.cfg.dataloader.val_loss
+        nodes = {"val_loss": node} if "_target_" in node else node
+        return {name: instantiate(loader) for name, loader in nodes.items()}
 
     @classmethod
     def test(cls, cfg: Mapping[str, Any], model: nn.Module) -> dict:

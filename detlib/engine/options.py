@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from detlib.config import CfgNode
+from detlib.utils.writers.names import check_writers
 
 __all__ = ["RunOptions", "epochs_to_iterations", "set_iterations"]
 
@@ -114,6 +115,15 @@ class RunOptions:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"The decay of the weights' average lies in [0, 1), got {self.ema_decay}")
+        check_writers(self.writers)
+        for key, metric, mode in (
+            ("SOLVER.BEST_CHECKPOINT.MODE (train.best_checkpoint.mode)", self.best_metric, self.best_mode),
+            ("SOLVER.EARLY_STOP.MODE (train.early_stop.mode)", self.early_stop_metric, self.early_stop_mode),
+        ):
+            if mode == "max" and "loss" in metric.rpartition("/")[2]:
+                raise ValueError(
+                    f"{key} is 'max', but less is better of the metric '{metric}': set it to 'min'"
+                )
         if self.early_stop_patience > 0 and not (self.early_stop_metric or self.best_metric):
             raise ValueError(
                 f"Early stopping after {self.early_stop_patience} evaluations needs a metric: set "
@@ -132,6 +142,7 @@ class RunOptions:
             ValueError: if a key has no legal value, or is in epochs of an unknown length.
         """
         solver, test, train = cfg.SOLVER, cfg.TEST, cfg.TRAIN
+        best, early = solver.BEST_CHECKPOINT, solver.EARLY_STOP
 
         def iterations(epochs_key: str, epochs: float, period: int) -> int:
             return (
@@ -166,49 +177,64 @@ class RunOptions:
             checkpoint_async=solver.CHECKPOINT_ASYNC,
             eval_period=iterations("TEST.EVAL_EPOCHS", test.EVAL_EPOCHS, test.EVAL_PERIOD),
             val_loss=(test.VAL_LOSS,) if isinstance(test.VAL_LOSS, str) else tuple(test.VAL_LOSS),
-            best_metric=solver.BEST_CHECKPOINT.METRIC,
-            best_mode=solver.BEST_CHECKPOINT.MODE,
-            early_stop_patience=solver.EARLY_STOP.PATIENCE,
-            early_stop_metric=solver.EARLY_STOP.METRIC,
-            early_stop_mode=solver.EARLY_STOP.MODE
-            if solver.EARLY_STOP.METRIC
-            else solver.BEST_CHECKPOINT.MODE,
+            best_metric=best.METRIC,
+            best_mode=best.MODE,
+            early_stop_patience=early.PATIENCE,
+            early_stop_metric=early.METRIC,
+            early_stop_mode=early.MODE if early.METRIC else best.MODE,
             precise_bn_batches=test.PRECISE_BN.NUM_ITER if test.PRECISE_BN.ENABLED else 0,
             log_period=train.LOG_PERIOD,
             vis_period=cfg.VIS_PERIOD,
-            writers=tuple(train.WRITERS),
+            writers=_as_given(train.WRITERS),
+            writer_params={
+                "wandb": _given(project=train.WANDB.PROJECT, name=train.WANDB.NAME),
+                "mlflow": _given(
+                    tracking_uri=train.MLFLOW.TRACKING_URI,
+                    experiment=train.MLFLOW.EXPERIMENT,
+                    run_name=train.MLFLOW.NAME,
+                ),
+            },
             profile_start=train.PROFILE.START,
             profile_steps=train.PROFILE.STEPS if train.PROFILE.ENABLED else 0,
         )
 
     @classmethod
-    def from_lazy(cls, train: Mapping[str, Any], images_per_step: int = 0) -> "RunOptions":
+    def from_lazy(
+        cls, train: Mapping[str, Any], images_per_step: int = 0, pictures_per_epoch: int | None = None
+    ) -> "RunOptions":
         """Reads the node ``train`` of a lazy config.
 
         Besides what ``configs/common/train.py`` has, these may be there: ``seed``, ``accum_steps``,
         ``amp.precision``, ``skip_non_finite``, ``freeze``, ``strategy``, ``activation_checkpoint``,
         ``compile`` (``enabled``, ``modules``, ``backend``), ``model_ema`` (``enabled``, ``decay``),
         ``best_checkpoint`` (``metric``, ``mode``), ``early_stop`` (``patience``, ``metric``, ``mode``),
-        ``vis_period``, ``writers``, ``wandb`` (``enabled``, ``params``) and ``profile`` (``enabled``,
-        ``start``, ``steps``), each as the key of that name in a YAML config.
+        ``eval_epochs``, ``precise_bn`` (``enabled``, ``num_iter``), ``vis_period``, ``writers``, ``wandb``
+        and ``mlflow`` (``enabled``, ``params`` for the writer) and ``profile`` (``enabled``, ``start``,
+        ``steps``), each as the key of that name in a YAML config.
 
         Args:
             train: the node.
             images_per_step: pictures of one update, 0 if that is not known.
+            pictures_per_epoch: number of training pictures, None if it is not known.
 
         Raises:
-            ValueError: if an entry has no legal value.
+            ValueError: if an entry has no legal value, or is in epochs of an unknown length.
         """
         amp, ema, best = train.get("amp", {}), train.get("model_ema", {}), train.get("best_checkpoint", {})
-        early, profile, compiling = (
-            train.get("early_stop", {}),
-            train.get("profile", {}),
-            train.get("compile", {}),
+        early, profile = train.get("early_stop", {}), train.get("profile", {})
+        compiling, checkpoints = train.get("compile", {}), train.get("checkpointer", {})
+        precise_bn = train.get("precise_bn", {})
+        writers = _as_given(train.get("writers", ("console", "json", "tensorboard", "csv")))
+        services = {name: train.get(name, {}) for name in ("wandb", "mlflow")}
+        if not isinstance(writers, str):
+            enabled = (name for name, service in services.items() if service.get("enabled", False))
+            writers += tuple(name for name in enabled if name not in writers)
+        eval_iterations = epochs_to_iterations(
+            "train.eval_epochs",
+            train.get("eval_epochs", 0),
+            pictures_per_epoch if images_per_step > 0 else None,
+            images_per_step,
         )
-        checkpoints, wandb = train.get("checkpointer", {}), train.get("wandb", {})
-        writers = tuple(train.get("writers", ("console", "json", "tensorboard", "csv")))
-        if wandb.get("enabled", False) and "wandb" not in writers:
-            writers += ("wandb",)
         return cls(
             max_iter=train.max_iter,
             output_dir=train.output_dir,
@@ -229,16 +255,17 @@ class RunOptions:
             checkpoint_period=checkpoints.get("period", 5000),
             checkpoint_keep=checkpoints.get("max_to_keep"),
             checkpoint_async=checkpoints.get("async_save", False),
-            eval_period=train.get("eval_period", 0),
+            eval_period=eval_iterations or train.get("eval_period", 0),
             best_metric=best.get("metric", ""),
             best_mode=best.get("mode", "max"),
             early_stop_patience=early.get("patience", 0),
             early_stop_metric=early.get("metric", ""),
             early_stop_mode=early.get("mode", best.get("mode", "max")),
+            precise_bn_batches=precise_bn.get("num_iter", 200) if precise_bn.get("enabled", False) else 0,
             log_period=train.get("log_period", 20),
             vis_period=train.get("vis_period", 0),
             writers=writers,
-            writer_params={"wandb": dict(wandb.get("params", {}))},
+            writer_params={name: dict(service.get("params", {})) for name, service in services.items()},
             profile_start=profile.get("start", 20),
             profile_steps=profile.get("steps", 5) if profile.get("enabled", False) else 0,
         )
@@ -281,6 +308,16 @@ def set_iterations(cfg: CfgNode, pictures_per_epoch: int | None) -> CfgNode:
     if frozen:
         cfg.freeze()
     return cfg
+
+
+def _as_given(names: Any) -> Any:
+    """Several names as a tuple; a single one stays, to be refused."""
+    return names if isinstance(names, str) else tuple(names)
+
+
+def _given(**kwargs: str) -> dict[str, str]:
+    """Without what is empty, which leaves the writer's default."""
+    return {name: value for name, value in kwargs.items() if value}
 
 
 def epochs_to_iterations(

@@ -1,9 +1,10 @@
 """The trainer around a model and what belongs to it, however these were made."""
 
 import contextlib
+import functools
 import logging
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from detlib.engine.setup import default_writers
 from detlib.engine.step_seed import seed_step
 from detlib.engine.train_loop import AMPTrainer, HookBase, SimpleTrainer, TrainerBase
 from detlib.engine.wrapping import compile_parts, create_ddp_model, shard_model
+from detlib.modeling.freezing import freeze_by_name
 from detlib.utils import comm
 from detlib.utils.events import EventWriter
 
@@ -38,6 +40,10 @@ class _AfterBackward(HookBase):
         self._outer.after_backward()
 
 
+def _seed_step(trainer: "PartsTrainer", iteration: int) -> None:
+    seed_step(trainer._seed, iteration, comm.get_rank())
+
+
 class PartsTrainer(TrainerBase):
     """Trains, saves and resumes, once it has its parts. Subclasses read a config.
 
@@ -53,16 +59,20 @@ class PartsTrainer(TrainerBase):
         ema: the average of the weights, or None.
     """
 
+    options: RunOptions
+
     def _prepare_model(self, model: nn.Module, options: RunOptions) -> nn.Module:
         """Does to a model what must be done before it has an optimizer.
 
         Args:
             model: the model, on its device.
-            options: ``activation_checkpoint``, ``compile*`` and ``strategy`` are looked at.
+            options: ``freeze``, ``activation_checkpoint``, ``compile*`` and ``strategy`` are looked at.
 
         Raises:
             ValueError, RuntimeError: if an option does not fit the model or the processes.
         """
+        if options.freeze:
+            freeze_by_name(model, options.freeze)
         if options.activation_checkpoint:
             add_activation_checkpoints(model)
         if options.compile:
@@ -95,6 +105,7 @@ class PartsTrainer(TrainerBase):
             "accum_steps": options.accum_steps,
             "skip_non_finite": options.skip_non_finite,
             "advice": advice,
+            "seed_step": functools.partial(_seed_step, weakref.proxy(self)),
         }
         if options.precision:
             precision = getattr(torch, options.precision)
@@ -153,18 +164,18 @@ class PartsTrainer(TrainerBase):
             )
 
     def build_writers(self) -> list[EventWriter]:
-        """The writers: terminal, ``metrics.json`` and TensorBoard."""
-        return default_writers(self.output_dir, self.max_iter)
+        """The writers that the config names."""
+        options = self.options
+        return default_writers(self.output_dir, self.max_iter, options.writers, options.writer_params)
 
-    def _evaluation_hook(self, period: int, test) -> hooks.EvalHook:
-        """Evaluates every `period` steps; the results are kept for `train` to return."""
+    def _keep_results(self, evaluate: Callable[[], Mapping]) -> Callable[[], Mapping]:
+        """`evaluate`, whose results are also kept for `train` to return."""
 
-        def test_and_save_results() -> dict:
-            with self.weights_to_evaluate():
-                self._last_eval_results = test()
+        def evaluate_and_keep_results() -> Mapping:
+            self._last_eval_results = evaluate()
             return self._last_eval_results
 
-        return hooks.EvalHook(period, test_and_save_results)
+        return evaluate_and_keep_results
 
     def weights_to_evaluate(self) -> contextlib.AbstractContextManager:
         """Within the block the model has the weights that are evaluated: their average, if there is one."""
@@ -190,13 +201,11 @@ class PartsTrainer(TrainerBase):
         self._all_save = all(comm.all_gather(saves))
         super().before_train()
 
-    def before_step(self) -> None:
-        seed_step(self._seed, self.iter, comm.get_rank())
-        super().before_step()
-
     def run_step(self) -> None:
         self._trainer.iter = self.iter
+        self._trainer.keep_batch = self.keep_batch
         self._trainer.run_step()
+        self.batch, self._trainer.batch = self._trainer.batch, None
         if self.ema is not None and not self._trainer.skipped:
             self.ema.update()
 

@@ -21,7 +21,7 @@ from detlib.utils import comm
 from detlib.utils.file_io import PathManager
 from detlib.utils.visualizer import Visualizer
 
-__all__ = ["write_prediction_pictures"]
+__all__ = ["draw_prediction", "write_prediction_pictures"]
 
 logger = logging.getLogger(__name__)
 
@@ -92,12 +92,31 @@ def _draw(
     """Draws one prediction on its picture, in the picture's own size or larger."""
     picture = _picture_rgb(sample, fmt)
     visualizer = Visualizer(picture, metadata, scale=max(1.0, _MIN_LONG_SIDE / max(picture.shape[:2])))
+    return draw_prediction(visualizer, prediction, min_score)
+
+
+def draw_prediction(
+    visualizer: Visualizer, prediction: Mapping[str, Any], min_score: float, max_instances: int | None = None
+):
+    """Draws what a model has returned for a picture.
+
+    Args:
+        visualizer: of the picture, in the size of the prediction.
+        prediction: one of the dicts that models return: with "panoptic_seg", "instances", "proposals" or
+            "sem_seg", of which the first counts.
+        min_score: instances that score less are not drawn.
+        max_instances: how many to draw at most, best first; None for all.
+
+    Returns:
+        The `VisImage`.
+    """
     if "panoptic_seg" in prediction:
         ids, segments = prediction["panoptic_seg"]
         return visualizer.draw_panoptic_seg(ids.cpu(), segments)
     if "instances" in prediction:
         instances = prediction["instances"].to("cpu")
-        return visualizer.draw_instance_predictions(instances[instances.scores >= min_score])
+        best = instances.scores.argsort(descending=True)[:max_instances]
+        return visualizer.draw_instance_predictions(instances[best[instances.scores[best] >= min_score]])
     if "proposals" in prediction:
         boxes = prediction["proposals"].proposal_boxes.tensor.cpu()[:20]
         return visualizer.overlay_instances(boxes=boxes)

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from detlib.checkpoint import DetectionCheckpointer
 from detlib.config import CfgNode
 from detlib.data import Metadata, MetadataCatalog
 from detlib.data import transforms as T
 from detlib.engine.checks import as_names
+from detlib.engine.ema import load_for_inference
 from detlib.evaluation.test_time_augmentation import GeneralizedRCNNWithTTA
 from detlib.modeling import build_model
 
@@ -54,7 +54,7 @@ class DefaultPredictor:
         names = as_names(cfg.DATASETS.TEST)
         if names:
             self.metadata = _find_metadata(names[0])
-        DetectionCheckpointer(self.model).load(cfg.MODEL.WEIGHTS)
+        load_for_inference(self.model, cfg.MODEL.WEIGHTS, use_average=cfg.SOLVER.EMA.ENABLED)
         self.aug = T.ResizeShortestEdge(
             [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST], cfg.INPUT.MAX_SIZE_TEST
         )

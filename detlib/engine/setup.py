@@ -4,7 +4,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ from detlib.config import CfgNode, LazyConfig
 from detlib.engine.checks import set_num_classes
 from detlib.utils import comm
 from detlib.utils.env import seed_all_rng
-from detlib.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, TensorboardXWriter
+from detlib.utils.events import EventWriter
 from detlib.utils.file_io import PathManager
 from detlib.utils.logger import setup_logger
+from detlib.utils.writers import build_writers
 
 __all__ = [
     "default_argument_parser",
@@ -145,16 +146,22 @@ def default_setup(cfg: CfgNode | Mapping[str, Any], args: Any) -> None:
         torch.backends.cudnn.benchmark = run_setting(cfg, "cudnn_benchmark")
 
 
-def default_writers(output_dir: str, max_iter: int | None = None) -> list[EventWriter]:
-    """Writers for the terminal, for ``metrics.json`` and for TensorBoard.
+def default_writers(
+    output_dir: str,
+    max_iter: int | None = None,
+    names: Sequence[str] = ("console", "json", "tensorboard"),
+    params: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[EventWriter]:
+    """Writers for the terminal, for ``metrics.json`` and for TensorBoard, or others by name.
 
     Args:
         output_dir: folder of the files.
         max_iter: number of iterations in all, for the time left.
+        names: some of "console", "json", "csv", "tensorboard", "wandb" and "mlflow".
+        params: further arguments of a writer's class, by its name.
+
+    Raises:
+        ValueError: if a name is unknown.
+        ImportError: if a writer's package is not installed, with the command that installs it.
     """
-    PathManager.mkdirs(output_dir)
-    return [
-        CommonMetricPrinter(max_iter),
-        JSONWriter(os.path.join(output_dir, "metrics.json")),
-        TensorboardXWriter(output_dir),
-    ]
+    return build_writers(names, output_dir, max_iter, params)

@@ -50,6 +50,7 @@ class SimpleTrainer(TrainerBase):
         accum_steps: int = 1,
         skip_non_finite: int = 0,
         advice: str = "",
+        seed_step: Callable[[int], None] | None = None,
     ):
         """
         Args:
@@ -65,6 +66,7 @@ class SimpleTrainer(TrainerBase):
             skip_non_finite: how many steps in a row may be left out, with a warning, because their loss is
                 infinite or NaN in some process; 0 raises at once. Every step's losses are then looked at.
             advice: what to add to the message for such losses.
+            seed_step: called with the step's number before its first forward pass, to seed random numbers.
 
         Raises:
             ValueError: if `accum_steps` is less than 1, or `skip_non_finite` comes with late looks.
@@ -87,6 +89,7 @@ class SimpleTrainer(TrainerBase):
         self.accum_steps = accum_steps
         self.skip_non_finite = skip_non_finite
         self.advice = advice
+        self._seed_step = seed_step
         self.skipped = 0
         self._data_loader_iter_obj = None
         self._losses = LossRecord()
@@ -106,6 +109,12 @@ class SimpleTrainer(TrainerBase):
             start = time.perf_counter()
             data = self._next_batch()
             data_time += time.perf_counter() - start
+            if self.keep_batch:
+                self.batch = data
+            if part == 0 and self._seed_step is not None:
+                # After the loading: a loader draws random numbers when it starts, so at other steps in a
+                # resumed run.
+                self._seed_step(self.iter)
             with self._communicate(part == self.accum_steps - 1):
                 try:
                     loss_dict = self._forward(data)

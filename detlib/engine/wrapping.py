@@ -77,7 +77,9 @@ def shard_model(model: nn.Module) -> nn.Module:
     mesh = dist.device_mesh.init_device_mesh(device, (comm.get_world_size(),))
     for block in find_backbone_blocks(model):
         fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    # By default what is not in a block would stay whole after a forward pass, until a backward pass that
+    # does not come in evaluation; what is saved or averaged then must be the shares.
+    return fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
 def create_ddp_model(model: nn.Module, *, fp16_compression: bool = False, **kwargs: Any) -> nn.Module:

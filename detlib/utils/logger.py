@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import IO, Any
 
+from detlib.utils import live_line
 from detlib.utils.file_io import PathManager
 
 __all__ = ["create_small_table", "log_every_n", "log_every_n_seconds", "log_first_n", "setup_logger"]
@@ -103,10 +104,16 @@ def setup_logger(
 
 
 class _StdoutHandler(logging.StreamHandler):
-    """Writes to whatever sys.stdout is at the time (notebooks and tests replace it)."""
+    """Writes to whatever sys.stdout is at the time (notebooks and tests replace it), above a live line."""
 
     def __init__(self) -> None:
         super().__init__(sys.stdout)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # What a live line says already (see CommonMetricPrinter) is for the files only.
+        if not (live_line.is_shown() and getattr(record, "is_progress", False)):
+            with live_line.hidden():
+                super().emit(record)
 
     @property
     def stream(self) -> IO[str]:

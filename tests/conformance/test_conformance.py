@@ -12,6 +12,7 @@ CASES = sorted((HERE / "cases").glob("*.json"))
 SLOW = {
     "COCO-Detection__retinanet_R_50_FPN_1x",
     "COCO-InstanceSegmentation__mask_rcnn_R_50_DC5_1x",
+    "DINO__dino_R_50_4scale_12ep",
     "LVISv0.5-InstanceSegmentation__mask_rcnn_R_50_FPN_1x",
     "Misc__mask_rcnn_R_50_FPN_3x_gn",
     "Misc__semantic_R_50_FPN_1x",

@@ -45,7 +45,7 @@ def test_a_training_leaves_its_files(trained):
         assert name in lines
     saved = torch.load(folder / "model_final.pth", weights_only=True)
     assert set(saved) == {"model", "trainer", "iteration"} and saved["iteration"] == 1
-    assert set(saved["trainer"]) == {"iteration", "hooks", "_trainer"}
+    assert set(saved["trainer"]) == {"iteration", "hooks", "seed", "_trainer"}
     assert "optimizer" in saved["trainer"]["_trainer"]
     assert saved["trainer"]["hooks"]["LRScheduler"]["last_epoch"] == 2
 

@@ -334,3 +334,92 @@ def test_written_metrics(tmp_path):
     lines = (tmp_path / "metrics.json").read_text().splitlines()
     assert len(lines) == 3 and all('"total_loss"' in line for line in lines)
     assert math.isfinite(trainer.storage.latest()["time"][0])
+
+
+class _StopAt(HookBase):
+    def __init__(self, iteration):
+        self.iteration = iteration
+        self.finished = None
+
+    def after_step(self):
+        if self.trainer.iter == self.iteration:
+            self.trainer.stop("enough")
+
+    def after_train(self):
+        self.finished = self.trainer.is_finished, self.trainer.iter, self.trainer.state_dict()["iteration"]
+
+
+def test_stopping_ends_the_training_in_good_order(caplog):
+    trainer, hook, calls = _trainer(), _StopAt(3), []
+    trainer.register_hooks([hook, _Log(calls)])
+    with caplog.at_level(logging.INFO, logger="detlib"):
+        trainer.train(1, 9)
+    # The hooks after the one that stops are still called, and the last step is the one that is saved.
+    assert calls[-2:] == [("after_step", 3), ("after_train", 4, 4)]
+    assert hook.finished == (True, 4, 3) and trainer.stopped_reason == "enough"
+    assert "Training stops: enough" in caplog.text
+    hook.iteration = -1
+    trainer.train(4, 6)  # goes on as any other
+    assert hook.finished == (True, 6, 5) and trainer.stopped_reason is None
+    assert trainer.state_dict()["iteration"] == 5
+    trainer.load_state_dict(trainer.state_dict())
+    assert trainer.state_dict()["iteration"] == trainer.iter == 5
+
+
+def test_stopped_or_not_a_failed_training_is_not_finished():
+    class FailsToo(HookBase):
+        def after_step(self):
+            if self.trainer.stopped_reason:
+                raise KeyError("no")
+
+    trainer, hook = _trainer(), _StopAt(1)
+    trainer.register_hooks([hook, FailsToo()])
+    with pytest.raises(KeyError, match="no"):
+        trainer.train(0, 2)
+    assert hook.finished == (False, 1, 0)
+
+
+def test_hooks_that_fail_at_the_end_hide_neither_the_first_error_nor_each_other(caplog):
+    class FailsAtTheEnd(HookBase):
+        def __init__(self, word):
+            self.word = word
+
+        def after_train(self):
+            raise OSError(self.word)
+
+    class Fails(HookBase):
+        def after_step(self):
+            raise KeyError("in a step")
+
+    calls = []
+    ends = [FailsAtTheEnd("first"), FailsAtTheEnd("second"), _Log(calls)]
+    trainer = _trainer()
+    trainer.register_hooks(ends)
+    with pytest.raises(OSError, match="first"):
+        trainer.train(0, 1)
+    assert calls[-1][0] == "after_train" and "second" in caplog.text
+    trainer.register_hooks([Fails()])
+    caplog.clear()
+    with pytest.raises(KeyError, match="in a step"):
+        trainer.train(0, 1)
+    assert calls[-1] == ("after_train", 0, 0) and "OSError: first" in caplog.text
+
+
+def test_the_batch_is_kept_for_hooks_that_ask_only():
+    seen = []
+
+    class Asks(HookBase):
+        def before_step(self):
+            self.trainer.keep_batch = self.trainer.iter == 1
+
+        def after_step(self):
+            seen.append(self.trainer.batch)
+
+    trainer = _trainer()
+    trainer.register_hooks([Asks()])
+    trainer.train(0, 3)
+    batches = _batches()
+    next(batches)
+    assert seen[0] is None and seen[2] is None
+    assert all(torch.equal(a["x"], b["x"]) for a, b in zip(seen[1], next(batches), strict=True))
+    assert trainer.batch is None and not trainer.keep_batch

@@ -13,10 +13,14 @@ TRAIN = {
     "ACTIVATION_CHECKPOINT": False,
     # torch.compile of parts of the model, by name; (): backbone and heads.
     "COMPILE": {"ENABLED": False, "MODULES": (), "BACKEND": "inductor"},
-    # Write a trace of some steps, for chrome://tracing, into OUTPUT_DIR/profile.
+    # Write a trace of STEPS steps, for chrome://tracing, into OUTPUT_DIR/profile, after the first START of a run.
     "PROFILE": {"ENABLED": False, "START": 20, "STEPS": 5},
     # What metrics are written to: "console", "json", "tensorboard", "csv", "wandb", "mlflow".
     "WRITERS": ("console", "json", "tensorboard", "csv"),
+    # Of the writer "wandb"; "": what its environment variables say.
+    "WANDB": {"PROJECT": "", "NAME": ""},
+    # Of the writer "mlflow"; "": what its environment variables say, or the folder OUTPUT_DIR/mlruns.
+    "MLFLOW": {"TRACKING_URI": "", "EXPERIMENT": "", "NAME": ""},
     # Iterations between two lines.
     "LOG_PERIOD": 20,
     # Draw curves, tables and pictures of the run into OUTPUT_DIR/report at its end.

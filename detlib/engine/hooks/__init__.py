@@ -1,15 +1,18 @@
 """The hooks that come with detlib."""
 
 from detlib.engine.hooks.checkpoint import BestCheckpointer, PeriodicCheckpointer
+from detlib.engine.hooks.early_stop import EarlyStopping
 from detlib.engine.hooks.evaluation import EvalHook, PreciseBN
 from detlib.engine.hooks.general import CallbackHook, IterationTimer, LRScheduler, PeriodicWriter
-from detlib.engine.hooks.profiling import AutogradProfiler, TorchMemoryStats, TorchProfiler
+from detlib.engine.hooks.pictures import TrainingPictures
+from detlib.engine.hooks.profiling import AutogradProfiler, StepsProfiler, TorchMemoryStats, TorchProfiler
 from detlib.engine.trainer_base import HookBase
 
 __all__ = [
     "AutogradProfiler",
     "BestCheckpointer",
     "CallbackHook",
+    "EarlyStopping",
     "EvalHook",
     "HookBase",
     "IterationTimer",
@@ -17,6 +20,8 @@ __all__ = [
     "PeriodicCheckpointer",
     "PeriodicWriter",
     "PreciseBN",
+    "StepsProfiler",
     "TorchMemoryStats",
     "TorchProfiler",
+    "TrainingPictures",
 ]

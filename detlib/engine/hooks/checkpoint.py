@@ -1,7 +1,6 @@
 """Hooks that save checkpoints."""
 
 import logging
-import math
 import os
 from collections.abc import Callable
 
@@ -9,7 +8,9 @@ from detlib.checkpoint import Checkpointer
 from detlib.checkpoint import PeriodicCheckpointer as _PeriodicCheckpointer
 from detlib.checkpoint.formats import read_checkpoint
 from detlib.engine.divergence import find_non_finite_parameters
+from detlib.engine.hooks.metrics import check_mode, explain_missing_metric, is_better
 from detlib.engine.trainer_base import HookBase
+from detlib.utils import comm
 
 __all__ = ["BestCheckpointer", "PeriodicCheckpointer"]
 
@@ -40,7 +41,17 @@ class PeriodicCheckpointer(_PeriodicCheckpointer, HookBase):
         self.step(iteration)
 
     def after_train(self) -> None:
-        """Waits for what is saved in the background, and raises its error if it failed."""
+        """Saves the final checkpoint of a training that was stopped early, and waits for what is saved in the
+        background.
+
+        Raises:
+            FloatingPointError: if parameters are not finite.
+        """
+        trainer = self.trainer
+        last = trainer.iter - 1
+        if trainer.is_finished and trainer.start_iter <= last < trainer.max_iter - 1:
+            _refuse_diverged(self.checkpointer, last)
+            self.checkpointer.save(f"{self.file_prefix}_final", iteration=last)
         self.checkpointer.wait()
 
 
@@ -66,6 +77,9 @@ class BestCheckpointer(HookBase):
     """Saves the model whenever an evaluation gives a better metric than all before.
 
     It goes after the `EvalHook` whose results it reads. What was best is known again after a resume.
+
+    Attributes:
+        best_metric, best_iter: the best so far and its iteration; None before the first.
     """
 
     def __init__(
@@ -75,25 +89,29 @@ class BestCheckpointer(HookBase):
         val_metric: str,
         mode: str = "max",
         file_prefix: str = "model_best",
+        on_all_processes: bool = False,
     ) -> None:
         """
         Args:
             eval_period: the period of the `EvalHook`.
             checkpointer: what saves.
-            val_metric: name of the metric in the storage, such as "bbox/AP50".
+            val_metric: name of the metric in the storage, such as "bbox/AP50" or "val/total_loss".
             mode: "max" if more is better, "min" if less is.
             file_prefix: name of the file, without ".pth".
+            on_all_processes: whether every process has this hook. The main process, which has the results,
+                then decides for all.
 
         Raises:
             ValueError: for another `mode`.
         """
-        if mode not in ("max", "min"):
-            raise ValueError(f"mode must be 'max' or 'min', got {mode!r}")
+        check_mode(mode)
         self._period = eval_period
         self._val_metric = val_metric
         self._mode = mode
         self._checkpointer = checkpointer
         self._file_prefix = file_prefix
+        self._on_all_processes = on_all_processes
+        self._judged: int | None = None  # iteration of the last evaluation that was looked at
         self.best_metric: float | None = None
         self.best_iter: int | None = None
 
@@ -104,42 +122,50 @@ class BestCheckpointer(HookBase):
             self._save_if_best(self._checkpointer.save)
 
     def after_train(self) -> None:
-        if self.trainer.iter >= self.trainer.max_iter:
+        if self.trainer.is_finished:
             # The final checkpoint stays the last one, if there is one.
             is_last = not self._checkpointer.has_checkpoint()
             self._save_if_best(self._checkpointer.save if is_last else self._checkpointer.write)
 
     def _save_if_best(self, save: Callable) -> None:
+        best = self._new_best()
+        if self._on_all_processes:
+            best = comm.all_gather(best)[0]
+        if best is None:
+            return
+        self.best_metric, self.best_iter = best
+        _refuse_diverged(self._checkpointer, self.best_iter)
+        _prepare(self.trainer)
+        save(self._file_prefix, iteration=self.best_iter, best=self.state_dict())
+        logger.info(
+            "%s is %.5f, the best so far: saved %s", self._val_metric, self.best_metric, self._file_prefix
+        )
+
+    def _new_best(self) -> tuple[float, int] | None:
+        """Metric and iteration of the last evaluation, if it is new and the best."""
+        if self._on_all_processes and not comm.is_main_process():
+            return None
         latest = self.trainer.storage.latest().get(self._val_metric)
         if latest is None:
             logger.warning(
-                "No metric '%s' was put out by the evaluation, so the best model is not saved. There are: %s",
-                self._val_metric,
-                ", ".join(sorted(name for name in self.trainer.storage.latest() if "/" in name)) or "none",
+                "%s. So the best model is not saved.",
+                explain_missing_metric(self._val_metric, self.trainer.storage),
             )
-            return
-        value, iteration = latest
-        if not self._is_better(value, self.best_metric):
-            logger.info(
-                "%s is %.5f; the best stays %s at iteration %s",
-                self._val_metric,
-                value,
-                self.best_metric,
-                self.best_iter,
-            )
-            return
-        self.best_metric, self.best_iter = float(value), int(iteration)
-        _refuse_diverged(self._checkpointer, iteration)
-        _prepare(self.trainer)
-        save(self._file_prefix, iteration=int(iteration), best=self.state_dict())
-        logger.info("%s is %.5f, the best so far: saved %s", self._val_metric, value, self._file_prefix)
-
-    def _is_better(self, value: float, than: float | None) -> bool:
-        if not math.isfinite(value):
-            return False
-        if than is None:
-            return True
-        return value > than if self._mode == "max" else value < than
+            return None
+        value, iteration = float(latest[0]), int(latest[1])
+        if iteration == self._judged:  # a training that was stopped early does not evaluate again
+            return None
+        self._judged = iteration
+        if is_better(value, self.best_metric, self._mode):
+            return value, iteration
+        logger.info(
+            "%s is %.5f; the best stays %s at iteration %s",
+            self._val_metric,
+            value,
+            self.best_metric,
+            self.best_iter,
+        )
+        return None
 
     def state_dict(self) -> dict:
         return {"best_metric": self.best_metric, "best_iter": self.best_iter, "metric": self._val_metric}
@@ -156,5 +182,5 @@ class BestCheckpointer(HookBase):
         for state in states:
             value = state.get("best_metric")
             if state.get("metric") == self._val_metric and value is not None:
-                if self._is_better(value, self.best_metric):
+                if is_better(value, self.best_metric, self._mode):
                     self.best_metric, self.best_iter = value, state["best_iter"]

@@ -23,16 +23,26 @@ class EvalHook(HookBase):
     Every process calls it, and they wait for each other afterwards.
     """
 
-    def __init__(self, eval_period: int, eval_function: Callable[[], Mapping], eval_after_train: bool = True):
+    def __init__(
+        self,
+        eval_period: int,
+        eval_function: Callable[[], Mapping],
+        eval_after_train: bool = True,
+        repeat_after_stop: bool = False,
+    ):
         """
         Args:
             eval_period: steps between two evaluations; 0 evaluates after the last step only.
             eval_function: takes nothing and returns a nested dict of numbers, or nothing.
             eval_after_train: whether to evaluate after the last step.
+            repeat_after_stop: whether to do so also if training was stopped early by the evaluation of its
+                last step; for functions that do more at the end.
         """
         self._period = eval_period
         self._func = eval_function
         self._eval_after_train = eval_after_train
+        self._repeat_after_stop = repeat_after_stop
+        self._evaluated: int | None = None  # steps done at the last evaluation
 
     def _do_eval(self) -> None:
         results = self._func()
@@ -56,11 +66,13 @@ class EvalHook(HookBase):
         # The evaluation after the last step is made in after_train.
         if self._period > 0 and done % self._period == 0 and done != self.trainer.max_iter:
             self._do_eval()
+            self._evaluated = done
 
     def after_train(self) -> None:
         # Not if training was cut short by an error.
-        if self._eval_after_train and self.trainer.iter >= self.trainer.max_iter:
-            self._do_eval()
+        if self._eval_after_train and self.trainer.is_finished:
+            if self._repeat_after_stop or self._evaluated != self.trainer.iter:
+                self._do_eval()
         # The function usually holds the trainer, which holds this hook.
         del self._func
 
@@ -105,3 +117,13 @@ class PreciseBN(HookBase):
         # A storage of its own, as these batches are none of the training's.
         with EventStorage():
             update_bn_stats(self._model, itertools.islice(self._data_iter, self._num_iter), self._num_iter)
+
+    def state_dict(self) -> dict:
+        """The position in the data, as another part of them gives other statistics."""
+        if self._disabled or not hasattr(self._data_loader, "state_dict"):
+            return {}
+        return {"data_loader": self._data_loader.state_dict()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        if not self._disabled and hasattr(self._data_loader, "load_state_dict"):
+            self._data_loader.load_state_dict(state_dict["data_loader"])

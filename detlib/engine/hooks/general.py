@@ -125,17 +125,31 @@ class PeriodicWriter(HookBase):
         self._writers = writers
         self._period = period
 
+    def before_train(self) -> None:
+        for writer in self._writers:
+            writer.start()
+
     def after_step(self) -> None:
         done = self.trainer.iter + 1
         if done % self._period == 0 or done == self.trainer.max_iter:
             for writer in self._writers:
                 writer.write()
+            # Without a writer that takes them they would only be in the way.
+            self.trainer.storage.clear_images()
+            self.trainer.storage.clear_histograms()
+        for writer in self._writers:
+            writer.step()
 
     def after_train(self) -> None:
+        errors: list[Exception] = []
         for writer in self._writers:
-            # Hooks such as the evaluation have put in more since the last step.
-            writer.write()
-            writer.close()
+            try:
+                writer.finish()
+            except Exception as error:  # the others are to be closed all the same
+                logger.error("%s failed at the end", type(writer).__name__, exc_info=error)
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
 
 class LRScheduler(HookBase):

@@ -10,7 +10,7 @@ from detlib.engine.trainer_base import HookBase
 from detlib.utils import comm
 from detlib.utils.file_io import PathManager
 
-__all__ = ["AutogradProfiler", "TorchMemoryStats", "TorchProfiler"]
+__all__ = ["AutogradProfiler", "StepsProfiler", "TorchMemoryStats", "TorchProfiler"]
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +96,65 @@ class AutogradProfiler(TorchProfiler):
     def _make_profiler(self):
         device = "cuda" if self._use_cuda and torch.cuda.is_available() else None
         return torch.autograd.profiler.profile(use_device=device)
+
+
+class StepsProfiler(HookBase):
+    """Profiles some steps together, each with the hooks before this one, and says what took the time.
+
+    It writes ``trace_iter20-24.json``, for chrome://tracing or https://ui.perfetto.dev, and
+    ``operators_iter20-24.txt``, the operators by the time they took; with several processes one of each for
+    every process.
+    """
+
+    def __init__(self, start: int, steps: int, output_dir: str):
+        """
+        Args:
+            start: steps of this run before the first one to profile; some are slower than the usual.
+            steps: how many to profile.
+            output_dir: folder of the files.
+
+        Raises:
+            ValueError: if `start` is negative or `steps` is below 1.
+        """
+        if start < 0 or steps < 1:
+            raise ValueError(f"Profiling needs start >= 0 and steps >= 1, got {start} and {steps}")
+        self._start = start
+        self._steps = steps
+        self._output_dir = output_dir
+        self._profiler: torch.profiler.profile | None = None
+
+    def before_step(self) -> None:
+        if self.trainer.iter == self.trainer.start_iter + self._start:
+            self._profiler = torch.profiler.profile(record_shapes=True)
+            self._profiler.__enter__()
+
+    def after_step(self) -> None:
+        if self._profiler is None:
+            return
+        self._profiler.step()
+        if self.trainer.iter + 1 >= self.trainer.start_iter + self._start + self._steps:
+            self._finish(self.trainer.iter)
+
+    def after_train(self) -> None:
+        # The training was over before its last step to profile.
+        self._finish(self.trainer.iter - 1)
+
+    def _finish(self, last: int) -> None:
+        profiler, self._profiler = self._profiler, None
+        if profiler is None:
+            return
+        profiler.__exit__(None, None, None)
+        PathManager.mkdirs(self._output_dir)
+        name = f"iter{self.trainer.start_iter + self._start}-{last}"
+        if comm.get_world_size() > 1:
+            name += f"_rank{comm.get_rank()}"
+        trace = os.path.join(self._output_dir, f"trace_{name}.json")
+        profiler.export_chrome_trace(trace)
+        by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        table = profiler.key_averages().table(sort_by=by, row_limit=50)
+        with PathManager.open(os.path.join(self._output_dir, f"operators_{name}.txt"), "w") as f:
+            f.write(table + "\n")
+        logger.info("The trace of %s is in %s", name.replace("iter", "iterations "), trace)
 
 
 class TorchMemoryStats(HookBase):

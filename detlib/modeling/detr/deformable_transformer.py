@@ -115,7 +115,7 @@ class DeformableTransformer(nn.Module):
         if scores.shape[1] < self.two_stage_num_proposals:
             raise ValueError(
                 f"num_queries (two_stage_num_proposals) is {self.two_stage_num_proposals}, but these "
-                f"pictures have {scores.shape[1]} cells on all levels together; give larger ones or fewer queries"
+                f"pictures have {scores.shape[1]} cells on all levels; give larger ones or fewer queries"
             )
         return scores.topk(self.two_stage_num_proposals, dim=1).indices
 

@@ -1,0 +1,57 @@
+"""Metrics for TensorBoard."""
+
+from functools import cached_property
+from typing import Any
+
+from detlib.utils._event_storage import get_event_storage
+from detlib.utils.writers.base import EventWriter
+
+__all__ = ["TensorboardXWriter"]
+
+
+class TensorboardXWriter(EventWriter):
+    """Writes scalars, pictures and histograms for TensorBoard.
+
+    What a run before has written of the iterations that are done again is hidden.
+    """
+
+    def __init__(self, log_dir: str, window_size: int = 20, **kwargs: Any) -> None:
+        """
+        Args:
+            log_dir: where the event files go.
+            window_size: iterations of the median, for scalars with `smoothing_hint`.
+            kwargs: further arguments of ``torch.utils.tensorboard.SummaryWriter``.
+        """
+        self._window_size = window_size
+        self._writer_args = {"log_dir": log_dir, **kwargs}
+        self._last_write = -1
+
+    @cached_property
+    def _writer(self) -> Any:
+        # Slow to import, and no file before the first write.
+        from torch.utils.tensorboard import SummaryWriter
+
+        start_iter = get_event_storage().start_iter
+        if start_iter > 0:
+            # The results of the last evaluation bear the number `start_iter`.
+            self._writer_args.setdefault("purge_step", start_iter + 1)
+        return SummaryWriter(**self._writer_args)
+
+    def write(self) -> None:
+        storage = get_event_storage()
+        newest = self._last_write
+        for name, (value, iteration) in storage.latest_with_smoothing_hint(self._window_size).items():
+            if iteration > self._last_write:
+                self._writer.add_scalar(name, value, iteration)
+                newest = max(newest, iteration)
+        self._last_write = newest
+        for name, image, iteration in storage._images:
+            self._writer.add_image(name, image, iteration)
+        storage.clear_images()
+        for histogram in storage._histograms:
+            self._writer.add_histogram_raw(**histogram)
+        storage.clear_histograms()
+
+    def close(self) -> None:
+        if "_writer" in self.__dict__:
+            self._writer.close()

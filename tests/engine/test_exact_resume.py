@@ -1,0 +1,82 @@
+"""A run that was interrupted ends with the very parameters of one that was not."""
+
+import shutil
+
+import pytest
+import torch
+
+from detlib.engine import DefaultTrainer
+from detlib.utils.env import seed_all_rng
+from tests.engine.tiny import tiny_cfg
+
+_STEPS = 3
+
+
+def _interrupt(whole: DefaultTrainer, folder, iteration: int) -> None:
+    """Makes the folder of a run that ended right after a checkpoint of another."""
+    folder.mkdir()
+    name = f"model_{iteration:07d}.pth"
+    shutil.copy(f"{whole.output_dir}/{name}", folder / name)
+    (folder / "last_checkpoint").write_text(name)
+
+
+def _train(cfg, resume: bool) -> DefaultTrainer:
+    trainer = DefaultTrainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    trainer.train()
+    return trainer
+
+
+def _assert_equal(one: DefaultTrainer, two: DefaultTrainer) -> None:
+    a, b = one.checkpointer.model.state_dict(), two.checkpointer.model.state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert one.iter == two.iter
+    for (_, x), (_, y) in zip(_tensors(one.state_dict()), _tensors(two.state_dict()), strict=True):
+        assert torch.equal(x, y)
+    if one.ema is not None:
+        x, y = one.ema.state_dict(), two.ema.state_dict()
+        assert all(torch.equal(x[name], y[name]) for name in x)
+        assert any(not torch.equal(x[name], a[name]) for name in x)
+
+
+def _tensors(tree, path=""):
+    if isinstance(tree, torch.Tensor):
+        yield path, tree
+    elif isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _tensors(value, f"{path}.{key}")
+    elif isinstance(tree, list):
+        for i, value in enumerate(tree):
+            yield from _tensors(value, f"{path}.{i}")
+
+
+_KINDS = {
+    "sgd": {},
+    "adamw": {"SOLVER__OPTIMIZER": "AdamW", "SOLVER__BASE_LR": 1e-3},
+    "ema": {"SOLVER__EMA__ENABLED": True, "SOLVER__EMA__DECAY": 0.5},
+    "bfloat16": {"SOLVER__AMP__ENABLED": True, "SOLVER__AMP__PRECISION": "bfloat16"},
+    "accumulated": {"SOLVER__ACCUM_STEPS": 2, "SOLVER__IMS_PER_BATCH": 4},
+    "workers": {"DATALOADER__NUM_WORKERS": 2},
+    "drawn seed": {"SEED": -1},
+    "evaluated": {"TEST__EVAL_PERIOD": 1, "DATASETS__TEST": ("shapes:val?num=2&size=64",)},
+    "batch norm": {"MODEL__RESNETS__NORM": "BN", "MODEL__FPN__NORM": "BN", "TEST__PRECISE_BN__ENABLED": True,
+                   "TEST__PRECISE_BN__NUM_ITER": 2, "TEST__EVAL_PERIOD": 1},
+    "retinanet": {"MODEL__META_ARCHITECTURE": "RetinaNet", "MODEL__MASK_ON": False,
+                  "MODEL__BACKBONE__NAME": "build_retinanet_resnet_fpn_backbone",
+                  "MODEL__RESNETS__OUT_FEATURES": ["res3", "res4", "res5"],
+                  "MODEL__FPN__IN_FEATURES": ["res3", "res4", "res5"], "MODEL__RETINANET__NUM_CLASSES": 3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_interrupted_equals_uninterrupted(tmp_path, kind):
+    overrides = {"SOLVER__CHECKPOINT_PERIOD": 1, "SOLVER__MAX_ITER": _STEPS, "DATASETS__TEST": ()}
+    overrides |= _KINDS[kind]
+    seed_all_rng(3)
+    whole = _train(tiny_cfg(tmp_path / "whole", **overrides), resume=False)
+    _interrupt(whole, tmp_path / "parts", iteration=0)
+    # What is drawn before a run resumes, as the model's first weights are, must not matter.
+    seed_all_rng(99)
+    resumed = _train(tiny_cfg(tmp_path / "parts", **overrides), resume=True)
+    assert resumed.start_iter == 1
+    _assert_equal(whole, resumed)

@@ -1,0 +1,106 @@
+"""Models shared out between two processes train, save and resume as whole ones do."""
+
+import shutil
+
+import pytest
+import torch
+
+from detlib.engine import DefaultTrainer, launch
+from detlib.modeling import sampling
+from detlib.utils import comm
+from detlib.utils.env import seed_all_rng
+from tests.engine.test_distributed import _draw_repeatably
+from tests.engine.tiny import tiny_cfg
+
+
+def _cfg(folder, strategy: str, **overrides):
+    return tiny_cfg(
+        folder,
+        TRAIN__STRATEGY=strategy,
+        DATASETS__TEST=("shapes:val?num=2&size=64",),
+        INPUT__RANDOM_FLIP="none",
+        DATALOADER__ASPECT_RATIO_GROUPING=False,
+        SOLVER__MAX_ITER=3,
+        SOLVER__CHECKPOINT_PERIOD=1,
+        SOLVER__BASE_LR=0.02,
+        SOLVER__EMA__ENABLED=True,
+        **overrides,
+    )
+
+
+def _train(folder: str, strategy: str, resume: bool, overrides: dict) -> None:
+    sampling.subsample_labels, original = _draw_repeatably, sampling.subsample_labels
+    try:
+        cfg = _cfg(folder, strategy, **overrides)
+        seed_all_rng(cfg.SEED + comm.get_rank())
+        trainer = DefaultTrainer(cfg)
+        trainer.resume_or_load(resume=resume)
+        assert trainer.start_iter == (2 if resume else 0)
+        results = trainer.train()
+        if strategy == "fsdp":
+            local = sum(p.to_local().numel() for p in trainer.model.parameters())
+            whole = sum(p.numel() for p in trainer.model.parameters())
+            assert local < 0.6 * whole
+        if comm.is_main_process():
+            assert "bbox" in results
+    finally:
+        sampling.subsample_labels = original
+
+
+def _final(folder) -> dict:
+    return torch.load(folder / "model_final.pth", weights_only=True)
+
+
+def _run(folder, strategy: str, resume: bool = False, **overrides) -> dict:
+    launch(_train, 2, args=(str(folder), strategy, resume, overrides))
+    return _final(folder)
+
+
+def _assert_close(one, two, tolerance: float, path: str = "") -> None:
+    assert type(one) is type(two), path
+    if isinstance(one, torch.Tensor):
+        assert one.shape == two.shape, path
+        assert (one.float() - two.float()).abs().max().item() <= tolerance if one.numel() else True, path
+    elif isinstance(one, dict):
+        assert one.keys() == two.keys(), path
+        for key in one:
+            _assert_close(one[key], two[key], tolerance, f"{path}.{key}")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"SOLVER__CLIP_GRADIENTS__ENABLED": True, "SOLVER__CLIP_GRADIENTS__CLIP_TYPE": "full_model"},
+        pytest.param(
+            {
+                "SOLVER__OPTIMIZER": "AdamW",
+                "SOLVER__ACCUM_STEPS": 2,
+                "SOLVER__IMS_PER_BATCH": 4,
+                "SOLVER__AMP__ENABLED": True,
+            },
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_shared_out_equals_whole(tmp_path, overrides):
+    whole = _run(tmp_path / "ddp", "ddp", **overrides)
+    parts = _run(tmp_path / "fsdp", "fsdp", **overrides)
+    adam = overrides.get("SOLVER__OPTIMIZER") == "AdamW"  # whose first steps are +-rate whatever the gradient
+    for entry in ("model", "ema_state"):
+        _assert_close(whole[entry], parts[entry], 1e-2 if adam else 1e-5)
+    states = [x["trainer"]["_trainer"]["optimizer"]["state"] for x in (whole, parts)]
+    assert states[0] and states[0].keys() == states[1].keys()
+    _assert_close(*states, 1e-1 if adam else 1e-4)
+
+    resumed = tmp_path / "resumed"
+    resumed.mkdir()
+    shutil.copy(tmp_path / "fsdp" / "model_0000001.pth", resumed)
+    (resumed / "last_checkpoint").write_text("model_0000001.pth")
+    again = _run(resumed, "fsdp", resume=True, **overrides)
+    for entry in ("model", "ema_state"):
+        _assert_close(parts[entry], again[entry], 0.0)
+
+
+def test_one_process_is_told_to_be_several(tmp_path):
+    with pytest.raises(RuntimeError, match="TRAIN.STRATEGY 'fsdp'.*--num-gpus"):
+        DefaultTrainer(_cfg(tmp_path, "fsdp"))

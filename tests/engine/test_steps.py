@@ -1,0 +1,202 @@
+"""Accumulated, skipped and seeded steps, clipping, and the optimizers of a config, on a small model."""
+
+import logging
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from detlib.config import get_cfg
+from detlib.engine import AMPTrainer, SimpleTrainer
+from detlib.engine.divergence import learning_rate_advice
+from detlib.engine.step_seed import seed_step
+from detlib.solver import build_optimizer
+
+
+class _Model(nn.Module):
+    """A loss that is a sum over the batch's pictures; `poisoned` are calls whose loss is NaN."""
+
+    def __init__(self, poisoned=()):
+        super().__init__()
+        self.backbone = nn.Linear(4, 3)
+        self.head = nn.Linear(3, 1)
+        self.poisoned = set(poisoned)
+        self.calls = 0
+
+    def forward(self, batch):
+        out = self.head(self.backbone(torch.stack([d["x"] for d in batch])).tanh())
+        self.calls += 1
+        scale = float("nan") if self.calls - 1 in self.poisoned else 1.0
+        return {"loss": out.square().mean() * scale}
+
+
+def _batches(size: int):
+    generator = torch.Generator().manual_seed(5)
+    number = 0
+    while True:
+        yield [
+            {"x": torch.rand(4, generator=generator), "file_name": f"{number + k}.jpg"} for k in range(size)
+        ]
+        number += size
+
+
+def _trained(steps: int, size: int, cls=SimpleTrainer, optimizer="SGD", poisoned=(), **kwargs):
+    torch.manual_seed(0)
+    model = _Model(poisoned)
+    if optimizer == "SGD":
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    trainer = cls(model, _batches(size), optimizer, **kwargs)
+    trainer.train(0, steps)
+    return trainer
+
+
+def _values(trainer) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+@pytest.mark.parametrize("before", [False, True])
+def test_accumulated_equals_one_batch(optimizer, before):
+    whole = _trained(3, 6, optimizer=optimizer, zero_grad_before_forward=before)
+    parts = _trained(3, 2, optimizer=optimizer, zero_grad_before_forward=before, accum_steps=3)
+    start = _trained(0, 2)
+    assert (_values(whole) - _values(start)).abs().max() > 1e-2
+    torch.testing.assert_close(_values(parts), _values(whole), rtol=0, atol=1e-6)
+    assert parts.storage.latest()["total_loss"][0] == pytest.approx(whole.storage.latest()["total_loss"][0])
+    assert parts.model.calls == 9
+
+
+def test_accumulated_in_bfloat16():
+    whole = _trained(3, 6)
+    parts = _trained(3, 2, cls=AMPTrainer, precision=torch.bfloat16, accum_steps=3)
+    # bfloat16 has 8 bits: 2**-8 of gradients that move the values by some hundredths.
+    torch.testing.assert_close(_values(parts), _values(whole), rtol=0, atol=2e-3)
+    assert (_values(parts) - _values(whole)).abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"accum_steps": 0}, "accum_steps must be at least 1, got 0"),
+        ({"skip_non_finite": 2, "gather_metric_period": 5}, "skip_non_finite=2 needs gather_metric_period=1"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        _trained(1, 2, **arguments)
+
+
+def test_steps_without_a_finite_loss_are_left_out(caplog):
+    with caplog.at_level(logging.WARNING, logger="detlib"):
+        trainer = _trained(4, 2, poisoned={1, 2}, skip_non_finite=2, advice="Lower the rate.")
+    expected = SimpleTrainer(_Model(), iter(()), trainer.optimizer)  # the same steps without the bad ones
+    torch.manual_seed(0)
+    model = _Model()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    for k, batch in zip(range(4), _batches(2)):
+        if k in (1, 2):
+            continue
+        optimizer.zero_grad()
+        model(batch)["loss"].backward()
+        optimizer.step()
+    expected.model = model
+    assert torch.equal(_values(trainer), _values(expected))
+    text = caplog.text
+    assert "left out (1 of at most 2 in a row)" in text and "(2 of at most 2 in a row)" in text
+    assert "2.jpg, 3.jpg" in text and "Learning rate: 0.1" in text and "Lower the rate." in text
+
+
+def test_too_many_steps_without_a_finite_loss_end_the_training():
+    with pytest.raises(FloatingPointError, match="iteration 3") as error:
+        _trained(6, 2, poisoned={1, 2, 3}, skip_non_finite=2)
+    assert "6.jpg" in str(error.value)
+    # A good step in between starts the count anew.
+    assert _trained(6, 2, poisoned={0, 1, 3, 4}, skip_non_finite=2).iter == 6
+
+
+@pytest.mark.parametrize(
+    ("cls", "rate", "images", "advice"),
+    [
+        (torch.optim.SGD, 0.02, 16, ""),
+        (torch.optim.SGD, 0.0025, 2, ""),
+        (torch.optim.SGD, 0.02, 2, "have 0.02 for 16, which makes 0.0025 here"),
+        (torch.optim.AdamW, 0.02, 2, ""),
+        (torch.optim.SGD, 0.02, 0, ""),
+    ],
+)
+def test_advice_on_the_rate(cls, rate, images, advice):
+    optimizer = cls([nn.Parameter(torch.zeros(1))], rate)
+    said = learning_rate_advice(optimizer, images, 0.02 / 16)
+    assert said == "" if advice == "" else advice in said
+
+
+def _draws() -> tuple:
+    return random.random(), float(np.random.rand()), float(torch.rand(1))
+
+
+def test_random_numbers_of_a_step_depend_on_seed_step_and_rank():
+    seed_step(3, 7, 0)
+    first = _draws()
+    _draws()
+    seed_step(3, 7, 0)
+    assert _draws() == first
+    for other in ((4, 7, 0), (3, 8, 0), (3, 7, 1)):
+        seed_step(*other)
+        assert all(a != b for a, b in zip(_draws(), first))
+
+
+def _cfg(**solver):
+    cfg = get_cfg()
+    for key, value in solver.items():
+        cfg.merge_from_list([f"SOLVER.{key}", value])
+    return cfg
+
+
+def test_adamw_by_config():
+    model = _Model()
+    optimizer = build_optimizer(
+        _cfg(OPTIMIZER="AdamW", BETAS=(0.8, 0.9), BASE_LR=0.3, LR_FACTORS=[["backbone.*", 0.1]]), model
+    )
+    assert type(optimizer) is torch.optim.AdamW
+    rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    assert rates[id(model.backbone.weight)] == pytest.approx(0.03)
+    assert rates[id(model.head.weight)] == pytest.approx(0.3)
+    assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("solver", "message"),
+    [
+        ({"OPTIMIZER": "Adam"}, r"SOLVER.OPTIMIZER must be one of \('SGD', 'AdamW'\), got 'Adam'"),
+        ({"LR_FACTORS": [["backbon.*", 0.1]]}, r"no trainable parameter's name fits 'backbon.\*'"),
+        ({"LR_FACTORS": ["backbone"]}, "takes pairs"),
+        ({"LAYER_DECAY": 0.7}, "SOLVER.LAYER_DECAY = 0.7 needs a plain ViT as backbone, got Linear"),
+    ],
+)
+def test_bad_solver_keys(solver, message):
+    with pytest.raises(ValueError, match=message):
+        build_optimizer(_cfg(**solver), _Model())
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, float("inf")])
+def test_each_gradient_is_cut_to_the_norm(norm_type):
+    model = _Model()
+    cfg = _cfg(BASE_LR=1.0, MOMENTUM=0.0, WEIGHT_DECAY=0.0)
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    clip.ENABLED, clip.CLIP_TYPE, clip.CLIP_VALUE, clip.NORM_TYPE = True, "norm", 0.5, norm_type
+    optimizer = build_optimizer(cfg, model)
+    before = [p.detach().clone() for p in model.parameters()]
+    generator = torch.Generator().manual_seed(1)
+    for param, size in zip(model.parameters(), (10.0, 1e-3, 5.0, 0.0)):
+        param.grad = torch.rand(param.shape, generator=generator) * size
+    expected = [
+        p.grad * min(1.0, 0.5 / (float(torch.linalg.vector_norm(p.grad, norm_type)) + 1e-6))
+        for p in model.parameters()
+    ]
+    optimizer.step()
+    for param, old, gradient in zip(model.parameters(), before, expected):
+        torch.testing.assert_close(old - param, gradient)
