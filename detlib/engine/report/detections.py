@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,22 +20,17 @@ from detlib.evaluation.coco_json import GroundTruth, complete_ground_truth, load
 from detlib.evaluation.coco_metrics import CocoScores, evaluate_coco, gc_paused, make_coco_api
 from detlib.evaluation.lvis_metrics import evaluate_lvis, keep_best_per_image
 from detlib.evaluation.rotated_iou import are_rotated, to_rotated
-from detlib.utils.file_io import PathManager
+from detlib.utils.file_io import PathManager, safe_name
 
 from .run import max_dets, setting
 
-__all__ = ["Detections", "find_predictions", "load_detections", "safe_name"]
+__all__ = ["Detections", "find_predictions", "load_detections"]
 
 logger = logging.getLogger(__name__)
 
 _RESULT_FILES = ("coco_instances_results.json", "lvis_instances_results.json")
 _TASKS = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}
 _DEFAULT_MAX_DETS, _LVIS_MAX_DETS = 100, 300
-
-
-def safe_name(dataset: str) -> str:
-    """The name of a data set as the name of a file, as the evaluators write it."""
-    return re.sub(r"[^\w.-]+", "_", dataset)
 
 
 def find_predictions(

@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from detlib.utils.atomic_write import write_bytes_atomically
-from detlib.utils.file_io import PathManager
+from detlib.utils.file_io import PathManager, safe_name
 
 from .class_table import metrics_class_table, to_csv
 from .detection_part import add_detections
 from .detection_plots import class_metric_figure
-from .detections import find_predictions, safe_name
+from .detections import find_predictions
 from .page import Page
 from .records import Records, read_records
 from .run import dataset_names, read_config, setting
