@@ -157,9 +157,15 @@ class TransformerLayerSequence(nn.Module):
         query: torch.Tensor,
         key: torch.Tensor | None = None,
         value: torch.Tensor | None = None,
+        query_pos: torch.Tensor | None = None,
+        key_pos: torch.Tensor | None = None,
+        attn_masks: Sequence[torch.Tensor | None] | torch.Tensor | None = None,
+        query_key_padding_mask: torch.Tensor | None = None,
+        key_padding_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """Applies all layers, with `BaseTransformerLayer.forward`'s arguments."""
+        """Applies all layers; arguments and result are those of `BaseTransformerLayer.forward`."""
+        given = (query_pos, key_pos, attn_masks, query_key_padding_mask, key_padding_mask)
         for index in range(self.num_layers):
-            query = self.run_layer(index, query, key, value, **kwargs)
+            query = self.run_layer(index, query, key, value, *given, **kwargs)
         return query if self.post_norm_layer is None else self.post_norm_layer(query)

@@ -3,6 +3,8 @@
 Shape legend: N images, C channels, H x W cells of the feature map, Q queries.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -89,18 +91,24 @@ class DetrTransformerDecoder(TransformerLayerSequence):
         query: torch.Tensor,
         key: torch.Tensor | None = None,
         value: torch.Tensor | None = None,
+        query_pos: torch.Tensor | None = None,
+        key_pos: torch.Tensor | None = None,
+        attn_masks: Sequence[torch.Tensor | None] | torch.Tensor | None = None,
+        query_key_padding_mask: torch.Tensor | None = None,
+        key_padding_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """Applies all layers; see `BaseTransformerLayer` for the arguments.
+        """Applies all layers; see `BaseTransformerLayer.forward` for the arguments.
 
         Returns:
             The queries after each layer, (layers, ...) with `query`'s shape; of the last layer alone, (1,
             ...), if not `return_intermediate`.
         """
+        given = (query_pos, key_pos, attn_masks, query_key_padding_mask, key_padding_mask)
         norm = self.post_norm_layer or nn.Identity()
         states = []
         for index in range(self.num_layers):
-            query = self.run_layer(index, query, key, value, **kwargs)
+            query = self.run_layer(index, query, key, value, *given, **kwargs)
             if self.return_intermediate or index == self.num_layers - 1:
                 states.append(norm(query))
         return torch.stack(states)

@@ -1,6 +1,5 @@
 """Whole models: what goes in and comes out, pictures without objects, dtypes, checkpoints and mistakes."""
 
-import logging
 from collections import Counter
 
 import pytest
@@ -150,15 +149,15 @@ def test_when_padding_is_masked(model):
     assert torch.equal(model.padding_mask(images), padding_masks(images))
 
 
-def test_unmasked_padding_is_told(caplog, monkeypatch):
+def test_unmasked_padding_is_told(log, monkeypatch):
     monkeypatch.setattr("detlib.utils.logger._counts", Counter())
     model = small_detr().eval()
-    with caplog.at_level(logging.WARNING), torch.no_grad():
+    with torch.no_grad():
         model(batch((None, None), ((64, 64), (64, 64))))
-        assert "mask_padding_at_test" not in caplog.text
+        assert "mask_padding_at_test" not in log.text
         model(batch((None, None)))
         model(batch((None, None)))
-    assert caplog.text.count("mask_padding_at_test") == 1
+    assert log.text.count("mask_padding_at_test") == 1
 
 
 def test_targets():
