@@ -7,7 +7,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from detlib.config import LazyConfig, instantiate
+from detlib.config import LazyConfig, get_config, instantiate, try_get_key
 from detlib.config._lazy_text import as_plain_data
 from detlib.data import DetrDatasetMapper
 from tests.configs.published_lazy import CONFIGS, DETR_LIKE, FILES, OWN, load
@@ -103,6 +103,16 @@ def test_from_any_folder(monkeypatch, tmp_path):
     train = model_zoo.get_config("common/train.py").train
     assert train.max_iter == 90000 and train.checkpointer.period == 5000
     assert model_zoo.get_config("common/detr.py").lr_multiplier_24ep.scheduler.milestones == [150000, 180000]
+
+
+def test_detrexs_ways_to_configs(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    lazy, plain = get_config("common/train.py"), get_config("COCO-Detection/rpn_R_50_FPN_1x.yaml")
+    keys = ("MODEL.WEIGHTS", "train.init_checkpoint")
+    assert try_get_key(lazy, *keys) == "" and try_get_key(plain, *keys).endswith("R-50.pkl")
+    assert try_get_key(lazy, "train.max_iter.more", "model", default=3) == 3
+    with pytest.raises(FileNotFoundError, match="Did you mean 'common/train.py'"):
+        get_config("common/trian.py")
 
 
 def test_interpolations_that_do_not_resolve():

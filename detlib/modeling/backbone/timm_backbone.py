@@ -14,7 +14,7 @@ from detlib.modeling.backbone.probing import probe_maps, probe_size_divisibility
 from detlib.modeling.config_checks import check_features
 from detlib.utils.suggest import suggest
 
-__all__ = ["TimmBackbone"]
+__all__ = ["TimmBackbone", "log_timm_feature_info"]
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +86,7 @@ class TimmBackbone(Backbone):
         model = _create(model_name, pretrained, checkpoint_path, kwargs)
         self.timm_model = model if convert is None else convert(model, model_name)
 
+        log_timm_feature_info(model.feature_info)
         what = f"timm's model {model_name!r}"
         layouts = probe_maps(self.timm_model, _run, in_channels, names, what)
         self._channels_last = tuple(layout.channels_last for layout in layouts)
@@ -115,6 +116,13 @@ class TimmBackbone(Backbone):
             name: y.permute(0, 3, 1, 2).contiguous() if last else y
             for name, y, last in zip(self._out_features, maps, self._channels_last)
         }
+
+
+def log_timm_feature_info(feature_info: Any) -> None:
+    """Logs channels and strides of the features of one of timm's extractors, as timm has them."""
+    channels, strides = feature_info.channels(), feature_info.reduction()
+    for index, *values in zip(feature_info.out_indices, channels, strides):
+        logger.info("Feature %d of timm's model has %d channels and stride %d", index, *values)
 
 
 def _run(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
