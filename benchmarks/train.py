@@ -3,10 +3,10 @@
     python benchmarks/train.py [--steps 5] [--images 2] [--short-side 800] [--amp] [--threads 2]
 
 Both models train on the same pictures, boxes and masks in memory, with SGD, frozen BatchNorm and the first
-two stages frozen, their steps in turn, so that they meet the same noise. detlib's steps go through DefaultTrainer
-with all its default hooks and writers, as in a real run; its own cost is what a step takes outside forward
-pass, backward pass and the optimizer's update (the pictures are there already, so loading costs nothing).
-torchvision's steps are a bare loop without any of this.
+two stages frozen, their steps in turn, so that they meet the same noise. detlib's steps go through
+DefaultTrainer with all its default hooks and writers, as in a real run; its own cost is what a step takes
+outside forward pass, backward pass and the optimizer's update (the pictures are there already, so loading
+costs nothing). torchvision's steps are a bare loop without any of this.
 """
 
 import argparse

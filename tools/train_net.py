@@ -4,26 +4,39 @@
     tools/train_net.py --config-file configs/Quickstart/mask_rcnn_R_18_FPN_shapes.yaml OUTPUT_DIR out
     tools/train_net.py --config-file configs/COCO-Detection/fcos_R_50_FPN_1x.py train.output_dir=out
 
-The output folder then holds checkpoints, config.yaml, log.txt, metrics.json, events for TensorBoard,
-inference/, predictions/ and report/. Changes to the config come last, as pairs KEY VALUE for a YAML config
-and as path.to.key=value for a lazy one. For more than a config can say, subclass DefaultTrainer or
-LazyTrainer in a script like this one.
+It runs on several GPUs and machines by --num-gpus, under torchrun, and as a job of Slurm by --slurm; see
+docs/training.md. The output folder then holds checkpoints, config.yaml, log.txt, metrics.json, events for
+TensorBoard, inference/, predictions/ and report/. Changes to the config come last, as pairs KEY VALUE for a
+YAML config and as path.to.key=value for a lazy one. For more than a config can say, subclass DefaultTrainer
+or LazyTrainer in a script like this one.
 """
 
+import datetime
 import logging
 import os
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from detlib.checkpoint import DetectionCheckpointer
 from detlib.config import CfgNode, LazyConfig, get_cfg
-from detlib.engine import DefaultTrainer, LazyTrainer, default_argument_parser, default_setup, launch
+from detlib.engine import (
+    DefaultTrainer,
+    LazyTrainer,
+    ProcessFailedError,
+    default_argument_parser,
+    default_setup,
+    hooks,
+    launch,
+)
 from detlib.engine.checks import check_datasets, check_weights
+from detlib.engine.ema import load_for_inference
 from detlib.engine.pictures import write_prediction_pictures
 from detlib.engine.report import report_wanted, write_report
+from detlib.engine.restart import should_resume
 from detlib.engine.setup import run_setting
+from detlib.engine.slurm import submit
 from detlib.evaluation import verify_results
 from detlib.utils import comm
 from detlib.utils.logger import create_small_table
@@ -62,16 +75,21 @@ def main(args: Namespace) -> Mapping | None:
     if args.eval_only:
         model = trainer_class.build_model(cfg)
         weights = cfg.MODEL.WEIGHTS if is_yaml else cfg.train.get("init_checkpoint", "")
-        checkpointer = DetectionCheckpointer(model, run_setting(cfg, "output_dir"))
-        checkpointer.resume_or_load(weights, resume=args.resume)
+        last = DetectionCheckpointer(model, run_setting(cfg, "output_dir")).get_checkpoint_file()
+        averaged = cfg.SOLVER.EMA.ENABLED if is_yaml else cfg.train.get("model_ema", {}).get("enabled", False)
+        load_for_inference(model, args.resume and last or weights, use_average=averaged)
         results = trainer_class.test(cfg, model)
         if comm.is_main_process() and is_yaml and cfg.TEST.EXPECTED_RESULTS:
             verify_results(cfg, results)
+        write_prediction_pictures(cfg, model)
     else:
+        resume = should_resume(args.resume, run_setting(cfg, "output_dir"))
         trainer = trainer_class(cfg)
-        trainer.resume_or_load(resume=args.resume)
-        results, model = trainer.train(), trainer.model
-    write_prediction_pictures(cfg, model)
+        trainer.register_hooks([hooks.StopOnSignal(trainer.checkpointer)])
+        trainer.resume_or_load(resume=resume)
+        results = trainer.train()
+        with trainer.weights_to_evaluate():
+            write_prediction_pictures(cfg, trainer.model)
     if comm.is_main_process():
         log_results(results or {})
         if report_wanted(cfg):
@@ -80,26 +98,53 @@ def main(args: Namespace) -> Mapping | None:
     return results
 
 
+def fail(message: Any, code: int) -> NoReturn:
+    """Ends the program with one last message."""
+    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def run_as_job(args: Namespace, argv: list[str], cfg: CfgNode | Mapping[str, Any]) -> None:
+    """Sends a job that runs the same command on the machines of a cluster."""
+    argv = [argument for argument in argv if argument != "--slurm"]
+    folder = os.path.join(run_setting(cfg, "output_dir"), "slurm")
+    job = submit(__file__, argv, args, folder=folder, use_gpus=device_of(cfg) != "cpu")
+    print(f"Job {job.job_id} is sent; its logs go to {job.paths.folder}")
+
+
+def device_of(cfg: CfgNode | Mapping[str, Any]) -> str:
+    """The device that the config asks for."""
+    return str(cfg.MODEL.DEVICE if isinstance(cfg, CfgNode) else cfg.train.get("device", "auto"))
+
+
 def run(argv: list[str] | None = None) -> None:
     """Parses the command line and starts the processes."""
+    argv = sys.argv[1:] if argv is None else argv
     args = default_argument_parser().parse_args(argv)
     try:
         # Before any process starts: a slip in the config should cost a second and read as one line.
         cfg = make_config(args)
+        timeout = run_setting(cfg, "timeout")
+        if not timeout > 0:
+            raise ValueError(f"TRAIN.TIMEOUT (train.timeout) is {timeout!r}; legal are seconds above 0")
         check_datasets(cfg, train=not args.eval_only)
         check_weights(cfg)
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
-        sys.exit(2)
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+        if args.slurm:
+            return run_as_job(args, argv, cfg)
+    except (ImportError, OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        fail(error.args[0] if isinstance(error, KeyError) and error.args else error, 2)
+    try:
+        launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+            timeout=datetime.timedelta(seconds=timeout),
+        )
+    except ProcessFailedError as error:
+        fail(error, 1)
 
 
 if __name__ == "__main__":

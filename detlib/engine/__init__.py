@@ -9,6 +9,8 @@ from detlib.engine.defaults import (
     default_setup,
     default_writers,
 )
+from detlib.engine.failures import ProcessFailedError
+from detlib.engine.interrupt import StopTraining
 from detlib.engine.launch import DEFAULT_TIMEOUT, launch
 from detlib.engine.lazy_trainer import LazyTrainer
 from detlib.engine.parts_trainer import PartsTrainer
@@ -22,7 +24,9 @@ __all__ = [
     "HookBase",
     "LazyTrainer",
     "PartsTrainer",
+    "ProcessFailedError",
     "SimpleTrainer",
+    "StopTraining",
     "TrainerBase",
     "create_ddp_model",
     "default_argument_parser",

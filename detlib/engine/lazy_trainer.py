@@ -128,7 +128,8 @@ class LazyTrainer(PartsTrainer):
         return build_default_hooks(
             self,
             self.options,
-            evaluate=self._keep_results(lambda: self.test(cfg, self.model)),
+            evaluate=lambda: self.test(cfg, self.model),
+            keep_results=self._keep_results,
             build_writers=self.build_writers,
             val_loss_loaders=self._val_loss_loaders if "val_loss" in cfg.dataloader else None,
             precise_bn_loader=lambda: instantiate(train),

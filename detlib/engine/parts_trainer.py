@@ -4,7 +4,7 @@ import contextlib
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from detlib.engine.process_state import gather_process_state, load_process_state
 from detlib.engine.setup import default_writers
 from detlib.engine.step_seed import seed_step
 from detlib.engine.train_loop import AMPTrainer, HookBase, SimpleTrainer, TrainerBase
-from detlib.engine.wrapping import compile_parts, create_ddp_model, shard_model
+from detlib.engine.wrapping import compile_parts, create_ddp_model, shard_model, whole_parameters
 from detlib.modeling.freezing import freeze_by_name
 from detlib.utils import comm
 from detlib.utils.events import EventWriter
@@ -168,20 +168,18 @@ class PartsTrainer(TrainerBase):
         options = self.options
         return default_writers(self.output_dir, self.max_iter, options.writers, options.writer_params)
 
-    def _keep_results(self, evaluate: Callable[[], Mapping]) -> Callable[[], Mapping]:
-        """`evaluate`, whose results are also kept for `train` to return."""
+    def _keep_results(self, results: Mapping) -> None:
+        """Keeps the results of the last evaluation for `train` to return."""
+        self._last_eval_results = results
 
-        def evaluate_and_keep_results() -> Mapping:
-            self._last_eval_results = evaluate()
-            return self._last_eval_results
-
-        return evaluate_and_keep_results
-
-    def weights_to_evaluate(self) -> contextlib.AbstractContextManager:
+    @contextlib.contextmanager
+    def weights_to_evaluate(self) -> Iterator[None]:
         """Within the block the model has the weights that are evaluated: their average, if there is one."""
-        if self.ema is None or not self.options.ema_for_eval:
-            return contextlib.nullcontext()
-        return self.ema.applied()
+        with contextlib.ExitStack() as stack:
+            if self.ema is not None and self.options.ema_for_eval:
+                stack.enter_context(self.ema.applied())
+            stack.enter_context(whole_parameters(self.checkpointer.model))
+            yield
 
     def train(self) -> dict | None:
         """Trains from where `resume_or_load` has left it up to the last iteration.

@@ -11,6 +11,7 @@ import torch
 
 from detlib.config import CfgNode, LazyConfig
 from detlib.engine.checks import set_num_classes
+from detlib.engine.slurm import add_slurm_arguments
 from detlib.utils import comm
 from detlib.utils.env import seed_all_rng
 from detlib.utils.events import EventWriter
@@ -37,6 +38,12 @@ Examples:
   on two machines:
     (0)$ {program} --machine-rank 0 --num-machines 2 --dist-url tcp://HOST:PORT [...]
     (1)$ {program} --machine-rank 1 --num-machines 2 --dist-url tcp://HOST:PORT [...]
+
+  by torchrun, on any number of machines, restarted after a failure:
+    $ torchrun --nproc-per-node 8 --max-restarts 3 {program} --config-file cfg.yaml
+
+  as a job of Slurm, requeued when its time is up:
+    $ {program} --slurm --slurm-partition gpu --num-gpus 8 --config-file cfg.yaml
 """
 
 
@@ -61,7 +68,7 @@ def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParse
         "--num-gpus",
         type=int,
         default=1,
-        help="number of GPUs per machine; without any GPU, of processes on the CPU",
+        help="number of GPUs per machine; without any GPU, of processes on the CPU; torchrun knows it",
     )
     parser.add_argument("--num-machines", type=int, default=1, help="number of machines")
     parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine, from 0")
@@ -70,6 +77,7 @@ def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParse
         default="auto",
         help="where the processes meet, as tcp://HOST:PORT; on one machine 'auto' finds a free port",
     )
+    add_slurm_arguments(parser)
     parser.add_argument(
         "opts",
         nargs=argparse.REMAINDER,
@@ -83,6 +91,7 @@ _RUN_SETTINGS = {
     "output_dir": ("OUTPUT_DIR", "train.output_dir", "./output"),
     "seed": ("SEED", "train.seed", -1),
     "cudnn_benchmark": ("CUDNN_BENCHMARK", "train.cudnn_benchmark", False),
+    "timeout": ("TRAIN.TIMEOUT", "train.timeout", 1800),
 }
 
 
@@ -91,11 +100,13 @@ def run_setting(cfg: CfgNode | Mapping[str, Any], name: str) -> Any:
 
     Args:
         cfg: a CfgNode, or a lazy config with the node ``train``.
-        name: "output_dir", "seed" or "cudnn_benchmark".
+        name: "output_dir", "seed", "cudnn_benchmark" or "timeout".
     """
     yaml_key, lazy_key, default = _RUN_SETTINGS[name]
     if isinstance(cfg, CfgNode):
-        return cfg[yaml_key]
+        for part in yaml_key.split("."):
+            cfg = cfg[part]
+        return cfg
     section, key = lazy_key.split(".")
     return cfg.get(section, {}).get(key, default)
 

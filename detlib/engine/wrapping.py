@@ -1,9 +1,10 @@
 """What is done to a model before it trains: sharing it out between processes, and compiling its parts."""
 
+import contextlib
 import itertools
 import logging
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from detlib.engine.memory_saving import find_backbone_blocks
 from detlib.utils import comm
 from detlib.utils.suggest import near_names
 
-__all__ = ["compile_parts", "create_ddp_model", "shard_model"]
+__all__ = ["compile_parts", "create_ddp_model", "shard_model", "whole_parameters"]
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,26 @@ def shard_model(model: nn.Module) -> nn.Module:
     return fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
+@contextlib.contextmanager
+def whole_parameters(model: nn.Module) -> Iterator[None]:
+    """Within the block each process holds all parameters of a model of `shard_model`; others stay.
+
+    Processes evaluate different numbers of pictures, so they cannot gather parameters in each forward pass.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(True, recurse=False)
+            part.reshard()
+
+
 def create_ddp_model(model: nn.Module, *, fp16_compression: bool = False, **kwargs: Any) -> nn.Module:
     """Wraps a model for distributed training, if there are several processes.
 
@@ -112,4 +133,22 @@ def create_ddp_model(model: nn.Module, *, fp16_compression: bool = False, **kwar
         from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
         ddp.register_comm_hook(state=None, hook=default_hooks.fp16_compress_hook)
+    elif comm.get_world_size() > 2 and next(model.parameters()).device.type == "cpu":
+        ddp.register_comm_hook(state=None, hook=_average_in_double)
     return ddp
+
+
+def _average_in_double(state: None, bucket: dist.GradBucket) -> torch.futures.Future:
+    """Averages a bucket of gradients over the processes so that the order of the sum does not show.
+
+    DDP groups gradients anew after the first step of each run, and the order of the processes in a sum
+    depends on the place in a group; so without this a resumed run on three or more would differ in the last
+    bits.
+    """
+    whole = bucket.buffer().double()
+    future = dist.all_reduce(whole, async_op=True).get_future()
+
+    def take_mean(done: torch.futures.Future) -> torch.Tensor:
+        return bucket.buffer().copy_(done.value()[0] / comm.get_world_size())
+
+    return future.then(take_mean)

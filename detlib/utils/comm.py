@@ -4,6 +4,7 @@ Ranks number all processes of all machines, local ranks those of one machine. Ob
 model) travel over gloo, also when the gradients use nccl, so they need no GPU memory.
 """
 
+import datetime
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 __all__ = [
+    "agree_on_max",
     "all_gather",
     "create_local_process_group",
     "gather",
@@ -21,6 +23,7 @@ __all__ = [
     "get_world_size",
     "is_main_process",
     "reduce_dict",
+    "set_timeout",
     "shared_random_seed",
     "shutdown",
     "synchronize",
@@ -28,6 +31,7 @@ __all__ = [
 
 _LOCAL_PROCESS_GROUP: dist.ProcessGroup | None = None
 _GLOO_GROUP: dist.ProcessGroup | None = None
+_TIMEOUT: datetime.timedelta | None = None
 
 
 def _is_distributed() -> bool:
@@ -47,6 +51,12 @@ def get_rank() -> int:
 def is_main_process() -> bool:
     """True in the process of rank 0, which alone writes files and logs to the terminal."""
     return get_rank() == 0
+
+
+def set_timeout(timeout: datetime.timedelta | None) -> None:
+    """Sets how long the groups that are created here later wait for a process; None: torch's default."""
+    global _TIMEOUT
+    _TIMEOUT = timeout
 
 
 def create_local_process_group(num_workers_per_machine: int) -> None:
@@ -71,7 +81,7 @@ def create_local_process_group(num_workers_per_machine: int) -> None:
     for i in range(world // num_workers_per_machine):
         # Every process takes part in creating every group, its own or not.
         first = i * num_workers_per_machine
-        group = dist.new_group(list(range(first, first + num_workers_per_machine)))
+        group = dist.new_group(list(range(first, first + num_workers_per_machine)), timeout=_TIMEOUT)
         if i == machine:
             _LOCAL_PROCESS_GROUP = group
 
@@ -101,14 +111,19 @@ def get_local_size() -> int:
 
 
 def synchronize() -> None:
-    """Waits until every process has come here."""
+    """Waits until every process has come here.
+
+    Raises:
+        RuntimeError: if a process does not come in time; in rank 0 it names all that are missing.
+    """
     if get_world_size() == 1:
         return
-    if dist.get_backend() == dist.Backend.NCCL:
-        # nccl cannot know the device of a barrier by itself and warns.
-        dist.barrier(device_ids=[torch.cuda.current_device()])
+    group = _global_gloo_group()
+    if dist.get_backend(group) == dist.Backend.GLOO:
+        # A barrier like any other, but it knows who is missing.
+        dist.monitored_barrier(group, timeout=_TIMEOUT, wait_all_ranks=True)
     else:
-        dist.barrier()
+        dist.barrier(group)
 
 
 def _global_gloo_group() -> dist.ProcessGroup:
@@ -117,7 +132,7 @@ def _global_gloo_group() -> dist.ProcessGroup:
     if dist.get_backend() != dist.Backend.NCCL:
         return dist.group.WORLD
     if _GLOO_GROUP is None:
-        _GLOO_GROUP = dist.new_group(backend="gloo")
+        _GLOO_GROUP = dist.new_group(backend="gloo", timeout=_TIMEOUT)
     return _GLOO_GROUP
 
 
@@ -171,6 +186,16 @@ def gather(data: Any, dst: int = 0, group: dist.ProcessGroup | None = None) -> l
     output: list[Any] = [None] * world
     dist.gather_object(data, output, dst=dst, group=group)
     return output
+
+
+def agree_on_max(value: int) -> int:
+    """Returns the largest `value` of all processes, which must call this together. It is cheap: no pickling,
+    no GPU."""
+    if get_world_size() == 1:
+        return value
+    largest = torch.tensor([value])
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=_global_gloo_group())
+    return int(largest)
 
 
 def shared_random_seed() -> int:

@@ -17,7 +17,7 @@ def _cfg(folder, strategy: str, **overrides):
     return tiny_cfg(
         folder,
         TRAIN__STRATEGY=strategy,
-        DATASETS__TEST=("shapes:val?num=2&size=64",),
+        DATASETS__TEST=("shapes:val?num=3&size=64",),  # of which the processes evaluate 2 and 1
         INPUT__RANDOM_FLIP="none",
         DATALOADER__ASPECT_RATIO_GROUPING=False,
         SOLVER__MAX_ITER=3,

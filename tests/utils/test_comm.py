@@ -19,6 +19,7 @@ def test_one_process():
     values = {"loss": torch.tensor(2.0)}
     assert comm.reduce_dict(values) is values
     comm.synchronize()
+    assert comm.agree_on_max(5) == 5
     np.random.seed(3)
     first = comm.shared_random_seed()
     np.random.seed(3)
@@ -43,6 +44,7 @@ def _work(rank, meeting_file, queue):
         "local_gather": comm.all_gather(rank, group=comm.get_local_process_group()),
         "gather": comm.gather([rank], dst=1),
         "seed": comm.shared_random_seed(),
+        "max": comm.agree_on_max(10 - rank),
         "reduced": {k: v.item() for k, v in reduced.items()},
         "summed": {k: v.item() for k, v in summed.items()},
     }
@@ -70,4 +72,5 @@ def test_two_processes(tmp_path):
     assert results[0]["seed"] == results[1]["seed"] == np.random.randint(2**31)
     assert results[0]["reduced"] == {"a": 5.0, "b": 0.5}
     assert results[0]["summed"] == {"a": 10.0, "b": 1.0}
+    assert results[0]["max"] == results[1]["max"] == 10
     assert "twice" in results[0] and "twice" in results[1]

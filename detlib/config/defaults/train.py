@@ -7,13 +7,15 @@ TRAIN = {
     # For DDP: promise that each step uses the same parameters; or search for those that a step did not use.
     "STATIC_GRAPH": False,
     "FIND_UNUSED_PARAMETERS": False,
-    # Seconds that a process waits for the others before it gives up.
+    # Seconds that a process waits for the others, in an operation with them or when they meet, before it
+    # gives up and the run ends, naming those that did not come.
     "TIMEOUT": 1800,
     # Compute the insides of the backbone's blocks again in the backward pass instead of keeping them.
     "ACTIVATION_CHECKPOINT": False,
     # torch.compile of parts of the model, by name; (): backbone and heads.
     "COMPILE": {"ENABLED": False, "MODULES": (), "BACKEND": "inductor"},
-    # Write a trace of STEPS steps, for chrome://tracing, into OUTPUT_DIR/profile, after the first START of a run.
+    # Write a trace of STEPS steps, after the first START of a run, into OUTPUT_DIR/profile, for
+    # chrome://tracing.
     "PROFILE": {"ENABLED": False, "START": 20, "STEPS": 5},
     # What metrics are written to: "console", "json", "tensorboard", "csv", "wandb", "mlflow".
     "WRITERS": ("console", "json", "tensorboard", "csv"),

@@ -9,10 +9,10 @@ from detlib.checkpoint import PeriodicCheckpointer as _PeriodicCheckpointer
 from detlib.checkpoint.formats import read_checkpoint
 from detlib.engine.divergence import find_non_finite_parameters
 from detlib.engine.hooks.metrics import check_mode, explain_missing_metric, is_better
-from detlib.engine.trainer_base import HookBase
+from detlib.engine.trainer_base import HookBase, TrainerBase
 from detlib.utils import comm
 
-__all__ = ["BestCheckpointer", "PeriodicCheckpointer"]
+__all__ = ["BestCheckpointer", "PeriodicCheckpointer", "prepare_to_save"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class PeriodicCheckpointer(_PeriodicCheckpointer, HookBase):
         if not self.is_due(iteration):
             return
         _refuse_diverged(self.checkpointer, iteration)
-        _prepare(self.trainer)
+        prepare_to_save(self.trainer)
         self.step(iteration)
 
     def after_train(self) -> None:
@@ -55,8 +55,8 @@ class PeriodicCheckpointer(_PeriodicCheckpointer, HookBase):
         self.checkpointer.wait()
 
 
-def _prepare(trainer) -> None:
-    """Lets the trainer collect what the processes have for themselves."""
+def prepare_to_save(trainer: TrainerBase) -> None:
+    """Lets a trainer collect what the processes have for themselves, before a hook saves."""
     prepare = getattr(trainer, "prepare_to_save", None)
     if prepare is not None:
         prepare()
@@ -135,7 +135,7 @@ class BestCheckpointer(HookBase):
             return
         self.best_metric, self.best_iter = best
         _refuse_diverged(self._checkpointer, self.best_iter)
-        _prepare(self.trainer)
+        prepare_to_save(self.trainer)
         save(self._file_prefix, iteration=self.best_iter, best=self.state_dict())
         logger.info(
             "%s is %.5f, the best so far: saved %s", self._val_metric, self.best_metric, self._file_prefix

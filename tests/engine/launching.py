@@ -1,0 +1,201 @@
+"""What the tests of launching share: functions that run in processes, and ways to start these quickly."""
+
+import datetime
+import multiprocessing
+import os
+import signal
+import subprocess
+import time
+
+import psutil
+import torch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from detlib.engine import DefaultTrainer, HookBase, launch
+from detlib.engine.hooks import StopOnSignal
+from detlib.engine.restart import should_resume
+from detlib.utils import comm
+from detlib.utils.env import seed_all_rng
+from tests.engine.tiny import tiny_cfg
+
+TIMEOUT = datetime.timedelta(seconds=60)
+
+
+def use_forkserver(monkeypatch) -> None:
+    """Starts processes from one that has imported everything, in a tenth of the time."""
+    multiprocessing.set_forkserver_preload(["tests.engine.launching"])
+    monkeypatch.setattr("detlib.engine.supervisor._START_METHOD", "forkserver")
+
+
+def remaining_processes(seconds: float = 8.0) -> list[str]:
+    """What is left of this process's children, but for helpers of Python itself.
+
+    Workers of data loaders whose process was killed notice that within five seconds.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        left = [p for p in psutil.Process().children(recursive=True) if _is_of_ours(p)]
+        if not left or time.monotonic() > end:
+            return [f"{p.pid}: {' '.join(p.cmdline())}" for p in left]
+        time.sleep(0.1)
+
+
+def _is_of_ours(process: psutil.Process) -> bool:
+    try:
+        command = " ".join(process.cmdline())
+        if "resource_tracker" in command or process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        # The server itself is a child of this process, what it forks looks alike.
+        return "forkserver" not in command or process.ppid() != os.getpid()
+    except psutil.NoSuchProcess:
+        return False
+
+
+def agent_config(count: int, nodes: int = 1, endpoint: str = "localhost:0", **kwargs) -> LaunchConfig:
+    """The agent that is behind torchrun, for `count` processes on each node."""
+    return LaunchConfig(
+        nodes,
+        nodes,
+        count,
+        rdzv_backend="c10d",
+        rdzv_endpoint=endpoint,
+        run_id="test",
+        monitor_interval=0.1,
+        start_method="forkserver",
+        **{"max_restarts": 0, **kwargs},
+    )
+
+
+def run_agent(config: LaunchConfig, function, *args) -> None:
+    """Runs a function in the processes of an agent."""
+    elastic_launch(config, launched)(function, *args)
+
+
+def start_with(environment: dict[str, str], output: str, function, *args):
+    """Starts a process with an environment, as a launcher of clusters does; returns it."""
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=_in_environment, args=(environment, output, function, args))
+    process.start()
+    return process
+
+
+def _in_environment(environment: dict[str, str], output: str, function, args: tuple) -> None:
+    os.environ.update(environment)
+    with open(output, "w") as f:
+        os.dup2(f.fileno(), 1)
+        os.dup2(f.fileno(), 2)
+    function(*args)
+
+
+def all_reduce_for_ever() -> None:
+    while True:
+        torch.distributed.all_reduce(torch.ones(1))
+
+
+def fail_in_the_loss() -> None:
+    raise ValueError("the loss of this picture is undefined")
+
+
+def one_fails(bad_rank: int) -> None:
+    if comm.get_rank() == bad_rank:
+        time.sleep(0.3)
+        fail_in_the_loss()
+    all_reduce_for_ever()
+
+
+def one_is_killed(bad_rank: int, signum: int) -> None:
+    if comm.get_rank() == bad_rank:
+        time.sleep(0.3)
+        os.kill(os.getpid(), signum)
+    all_reduce_for_ever()
+
+
+def oversleep() -> None:
+    time.sleep(100)
+
+
+def one_oversleeps(bad_rank: int, operation: str) -> None:
+    if comm.get_rank() == bad_rank:
+        oversleep()
+    if operation == "barrier":
+        comm.synchronize()
+    else:
+        all_reduce_for_ever()
+
+
+def tell_places(folder: str) -> None:
+    with open(f"{folder}/{comm.get_rank()}", "w") as f:
+        f.write(f"{comm.get_rank()} {comm.get_world_size()} {comm.get_local_rank()} {comm.get_local_size()}")
+
+
+class At(HookBase):
+    """Does something after a step of one process."""
+
+    def __init__(self, iteration: int, rank: int, do):
+        self._iteration, self._rank, self._do = iteration, rank, do
+
+    def after_step(self) -> None:
+        if (self.trainer.iter, comm.get_rank()) == (self._iteration, self._rank):
+            self._do()
+
+
+def kill_this_process() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def terminate_this_process() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def terminate_this_process_and_its_workers() -> None:
+    """As Slurm and a system that shuts down do; workers of data loaders are forks of this process."""
+    own = psutil.Process()
+    all_of_us = [str(p.pid) for p in [*own.children(), own] if p.cmdline() == own.cmdline()]
+    # Not from here: workers obey the process that they belong to.
+    subprocess.run(["kill", *all_of_us], check=True)
+
+
+def training_cfg(folder, **overrides):
+    """A training of a region proposal network for 6 steps, which saves after each second one."""
+    light = {
+        "MODEL__META_ARCHITECTURE": "ProposalNetwork",
+        "MODEL__MASK_ON": False,
+        "DATASETS__TEST": (),
+        "SOLVER__MAX_ITER": 6,
+        "SOLVER__CHECKPOINT_PERIOD": 2,
+    }
+    return tiny_cfg(folder, **light | overrides)
+
+
+def train(folder: str, hooks: list = (), overrides: dict | None = None, resume: bool = False) -> None:
+    """A training as tools/train_net.py does it, with hooks behind the usual ones."""
+    torch.set_num_threads(1)
+    cfg = training_cfg(folder, **(overrides or {}))
+    seed_all_rng(cfg.SEED + comm.get_rank())
+    resume = should_resume(resume, folder)
+    trainer = DefaultTrainer(cfg)
+    trainer.register_hooks([*hooks, StopOnSignal(trainer.checkpointer)])
+    trainer.resume_or_load(resume=resume)
+    trainer.train()
+
+
+def train_and_be_killed_once(folder: str, rank: int, iteration: int) -> None:
+    """One process is killed after a step, if it is the first start."""
+    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    train(folder, [At(iteration, rank, kill_this_process)] if first else [])
+
+
+def train_and_be_preempted_once(folder: str) -> None:
+    """The first process gets the signal by which submitit tells that the job's time is up."""
+    first = os.environ["DETLIB_RESTART_COUNT"] == "0"
+    train(folder, [At(2, 0, lambda: os.kill(os.getpid(), signal.SIGUSR2))] if first else [])
+
+
+def launched(function, *args) -> None:
+    """What a process under a launcher runs."""
+    launch(function, 1, args=args, timeout=TIMEOUT)
+
+
+def read_model(folder) -> dict[str, torch.Tensor]:
+    """The parameters at the end of a training."""
+    return torch.load(os.path.join(folder, "model_final.pth"), weights_only=True)["model"]
