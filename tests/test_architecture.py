@@ -69,6 +69,7 @@ LAZY = {
     "pycocotools",
     "scipy",
     "tensorboard",
+    "timm",
     "wandb",
 }
 # Files that are themselves imported only where they are used.

@@ -249,7 +249,7 @@ class Checkpointer:
         old_names = {id(value): name for name, value in state.items()}
         state = strip_common_prefix(state, "module.")
         state = self._rename_keys(state, checkpoint)
-        own = {name: value for name, value in self.model.state_dict().items() if _has_shape(value)}
+        own = {name: value for name, value in self.model.state_dict().items() if has_shape(value)}
         wrong = [
             (name, tuple(value.shape), tuple(own[name].shape))
             for name, value in state.items()
@@ -274,7 +274,7 @@ class Checkpointer:
         return state
 
 
-def _has_shape(value: Any) -> bool:
+def has_shape(value: Any) -> bool:
     """False for extra states and for parameters of lazy modules, which have no shape yet."""
     return isinstance(value, torch.Tensor) and not nn.parameter.is_lazy(value)
 

@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from detlib.checkpoint.checkpointer import Checkpointer, IncompatibleKeys
+from detlib.checkpoint.checkpointer import Checkpointer, IncompatibleKeys, has_shape
 from detlib.checkpoint.conversions import Conversion, get_conversion
 from detlib.checkpoint.key_matching import match_by_longest_suffix
+from detlib.checkpoint.part_matching import match_part
 from detlib.utils import comm
 
 __all__ = ["DetectionCheckpointer"]
@@ -35,6 +36,10 @@ class DetectionCheckpointer(Checkpointer):
       that say so themselves, are read in this way anyway.
     - ``?convert=NAME``: the file is of another library, see `detlib.checkpoint.conversions`. Files of
       Detectron and Caffe2 are recognized.
+
+    A file of which not a single name is the model's own, such as the weights of a network of timm or
+    torchvision, is loaded into the part of the model where its names fit, if there is one; the log tells
+    which.
     """
 
     def __init__(self, model: nn.Module, save_dir: str = "", *, save_to_disk: bool | None = None, **kwargs):
@@ -80,10 +85,31 @@ class DetectionCheckpointer(Checkpointer):
             conversion = get_conversion(name)
             self._check_pixels(name, conversion)
             state = conversion.convert(state)
-        if name is None and not checkpoint.get("matching_heuristics", False):
-            return state
-        shapes = {name: tuple(value.shape) for name, value in self.model.state_dict().items()}
-        return match_by_longest_suffix(shapes, state)
+        # Of the names of a tensor that has several, the first stands for all.
+        first = {names[0]: tuple(value.shape) for names, value in self._names_of_tensors()}
+        if name is not None or checkpoint.get("matching_heuristics", False):
+            return self._with_other_names(match_by_longest_suffix(first, state))
+        matched = match_part(first, state)
+        if matched is not None:
+            state, place = matched
+            logger.info("The checkpoint holds a part of the model: its weights go to '%s'", place)
+        return self._with_other_names(state)
+
+    def _names_of_tensors(self) -> list[tuple[list[str], torch.Tensor]]:
+        """Each tensor of the model's state with all of its names, in order."""
+        found: dict[int, tuple[list[str], torch.Tensor]] = {}
+        for name, value in self.model.state_dict(keep_vars=True).items():
+            if has_shape(value):
+                found.setdefault(id(value), ([], value))[0].append(name)
+        return list(found.values())
+
+    def _with_other_names(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Adds the names that the model has for the same tensors, such as those of shared modules."""
+        for names, _ in self._names_of_tensors():
+            given = [name for name in names if name in state]
+            if given and len(given) < len(names):
+                state = dict.fromkeys(names, state[given[0]]) | state
+        return state
 
     def _check_pixels(self, name: str, conversion: Conversion) -> None:
         """Warns if the model gives its backbone other colours than the weights were trained on."""

@@ -7,6 +7,7 @@ from detlib.config.config import get_cfg, global_cfg, set_global_cfg
 from detlib.config.construct import configurable
 from detlib.config.instantiate import instantiate
 from detlib.config.lazy import LazyCall, LazyConfig
+from detlib.config.shipped import get_config, try_get_key
 
 __all__ = [
     "CfgNode",
@@ -15,8 +16,10 @@ __all__ = [
     "configurable",
     "downgrade_config",
     "get_cfg",
+    "get_config",
     "global_cfg",
     "instantiate",
     "set_global_cfg",
+    "try_get_key",
     "upgrade_config",
 ]

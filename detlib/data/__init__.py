@@ -13,12 +13,14 @@ from .build import (
 from .catalog import DatasetCatalog, Metadata, MetadataCatalog
 from .common import DatasetFromList, MapDataset, ToIterableDataset
 from .dataset_mapper import DatasetMapper
+from .detr_dataset_mapper import DetrDatasetMapper
 from .panoptic_mapper import PanopticDatasetMapper
 
 __all__ = [
     "DatasetCatalog",
     "DatasetFromList",
     "DatasetMapper",
+    "DetrDatasetMapper",
     "MapDataset",
     "Metadata",
     "MetadataCatalog",

@@ -1,6 +1,7 @@
 """Neural network layers: thin wrappers of torch.nn, norms, blocks and modules around `detlib.ops`."""
 
 from .aspp import ASPP
+from .attention import MultiheadAttention
 from .batch_norm import (
     CycleBatchNormList,
     FrozenBatchNorm2d,
@@ -9,16 +10,28 @@ from .batch_norm import (
     get_norm,
 )
 from .blocks import CNNBlockBase, DepthwiseSeparableConv2d
+from .box_ops import (
+    box_cxcywh_to_xyxy,
+    box_iou,
+    box_xyxy_to_cxcywh,
+    generalized_box_iou,
+    inverse_sigmoid,
+    masks_to_boxes,
+)
+from .conv import ConvNormAct
 from .deform_conv import DeformConv, ModulatedDeformConv
 from .losses import ciou_loss, diou_loss
 from .mask_ops import paste_masks_in_image
-from .multi_scale_deform_attn import MultiScaleDeformableAttention
+from .mlp import FFN, MLP
+from .multi_scale_deform_attn import MultiScaleDeformableAttention, multi_scale_deformable_attn_pytorch
 from .nms import batched_nms, batched_nms_rotated, nms, nms_rotated
+from .position_embedding import PositionEmbeddingLearned, PositionEmbeddingSine, get_sine_pos_embed
 from .roi_align import ROIAlign, roi_align
 from .roi_align_rotated import ROIAlignRotated, roi_align_rotated
 from .roi_pool import ROIPool
 from .rotated_boxes import pairwise_iou_rotated
 from .shape_spec import ShapeSpec
+from .transformer import BaseTransformerLayer, TransformerLayerSequence
 from .wrappers import (
     BatchNorm2d,
     Conv2d,
@@ -36,34 +49,50 @@ from .wrappers import (
 
 __all__ = [
     "ASPP",
+    "BaseTransformerLayer",
     "BatchNorm2d",
     "CNNBlockBase",
     "Conv2d",
+    "ConvNormAct",
     "ConvTranspose2d",
     "CycleBatchNormList",
     "DeformConv",
     "DepthwiseSeparableConv2d",
+    "FFN",
     "FrozenBatchNorm2d",
     "LayerNorm",
     "Linear",
+    "MLP",
     "ModulatedDeformConv",
     "MultiScaleDeformableAttention",
+    "MultiheadAttention",
     "NaiveSyncBatchNorm",
+    "PositionEmbeddingLearned",
+    "PositionEmbeddingSine",
     "ROIAlign",
     "ROIAlignRotated",
     "ROIPool",
     "ShapeSpec",
+    "TransformerLayerSequence",
     "batched_nms",
     "batched_nms_rotated",
+    "box_cxcywh_to_xyxy",
+    "box_iou",
+    "box_xyxy_to_cxcywh",
     "cat",
     "check_if_dynamo_compiling",
     "ciou_loss",
     "cross_entropy",
     "diou_loss",
     "empty_input_loss_func_wrapper",
+    "generalized_box_iou",
     "get_norm",
+    "get_sine_pos_embed",
     "interpolate",
+    "inverse_sigmoid",
+    "masks_to_boxes",
     "move_device_like",
+    "multi_scale_deformable_attn_pytorch",
     "nms",
     "nms_rotated",
     "nonzero_tuple",

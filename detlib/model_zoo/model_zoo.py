@@ -1,9 +1,6 @@
 """Finding the shipped configs, and building what they describe."""
 
-import importlib.resources
 import os
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,23 +9,13 @@ from torch import nn
 from detlib.checkpoint import DetectionCheckpointer
 from detlib.checkpoint.catalog import DETECTRON2_PREFIX
 from detlib.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detlib.config.shipped import config_dir as _config_dir
+from detlib.config.shipped import find_config
 from detlib.model_zoo.addresses import CHECKPOINTS
 from detlib.modeling import build_model
 from detlib.utils.suggest import suggest
 
 __all__ = ["get", "get_checkpoint_url", "get_config", "get_config_file"]
-
-_ENDINGS = (".yaml", ".py")
-
-
-@cache
-def _config_dir() -> Path:
-    """The folder of the shipped configs: inside the installed package, or beside it in a source checkout."""
-    package = Path(str(importlib.resources.files("detlib")))
-    for folder in (package / "configs", package.parent / "configs"):
-        if (folder / "Base-RCNN-FPN.yaml").is_file():
-            return folder
-    raise FileNotFoundError(f"detlib was installed without its configs: there are none at {package}/configs.")
 
 
 def get_config_file(config_path: str) -> str:
@@ -41,13 +28,7 @@ def get_config_file(config_path: str) -> str:
     Raises:
         FileNotFoundError: there is no such config; near names are listed.
     """
-    folder = _config_dir()
-    file = folder / config_path
-    if not file.is_file():
-        there = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix in _ENDINGS)
-        near = suggest(str(config_path), sorted(there))
-        raise FileNotFoundError(f"The model zoo has no config {str(config_path)!r} in {folder}.{near}")
-    return str(file)
+    return find_config(config_path, _config_dir())
 
 
 def get_checkpoint_url(config_path: str) -> str:
@@ -60,7 +41,7 @@ def get_checkpoint_url(config_path: str) -> str:
         KeyError: none were published for it; near names are listed.
     """
     name, ending = os.path.splitext(config_path)
-    name = name if ending in _ENDINGS else config_path
+    name = name if ending in (".yaml", ".py") else config_path
     group, _, stem = name.partition("/")
     suffix = CHECKPOINTS.get(group, {}).get(stem)
     if suffix is None:

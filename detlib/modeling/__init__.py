@@ -1,21 +1,29 @@
 """Models and their parts: backbones, proposal generators, region heads and whole detectors."""
 
+from detlib.layers import ShapeSpec
 from detlib.modeling.anchor_generator import ANCHOR_GENERATOR_REGISTRY, build_anchor_generator
 from detlib.modeling.backbone import (
     BACKBONE_REGISTRY,
     FPN,
     Backbone,
+    BasicBlock,
+    BasicStem,
+    BottleneckBlock,
+    DeformBottleneckBlock,
     MViT,
     ResNet,
     ResNetBlockBase,
     SimpleFeaturePyramid,
     SwinTransformer,
+    TimmBackbone,
+    TorchvisionBackbone,
     ViT,
     build_backbone,
     build_resnet_backbone,
     get_vit_lr_decay_rate,
     make_stage,
 )
+from detlib.modeling.detr import DETR, DINO, DeformableDETR, HungarianMatcher, SetCriterion
 from detlib.modeling.meta_arch import (
     FCOS,
     META_ARCH_REGISTRY,
@@ -28,6 +36,7 @@ from detlib.modeling.meta_arch import (
     build_model,
     build_sem_seg_head,
 )
+from detlib.modeling.neck import ChannelMapper
 from detlib.modeling.postprocessing import detector_postprocess, sem_seg_postprocess
 from detlib.modeling.proposal_generator import (
     PROPOSAL_GENERATOR_REGISTRY,
@@ -57,12 +66,21 @@ __all__ = [
     "Backbone",
     "BaseKeypointRCNNHead",
     "BaseMaskRCNNHead",
+    "BasicBlock",
+    "BasicStem",
+    "BottleneckBlock",
+    "ChannelMapper",
+    "DETR",
+    "DINO",
     "DatasetMapperTTA",
+    "DeformBottleneckBlock",
+    "DeformableDETR",
     "FCOS",
     "FPN",
     "FastRCNNOutputLayers",
     "GeneralizedRCNN",
     "GeneralizedRCNNWithTTA",
+    "HungarianMatcher",
     "META_ARCH_REGISTRY",
     "MViT",
     "PROPOSAL_GENERATOR_REGISTRY",
@@ -79,9 +97,13 @@ __all__ = [
     "RetinaNet",
     "SEM_SEG_HEADS_REGISTRY",
     "SemanticSegmentor",
+    "SetCriterion",
+    "ShapeSpec",
     "SimpleFeaturePyramid",
     "StandardROIHeads",
     "SwinTransformer",
+    "TimmBackbone",
+    "TorchvisionBackbone",
     "ViT",
     "build_anchor_generator",
     "build_backbone",

@@ -11,7 +11,7 @@ from detlib.config import LazyConfig, get_cfg, instantiate
 from detlib.config._lazy_text import as_plain_data
 from detlib.modeling import build_model
 from detlib.utils.events import EventStorage
-from tests.configs.published_lazy import CONFIGS, HERE, NAMES, PUBLISHED, load
+from tests.configs.published_lazy import CONFIGS, HERE, NAMES, OWN, PUBLISHED, load
 from tests.conformance.harness import Case, add_semantic_truth, add_truth, make_inputs
 
 STATES = json.loads(gzip.decompress((HERE / "zoo_states.json.gz").read_bytes()))
@@ -37,10 +37,52 @@ def shapes(model):
     return {key: list(value.shape) for key, value in model.state_dict().items()}
 
 
+def saved(name, tmp_path):
+    """A config that was saved and loaded, whose backbone would not ask the network for its weights."""
+    LazyConfig.save(load(name), str(tmp_path / "cfg.yaml"))
+    cfg = LazyConfig.load(str(tmp_path / "cfg.yaml"))
+    if "pretrained" in cfg.model.get("backbone", {}):
+        assert cfg.model.backbone.pretrained
+        cfg.model.backbone.pretrained = False
+    return cfg
+
+
 @pytest.mark.parametrize("name", DISTINCT.values())
-def test_models_are_made(name):
-    model = on_meta(load(name).model)
+def test_models_are_made(name, tmp_path):
+    model = on_meta(saved(name, tmp_path).model)
     assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+# timm's networks take a while to look through.
+MADE_SLOWLY = (
+    "DINO/dino_timm_resnet152d",
+    "DINO/dino_timm_convnext_base",
+    "DINO/dino_R_101",
+    "DETR/detr_R_101",
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n.startswith(MADE_SLOWLY) else []) for n in OWN],
+)
+def test_own_models_are_made(name, tmp_path):
+    """And their neck fits the backbone."""
+    if "timm" in name:
+        pytest.importorskip("timm")
+    cfg = saved(name, tmp_path)
+    model = on_meta(cfg.model)
+    shapes = model.backbone.output_shape()
+    if name.startswith("DETR/"):
+        assert shapes[model.in_features[-1]].channels == cfg.model.in_channels == 2048
+        assert shapes["res5"].stride == (16 if "DC5" in name else 32)
+        return
+    assert {n: shapes[n].channels for n in model.neck.in_features} == {
+        n: cfg.model.neck.input_shapes[n].channels for n in cfg.model.neck.in_features
+    }
+    with torch.device("meta"):
+        scales = model.neck({n: torch.empty(1, s.channels, 4, 4) for n, s in shapes.items()})
+    assert len(scales) == cfg.model.transformer.num_feature_levels
 
 
 @pytest.mark.parametrize("name", [name for name in STATES if name.endswith("100ep_LSJ.py")])

@@ -223,6 +223,59 @@ def test_make_stage():
         make_stage(BasicBlock, 1, in_channels=4, out_channels=8, stride=1, stride_per_block=[2])
 
 
+@pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
+def test_make_stage_by_depth(depth):
+    """Without further arguments it gives what `make_default_stages` gives."""
+    with torch.device("meta"):
+        ours = ResNet(BasicStem(), make_stage(depth=depth, stride_in_1x1=False, norm="BN"))
+        theirs = ResNet(BasicStem(), ResNet.make_default_stages(depth=depth, stride_in_1x1=False, norm="BN"))
+    assert str(ours) == str(theirs)
+
+
+def test_make_stage_with_dilation():
+    """The DC5 network is torchvision's with the stride of its last stage replaced by dilation."""
+    theirs = torchvision.models.resnet50(replace_stride_with_dilation=[False, False, True])
+    randomize_norms(theirs)
+    for name, module in theirs.layer4[0].named_modules():
+        if name == "conv2":  # torchvision dilates from the second block on
+            module.dilation, module.padding = (2, 2), (2, 2)
+    stages = make_stage(depth=50, stride_in_1x1=False, norm="FrozenBN", res5_dilation=2)
+    names = ["res2", "res3", "res4", "res5"]
+    ours = ResNet(BasicStem(norm="FrozenBN"), stages, out_features=names, freeze_at=1)
+    ours.load_state_dict(from_torchvision(theirs.state_dict()), strict=False)
+    assert {name: shape.stride for name, shape in ours.output_shape().items()} == {
+        "res2": 4,
+        "res3": 8,
+        "res4": 16,
+        "res5": 16,
+    }
+    x = torch.randn(1, 3, 65, 96, generator=torch.Generator().manual_seed(1))
+    theirs.eval()
+    with torch.no_grad():
+        got = ours(x)["res5"]
+        for part in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
+            x = getattr(theirs, part)(x)
+    assert got.shape == (1, 2048, 5, 6)
+    torch.testing.assert_close(got, x, rtol=1e-4, atol=1e-4)
+
+
+def test_make_stage_of_other_networks():
+    with torch.device("meta"):
+        net = ResNet(BasicStem(), make_stage(101, "BN", 32, 8, deform_on_per_stage=[False, True, True, True]))
+        theirs = torchvision.models.resnext101_32x8d()
+    want = {k: v.shape for k, v in from_torchvision(theirs.state_dict()).items() if "linear" not in k}
+    deformable = {k for k in net.state_dict() if "conv2_offset" in k}
+    assert {k: v.shape for k, v in net.state_dict().items() if k not in deformable} == want
+    assert len(deformable) == 2 * (4 + 23 + 3)
+    assert make_stage(depth=18)[3][-1].out_channels == 512
+    with pytest.raises(ValueError, match="res5_dilation is 2, but depth 34 needs 1"):
+        make_stage(depth=34, res5_dilation=2)
+    with pytest.raises(ValueError, match="out_channels is 256, but depth 18 needs 64"):
+        make_stage(depth=18, out_channels=256)
+    with pytest.raises(ValueError, match="depth is 77; legal are 18, 34, 50, 101, 152"):
+        make_stage(depth=77)
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [

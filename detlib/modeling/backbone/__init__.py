@@ -1,7 +1,15 @@
 """Feature extractors: from a batch of pictures to named feature maps."""
 
-from detlib.modeling.backbone.backbone import Backbone
+from detlib.modeling.backbone.backbone import Backbone, get_backbone_lr_factor
 from detlib.modeling.backbone.build import BACKBONE_REGISTRY, build_backbone
+from detlib.modeling.backbone.build_foreign import (
+    build_retinanet_timm_fpn_backbone,
+    build_retinanet_torchvision_fpn_backbone,
+    build_timm_backbone,
+    build_timm_fpn_backbone,
+    build_torchvision_backbone,
+    build_torchvision_fpn_backbone,
+)
 from detlib.modeling.backbone.fpn import (
     FPN,
     LastLevelMaxPool,
@@ -22,6 +30,8 @@ from detlib.modeling.backbone.resnet import (
     make_stage,
 )
 from detlib.modeling.backbone.swin import SwinTransformer
+from detlib.modeling.backbone.timm_backbone import TimmBackbone
+from detlib.modeling.backbone.torchvision_backbone import TorchvisionBackbone
 from detlib.modeling.backbone.vit import SimpleFeaturePyramid, ViT, get_vit_lr_decay_rate
 
 __all__ = [
@@ -40,11 +50,20 @@ __all__ = [
     "ResNetBlockBase",
     "SimpleFeaturePyramid",
     "SwinTransformer",
+    "TimmBackbone",
+    "TorchvisionBackbone",
     "ViT",
     "build_backbone",
     "build_resnet_backbone",
     "build_resnet_fpn_backbone",
     "build_retinanet_resnet_fpn_backbone",
+    "build_retinanet_timm_fpn_backbone",
+    "build_retinanet_torchvision_fpn_backbone",
+    "build_timm_backbone",
+    "build_timm_fpn_backbone",
+    "build_torchvision_backbone",
+    "build_torchvision_fpn_backbone",
+    "get_backbone_lr_factor",
     "get_vit_lr_decay_rate",
     "make_stage",
 ]

@@ -6,7 +6,7 @@ from torch import nn
 
 from detlib.layers import ShapeSpec
 
-__all__ = ["Backbone"]
+__all__ = ["Backbone", "get_backbone_lr_factor"]
 
 
 class Backbone(nn.Module, metaclass=ABCMeta):
@@ -46,3 +46,16 @@ class Backbone(nn.Module, metaclass=ABCMeta):
             name: ShapeSpec(channels=self._out_feature_channels[name], stride=self._out_feature_strides[name])
             for name in self._out_features
         }
+
+
+def get_backbone_lr_factor(name: str, factor: float = 0.1) -> float:
+    """The factor on the learning rate of a parameter: `factor` within the backbone, 1 elsewhere.
+
+    For `detlib.solver.get_default_optimizer_params(lr_factor_func=...)`; DETR-like models train their
+    backbone more slowly than what is built upon it.
+
+    Args:
+        name: the parameter's full name in the model.
+        factor: what the learning rate is multiplied with where "backbone" is in the name.
+    """
+    return factor if "backbone" in name else 1.0

@@ -16,6 +16,7 @@ __all__ = [
     "LastLevelP6P7",
     "build_resnet_fpn_backbone",
     "build_retinanet_resnet_fpn_backbone",
+    "fpn_from_config",
 ]
 
 
@@ -56,8 +57,8 @@ class FPN(Backbone):
             norm: norm of the lateral and output convolutions, see `detlib.layers.get_norm`; with a norm
                 they have no bias.
             top_block: a module that makes further, coarser levels out of one feature. It has the attributes
-                `num_levels` and `in_feature` (a feature of the bottom-up network or of the pyramid) and
-                returns a list of maps.
+                `num_levels` and `in_feature` (a feature of the bottom-up network or of the pyramid; of the
+                pyramid alone if it has `of_pyramid` and that is True) and returns a list of maps.
             fuse_type: "sum" or "avg" of the lateral and the top-down map.
             square_pad: if above 0, pictures are padded to squares of this side, in pixels.
 
@@ -129,7 +130,8 @@ class FPN(Backbone):
             merged = current
             results.insert(0, output(merged))
         if self.top_block is not None:
-            source = features.get(self.top_block.in_feature)
+            of_pyramid = getattr(self.top_block, "of_pyramid", False)
+            source = None if of_pyramid else features.get(self.top_block.in_feature)
             if source is None:
                 source = results[self._out_features.index(self.top_block.in_feature)]
             results.extend(self.top_block(source))
@@ -142,7 +144,7 @@ class LastLevelMaxPool(nn.Module):
     def __init__(self):
         super().__init__()
         self.num_levels = 1
-        self.in_feature = "p5"
+        self.in_feature, self.of_pyramid = "p5", True
 
     def forward(self, x):
         """Map (N, C, H, W) to a list with one (N, C, ceil(H/2), ceil(W/2)) map."""
@@ -173,9 +175,22 @@ class LastLevelP6P7(nn.Module):
         return [p6, self.p7(F.relu(p6))]
 
 
-def _fpn_from_config(cfg, bottom_up, top_block) -> FPN:
+_RESNET_MAPS = "the bottom-up network (MODEL.RESNETS.OUT_FEATURES)"
+
+
+def fpn_from_config(cfg, bottom_up: Backbone, top_block: nn.Module | None, giver: str = _RESNET_MAPS) -> FPN:
+    """Build the pyramid that `cfg.MODEL.FPN` describes.
+
+    Args:
+        cfg: the whole config.
+        bottom_up: the network below it.
+        top_block: as for `FPN`.
+        giver: what to call `bottom_up` in messages, with the key that says what it gives.
+
+    Raises:
+        ValueError: a key with an illegal value; the key is named.
+    """
     fpn = cfg.MODEL.FPN
-    giver = "the bottom-up network (MODEL.RESNETS.OUT_FEATURES)"
     check_features(fpn.IN_FEATURES, bottom_up.output_shape(), "MODEL.FPN.IN_FEATURES", giver)
     check_norm(fpn.NORM, "MODEL.FPN.NORM")
     check_choice(fpn.FUSE_TYPE, ("sum", "avg"), "MODEL.FPN.FUSE_TYPE")
@@ -201,7 +216,7 @@ def build_resnet_fpn_backbone(cfg, input_shape: ShapeSpec):
     Returns:
         FPN: the backbone.
     """
-    return _fpn_from_config(cfg, build_resnet_backbone(cfg, input_shape), LastLevelMaxPool())
+    return fpn_from_config(cfg, build_resnet_backbone(cfg, input_shape), LastLevelMaxPool())
 
 
 @BACKBONE_REGISTRY.register()
@@ -220,4 +235,4 @@ def build_retinanet_resnet_fpn_backbone(cfg, input_shape: ShapeSpec):
     if "res5" not in shapes:
         raise ValueError(f"MODEL.RESNETS.OUT_FEATURES must hold 'res5' for p6 and p7, got {list(shapes)}")
     top_block = LastLevelP6P7(shapes["res5"].channels, cfg.MODEL.FPN.OUT_CHANNELS)
-    return _fpn_from_config(cfg, bottom_up, top_block)
+    return fpn_from_config(cfg, bottom_up, top_block)

@@ -11,7 +11,15 @@ from detlib.modeling.backbone.resnet_blocks import (
     DeformBottleneckBlock,
     ResNetBlockBase,
 )
-from detlib.modeling.config_checks import check_choice, check_features, check_norm
+from detlib.modeling.backbone.resnet_stages import (
+    STAGE_NAMES,
+    check_stages,
+    make_blocks,
+    make_default_stages,
+    make_stage,
+    make_stages,
+)
+from detlib.modeling.config_checks import check_features, check_norm
 
 __all__ = [
     "BasicBlock",
@@ -23,15 +31,6 @@ __all__ = [
     "build_resnet_backbone",
     "make_stage",
 ]
-
-_BLOCKS_PER_STAGE = {
-    18: (2, 2, 2, 2),
-    34: (3, 4, 6, 3),
-    50: (3, 4, 6, 3),
-    101: (3, 4, 23, 3),
-    152: (3, 8, 36, 3),
-}
-_STAGE_NAMES = ("res2", "res3", "res4", "res5")
 
 
 class ResNet(Backbone):
@@ -156,20 +155,9 @@ class ResNet(Backbone):
             ResNet.make_stage(BottleneckBlock, 3, in_channels=256, out_channels=512,
                               bottleneck_channels=128, stride_per_block=[2, 1, 1])
         """
-        suffix = "_per_block"
-        shared = {k: v for k, v in kwargs.items() if not k.endswith(suffix)}
-        each = {k.removesuffix(suffix): v for k, v in kwargs.items() if k.endswith(suffix)}
-        for name, values in each.items():
-            if name in shared:
-                raise ValueError(f"make_stage got both {name} and {name}{suffix}")
-            if len(values) != num_blocks:
-                raise ValueError(f"{name}{suffix} has {len(values)} entries for {num_blocks} blocks")
-        blocks = []
-        for i in range(num_blocks):
-            own = {name: values[i] for name, values in each.items()}
-            blocks.append(block_class(in_channels=in_channels, out_channels=out_channels, **own, **shared))
-            in_channels = out_channels
-        return blocks
+        return make_blocks(
+            block_class, num_blocks, in_channels=in_channels, out_channels=out_channels, **kwargs
+        )
 
     @staticmethod
     def make_default_stages(depth, block_class=None, **kwargs):
@@ -186,89 +174,27 @@ class ResNet(Backbone):
         Raises:
             ValueError: an unknown depth.
         """
-        check_choice(depth, _BLOCKS_PER_STAGE, "depth")
-        if block_class is None:
-            block_class = BasicBlock if depth < 50 else BottleneckBlock
-        if block_class is BasicBlock:
-            kwargs.pop("stride_in_1x1", None)  # it has no 1x1 convolution; so that depth alone can be changed
-        in_channels, expansion = 64, 1 if depth < 50 else 4
-        stages = []
-        for i, num_blocks in enumerate(_BLOCKS_PER_STAGE[depth]):
-            width = 64 * 2**i
-            if depth >= 50:
-                kwargs["bottleneck_channels"] = width
-            stride = 1 if i == 0 else 2
-            stages.append(
-                ResNet.make_stage(
-                    block_class,
-                    num_blocks,
-                    stride_per_block=[stride] + [1] * (num_blocks - 1),
-                    in_channels=in_channels,
-                    out_channels=width * expansion,
-                    **kwargs,
-                )
-            )
-            in_channels = width * expansion
-        return stages
-
-
-make_stage = ResNet.make_stage
+        return make_default_stages(depth, block_class, **kwargs)
 
 
 def _check_config(resnets) -> None:
     """Raise ValueError, naming the key, where `cfg.MODEL.RESNETS` asks for a network that does not exist."""
     where = "MODEL.RESNETS"
-    check_choice(resnets.DEPTH, _BLOCKS_PER_STAGE, f"{where}.DEPTH")
-    check_choice(resnets.RES5_DILATION, (1, 2), f"{where}.RES5_DILATION")
-    check_norm(resnets.NORM, f"{where}.NORM")
-    if len(resnets.DEFORM_ON_PER_STAGE) != len(_STAGE_NAMES):
-        raise ValueError(
-            f"{where}.DEFORM_ON_PER_STAGE is {list(resnets.DEFORM_ON_PER_STAGE)}; it needs a flag for each "
-            f"of {', '.join(_STAGE_NAMES)}"
-        )
-    check_features(resnets.OUT_FEATURES, ("stem", *_STAGE_NAMES), f"{where}.OUT_FEATURES", "a ResNet")
-    if resnets.DEPTH < 50:
-        needed = {"RES2_OUT_CHANNELS": 64, "NUM_GROUPS": 1, "RES5_DILATION": 1}
-        for key, value in needed.items():
-            if resnets[key] != value:
-                raise ValueError(
-                    f"{where}.{key} is {resnets[key]!r}, but {where}.DEPTH {resnets.DEPTH} needs {value}"
-                )
-        if any(resnets.DEFORM_ON_PER_STAGE):
-            raise ValueError(
-                f"{where}.DEFORM_ON_PER_STAGE is {list(resnets.DEFORM_ON_PER_STAGE)}, but {where}.DEPTH "
-                f"{resnets.DEPTH} has no bottleneck blocks to make deformable; depths 50, 101 and 152 have"
-            )
-
-
-def _stage_from_config(resnets, index: int, in_channels: int):
-    """The blocks of stage `index` (0 is "res2") as `cfg.MODEL.RESNETS` describes it."""
-    num_blocks = _BLOCKS_PER_STAGE[resnets.DEPTH][index]
-    dilation = resnets.RES5_DILATION if index == 3 else 1
-    # A dilated stage keeps the resolution: the dilation stands in for the stride.
-    first_stride = 1 if index == 0 or dilation > 1 else 2
-    kwargs = {
-        "in_channels": in_channels,
-        "out_channels": resnets.RES2_OUT_CHANNELS * 2**index,
-        "stride_per_block": [first_stride] + [1] * (num_blocks - 1),
-        "norm": resnets.NORM,
+    keys = {"out_channels": f"{where}.RES2_OUT_CHANNELS"}
+    keys |= {
+        name: f"{where}.{name.upper()}"
+        for name in ("depth", "num_groups", "res5_dilation", "deform_on_per_stage")
     }
-    if resnets.DEPTH < 50:
-        return ResNet.make_stage(BasicBlock, num_blocks, **kwargs)
-    block_class = BottleneckBlock
-    if resnets.DEFORM_ON_PER_STAGE[index]:
-        block_class = DeformBottleneckBlock
-        kwargs["deform_modulated"] = resnets.DEFORM_MODULATED
-        kwargs["deform_num_groups"] = resnets.DEFORM_NUM_GROUPS
-    return ResNet.make_stage(
-        block_class,
-        num_blocks,
-        bottleneck_channels=resnets.NUM_GROUPS * resnets.WIDTH_PER_GROUP * 2**index,
-        stride_in_1x1=resnets.STRIDE_IN_1X1,
-        dilation=dilation,
-        num_groups=resnets.NUM_GROUPS,
-        **kwargs,
+    check_stages(
+        resnets.DEPTH,
+        resnets.NUM_GROUPS,
+        resnets.RES2_OUT_CHANNELS,
+        resnets.RES5_DILATION,
+        resnets.DEFORM_ON_PER_STAGE,
+        keys,
     )
+    check_norm(resnets.NORM, f"{where}.NORM")
+    check_features(resnets.OUT_FEATURES, ("stem", *STAGE_NAMES), f"{where}.OUT_FEATURES", "a ResNet")
 
 
 @BACKBONE_REGISTRY.register()
@@ -288,9 +214,19 @@ def build_resnet_backbone(cfg, input_shape):
     resnets = cfg.MODEL.RESNETS
     _check_config(resnets)
     stem = BasicStem(input_shape.channels, resnets.STEM_OUT_CHANNELS, resnets.NORM)
-    num_stages = max([0] + [_STAGE_NAMES.index(f) + 1 for f in resnets.OUT_FEATURES if f != "stem"])
-    stages, in_channels = [], stem.out_channels
-    for index in range(max(num_stages, 1)):
-        stages.append(_stage_from_config(resnets, index, in_channels))
-        in_channels = stages[-1][-1].out_channels
+    num_stages = max([1] + [STAGE_NAMES.index(f) + 1 for f in resnets.OUT_FEATURES if f != "stem"])
+    stages = make_stages(
+        resnets.DEPTH,
+        resnets.NORM,
+        resnets.NUM_GROUPS,
+        resnets.WIDTH_PER_GROUP,
+        stem.out_channels,
+        resnets.RES2_OUT_CHANNELS,
+        resnets.STRIDE_IN_1X1,
+        resnets.RES5_DILATION,
+        resnets.DEFORM_ON_PER_STAGE,
+        resnets.DEFORM_MODULATED,
+        resnets.DEFORM_NUM_GROUPS,
+        num_stages=num_stages,
+    )
     return ResNet(stem, stages, out_features=resnets.OUT_FEATURES, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT)

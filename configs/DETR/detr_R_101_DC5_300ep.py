@@ -1,0 +1,10 @@
+"""DETR with a ResNet-101 whose last stage is dilated and keeps stride 16, trained for 300 epochs of COCO."""
+
+from detlib.config import LazyCall as L
+from detlib.modeling.backbone import make_stage
+
+from .detr_R_101_300ep import dataloader, lr_multiplier, model, optimizer, train
+
+model.backbone.stages = L(make_stage)(depth=101, stride_in_1x1=False, norm="FrozenBN", res5_dilation=2)
+
+train.output_dir = dataloader.evaluator.output_dir = "./output/detr_r101_dc5_300ep"

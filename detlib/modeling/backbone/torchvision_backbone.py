@@ -1,0 +1,176 @@
+"""The networks of torchvision as backbones, by its feature extraction: any node of a network can be a map."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from detlib.modeling.backbone.backbone import Backbone
+from detlib.modeling.backbone.probing import probe_maps, probe_size_divisibility, unused_parameters
+from detlib.utils.suggest import suggest
+
+__all__ = ["TorchvisionBackbone"]
+
+
+class TorchvisionBackbone(Backbone):
+    """A network of torchvision that gives the outputs of some of its nodes as maps.
+
+    The network is ``model``, its graph with the chosen outputs is ``feature_extractor``; both hold the same
+    parameters, so each has two names. Batch norms are torchvision's and train. Parameters that no map depends
+    on, such as those of the classifier, keep their values and names but do not train.
+    """
+
+    def __init__(
+        self,
+        model_name: str = "resnet50",
+        pretrained: bool = False,
+        return_nodes: Mapping[str, str] | None = {  # noqa: B006, it is only read
+            "layer1": "res2",
+            "layer2": "res3",
+            "layer3": "res4",
+            "layer4": "res5",
+        },
+        train_return_nodes: Mapping[str, str] | None = None,
+        eval_return_nodes: Mapping[str, str] | None = None,
+        tracer_kwargs: Mapping[str, Any] | None = None,
+        suppress_diff_warnings: bool = False,
+        **kwargs: Any,
+    ):
+        """
+        Args:
+            model_name: a classifier of `torchvision.models.list_models(torchvision.models)`.
+            pretrained: load torchvision's best weights, over the network unless they are in its cache.
+            return_nodes: from nodes, as `torchvision.models.feature_extraction.get_graph_node_names` lists
+                them or the part before a dot, to the names of the maps.
+            train_return_nodes, eval_return_nodes: the same for training and for inference, where their nodes
+                differ. Both or none; they go before `return_nodes`, and give maps of the same names.
+            tracer_kwargs, suppress_diff_warnings: those of torchvision's `create_feature_extractor`.
+            **kwargs: arguments of the network itself.
+
+        Raises:
+            ValueError: an unknown model or node (near names are listed), a node that is no feature map, or
+                `train_return_nodes` and `eval_return_nodes` that do not go together.
+            FileNotFoundError: pretrained weights are neither in the cache nor to be had; what to put where
+                is told.
+        """
+        # On use: all else must run where torchvision does not load.
+        from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+        super().__init__()
+        self.model_name = model_name
+        train, evaluate = _both_nodes(return_nodes, train_return_nodes, eval_return_nodes)
+        self.model = _create(model_name, pretrained, kwargs)
+        tracer_kwargs = dict(tracer_kwargs or {})
+        for nodes, known in zip(
+            (train, evaluate),
+            get_graph_node_names(self.model, tracer_kwargs, suppress_diff_warning=True),
+        ):
+            _check_nodes(model_name, nodes, known)
+        self.feature_extractor = create_feature_extractor(
+            self.model,
+            train_return_nodes=train,
+            eval_return_nodes=evaluate,
+            tracer_kwargs=tracer_kwargs,
+            suppress_diff_warning=suppress_diff_warnings,
+        )
+
+        def run(model, x):
+            outputs = model(x)
+            return [outputs[name] for name in names]
+
+        what, names = f"torchvision's model {model_name!r}", list(evaluate.values())
+        layouts = probe_maps(self.feature_extractor, run, 3, [repr(name) for name in names], what)
+        unused = set(unused_parameters(self.feature_extractor, run, 3))
+        used = {id(p) for name, p in self.feature_extractor.named_parameters() if name not in unused}
+        for parameter in self.model.parameters():
+            parameter.requires_grad = id(parameter) in used
+        self._size_divisibility = probe_size_divisibility(self.feature_extractor, run, 3)
+        self._channels_last = [name for name, layout in zip(names, layouts) if layout.channels_last]
+        self._out_features = names
+        self._out_feature_channels = {n: layout.channels for n, layout in zip(names, layouts)}
+        self._out_feature_strides = {n: layout.stride for n, layout in zip(names, layouts)}
+
+    @property
+    def size_divisibility(self) -> int:
+        """0, but for networks whose parts meet only in pictures of such sizes."""
+        return self._size_divisibility
+
+    def forward(self, x):
+        """Compute the maps.
+
+        Args:
+            x: (N, 3, H, W) float tensor, normalised pictures.
+
+        Returns:
+            dict[str, Tensor]: (N, C_f, H_f, W_f) maps by the names given to the nodes, in their order.
+        """
+        outputs = self.feature_extractor(x)
+        for name in self._channels_last:
+            outputs[name] = outputs[name].permute(0, 3, 1, 2).contiguous()
+        return {name: outputs[name] for name in self._out_features}
+
+
+def _both_nodes(both, train, evaluate) -> tuple[dict[str, str], dict[str, str]]:
+    """The nodes for training and for inference."""
+    if (train is None) != (evaluate is None):
+        raise ValueError(
+            "TorchvisionBackbone takes train_return_nodes and eval_return_nodes together, got one without "
+            "the other"
+        )
+    train, evaluate = (both, both) if train is None else (train, evaluate)
+    if not train or not evaluate:
+        raise ValueError("TorchvisionBackbone's return_nodes must name at least one node")
+    train, evaluate = dict(train), dict(evaluate)
+    for nodes in (train, evaluate):
+        if len(set(nodes.values())) < len(nodes):
+            raise ValueError(f"TorchvisionBackbone's return_nodes give two nodes one name: {nodes}")
+    if set(train.values()) != set(evaluate.values()):
+        raise ValueError(
+            f"TorchvisionBackbone's train_return_nodes give the maps {list(train.values())}, its "
+            f"eval_return_nodes {list(evaluate.values())}: they must be the same"
+        )
+    return train, evaluate
+
+
+def _check_nodes(model_name: str, nodes: Mapping[str, str], known: list[str]) -> None:
+    legal = set(known)
+    for node in known:
+        parts = node.split(".")
+        legal |= {".".join(parts[:i]) for i in range(1, len(parts))}
+    for node in nodes:
+        if node not in legal:
+            raise ValueError(
+                f"TorchvisionBackbone's return_nodes: {model_name!r} has no node {node!r}."
+                f"{suggest(node, sorted(legal))} Its outermost nodes are "
+                f"{', '.join(dict.fromkeys(name.split('.')[0] for name in known))}; "
+                "torchvision.models.feature_extraction.get_graph_node_names lists all"
+            )
+
+
+def _create(model_name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    import torchvision
+
+    models = torchvision.models.list_models(torchvision.models)
+    if str(model_name).lower() not in models:
+        raise ValueError(
+            f"torchvision {torchvision.__version__} has no classifier {model_name!r}."
+            f"{suggest(model_name, models)} torchvision.models.list_models(torchvision.models) lists all"
+        )
+    if not pretrained:
+        return torchvision.models.get_model(model_name, weights=None, **kwargs)
+    weights = torchvision.models.get_model_weights(model_name).DEFAULT
+    place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
+    try:
+        if os.environ.get("DETLIB_OFFLINE", "0") not in ("", "0") and not os.path.isfile(place):
+            raise OSError("$DETLIB_OFFLINE forbids downloading")
+        return torchvision.models.get_model(model_name, weights=weights, **kwargs)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and os.path.isfile(place):
+            raise  # they were there, and do not fit
+        raise FileNotFoundError(
+            f"The pretrained weights of torchvision's model {model_name!r} ({weights}) cannot be loaded "
+            f"({type(error).__name__}: {error}). They are at {weights.url}, and cached as {place!r}: put the "
+            "file there. Or give it as train.init_checkpoint (MODEL.WEIGHTS), with pretrained=False"
+        ) from error

@@ -1,0 +1,221 @@
+"""The losses of DETR-like models: each query learns class and box of the object that it is matched to.
+
+Shape legend: N images, Q queries, K classes, P matched pairs of a batch.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from detlib.layers import box_cxcywh_to_xyxy
+from detlib.layers.box_ops import broadcast_giou
+from detlib.modeling.config_checks import check_choice
+from detlib.modeling.detr.matcher import flat_matches
+from detlib.modeling.focal_loss import focal_loss_sum
+from detlib.utils import comm
+
+__all__ = ["DeformableCriterion", "SetCriterion", "TwoStageCriterion"]
+
+_LOSS_TYPES = ("ce_loss", "focal_loss")
+
+
+class SetCriterion(nn.Module):
+    """Matches predictions with objects and compares them, for the last decoder layer and for all others.
+
+    The losses come without the weights of `weight_dict`; the model puts them on.
+
+    Args:
+        num_classes: K, the background not counted.
+        matcher: a `HungarianMatcher`, or a module with its `match_layers`.
+        weight_dict: the weight of each loss by name, such as "loss_bbox_0".
+        losses: which losses: "class" and "boxes".
+        eos_coef: weight of the background in "ce_loss".
+        loss_class_type: "focal_loss", of sigmoids of K logits; or "ce_loss", of the softmax of K + 1, with
+            the background last.
+        alpha, gamma: of the focal loss, see `detlib.modeling.focal_loss.focal_loss_sum`.
+
+    Raises:
+        ValueError: another `loss_class_type`.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        matcher: nn.Module,
+        weight_dict: Mapping[str, float],
+        losses: Sequence[str] = ("class", "boxes"),
+        eos_coef: float | None = 0.1,
+        loss_class_type: str = "focal_loss",
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+    ):
+        super().__init__()
+        check_choice(loss_class_type, _LOSS_TYPES, f"{type(self).__name__}'s loss_class_type")
+        self.num_classes = num_classes
+        self.matcher = matcher
+        self.weight_dict = dict(weight_dict)
+        self.losses = list(losses)
+        self.eos_coef = eos_coef
+        self.loss_class_type = loss_class_type
+        self.alpha = alpha
+        self.gamma = gamma
+        if loss_class_type == "ce_loss":
+            empty_weight = torch.ones(num_classes + 1)
+            empty_weight[-1] = eos_coef
+            self.register_buffer("empty_weight", empty_weight)
+
+    def forward(self, outputs: Mapping, targets: Sequence[Mapping], return_indices: bool = False):
+        """The losses of all layers.
+
+        Args:
+            outputs: of the last layer "pred_logits" (N, Q, K, or K + 1 for "ce_loss") and "pred_boxes"
+                (N, Q, 4): cx, cy, w, h; and "aux_outputs", if there, a list of such dicts of the others.
+            targets: N dicts of "labels" (M_i,) int64 and "boxes" (M_i, 4), in the frame of the predictions.
+            return_indices: whether to return the matches too.
+
+        Returns:
+            dict[str, Tensor]: "loss_class", "loss_bbox" (L1) and "loss_giou", sums divided by the average
+            number of objects a process has, at least 1 ("ce_loss": a weighted mean over queries); those of
+            other layers end in "_0", "_1" and so on. With `return_indices` also the list of matches: of the
+            others first, then of the last layer.
+        """
+        layers = self._layers(outputs, targets)
+        matches = self.matcher.match_layers([layer for _, layer, _ in layers], [t for _, _, t in layers])
+        num_boxes = self.count_boxes(targets, outputs["pred_boxes"].device)
+        losses = {}
+        for (suffix, layer, truth), indices in zip(layers, matches):
+            for loss in self.losses:
+                found = self.get_loss(loss, layer, truth, indices, num_boxes)
+                losses.update({name + suffix: value for name, value in found.items()})
+        return (losses, [*matches[1:], matches[0]]) if return_indices else losses
+
+    def _layers(self, outputs, targets) -> list[tuple[str, Mapping, Sequence[Mapping]]]:
+        """The layers to compare: what their losses' names end in, their predictions, and the truth."""
+        others = enumerate(outputs.get("aux_outputs", ()))
+        return [("", outputs, targets), *((f"_{i}", layer, targets) for i, layer in others)]
+
+    @staticmethod
+    def count_boxes(targets: Sequence[Mapping], device: torch.device) -> torch.Tensor:
+        """The number of objects that a process has, on average over all, and at least 1: a scalar."""
+        count = torch.full((), float(sum(len(t["labels"]) for t in targets)), device=device)
+        world_size = comm.get_world_size()
+        if world_size > 1:
+            torch.distributed.all_reduce(count)
+        return (count / world_size).clamp(min=1)
+
+    def get_loss(self, loss, outputs, targets, indices, num_boxes, **kwargs) -> dict[str, torch.Tensor]:
+        """The losses of one kind, "class" or "boxes", of one layer; arguments as of `loss_labels`.
+
+        Raises:
+            ValueError: no such kind.
+        """
+        kinds = {"class": self.loss_labels, "boxes": self.loss_boxes}
+        check_choice(loss, kinds, f"{type(self).__name__}'s losses")
+        return kinds[loss](outputs, targets, indices, num_boxes, **kwargs)
+
+    def loss_labels(self, outputs, targets, indices, num_boxes) -> dict[str, torch.Tensor]:
+        """How well the queries tell classes.
+
+        Args:
+            outputs: "pred_logits", see `forward`.
+            targets: see `forward`.
+            indices: N pairs of int64 tensors, queries and the objects they are matched to; others are
+                background.
+            num_boxes: what the sum is divided by.
+
+        Returns:
+            "loss_class", a scalar.
+        """
+        logits = outputs["pred_logits"]
+        images, queries, objects = flat_matches(indices, targets)
+        labels = torch.full(logits.shape[:2], self.num_classes, dtype=torch.int64, device=logits.device)
+        labels[images, queries] = torch.cat([t["labels"] for t in targets])[objects]
+        if self.loss_class_type == "focal_loss":
+            return {"loss_class": focal_loss_sum(logits, labels, self.alpha, self.gamma) / num_boxes}
+        logits = logits.to(self.empty_weight.dtype)
+        return {"loss_class": F.cross_entropy(logits.flatten(0, 1), labels.flatten(), self.empty_weight)}
+
+    def loss_boxes(self, outputs, targets, indices, num_boxes) -> dict[str, torch.Tensor]:
+        """How far the boxes of matched queries are from their objects.
+
+        Args:
+            outputs: "pred_boxes", see `forward`.
+            targets, indices, num_boxes: see `loss_labels`.
+
+        Returns:
+            "loss_bbox", the L1 distance of cx, cy, w, h; and "loss_giou", 1 - generalised IoU.
+        """
+        images, queries, objects = flat_matches(indices, targets)
+        boxes = outputs["pred_boxes"][images, queries]
+        boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
+        gt_boxes = torch.cat([t["boxes"] for t in targets])[objects].to(boxes.dtype)
+        giou = broadcast_giou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(gt_boxes))
+        return {
+            "loss_bbox": (boxes - gt_boxes).abs().sum() / num_boxes,
+            "loss_giou": (1 - giou).sum() / num_boxes,
+        }
+
+
+class TwoStageCriterion(SetCriterion):
+    """The losses of a model whose encoder predicts boxes too: the first guesses of the queries.
+
+    Args:
+        num_classes, matcher, weight_dict, losses, eos_coef, loss_class_type, alpha, gamma: see
+            `SetCriterion`.
+        two_stage_binary_cls: whether the encoder tells objects from background only, by class 0.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        matcher: nn.Module,
+        weight_dict: Mapping[str, float],
+        losses: Sequence[str] = ("class", "boxes"),
+        eos_coef: float | None = None,
+        loss_class_type: str = "focal_loss",
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+        two_stage_binary_cls: bool = False,
+    ):
+        eos_coef = 0.1 if eos_coef is None else eos_coef
+        super().__init__(num_classes, matcher, weight_dict, losses, eos_coef, loss_class_type, alpha, gamma)
+        self.two_stage_binary_cls = two_stage_binary_cls
+
+    def _layers(self, outputs, targets):
+        """The encoder's predictions are "enc_outputs", if there; their losses end in "_enc"."""
+        layers = super()._layers(outputs, targets)
+        if "enc_outputs" in outputs:
+            truth = targets
+            if self.two_stage_binary_cls:
+                truth = [{**t, "labels": torch.zeros_like(t["labels"])} for t in targets]
+            layers.append(("_enc", outputs["enc_outputs"], truth))
+        return layers
+
+
+class DeformableCriterion(TwoStageCriterion):
+    """The losses of Deformable DETR, whose encoder tells objects from background only."""
+
+    def __init__(
+        self,
+        num_classes: int,
+        matcher: nn.Module,
+        weight_dict: Mapping[str, float],
+        losses: Sequence[str] = ("class", "boxes"),
+        eos_coef: float | None = 0.1,
+        loss_class_type: str = "focal_loss",
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+    ):
+        super().__init__(
+            num_classes,
+            matcher,
+            weight_dict,
+            losses,
+            eos_coef,
+            loss_class_type,
+            alpha,
+            gamma,
+            two_stage_binary_cls=True,
+        )

@@ -1,0 +1,231 @@
+"""Encoder and decoder of Deformable DETR (Zhu et al., arXiv:2010.04159), and what DINO's share with them.
+
+Shape legend: N images, C channels, L feature levels, S cells of all levels together, Q queries.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from detlib.layers import (
+    FFN,
+    BaseTransformerLayer,
+    MultiheadAttention,
+    MultiScaleDeformableAttention,
+    TransformerLayerSequence,
+    inverse_sigmoid,
+)
+
+__all__ = [
+    "DeformableDecoder",
+    "DeformableDetrTransformerDecoder",
+    "DeformableDetrTransformerEncoder",
+    "refine_boxes",
+]
+
+
+def refine_boxes(deltas: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+    """Move references by predictions in the space of logits.
+
+    Args:
+        deltas: (N, Q, 4).
+        references: (N, Q, 4) cx, cy, w, h or (N, Q, 2) cx, cy, as fractions of the picture; a point moves by
+            the first two of `deltas`, and the others are the size's logits.
+
+    Returns:
+        (N, Q, 4) cx, cy, w, h.
+    """
+    logits = inverse_sigmoid(references)
+    if logits.shape[-1] == 2:
+        logits = nn.functional.pad(logits, (0, 2))
+    return (deltas + logits).sigmoid()
+
+
+class DeformableDetrTransformerEncoder(TransformerLayerSequence):
+    """Layers in which each cell attends to a few points on all levels.
+
+    Args:
+        embed_dim: C.
+        num_heads: heads of the attention, which divide C.
+        feedforward_dim: channels within the feed-forward parts.
+        attn_dropout, ffn_dropout: probabilities of dropout.
+        num_layers: how many layers.
+        post_norm: whether a norm follows the last layer.
+        num_feature_levels: L.
+        use_checkpoint: see `TransformerLayerSequence`.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int = 256,
+        num_heads: int = 8,
+        feedforward_dim: int = 1024,
+        attn_dropout: float = 0.1,
+        ffn_dropout: float = 0.1,
+        num_layers: int = 6,
+        post_norm: bool = False,
+        num_feature_levels: int = 4,
+        use_checkpoint: bool = False,
+    ):
+        layer = BaseTransformerLayer(
+            attn=MultiScaleDeformableAttention(
+                embed_dim, num_heads, num_feature_levels, dropout=attn_dropout, batch_first=True
+            ),
+            ffn=FFN(embed_dim, feedforward_dim, ffn_drop=ffn_dropout),
+            norm=nn.LayerNorm(embed_dim),
+            operation_order=("self_attn", "norm", "ffn", "norm"),
+        )
+        super().__init__(layer, num_layers)
+        self.embed_dim = embed_dim
+        self.use_checkpoint = use_checkpoint
+        if post_norm:
+            self.post_norm_layer = nn.LayerNorm(embed_dim)
+
+
+class DeformableDecoder(TransformerLayerSequence):
+    """Layers in which queries attend to each other, and to a few points around their references.
+
+    With `bbox_embed` the references become better with each layer. Subclasses say how.
+
+    Attributes:
+        bbox_embed: the model's heads for boxes, one for each layer; or None for references that stay.
+        class_embed: the model's heads for classes, or None.
+
+    Args:
+        embed_dim, num_heads, feedforward_dim, attn_dropout, ffn_dropout, num_layers, num_feature_levels,
+            use_checkpoint: see `DeformableDetrTransformerEncoder`.
+        return_intermediate: whether all layers' queries and references are returned, or the last layer's.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        num_heads: int,
+        feedforward_dim: int,
+        attn_dropout: float,
+        ffn_dropout: float,
+        num_layers: int,
+        return_intermediate: bool,
+        num_feature_levels: int,
+        use_checkpoint: bool = False,
+    ):
+        layer = BaseTransformerLayer(
+            attn=[
+                MultiheadAttention(embed_dim, num_heads, attn_drop=attn_dropout, batch_first=True),
+                MultiScaleDeformableAttention(
+                    embed_dim, num_heads, num_feature_levels, dropout=attn_dropout, batch_first=True
+                ),
+            ],
+            ffn=FFN(embed_dim, feedforward_dim, ffn_drop=ffn_dropout),
+            norm=nn.LayerNorm(embed_dim),
+            operation_order=("self_attn", "norm", "cross_attn", "norm", "ffn", "norm"),
+        )
+        super().__init__(layer, num_layers)
+        self.embed_dim = embed_dim
+        self.return_intermediate = return_intermediate
+        self.use_checkpoint = use_checkpoint
+        self.bbox_embed: nn.ModuleList | None = None
+        self.class_embed: nn.ModuleList | None = None
+
+    def query_pos(self, references: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor | None:
+        """The position embedding of queries whose references on level 0 are (N, Q, 2 or 4)."""
+        return given
+
+    def state(self, query: torch.Tensor) -> torch.Tensor:
+        """What the heads see of a layer's queries."""
+        return query
+
+    def next_references(self, refined: torch.Tensor) -> torch.Tensor:
+        """What the next layer's heads refine: boxes, through which gradients may flow or not."""
+        return refined.detach()
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        query_pos: torch.Tensor | None = None,
+        key_pos: torch.Tensor | None = None,
+        attn_masks: Sequence[torch.Tensor | None] | None = None,
+        query_key_padding_mask: torch.Tensor | None = None,
+        key_padding_mask: torch.Tensor | None = None,
+        reference_points: torch.Tensor | None = None,
+        valid_ratios: torch.Tensor | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Applies all layers.
+
+        Args:
+            query: (N, Q, C).
+            key, value: (N, S, C), the cells of all levels.
+            query_pos: (N, Q, C), or None.
+            key_pos: has no effect.
+            attn_masks: masks of the two attentions of a layer, or None.
+            query_key_padding_mask: (N, Q) bool, true for queries that none may see, or None.
+            key_padding_mask: (N, S) bool, true for cells of the padding.
+            reference_points: (N, Q, 2) or (N, Q, 4): cx, cy and w, h as fractions of the picture.
+            valid_ratios: (N, L, 2), which part of each level's width and height the picture fills.
+            **kwargs: `spatial_shapes` and `level_start_index` of `MultiScaleDeformableAttention`.
+
+        Returns:
+            The queries after each layer, (layers, N, Q, C), and the references that came out of each layer,
+            (layers, N, Q, 2 or 4); of the last layer without the first dimension if not
+            `return_intermediate`.
+        """
+        ratios = valid_ratios.repeat(1, 1, reference_points.shape[-1] // 2)[:, None]
+        states, references = [], []
+        for index in range(self.num_layers):
+            on_levels = reference_points[:, :, None] * ratios
+            query = self.run_layer(
+                index,
+                query,
+                key,
+                value,
+                query_pos=self.query_pos(on_levels[:, :, 0], query_pos),
+                attn_masks=attn_masks,
+                query_key_padding_mask=query_key_padding_mask,
+                key_padding_mask=key_padding_mask,
+                reference_points=on_levels,
+                **kwargs,
+            )
+            kept = reference_points
+            if self.bbox_embed is not None:
+                refined = refine_boxes(self.bbox_embed[index](query), reference_points)
+                kept, reference_points = self.next_references(refined), refined.detach()
+                if ratios.shape[-1] == 2:
+                    ratios = ratios.repeat(1, 1, 1, 2)
+            states.append(self.state(query))
+            references.append(kept)
+        if not self.return_intermediate:
+            return states[-1], references[-1]
+        return torch.stack(states), torch.stack(references)
+
+
+class DeformableDetrTransformerDecoder(DeformableDecoder):
+    """The decoder of Deformable DETR; see `DeformableDecoder` for its arguments."""
+
+    def __init__(
+        self,
+        embed_dim: int = 256,
+        num_heads: int = 8,
+        feedforward_dim: int = 1024,
+        attn_dropout: float = 0.1,
+        ffn_dropout: float = 0.1,
+        num_layers: int = 6,
+        return_intermediate: bool = True,
+        num_feature_levels: int = 4,
+        use_checkpoint: bool = False,
+    ):
+        super().__init__(
+            embed_dim=embed_dim,
+            num_heads=num_heads,
+            feedforward_dim=feedforward_dim,
+            attn_dropout=attn_dropout,
+            ffn_dropout=ffn_dropout,
+            num_layers=num_layers,
+            return_intermediate=return_intermediate,
+            num_feature_levels=num_feature_levels,
+            use_checkpoint=use_checkpoint,
+        )

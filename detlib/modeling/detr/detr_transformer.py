@@ -1,0 +1,177 @@
+"""The transformer of DETR (Carion et al., arXiv:2005.12872).
+
+Shape legend: N images, C channels, H x W cells of the feature map, Q queries.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from detlib.layers import FFN, BaseTransformerLayer, MultiheadAttention, TransformerLayerSequence
+
+__all__ = ["DetrTransformer", "DetrTransformerDecoder", "DetrTransformerEncoder"]
+
+
+class DetrTransformerEncoder(TransformerLayerSequence):
+    """Layers in which each cell attends to all cells.
+
+    Args:
+        embed_dim: C.
+        num_heads: heads of the attention, which divide C.
+        attn_dropout: probability that an attention weight is zeroed.
+        feedforward_dim: channels within the feed-forward parts.
+        ffn_dropout: probability of dropout there.
+        num_layers: how many layers.
+        post_norm: whether a norm follows the last layer.
+        batch_first: whether tensors are (N, H * W, C); else (H * W, N, C).
+    """
+
+    def __init__(
+        self,
+        embed_dim: int = 256,
+        num_heads: int = 8,
+        attn_dropout: float = 0.1,
+        feedforward_dim: int = 2048,
+        ffn_dropout: float = 0.1,
+        num_layers: int = 6,
+        post_norm: bool = True,
+        batch_first: bool = False,
+    ):
+        layer = BaseTransformerLayer(
+            attn=MultiheadAttention(embed_dim, num_heads, attn_drop=attn_dropout, batch_first=batch_first),
+            ffn=FFN(embed_dim, feedforward_dim, ffn_drop=ffn_dropout),
+            norm=nn.LayerNorm(embed_dim),
+            operation_order=("self_attn", "norm", "ffn", "norm"),
+        )
+        super().__init__(layer, num_layers)
+        self.embed_dim = embed_dim
+        self.batch_first = batch_first
+        if post_norm:
+            self.post_norm_layer = nn.LayerNorm(embed_dim)
+
+
+class DetrTransformerDecoder(TransformerLayerSequence):
+    """Layers in which queries attend to each other and to the cells.
+
+    Args:
+        embed_dim, num_heads, attn_dropout, feedforward_dim, ffn_dropout, num_layers, batch_first: see
+            `DetrTransformerEncoder`.
+        post_norm: whether a norm follows each layer whose queries are returned.
+        return_intermediate: whether all layers' queries are returned, or the last layer's.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int = 256,
+        num_heads: int = 8,
+        attn_dropout: float = 0.1,
+        feedforward_dim: int = 2048,
+        ffn_dropout: float = 0.1,
+        num_layers: int = 6,
+        post_norm: bool = True,
+        return_intermediate: bool = True,
+        batch_first: bool = False,
+    ):
+        layer = BaseTransformerLayer(
+            attn=MultiheadAttention(embed_dim, num_heads, attn_drop=attn_dropout, batch_first=batch_first),
+            ffn=FFN(embed_dim, feedforward_dim, ffn_drop=ffn_dropout),
+            norm=nn.LayerNorm(embed_dim),
+            operation_order=("self_attn", "norm", "cross_attn", "norm", "ffn", "norm"),
+        )
+        super().__init__(layer, num_layers)
+        self.embed_dim = embed_dim
+        self.batch_first = batch_first
+        self.return_intermediate = return_intermediate
+        if post_norm:
+            self.post_norm_layer = nn.LayerNorm(embed_dim)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor | None = None,
+        value: torch.Tensor | None = None,
+        query_pos: torch.Tensor | None = None,
+        key_pos: torch.Tensor | None = None,
+        attn_masks: Sequence[torch.Tensor | None] | torch.Tensor | None = None,
+        query_key_padding_mask: torch.Tensor | None = None,
+        key_padding_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """Applies all layers; see `BaseTransformerLayer.forward` for the arguments.
+
+        Returns:
+            The queries after each layer, (layers, ...) with `query`'s shape; of the last layer alone, (1,
+            ...), if not `return_intermediate`.
+        """
+        given = (query_pos, key_pos, attn_masks, query_key_padding_mask, key_padding_mask)
+        norm = self.post_norm_layer or nn.Identity()
+        states = []
+        for index in range(self.num_layers):
+            query = self.run_layer(index, query, key, value, *given, **kwargs)
+            if self.return_intermediate or index == self.num_layers - 1:
+                states.append(norm(query))
+        return torch.stack(states)
+
+
+class DetrTransformer(nn.Module):
+    """Encoder and decoder.
+
+    Args:
+        encoder: a `DetrTransformerEncoder`.
+        decoder: a `DetrTransformerDecoder`.
+    """
+
+    def __init__(self, encoder: nn.Module | None = None, decoder: nn.Module | None = None):
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.embed_dim = encoder.embed_dim
+        self.init_weights()
+
+    def init_weights(self):
+        """Draws matrices from Xavier's uniform distribution."""
+        for p in self.parameters():
+            if p.dim() > 1:
+                nn.init.xavier_uniform_(p)
+
+    def forward(
+        self, x: torch.Tensor, mask: torch.Tensor, query_embed: torch.Tensor, pos_embed: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encode and decode.
+
+        Args:
+            x: (N, C, H, W).
+            mask: (N, H, W) bool, true for the padding.
+            query_embed: (Q, C), what is added to the queries, which begin with zeros.
+            pos_embed: (N, C, H, W).
+
+        Returns:
+            The queries after each layer, (layers, N, Q, C), and the encoded cells, (N, C, H, W).
+        """
+        height, width = x.shape[2:]
+
+        def as_sequence(tensor, batch_first):  # of (N, S, C)
+            return tensor if batch_first else tensor.transpose(0, 1)
+
+        mask = mask.flatten(1)
+        x, pos = (tensor.flatten(2).transpose(1, 2) for tensor in (x, pos_embed))
+        query_pos = query_embed.expand(len(x), -1, -1)
+        first = self.encoder.batch_first
+        memory = self.encoder(
+            as_sequence(x, first), query_pos=as_sequence(pos, first), query_key_padding_mask=mask
+        )
+        memory = as_sequence(memory, first)
+        first = self.decoder.batch_first
+        query_pos, pos, cells = (as_sequence(tensor, first) for tensor in (query_pos, pos, memory))
+        states = self.decoder(
+            torch.zeros_like(query_pos),
+            cells,
+            cells,
+            query_pos=query_pos,
+            key_pos=pos,
+            key_padding_mask=mask,
+        )
+        if not first:
+            states = states.transpose(1, 2)
+        return states, memory.transpose(1, 2).unflatten(2, (height, width))

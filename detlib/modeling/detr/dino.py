@@ -1,0 +1,171 @@
+"""DINO: DETR with improved denoising anchor boxes (Zhang et al., arXiv:2203.03605).
+
+Shape legend: N images, C channels, Q queries, D denoising queries, K classes, L feature levels.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from detlib.modeling.detr.denoising import make_denoising_queries
+from detlib.modeling.detr.detector import stack_layers
+from detlib.modeling.detr.multi_scale_detector import MultiScaleQueryDetector
+from detlib.structures import ImageList
+
+__all__ = ["DINO"]
+
+
+class DINO(MultiScaleQueryDetector):
+    """Queries begin as the encoder's best boxes, each decoder layer refines them, and in training further
+    queries learn to repair boxes that were spoilt.
+
+    Args:
+        backbone: pictures to a dict of feature maps.
+        position_embedding: (N, H, W) masks to (N, C, H, W) embeddings.
+        neck: the backbone's features to L maps (N, C, H, W), such as `ChannelMapper`.
+        transformer: a `DINOTransformer`.
+        embed_dim: C.
+        num_classes: K.
+        num_queries: Q, as many as `transformer.two_stage_num_proposals`.
+        criterion: a `DINOCriterion`.
+        pixel_mean: mean of each channel, in the pixels' own unit.
+        pixel_std: standard deviation of each channel.
+        aux_loss: whether all decoder layers are compared with the truth, or the last.
+        select_box_nums_for_evaluation: how many detections of an image.
+        device: has no effect; the model lies where it is moved.
+        dn_number: there are about twice so many denoising queries, see `num_denoising_groups`; 0 for none.
+        label_noise_ratio: twice the probability that a denoising query gets any class.
+        box_noise_scale: how far denoising queries lie from their boxes, see `apply_box_noise`.
+        input_format: the channels' order, "RGB" or "BGR"; for whoever draws the pictures.
+        vis_period: has no effect; models do not draw.
+        mask_padding_at_test: see `QueryDetector`.
+
+    Raises:
+        ValueError: parts that do not fit each other; the message names them.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        position_embedding: nn.Module,
+        neck: nn.Module,
+        transformer: nn.Module,
+        embed_dim: int,
+        num_classes: int,
+        num_queries: int,
+        criterion: nn.Module,
+        pixel_mean: Sequence[float] = (123.675, 116.28, 103.53),
+        pixel_std: Sequence[float] = (58.395, 57.12, 57.375),
+        aux_loss: bool = True,
+        select_box_nums_for_evaluation: int = 300,
+        device: str | torch.device | None = None,
+        dn_number: int = 100,
+        label_noise_ratio: float = 0.2,
+        box_noise_scale: float = 1.0,
+        input_format: str | None = "RGB",
+        vis_period: int = 0,
+        *,
+        mask_padding_at_test: bool = False,
+    ):
+        super().__init__(
+            backbone=backbone,
+            position_embedding=position_embedding,
+            neck=neck,
+            transformer=transformer,
+            embed_dim=embed_dim,
+            num_classes=num_classes,
+            num_queries=num_queries,
+            criterion=criterion,
+            pixel_mean=pixel_mean,
+            pixel_std=pixel_std,
+            aux_loss=aux_loss,
+            select_box_nums_for_evaluation=select_box_nums_for_evaluation,
+            mask_padding_at_test=mask_padding_at_test,
+        )
+        if transformer.two_stage_num_proposals != num_queries:
+            raise ValueError(
+                f"num_queries is {num_queries}, but the transformer's two_stage_num_proposals is "
+                f"{transformer.two_stage_num_proposals}; they must be the same"
+            )
+        self.label_enc = nn.Embedding(num_classes, embed_dim)
+        self.dn_number = dn_number
+        self.label_noise_ratio = label_noise_ratio
+        self.box_noise_scale = box_noise_scale
+        self.input_format = input_format
+        self.make_heads(transformer.decoder.num_layers + 1, is_shared=False)
+        self.init_neck()
+        # The decoder refines boxes by the same heads, and the last ones are for the encoder's proposals.
+        transformer.decoder.class_embed = self.class_embed
+        transformer.decoder.bbox_embed = self.bbox_embed
+
+    def prepare_for_cdn(
+        self,
+        targets: Sequence[Mapping],
+        dn_number: int,
+        label_noise_ratio: float,
+        box_noise_scale: float,
+        num_queries: int,
+        num_classes: int,
+        hidden_dim: int,
+        label_enc: nn.Embedding,
+    ):
+        """The denoising queries of a batch; see `make_denoising_queries`. `hidden_dim` has no effect."""
+        return make_denoising_queries(
+            targets, dn_number, label_noise_ratio, box_noise_scale, num_queries, num_classes, label_enc
+        )
+
+    def dn_post_process(
+        self, outputs_class: torch.Tensor, outputs_coord: torch.Tensor, dn_metas: dict
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Split off the predictions of denoising queries, and put them into `dn_metas`.
+
+        Args:
+            outputs_class: (layers, N, D + Q, K).
+            outputs_coord: (layers, N, D + Q, 4).
+            dn_metas: "single_padding" and "dn_num"; "output_known_lbs_bboxes" is added.
+
+        Returns:
+            (layers, N, Q, K) and (layers, N, Q, 4).
+        """
+        count = dn_metas["single_padding"] * dn_metas["dn_num"]
+        dn_metas["output_known_lbs_bboxes"] = stack_layers(
+            outputs_class[:, :, :count], outputs_coord[:, :, :count], self.aux_loss
+        )
+        return outputs_class[:, :, count:], outputs_coord[:, :, count:]
+
+    def predict(self, images: ImageList, targets: list[Mapping] | None = None) -> dict:
+        """See `QueryDetector.predict`; "dn_metas" tells of the denoising queries, and is None without."""
+        maps = self.multi_level_features(images)
+        contents = box_logits = attn_mask = dn_metas = None
+        if targets is not None:
+            contents, box_logits, attn_mask, dn_metas = self.prepare_for_cdn(
+                targets,
+                self.dn_number,
+                self.label_noise_ratio,
+                self.box_noise_scale,
+                self.num_queries,
+                self.num_classes,
+                self.embed_dim,
+                self.label_enc,
+            )
+        states, init_reference, references, enc_state, enc_reference = self.transformer(
+            *maps, (contents, box_logits), attn_masks=[attn_mask, None]
+        )
+        logits, boxes = self.predict_layers(states, init_reference, references)
+        if targets is not None:
+            # Every process must give `label_enc` a gradient, those without an object too.
+            logits = logits + 0 * self.label_enc.weight[0, 0]
+        if dn_metas is not None:
+            logits, boxes = self.dn_post_process(logits, boxes, dn_metas)
+        outputs = stack_layers(logits, boxes, self.aux_loss)
+        outputs["enc_outputs"] = {
+            "pred_logits": self.class_embed[-1](enc_state),
+            "pred_boxes": enc_reference,
+        }
+        outputs["dn_metas"] = dn_metas
+        return outputs
+
+    def losses(self, outputs: Mapping, targets: list[Mapping]) -> dict[str, torch.Tensor]:
+        """See `QueryDetector.losses`."""
+        return self.criterion(outputs, targets, outputs["dn_metas"])

@@ -1,0 +1,154 @@
+"""The transformer of DINO (Zhang et al., arXiv:2203.03605): mixed query selection, and look forward twice.
+
+Shape legend: N images, C channels, L feature levels, S cells of all levels together, Q queries, D denoising
+queries, K classes.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from detlib.layers import MLP, get_sine_pos_embed
+from detlib.modeling.dense_ops import gather_rows
+from detlib.modeling.detr.deformable_layers import DeformableDecoder, DeformableDetrTransformerEncoder
+from detlib.modeling.detr.deformable_transformer import DeformableTransformer
+
+__all__ = ["DINOTransformer", "DINOTransformerDecoder", "DINOTransformerEncoder"]
+
+
+class DINOTransformerEncoder(DeformableDetrTransformerEncoder):
+    """The encoder of DINO: that of Deformable DETR, with its arguments."""
+
+
+class DINOTransformerDecoder(DeformableDecoder):
+    """The decoder of DINO, whose references are boxes and tell where the queries are.
+
+    Args:
+        embed_dim, num_heads, feedforward_dim, attn_dropout, ffn_dropout, num_layers, return_intermediate,
+            num_feature_levels: see `DeformableDecoder`.
+        look_forward_twice: whether gradients of the next layer's boxes reach this layer.
+        use_checkpoint: whether the inner activations of a layer are computed again in the backward pass, to
+            save memory.
+
+    Raises:
+        ValueError: `embed_dim` is no multiple of 4.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int = 256,
+        num_heads: int = 8,
+        feedforward_dim: int = 1024,
+        attn_dropout: float = 0.1,
+        ffn_dropout: float = 0.1,
+        num_layers: int = 6,
+        return_intermediate: bool = True,
+        num_feature_levels: int = 4,
+        look_forward_twice: bool = True,
+        use_checkpoint: bool = True,
+    ):
+        if embed_dim % 4:
+            raise ValueError(f"DINOTransformerDecoder's embed_dim must be a multiple of 4, got {embed_dim}")
+        super().__init__(
+            embed_dim=embed_dim,
+            num_heads=num_heads,
+            feedforward_dim=feedforward_dim,
+            attn_dropout=attn_dropout,
+            ffn_dropout=ffn_dropout,
+            num_layers=num_layers,
+            return_intermediate=return_intermediate,
+            num_feature_levels=num_feature_levels,
+            use_checkpoint=use_checkpoint,
+        )
+        self.look_forward_twice = look_forward_twice
+        self.ref_point_head = MLP(2 * embed_dim, embed_dim, embed_dim, 2)
+        self.norm = nn.LayerNorm(embed_dim)
+
+    def query_pos(self, references: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
+        """The embedded references on level 0."""
+        return self.ref_point_head(get_sine_pos_embed(references, self.embed_dim // 2))
+
+    def state(self, query: torch.Tensor) -> torch.Tensor:
+        """The heads see normed queries."""
+        return self.norm(query)
+
+    def next_references(self, refined: torch.Tensor) -> torch.Tensor:
+        """See `DeformableDecoder`."""
+        return refined if self.look_forward_twice else refined.detach()
+
+
+class DINOTransformer(DeformableTransformer):
+    """The transformer of DINO. Boxes of queries come from the encoder's proposals, their contents are learnt.
+
+    Args:
+        encoder: a `DINOTransformerEncoder`.
+        decoder: a `DINOTransformerDecoder`.
+        num_feature_levels: L.
+        two_stage_num_proposals: Q, how many proposals become queries.
+        learnt_init_query: whether the contents are learnt; else they are those of the proposals' cells.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module | None = None,
+        decoder: nn.Module | None = None,
+        num_feature_levels: int = 4,
+        two_stage_num_proposals: int = 900,
+        learnt_init_query: bool = True,
+    ):
+        super().__init__(encoder, decoder, num_feature_levels, two_stage_num_proposals)
+        self.learnt_init_query = learnt_init_query
+        if learnt_init_query:
+            self.tgt_embed = nn.Embedding(two_stage_num_proposals, self.embed_dim)
+        self.add_proposal_head()
+        self.init_weights()
+
+    def forward(
+        self,
+        multi_level_feats: Sequence[torch.Tensor],
+        multi_level_masks: Sequence[torch.Tensor],
+        multi_level_pos_embeds: Sequence[torch.Tensor],
+        query_embed: tuple[torch.Tensor | None, torch.Tensor | None],
+        attn_masks: Sequence[torch.Tensor | None] | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, ...]:
+        """Encode and decode.
+
+        Args:
+            multi_level_feats: L maps (N, C, H, W).
+            multi_level_masks: L masks (N, H, W) bool, true for the padding.
+            multi_level_pos_embeds: L position embeddings (N, C, H, W).
+            query_embed: contents (N, D, C) and logits of boxes (N, D, 4) of queries to put before the others;
+                or None and None.
+            attn_masks: masks of the decoder's two attentions, or None.
+            **kwargs: have no effect.
+
+        Returns:
+            states: (layers, N, D + Q, C).
+            init_reference: (N, D + Q, 4), the boxes that the first layer began with.
+            references: (layers, N, D + Q, 4), the boxes that came out of each layer.
+            enc_state: (N, Q, C), the cells that the proposals were predicted from.
+            enc_reference: (N, Q, 4), the proposals.
+
+        Raises:
+            ValueError: `two_stage_num_proposals` is more than there are cells.
+        """
+        memory, levels = self.encode(multi_level_feats, multi_level_masks, multi_level_pos_embeds)
+        cells, logits, boxes = self.propose(memory, levels)
+        best = self.best_proposals(logits.amax(dim=2))
+        enc_state = gather_rows(cells, best)
+        enc_reference = gather_rows(boxes, best).sigmoid()
+        references = enc_reference.detach()
+        if self.learnt_init_query:
+            query = self.tgt_embed.weight.expand(len(memory), -1, -1)
+        else:
+            query = enc_state.detach()
+        contents, box_logits = query_embed
+        if contents is not None:
+            query = torch.cat([contents, query], dim=1)
+            references = torch.cat([box_logits.to(references.dtype).sigmoid(), references], dim=1)
+        states, inter_references = self.decode(
+            levels, memory, query=query, reference_points=references, attn_masks=attn_masks
+        )
+        return states, references, inter_references, enc_state, enc_reference

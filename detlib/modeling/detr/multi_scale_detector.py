@@ -1,0 +1,131 @@
+"""What Deformable DETR and DINO share besides their transformers: scales, heads and detections.
+
+Shape legend: N images, C channels, Q queries, K classes, L feature levels of H x W cells.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from detlib.layers import MLP
+from detlib.modeling.dense_ops import gather_rows
+from detlib.modeling.detr.checks import check_embed_dim, check_neck
+from detlib.modeling.detr.deformable_layers import refine_boxes
+from detlib.modeling.detr.detector import QueryDetector
+from detlib.structures import ImageList, Instances
+
+__all__ = ["MultiScaleQueryDetector"]
+
+_PRIOR_PROBABILITY = 0.01
+"""What every class scores at first, so that the many background queries do not swamp the loss."""
+
+
+class MultiScaleQueryDetector(QueryDetector):
+    """What Deformable DETR and DINO share: several scales, a head for each layer, and sigmoid scores.
+
+    Args:
+        backbone, criterion, num_classes, pixel_mean, pixel_std, mask_padding_at_test: see `QueryDetector`.
+        position_embedding: (N, H, W) masks to (N, C, H, W) embeddings.
+        neck: the backbone's features to L maps (N, C, H, W).
+        transformer: see `DeformableTransformer`.
+        embed_dim: C.
+        num_queries: Q.
+        aux_loss: whether all decoder layers are compared with the truth, or the last.
+        select_box_nums_for_evaluation: how many detections of an image.
+
+    Raises:
+        ValueError: parts that do not fit each other, or features that the backbone does not give.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: nn.Module,
+        position_embedding: nn.Module,
+        neck: nn.Module,
+        transformer: nn.Module,
+        embed_dim: int,
+        num_classes: int,
+        num_queries: int,
+        criterion: nn.Module,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        aux_loss: bool,
+        select_box_nums_for_evaluation: int,
+        mask_padding_at_test: bool,
+    ):
+        super().__init__(backbone, criterion, num_classes, pixel_mean, pixel_std, mask_padding_at_test)
+        check_embed_dim(embed_dim, position_embedding, transformer)
+        check_neck(neck, backbone, embed_dim)
+        self.position_embedding = position_embedding
+        self.neck = neck
+        self.transformer = transformer
+        self.embed_dim = embed_dim
+        self.num_queries = num_queries
+        self.aux_loss = aux_loss
+        self.select_box_nums_for_evaluation = select_box_nums_for_evaluation
+
+    def make_heads(self, count: int, is_shared: bool) -> None:
+        """Add `class_embed` and `bbox_embed`: `count` heads each, which share their parameters or not."""
+        class_embed = nn.Linear(self.embed_dim, self.num_classes)
+        bbox_embed = MLP(self.embed_dim, self.embed_dim, 4, 3)
+        nn.init.constant_(class_embed.bias, -math.log((1 - _PRIOR_PROBABILITY) / _PRIOR_PROBABILITY))
+        nn.init.zeros_(bbox_embed.layers[-1].weight)
+        nn.init.zeros_(bbox_embed.layers[-1].bias)
+
+        def several(head):
+            return nn.ModuleList(head if is_shared else copy.deepcopy(head) for _ in range(count))
+
+        self.class_embed, self.bbox_embed = several(class_embed), several(bbox_embed)
+
+    def init_neck(self) -> None:
+        """Draw the neck's convolutions from Xavier's uniform distribution."""
+        for module in self.neck.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def multi_level_features(
+        self, images: ImageList
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+        """L maps (N, C, H, W), their padding masks (N, H, W) bool, and position embeddings (N, C, H, W)."""
+        feats = list(self.neck(self.backbone(images.tensor)))
+        mask = self.padding_mask(images)[None].to(torch.float32)
+        masks = [F.interpolate(mask, size=x.shape[-2:])[0].bool() for x in feats]
+        return feats, masks, [self.position_embedding(m).to(x.dtype) for m, x in zip(masks, feats)]
+
+    def predict_layers(
+        self, states: torch.Tensor, init_reference: torch.Tensor, references: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Classes and boxes of every decoder layer.
+
+        Args:
+            states: (layers, N, Q, C) queries.
+            init_reference: (N, Q, 2 or 4), what the first layer's boxes are relative to.
+            references: (layers, N, Q, 2 or 4), what those of the layer after each are relative to.
+
+        Returns:
+            (layers, N, Q, K) logits and (layers, N, Q, 4) boxes.
+        """
+        logits, boxes = [], []
+        for i, state in enumerate(states):
+            reference = references[i - 1] if i else init_reference
+            logits.append(self.class_embed[i](state))
+            boxes.append(refine_boxes(self.bbox_embed[i](state), reference))
+        return torch.stack(logits), torch.stack(boxes)
+
+    def inference(
+        self, box_cls: torch.Tensor, box_pred: torch.Tensor, image_sizes: list[tuple[int, int]]
+    ) -> list[Instances]:
+        """See `QueryDetector.inference`: the best scores over all queries and classes."""
+        num_classes = box_cls.shape[2]
+        probabilities = box_cls.to(self._dtype).sigmoid().flatten(1)
+        count = min(self.select_box_nums_for_evaluation, probabilities.shape[1])
+        scores, index = probabilities.topk(count, dim=1)
+        queries = index.div(num_classes, rounding_mode="floor")
+        return self._detections(gather_rows(box_pred, queries), scores, index % num_classes, image_sizes)
