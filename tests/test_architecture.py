@@ -61,6 +61,7 @@ LAZY = {
     "cv2",
     "faster_coco_eval",
     "matplotlib",
+    "mlflow",
     "omegaconf",
     "onnx",
     "pandas",
@@ -69,6 +70,7 @@ LAZY = {
     "scipy",
     "tensorboard",
     "timm",
+    "wandb",
 }
 # Files that are themselves imported only where they are used.
 LAZY_FILES = {"evaluation/fast_eval_api.py"}

@@ -5,9 +5,9 @@
     tools/train_net.py --config-file configs/COCO-Detection/fcos_R_50_FPN_1x.py train.output_dir=out
 
 The output folder then holds checkpoints, config.yaml, log.txt, metrics.json, events for TensorBoard,
-inference/ and predictions/. Changes to the config come last, as pairs KEY VALUE for a YAML config and as
-path.to.key=value for a lazy one. For more than a config can say, subclass DefaultTrainer or LazyTrainer in a
-script like this one.
+inference/, predictions/ and report/. Changes to the config come last, as pairs KEY VALUE for a YAML config
+and as path.to.key=value for a lazy one. For more than a config can say, subclass DefaultTrainer or
+LazyTrainer in a script like this one.
 """
 
 import logging
@@ -22,6 +22,7 @@ from detlib.config import CfgNode, LazyConfig, get_cfg
 from detlib.engine import DefaultTrainer, LazyTrainer, default_argument_parser, default_setup, launch
 from detlib.engine.checks import check_datasets, check_weights
 from detlib.engine.pictures import write_prediction_pictures
+from detlib.engine.report import report_wanted, write_report
 from detlib.engine.setup import run_setting
 from detlib.evaluation import verify_results
 from detlib.utils import comm
@@ -73,6 +74,8 @@ def main(args: Namespace) -> Mapping | None:
     write_prediction_pictures(cfg, model)
     if comm.is_main_process():
         log_results(results or {})
+        if report_wanted(cfg):
+            write_report(run_setting(cfg, "output_dir"), cfg)
         logger.info("All output is in %s", os.path.abspath(run_setting(cfg, "output_dir")))
     return results
 

@@ -30,6 +30,7 @@ dataloader.train.update(total_batch_size=4, num_workers=1)
 dataloader.test.dataset.names = "shapes:val"
 dataloader.test.mapper.augmentations[0].update(short_edge_length=128, max_size=192)
 dataloader.test.num_workers = 1
+dataloader.evaluator.output_dir = "${train.output_dir}/inference"
 
 optimizer.lr = 0.01
 lr_multiplier = L(WarmupParamScheduler)(

@@ -1,27 +1,21 @@
 // Resizing of 8-bit pictures on the CPU, to the last bit as Pillow does it.
 //
 // A separable filter that widens with the scale when it shrinks. Weights have 22 binary digits; a picture is filtered
-// along x, rounded to bytes, and then filtered along y, or the other way round. Along x, sixteen rows are turned into columns of sixteen bytes,
-// so that one weight serves a whole vector of pixels; along y, the pixels of a row are the vector. The result has
-// planes, as models take pictures, whether the picture comes as planes or with its channels side by side.
+// along x, rounded to bytes, and then filtered along y, or the other way round. Along x, 32 rows are turned into columns
+// of 32 bytes, so that one weight serves a whole vector of pixels; along y, the pixels of a row are the vector. The
+// result has planes, as models take pictures, whether the picture comes as planes or with its channels side by side.
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
 #include "../common/stable.h"
-#include "vector.h"
+#include "resize_weigh.h"
 
 namespace detlib {
 namespace {
 
-constexpr int kDigits = 22;
-constexpr int32_t kHalf = 1 << (kDigits - 1);
-constexpr int64_t kRowBlock = 64;
-constexpr int64_t kLanes = 16;
-
-inline uint8_t to_byte(int32_t sum) {
-  return static_cast<uint8_t>(std::clamp(sum >> kDigits, 0, 255));
-}
+// Columns that are filtered along x before they are turned into rows again: they stay in the innermost cache.
+constexpr int64_t kColumnBlock = 64;
 
 // Numbers of PIL.Image.Resampling.
 enum FilterKind : int64_t { kBilinear = 2, kBicubic = 3 };
@@ -45,13 +39,15 @@ double cubic(double x) {
 struct Filter {
   std::vector<int64_t> first, count;
   std::vector<int32_t> weights;
+  std::vector<TapPair> pairs;
   int64_t stride = 0;
 
   Filter(int64_t source, int64_t target, int64_t kind) : first(target), count(target) {
     const double scale = static_cast<double>(source) / target, widening = std::max(scale, 1.0);
     const double reach = (kind == kBilinear ? 1.0 : 2.0) * widening, narrowing = 1.0 / widening;
-    stride = static_cast<int64_t>(std::ceil(reach)) * 2 + 1;
+    stride = static_cast<int64_t>(std::ceil(reach)) * 2 + 2;  // even, with a 0 behind the last tap
     weights.resize(target * stride);
+    pairs.resize(target * stride / 2);
     std::vector<double> values(stride);
     for (int64_t i = 0; i < target; ++i) {
       const double center = (i + 0.5) * scale;
@@ -72,6 +68,9 @@ struct Filter {
       while (count[i] > 1 && row[count[i] - 1] == 0) {
         --count[i];
       }
+      for (int64_t k = 0; k < stride; k += 2) {
+        pairs[(i * stride + k) / 2] = make_pair(row[k], row[k + 1]);
+      }
     }
   }
 
@@ -79,8 +78,8 @@ struct Filter {
     return static_cast<int64_t>(first.size());
   }
 
-  const int32_t* weights_of(int64_t index) const {
-    return weights.data() + index * stride;
+  Taps taps_of(int64_t index) const {
+    return {weights.data() + index * stride, pairs.data() + index * stride / 2, count[index]};
   }
 };
 
@@ -96,14 +95,8 @@ namespace avx2 {
 #include "resize_kernels.inc"
 #undef DETLIB_TARGET
 }  // namespace avx2
-namespace avx512 {
-#define DETLIB_TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,prefer-vector-width=512")))
-#include "resize_kernels.inc"
-#undef DETLIB_TARGET
-}  // namespace avx512
 #else
 namespace avx2 = baseline;
-namespace avx512 = baseline;
 #endif
 
 struct Kernels {
@@ -112,9 +105,6 @@ struct Kernels {
 };
 
 Kernels kernels() {
-  if (use_avx512()) {
-    return {&avx512::filter_columns, &avx512::filter_row};
-  }
   return use_avx2() ? Kernels{&avx2::filter_columns, &avx2::filter_row}
                     : Kernels{&baseline::filter_columns, &baseline::filter_row};
 }
@@ -137,14 +127,14 @@ void transpose_16(Bytes (&rows)[16]) {
   }
 }
 
-// Sixteen rows of `length` bytes as `length` columns of sixteen; of rows beyond `count`, the last one is taken.
+// Sixteen rows of `length` bytes as `length` columns, kLanes apart; of rows beyond `count`, the last one is taken.
 void rows_to_columns(const uint8_t* source, int64_t row_step, int64_t count, int64_t length, uint8_t* columns) {
   Bytes block[16];
-  for (int64_t x = 0; x < length; x += kLanes) {
-    const int64_t width = std::min(length - x, kLanes);
-    for (int64_t r = 0; r < kLanes; ++r) {
+  for (int64_t x = 0; x < length; x += 16) {
+    const int64_t width = std::min<int64_t>(length - x, 16);
+    for (int64_t r = 0; r < 16; ++r) {
       const uint8_t* row = source + std::min(r, count - 1) * row_step + x;
-      if (width == kLanes) {
+      if (width == 16) {
         block[r] = *reinterpret_cast<const UnalignedBytes*>(row);
       } else {
         std::copy(row, row + width, reinterpret_cast<uint8_t*>(&block[r]));
@@ -157,17 +147,18 @@ void rows_to_columns(const uint8_t* source, int64_t row_step, int64_t count, int
   }
 }
 
+// The reverse, for the first `count` of sixteen rows.
 void columns_to_rows(const uint8_t* columns, int64_t row_step, int64_t count, int64_t length, uint8_t* target) {
   Bytes block[16];
-  for (int64_t x = 0; x < length; x += kLanes) {
-    const int64_t width = std::min(length - x, kLanes);
+  for (int64_t x = 0; x < length; x += 16) {
+    const int64_t width = std::min<int64_t>(length - x, 16);
     for (int64_t i = 0; i < width; ++i) {
       block[i] = *reinterpret_cast<const UnalignedBytes*>(columns + (x + i) * kLanes);
     }
     transpose_16(block);
     for (int64_t r = 0; r < count; ++r) {
       uint8_t* row = target + r * row_step + x;
-      if (width == kLanes) {
+      if (width == 16) {
         *reinterpret_cast<UnalignedBytes*>(row) = block[r];
       } else {
         std::copy_n(reinterpret_cast<const uint8_t*>(&block[r]), width, row);
@@ -187,16 +178,25 @@ void resize_rows(const Source& source, const Filter& filter, uint8_t* target) {
   const auto filter_columns = kernels().columns;
   const int64_t blocks = (source.height + kLanes - 1) / kLanes, length = source.width * source.channels;
   const int64_t plane = source.height * filter.size();
-  torch::stable::parallel_for(0, source.groups * blocks, 4, [&](int64_t begin, int64_t end) {
-    std::vector<uint8_t> columns(length * kLanes), filtered(filter.size() * kLanes);
+  torch::stable::parallel_for(0, source.groups * blocks, 2, [&](int64_t begin, int64_t end) {
+    std::vector<uint8_t> columns(length * kLanes), filtered(source.channels * kColumnBlock * kLanes);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t group = i / blocks, y = i % blocks * kLanes, count = std::min(kLanes, source.height - y);
       const uint8_t* rows = source.data + (group * source.height + y) * source.row_step;
-      rows_to_columns(rows, source.row_step, count, length, columns.data());
-      for (int64_t c = 0; c < source.channels; ++c) {
-        filter_columns(filter, columns.data(), source.channels, c, filtered.data());
-        uint8_t* to = target + (group * source.channels + c) * plane + y * filter.size();
-        columns_to_rows(filtered.data(), filter.size(), count, filter.size(), to);
+      for (int64_t r = 0; r < count; r += 16) {
+        rows_to_columns(rows + r * source.row_step, source.row_step, count - r, length, columns.data() + r);
+      }
+      for (int64_t x = 0; x < filter.size(); x += kColumnBlock) {
+        const int64_t width = std::min(kColumnBlock, filter.size() - x);
+        filter_columns(filter, columns.data(), source.channels, x, x + width, filtered.data());
+        for (int64_t c = 0; c < source.channels; ++c) {
+          const uint8_t* from = filtered.data() + c * width * kLanes;
+          uint8_t* to = target + (group * source.channels + c) * plane + y * filter.size() + x;
+          for (int64_t r = 0; r < count; r += 16) {
+            const int64_t number = std::min<int64_t>(count - r, 16);
+            columns_to_rows(from + r, filter.size(), number, width, to + r * filter.size());
+          }
+        }
       }
     }
   });
@@ -211,7 +211,7 @@ void resize_columns(
     for (int64_t i = begin; i < end; ++i) {
       const int64_t y = i % rows;
       const uint8_t* from = source + (i / rows * height + filter.first[y]) * width;
-      filter_row(from, width, filter.weights_of(y), filter.count[y], target + i * width);
+      filter_row(from, width, filter.taps_of(y), target + i * width);
     }
   });
 }

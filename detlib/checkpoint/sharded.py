@@ -29,7 +29,10 @@ def gather_shards(value: Any, keep: bool) -> Any:
         whole = value.detach().full_tensor()
         return whole.cpu() if keep else None
     if isinstance(value, Mapping):
-        return {key: gather_shards(item, keep) for key, item in value.items()}
+        copy = type(value)((key, gather_shards(item, keep)) for key, item in value.items())
+        if hasattr(value, "_metadata"):  # the versions of a state dict's modules
+            copy._metadata = value._metadata
+        return copy
     if isinstance(value, list | tuple):
         return type(value)(gather_shards(item, keep) for item in value)
     return value

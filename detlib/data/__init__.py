@@ -14,6 +14,7 @@ from .catalog import DatasetCatalog, Metadata, MetadataCatalog
 from .common import DatasetFromList, MapDataset, ToIterableDataset
 from .dataset_mapper import DatasetMapper
 from .detr_dataset_mapper import DetrDatasetMapper
+from .panoptic_mapper import PanopticDatasetMapper
 
 __all__ = [
     "DatasetCatalog",
@@ -23,6 +24,7 @@ __all__ = [
     "MapDataset",
     "Metadata",
     "MetadataCatalog",
+    "PanopticDatasetMapper",
     "ToIterableDataset",
     "addresses",
     "build_batch_data_loader",

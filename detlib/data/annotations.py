@@ -19,6 +19,7 @@ __all__ = [
     "annotations_to_instances",
     "annotations_to_instances_rotated",
     "filter_empty_instances",
+    "move_keypoints",
     "transform_instance_annotations",
     "transform_keypoint_annotations",
     "transform_proposals",
@@ -130,22 +131,30 @@ def transform_keypoint_annotations(
     Raises:
         ValueError: the picture is mirrored and ``keypoint_hflip_indices`` is missing or of another length.
     """
-    keypoints = np.array(keypoints, dtype=np.float64).reshape(-1, 3)
-    xy = transforms.apply_coords(keypoints[:, :2].copy())
-    inside = ((xy >= 0) & (xy <= [image_size[1], image_size[0]])).all(axis=1)
-    keypoints[:, :2] = xy
+    keypoints = np.array(keypoints, dtype=np.float64).reshape(1, -1, 3)
+    return move_keypoints(keypoints, transforms, image_size, keypoint_hflip_indices)[0]
+
+
+def move_keypoints(
+    keypoints: np.ndarray, transforms: Transform, image_size: tuple[int, int], keypoint_hflip_indices=None
+) -> np.ndarray:
+    """`transform_keypoint_annotations` for (R, K, 3) float64 keypoints of R instances, which it changes."""
+    count = keypoints.shape[1]
+    xy = transforms.apply_coords(keypoints[:, :, :2].reshape(-1, 2)).reshape(-1, count, 2)
+    inside = ((xy >= 0) & (xy <= [image_size[1], image_size[0]])).all(axis=2)
+    keypoints[:, :, :2] = xy
     keypoints[~inside, 2] = 0
 
     if _mirrors(transforms):
         if keypoint_hflip_indices is None:
             raise ValueError("keypoints cannot be mirrored without keypoint_hflip_indices")
-        if len(keypoints) != len(keypoint_hflip_indices):
+        if count != len(keypoint_hflip_indices):
             raise ValueError(
-                f"an instance has {len(keypoints)} keypoints, but keypoint_hflip_indices, made from the "
+                f"an instance has {count} keypoints, but keypoint_hflip_indices, made from the "
                 f"metadata's keypoint_names, has {len(keypoint_hflip_indices)}"
             )
-        keypoints = keypoints[np.asarray(keypoint_hflip_indices, dtype=np.int64)]
-    keypoints[keypoints[:, 2] == 0] = 0
+        keypoints = keypoints[:, np.asarray(keypoint_hflip_indices, dtype=np.int64)]
+    keypoints[keypoints[:, :, 2] == 0] = 0
     return keypoints
 
 

@@ -151,6 +151,8 @@ def build_batch_data_loader(
         return ResumableLoader(loader, batch_size, placed)
     if not drop_last:
         raise ValueError("build_batch_data_loader: aspect_ratio_grouping needs drop_last=True")
+    if isinstance(dataset, MapDataset):  # a position is restored by the groups that indices have
+        dataset.keep_groups(_group_of)
     elements = DataLoader(dataset, batch_size=None, collate_fn=_as_is, **kwargs)
     batches = AspectRatioGroupedDataset(elements, batch_size)
     batches = batches if collate_fn is None else MapDataset(batches, collate_fn)
@@ -161,12 +163,19 @@ def _is_wide(dataset: Dataset, index: int) -> bool:
     """The group of an element, told from what a dataset is before it is mapped."""
     while isinstance(dataset, MapDataset):
         dataset = dataset._dataset
-    record = dataset[int(index)]
-    if not isinstance(record, dict) or not {"width", "height"} <= set(record):
+    group = _group_of(dataset[int(index)])
+    if group is None:
         raise ValueError(
             "a loader with aspect_ratio_grouping can go on at a saved position only if the records have "
             f"'width' and 'height'; element {int(index)} has none"
         )
+    return group
+
+
+def _group_of(record: Any) -> bool | None:
+    """Whether a record's picture is wider than high; None where it does not say."""
+    if not isinstance(record, dict) or not {"width", "height"} <= set(record):
+        return None
     return record["width"] > record["height"]
 
 

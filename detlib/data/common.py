@@ -96,6 +96,10 @@ def _apply(map_func: Callable, element: Any, *others: Callable) -> Any:
         raise
 
 
+# So often `MapDataset` looks for an element of the same group; then the group is taken to have no others.
+_MOST_DRAWS = 1000
+
+
 class MapDataset(Dataset):
     """A function applied to the elements of a dataset.
 
@@ -134,9 +138,18 @@ class MapDataset(Dataset):
         self._others = (self._draw_element,) if getattr(map_func, "takes_others", False) else ()
         self._rng = random.Random(42)
         self._refused: set[int] = set()
+        self._group_of: Callable[[Any], Any] | None = None
 
     def __len__(self) -> int:
         return len(self._dataset)
+
+    def keep_groups(self, group_of: Callable[[Any], Any]) -> None:
+        """Let what is given in place of an element be one of its group, if such can be found.
+
+        Args:
+            group_of: the group of an element of the dataset, before the function is applied.
+        """
+        self._group_of = group_of
 
     def __getitem__(self, idx: int) -> Any:
         seed = place_seed(idx)
@@ -166,9 +179,15 @@ class MapDataset(Dataset):
             raise ValueError(
                 f"the mapper returned None for all {size} elements of the dataset (asked for index {idx})"
             )
+        group_of = self._group_of or (lambda element: None)
+        group = group_of(self._dataset[idx])
+        drawn = 0
         while True:
             index = rng.randrange(size)
-            if index not in self._refused:
+            drawn += 1
+            if index in self._refused:
+                continue
+            if drawn > _MOST_DRAWS or group_of(self._dataset[index]) == group:
                 return index
 
 

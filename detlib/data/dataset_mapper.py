@@ -12,6 +12,7 @@ from detlib.structures import BoxMode
 
 from . import detection_utils as utils
 from . import transforms as T  # noqa: N812 (the name that mappers use)
+from .annotations_together import transform_annotations_together
 from .mixing import CopyPaste, Mixing, Mosaic, Sample
 
 __all__ = ["DatasetMapper"]
@@ -126,19 +127,22 @@ class DatasetMapper:
             unused.add("segmentation")
         if not self.use_keypoint:
             unused.add("keypoints")
-        annos = []
+        annos, indices = [], []
         for index, annotation in enumerate(dataset_dict.get("annotations", ())):
-            if annotation.get("iscrowd", 0) != 0:
-                continue
-            used = {key: value for key, value in annotation.items() if key not in unused}
+            if annotation.get("iscrowd", 0) == 0:
+                annos.append({key: value for key, value in annotation.items() if key not in unused})
+                indices.append(index)
+        flip = self.keypoint_hflip_indices
+        moved = transform_annotations_together(annos, transforms, image_shape, keypoint_hflip_indices=flip)
+        if moved is not None:
+            return moved
+        for index, used in zip(indices, annos):
             try:
                 if self.rotated_boxes is False:
                     box = BoxMode.convert(used["bbox"], used["bbox_mode"], BoxMode.XYXY_ABS)
                     used.update(bbox=box, bbox_mode=BoxMode.XYXY_ABS)
-                annos.append(
-                    utils.transform_instance_annotations(
-                        used, transforms, image_shape, keypoint_hflip_indices=self.keypoint_hflip_indices
-                    )
+                utils.transform_instance_annotations(
+                    used, transforms, image_shape, keypoint_hflip_indices=flip
                 )
             except (KeyError, TypeError, ValueError) as error:
                 reason = f"the key {error} is missing" if isinstance(error, KeyError) else error

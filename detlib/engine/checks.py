@@ -36,8 +36,8 @@ def check_datasets(cfg: CfgNode | Mapping[str, Any], *, train: bool = True) -> N
     """Makes sure that all data sets of a config can be found, without loading them.
 
     Args:
-        cfg: DATASETS.TRAIN and DATASETS.TEST are looked at; of a lazy config, ``dataset.names`` of
-            ``dataloader.train`` and ``dataloader.test``.
+        cfg: DATASETS.TRAIN, DATASETS.TEST and TEST.VAL_LOSS are looked at; of a lazy config,
+            ``dataset.names`` of ``dataloader.train``, ``dataloader.test`` and ``dataloader.val_loss``.
         train: False looks at the data to test on only.
 
     Raises:
@@ -46,15 +46,19 @@ def check_datasets(cfg: CfgNode | Mapping[str, Any], *, train: bool = True) -> N
         FileNotFoundError: if a file or folder of a data set does not exist.
     """
     if not isinstance(cfg, CfgNode):
-        for part in ("train", "test") if train else ("test",):
-            node = cfg.get("dataloader", {}).get(part, {}).get("dataset", {})
-            check_datasets_exist(as_names(node.get("names", ())))
+        loaders = cfg.get("dataloader", {})
+        nodes = [loaders.get(part, {}) for part in (("train", "test") if train else ("test",))]
+        val_loss = loaders.get("val_loss", {}) if train else {}
+        nodes += [val_loss] if "_target_" in val_loss else list(val_loss.values())
+        for node in nodes:
+            check_datasets_exist(as_names(node.get("dataset", {}).get("names", ())))
         return
     if train:
         names = as_names(cfg.DATASETS.TRAIN)
         if not names:
             raise ValueError("DATASETS.TRAIN is empty: name a data set to train on")
         check_datasets_exist(names)
+        check_datasets_exist(as_names(cfg.TEST.VAL_LOSS))
     check_datasets_exist(as_names(cfg.DATASETS.TEST))
 
 

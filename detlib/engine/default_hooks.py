@@ -23,6 +23,7 @@ def build_default_hooks(
     options: RunOptions,
     *,
     evaluate: Callable[[], Mapping[str, Any]],
+    keep_results: Callable[[Mapping[str, Any]], None],
     build_writers: Callable[[], list[EventWriter]],
     val_loss_loaders: Callable[[], Mapping[str, Iterable]] | None = None,
     precise_bn_loader: Callable[[], Iterable] | None = None,
@@ -40,6 +41,7 @@ def build_default_hooks(
         trainer: has ``model``, ``checkpointer``, ``output_dir`` and ``weights_to_evaluate``.
         options: which hooks.
         evaluate: evaluates and returns a nested dict of numbers, on the main process at least.
+        keep_results: is given the results of each evaluation, those of the validation loss with them.
         build_writers: makes the writers; called on the main process only.
         val_loss_loaders: makes the loaders of the validation loss by name; called at the first evaluation.
             None for no such loss.
@@ -81,13 +83,13 @@ def build_default_hooks(
     if val_loss_loaders is not None:
         evaluate = _with_validation_loss(trainer, evaluate, val_loss_loaders)
 
-    def evaluate_chosen_weights() -> Mapping[str, Any]:
+    def evaluate_and_keep() -> Mapping[str, Any]:
         with trainer.weights_to_evaluate():
-            return evaluate()
+            results = evaluate()
+        keep_results(results)
+        return results
 
-    result.append(
-        hooks.EvalHook(options.eval_period, evaluate_chosen_weights, repeat_after_stop=more_at_the_end)
-    )
+    result.append(hooks.EvalHook(options.eval_period, evaluate_and_keep, repeat_after_stop=more_at_the_end))
     result += _hooks_by_metric(trainer, options)
     if comm.is_main_process():
         result.append(hooks.PeriodicWriter(build_writers(), options.log_period))
@@ -126,9 +128,9 @@ def _hooks_by_metric(trainer: TrainerBase, options: RunOptions) -> list[HookBase
     if options.early_stop_patience > 0:
         if period <= 0:
             logger.warning(
-                "Training cannot be stopped early (SOLVER.EARLY_STOP.PATIENCE, train.early_stop.patience), as "
-                "there is no evaluation before its end: set TEST.EVAL_PERIOD or TEST.EVAL_EPOCHS "
-                "(train.eval_period)"
+                "Training cannot be stopped early (SOLVER.EARLY_STOP.PATIENCE, train.early_stop.patience): "
+                "there is no evaluation before its end. Set TEST.EVAL_PERIOD or TEST.EVAL_EPOCHS "
+                "(train.eval_period, train.eval_epochs)"
             )
         metric = options.early_stop_metric or options.best_metric
         result.append(

@@ -119,7 +119,8 @@ class DefaultTrainer(PartsTrainer):
         return build_default_hooks(
             self,
             self.options,
-            evaluate=self._keep_results(evaluate),
+            evaluate=evaluate,
+            keep_results=self._keep_results,
             build_writers=self.build_writers,
             val_loss_loaders=val_loss_loaders if self.options.val_loss else None,
             precise_bn_loader=precise_bn_loader,

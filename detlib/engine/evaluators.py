@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from detlib.config import CfgNode
 from detlib.data.catalog import MetadataCatalog
-from detlib.engine.checks import check_num_classes
+from detlib.engine.checks import as_names, check_num_classes
 from detlib.evaluation import (
     CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
@@ -18,6 +18,7 @@ from detlib.evaluation import (
     RotatedCOCOEvaluator,
     SemSegEvaluator,
 )
+from detlib.utils.file_io import safe_name
 
 __all__ = ["default_evaluator"]
 
@@ -109,7 +110,8 @@ def default_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     """Builds what evaluates predictions on one data set, by the `evaluator_type` in its metadata.
 
     Args:
-        cfg: OUTPUT_DIR/inference takes the results' files.
+        cfg: OUTPUT_DIR/inference takes the results' files; with several of DATASETS.TEST, each has a folder
+            there, named as it is.
         dataset_name: a registered name or an address.
 
     Raises:
@@ -119,5 +121,7 @@ def default_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     builders = _chosen(cfg, dataset_name)
     check_num_classes(cfg, dataset_name)
     folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+    if len(as_names(cfg.DATASETS.TEST)) > 1:  # they would write over each other's files
+        folder = os.path.join(folder, safe_name(dataset_name))
     evaluators = [build(cfg, dataset_name, folder) for build in builders]
     return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)

@@ -1,8 +1,10 @@
 """The trainer that builds everything from a lazy config."""
 
 import copy
+import inspect
 import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from detlib.solver import LRMultiplier
 from detlib.utils import comm
 from detlib.utils.env import resolve_device
 from detlib.utils.logger import setup_logger
+from detlib.utils.registry import locate
 
 __all__ = ["LazyTrainer"]
 
@@ -36,6 +39,12 @@ class _ClipGradients(HookBase):
 
     def after_backward(self) -> None:
         torch.nn.utils.clip_grad_norm_(self._parameters, **self._kwargs)
+
+
+def _takes_output_dir(node: Mapping[str, Any]) -> bool:
+    target = node["_target_"]
+    target = locate(target) if isinstance(target, str) else target
+    return "output_dir" in inspect.signature(target).parameters
 
 
 class LazyTrainer(PartsTrainer):
@@ -119,7 +128,8 @@ class LazyTrainer(PartsTrainer):
         return build_default_hooks(
             self,
             self.options,
-            evaluate=self._keep_results(lambda: self.test(cfg, self.model)),
+            evaluate=lambda: self.test(cfg, self.model),
+            keep_results=self._keep_results,
             build_writers=self.build_writers,
             val_loss_loaders=self._val_loss_loaders if "val_loss" in cfg.dataloader else None,
             precise_bn_loader=lambda: instantiate(train),
@@ -150,9 +160,12 @@ class LazyTrainer(PartsTrainer):
         """
         if "evaluator" not in cfg.dataloader or "test" not in cfg.dataloader:
             return {}
-        results = inference_on_dataset(
-            model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
-        )
+        evaluator = copy.deepcopy(cfg.dataloader.evaluator)
+        for node in evaluator if isinstance(evaluator, Sequence) else [evaluator]:
+            # The results' files are what the report is made of.
+            if node.get("_target_") is not None and "output_dir" not in node and _takes_output_dir(node):
+                node.output_dir = os.path.join(cfg.train.output_dir, "inference")
+        results = inference_on_dataset(model, instantiate(cfg.dataloader.test), instantiate(evaluator))
         if comm.is_main_process():
             print_csv_format(results)
         return results

@@ -144,10 +144,8 @@ class RunOptions:
         solver, test, train = cfg.SOLVER, cfg.TEST, cfg.TRAIN
         best, early = solver.BEST_CHECKPOINT, solver.EARLY_STOP
 
-        def iterations(epochs_key: str, epochs: float, period: int) -> int:
-            return (
-                epochs_to_iterations(epochs_key, epochs, pictures_per_epoch, solver.IMS_PER_BATCH) or period
-            )
+        def iterations(key: str, epochs: float, period: int) -> int:
+            return epochs_to_iterations(key, epochs, pictures_per_epoch, solver.IMS_PER_BATCH) or period
 
         return cls(
             max_iter=solver.MAX_ITER,

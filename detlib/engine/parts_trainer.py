@@ -4,7 +4,7 @@ import contextlib
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -168,14 +168,9 @@ class PartsTrainer(TrainerBase):
         options = self.options
         return default_writers(self.output_dir, self.max_iter, options.writers, options.writer_params)
 
-    def _keep_results(self, evaluate: Callable[[], Mapping]) -> Callable[[], Mapping]:
-        """`evaluate`, whose results are also kept for `train` to return."""
-
-        def evaluate_and_keep_results() -> Mapping:
-            self._last_eval_results = evaluate()
-            return self._last_eval_results
-
-        return evaluate_and_keep_results
+    def _keep_results(self, results: Mapping) -> None:
+        """Keeps the results of the last evaluation for `train` to return."""
+        self._last_eval_results = results
 
     def weights_to_evaluate(self) -> contextlib.AbstractContextManager:
         """Within the block the model has the weights that are evaluated: their average, if there is one."""

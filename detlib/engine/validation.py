@@ -75,17 +75,37 @@ def validation_losses(model: nn.Module, loader: Iterable, name: str = "") -> dic
     count = 0
     state = _ModelState(model)
     # A storage of its own, as what models log belongs to training.
-    with _loss_mode(model), torch.no_grad(), EventStorage():
-        for batch in loader:
-            parts = [[sample] for sample in batch] if isinstance(batch, list | tuple) else [batch]
-            for part in parts:
-                with _random_numbers_of(part):
-                    losses = _losses_of(model(part), name)
-                state.restore()
+    # A loader draws a seed whenever it is iterated.
+    with _loss_mode(model), torch.no_grad(), EventStorage(), _random_numbers_of(None):
+        parts = _single_pictures(loader)
+        # The parts of a model that is shared out between the processes come together in every forward pass.
+        is_shared_out = comm.get_world_size() > 1 and hasattr(model, "unshard")
+        for part, counts in _as_many_as_the_others(parts) if is_shared_out else ((p, True) for p in parts):
+            with _random_numbers_of(part):
+                losses = _losses_of(model(part), name)
+            state.restore()
+            if counts:
                 for key, value in losses_to_floats(losses).items():
                     sums[key] += value
                 count += 1
-    return _means_over_processes(sums, count, name)
+    means = _means_over_processes(sums, count, name)
+    listed = ", ".join(f"{key} {value:.4g}" for key, value in means.items())
+    logger.info("Losses on %s: %s", name or "the validation set", listed)
+    return means
+
+
+def _single_pictures(loader: Iterable) -> Iterator[Any]:
+    for batch in loader:
+        yield from ([sample] for sample in batch) if isinstance(batch, list | tuple) else [batch]
+
+
+def _as_many_as_the_others(parts: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
+    """Yields parts and True, and in the end one part with False until all processes are through theirs."""
+    part = next(parts, None)
+    spare = next((p for p in comm.all_gather(part) if p is not None), None)
+    while any(comm.all_gather(part is not None)):
+        yield (spare, False) if part is None else (part, True)
+        part = next(parts, None)
 
 
 def _means_over_processes(sums: Mapping[str, float], count: int, name: str) -> dict[str, float]:
@@ -103,8 +123,8 @@ def _losses_of(output: Any, name: str) -> Mapping[str, torch.Tensor]:
         return {"total_loss": output}
     if not isinstance(output, Mapping) or not output:
         raise TypeError(
-            f"The validation loss on {name or 'a set'} needs a model that returns a dict of losses in training "
-            f"mode, got {type(output).__name__}"
+            f"The validation loss on {name or 'a set'} needs a model that returns a dict of losses in "
+            f"training mode, got {type(output).__name__}"
         )
     return output
 
@@ -128,8 +148,8 @@ def _loss_mode(model: nn.Module) -> Iterator[None]:
 
 
 class _ModelState:
-    """What a model may change in a forward pass: buffers, and numbers that modules have as attributes, such as
-    RetinaNet's running number of positive anchors."""
+    """What a model may change in a forward pass: buffers, and numbers that modules have as attributes, such
+    as RetinaNet's running number of positive anchors."""
 
     def __init__(self, model: nn.Module) -> None:
         # The statistics of normalisation layers do not change in eval mode.

@@ -1,10 +1,12 @@
 """What is done to a model before it trains: sharing it out between processes, and compiling its parts."""
 
+import itertools
 import logging
 import warnings
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -73,6 +75,10 @@ def shard_model(model: nn.Module) -> nn.Module:
             "TRAIN.STRATEGY 'fsdp' shares a model out between processes: start several, with --num-gpus or "
             "torchrun, or use 'ddp'"
         )
+    with torch.no_grad():
+        # Each process has drawn its own first weights; those of the first one count, as in DDP.
+        for tensor in itertools.chain(model.parameters(), model.buffers()):
+            dist.broadcast(tensor, 0)
     device = next(model.parameters()).device.type
     mesh = dist.device_mesh.init_device_mesh(device, (comm.get_world_size(),))
     for block in find_backbone_blocks(model):

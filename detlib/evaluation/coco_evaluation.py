@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import pickle
-import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,7 +20,7 @@ from yacs.config import CfgNode
 from detlib.data.catalog import MetadataCatalog
 from detlib.structures import BoxMode, Instances, RotatedBoxes
 from detlib.utils import comm
-from detlib.utils.file_io import PathManager
+from detlib.utils.file_io import PathManager, safe_name
 from detlib.utils.logger import create_small_table
 
 from .box_proposals import evaluate_box_proposals
@@ -128,7 +127,7 @@ class COCOEvaluator(DatasetEvaluator):
     def _ground_truth(self) -> GroundTruth:
         ground_truth = load_ground_truth(self._dataset_name, self._metadata)
         if self._output_dir and not self._metadata.get("json_file"):
-            name = re.sub(r"[^\w.-]+", "_", self._dataset_name)
+            name = safe_name(self._dataset_name)
             self._write_json(f"{name}_coco_format.json", ground_truth.coco)
         return ground_truth
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from .keypoint_similarity import make_keypoint_similarity
 from .rotated_iou import make_rotated_iou
 
 __all__ = ["CocoScores", "METRICS", "evaluate_coco", "gc_paused", "make_coco_api", "mean_percent"]
@@ -189,6 +190,11 @@ def evaluate_coco(
             annotations = coco_gt.dataset["annotations"]
             # Both back ends look this method up when they begin.
             evaluation.computeIoU = make_rotated_iou(annotations, results, max(params.maxDets))
+        if task == "keypoints" and fast:
+            # The back end's own goes through the detections one by one.
+            evaluation.computeOks = make_keypoint_similarity(
+                coco_gt.dataset["annotations"], results, max(params.maxDets), params.kpt_oks_sigmas
+            )
         evaluation.evaluate()
         evaluation.accumulate()
     return CocoScores(

@@ -14,7 +14,7 @@ import torch
 from detlib.ops import box_iou_rotated
 from detlib.structures import BoxMode
 
-__all__ = ["are_rotated", "make_rotated_iou", "rotated_iou", "to_rotated"]
+__all__ = ["are_rotated", "by_image_and_category", "make_rotated_iou", "rotated_iou", "to_rotated"]
 
 
 def are_rotated(annotations: Iterable[dict]) -> bool:
@@ -61,7 +61,7 @@ def make_rotated_iou(annotations: list[dict], results: list[dict], max_dets: int
         A function of image id and category id. It gives (D, G) float64, the detections by falling score, or
         an empty list where there are none of one kind.
     """
-    gts, dts = _by_image_and_category(annotations), _by_image_and_category(results)
+    gts, dts = by_image_and_category(annotations), by_image_and_category(results)
 
     def compute(image_id: int, category_id: int) -> np.ndarray | list:
         gt, dt = gts.get((image_id, category_id)), dts.get((image_id, category_id))
@@ -77,7 +77,8 @@ def make_rotated_iou(annotations: list[dict], results: list[dict], max_dets: int
     return compute
 
 
-def _by_image_and_category(annotations: list[dict]) -> dict[tuple[int, int], list[dict]]:
+def by_image_and_category(annotations: list[dict]) -> dict[tuple[int, int], list[dict]]:
+    """Annotations in COCO's format by the ids of image and category, in their order."""
     groups = defaultdict(list)
     for annotation in annotations:
         groups[annotation["image_id"], annotation["category_id"]].append(annotation)

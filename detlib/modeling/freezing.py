@@ -1,6 +1,7 @@
 """Keeping parts of a model as they are."""
 
 import fnmatch
+import functools
 import logging
 from collections.abc import Iterable
 
@@ -19,8 +20,9 @@ _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 def freeze_by_name(model: nn.Module, patterns: Iterable[str]) -> int:
     """Takes parameters out of the training, by their names.
 
-    BatchNorm layers all of whose parameters are frozen become `FrozenBatchNorm2d`: their statistics stay as
-    well, and their names do not change. To be called before the optimizer is built.
+    The statistics of BatchNorm layers all of whose parameters are frozen stay as they are as well, whatever
+    mode the model is in; such layers become `FrozenBatchNorm2d`. No name changes. To be called before the
+    optimizer is built.
 
     Args:
         model: changed in place.
@@ -60,7 +62,7 @@ def freeze_by_name(model: nn.Module, patterns: Iterable[str]) -> int:
     count = sum(parameters[name].numel() for name in newly)
     for name in newly:
         parameters[name].requires_grad_(False)
-    num_norms = _freeze_norms(model, frozen)
+    num_norms = _freeze_norms(model, frozen, patterns)
     logger.info(
         "Froze %d of %d parameters (%d of %d values), among them those of %d BatchNorm layers",
         len(newly),
@@ -76,18 +78,36 @@ def _fits(name: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
 
 
-def _freeze_norms(model: nn.Module, frozen: set[str]) -> int:
-    """Replaces the BatchNorm layers whose parameters are all frozen, and returns their number."""
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, _BATCH_NORMS)
-        and (own := {f"{name}.{key}" if name else key for key, _ in module.named_parameters(recurse=False)})
-        and own <= frozen
-    ]
-    for name, module in found:
-        if not name:
-            raise ValueError("MODEL.FREEZE (train.freeze): the model is nothing but a BatchNorm layer")
-        parent, _, key = name.rpartition(".")
-        setattr(model.get_submodule(parent), key, FrozenBatchNorm2d.convert_frozen_batchnorm(module))
-    return len(found)
+def _freeze_norms(model: nn.Module, frozen: set[str], patterns: list[str]) -> int:
+    """Makes constants of the BatchNorm layers whose parameters are all frozen, and returns their number.
+
+    Of a layer without parameters, as RetinaNet's heads have, the names of its statistics count.
+    """
+    count = 0
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, _BATCH_NORMS):
+            continue
+        own = {f"{name}.{key}" for key, _ in module.named_parameters(recurse=False)}
+        if own and own <= frozen and name:
+            parent, _, key = name.rpartition(".")
+            setattr(model.get_submodule(parent), key, FrozenBatchNorm2d.convert_frozen_batchnorm(module))
+        elif not own and any(_fits(f"{name}.running_mean", pattern) for pattern in patterns):
+            # A FrozenBatchNorm2d would have more names.
+            module.__class__ = _always_in_eval(type(module))
+            module.eval()
+        else:
+            continue
+        count += 1
+    return count
+
+
+class _AlwaysInEval:
+    """Comes before a layer's class, so that ``model.train()`` leaves it in eval mode."""
+
+    def train(self, mode: bool = True):
+        return super().train(False)
+
+
+@functools.cache
+def _always_in_eval(cls: type[nn.Module]) -> type[nn.Module]:
+    return cls if issubclass(cls, _AlwaysInEval) else type(cls.__name__, (_AlwaysInEval, cls), {})

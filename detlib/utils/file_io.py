@@ -10,6 +10,7 @@ other object stores are read and written through fsspec (``pip install "detlib[c
 
 import hashlib
 import os
+import re
 from typing import IO, Any
 from urllib.parse import urlsplit
 
@@ -28,6 +29,7 @@ __all__ = [
     "PathManagerBase",
     "cache_dir",
     "is_remote",
+    "safe_name",
 ]
 
 # Files of this host lie in the cache without its name, where detectron2 looks for them too.
@@ -40,6 +42,11 @@ def cache_dir() -> str:
         if os.environ.get(name):
             return os.path.expanduser(os.environ[name])
     return os.path.expanduser("~/.torch/iopath_cache")
+
+
+def safe_name(dataset: str) -> str:
+    """The name or address of a data set as the name of a file or folder."""
+    return re.sub(r"[^\w.-]+", "_", dataset)
 
 
 def is_remote(path: str) -> bool:

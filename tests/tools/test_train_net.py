@@ -37,18 +37,22 @@ def test_trains_resumes_and_evaluates(script, tmp_path, capsys):
     assert "Results, bbox:" in printed and "Results, segm:" in printed
     for name in ("model_final.pth", "last_checkpoint", "metrics.json", "config.yaml", "log.txt", "inference"):
         assert (out / name).exists(), name
+    page = (out / "report" / "index.html").read_text()
+    assert "1 of 1, finished" in page and "Best pictures" in page
     assert "total_loss" in json.loads((out / "metrics.json").read_text().splitlines()[0])
     pictures = sorted((out / "predictions").iterdir())
     assert len(pictures) == 4 and all(path.suffix == ".png" for path in pictures)
     assert max(Image.open(pictures[0]).size) >= 600
 
-    script.run(["--config-file", config, "--resume", "SOLVER.MAX_ITER", "2"])
+    script.run(["--config-file", config, "--resume", "SOLVER.MAX_ITER", "2", "TRAIN.REPORT", "False"])
+    assert (out / "report" / "index.html").read_text() == page
     assert "Starting training from iteration 1 of 2" in capsys.readouterr().out
     assert torch.load(out / "model_final.pth", weights_only=True)["iteration"] == 1
 
     weights = str(out / "model_final.pth")
     other = tmp_path / "eval"
     script.run(["--config-file", config, "--eval-only", "MODEL.WEIGHTS", weights, "OUTPUT_DIR", str(other)])
+    assert "no metrics.json" in (other / "report" / "index.html").read_text()
     printed = capsys.readouterr().out
     assert "Results, bbox:" in printed and "Starting training" not in printed
     assert not (other / "model_final.pth").exists() and len(os.listdir(other / "predictions")) == 4

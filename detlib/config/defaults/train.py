@@ -13,7 +13,8 @@ TRAIN = {
     "ACTIVATION_CHECKPOINT": False,
     # torch.compile of parts of the model, by name; (): backbone and heads.
     "COMPILE": {"ENABLED": False, "MODULES": (), "BACKEND": "inductor"},
-    # Write a trace of STEPS steps, for chrome://tracing, into OUTPUT_DIR/profile, after the first START of a run.
+    # Write a trace of STEPS steps, after the first START of a run, into OUTPUT_DIR/profile, for
+    # chrome://tracing.
     "PROFILE": {"ENABLED": False, "START": 20, "STEPS": 5},
     # What metrics are written to: "console", "json", "tensorboard", "csv", "wandb", "mlflow".
     "WRITERS": ("console", "json", "tensorboard", "csv"),

@@ -60,7 +60,7 @@ _COCO: dict[str, dict[str, tuple[str, str]]] = {
 }
 
 # The set with the pictures and instances -> folder of the segment ids, panoptic annotations, folder of stuff.
-_COCO_PANOPTIC = {
+COCO_PANOPTIC_FILES = {
     "coco_2017_train": ("panoptic_train2017", "panoptic_train2017", "panoptic_stuff_train2017"),
     "coco_2017_val": ("panoptic_val2017", "panoptic_val2017", "panoptic_stuff_val2017"),
     "coco_2017_val_100": ("panoptic_val2017_100", "panoptic_val2017_100", "panoptic_stuff_val2017_100"),
@@ -88,12 +88,14 @@ _ADE20K = {"ade20k_sem_seg_train": "training", "ade20k_sem_seg_val": "validation
 _VOC_SPLITS = {"2007": ("trainval", "train", "val", "test"), "2012": ("trainval", "train", "val")}
 
 
-def _check_exists(name: str, path: str) -> None:
+def _check_exists(name: str, path: str, made_by: str | None = None) -> None:
+    """Raises FileNotFoundError, which names the command of `detlib.data.prepare` that makes the file."""
     if not PathManager.exists(path):
+        hint = f" It is made of the download by `python -m detlib.data.prepare {made_by}`." if made_by else ""
         raise FileNotFoundError(
             f"Dataset {name!r} needs {path!r}, which does not exist. The built-in data sets are looked for "
             f"below the folder that the environment variable {_ROOT_VARIABLES[0]} names "
-            f"({_ROOT_VARIABLES[1]} works too), or else below './datasets'."
+            f"({_ROOT_VARIABLES[1]} works too), or else below './datasets'.{hint}"
         )
 
 
@@ -123,7 +125,7 @@ class _BuiltinLvis:
     image_root: str
 
     def check(self) -> None:
-        _check_exists(self.name, self.json_file)
+        _check_exists(self.name, self.json_file, "lvis-cocofied" if "cocofied" in self.name else None)
 
     def __call__(self) -> list[dict]:
         self.check()
@@ -137,9 +139,10 @@ class _Checked:
     name: str
     path: str
     load: Callable[[], list[dict]]
+    made_by: str | None = None
 
     def check(self) -> None:
-        _check_exists(self.name, self.path)
+        _check_exists(self.name, self.path, self.made_by)
 
     def __call__(self) -> list[dict]:
         self.check()
@@ -174,14 +177,14 @@ def register_all_coco(root: str) -> None:
                 json_file=json_file, image_root=image_root, evaluator_type="coco", **metadata
             )
 
-    for name in _COCO_PANOPTIC:
+    for name in COCO_PANOPTIC_FILES:
         _register_coco_panoptic(root, name)
 
 
 def _register_coco_panoptic(root: str, instances_name: str) -> None:
     """Registers the three panoptic forms of one of COCO's sets, after that with instances."""
     instances = MetadataCatalog.get(instances_name)
-    folder, file_name, stuff_folder = _COCO_PANOPTIC[instances_name]
+    folder, file_name, stuff_folder = COCO_PANOPTIC_FILES[instances_name]
     panoptic_root = os.path.join(root, "coco", folder)
     panoptic_json = os.path.join(root, "coco", "annotations", file_name + ".json")
     sem_seg_root = os.path.join(root, "coco", stuff_folder)
@@ -204,9 +207,13 @@ def _register_coco_panoptic(root: str, instances_name: str) -> None:
         instances.json_file,
         empty_boxes="drop",
     )
-    for suffix, path in (("", panoptic_json), ("_separated", sem_seg_root), ("_stuffonly", sem_seg_root)):
+    for suffix, path, made_by in (
+        ("", panoptic_json, None),
+        ("_separated", sem_seg_root, "coco-stuff"),
+        ("_stuffonly", sem_seg_root, "coco-stuff"),
+    ):
         full = name + suffix
-        DatasetCatalog.register(full, _Checked(full, path, DatasetCatalog[full]), overwrite=True)
+        DatasetCatalog.register(full, _Checked(full, path, DatasetCatalog[full], made_by), overwrite=True)
 
 
 def register_all_lvis(root: str) -> None:
@@ -269,7 +276,7 @@ def register_all_ade20k(root: str) -> None:
         image_root = os.path.join(root, "ADEChallengeData2016", "images", folder)
         sem_seg_root = os.path.join(root, "ADEChallengeData2016", "annotations_detectron2", folder)
         load = functools.partial(load_sem_seg, sem_seg_root, image_root)
-        DatasetCatalog.register(name, _Checked(name, sem_seg_root, load))
+        DatasetCatalog.register(name, _Checked(name, sem_seg_root, load, "ade20k"))
         MetadataCatalog.get(name).set(
             image_root=image_root,
             sem_seg_root=sem_seg_root,
@@ -279,11 +286,11 @@ def register_all_ade20k(root: str) -> None:
         )
 
 
-def _check_when_loaded(names: Iterable[str], key: str) -> None:
+def _check_when_loaded(names: Iterable[str], key: str, made_by: str) -> None:
     """Lets registered data sets look for the file or folder under `key` of their metadata first."""
     for name in names:
         path = getattr(MetadataCatalog.get(name), key)
-        DatasetCatalog.register(name, _Checked(name, path, DatasetCatalog[name]), overwrite=True)
+        DatasetCatalog.register(name, _Checked(name, path, DatasetCatalog[name], made_by), overwrite=True)
 
 
 def _root() -> str:
@@ -294,7 +301,9 @@ def _root() -> str:
 register_all_ade20k(_root())
 register_all_cityscapes(_root())
 register_all_cityscapes_panoptic(_root())
-_check_when_loaded(("cityscapes_fine_panoptic_train", "cityscapes_fine_panoptic_val"), "panoptic_json")
+_check_when_loaded(
+    ("cityscapes_fine_panoptic_train", "cityscapes_fine_panoptic_val"), "panoptic_json", "cityscapes"
+)
 register_all_coco(_root())
 register_all_lvis(_root())
 register_all_pascal_voc(_root())

@@ -123,8 +123,8 @@ def load_cityscapes_semantic(image_dir: str, gt_dir: str) -> list[dict]:
         if not PathManager.isfile(labels):
             raise FileNotFoundError(
                 f"Cityscapes: {labels!r} does not exist. The download has no maps of training ids: make them "
-                f"with `python -m detlib.data.datasets.cityscapes {gt_dir}` (or cityscapesscripts' "
-                "csCreateTrainIdLabelImgs)."
+                f"with `python -m detlib.data.datasets.cityscapes {gt_dir}` (or all that Cityscapes needs "
+                "with `python -m detlib.data.prepare cityscapes`)."
             )
         with PathManager.open(labels, "rb") as file, Image.open(file) as image:
             width, height = image.size
@@ -135,25 +135,30 @@ def load_cityscapes_semantic(image_dir: str, gt_dir: str) -> list[dict]:
     return records
 
 
+def to_train_ids(labels: np.ndarray) -> np.ndarray:
+    """Turns an (H, W) array of label ids into uint8 training ids, 255 where a label does not count."""
+    train_ids = np.full(256, _IGNORED_TRAIN_ID, np.uint8)
+    for label in CITYSCAPES_LABELS:
+        if not label.ignored:
+            train_ids[label.id] = label.train_id
+    return train_ids[labels.astype(np.uint8)]
+
+
 def write_train_ids(gt_dir: str) -> int:
     """Writes a `labelTrainIds` PNG beside each `labelIds` PNG in the cities' folders of `gt_dir`.
 
     Returns:
         How many were written.
     """
-    train_ids = np.full(256, _IGNORED_TRAIN_ID, np.uint8)
-    for label in CITYSCAPES_LABELS:
-        if not label.ignored:
-            train_ids[label.id] = label.train_id
     written = 0
     for city in sorted(PathManager.ls(gt_dir)):
         folder = os.path.join(gt_dir, city)
         for name in sorted(PathManager.ls(folder)) if PathManager.isdir(folder) else ():
             if name.endswith("_gtFine_labelIds.png"):
-                labels = read_png(os.path.join(folder, name)).astype(np.uint8)
+                labels = read_png(os.path.join(folder, name))
                 target = os.path.join(folder, name.replace("labelIds", "labelTrainIds"))
                 with PathManager.open(target, "wb") as file:
-                    Image.fromarray(train_ids[labels]).save(file, format="PNG")
+                    Image.fromarray(to_train_ids(labels)).save(file, format="PNG")
                 written += 1
     return written
 

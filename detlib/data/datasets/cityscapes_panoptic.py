@@ -22,7 +22,10 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _SPLITS = ("train", "val")
-_PREPARE = "Make the panoptic annotations with cityscapesscripts' csCreatePanopticImgs."
+_PREPARE = (
+    "Make the panoptic annotations with `python -m detlib.data.prepare cityscapes` (or cityscapesscripts' "
+    "csCreatePanopticImgs)."
+)
 
 
 def get_cityscapes_panoptic_files(

@@ -58,8 +58,8 @@ class EarlyStopping(HookBase):
         self._seen = comm.all_gather(self._seen)[0]
         if self._seen:
             self._stop_if_due(
-                f"it had been stopped early before, as there was %s. To train further, raise "
-                f"SOLVER.EARLY_STOP.PATIENCE (train.early_stop.patience) above {self._patience}, or set it to 0"
+                f"it had been stopped early before, as there was %s. To train further, set "
+                f"SOLVER.EARLY_STOP.PATIENCE (train.early_stop.patience) above {self._patience} or to 0"
             )
 
     def after_step(self) -> None:
@@ -96,7 +96,7 @@ class EarlyStopping(HookBase):
             write_bytes_atomically(self._path, lambda f: f.write(content.encode()))
 
     def _stop_if_due(self, reason: str) -> None:
-        """Calls `stop` if the last evaluations were no better than one before; "%s" in `reason` tells that."""
+        """Calls `stop` if the last evaluations were no better than one before, as "%s" in `reason` tells."""
         best, best_done = None, 0
         for done in sorted(self._seen):
             if is_better(self._seen[done], best, self._mode):

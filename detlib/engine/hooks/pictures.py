@@ -115,7 +115,9 @@ class TrainingPictures(HookBase):
         """The picture with the truth, and to its right with the prediction; (H, W, 3) uint8 RGB."""
         picture = _to_rgb(sample["image"], self._image_format)
         scale = _LONG_SIDE / max(picture.shape[:2])
-        drawn = [_draw_truth(Visualizer(picture, self._metadata, scale=scale), sample)]
+        # What a model without a semantic head is given of that kind, it does not look at.
+        is_semantic = "instances" not in sample or hasattr(self._model, "sem_seg_head")
+        drawn = [_draw_truth(Visualizer(picture, self._metadata, scale=scale), sample, is_semantic)]
         if prediction is not None:
             visualizer = Visualizer(picture, self._metadata, scale=scale)
             drawn.append(draw_prediction(visualizer, prediction, self._min_score, self._max_instances))
@@ -150,10 +152,10 @@ def _to_rgb(image: torch.Tensor, image_format: str) -> np.ndarray:
     return np.ascontiguousarray(picture.clip(0, 255).astype(np.uint8))
 
 
-def _draw_truth(visualizer: Visualizer, sample: Mapping[str, Any]):
-    """Draws what is annotated on a picture. Returns the `VisImage`."""
+def _draw_truth(visualizer: Visualizer, sample: Mapping[str, Any], is_semantic: bool):
+    """Draws what is annotated on a picture, the semantic map if asked for. Returns the `VisImage`."""
     output = visualizer.get_output()
-    if "sem_seg" in sample:
+    if is_semantic and "sem_seg" in sample:
         output = visualizer.draw_sem_seg(sample["sem_seg"].cpu(), draw_text="instances" not in sample)
     if "instances" in sample:
         truth = sample["instances"].to("cpu")

@@ -1,0 +1,10 @@
+"""Makes, of what is downloaded, the files that built-in data sets need and that nobody publishes.
+
+From a shell: ``python -m detlib.data.prepare COMMAND``.
+"""
+
+from .cityscapes import prepare_cityscapes
+from .label_maps import prepare_ade20k, prepare_coco_stuff
+from .lvis import prepare_lvis_cocofied
+
+__all__ = ["prepare_ade20k", "prepare_cityscapes", "prepare_coco_stuff", "prepare_lvis_cocofied"]

@@ -1,0 +1,128 @@
+"""LVIS v0.5 with the 80 categories of COCO ("cocofied"), to compare annotations of both."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from detlib.data.datasets.builtin_meta import COCO_CATEGORIES
+from detlib.utils.atomic_write import write_bytes_atomically
+
+__all__ = ["COCO_SYNSETS", "cocofy_lvis", "prepare_lvis_cocofied"]
+
+# The WordNet synset of each of COCO's classes in LVIS (https://www.lvisdataset.org); where it is not listed,
+# it is the first noun of the class's name.
+_SYNSETS = {
+    "fire hydrant": "fireplug.n.01",
+    "cow": "beef.n.01",
+    "handbag": "bag.n.04",
+    "tie": "necktie.n.01",
+    "suitcase": "bag.n.06",
+    "skis": "ski.n.01",
+    "sports ball": "ball.n.06",
+    "kite": "kite.n.03",
+    "wine glass": "wineglass.n.01",
+    "bowl": "bowl.n.03",
+    "banana": "banana.n.02",
+    "hot dog": "frank.n.02",
+    "donut": "doughnut.n.02",
+    "cake": "cake.n.03",
+    "couch": "sofa.n.01",
+    "potted plant": "pot.n.04",
+    "toilet": "toilet.n.02",
+    "tv": "television_receiver.n.01",
+    "mouse": "mouse.n.04",
+    "remote": "remote_control.n.01",
+    "keyboard": "computer_keyboard.n.01",
+    "cell phone": "cellular_telephone.n.01",
+    "microwave": "microwave.n.02",
+    "toaster": "toaster.n.02",
+    "refrigerator": "electric_refrigerator.n.01",
+    "teddy bear": "teddy.n.01",
+    "hair drier": "hand_blower.n.01",
+}
+
+COCO_SYNSETS = {
+    _SYNSETS.get(category["name"], category["name"].replace(" ", "_") + ".n.01"): category
+    for category in COCO_CATEGORIES
+    if category["isthing"]
+}
+"""COCO's category of each synset."""
+
+
+def cocofy_lvis(lvis: dict[str, Any]) -> dict[str, Any]:
+    """The part of an LVIS annotation file that is of COCO's classes, with COCO's category ids and names.
+
+    Args:
+        lvis: content of a file; its categories have "synset". It stays as it is.
+
+    Returns:
+        A new dict. Images are all there; their ``neg_category_ids`` and ``not_exhaustive_category_ids`` are
+        of COCO's classes, too. Classes that LVIS has not are left out (v0.5 lacks hot dog and oven).
+
+    Raises:
+        ValueError: no category is one of COCO's.
+    """
+    ids, categories = {}, []
+    for category in lvis["categories"]:
+        coco = COCO_SYNSETS.get(category.get("synset"))
+        if coco is not None:
+            ids[category["id"]] = coco["id"]
+            categories.append({**category, "id": coco["id"], "name": coco["name"]})
+    if not ids:
+        raise ValueError("none of the file's categories has the synset of one of COCO's 80 classes")
+    lists = ("neg_category_ids", "not_exhaustive_category_ids")
+    images = [
+        {**image, **{key: [ids[i] for i in image[key] if i in ids] for key in lists if key in image}}
+        for image in lvis["images"]
+    ]
+    kept = {
+        "images": images,
+        "categories": sorted(categories, key=lambda category: category["id"]),
+    }
+    if "annotations" in lvis:
+        kept["annotations"] = [
+            {**annotation, "category_id": ids[annotation["category_id"]]}
+            for annotation in lvis["annotations"]
+            if annotation["category_id"] in ids
+        ]
+    return {**lvis, **kept}
+
+
+def prepare_lvis_cocofied(root: str, *, workers: int | None = None, overwrite: bool = False) -> int:
+    """Make ``lvis_v0.5_{train,val}_cocofied.json`` of LVIS v0.5, below ``root``/lvis.
+
+    Args:
+        root: the folder of the data sets.
+        workers: is taken for uniformity: there are but two files.
+        overwrite: make what is there anew.
+
+    Returns:
+        The number of files written.
+
+    Raises:
+        FileNotFoundError: no annotation file is there.
+        ValueError: none of its categories is one of COCO's.
+    """
+    names = [os.path.join(root, "lvis", f"lvis_v0.5_{split}") for split in ("train", "val")]
+    present = [name for name in names if os.path.isfile(name + ".json")]
+    if not present:
+        raise FileNotFoundError(
+            f"LVIS v0.5 is looked for in {[name + '.json' for name in names]}: not there."
+        )
+    count = 0
+    for name in present:
+        target = name + "_cocofied.json"
+        if os.path.exists(target) and not overwrite:
+            continue
+        with open(name + ".json") as file:
+            lvis = json.load(file)
+        try:
+            text = json.dumps(cocofy_lvis(lvis))
+        except ValueError as error:
+            raise ValueError(f"{name}.json: {error}") from error
+        write_bytes_atomically(target, lambda file, text=text: file.write(text.encode()))
+        print(f"wrote {target}")
+        count += 1
+    return count

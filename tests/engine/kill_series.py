@@ -1,0 +1,131 @@
+"""Kills trainings at random moments, resumes them, and compares what they end with.
+
+    python tests/engine/kill_series.py 50
+
+Every run is a forked process, so that it costs its training alone. What it was doing when it was killed
+(training, saving, evaluating) is kept in shared memory. Prints one line and exits with 1 if a run that was
+resumed ends with other parameters than the one that nobody killed.
+"""
+
+import logging
+import mmap
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from detlib.checkpoint import Checkpointer
+from detlib.engine import DefaultTrainer, default_setup, hooks
+from tests.engine.tiny import tiny_cfg
+
+_STEPS = 8
+
+
+def _marking(phase: str, memory: mmap.mmap, function):
+    """`function`, during which the memory says what is going on."""
+
+    def marked(*args, **kwargs):
+        memory[:1] = phase.encode()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            memory[:1] = b"t"
+
+    return marked
+
+
+def _train(folder: Path, memory: mmap.mmap, asynchronous: bool) -> None:
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    Checkpointer._write = _marking("s", memory, Checkpointer._write)
+    hooks.EvalHook._do_eval = _marking("e", memory, hooks.EvalHook._do_eval)
+    cfg = tiny_cfg(
+        folder,
+        SOLVER__MAX_ITER=_STEPS,
+        SOLVER__CHECKPOINT_PERIOD=1,
+        SOLVER__CHECKPOINT_KEEP_LAST=2,
+        SOLVER__CHECKPOINT_ASYNC=asynchronous,
+        SOLVER__EMA__ENABLED=True,
+        SOLVER__BEST_CHECKPOINT__METRIC="bbox/AP50",
+        TEST__EVAL_PERIOD=2,
+        DATASETS__TEST=("shapes:val?num=2&size=64",),
+    )
+    default_setup(cfg, Namespace(eval_only=False))
+    trainer = DefaultTrainer(cfg)
+    trainer.resume_or_load(resume=True)
+    memory[:1] = b"t"
+    trainer.train()
+
+
+def _start(folder: Path, memory: mmap.mmap, asynchronous: bool) -> int:
+    memory[:1] = b"b"  # building
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.setpgid(0, 0)
+        _train(folder, memory, asynchronous)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def _finish(folder: Path, memory: mmap.mmap, asynchronous: bool) -> dict:
+    _, status = os.waitpid(_start(folder, memory, asynchronous), 0)
+    if status:
+        raise RuntimeError(f"A run in {folder} that nobody killed ended with status {status}")
+    return torch.load(folder / "model_final.pth", weights_only=True)
+
+
+def _equal(one, two) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, two)
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(_equal(one[key], two[key]) for key in one)
+    return one == two
+
+
+def main(number: int, seed: int = 0) -> int:
+    """Runs the series; returns how many runs ended with something else."""
+    memory = mmap.mmap(-1, 1)
+    draw = random.Random(seed)
+    phases: Counter = Counter()
+    different = 0
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        start = time.monotonic()
+        whole = _finish(root / "whole", memory, False)
+        duration = time.monotonic() - start
+        for k in range(number):
+            folder = root / f"run{k}"
+            asynchronous = k % 2 == 1
+            pid = _start(folder, memory, asynchronous)
+            time.sleep(draw.uniform(0.1, 1.0) * duration)
+            phase = memory[:1].decode()
+            os.kill(pid, signal.SIGKILL)
+            _, status = os.waitpid(pid, 0)
+            phases[phase if os.WIFSIGNALED(status) else "over"] += 1
+            final = _finish(folder, memory, asynchronous)
+            same = all(_equal(final[entry], whole[entry]) for entry in ("model", "ema_state"))
+            same &= _equal(
+                final["trainer"]["_trainer"]["optimizer"], whole["trainer"]["_trainer"]["optimizer"]
+            )
+            different += not same
+    names = {"b": "starting", "t": "training", "s": "saving", "e": "evaluating", "over": "already over"}
+    listed = ", ".join(f"{count} {names[phase]}" for phase, count in sorted(phases.items()))
+    print(f"{number} runs killed ({listed}) and resumed: {number - different} end as the run that was not")
+    return different
+
+
+if __name__ == "__main__":
+    sys.exit(bool(main(int(sys.argv[1]), *map(int, sys.argv[2:]))))

@@ -1,0 +1,153 @@
+"""What goes wrong around a training: kills, full disks, lost folders, dead workers, growing memory."""
+
+import errno
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from detlib.checkpoint import checkpointer as checkpointer_module
+from detlib.engine import DefaultTrainer, hooks
+from tests.engine.tiny import tiny_cfg
+
+_ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("number", [1, pytest.param(50, marks=pytest.mark.slow)])
+def test_killed_runs_end_as_others(number):
+    env = {**os.environ, "PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1"}
+    script = _ROOT / "tests/engine/kill_series.py"
+    done = subprocess.run(
+        [sys.executable, script, str(number)], cwd=_ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"and resumed: {number} end as the run that was not" in done.stdout
+
+
+def _cfg(folder, **overrides):
+    return tiny_cfg(
+        folder, **{"DATASETS__TEST": (), "SOLVER__MAX_ITER": 3, "SOLVER__CHECKPOINT_PERIOD": 1, **overrides}
+    )
+
+
+def _started(cfg, *more_hooks) -> DefaultTrainer:
+    trainer = DefaultTrainer(cfg)
+    trainer.resume_or_load(resume=True)
+    trainer.register_hooks(list(more_hooks))
+    return trainer
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_full_disk_ends_the_training_and_the_last_checkpoint_stays(tmp_path, monkeypatch, asynchronous):
+    cfg = _cfg(tmp_path, SOLVER__CHECKPOINT_ASYNC=asynchronous)
+    write, calls = checkpointer_module.write_checkpoint, []
+
+    def full_at_the_second(path, content):
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device", path)
+        write(path, content)
+
+    monkeypatch.setattr(checkpointer_module, "write_checkpoint", full_at_the_second)
+    with pytest.raises(OSError, match="No space left on device") as error:
+        _started(cfg).train()
+    assert "model_0000001.pth" in str(error.value)
+    monkeypatch.undo()
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000000.pth"
+    resumed = _started(cfg)
+    assert resumed.start_iter == 1
+    resumed.train()
+    assert (tmp_path / "model_final.pth").exists()
+
+
+def test_a_removed_output_folder_is_made_again(tmp_path, caplog):
+    folder = tmp_path / "out"
+
+    def remove(trainer):
+        if trainer.iter == 1:
+            shutil.rmtree(folder)
+
+    # After the save of its step, so that the next one finds no folder.
+    _started(_cfg(folder), hooks.CallbackHook(after_step=remove)).train()
+    assert (folder / "model_final.pth").exists()
+    assert _started(_cfg(folder)).start_iter == 3
+
+
+def test_a_killed_worker_ends_the_training(tmp_path):
+    def kill_a_worker(trainer):
+        if trainer.iter == 1:
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+    cfg = _cfg(tmp_path, DATALOADER__NUM_WORKERS=1, SOLVER__MAX_ITER=200)
+    with pytest.raises(
+        RuntimeError, match=r"worker \(pid.* (is killed by signal: Killed|exited unexpectedly)"
+    ):
+        _started(cfg, hooks.CallbackHook(after_step=kill_a_worker)).train()
+    assert multiprocessing.active_children() == []
+    assert _started(_cfg(tmp_path)).start_iter >= 2
+
+
+def test_a_loader_that_raises_names_the_picture(tmp_path):
+    cfg = _cfg(tmp_path)
+    trainer = _started(cfg)
+    fetch, calls = trainer._trainer._next_batch, []
+
+    def fail_at_the_third():
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("shapes/7.png cannot be read")
+        return fetch()
+
+    trainer._trainer._next_batch = fail_at_the_third
+    with pytest.raises(RuntimeError, match="shapes/7.png cannot be read"):
+        trainer.train()
+    assert _started(cfg).start_iter == 2
+
+
+def _memory() -> int:
+    """Proportional set size of this process and its children, in KiB."""
+    total = 0
+    for pid in [os.getpid(), *(child.pid for child in multiprocessing.active_children())]:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                total += int(line.split()[1])
+    return total
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize(("steps", "first"), [(120, 60), pytest.param(3000, 300, marks=pytest.mark.slow)])
+def test_memory_does_not_grow(tmp_path, steps, first):
+    seen = {}
+
+    def measure(trainer):
+        if trainer.iter + 1 in (first, steps):
+            seen[trainer.iter + 1] = _memory()
+
+    cfg = _cfg(
+        tmp_path,
+        SOLVER__MAX_ITER=steps,
+        SOLVER__CHECKPOINT_PERIOD=steps // 3,
+        SOLVER__BASE_LR=1e-4,
+        DATALOADER__NUM_WORKERS=2,
+        INPUT__MIN_SIZE_TRAIN=(32,),
+        MODEL__BACKBONE__FREEZE_AT=5,
+    )
+    logging.getLogger("detlib").setLevel(logging.WARNING)
+    _started(cfg, hooks.CallbackHook(after_step=measure)).train()
+    print(f"{seen[first]} KiB after {first} iterations, {seen[steps]} after {steps}")
+    assert seen[steps] < 1.02 * seen[first]
+
+
+def test_fresh_iterators_leave_nothing_behind(tmp_path):
+    loader = DefaultTrainer.build_train_loader(_cfg(tmp_path, DATALOADER__NUM_WORKERS=1))
+    for _ in range(20):
+        assert len(next(iter(loader))) == 2
+    assert multiprocessing.active_children() == []
+    assert torch.get_num_threads() == 1

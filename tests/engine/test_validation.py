@@ -1,0 +1,212 @@
+"""Losses on validation data: the right means, and no trace in the model or in training's random numbers."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from detlib.engine import DefaultTrainer, launch
+from detlib.engine.validation import validation_losses, validation_results
+from detlib.utils import comm
+from detlib.utils.events import EventStorage
+from tests.engine.tiny import tiny_cfg
+from tests.modeling.test_all_architectures import batch, built
+
+MODELS = ["keypoint", "cascade", "retinanet_bn", "fcos", "semantic", "panoptic", "rotated"]
+
+
+def _pictures(name: str) -> list[dict]:
+    pictures = batch(name, empty=(False, True, False))
+    for index, sample in enumerate(pictures):
+        sample["image_id"] = index
+    return pictures
+
+
+def _everything(model: nn.Module) -> dict:
+    """Whatever a forward pass may change."""
+    numbers = {
+        f"{name}.{key}": value
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, bool | int | float)
+    }
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    return {"numbers": numbers, "buffers": buffers, "draw": (torch.get_rng_state(), random.getstate())}
+
+
+def _assert_same(a: dict, b: dict) -> None:
+    assert a["numbers"] == b["numbers"] and a["buffers"].keys() == b["buffers"].keys()
+    assert all(torch.equal(value, b["buffers"][name]) for name, value in a["buffers"].items())
+    assert torch.equal(a["draw"][0], b["draw"][0]) and a["draw"][1] == b["draw"][1]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_all_kinds_of_models(name):
+    model, pictures = built(name).train(), _pictures(name)
+    next(model.children()).eval()  # some are, in some trainings
+    before = _everything(model)
+    losses = validation_losses(model, [[p] for p in pictures])
+    _assert_same(_everything(model), before)
+    assert all(p.grad is None for p in model.parameters())
+    assert losses["total_loss"] == pytest.approx(sum(v for k, v in losses.items() if k != "total_loss"))
+    assert len(losses) > 1 and all(np.isfinite(v) for v in losses.values())
+    # Neither training's random numbers, nor the order, nor how pictures are batched matter.
+    torch.manual_seed(99)
+    again = validation_losses(model, [pictures[:0:-1], pictures[:1]])
+    assert again == pytest.approx(losses, rel=1e-6)
+
+
+def test_batch_norm_uses_its_running_statistics():
+    """Against a plain loop over a model without anything random."""
+    model, pictures = built("retinanet_bn"), _pictures("retinanet_bn")
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.running_mean, -0.1, 0.1)
+    losses = validation_losses(model.eval(), [pictures])
+    assert not model.training
+    model.train()
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.eval()
+    sums = {}
+    with torch.no_grad(), EventStorage():
+        for sample in pictures:
+            if hasattr(model, "loss_normalizer"):
+                del model.loss_normalizer
+            for key, value in model([sample]).items():
+                sums[key] = sums.get(key, 0.0) + value.item() / 3
+    assert {k: losses[k] for k in sums} == pytest.approx(sums, rel=1e-5)
+
+
+class _Transformer(nn.Module):
+    """What detection transformers have: attention, dropout, losses of several layers, and noise."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.5) for _ in range(2))
+        self.drop = nn.Dropout(0.5)
+        self.noisy = False
+
+    def forward(self, samples):
+        if not self.training:
+            return [{"instances": None} for _ in samples]
+        x = torch.stack([s["image"] for s in samples])
+        losses = {}
+        for i, layer in enumerate(self.layers):
+            x = self.drop(layer(x))
+            losses[f"loss_bbox_{i}"] = x.abs().mean()
+        noise = torch.randn(1) + np.random.rand() + random.random() if self.noisy else torch.zeros(1)
+        return {**losses, "loss_dn": noise.abs().mean()}
+
+
+def test_transformers_without_dropout_and_with_repeatable_noise():
+    torch.manual_seed(0)
+    model = _Transformer().train()
+    samples = [{"image": torch.randn(3, 8), "file_name": f"{i}.jpg"} for i in range(4)]
+    losses = validation_losses(model, [samples[:3], samples[3:]])
+    assert all(m.training for m in model.modules())
+    x, expected = torch.stack([s["image"] for s in samples]), []
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.eval()
+            # One at a time: without batch_first, the first dimension is the sequence.
+            x = torch.stack([layer(part[None])[0] for part in x])
+            expected.append(x.abs().mean().item())
+            layer.train()
+    assert [losses["loss_bbox_0"], losses["loss_bbox_1"]] == pytest.approx(expected, rel=1e-5)
+    model.noisy = True
+    first = validation_losses(model, [samples])
+    np.random.seed(5)
+    assert validation_losses(model, [samples[::-1]])["loss_dn"] == pytest.approx(first["loss_dn"])
+    other = [{**s, "file_name": f"other_{s['file_name']}"} for s in samples]
+    assert validation_losses(model, [other])["loss_dn"] != pytest.approx(first["loss_dn"])
+
+
+def test_other_batches_and_a_single_loss():
+    class Single(nn.Module):
+        def forward(self, batch):
+            return batch["x"].mean()
+
+    losses = validation_losses(Single(), [{"x": torch.ones(2)}, {"x": torch.full((2,), 4.0)}])
+    assert losses == {"total_loss": 2.5}
+
+
+def test_what_is_wrong_is_said():
+    model = _Transformer()
+    model.forward = lambda samples: [1]
+    with pytest.raises(TypeError, match="'?my_val'? needs a model that returns a dict of losses.*got list"):
+        validation_losses(model, [[{}]], "my_val")
+    with pytest.raises(ValueError, match="no picture in my_val"):
+        validation_losses(model, [], "my_val")
+    assert validation_results(model, {}) == {}
+
+
+def _uneven_shares(path: str) -> None:
+    model, pictures = built("mask_rcnn"), _pictures("mask_rcnn")
+    share = pictures[:1] if comm.get_rank() == 0 else pictures[1:]
+    losses = validation_losses(model, [share])
+    assert comm.all_gather(losses) == [losses, losses]
+    if comm.is_main_process():
+        torch.save(losses, path)
+
+
+def test_shares_of_processes_count_by_their_pictures(monkeypatch):
+    model, pictures = built("fcos"), _pictures("fcos")
+    expected = validation_losses(model, [pictures])
+    shares = []
+    monkeypatch.setattr(comm, "all_gather", lambda share: shares.append(share) or [share])
+    for part in (pictures[:1], pictures[1:]):
+        validation_losses(model, [part])
+    monkeypatch.setattr(comm, "all_gather", lambda share: shares)
+    assert validation_losses(model, [pictures[:1]]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_processes_that_share_a_model_out_go_in_step(monkeypatch):
+    """One picture here, two there: the one with less makes as many passes, which count for nothing."""
+    model, pictures = built("fcos"), _pictures("fcos")
+    expected = validation_losses(model, [pictures[:1]])
+    model.unshard = lambda: None
+    passes = []
+    forward = model.forward
+    model.forward = lambda batch: passes.append(batch[0]["image_id"]) or forward(batch)
+    # What is gathered: the first pictures, then whether there is one, then the sums.
+    others = iter([[pictures[1]], True, True, False, ({}, 0)])
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(comm, "all_gather", lambda mine: [mine, next(others)])
+    assert validation_losses(model, [pictures[:1]]) == pytest.approx(expected, rel=1e-6)
+    assert passes == [0, 0]
+
+
+@pytest.mark.slow
+def test_two_processes_with_uneven_shares(tmp_path):
+    launch(_uneven_shares, 2, dist_url="auto", args=(str(tmp_path / "losses"),))
+    expected = validation_losses(built("mask_rcnn"), [_pictures("mask_rcnn")])
+    assert torch.load(tmp_path / "losses") == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_key(tmp_path):
+    """Without augmentation, on every picture, with the weights as they are; training goes its way."""
+    names = ("shapes:val?num=3&size=64", "shapes:val?num=2&size=64")
+    common = {"DATASETS__TEST": (), "INPUT__RANDOM_FLIP": "horizontal", "SOLVER__MAX_ITER": 2}
+    cfg = tiny_cfg(tmp_path / "with", TEST__VAL_LOSS=names, TEST__EVAL_PERIOD=1, **common)
+    torch.manual_seed(0)
+    trainer = DefaultTrainer(cfg)
+    results = trainer.train()
+    assert set(results) == {"val"} and set(results["val"]) == set(names)
+    loader = DefaultTrainer.build_val_loss_loader(cfg, names[0])
+    assert len(loader) == 3 and len(next(iter(loader))) == 1
+    expected = validation_losses(trainer.model, loader)
+    assert results["val"][names[0]] == pytest.approx(expected, rel=1e-6)
+    latest = trainer.storage.latest()
+    assert latest[f"val/{names[0]}/loss_mask"][0] == pytest.approx(expected["loss_mask"])
+    assert [i for _, i in trainer.storage.history(f"val/{names[1]}/total_loss").values()] == [0, 2]
+    torch.manual_seed(0)
+    plain = DefaultTrainer(tiny_cfg(tmp_path / "without", **common))
+    plain.train()
+    for a, b in zip(trainer.model.state_dict().values(), plain.model.state_dict().values()):
+        assert torch.equal(a, b)
+
+
+def test_an_unknown_set_is_told_at_once(tmp_path):
+    with pytest.raises(KeyError, match="coco_2017_val"):
+        DefaultTrainer(tiny_cfg(tmp_path, TEST__VAL_LOSS=("coco_2017_vla",)))

@@ -1,0 +1,70 @@
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from detlib.layers import FrozenBatchNorm2d
+from detlib.modeling.freezing import freeze_by_name
+from tests.modeling.small_rcnn import small_config
+from tests.modeling.test_all_architectures import batch, built
+
+
+def _small() -> nn.Module:
+    model = nn.Module()
+    model.stem = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.BatchNorm2d(2, affine=False))
+    model.head = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.GroupNorm(1, 2))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("patterns", "frozen", "norms"),
+    [
+        ([], set(), 0),
+        (["stem"], {"stem.0.weight", "stem.0.bias"}, 1),
+        (["*.0.*"], {"stem.0.weight", "stem.0.bias", "head.0.weight", "head.0.bias"}, 0),
+        (["head.?.weight"], {"head.0.weight", "head.1.weight", "head.2.weight"}, 0),
+        (["*.1", "head.2.bias"], {"head.2.bias"}, 2),
+        (["*"], {f"{m}.{k}" for m in ("stem.0", "head.0", "head.2") for k in ("weight", "bias")}, 2),
+    ],
+)
+def test_patterns(patterns, frozen, norms):
+    model = _small()
+    names = list(model.state_dict())
+    total = sum(p.numel() for p in model.parameters())
+    count = freeze_by_name(model, patterns)
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == frozen
+    assert sum(isinstance(m, FrozenBatchNorm2d) for m in model.modules()) == norms
+    # The one without parameters.
+    assert model.train().stem[2].training == (not {"stem", "*"} & set(patterns))
+    assert list(model.state_dict()) == names
+    assert count == total - sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # What is frozen already may be named again.
+    assert freeze_by_name(model, patterns) == 0
+
+
+def test_what_is_frozen_stays_as_it_is_and_the_rest_is_trained(caplog):
+    model = built("retinanet_bn")
+    with caplog.at_level(logging.INFO, logger="detlib"):
+        freeze_by_name(model, ["backbone.bottom_up", "head.cls_subnet"])
+    assert "Froze 64 of 88 parameters" in caplog.text and "those of 5 BatchNorm layers" in caplog.text
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    model.train()
+    sum(model(batch("retinanet_bn")).values()).backward()
+    optimizer.step()
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed and not [k for k in changed if k.startswith(("backbone.bottom_up.", "head.cls_subnet."))]
+    assert any("running_mean" in k for k in changed)  # of the box tower
+
+
+def test_patterns_that_fit_nothing():
+    model = built("retinanet")
+    with pytest.raises(ValueError, match=r"no parameter fits 'backbone.botom_up'.*backbone.bottom_up"):
+        freeze_by_name(model, ["backbone.botom_up"])
+    with pytest.raises(ValueError, match="MODEL.FREEZE .train.freeze.: no parameter fits 'x.\\*'"):
+        freeze_by_name(model, ["head", "x.*"])
+    assert all(p.requires_grad for p in model.parameters())
+    with pytest.raises(TypeError, match="list of patterns, got 'head'"):
+        freeze_by_name(model, "head")
+    assert small_config().MODEL.FREEZE == []
