@@ -15,9 +15,11 @@ train.update(
     init_checkpoint="detectron2://ImageNetPretrained/torchvision/R-50.pkl",
     clip_grad=dict(enabled=True, params=dict(max_norm=0.1, norm_type=2)),
     seed=-1,
-    # 20 steps, one evaluation and all hooks, to see whether a recipe runs.
+    # 20 steps and two evaluations, to see whether a recipe runs.
     fast_dev_run=dict(enabled=False),
     wandb=dict(enabled=False, params=dict(dir="./wandb_output", project="detlib", name="detlib_experiment")),
+    # An average of the weights is evaluated whenever there is one, and lies where the model does; the last
+    # two entries have no effect.
     model_ema=dict(enabled=False, decay=0.999, device="", use_ema_weights_for_eval_only=False),
     device="auto",
 )

@@ -208,7 +208,8 @@ class RunOptions:
         ``best_checkpoint`` (``metric``, ``mode``), ``early_stop`` (``patience``, ``metric``, ``mode``),
         ``eval_epochs``, ``precise_bn`` (``enabled``, ``num_iter``), ``vis_period``, ``writers``, ``wandb``
         and ``mlflow`` (``enabled``, ``params`` for the writer) and ``profile`` (``enabled``, ``start``,
-        ``steps``), each as the key of that name in a YAML config.
+        ``steps``), each as the key of that name in a YAML config. ``fast_dev_run.enabled`` makes a run of 20
+        steps with two evaluations, to see whether all parts of a recipe work.
 
         Args:
             train: the node.
@@ -233,8 +234,9 @@ class RunOptions:
             pictures_per_epoch if images_per_step > 0 else None,
             images_per_step,
         )
+        is_trial = train.get("fast_dev_run", {}).get("enabled", False)
         return cls(
-            max_iter=train.max_iter,
+            max_iter=20 if is_trial else train.max_iter,
             output_dir=train.output_dir,
             weights=train.get("init_checkpoint", ""),
             seed=train.get("seed", -1),
@@ -253,14 +255,14 @@ class RunOptions:
             checkpoint_period=checkpoints.get("period", 5000),
             checkpoint_keep=checkpoints.get("max_to_keep"),
             checkpoint_async=checkpoints.get("async_save", False),
-            eval_period=eval_iterations or train.get("eval_period", 0),
+            eval_period=10 if is_trial else eval_iterations or train.get("eval_period", 0),
             best_metric=best.get("metric", ""),
             best_mode=best.get("mode", "max"),
             early_stop_patience=early.get("patience", 0),
             early_stop_metric=early.get("metric", ""),
             early_stop_mode=early.get("mode", best.get("mode", "max")),
             precise_bn_batches=precise_bn.get("num_iter", 200) if precise_bn.get("enabled", False) else 0,
-            log_period=train.get("log_period", 20),
+            log_period=1 if is_trial else train.get("log_period", 20),
             vis_period=train.get("vis_period", 0),
             writers=writers,
             writer_params={name: dict(service.get("params", {})) for name, service in services.items()},

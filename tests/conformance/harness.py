@@ -106,9 +106,9 @@ def _counted(named_shapes, alias: dict[str, str]) -> dict[str, tuple[int, ...]]:
 
 
 def compare_state(model: torch.nn.Module, case: Case) -> list[str]:
-    """Names and shapes of parameters and buffers."""
-    alias = case.facts.get("alias", {})
-    have = _counted(((k, v.shape) for k, v in model.state_dict().items()), alias)
+    """Names and shapes of parameters and buffers, but of those that a model may have or lack."""
+    alias, optional = case.facts.get("alias", {}), case.facts.get("optional", ())
+    have = _counted(((k, v.shape) for k, v in model.state_dict().items() if k not in optional), alias)
     want = _counted(case.facts["state"], alias)
     return (
         [f"state: {name} is missing" for name in sorted(want.keys() - have.keys())]

@@ -3,8 +3,9 @@
 import pathlib
 
 import pytest
+import torch
 
-from tests.conformance.harness import Case, run_case
+from tests.conformance.harness import Case, build_case_model, compare_state, run_case
 
 HERE = pathlib.Path(__file__).resolve().parent
 CASES = sorted((HERE / "cases").glob("*.json"))
@@ -13,6 +14,9 @@ SLOW = {
     "COCO-Detection__retinanet_R_50_FPN_1x",
     "COCO-InstanceSegmentation__mask_rcnn_R_50_DC5_1x",
     "DINO__dino_R_50_4scale_12ep",
+    "DINO__dino_timm_resnet152d_4scale_12ep",
+    "DINO__dino_timm_resnet50_4scale_12ep",
+    "DINO__dino_torchvision_resnet50_4scale_12ep",
     "LVISv0.5-InstanceSegmentation__mask_rcnn_R_50_FPN_1x",
     "Misc__mask_rcnn_R_50_FPN_3x_gn",
     "Misc__semantic_R_50_FPN_1x",
@@ -29,6 +33,17 @@ def as_param(path: pathlib.Path):
 def test_case(path):
     differences = run_case(Case.load(path), HERE.parents[1] / "configs")
     assert not differences, f"{len(differences)} differences:\n" + "\n".join(differences[:20])
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(SLOW) if name.startswith("DINO__dino_t")])
+def test_names_and_shapes(name):
+    """Of cases that the default run leaves out."""
+    if "timm" in name:
+        pytest.importorskip("timm")
+    case = Case.load(HERE / "cases" / f"{name}.json")
+    with torch.device("meta"):
+        model, _ = build_case_model(case, HERE.parents[1] / "configs")
+    assert compare_state(model, case) == []
 
 
 def test_there_are_cases():

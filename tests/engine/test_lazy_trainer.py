@@ -9,6 +9,7 @@ import torch
 
 from detlib.config import LazyConfig
 from detlib.engine import LazyTrainer
+from detlib.engine.options import RunOptions
 from detlib.utils.env import seed_all_rng
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +62,17 @@ def test_gradients_are_clipped(tmp_path):
     trainer.train()
     norm = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]).norm()
     assert norm.item() == pytest.approx(0.001, rel=0.01)
+
+
+def test_a_trial_of_a_recipe_is_short():
+    train = LazyConfig.load(str(ROOT / "configs/DINO/dino_R_50_4scale_12ep.py")).train
+    before = RunOptions.from_lazy(train)
+    assert (before.max_iter, before.eval_period, before.log_period) == (90000, 5000, 20)
+    assert before.ema_decay == 0.0 and before.writers[-1] != "wandb" and before.seed == -1
+    train.fast_dev_run.enabled = train.model_ema.enabled = True
+    after = RunOptions.from_lazy(train)
+    assert (after.max_iter, after.eval_period, after.log_period) == (20, 10, 1)
+    assert after.ema_decay == 0.999 and train.max_iter == 90000
 
 
 def test_a_missing_node_is_named(tmp_path):

@@ -1,5 +1,8 @@
 """Networks of timm and torchvision in YAML configs: under a pyramid, RetinaNet and Mask R-CNN."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -77,6 +80,24 @@ def test_last_level_of_a_network_with_a_map_of_its_name():
     with torch.device("meta"):
         maps = build_backbone(cfg)(torch.empty(1, 3, 64, 64))
     assert maps["p6"].shape == (1, 256, 1, 1)
+
+
+def test_the_example_of_the_documentation(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "model_zoo.md").read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "own.yaml").write_text(example.replace("PRETRAINED: True", "PRETRAINED: False"))
+    cfg = model_zoo.get_config(MASK_RCNN)
+    cfg.merge_from_file(str(tmp_path / "own.yaml"))
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        model = build_model(cfg)
+    assert {n: s.stride for n, s in model.backbone.bottom_up.output_shape().items()} == {
+        "p0": 4,
+        "p1": 8,
+        "p2": 16,
+        "p3": 32,
+    }
+    assert list(model.backbone.output_shape()) == ["p2", "p3", "p4", "p5", "p6"]
 
 
 @pytest.mark.parametrize(

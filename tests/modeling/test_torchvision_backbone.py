@@ -116,3 +116,18 @@ def test_weights_that_are_not_there(monkeypatch):
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", no_network)
     with pytest.raises(FileNotFoundError, match="'resnet18'.*not known.*resnet18-f37072fd.pth.*init_check"):
         TorchvisionBackbone("resnet18", pretrained=True)
+    monkeypatch.setenv("DETLIB_OFFLINE", "1")
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", pytest.fail)
+    with pytest.raises(FileNotFoundError, match="DETLIB_OFFLINE forbids"):
+        TorchvisionBackbone("resnet18", pretrained=True)
+
+
+def test_weights_in_the_cache(monkeypatch, tmp_path):
+    """They are torchvision's to load."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    source = torchvision.models.resnet18()
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(source.state_dict(), tmp_path / "checkpoints" / "resnet18-f37072fd.pth")
+    monkeypatch.setenv("DETLIB_OFFLINE", "1")
+    backbone = TorchvisionBackbone("resnet18", pretrained=True)
+    assert torch.equal(backbone.model.layer4[1].conv2.weight, source.layer4[1].conv2.weight)

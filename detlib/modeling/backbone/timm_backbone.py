@@ -122,6 +122,8 @@ def _run(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _import_timm() -> Any:
+    if os.environ.get("DETLIB_OFFLINE", "0") not in ("", "0"):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # it counts until timm is imported for the first time
     try:
         import timm
     except ImportError as error:

@@ -161,10 +161,12 @@ def _create(model_name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Mod
     if not pretrained:
         return torchvision.models.get_model(model_name, weights=None, **kwargs)
     weights = torchvision.models.get_model_weights(model_name).DEFAULT
+    place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
     try:
+        if os.environ.get("DETLIB_OFFLINE", "0") not in ("", "0") and not os.path.isfile(place):
+            raise OSError("$DETLIB_OFFLINE forbids downloading")
         return torchvision.models.get_model(model_name, weights=weights, **kwargs)
     except (OSError, RuntimeError) as error:
-        place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
         if isinstance(error, RuntimeError) and os.path.isfile(place):
             raise  # they were there, and do not fit
         raise FileNotFoundError(
