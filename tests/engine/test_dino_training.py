@@ -40,7 +40,7 @@ def test_one_step_and_back(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_overfits_eight_pictures(device, tmp_path):
-    """300 steps of two pictures, about 1.4 s each on one core; in bfloat16 where there is a GPU."""
+    """300 steps of two pictures, about 1.5 s each on one core; in bfloat16 where there is a GPU."""
     cfg = shapes_config(tmp_path, max_iter=300, seed=0)
     cfg.train.device = device
     cfg.train.amp.update(enabled=device == "cuda", precision="bfloat16")

@@ -107,10 +107,17 @@ def test_refinement():
     torch.testing.assert_close(from_points[..., 2:], deltas[..., 2:].sigmoid())
 
 
-@pytest.mark.parametrize("looks_twice", [True, False])
-def test_look_forward_twice(looks_twice):
+@pytest.mark.parametrize(
+    "make, looks_twice",
+    [
+        (small_dino, True),
+        (lambda: small_dino(look_forward_twice=False), False),
+        (lambda: small_deformable_detr(with_box_refine=True), False),
+    ],
+)
+def test_look_forward_twice(make, looks_twice):
     """A layer's box head learns from the next layer's boxes, or not."""
-    model = small_dino(look_forward_twice=looks_twice)
+    model = make()
     outputs = model.predict(model.preprocess_image(batch()), None)
     outputs["pred_boxes"].sum().backward()
     grad = model.bbox_embed[0].layers[-1].weight.grad

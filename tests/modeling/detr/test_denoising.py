@@ -62,7 +62,7 @@ def test_noise_of_boxes():
 def test_which_queries_are_negative():
     truth = targets((3, 2), num_classes=NUM_CLASSES)
     _, _, boxes, _, meta = make(truth, box_noise=1e-2)
-    exact = make(truth)[3]
+    exact = make(truth)[2]
     off = (boxes.sigmoid() - exact.sigmoid()).abs().sum(2)[0].reshape(meta["dn_num"], 2, 3).mean(dim=(0, 2))
     assert off[1] > 2 * off[0] > 0
 
