@@ -33,8 +33,8 @@ from detlib.engine import (
 from detlib.engine.checks import check_datasets, check_weights
 from detlib.engine.ema import load_for_inference
 from detlib.engine.pictures import write_prediction_pictures
+from detlib.engine.processes.restart import should_resume
 from detlib.engine.report import report_wanted, write_report
-from detlib.engine.restart import should_resume
 from detlib.engine.setup import run_setting
 from detlib.engine.slurm import submit
 from detlib.evaluation import verify_results

@@ -9,11 +9,11 @@ from detlib.engine.defaults import (
     default_setup,
     default_writers,
 )
-from detlib.engine.failures import ProcessFailedError
 from detlib.engine.interrupt import StopTraining
 from detlib.engine.launch import DEFAULT_TIMEOUT, launch
 from detlib.engine.lazy_trainer import LazyTrainer
 from detlib.engine.parts_trainer import PartsTrainer
+from detlib.engine.processes.failures import ProcessFailedError
 from detlib.engine.train_loop import AMPTrainer, HookBase, SimpleTrainer, TrainerBase
 
 __all__ = [

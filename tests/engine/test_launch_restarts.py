@@ -10,7 +10,7 @@ import torch
 
 from detlib.engine import StopTraining, interrupt, launch
 from detlib.engine.hooks import StopOnSignal
-from detlib.engine.restart import should_resume
+from detlib.engine.processes.restart import should_resume
 from tests.engine import launching
 
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from multiprocessing import connection
 from typing import Any
 
-from detlib.engine.failures import Failure, FailureBoard, ProcessFailedError, describe_failure
 from detlib.engine.interrupt import StopTraining
+from detlib.engine.processes.failures import Failure, FailureBoard, ProcessFailedError, describe_failure
 
 __all__ = ["Supervisor"]
 

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed import rendezvous
 
-from detlib.engine.failures import Failure, FailureBoard, ProcessFailedError, describe_failure
 from detlib.engine.interrupt import StopTraining
-from detlib.engine.process_env import ProcessPlace
-from detlib.engine.rounds import agree_on_round
-from detlib.engine.watchdog import Watchdog, end_process, find_neighbours, write_error_file
+from detlib.engine.processes.environment import ProcessPlace
+from detlib.engine.processes.failures import Failure, FailureBoard, ProcessFailedError, describe_failure
+from detlib.engine.processes.rounds import agree_on_round
+from detlib.engine.processes.watchdog import Watchdog, end_process, find_neighbours, write_error_file
 from detlib.utils import comm
 
 __all__ = ["check_gpus", "host_and_port", "run_as_child", "run_here"]

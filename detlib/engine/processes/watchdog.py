@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 
-from detlib.engine.failures import Failure, FailureBoard
+from detlib.engine.processes.failures import Failure, FailureBoard
 
 __all__ = ["Watchdog", "end_process", "find_neighbours", "write_error_file"]
 

@@ -5,7 +5,7 @@ import logging
 import os
 import socket
 
-from detlib.engine.process_env import restart_count
+from detlib.engine.processes.environment import restart_count
 from detlib.utils import comm
 from detlib.utils.file_io import is_remote
 
