@@ -67,8 +67,14 @@ def agent_config(count: int, nodes: int = 1, endpoint: str = "localhost:0", **kw
 
 
 def run_agent(config: LaunchConfig, function, *args) -> None:
-    """Runs a function in the processes of an agent."""
-    elastic_launch(config, launched)(function, *args)
+    """Runs a function in the processes of an agent, which leaves its signal handlers behind."""
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    handlers = {number: signal.getsignal(number) for number in signals}
+    try:
+        elastic_launch(config, launched)(function, *args)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def start_with(environment: dict[str, str], output: str, function, *args):

@@ -106,7 +106,7 @@ def _tell_others(place: ProcessPlace, board: FailureBoard, failure: Failure) -> 
         _let_others_read(place, board)
     except RuntimeError:
         message += "\n\nThe process that kept the meeting point of all is gone, see its output."
-    write_error_file(message)
+    write_error_file(message, is_cause=failure.kind != "lost")
     return message
 
 

@@ -38,12 +38,19 @@ def end_process(exit_code: int) -> None:
     os._exit(exit_code)
 
 
-def write_error_file(message: str) -> None:
-    """Leaves a message for torchrun, which prints it at the end."""
+def write_error_file(message: str, *, is_cause: bool) -> None:
+    """Leaves a message for torchrun, which prints it at the end.
+
+    Args:
+        message: what to say.
+        is_cause: whether this process has failed by itself. torchrun takes the earliest for the cause, and
+            counts whole seconds, in which several processes may end.
+    """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
         return
-    content = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
+    seconds = int(time.time()) + (not is_cause)
+    content = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(seconds)}}
     with contextlib.suppress(OSError), open(path, "w") as f:
         json.dump({"message": content}, f)
 
@@ -177,7 +184,7 @@ class Watchdog:
         self._end(message)
 
     def _end(self, message: str) -> None:
-        write_error_file(message)
+        write_error_file(message, is_cause=False)
         first_line = message.partition("\n")[0]
         print(f"Process {self._rank} is ended. {first_line}", file=sys.stderr, flush=True)
         end_process(1)
