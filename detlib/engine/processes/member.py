@@ -24,6 +24,8 @@ __all__ = ["check_gpus", "host_and_port", "run_as_child", "run_here"]
 
 # Seconds for the cause of a lost connection to be reported.
 _GRACE = 3.0
+# Seconds by which the process that is the cause ends before the others; leaving its group takes up to two.
+_HEAD_START = 3.0
 
 
 def host_and_port(url: str) -> tuple[str, int]:
@@ -91,6 +93,9 @@ def run_here(
         message = _tell_others(place, board, failure)
         _leave_broken_group()
         if failure.kind == "lost":
+            if place.launcher == "torchrun":
+                # It shows the process that ends first as the root cause.
+                time.sleep(_HEAD_START)
             raise ProcessFailedError(message) from None
         raise
     _let_others_read(place, board)
