@@ -94,6 +94,7 @@ def test_rpn_on_two_processes_equals_one(tmp_path, caplog):
     _assert_equal_but_for_noise(start, one, two)
 
 
+@pytest.mark.slow
 def test_mask_rcnn_on_two_processes_equals_averaged_half_batches(tmp_path, monkeypatch):
     start, two, _ = _run(tmp_path / "two", "mask", 2)
 

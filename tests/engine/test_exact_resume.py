@@ -68,7 +68,12 @@ _KINDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", _KINDS)
+_SLOW = ("adamw", "bfloat16", "drawn seed", "evaluated")  # seconds each, and seldom alone in breaking
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in _SLOW else kind for kind in _KINDS]
+)
 def test_interrupted_equals_uninterrupted(tmp_path, kind):
     overrides = {"SOLVER__CHECKPOINT_PERIOD": 1, "SOLVER__MAX_ITER": _STEPS, "DATASETS__TEST": ()}
     overrides |= _KINDS[kind]
@@ -80,3 +85,14 @@ def test_interrupted_equals_uninterrupted(tmp_path, kind):
     resumed = _train(tiny_cfg(tmp_path / "parts", **overrides), resume=True)
     assert resumed.start_iter == 1
     _assert_equal(whole, resumed)
+
+
+def test_a_run_cut_off_before_its_final_checkpoint(tmp_path):
+    overrides = {"SOLVER__CHECKPOINT_PERIOD": 1, "SOLVER__MAX_ITER": 1, "DATASETS__TEST": ()}
+    whole = _train(tiny_cfg(tmp_path / "whole", **overrides), resume=False)
+    _interrupt(whole, tmp_path / "parts", iteration=0)
+    resumed = _train(tiny_cfg(tmp_path / "parts", **overrides), resume=True)
+    assert resumed.start_iter == 1
+    one, two = (torch.load(tmp_path / name / "model_final.pth") for name in ("whole", "parts"))
+    assert one["iteration"] == two["iteration"] == 0
+    assert all(torch.equal(value, two["model"][name]) for name, value in one["model"].items())

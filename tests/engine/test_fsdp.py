@@ -1,6 +1,8 @@
 """Models shared out between two processes train, save and resume as whole ones do."""
 
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +34,7 @@ def _train(folder: str, strategy: str, resume: bool, overrides: dict) -> None:
     sampling.subsample_labels, original = _draw_repeatably, sampling.subsample_labels
     try:
         cfg = _cfg(folder, strategy, **overrides)
+        # Other first weights in each process: those of the first one count.
         seed_all_rng(cfg.SEED + comm.get_rank())
         trainer = DefaultTrainer(cfg)
         trainer.resume_or_load(resume=resume)
@@ -47,13 +50,16 @@ def _train(folder: str, strategy: str, resume: bool, overrides: dict) -> None:
         sampling.subsample_labels = original
 
 
-def _final(folder) -> dict:
-    return torch.load(folder / "model_final.pth", weights_only=True)
-
-
-def _run(folder, strategy: str, resume: bool = False, **overrides) -> dict:
-    launch(_train, 2, args=(str(folder), strategy, resume, overrides))
-    return _final(folder)
+def _train_all(root: str, overrides: dict) -> None:
+    """What each process does: whole, shared out, and shared out from its second checkpoint on."""
+    _train(f"{root}/ddp", "ddp", False, overrides)
+    _train(f"{root}/fsdp", "fsdp", False, overrides)
+    if comm.is_main_process():
+        os.mkdir(f"{root}/resumed")
+        shutil.copy(f"{root}/fsdp/model_0000001.pth", f"{root}/resumed")
+        Path(f"{root}/resumed/last_checkpoint").write_text("model_0000001.pth")
+    comm.synchronize()
+    _train(f"{root}/resumed", "fsdp", True, overrides)
 
 
 def _assert_close(one, two, tolerance: float, path: str = "") -> None:
@@ -84,22 +90,18 @@ def _assert_close(one, two, tolerance: float, path: str = "") -> None:
     ],
 )
 def test_shared_out_equals_whole(tmp_path, overrides):
-    whole = _run(tmp_path / "ddp", "ddp", **overrides)
-    parts = _run(tmp_path / "fsdp", "fsdp", **overrides)
+    launch(_train_all, 2, args=(str(tmp_path), overrides))
+    whole, parts, again = (
+        torch.load(tmp_path / name / "model_final.pth", weights_only=True)
+        for name in ("ddp", "fsdp", "resumed")
+    )
     adam = overrides.get("SOLVER__OPTIMIZER") == "AdamW"  # whose first steps are +-rate whatever the gradient
     for entry in ("model", "ema_state"):
         _assert_close(whole[entry], parts[entry], 1e-2 if adam else 1e-5)
+        _assert_close(parts[entry], again[entry], 0.0)
     states = [x["trainer"]["_trainer"]["optimizer"]["state"] for x in (whole, parts)]
     assert states[0] and states[0].keys() == states[1].keys()
     _assert_close(*states, 1e-1 if adam else 1e-4)
-
-    resumed = tmp_path / "resumed"
-    resumed.mkdir()
-    shutil.copy(tmp_path / "fsdp" / "model_0000001.pth", resumed)
-    (resumed / "last_checkpoint").write_text("model_0000001.pth")
-    again = _run(resumed, "fsdp", resume=True, **overrides)
-    for entry in ("model", "ema_state"):
-        _assert_close(parts[entry], again[entry], 0.0)
 
 
 def test_one_process_is_told_to_be_several(tmp_path):

@@ -72,7 +72,9 @@ def test_models_without_blocks_are_refused():
     assert find_backbone_blocks(nn.Linear(2, 2)) == []
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend", ["eager", *(pytest.param(b, marks=pytest.mark.slow) for b in ("aot_eager", "inductor"))]
+)
 def test_compiled_parts_give_the_same(backend):
     plain, compiled = _build(), _build()
     names = compile_parts(compiled, backend=backend)

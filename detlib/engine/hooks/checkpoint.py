@@ -7,6 +7,7 @@ from collections.abc import Callable
 from detlib.checkpoint import Checkpointer
 from detlib.checkpoint import PeriodicCheckpointer as _PeriodicCheckpointer
 from detlib.checkpoint.formats import read_checkpoint
+from detlib.checkpoint.sharded import is_sharded
 from detlib.engine.divergence import find_non_finite_parameters
 from detlib.engine.hooks.metrics import check_mode, explain_missing_metric, is_better
 from detlib.engine.trainer_base import HookBase, TrainerBase
@@ -41,18 +42,30 @@ class PeriodicCheckpointer(_PeriodicCheckpointer, HookBase):
         self.step(iteration)
 
     def after_train(self) -> None:
-        """Saves the final checkpoint of a training that was stopped early, and waits for what is saved in the
-        background.
+        """Saves the final checkpoint if it is missing yet, and waits for what is saved in the background.
+
+        It is missing if the training was stopped early, or was cut off between its last periodic checkpoint
+        and the final one and then resumed with nothing left to train.
 
         Raises:
             FloatingPointError: if parameters are not finite.
         """
         trainer = self.trainer
         last = trainer.iter - 1
-        if trainer.is_finished and trainer.start_iter <= last < trainer.max_iter - 1:
+        was_stopped = trainer.start_iter <= last < trainer.max_iter - 1
+        had_nothing_to_do = 0 < trainer.start_iter == trainer.iter
+        if trainer.is_finished and (was_stopped or (had_nothing_to_do and self._lacks_final())):
             _refuse_diverged(self.checkpointer, last)
+            prepare_to_save(trainer)
             self.checkpointer.save(f"{self.file_prefix}_final", iteration=last)
         self.checkpointer.wait()
+
+    def _lacks_final(self) -> bool:
+        lacks = not self.path_manager.exists(
+            os.path.join(self.checkpointer.save_dir, f"{self.file_prefix}_final.pth")
+        )
+        # All processes save together, or none, where each has a part.
+        return comm.all_gather(lacks)[0] if is_sharded(self.checkpointer.model) else lacks
 
 
 def prepare_to_save(trainer: TrainerBase) -> None:
