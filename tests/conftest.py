@@ -1,9 +1,16 @@
 """Shared pytest configuration: tests marked `gpu` are skipped where there is no CUDA device."""
 
 import logging
+import os
 
 import pytest
 import torch
+
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    # Workers that each use all cores would wait for one another.
+    share = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    torch.set_num_threads(share)
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))  # of the processes that tests start
 
 
 def pytest_collection_modifyitems(items):
