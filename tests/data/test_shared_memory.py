@@ -19,7 +19,8 @@ if __name__ == "__main__":
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(
-    "start_method", ["fork", "spawn", pytest.param("forkserver", marks=pytest.mark.slow)]
+    "start_method",
+    ["fork", *(pytest.param(method, marks=pytest.mark.slow) for method in ("spawn", "forkserver"))],
 )
 def test_records_are_shared(tmp_path, start_method):
     script = tmp_path / "measure.py"

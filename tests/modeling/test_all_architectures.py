@@ -222,7 +222,17 @@ def train_and_predict(
     return losses
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+# Seconds each, with bfloat16 on most processors; these variants share what can go wrong with the others.
+_VARIANTS = {
+    "giou", "class_agnostic", "dc5", "modulated", "syncbn", "gn", "frozen", "sigmoid", "rpn_c4", "c4",
+    "retinanet_bn", "panoptic_cascade", "regnetx", "fast_rcnn", "semantic",
+}  # fmt: skip
+other_precision = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in _VARIANTS else n for n in ARCHITECTURES]
+)
+
+
+@other_precision
 def test_double(name):
     losses = train_and_predict(name, torch.float64)
     expected = train_and_predict(name)
@@ -232,22 +242,12 @@ def test_double(name):
         )
 
 
-# Processors without bfloat16 take seconds for each; these variants share what can go wrong with the others.
-_VARIANTS = {
-    "giou", "class_agnostic", "dc5", "modulated", "syncbn", "gn", "frozen", "sigmoid", "rpn_c4", "c4",
-    "retinanet_bn", "panoptic_cascade", "regnetx", "fast_rcnn", "semantic",
-}  # fmt: skip
-low_precision = pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in _VARIANTS else n for n in ARCHITECTURES]
-)
-
-
-@low_precision
+@other_precision
 def test_bfloat16(name):
     train_and_predict(name, torch.bfloat16)
 
 
-@low_precision
+@other_precision
 def test_autocast(name):
     train_and_predict(name, autocast=True)
 

@@ -22,7 +22,9 @@ def run(*args):
     return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
-@pytest.mark.parametrize("ending", [".pkl", ".pth", ".safetensors"])
+@pytest.mark.parametrize(
+    "ending", [".pth", *(pytest.param(e, marks=pytest.mark.slow) for e in (".pkl", ".safetensors"))]
+)
 def test_torchvision(tmp_path, ending):
     model = torchvision.models.resnet18(weights=None)
     torch.save(model.state_dict(), tmp_path / "resnet18.pth")

@@ -103,7 +103,9 @@ def test_checkpoints(model, tmp_path):
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["detr", "deformable_detr_two_stage", "dino"])
+@pytest.mark.parametrize(
+    "name", ["detr", pytest.param("deformable_detr_two_stage", marks=pytest.mark.slow), "dino"]
+)
 def test_loss_falls(name):
     """One batch, a few steps."""
     model = MODELS[name]()
