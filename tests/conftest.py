@@ -28,3 +28,12 @@ def log(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("detlib"), "propagate", True)
     caplog.set_level(logging.INFO, "detlib")
     return caplog
+
+
+@pytest.fixture
+def exact_float32():
+    """Convolutions of float32 on a GPU with all bits of their factors; by default they round these to ten."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before

@@ -57,7 +57,16 @@ def build_case_model(case: Case, config_dir: pathlib.Path) -> tuple[torch.nn.Mod
     return build_model(cfg), cfg
 
 
-def run_case(case: Case, config_dir: pathlib.Path) -> list[str]:
+def moved(value, device: str):
+    """A copy of nested dicts, lists and tuples whose tensors and structures lie on `device`."""
+    if isinstance(value, dict):
+        return {key: moved(x, device) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(moved(x, device) for x in value)
+    return value.to(device) if hasattr(value, "to") else value
+
+
+def run_case(case: Case, config_dir: pathlib.Path, device: str = "cpu") -> list[str]:
     """Build the case's model, run it and list what differs; an empty list is conformance."""
     model, cfg = build_case_model(case, config_dir)
     model.eval()
@@ -65,14 +74,15 @@ def run_case(case: Case, config_dir: pathlib.Path) -> list[str]:
     if differences:
         return differences
     fill_weights(model, case)
+    model.to(device)
     items = make_inputs(case)
     features: dict[str, torch.Tensor] = {}
     hook = model.backbone.register_forward_hook(lambda module, args, output: features.update(output))
     with torch.no_grad():
         outputs = model(items)
     hook.remove()
-    differences += compare_features(features, case)
-    for i, output in enumerate(outputs):
+    differences += compare_features(moved(features, "cpu"), case)
+    for i, output in enumerate(moved(outputs, "cpu")):
         differences += compare_outputs(output, case.outputs(i), f"image {i}", "top" in case.facts)
 
     if "losses" not in case.facts:

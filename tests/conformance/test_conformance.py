@@ -35,6 +35,13 @@ def test_case(path):
     assert not differences, f"{len(differences)} differences:\n" + "\n".join(differences[:20])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+def test_case_on_gpu(path, exact_float32):
+    differences = run_case(Case.load(path), HERE.parents[1] / "configs", "cuda")
+    assert not differences, f"{len(differences)} differences:\n" + "\n".join(differences[:20])
+
+
 @pytest.mark.parametrize("name", [name for name in sorted(SLOW) if name.startswith("DINO__dino_t")])
 def test_names_and_shapes(name):
     """Of cases that the default run leaves out."""

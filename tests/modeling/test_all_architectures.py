@@ -153,10 +153,10 @@ def fcos(backbone: Backbone) -> FCOS:
     )
 
 
-def built(name: str) -> torch.nn.Module:
+def built(name: str, **more) -> torch.nn.Module:
     torch.manual_seed(0)
     config, overrides = YAML.get(name, (MASK_RCNN, {}))
-    model = build_model(small_config(config, **overrides))
+    model = build_model(small_config(config, **{**overrides, **more}))
     if name in BACKBONES:
         model.backbone = BACKBONES[name]()
     return fcos(model.backbone) if name == "fcos" else model
@@ -250,6 +250,39 @@ def test_bfloat16(name):
 @other_precision
 def test_autocast(name):
     train_and_predict(name, autocast=True)
+
+
+# So many that none are drawn by chance.
+ALL_SAMPLED = {"MODEL__RPN__BATCH_SIZE_PER_IMAGE": 100_000, "MODEL__ROI_HEADS__BATCH_SIZE_PER_IMAGE": 10_000}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_gpu_gives_what_the_cpu_gives(name, exact_float32):
+    """Losses and the norm of the gradient; then a step in float16 and a prediction."""
+    results = []
+    for device in ("cpu", "cuda"):
+        model = built(name, **ALL_SAMPLED).to(device)
+        with EventStorage():
+            losses = model.train()(batch(name))
+        sum(losses.values()).backward()
+        grads = [p.grad.norm().cpu() for p in model.parameters() if p.grad is not None]
+        results.append(
+            {**{k: v.detach().cpu() for k, v in losses.items()}, "gradient": torch.stack(grads).norm()}
+        )
+    assert model.device.type == "cuda" and results[0].keys() == results[1].keys()
+    for key, expected in results[0].items():
+        torch.testing.assert_close(
+            results[1][key], expected, rtol=1e-2, atol=1e-3, msg=lambda m, k=key: f"{k}: {m}"
+        )
+    with EventStorage(), torch.autocast("cuda", torch.float16):
+        losses = model(batch(name))
+    assert all(x.isfinite() for x in losses.values()), losses
+    sum(losses.values()).backward()
+    with torch.no_grad():
+        outputs = model.eval()(batch(name))
+    for output in outputs:
+        assert output and all(x.is_cuda and x.isfinite().all() for x in tensors_of(output))
 
 
 def trained(model: torch.nn.Module, items: list[dict]) -> set[str]:

@@ -91,6 +91,30 @@ def test_autocast(model):
     assert found.scores[:5].tolist() == pytest.approx(want.scores[:5].tolist(), rel=0.2)
 
 
+@pytest.mark.gpu
+def test_gpu_gives_what_the_cpu_gives(model, exact_float32):
+    items = batch()
+    with torch.no_grad():
+        want, found = (model.eval().to(device)(items)[0]["instances"] for device in ("cpu", "cuda"))
+    assert found.scores.is_cuda
+    torch.testing.assert_close(found.scores.cpu(), want.scores, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        found.pred_boxes.tensor[:3].cpu(), want.pred_boxes.tensor[:3], rtol=1e-3, atol=0.05
+    )
+    model.train()
+    for precision in (torch.float32, torch.bfloat16, torch.float16):
+        model.zero_grad()
+        with torch.autocast("cuda", precision, enabled=precision != torch.float32):
+            losses = model(items)
+        assert all(loss.is_cuda and loss.isfinite() for loss in losses.values()), losses
+        sum(losses.values()).backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    items[0]["instances"].gt_classes[0] = NUM_CLASSES
+    with pytest.raises(ValueError, match=r"must lie in \[0, 3\)"):
+        model(items)
+    torch.cuda.synchronize()  # a device assert would come to light here
+
+
 def test_checkpoints(model, tmp_path):
     """Names that share a tensor are saved and loaded as any others."""
     DetectionCheckpointer(model, str(tmp_path)).save("model")
