@@ -12,6 +12,7 @@ from detlib.layers import FrozenBatchNorm2d, get_norm
 from detlib.modeling.backbone.backbone import Backbone
 from detlib.modeling.backbone.probing import probe_maps, probe_size_divisibility, unused_parameters
 from detlib.modeling.config_checks import check_features
+from detlib.utils.download import is_offline
 from detlib.utils.suggest import suggest
 
 __all__ = ["TimmBackbone", "log_timm_feature_info"]
@@ -130,7 +131,7 @@ def _run(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _import_timm() -> Any:
-    if os.environ.get("DETLIB_OFFLINE", "0") not in ("", "0"):
+    if is_offline():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # it counts until timm is imported for the first time
     try:
         import timm

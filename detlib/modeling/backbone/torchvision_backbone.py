@@ -9,6 +9,7 @@ from torch import nn
 
 from detlib.modeling.backbone.backbone import Backbone
 from detlib.modeling.backbone.probing import probe_maps, probe_size_divisibility, unused_parameters
+from detlib.utils.download import is_offline
 from detlib.utils.suggest import suggest
 
 __all__ = ["TorchvisionBackbone"]
@@ -163,7 +164,7 @@ def _create(model_name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Mod
     weights = torchvision.models.get_model_weights(model_name).DEFAULT
     place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
     try:
-        if os.environ.get("DETLIB_OFFLINE", "0") not in ("", "0") and not os.path.isfile(place):
+        if is_offline() and not os.path.isfile(place):
             raise OSError("$DETLIB_OFFLINE forbids downloading")
         return torchvision.models.get_model(model_name, weights=weights, **kwargs)
     except (OSError, RuntimeError) as error:
