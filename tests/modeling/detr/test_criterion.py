@@ -142,7 +142,7 @@ def test_denoising():
 
 
 def test_objects_are_counted_once(monkeypatch):
-    """Each count waits for all processes; half the objects of two processes are those of one on average."""
+    """Each count waits for all processes. The other one of two has no objects here, so losses are doubled."""
     known = {**predictions(num_queries=12, seed=4), "aux_outputs": [predictions(num_queries=12, seed=5)]}
     outputs = {**predictions(), "aux_outputs": [predictions(seed=6)], "enc_outputs": predictions(seed=9)}
     metas = {"single_padding": 4, "dn_num": 3, "output_known_lbs_bboxes": known}
