@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import portalocker
 from tqdm import tqdm
 
-__all__ = ["Checksum", "DownloadError", "checksum_in_name", "download", "is_there"]
+__all__ = ["Checksum", "DownloadError", "checksum_in_name", "download", "is_offline", "is_there"]
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def download(
     if os.path.isfile(path):
         return
     by_hand = f"You can fetch it by other means and put it to {path}"
-    if os.environ.get("DETLIB_OFFLINE", "0") not in ("", "0"):
+    if is_offline():
         raise DownloadError(f"{url} is not in the cache, and $DETLIB_OFFLINE forbids downloading. {by_hand}.")
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     checksum = checksum or checksum_in_name(os.path.basename(path))
@@ -115,6 +115,11 @@ def download(
         except (OSError, http.client.HTTPException) as e:
             raise DownloadError(f"{url} cannot be downloaded: {_reason(e)}. {by_hand}.") from e
         part.finish()
+
+
+def is_offline() -> bool:
+    """Whether `$DETLIB_OFFLINE` forbids to download anything: it is set, and neither empty nor 0."""
+    return os.environ.get("DETLIB_OFFLINE", "0") not in ("", "0")
 
 
 def is_there(url: str, *, headers: Mapping[str, str] | None = None, timeout: float = 30.0) -> bool:

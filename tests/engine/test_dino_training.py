@@ -1,10 +1,14 @@
 """DINO from random weights, by the lazy trainer."""
 
+import json
+
 import pytest
 from torch import nn
+from torch._dynamo.utils import counters
 
 from detlib.config import LazyConfig
 from detlib.engine import LazyTrainer
+from detlib.utils.env import seed_all_rng
 from tests.configs.published_lazy import CONFIGS
 
 
@@ -35,6 +39,28 @@ def test_one_step_and_back(tmp_path):
     assert trainer.start_iter == 1
     trainer.train()
     assert set(LazyTrainer.test(cfg, trainer.model)) == {"bbox"}
+
+
+@pytest.mark.slow
+def test_compiled_parts_give_the_same_losses(tmp_path):
+    found = []
+    for enabled in (False, True):
+        seed_all_rng(1)
+        cfg = shapes_config(tmp_path / str(enabled), max_iter=2, log_period=1)
+        cfg.train.compile = {"enabled": enabled, "backend": "eager"}
+        del cfg.dataloader.evaluator
+        trainer = LazyTrainer(cfg)
+        counters.clear()
+        trainer.train()
+        assert (counters["stats"]["unique_graphs"] > 1) == enabled
+        lines = [
+            json.loads(line) for line in (tmp_path / str(enabled) / "metrics.json").read_text().splitlines()
+        ]
+        found.append([{k: v for k, v in line.items() if "loss" in k} for line in lines])
+    plain, compiled = found
+    assert len(plain) == 2 and len(plain[0]) > 20
+    for one, two in zip(plain, compiled, strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
 
 
 @pytest.mark.slow

@@ -62,7 +62,7 @@ def test_resnet_gives_torchvisions_maps(torchvision_resnet, norm_layer, tmp_path
     assert (len(frozen), len(trained)) == ((0, 20) if norm_layer is None else (20, 0))
     # Converted norms keep the names of all that they hold.
     names = {k for k in torchvision_resnet.state_dict() if not k.startswith("fc.")}
-    assert set(backbone.timm_model.state_dict()) == names
+    assert set(backbone.state_dict()) == {f"timm_model.{name}" for name in names}
 
 
 def test_all_that_trains_gets_gradients():

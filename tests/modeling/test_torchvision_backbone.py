@@ -40,6 +40,9 @@ def test_both_names_are_one_tensor(backbone):
     state = backbone.state_dict()
     shared = [name.removeprefix("feature_extractor.") for name in state if name.startswith("feature_ex")]
     assert len(shared) == 120 and not any(name.startswith("fc") for name in shared)
+    whole = torchvision.models.resnet18().state_dict()
+    assert set(state) == {f"model.{k}" for k in whole} | {f"feature_extractor.{k}" for k in shared}
+    assert set(shared) <= set(whole)
     for module in (backbone, copy.deepcopy(backbone)):
         state = module.state_dict(keep_vars=True)
         assert all(state[f"model.{name}"] is state[f"feature_extractor.{name}"] for name in shared)

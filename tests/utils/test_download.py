@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from detlib.utils import download as download_module
-from detlib.utils.download import Checksum, DownloadError, checksum_in_name, download
+from detlib.utils.download import Checksum, DownloadError, checksum_in_name, download, is_offline
 from detlib.utils.file_io import HuggingFaceHandler, PathManager
 
 CONTENT = random.Random(0).randbytes(300_000)
@@ -216,6 +216,14 @@ def test_offline(server, tmp_path, monkeypatch):
     assert not server.requests
     path.write_bytes(b"x")
     download(f"{server.url}/file.bin", str(path))
+
+
+@pytest.mark.parametrize("value, forbids", [(None, False), ("", False), ("0", False), ("1", True)])
+def test_what_forbids_downloads(value, forbids, monkeypatch):
+    monkeypatch.delenv("DETLIB_OFFLINE", raising=False)
+    if value is not None:
+        monkeypatch.setenv("DETLIB_OFFLINE", value)
+    assert is_offline() is forbids
 
 
 def test_a_full_disk_is_told_before(server, tmp_path, monkeypatch):

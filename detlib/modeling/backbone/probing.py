@@ -1,13 +1,16 @@
-"""What the feature maps of a foreign network look like, found by running it without computing anything."""
+"""Foreign networks as backbones: how their feature maps look is found by running them without computing."""
 
 import copy
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-__all__ = ["MapLayout", "probe_maps", "probe_size_divisibility", "unused_parameters"]
+from detlib.modeling.backbone.backbone import Backbone
+
+__all__ = ["MapLayout", "ProbedBackbone", "probe_maps", "probe_size_divisibility", "unused_parameters"]
 
 # Large, so that borders (convolutions without padding) do not blur what stride a map has.
 _SIDE = 512
@@ -92,7 +95,7 @@ def probe_maps(model: nn.Module, run, in_channels: int, names: Sequence[str], wh
         growing = [axis for axis, (x, y) in enumerate(zip(a, b)) if x != y]
         if len(a) != 4 or growing not in ([2], [3]):
             raise ValueError(
-                f"{what} gives {name} as a {tuple(a)} tensor for a {_SIDE} x {_SIDE} picture and as a "
+                f"{what} gives {name!r} as a {tuple(a)} tensor for a {_SIDE} x {_SIDE} picture and as a "
                 f"{tuple(b)} one for a picture twice as wide: that is no feature map"
             )
         axis = growing[0]
@@ -119,3 +122,60 @@ def probe_size_divisibility(model: nn.Module, run, in_channels: int) -> int:
             return step
         return 128  # `probe_maps` has seen it run on such pictures
     return 0
+
+
+class ProbedBackbone(Backbone):
+    """A foreign network whose maps are found by probing it.
+
+    A subclass puts the network into the attribute that `_network_name` names, and then calls `_probe`.
+    """
+
+    _network_name: str
+
+    @abstractmethod
+    def _run(self, network: nn.Module, x: torch.Tensor) -> Sequence[torch.Tensor]:
+        """The network's own maps, in the order of their names."""
+
+    def _probe(self, in_channels: int, names: Sequence[str], what: str) -> None:
+        """Finds out what there is to know, and stops those parameters from training that no map depends on.
+
+        Args:
+            in_channels: channels of the pictures.
+            names: of the maps.
+            what: what to call the network in messages.
+
+        Raises:
+            ValueError: as `probe_maps`.
+        """
+        network = getattr(self, self._network_name)
+        self._out_features = list(names)
+        layouts = probe_maps(network, self._run, in_channels, names, what)
+        unused = set(unused_parameters(network, self._run, in_channels))
+        used = {id(p) for name, p in network.named_parameters() if name not in unused}
+        for parameter in self.parameters():
+            if id(parameter) not in used:
+                parameter.requires_grad = False
+        self._size_divisibility = probe_size_divisibility(network, self._run, in_channels)
+        self._channels_last = tuple(layout.channels_last for layout in layouts)
+        self._out_feature_channels = {n: layout.channels for n, layout in zip(names, layouts)}
+        self._out_feature_strides = {n: layout.stride for n, layout in zip(names, layouts)}
+
+    @property
+    def size_divisibility(self) -> int:
+        """0, but for the few networks (HRNet, DLA) whose parts meet only in pictures of such sizes."""
+        return self._size_divisibility
+
+    def forward(self, x):
+        """Compute the maps.
+
+        Args:
+            x: (N, C, H, W) float tensor, normalised pictures.
+
+        Returns:
+            dict[str, Tensor]: (N, C_f, H_f, W_f) maps by name, in the order of `output_shape`.
+        """
+        maps = self._run(getattr(self, self._network_name), x)
+        return {
+            name: y.permute(0, 3, 1, 2).contiguous() if last else y
+            for name, y, last in zip(self._out_features, maps, self._channels_last)
+        }

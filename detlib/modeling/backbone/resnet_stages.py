@@ -1,6 +1,7 @@
 """The stages of ResNets: lists of residual blocks, from their dimensions or from the depth alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -45,6 +46,44 @@ def make_blocks(block_class, num_blocks, *, in_channels, out_channels, **kwargs)
     return blocks
 
 
+def _make_all(
+    depth: int,
+    kind_of: Callable[[int], tuple[type[nn.Module], dict[str, Any]]],
+    *,
+    in_channels: int = 64,
+    out_channels: int | None = None,
+    bottleneck_channels: int = 64,
+    strides: Sequence[int] = (1, 2, 2, 2),
+) -> list[list[nn.Module]]:
+    """As many stages as there are `strides`, each of twice as many channels as the one before.
+
+    Args:
+        depth: a key of `BLOCKS_PER_STAGE`.
+        kind_of: from a stage's number to the class of its blocks and further arguments of theirs.
+        in_channels, out_channels, bottleneck_channels: those of the first stage; by default the published
+            ones.
+        strides: of each stage's first block.
+    """
+    if out_channels is None:
+        out_channels = 64 if depth < 50 else 256
+    stages = []
+    for index, (num_blocks, stride) in enumerate(zip(BLOCKS_PER_STAGE[depth], strides)):
+        block_class, kwargs = kind_of(index)
+        if depth >= 50:
+            kwargs = {**kwargs, "bottleneck_channels": bottleneck_channels * 2**index}
+        blocks = make_blocks(
+            block_class,
+            num_blocks,
+            in_channels=in_channels,
+            out_channels=out_channels * 2**index,
+            stride_per_block=[stride] + [1] * (num_blocks - 1),
+            **kwargs,
+        )
+        stages.append(blocks)
+        in_channels = out_channels * 2**index
+    return stages
+
+
 def make_default_stages(depth, block_class=None, **kwargs) -> list[list[nn.Module]]:
     """The four stages of a ResNet of the given depth; see `ResNet.make_default_stages`."""
     check_choice(depth, BLOCKS_PER_STAGE, "depth")
@@ -52,25 +91,7 @@ def make_default_stages(depth, block_class=None, **kwargs) -> list[list[nn.Modul
         block_class = BasicBlock if depth < 50 else BottleneckBlock
     if block_class is BasicBlock:
         kwargs.pop("stride_in_1x1", None)  # it has no 1x1 convolution; so that depth alone can be changed
-    in_channels, expansion = 64, 1 if depth < 50 else 4
-    stages = []
-    for i, num_blocks in enumerate(BLOCKS_PER_STAGE[depth]):
-        width = 64 * 2**i
-        if depth >= 50:
-            kwargs["bottleneck_channels"] = width
-        stride = 1 if i == 0 else 2
-        stages.append(
-            make_blocks(
-                block_class,
-                num_blocks,
-                stride_per_block=[stride] + [1] * (num_blocks - 1),
-                in_channels=in_channels,
-                out_channels=width * expansion,
-                **kwargs,
-            )
-        )
-        in_channels = width * expansion
-    return stages
+    return _make_all(depth, lambda index: (block_class, kwargs))
 
 
 def make_stages(
@@ -90,38 +111,31 @@ def make_stages(
 ) -> list[list[nn.Module]]:
     """The first `num_stages` stages of a ResNet or ResNeXt; see `make_stage`."""
     check_stages(depth, num_groups, out_channels, res5_dilation, deform_on_per_stage)
-    if out_channels is None:
-        out_channels = 64 if depth < 50 else 256
-    stages = []
-    for index, num_blocks in enumerate(BLOCKS_PER_STAGE[depth][:num_stages]):
-        dilation = res5_dilation if index == 3 else 1
-        # A dilated stage keeps the resolution: the dilation stands in for the stride.
-        first_stride = 1 if index == 0 or dilation > 1 else 2
-        block_class, kwargs = BasicBlock, {}
-        if depth >= 50:
-            block_class = BottleneckBlock
-            kwargs = {
-                "bottleneck_channels": num_groups * width_per_group * 2**index,
-                "stride_in_1x1": stride_in_1x1,
-                "dilation": dilation,
-                "num_groups": num_groups,
-            }
-            if deform_on_per_stage[index]:
-                block_class = DeformBottleneckBlock
-                kwargs |= {"deform_modulated": deform_modulated, "deform_num_groups": deform_num_groups}
-        stages.append(
-            make_blocks(
-                block_class,
-                num_blocks,
-                in_channels=in_channels,
-                out_channels=out_channels * 2**index,
-                stride_per_block=[first_stride] + [1] * (num_blocks - 1),
-                norm=norm,
-                **kwargs,
-            )
-        )
-        in_channels = stages[-1][-1].out_channels
-    return stages
+
+    def kind_of(index):
+        if depth < 50:
+            return BasicBlock, {"norm": norm}
+        kwargs = {
+            "norm": norm,
+            "stride_in_1x1": stride_in_1x1,
+            "dilation": res5_dilation if index == 3 else 1,
+            "num_groups": num_groups,
+        }
+        if not deform_on_per_stage[index]:
+            return BottleneckBlock, kwargs
+        kwargs |= {"deform_modulated": deform_modulated, "deform_num_groups": deform_num_groups}
+        return DeformBottleneckBlock, kwargs
+
+    # A dilated stage keeps the resolution: the dilation stands in for the stride.
+    strides = (1, 2, 2, 1 if res5_dilation > 1 else 2)
+    return _make_all(
+        depth,
+        kind_of,
+        in_channels=in_channels,
+        out_channels=out_channels,
+        bottleneck_channels=num_groups * width_per_group,
+        strides=strides[:num_stages],
+    )
 
 
 def check_stages(

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from detlib.layers import FrozenBatchNorm2d, get_norm
-from detlib.modeling.backbone.backbone import Backbone
-from detlib.modeling.backbone.probing import probe_maps, probe_size_divisibility, unused_parameters
+from detlib.modeling.backbone.probing import ProbedBackbone
 from detlib.modeling.config_checks import check_features
+from detlib.utils.download import is_offline
 from detlib.utils.suggest import suggest
 
 __all__ = ["TimmBackbone", "log_timm_feature_info"]
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 _ANY_SIZE = ({"dynamic_img_size": True, "dynamic_img_pad": True}, {"strict_img_size": False}, {})
 
 
-class TimmBackbone(Backbone):
+class TimmBackbone(ProbedBackbone):
     """A network of timm that gives the maps "p0", "p1", ...: timm's feature number 0, 1, ...
 
     Strides follow from the network: of a ResNet "p0" has 2 and "p4" 32, of a ConvNeXt or Swin transformer
@@ -30,6 +30,8 @@ class TimmBackbone(Backbone):
     ``timm_model``; those that no map depends on, which timm leaves in a few networks, do not train. Vision
     transformers, all of whose maps have one stride, take pictures of any size too.
     """
+
+    _network_name = "timm_model"
 
     def __init__(
         self,
@@ -87,35 +89,10 @@ class TimmBackbone(Backbone):
         self.timm_model = model if convert is None else convert(model, model_name)
 
         log_timm_feature_info(model.feature_info)
-        what = f"timm's model {model_name!r}"
-        layouts = probe_maps(self.timm_model, _run, in_channels, names, what)
-        self._channels_last = tuple(layout.channels_last for layout in layouts)
-        for name in unused_parameters(self.timm_model, _run, in_channels):
-            self.timm_model.get_parameter(name).requires_grad = False
-        self._size_divisibility = probe_size_divisibility(self.timm_model, _run, in_channels)
-        self._out_features = names
-        self._out_feature_channels = {n: layout.channels for n, layout in zip(names, layouts)}
-        self._out_feature_strides = {n: layout.stride for n, layout in zip(names, layouts)}
+        self._probe(in_channels, names, f"timm's model {model_name!r}")
 
-    @property
-    def size_divisibility(self) -> int:
-        """0, but for the few networks (HRNet, DLA) whose parts meet only in pictures of such sizes."""
-        return self._size_divisibility
-
-    def forward(self, x):
-        """Compute the maps.
-
-        Args:
-            x: (N, C, H, W) float tensor, normalised pictures.
-
-        Returns:
-            dict[str, Tensor]: (N, C_f, H_f, W_f) maps "p0", "p1", ..., highest resolution first.
-        """
-        maps = self.timm_model(x)
-        return {
-            name: y.permute(0, 3, 1, 2).contiguous() if last else y
-            for name, y, last in zip(self._out_features, maps, self._channels_last)
-        }
+    def _run(self, network, x):
+        return network(x)
 
 
 def log_timm_feature_info(feature_info: Any) -> None:
@@ -125,12 +102,8 @@ def log_timm_feature_info(feature_info: Any) -> None:
         logger.info("Feature %d of timm's model has %d channels and stride %d", index, *values)
 
 
-def _run(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    return model(x)
-
-
 def _import_timm() -> Any:
-    if os.environ.get("DETLIB_OFFLINE", "0") not in ("", "0"):
+    if is_offline():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # it counts until timm is imported for the first time
     try:
         import timm

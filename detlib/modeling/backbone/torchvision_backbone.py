@@ -7,20 +7,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from detlib.modeling.backbone.backbone import Backbone
-from detlib.modeling.backbone.probing import probe_maps, probe_size_divisibility, unused_parameters
+from detlib.modeling.backbone.probing import ProbedBackbone
+from detlib.utils.download import is_offline
 from detlib.utils.suggest import suggest
 
 __all__ = ["TorchvisionBackbone"]
 
 
-class TorchvisionBackbone(Backbone):
+class TorchvisionBackbone(ProbedBackbone):
     """A network of torchvision that gives the outputs of some of its nodes as maps.
 
     The network is ``model``, its graph with the chosen outputs is ``feature_extractor``; both hold the same
     parameters, so each has two names. Batch norms are torchvision's and train. Parameters that no map depends
     on, such as those of the classifier, keep their values and names but do not train.
     """
+
+    _network_name = "feature_extractor"
 
     def __init__(
         self,
@@ -75,41 +77,11 @@ class TorchvisionBackbone(Backbone):
             tracer_kwargs=tracer_kwargs,
             suppress_diff_warning=suppress_diff_warnings,
         )
+        self._probe(3, list(evaluate.values()), f"torchvision's model {model_name!r}")
 
-        def run(model, x):
-            outputs = model(x)
-            return [outputs[name] for name in names]
-
-        what, names = f"torchvision's model {model_name!r}", list(evaluate.values())
-        layouts = probe_maps(self.feature_extractor, run, 3, [repr(name) for name in names], what)
-        unused = set(unused_parameters(self.feature_extractor, run, 3))
-        used = {id(p) for name, p in self.feature_extractor.named_parameters() if name not in unused}
-        for parameter in self.model.parameters():
-            parameter.requires_grad = id(parameter) in used
-        self._size_divisibility = probe_size_divisibility(self.feature_extractor, run, 3)
-        self._channels_last = [name for name, layout in zip(names, layouts) if layout.channels_last]
-        self._out_features = names
-        self._out_feature_channels = {n: layout.channels for n, layout in zip(names, layouts)}
-        self._out_feature_strides = {n: layout.stride for n, layout in zip(names, layouts)}
-
-    @property
-    def size_divisibility(self) -> int:
-        """0, but for networks whose parts meet only in pictures of such sizes."""
-        return self._size_divisibility
-
-    def forward(self, x):
-        """Compute the maps.
-
-        Args:
-            x: (N, 3, H, W) float tensor, normalised pictures.
-
-        Returns:
-            dict[str, Tensor]: (N, C_f, H_f, W_f) maps by the names given to the nodes, in their order.
-        """
-        outputs = self.feature_extractor(x)
-        for name in self._channels_last:
-            outputs[name] = outputs[name].permute(0, 3, 1, 2).contiguous()
-        return {name: outputs[name] for name in self._out_features}
+    def _run(self, network, x):
+        outputs = network(x)
+        return [outputs[name] for name in self._out_features]
 
 
 def _both_nodes(both, train, evaluate) -> tuple[dict[str, str], dict[str, str]]:
@@ -163,7 +135,7 @@ def _create(model_name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Mod
     weights = torchvision.models.get_model_weights(model_name).DEFAULT
     place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
     try:
-        if os.environ.get("DETLIB_OFFLINE", "0") not in ("", "0") and not os.path.isfile(place):
+        if is_offline() and not os.path.isfile(place):
             raise OSError("$DETLIB_OFFLINE forbids downloading")
         return torchvision.models.get_model(model_name, weights=weights, **kwargs)
     except (OSError, RuntimeError) as error:

@@ -81,15 +81,20 @@ class SetCriterion(nn.Module):
             other layers end in "_0", "_1" and so on. With `return_indices` also the list of matches: of the
             others first, then of the last layer.
         """
+        num_boxes = self.count_boxes(targets, outputs["pred_boxes"].device)
+        losses, matches = self._match_and_compare(outputs, targets, num_boxes)
+        return (losses, [*matches[1:], matches[0]]) if return_indices else losses
+
+    def _match_and_compare(self, outputs, targets, num_boxes) -> tuple[dict[str, torch.Tensor], list]:
+        """The losses of all layers, and the matches in the order of `_layers`."""
         layers = self._layers(outputs, targets)
         matches = self.matcher.match_layers([layer for _, layer, _ in layers], [t for _, _, t in layers])
-        num_boxes = self.count_boxes(targets, outputs["pred_boxes"].device)
         losses = {}
         for (suffix, layer, truth), indices in zip(layers, matches):
             for loss in self.losses:
                 found = self.get_loss(loss, layer, truth, indices, num_boxes)
                 losses.update({name + suffix: value for name, value in found.items()})
-        return (losses, [*matches[1:], matches[0]]) if return_indices else losses
+        return losses, matches
 
     def _layers(self, outputs, targets) -> list[tuple[str, Mapping, Sequence[Mapping]]]:
         """The layers to compare: what their losses' names end in, their predictions, and the truth."""

@@ -32,8 +32,8 @@ class DINOCriterion(TwoStageCriterion):
             Losses as of `SetCriterion.forward`; those of the encoder end in "_enc", those of denoising
             queries in "_dn", "_dn_0" and so on, and are zero where there are no such queries.
         """
-        losses = super().forward(outputs, targets)
         num_boxes = self.count_boxes(targets, outputs["pred_boxes"].device)
+        losses, _ = self._match_and_compare(outputs, targets, num_boxes)
         aux_num = len(outputs.get("aux_outputs", ()))
         losses.update(self.compute_dn_loss(dn_metas, targets, aux_num, num_boxes))
         return losses

@@ -7,6 +7,7 @@ import torch
 from torchvision.ops import box_convert, generalized_box_iou
 
 from detlib.modeling.detr import DeformableCriterion, DINOCriterion, HungarianMatcher, SetCriterion
+from detlib.modeling.detr import criterion as criterion_module
 from detlib.modeling.detr.denoising import denoising_matches
 from tests.modeling.detr.small_models import NUM_CLASSES, predictions, targets
 
@@ -138,6 +139,23 @@ def test_denoising():
     without = criterion(outputs, truth)
     assert set(without) == set(found)
     assert all(without[name] == (0 if "_dn" in name else found[name]) for name in found)
+
+
+def test_objects_are_counted_once(monkeypatch):
+    """Each count waits for all processes. The other one of two has no objects here, so losses are doubled."""
+    known = {**predictions(num_queries=12, seed=4), "aux_outputs": [predictions(num_queries=12, seed=5)]}
+    outputs = {**predictions(), "aux_outputs": [predictions(seed=6)], "enc_outputs": predictions(seed=9)}
+    metas = {"single_padding": 4, "dn_num": 3, "output_known_lbs_bboxes": known}
+    criterion = DINOCriterion(NUM_CLASSES, HungarianMatcher(), {})
+    alone = criterion(outputs, targets((3, 0, 1)), metas)
+    reduced = []
+    monkeypatch.setattr(criterion_module.comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", reduced.append)
+    both = criterion(outputs, targets((3, 0, 1)), metas)
+    assert len(reduced) == 1
+    assert both.keys() == alone.keys()
+    for name in both:
+        torch.testing.assert_close(both[name], 2 * alone[name])
 
 
 @pytest.mark.parametrize("kind", ["focal_loss", "ce_loss"])
