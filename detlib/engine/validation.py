@@ -2,13 +2,11 @@
 
 import contextlib
 import logging
-import random
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -19,6 +17,7 @@ from detlib.engine.divergence import losses_to_floats
 from detlib.layers import ASPP
 from detlib.modeling.backbone.transformer_parts import DropPath
 from detlib.utils import comm
+from detlib.utils.env import seeded
 from detlib.utils.events import EventStorage
 
 __all__ = ["validation_losses", "validation_results"]
@@ -76,12 +75,12 @@ def validation_losses(model: nn.Module, loader: Iterable, name: str = "") -> dic
     state = _ModelState(model)
     # A storage of its own, as what models log belongs to training.
     # A loader draws a seed whenever it is iterated.
-    with _loss_mode(model), torch.no_grad(), EventStorage(), _random_numbers_of(None):
+    with _loss_mode(model), torch.no_grad(), EventStorage(), seeded(0, all_devices=True):
         parts = _single_pictures(loader)
         # The parts of a model that is shared out between the processes come together in every forward pass.
         is_shared_out = comm.get_world_size() > 1 and hasattr(model, "unshard")
         for part, counts in _as_many_as_the_others(parts) if is_shared_out else ((p, True) for p in parts):
-            with _random_numbers_of(part):
+            with seeded(_seed_of(part), all_devices=True):
                 losses = _losses_of(model(part), name)
             state.restore()
             if counts:
@@ -174,23 +173,6 @@ def _changeable(module: nn.Module) -> Iterator[tuple[str, Any]]:
     for key, value in vars(module).items():
         if isinstance(value, bool | int | float | torch.Tensor) and key != "training":
             yield key, value
-
-
-@contextlib.contextmanager
-def _random_numbers_of(batch: Any) -> Iterator[None]:
-    """Random numbers that depend on the picture only; those of training go on afterwards where they were."""
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    seed = _seed_of(batch)
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
 
 
 def _seed_of(batch: Any) -> int:
