@@ -14,6 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from detlib.engine.divergence import losses_to_floats
+from detlib.engine.wrapping import whole_parameters
 from detlib.layers import ASPP
 from detlib.modeling.backbone.transformer_parts import DropPath
 from detlib.utils import comm
@@ -56,7 +57,8 @@ def validation_losses(model: nn.Module, loader: Iterable, name: str = "") -> dic
 
     Args:
         model: maps a batch in the standard format to a dict of scalar losses, or to one scalar. Its mode is
-            as before afterwards. Of a model in `DistributedDataParallel` the inner one is used.
+            as before afterwards. Of a model in `DistributedDataParallel` the inner one is used. If it is
+            shared out between processes, all of them call this together.
         loader: finite; gives batches as lists of dicts with annotations, each process its own share.
         name: of the set, for messages.
 
@@ -75,18 +77,20 @@ def validation_losses(model: nn.Module, loader: Iterable, name: str = "") -> dic
     state = _ModelState(model)
     # A storage of its own, as what models log belongs to training.
     # A loader draws a seed whenever it is iterated.
-    with _loss_mode(model), torch.no_grad(), EventStorage(), seeded(0, all_devices=True):
-        parts = _single_pictures(loader)
-        # The parts of a model that is shared out between the processes come together in every forward pass.
-        is_shared_out = comm.get_world_size() > 1 and hasattr(model, "unshard")
-        for part, counts in _as_many_as_the_others(parts) if is_shared_out else ((p, True) for p in parts):
+    with (
+        _loss_mode(model),
+        whole_parameters(model),
+        torch.no_grad(),
+        EventStorage(),
+        seeded(0, all_devices=True),
+    ):
+        for part in _single_pictures(loader):
             with seeded(_seed_of(part), all_devices=True):
                 losses = _losses_of(model(part), name)
             state.restore()
-            if counts:
-                for key, value in losses_to_floats(losses).items():
-                    sums[key] += value
-                count += 1
+            for key, value in losses_to_floats(losses).items():
+                sums[key] += value
+            count += 1
     means = _means_over_processes(sums, count, name)
     listed = ", ".join(f"{key} {value:.4g}" for key, value in means.items())
     logger.info("Losses on %s: %s", name or "the validation set", listed)
@@ -96,15 +100,6 @@ def validation_losses(model: nn.Module, loader: Iterable, name: str = "") -> dic
 def _single_pictures(loader: Iterable) -> Iterator[Any]:
     for batch in loader:
         yield from ([sample] for sample in batch) if isinstance(batch, list | tuple) else [batch]
-
-
-def _as_many_as_the_others(parts: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
-    """Yields parts and True, and in the end one part with False until all processes are through theirs."""
-    part = next(parts, None)
-    spare = next((p for p in comm.all_gather(part) if p is not None), None)
-    while any(comm.all_gather(part is not None)):
-        yield (spare, False) if part is None else (part, True)
-        part = next(parts, None)
 
 
 def _means_over_processes(sums: Mapping[str, float], count: int, name: str) -> dict[str, float]:

@@ -161,22 +161,6 @@ def test_shares_of_processes_count_by_their_pictures(monkeypatch):
     assert validation_losses(model, [pictures[:1]]) == pytest.approx(expected, rel=1e-6)
 
 
-def test_processes_that_share_a_model_out_go_in_step(monkeypatch):
-    """One picture here, two there: the one with less makes as many passes, which count for nothing."""
-    model, pictures = built("fcos"), _pictures("fcos")
-    expected = validation_losses(model, [pictures[:1]])
-    model.unshard = lambda: None
-    passes = []
-    forward = model.forward
-    model.forward = lambda batch: passes.append(batch[0]["image_id"]) or forward(batch)
-    # What is gathered: the first pictures, then whether there is one, then the sums.
-    others = iter([[pictures[1]], True, True, False, ({}, 0)])
-    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
-    monkeypatch.setattr(comm, "all_gather", lambda mine: [mine, next(others)])
-    assert validation_losses(model, [pictures[:1]]) == pytest.approx(expected, rel=1e-6)
-    assert passes == [0, 0]
-
-
 @pytest.mark.slow
 def test_two_processes_with_uneven_shares(tmp_path):
     launch(_uneven_shares, 2, dist_url="auto", args=(str(tmp_path / "losses"),))
