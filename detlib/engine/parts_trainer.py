@@ -98,13 +98,10 @@ class PartsTrainer(TrainerBase):
         self.options = options
         self.ema = WeightAverage(model, options.ema_decay) if options.ema_decay else None
         wrapped = model if options.strategy == "fsdp" else create_ddp_model(model, **options.ddp)
-        advice = learning_rate_advice(optimizer, options.images_per_step, options.rate_per_image)
-        if advice:
-            logger.warning("%s", advice)
         step_options = {
             "accum_steps": options.accum_steps,
             "skip_non_finite": options.skip_non_finite,
-            "advice": advice,
+            "advice": learning_rate_advice(optimizer, options.images_per_step, options.rate_per_image),
             "seed_step": functools.partial(_seed_step, weakref.proxy(self)),
         }
         if options.precision:

@@ -201,10 +201,15 @@ def test_number_of_classes_matters_only_to_models_that_have_them(tmp_path):
     DefaultTrainer(cfg)
 
 
-def test_a_bad_loss_stops_the_training(tmp_path):
+def test_a_bad_loss_stops_the_training(tmp_path, caplog):
     trainer = DefaultTrainer(tiny_cfg(tmp_path, SOLVER__BASE_LR=1e12, SOLVER__MAX_ITER=20))
-    with pytest.raises(FloatingPointError, match=r"iteration \d+: (?s:.*)Learning rate: 1e\+12(?s:.*)\.png"):
+    advice = "is high for 2 pictures a step"
+    assert advice not in caplog.text
+    with pytest.raises(
+        FloatingPointError, match=r"iteration \d+: (?s:.*)Learning rate: 1e\+12(?s:.*)\.png"
+    ) as error:
         trainer.train()
+    assert advice in str(error.value)
     assert not (tmp_path / "model_final.pth").exists()
 
 
