@@ -66,6 +66,24 @@ def test_resume_restores_everything(trained, caplog):
     assert "model_final.pth" in caplog.text and "iteration 2 of 4" in caplog.text
 
 
+def test_resuming_from_a_model_alone_starts_at_the_first_step(trained, tmp_path, caplog):
+    _, _, folder = trained
+    model = torch.load(folder / "model_final.pth", weights_only=True)["model"]
+    torch.save({"model": model}, tmp_path / "given.pth")
+    (tmp_path / "last_checkpoint").write_text("given.pth")
+    cfg = tiny_cfg(tmp_path, SOLVER__MAX_ITER=1, SOLVER__EMA__ENABLED=True, DATASETS__TEST=())
+    trainer = DefaultTrainer(cfg)
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 0
+    assert "given.pth has a model, but neither an optimizer nor an iteration" in caplog.text
+    assert "training starts at iteration 0 from this model" in caplog.text
+    for state in (trainer.model.state_dict(), trainer.ema.state_dict()):
+        assert all(torch.equal(value, model[name]) for name, value in state.items())
+    trainer.train()
+    assert trainer.iter == 1 and trainer.ema.updates == 1
+    assert torch.load(tmp_path / "model_final.pth", weights_only=True)["iteration"] == 0
+
+
 def test_hooks_and_their_order(trained):
     trainer, _, _ = trained
     names = [type(h).__name__ for h in trainer._hooks]
