@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from detlib.engine import DefaultTrainer, launch
+from detlib.engine.process_state import gather_process_state
 from detlib.engine.validation import validation_losses, validation_results
 from detlib.utils import comm
 from detlib.utils.events import EventStorage
@@ -76,6 +77,21 @@ def test_batch_norm_uses_its_running_statistics():
             for key, value in model([sample]).items():
                 sums[key] = sums.get(key, 0.0) + value.item() / 3
     assert {k: losses[k] for k in sums} == pytest.approx(sums, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["retinanet_bn", "fcos"])
+def test_what_a_training_saves_is_its_own(name):
+    """Also where a validation came before the first step."""
+    model, pictures = built(name).train(), _pictures(name)
+    assert gather_process_state(model) == [{"": {}}]
+    validation_losses(model, [pictures])
+    assert gather_process_state(model) == [{"": {}}]
+    with EventStorage():
+        model(pictures)
+    saved = gather_process_state(model)
+    assert saved[0][""].keys() == {"loss_normalizer"}
+    validation_losses(model, [pictures])
+    assert gather_process_state(model) == saved
 
 
 class _Transformer(nn.Module):
