@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from detlib.engine.divergence import losses_to_floats
 from detlib.engine.wrapping import whole_parameters
@@ -69,8 +68,7 @@ def validation_losses(model: nn.Module, loader: Iterable, name: str = "") -> dic
         TypeError: if the model gives no losses.
         ValueError: if there is no picture.
     """
-    if isinstance(model, DistributedDataParallel | DataParallel):
-        model = model.module
+    model = comm.unwrap(model)
     logger.info("Taking the losses on %s", name or "the validation set")
     sums: defaultdict[str, float] = defaultdict(float)
     count = 0
