@@ -34,7 +34,7 @@ from detlib.engine.checks import check_datasets, check_weights
 from detlib.engine.ema import load_for_inference
 from detlib.engine.pictures import write_prediction_pictures
 from detlib.engine.processes.restart import should_resume
-from detlib.engine.report import report_wanted, write_report
+from detlib.engine.report import write_report
 from detlib.engine.setup import run_setting
 from detlib.engine.slurm import submit
 from detlib.evaluation import verify_results
@@ -74,10 +74,9 @@ def main(args: Namespace) -> Mapping | None:
     trainer_class = DefaultTrainer if is_yaml else LazyTrainer
     if args.eval_only:
         model = trainer_class.build_model(cfg)
-        weights = cfg.MODEL.WEIGHTS if is_yaml else cfg.train.get("init_checkpoint", "")
         last = DetectionCheckpointer(model, run_setting(cfg, "output_dir")).get_checkpoint_file()
-        averaged = cfg.SOLVER.EMA.ENABLED if is_yaml else cfg.train.get("model_ema", {}).get("enabled", False)
-        load_for_inference(model, args.resume and last or weights, use_average=averaged)
+        weights = args.resume and last or run_setting(cfg, "weights")
+        load_for_inference(model, weights, use_average=run_setting(cfg, "use_average"))
         results = trainer_class.test(cfg, model)
         if comm.is_main_process() and is_yaml and cfg.TEST.EXPECTED_RESULTS:
             verify_results(cfg, results)
@@ -92,7 +91,7 @@ def main(args: Namespace) -> Mapping | None:
             write_prediction_pictures(cfg, trainer.model)
     if comm.is_main_process():
         log_results(results or {})
-        if report_wanted(cfg):
+        if run_setting(cfg, "report"):
             write_report(run_setting(cfg, "output_dir"), cfg)
         logger.info("All output is in %s", os.path.abspath(run_setting(cfg, "output_dir")))
     return results
@@ -108,13 +107,8 @@ def run_as_job(args: Namespace, argv: list[str], cfg: CfgNode | Mapping[str, Any
     """Sends a job that runs the same command on the machines of a cluster."""
     argv = [argument for argument in argv if argument != "--slurm"]
     folder = os.path.join(run_setting(cfg, "output_dir"), "slurm")
-    job = submit(__file__, argv, args, folder=folder, use_gpus=device_of(cfg) != "cpu")
+    job = submit(__file__, argv, args, folder=folder, use_gpus=str(run_setting(cfg, "device")) != "cpu")
     print(f"Job {job.job_id} is sent; its logs go to {job.paths.folder}")
-
-
-def device_of(cfg: CfgNode | Mapping[str, Any]) -> str:
-    """The device that the config asks for."""
-    return str(cfg.MODEL.DEVICE if isinstance(cfg, CfgNode) else cfg.train.get("device", "auto"))
 
 
 def run(argv: list[str] | None = None) -> None:

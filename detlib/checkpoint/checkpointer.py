@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 
 from detlib.checkpoint.background import BackgroundWriter, copy_to_host
 from detlib.checkpoint.formats import read_checkpoint, to_plain_types, write_checkpoint
 from detlib.checkpoint.key_matching import strip_common_prefix
 from detlib.checkpoint.report import LoadReport
 from detlib.checkpoint.sharded import gather_shards, is_sharded, shard_like
+from detlib.utils import comm
 from detlib.utils.atomic_write import remove_unfinished_files, write_bytes_atomically
 from detlib.utils.file_io import PathManager
 
@@ -60,9 +61,7 @@ class Checkpointer:
             **checkpointables: the other objects, by the name that they have in the file.
         """
         self.is_distributed = isinstance(model, DistributedDataParallel)
-        if isinstance(model, DistributedDataParallel | DataParallel):
-            model = model.module
-        self.model = model
+        self.model = comm.unwrap(model)
         self.save_dir = save_dir
         self.save_to_disk = save_to_disk
         self.path_manager = PathManager

@@ -3,19 +3,26 @@
 Files hold whole tensors, whatever number of processes saved them, so they load into any other number.
 """
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-__all__ = ["gather_shards", "is_sharded", "shard_like", "shard_optimizer_state"]
+__all__ = ["gather_shards", "is_shard", "is_sharded", "shard_like", "shard_optimizer_state"]
+
+
+def is_shard(value: Any) -> bool:
+    """Whether a value is a process's share of a tensor, a DTensor."""
+    # DTensors are slow to import, and there is none before something has imported them.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether parameters of a model are spread over processes. Every process gives the same answer."""
-    return any(isinstance(param, DTensor) for param in model.parameters())
+    return any(is_shard(param) for param in model.parameters())
 
 
 def gather_shards(value: Any, keep: bool) -> Any:
@@ -25,7 +32,7 @@ def gather_shards(value: Any, keep: bool) -> Any:
         value: tensors, and dicts, lists and tuples of anything.
         keep: False, as on all processes but one, leaves None in the place of each sharded tensor.
     """
-    if isinstance(value, DTensor):
+    if is_shard(value):
         whole = value.detach().full_tensor()
         return whole.cpu() if keep else None
     if isinstance(value, Mapping):
@@ -45,8 +52,10 @@ def shard_like(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         whole: the same in every process, of the shape of `like`.
         like: the parameter that it is for.
     """
-    if not isinstance(like, DTensor) or isinstance(whole, DTensor):
+    if not is_shard(like) or is_shard(whole):
         return whole
+    from torch.distributed.tensor import distribute_tensor
+
     whole = whole.to(like.device)
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 

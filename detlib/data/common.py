@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
+from detlib.utils.env import seeded
 from detlib.utils.serialize import PicklableWrapper
 
-from .resume import place_seed, seeded
+from .resume import place_seed
 
 __all__ = ["AspectRatioGroupedDataset", "DatasetFromList", "MapDataset", "ToIterableDataset"]
 

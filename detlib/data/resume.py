@@ -5,19 +5,16 @@ sampler's seed, so a position is a number of batches; and a picture's random num
 place in that order, so a resumed run also draws the same augmentations, on any number of workers.
 """
 
-import contextlib
 import logging
-import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import IterableDataset, Sampler
 
 from .samplers.stream import EndlessSampler, StreamIndex
 
-__all__ = ["PlacedSampler", "ResumableLoader", "place_seed", "seeded"]
+__all__ = ["PlacedSampler", "ResumableLoader", "place_seed"]
 
 logger = logging.getLogger(__name__)
 
@@ -27,25 +24,6 @@ def place_seed(index: int) -> int | None:
     if not isinstance(index, StreamIndex):
         return None
     return int(np.random.SeedSequence([index.seed, index.position]).generate_state(1, np.uint64)[0])
-
-
-@contextlib.contextmanager
-def seeded(seed: int | None) -> Iterator[None]:
-    """Within the block, random numbers of Python, numpy and torch (CPU) depend on ``seed``; after it they go
-    on as if nothing had been drawn. None changes nothing."""
-    if seed is None:
-        yield
-        return
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed % 2**63)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
 
 
 class PlacedSampler(Sampler):

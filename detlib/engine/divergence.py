@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from detlib.checkpoint.sharded import is_sharded
+from detlib.checkpoint.sharded import is_shard, is_sharded
 from detlib.utils import comm
 
 __all__ = [
@@ -128,7 +127,7 @@ def find_non_finite_parameters(model: nn.Module) -> list[str]:
     """Names of the parameters that hold an infinite value or NaN."""
     named = [
         # Each process looks at its own part of a parameter that is shared out.
-        (name, param.to_local() if isinstance(param, DTensor) else param)
+        (name, param.to_local() if is_shard(param) else param)
         for name, param in model.named_parameters()
         if param.is_floating_point()
     ]

@@ -17,6 +17,7 @@ from detlib.engine.checks import as_names
 from detlib.engine.default_hooks import build_default_hooks
 from detlib.engine.options import RunOptions
 from detlib.engine.parts_trainer import PartsTrainer
+from detlib.engine.setup import run_setting
 from detlib.engine.train_loop import HookBase
 from detlib.evaluation import inference_on_dataset, print_csv_format
 from detlib.solver import LRMultiplier
@@ -109,7 +110,7 @@ class LazyTrainer(PartsTrainer):
     @classmethod
     def build_model(cls, cfg: Mapping[str, Any]) -> nn.Module:
         """Builds the model on ``train.device``, or on the best device if there is no such one."""
-        device = cfg.train.get("device", "auto")
+        device = run_setting(cfg, "device")
         try:
             device = resolve_device(device)
         except ValueError as e:

@@ -61,6 +61,13 @@ class PartsTrainer(TrainerBase):
 
     options: RunOptions
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._process_states: list[dict] = []
+        self._all_save = False  # whether all processes have hooks that save
+        self._restored: list[str] = []  # what the last resuming has found in the checkpoint
+        self._last_eval_results: Mapping | None = None
+
     def _prepare_model(self, model: nn.Module, options: RunOptions) -> nn.Module:
         """Does to a model what must be done before it has an optimizer.
 
@@ -98,13 +105,10 @@ class PartsTrainer(TrainerBase):
         self.options = options
         self.ema = WeightAverage(model, options.ema_decay) if options.ema_decay else None
         wrapped = model if options.strategy == "fsdp" else create_ddp_model(model, **options.ddp)
-        advice = learning_rate_advice(optimizer, options.images_per_step, options.rate_per_image)
-        if advice:
-            logger.warning("%s", advice)
         step_options = {
             "accum_steps": options.accum_steps,
             "skip_non_finite": options.skip_non_finite,
-            "advice": advice,
+            "advice": learning_rate_advice(optimizer, options.images_per_step, options.rate_per_image),
             "seed_step": functools.partial(_seed_step, weakref.proxy(self)),
         }
         if options.precision:
@@ -121,12 +125,10 @@ class PartsTrainer(TrainerBase):
         )
         if self.ema is not None:
             self.checkpointer.add_checkpointable(EMA_ENTRY, self.ema)
-        self.start_iter = 0
         self.max_iter = options.max_iter
         self.output_dir = options.output_dir
         # One for all processes; seed_step tells them apart.
         self._seed = options.seed if options.seed >= 0 else comm.shared_random_seed()
-        self._process_states: list[dict] = []
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Resumes from the last checkpoint in the output folder, or else loads the config's weights.
@@ -136,27 +138,35 @@ class PartsTrainer(TrainerBase):
         """
         options = self.options
         has_checkpoint = resume and self.checkpointer.has_checkpoint()
+        self._restored = []
         self.checkpointer.resume_or_load(options.weights, resume=resume)
-        if not has_checkpoint:
+        if self._restored:
+            # The checkpoint was saved after the step it is named by.
+            self.start_iter = self.iter + 1
+            logger.info(
+                "Resumed from %s: next is iteration %d of %d. Restored: %s",
+                self.checkpointer.get_checkpoint_file(),
+                self.start_iter,
+                self.max_iter,
+                ", ".join(self._restored),
+            )
+        else:
+            self.start_iter = 0
             if self.ema is not None:
                 self.ema.reset()
-            if resume:
+            if has_checkpoint:
+                logger.warning(
+                    "%s has a model, but neither an optimizer nor an iteration: training starts at iteration "
+                    "0 from this model",
+                    self.checkpointer.get_checkpoint_file(),
+                )
+            elif resume:
                 logger.info(
                     "There was nothing to resume in %s: training starts at iteration 0 from %s",
                     options.output_dir,
                     options.weights or "random weights",
                 )
-            return
-        # The checkpoint was saved after the step it is named by.
-        self.start_iter = self.iter + 1
-        logger.info(
-            "Resumed from %s: next is iteration %d of %d. Restored: %s",
-            self.checkpointer.get_checkpoint_file(),
-            self.start_iter,
-            self.max_iter,
-            ", ".join(self._restored),
-        )
-        if options.weights:
+        if has_checkpoint and options.weights:
             logger.info(
                 "The weights to start from, %s, were not loaded: resuming goes on from the checkpoint. Leave "
                 "out --resume to start from them",
@@ -191,7 +201,7 @@ class PartsTrainer(TrainerBase):
             FloatingPointError: if a loss becomes infinite or NaN.
         """
         super().train(self.start_iter, self.max_iter)
-        return getattr(self, "_last_eval_results", None) if comm.is_main_process() else None
+        return self._last_eval_results if comm.is_main_process() else None
 
     def before_train(self) -> None:
         saves = any(isinstance(h, hooks.PeriodicCheckpointer | hooks.BestCheckpointer) for h in self._hooks)

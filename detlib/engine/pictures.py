@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from detlib.config import CfgNode, instantiate
 from detlib.data import MetadataCatalog, build_detection_test_loader
@@ -48,8 +47,7 @@ def write_prediction_pictures(
     if source is None:
         return []
     name, dataset, input_format = source
-    if isinstance(model, DistributedDataParallel | DataParallel):
-        model = model.module  # the other processes take no part
+    model = comm.unwrap(model)  # the other processes take no part
     metadata = MetadataCatalog.get(name)
     folder = os.path.join(run_setting(cfg, "output_dir"), "predictions")
     PathManager.mkdirs(folder)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from detlib.config import CfgNode, LazyConfig
+from detlib.config import CfgNode, LazyConfig, try_get_key
 from detlib.engine.checks import set_num_classes
 from detlib.engine.slurm import add_slurm_arguments
 from detlib.utils import comm
@@ -92,6 +92,10 @@ _RUN_SETTINGS = {
     "seed": ("SEED", "train.seed", -1),
     "cudnn_benchmark": ("CUDNN_BENCHMARK", "train.cudnn_benchmark", False),
     "timeout": ("TRAIN.TIMEOUT", "train.timeout", 1800),
+    "device": ("MODEL.DEVICE", "train.device", "auto"),
+    "weights": ("MODEL.WEIGHTS", "train.init_checkpoint", ""),
+    "use_average": ("SOLVER.EMA.ENABLED", "train.model_ema.enabled", False),
+    "report": ("TRAIN.REPORT", "train.report", True),
 }
 
 
@@ -100,15 +104,11 @@ def run_setting(cfg: CfgNode | Mapping[str, Any], name: str) -> Any:
 
     Args:
         cfg: a CfgNode, or a lazy config with the node ``train``.
-        name: "output_dir", "seed", "cudnn_benchmark" or "timeout".
+        name: "output_dir", "seed", "cudnn_benchmark", "timeout", "device", "weights" (what to start from),
+            "use_average" (whether to evaluate the average of the weights) or "report" (whether to make one).
     """
     yaml_key, lazy_key, default = _RUN_SETTINGS[name]
-    if isinstance(cfg, CfgNode):
-        for part in yaml_key.split("."):
-            cfg = cfg[part]
-        return cfg
-    section, key = lazy_key.split(".")
-    return cfg.get(section, {}).get(key, default)
+    return try_get_key(cfg, yaml_key if isinstance(cfg, CfgNode) else lazy_key, default=default)
 
 
 def _save_config(cfg: CfgNode | Mapping[str, Any], path: str) -> None:

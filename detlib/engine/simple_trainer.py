@@ -142,6 +142,8 @@ class SimpleTrainer(TrainerBase):
 
     def _communicate(self, last: bool) -> contextlib.AbstractContextManager:
         """Sends gradients to the other processes in the last of the backward passes of a step only."""
+        if self.accum_steps == 1:
+            return contextlib.nullcontext()
         if isinstance(self.model, DistributedDataParallel) and not last:
             return self.model.no_sync()
         if hasattr(self.model, "set_requires_gradient_sync"):  # a model of fully_shard

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from detlib.engine.interrupt import StopTraining, request_stop
+from detlib.engine.processes.environment import job_port
 
 __all__ = ["SlurmJob", "add_slurm_arguments", "submit", "submit_script"]
 
@@ -92,8 +93,7 @@ class SlurmJob:
             LOCAL_RANK=str(job.local_rank),
             LOCAL_WORLD_SIZE=str(job.num_tasks // job.num_nodes),
             MASTER_ADDR=host,
-            # Jobs that share a machine must not meet at the same port.
-            MASTER_PORT=str(20000 + int(job.raw_job_id) % 10000),
+            MASTER_PORT=str(job_port(int(job.raw_job_id))),
             DETLIB_RESTART_COUNT=str(self.restarts),
         )
 

@@ -2,23 +2,22 @@
 
 import contextlib
 import logging
-import random
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from detlib.engine.divergence import losses_to_floats
+from detlib.engine.wrapping import whole_parameters
 from detlib.layers import ASPP
 from detlib.modeling.backbone.transformer_parts import DropPath
 from detlib.utils import comm
+from detlib.utils.env import seeded
 from detlib.utils.events import EventStorage
 
 __all__ = ["validation_losses", "validation_results"]
@@ -57,7 +56,8 @@ def validation_losses(model: nn.Module, loader: Iterable, name: str = "") -> dic
 
     Args:
         model: maps a batch in the standard format to a dict of scalar losses, or to one scalar. Its mode is
-            as before afterwards. Of a model in `DistributedDataParallel` the inner one is used.
+            as before afterwards. Of a model in `DistributedDataParallel` the inner one is used. If it is
+            shared out between processes, all of them call this together.
         loader: finite; gives batches as lists of dicts with annotations, each process its own share.
         name: of the set, for messages.
 
@@ -68,26 +68,27 @@ def validation_losses(model: nn.Module, loader: Iterable, name: str = "") -> dic
         TypeError: if the model gives no losses.
         ValueError: if there is no picture.
     """
-    if isinstance(model, DistributedDataParallel | DataParallel):
-        model = model.module
+    model = comm.unwrap(model)
     logger.info("Taking the losses on %s", name or "the validation set")
     sums: defaultdict[str, float] = defaultdict(float)
     count = 0
     state = _ModelState(model)
     # A storage of its own, as what models log belongs to training.
     # A loader draws a seed whenever it is iterated.
-    with _loss_mode(model), torch.no_grad(), EventStorage(), _random_numbers_of(None):
-        parts = _single_pictures(loader)
-        # The parts of a model that is shared out between the processes come together in every forward pass.
-        is_shared_out = comm.get_world_size() > 1 and hasattr(model, "unshard")
-        for part, counts in _as_many_as_the_others(parts) if is_shared_out else ((p, True) for p in parts):
-            with _random_numbers_of(part):
+    with (
+        _loss_mode(model),
+        whole_parameters(model),
+        torch.no_grad(),
+        EventStorage(),
+        seeded(0, all_devices=True),
+    ):
+        for part in _single_pictures(loader):
+            with seeded(_seed_of(part), all_devices=True):
                 losses = _losses_of(model(part), name)
             state.restore()
-            if counts:
-                for key, value in losses_to_floats(losses).items():
-                    sums[key] += value
-                count += 1
+            for key, value in losses_to_floats(losses).items():
+                sums[key] += value
+            count += 1
     means = _means_over_processes(sums, count, name)
     listed = ", ".join(f"{key} {value:.4g}" for key, value in means.items())
     logger.info("Losses on %s: %s", name or "the validation set", listed)
@@ -97,15 +98,6 @@ def validation_losses(model: nn.Module, loader: Iterable, name: str = "") -> dic
 def _single_pictures(loader: Iterable) -> Iterator[Any]:
     for batch in loader:
         yield from ([sample] for sample in batch) if isinstance(batch, list | tuple) else [batch]
-
-
-def _as_many_as_the_others(parts: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
-    """Yields parts and True, and in the end one part with False until all processes are through theirs."""
-    part = next(parts, None)
-    spare = next((p for p in comm.all_gather(part) if p is not None), None)
-    while any(comm.all_gather(part is not None)):
-        yield (spare, False) if part is None else (part, True)
-        part = next(parts, None)
 
 
 def _means_over_processes(sums: Mapping[str, float], count: int, name: str) -> dict[str, float]:
@@ -174,23 +166,6 @@ def _changeable(module: nn.Module) -> Iterator[tuple[str, Any]]:
     for key, value in vars(module).items():
         if isinstance(value, bool | int | float | torch.Tensor) and key != "training":
             yield key, value
-
-
-@contextlib.contextmanager
-def _random_numbers_of(batch: Any) -> Iterator[None]:
-    """Random numbers that depend on the picture only; those of training go on afterwards where they were."""
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    seed = _seed_of(batch)
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
 
 
 def _seed_of(batch: Any) -> int:

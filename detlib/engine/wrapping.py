@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import logging
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -28,6 +29,9 @@ _COMPILED = (
     "roi_heads.box_head",
     "transformer",
 )
+
+# The modules that are in a block of `whole_parameters`.
+_held_whole: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def compile_parts(model: nn.Module, names: Iterable[str] = (), backend: str = "inductor") -> list[str]:
@@ -94,10 +98,12 @@ def whole_parameters(model: nn.Module) -> Iterator[None]:
     """Within the block each process holds all parameters of a model of `shard_model`; others stay.
 
     Processes evaluate different numbers of pictures, so they cannot gather parameters in each forward pass.
+    A block within a block changes nothing.
     """
     from torch.distributed.fsdp import FSDPModule
 
-    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    parts = [m for m in model.modules() if isinstance(m, FSDPModule) and m not in _held_whole]
+    _held_whole.update(parts)
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
@@ -107,6 +113,7 @@ def whole_parameters(model: nn.Module) -> Iterator[None]:
         for part in parts:
             part.set_reshard_after_forward(True, recurse=False)
             part.reshard()
+        _held_whole.difference_update(parts)
 
 
 def create_ddp_model(model: nn.Module, *, fp16_compression: bool = False, **kwargs: Any) -> nn.Module:

@@ -15,7 +15,6 @@ from itertools import groupby
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from detlib.config import CfgNode, configurable
 from detlib.data import transforms as T  # noqa: N812 (the name that mappers use)
@@ -24,6 +23,7 @@ from detlib.modeling.meta_arch import DenseDetector, GeneralizedRCNN, PanopticFP
 from detlib.modeling.postprocessing import detector_postprocess, sem_seg_postprocess
 from detlib.modeling.roi_heads.keypoint_head import keypoint_rcnn_inference
 from detlib.structures import Boxes, Instances, RotatedBoxes
+from detlib.utils import comm
 from detlib.utils.file_io import PathManager
 
 __all__ = ["DatasetMapperTTA", "GeneralizedRCNNWithTTA"]
@@ -184,8 +184,7 @@ class GeneralizedRCNNWithTTA(nn.Module):
             TypeError: a model of another kind.
         """
         super().__init__()
-        if isinstance(model, DistributedDataParallel | DataParallel):
-            model = model.module
+        model = comm.unwrap(model)
         if not isinstance(model, GeneralizedRCNN | DenseDetector | SemanticSegmentor):
             raise TypeError(
                 "Test-time augmentation (TEST.AUG.ENABLED) is for GeneralizedRCNN, PanopticFPN, RetinaNet, "

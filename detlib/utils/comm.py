@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 __all__ = [
     "agree_on_max",
@@ -27,6 +29,7 @@ __all__ = [
     "shared_random_seed",
     "shutdown",
     "synchronize",
+    "unwrap",
 ]
 
 _LOCAL_PROCESS_GROUP: dist.ProcessGroup | None = None
@@ -205,6 +208,11 @@ def shared_random_seed() -> int:
     processes must call this together.
     """
     return all_gather(int(np.random.randint(2**31)))[0]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Returns the model that `DistributedDataParallel` or `DataParallel` wraps; any other as it is."""
+    return model.module if isinstance(model, DistributedDataParallel | DataParallel) else model
 
 
 def reduce_dict(input_dict: dict[str, torch.Tensor], average: bool = True) -> dict[str, torch.Tensor]:

@@ -1,14 +1,16 @@
 """The state of the process: random seeds and the device."""
 
+import contextlib
 import logging
 import os
 import random
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
-__all__ = ["resolve_device", "seed_all_rng"]
+__all__ = ["resolve_device", "seed_all_rng", "seeded"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,33 @@ def seed_all_rng(seed: int | None = None) -> int:
     torch.manual_seed(seed)
     os.environ["PYTHONHASHSEED"] = str(seed % 2**32)
     return seed
+
+
+@contextlib.contextmanager
+def seeded(seed: int | None, *, all_devices: bool = False) -> Iterator[None]:
+    """Within the block, the random numbers of Python, numpy and torch depend on a seed alone; after it they
+    go on as if nothing had been drawn.
+
+    Args:
+        seed: the seed, at least 0. None changes nothing.
+        all_devices: also those that torch draws on other devices than the CPU. Without it these are left
+            alone, as in the workers of data loaders, which must not touch a GPU.
+    """
+    if seed is None:
+        yield
+        return
+    python, numpy = random.getstate(), np.random.get_state()
+    gpus = range(torch.cuda.device_count()) if all_devices and torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(gpus):
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        # torch.manual_seed looks for every sort of device that there might be, which takes time.
+        (torch if all_devices else torch.default_generator).manual_seed(seed % 2**63)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 def resolve_device(name: str | torch.device = "auto") -> torch.device:

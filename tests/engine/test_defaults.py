@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from detlib.config import get_cfg
 from detlib.data import DatasetCatalog, MetadataCatalog
@@ -21,6 +22,7 @@ from detlib.engine import (
     launch,
 )
 from detlib.engine.checks import check_weights
+from detlib.engine.setup import run_setting
 from detlib.evaluation import DatasetEvaluator
 from detlib.utils.events import CommonMetricPrinter, JSONWriter, TensorboardXWriter
 from tests.engine.tiny import tiny_cfg
@@ -64,6 +66,24 @@ def test_resume_restores_everything(trained, caplog):
     restored = [s["momentum_buffer"] for s in other.optimizer.state.values()]
     assert momentum and all(torch.equal(a, b) for a, b in zip(momentum, restored))
     assert "model_final.pth" in caplog.text and "iteration 2 of 4" in caplog.text
+
+
+def test_resuming_from_a_model_alone_starts_at_the_first_step(trained, tmp_path, caplog):
+    _, _, folder = trained
+    model = torch.load(folder / "model_final.pth", weights_only=True)["model"]
+    torch.save({"model": model}, tmp_path / "given.pth")
+    (tmp_path / "last_checkpoint").write_text("given.pth")
+    cfg = tiny_cfg(tmp_path, SOLVER__MAX_ITER=1, SOLVER__EMA__ENABLED=True, DATASETS__TEST=())
+    trainer = DefaultTrainer(cfg)
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 0
+    assert "given.pth has a model, but neither an optimizer nor an iteration" in caplog.text
+    assert "training starts at iteration 0 from this model" in caplog.text
+    for state in (trainer.model.state_dict(), trainer.ema.state_dict()):
+        assert all(torch.equal(value, model[name]) for name, value in state.items())
+    trainer.train()
+    assert trainer.iter == 1 and trainer.ema.updates == 1
+    assert torch.load(tmp_path / "model_final.pth", weights_only=True)["iteration"] == 0
 
 
 def test_hooks_and_their_order(trained):
@@ -201,10 +221,15 @@ def test_number_of_classes_matters_only_to_models_that_have_them(tmp_path):
     DefaultTrainer(cfg)
 
 
-def test_a_bad_loss_stops_the_training(tmp_path):
+def test_a_bad_loss_stops_the_training(tmp_path, caplog):
     trainer = DefaultTrainer(tiny_cfg(tmp_path, SOLVER__BASE_LR=1e12, SOLVER__MAX_ITER=20))
-    with pytest.raises(FloatingPointError, match=r"iteration \d+: (?s:.*)Learning rate: 1e\+12(?s:.*)\.png"):
+    advice = "is high for 2 pictures a step"
+    assert advice not in caplog.text
+    with pytest.raises(
+        FloatingPointError, match=r"iteration \d+: (?s:.*)Learning rate: 1e\+12(?s:.*)\.png"
+    ) as error:
         trainer.train()
+    assert advice in str(error.value)
     assert not (tmp_path / "model_final.pth").exists()
 
 
@@ -305,6 +330,27 @@ def test_arguments():
     assert args.opts == ["SOLVER.BASE_LR", "0.1"]
     assert (args.num_machines, args.machine_rank, args.dist_url) == (1, 0, "auto")
     assert default_argument_parser("the end").epilog == "the end"
+
+
+@pytest.mark.parametrize(
+    ("name", "yaml_key", "lazy_key", "default", "other"),
+    [
+        ("output_dir", "OUTPUT_DIR", "output_dir", "./output", "out"),
+        ("seed", "SEED", "seed", -1, 3),
+        ("cudnn_benchmark", "CUDNN_BENCHMARK", "cudnn_benchmark", False, True),
+        ("timeout", "TRAIN.TIMEOUT", "timeout", 1800, 60),
+        ("device", "MODEL.DEVICE", "device", "auto", "cpu"),
+        ("weights", "MODEL.WEIGHTS", "init_checkpoint", "", "model.pth"),
+        ("use_average", "SOLVER.EMA.ENABLED", "model_ema.enabled", False, True),
+        ("report", "TRAIN.REPORT", "report", True, False),
+    ],
+)
+def test_both_kinds_of_configs_are_asked_for_settings_alike(name, yaml_key, lazy_key, default, other):
+    cfg, lazy = get_cfg(), OmegaConf.create({"train": {}})
+    assert run_setting(cfg, name) == run_setting(lazy, name) == run_setting({}, name) == default
+    cfg.merge_from_list([yaml_key, other])
+    OmegaConf.update(lazy.train, lazy_key, other)
+    assert run_setting(cfg, name) == run_setting(lazy, name) == other
 
 
 def test_setup_writes_the_config_and_seeds(tmp_path):

@@ -7,19 +7,26 @@ from pathlib import Path
 import pytest
 import torch
 
+from detlib.checkpoint.sharded import is_sharded
 from detlib.engine import DefaultTrainer, launch
-from detlib.modeling import sampling
+from detlib.engine.ema import load_for_inference
+from detlib.engine.validation import validation_losses
+from detlib.engine.wrapping import whole_parameters
+from detlib.modeling import build_model, sampling
 from detlib.utils import comm
 from detlib.utils.env import seed_all_rng
 from tests.engine.test_distributed import _draw_repeatably
 from tests.engine.tiny import tiny_cfg
+
+_UNEVEN = "shapes:val?num=3&size=64"  # of which the processes evaluate 2 and 1
 
 
 def _cfg(folder, strategy: str, **overrides):
     return tiny_cfg(
         folder,
         TRAIN__STRATEGY=strategy,
-        DATASETS__TEST=("shapes:val?num=3&size=64",),  # of which the processes evaluate 2 and 1
+        DATASETS__TEST=(_UNEVEN,),
+        TEST__VAL_LOSS=(_UNEVEN,),
         INPUT__RANDOM_FLIP="none",
         DATALOADER__ASPECT_RATIO_GROUPING=False,
         SOLVER__MAX_ITER=3,
@@ -44,8 +51,15 @@ def _train(folder: str, strategy: str, resume: bool, overrides: dict) -> None:
             local = sum(p.to_local().numel() for p in trainer.model.parameters())
             whole = sum(p.numel() for p in trainer.model.parameters())
             assert local < 0.6 * whole
+            with whole_parameters(trainer.model):
+                with whole_parameters(trainer.model):
+                    pass
+                assert not is_sharded(trainer.model)
+            assert is_sharded(trainer.model)
+        own_losses = validation_losses(trainer.model, DefaultTrainer.build_val_loss_loader(cfg, _UNEVEN))
         if comm.is_main_process():
             assert "bbox" in results
+            torch.save({"average": results["val"], "own": own_losses}, f"{folder}/losses")
     finally:
         sampling.subsample_labels = original
 
@@ -89,7 +103,7 @@ def _assert_close(one, two, tolerance: float, path: str = "") -> None:
         ),
     ],
 )
-def test_shared_out_equals_whole(tmp_path, overrides):
+def test_shared_out_equals_whole(tmp_path, monkeypatch, overrides):
     launch(_train_all, 2, args=(str(tmp_path), overrides))
     whole, parts, again = (
         torch.load(tmp_path / name / "model_final.pth", weights_only=True)
@@ -102,6 +116,20 @@ def test_shared_out_equals_whole(tmp_path, overrides):
     states = [x["trainer"]["_trainer"]["optimizer"]["state"] for x in (whole, parts)]
     assert states[0] and states[0].keys() == states[1].keys()
     _assert_close(*states, 1e-1 if adam else 1e-4)
+    monkeypatch.setattr(sampling, "subsample_labels", _draw_repeatably)
+    for name in ("ddp", "fsdp", "resumed"):
+        _check_losses(tmp_path / name)
+
+
+def _check_losses(folder) -> None:
+    """The losses that two processes took on three pictures are those of one process."""
+    cfg = _cfg(folder, "ddp")
+    loader = DefaultTrainer.build_val_loss_loader(cfg, _UNEVEN)
+    assert len(loader) == 3
+    for kind, losses in torch.load(folder / "losses", weights_only=True).items():
+        model = build_model(cfg)
+        load_for_inference(model, str(folder / "model_final.pth"), use_average=kind == "average")
+        assert losses == pytest.approx(validation_losses(model, loader), rel=1e-4), kind
 
 
 def test_one_process_is_told_to_be_several(tmp_path):

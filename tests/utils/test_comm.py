@@ -24,6 +24,8 @@ def test_one_process():
     first = comm.shared_random_seed()
     np.random.seed(3)
     assert comm.shared_random_seed() == first and 0 <= first < 2**31
+    model = torch.nn.Linear(1, 1)
+    assert comm.unwrap(model) is comm.unwrap(torch.nn.DataParallel(model)) is model
     with pytest.raises(RuntimeError, match="create_local_process_group"):
         comm.get_local_process_group()
 
@@ -37,7 +39,9 @@ def _work(rank, meeting_file, queue):
     reduced = comm.reduce_dict(losses if rank == 0 else dict(reversed(losses.items())))
     summed = comm.reduce_dict(losses, average=False)
     comm.synchronize()
+    model = torch.nn.Linear(1, 1)
     result = {
+        "unwrapped": comm.unwrap(torch.nn.parallel.DistributedDataParallel(model)) is model,
         "rank": (comm.get_rank(), comm.get_world_size(), comm.is_main_process()),
         "local": (comm.get_local_rank(), comm.get_local_size()),
         "all_gather": comm.all_gather({"rank": rank, "text": "x" * rank}),
@@ -73,4 +77,5 @@ def test_two_processes(tmp_path):
     assert results[0]["reduced"] == {"a": 5.0, "b": 0.5}
     assert results[0]["summed"] == {"a": 10.0, "b": 1.0}
     assert results[0]["max"] == results[1]["max"] == 10
+    assert results[0]["unwrapped"] and results[1]["unwrapped"]
     assert "twice" in results[0] and "twice" in results[1]

@@ -13,7 +13,7 @@ import torch
 
 from detlib.utils import env
 from detlib.utils.colormap import colormap, random_color, random_colors
-from detlib.utils.env import resolve_device, seed_all_rng
+from detlib.utils.env import resolve_device, seed_all_rng, seeded
 from detlib.utils.file_io import PathManager
 from detlib.utils.memory import retry_if_cuda_oom
 from detlib.utils.serialize import PicklableWrapper
@@ -44,6 +44,39 @@ def test_seed_all_rng(random_state):
     seed_all_rng(drawn)
     assert draw() == again
     assert seed_all_rng() != seed_all_rng()
+
+
+@pytest.mark.parametrize("all_devices", [False, True])
+def test_numbers_within_a_seed_leave_those_outside(random_state, all_devices):
+    seed_all_rng(5)
+    first, second = draw(), draw()
+    seed_all_rng(5)
+    assert draw() == first
+    drawn = []
+    for seed in (7, 2**64 - 1, 7):
+        with pytest.raises(KeyError), seeded(seed, all_devices=all_devices):
+            drawn.append(draw())
+            raise KeyError
+    assert drawn[0] == drawn[2] and not set(drawn[0]) & {*drawn[1], *first}
+    assert draw() == second
+    seed_all_rng(5)
+    with seeded(None, all_devices=all_devices):
+        assert draw() == first
+    assert draw() == second
+
+
+@pytest.mark.gpu
+def test_numbers_of_a_gpu_within_a_seed(random_state):
+    torch.cuda.manual_seed(5)
+    first, second = (torch.rand(1, device="cuda") for _ in range(2))
+    torch.cuda.manual_seed(5)
+    assert torch.rand(1, device="cuda") == first
+    within = []
+    for _ in range(2):
+        with seeded(7, all_devices=True):
+            within.append(torch.rand(1, device="cuda"))
+    assert within[0] == within[1] != first
+    assert torch.rand(1, device="cuda") == second
 
 
 def test_resolve_device(monkeypatch, caplog):

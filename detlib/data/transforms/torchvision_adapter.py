@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from fvcore.transforms.transform import Transform
 
+from detlib.utils.env import seeded
+
 from .augmentation import Augmentation
 
 __all__ = ["TorchvisionAugmentation", "TorchvisionTransform"]
@@ -24,7 +26,7 @@ class TorchvisionTransform(Transform):
         """
         Args:
             transform: callable of `torchvision.transforms.v2`.
-            seed: of torch's generator while it runs.
+            seed: of the random numbers while it runs.
             height, width, channels: of the pictures it is applied to.
         """
         super().__init__()
@@ -36,8 +38,7 @@ class TorchvisionTransform(Transform):
 
         image = tv_tensors.Image(torch.zeros(self.channels, self.height, self.width, dtype=dtype))
         sample = {"image": data} if kind == "images" else {"image": image, "data": data}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+        with seeded(self.seed):
             try:
                 out = self.transform(sample)["image" if kind == "images" else "data"]
             except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from detlib.data.readers import convert_image_to_rgb
 from detlib.engine.pictures import draw_prediction
@@ -71,8 +70,7 @@ class TrainingPictures(HookBase):
         self._folder = os.path.join(output_dir, "train_pictures")
         self._image_format = image_format
         self._metadata = metadata
-        inner = model.module if isinstance(model, DistributedDataParallel | DataParallel) else model
-        self._model = inner
+        self._model = comm.unwrap(model)
         self._max_pictures = max_pictures
         self._max_files = max_files
         self._min_score = min_score

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["ProcessPlace", "place_from_environment", "restart_count"]
+__all__ = ["ProcessPlace", "job_port", "place_from_environment", "restart_count"]
 
 _DEFAULT_PORT = 29500
 
@@ -77,16 +77,22 @@ def _from_variables(env: Mapping[str, str], launcher: str) -> ProcessPlace:
 def _from_srun(env: Mapping[str, str]) -> ProcessPlace:
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST", "")
     host = env.get("MASTER_ADDR") or (_first_host(nodes) if nodes else "127.0.0.1")
-    # Jobs that share a machine must not meet at the same port; all tasks of one job know its number.
-    port = 20000 + _number(env, "SLURM_JOB_ID", 0) % 10000
     return ProcessPlace(
         rank=_number(env, "SLURM_PROCID"),
         world_size=_number(env, "SLURM_STEP_NUM_TASKS"),
         local_rank=_number(env, "SLURM_LOCALID") if "SLURM_LOCALID" in env else None,
         local_size=None,
-        url=_tcp_url(env, host, port),
+        url=_tcp_url(env, host, job_port(_number(env, "SLURM_JOB_ID", 0))),
         launcher="srun",
     )
+
+
+def job_port(job_id: int) -> int:
+    """The port where the tasks of a job of Slurm meet.
+
+    Jobs that share a machine must not meet at the same one; all tasks of one job know its number.
+    """
+    return 20000 + job_id % 10000
 
 
 def _tcp_url(env: Mapping[str, str], host: str, default_port: int) -> str:

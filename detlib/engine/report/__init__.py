@@ -3,7 +3,6 @@
 python -m detlib.engine.report OUTPUT_DIR
 """
 
-from .run import report_wanted
 from .writer import make_report, write_report
 
-__all__ = ["make_report", "report_wanted", "write_report"]
+__all__ = ["make_report", "write_report"]

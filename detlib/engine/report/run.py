@@ -18,7 +18,6 @@ __all__ = [
     "max_iter",
     "model_name",
     "read_config",
-    "report_wanted",
     "setting",
 ]
 
@@ -56,11 +55,6 @@ def setting(config: Mapping[str, Any] | None, *paths: str, default: Any = None) 
         if node is not None:
             return node
     return default
-
-
-def report_wanted(config: Mapping[str, Any]) -> bool:
-    """Whether a config asks for a report, by TRAIN.REPORT or ``train.report``; without them it does."""
-    return bool(setting(config, "TRAIN.REPORT", "train.report", default=True))
 
 
 def dataset_names(config: Mapping[str, Any] | None) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from .detection_plots import class_metric_figure
 from .detections import find_predictions
 from .page import Page
 from .records import Records, read_records
-from .run import dataset_names, read_config, setting
+from .run import dataset_names, read_config
 from .summary import metrics_table, run_facts
 from .training_plots import evaluation_figure, learning_rate_figure, losses_figure
 
@@ -147,16 +147,10 @@ def _missing_predictions(config: Mapping[str, Any] | None, datasets: tuple[str, 
         return "No predictions: there is no config.yaml, so the data set that they belong to is not known."
     if not datasets:
         return "No predictions: the config names no data set to test on (DATASETS.TEST)."
-    if "dataloader" in config and setting(config, "dataloader.evaluator.output_dir") is None:
-        return (
-            "No precision and recall, confusions and pictures: they are made of the predictions, which the "
-            "evaluator writes only if dataloader.evaluator.output_dir names a folder, such as "
-            "${train.output_dir}/inference."
-        )
     return (
         "No precision and recall, confusions and pictures: inference/ has no coco_instances_results.json. It "
-        "is written by the evaluation of boxes and masks in COCO's or LVIS's way; so either nothing has been "
-        "evaluated yet, or the data set is evaluated in another way."
+        "is written by the evaluation of boxes and masks in COCO's or LVIS's way; so nothing has been "
+        "evaluated yet, or the data set is evaluated in another way, or the evaluator has no output folder."
     )
 
 

@@ -68,6 +68,7 @@ class DenseDetector(nn.Module, metaclass=ABCMeta):
         self.backbone = backbone
         self.head = head
         self.head_in_features = list(head_in_features)
+        self._averages: set[str] = set()  # names of the attributes that `_ema_update` keeps
         register_pixel_stats(self, pixel_mean, pixel_std)
 
     @property
@@ -160,12 +161,13 @@ class DenseDetector(nn.Module, metaclass=ABCMeta):
         """
         average = getattr(self, name, initial_value) * momentum + value * (1 - momentum)
         setattr(self, name, average)
-        self._averages = getattr(self, "_averages", set()) | {name}
+        self._averages.add(name)
         return average
 
     def training_state(self) -> dict[str, float]:
         """The averages, which a resumed training must know."""
-        return {name: getattr(self, name) for name in sorted(getattr(self, "_averages", ()))}
+        # A validation before the first step takes its averages away again.
+        return {name: getattr(self, name) for name in sorted(self._averages) if hasattr(self, name)}
 
     def load_training_state(self, state: dict[str, float]) -> None:
         """Restores what `training_state` gave."""

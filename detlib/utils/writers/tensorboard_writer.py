@@ -4,7 +4,7 @@ from functools import cached_property
 from typing import Any
 
 from detlib.utils._event_storage import get_event_storage
-from detlib.utils.writers.base import EventWriter
+from detlib.utils.writers.base import EventWriter, NewScalars
 
 __all__ = ["TensorboardXWriter"]
 
@@ -22,9 +22,8 @@ class TensorboardXWriter(EventWriter):
             window_size: iterations of the median, for scalars with `smoothing_hint`.
             kwargs: further arguments of ``torch.utils.tensorboard.SummaryWriter``.
         """
-        self._window_size = window_size
         self._writer_args = {"log_dir": log_dir, **kwargs}
-        self._last_write = -1
+        self._new = NewScalars(window_size)
 
     @cached_property
     def _writer(self) -> Any:
@@ -39,12 +38,10 @@ class TensorboardXWriter(EventWriter):
 
     def write(self) -> None:
         storage = get_event_storage()
-        newest = self._last_write
-        for name, (value, iteration) in storage.latest_with_smoothing_hint(self._window_size).items():
-            if iteration > self._last_write:
+        for record in self._new.take(storage):
+            iteration = record.pop("iteration")
+            for name, value in record.items():
                 self._writer.add_scalar(name, value, iteration)
-                newest = max(newest, iteration)
-        self._last_write = newest
         for name, image, iteration in storage._images:
             self._writer.add_image(name, image, iteration)
         storage.clear_images()
