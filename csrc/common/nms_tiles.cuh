@@ -1,21 +1,78 @@
-// The second half of non-maximum suppression on CUDA, for every kind of box.
+// Non-maximum suppression on CUDA, for every kind of box.
 //
-// Boxes are in order of score and cut into tiles of kTile. Bit j of mask[i * words + w] says that box i, if it is kept,
-// removes box w * kTile + j.
+// Boxes are put in order and cut into tiles of kTile. One kernel writes, for each box, a bit per later box that it would
+// remove; a second one, a single block, goes through the tiles in order and settles which boxes stay. Only the number of
+// these returns to the host.
+//
+// The order is by falling score. Many boxes of several categories are grouped by category first, so that tiles without a
+// category in common need no look.
 #pragma once
 
-#include <cstdint>
+#include "cuda.cuh"
 
 namespace detlib {
 
 constexpr int kTile = 64;
+constexpr int64_t kGroupedBoxes = 1024;  // from so many on, grouping pays for its sort
 
-// To be run by one whole block: goes through the tiles in order, which boxes of a tile stay, and what they remove from
-// later tiles. `removed` holds `words` words, all zero and visible to the block, in shared or global memory.
-__device__ inline void settle_tiles(
-    const unsigned long long* mask, int64_t num_boxes, int64_t words, unsigned long long* removed, bool* keep) {
+// The boxes in order, on the device.
+struct SuppressionOrder {
+  const int64_t* boxes;       // the number of the box at each position
+  const int64_t* categories;  // of the box at each position; nullptr if there is one only
+  const int64_t* ranks;       // each position's place by score, if boxes are grouped by rising category; else nullptr
+
+  __device__ __forceinline__ int64_t category(int64_t position) const {
+    return categories == nullptr ? 0 : categories[position];
+  }
+};
+
+// Bit j of mask[i * words + w] says that the box at position i, if it stays, removes the one at w * kTile + j. Written
+// from the diagonal on, as far as tiles have categories in common.
+template <typename Box, typename Removes>
+__global__ void __launch_bounds__(kTile) suppression_kernel(
+    const Box* boxes, SuppressionOrder order, int64_t num_boxes, int64_t words, Removes removes,
+    unsigned long long* mask) {
+  const int64_t row_tile = blockIdx.y, column_tile = blockIdx.x;
+  if (row_tile > column_tile) {
+    return;
+  }
+  const int64_t row = row_tile * kTile + threadIdx.x, column_begin = column_tile * kTile;
+  if (order.ranks != nullptr && row_tile != column_tile &&
+      order.category(row_tile * kTile + kTile - 1) < order.category(column_begin)) {
+    return;
+  }
+  const int num_columns = static_cast<int>(min(static_cast<int64_t>(kTile), num_boxes - column_begin));
+  __shared__ Box tile[kTile];
+  __shared__ int64_t tile_categories[kTile];
+  if (threadIdx.x < num_columns) {
+    tile[threadIdx.x] = boxes[order.boxes[column_begin + threadIdx.x]];
+    tile_categories[threadIdx.x] = order.category(column_begin + threadIdx.x);
+  }
+  __syncthreads();
+  if (row >= num_boxes) {
+    return;
+  }
+  const Box box = boxes[order.boxes[row]];
+  const int64_t category = order.category(row);
+  unsigned long long bits = 0;
+  for (int j = row_tile == column_tile ? threadIdx.x + 1 : 0; j < num_columns; ++j) {
+    if (category == tile_categories[j] && removes(box, tile[j])) {
+      bits |= 1ULL << j;
+    }
+  }
+  mask[row * words + column_tile] = bits;
+}
+
+// One block. keep[i] for the boxes by score; `removed` holds `words` zeros.
+static __global__ void settle_kernel(
+    const unsigned long long* mask, SuppressionOrder order, int64_t num_boxes, int64_t words,
+    unsigned long long* removed, bool* keep) {
   __shared__ unsigned long long diagonal[kTile];
   __shared__ unsigned long long kept;
+  __shared__ int64_t end;  // of the tiles that have a category in common with this one
+  if (threadIdx.x == 0) {
+    end = order.ranks == nullptr ? words : 1;
+  }
   for (int64_t tile = 0; tile < words; ++tile) {
     const int64_t first = tile * kTile;
     const int size = static_cast<int>(min(static_cast<int64_t>(kTile), num_boxes - first));
@@ -24,28 +81,90 @@ __device__ inline void settle_tiles(
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-      unsigned long long gone = removed[tile], bits = 0;
-      for (int i = 0; i < size; ++i) {
-        if (!(gone >> i & 1)) {
-          bits |= 1ULL << i;
-          gone |= diagonal[i];
-        }
+      unsigned long long bits = 0, open = ~__ldcg(removed + tile);
+      if (size < kTile) {
+        open &= (1ULL << size) - 1;
+      }
+      while (open != 0) {
+        const int i = __ffsll(open) - 1;
+        bits |= 1ULL << i;
+        open &= ~(diagonal[i] | 1ULL << i);
       }
       kept = bits;
+      if (order.ranks != nullptr) {
+        const int64_t last = order.category(first + size - 1);
+        while (end < words && order.category(end * kTile) <= last) {
+          ++end;
+        }
+      }
     }
     __syncthreads();
     if (threadIdx.x < size) {
-      keep[first + threadIdx.x] = kept >> threadIdx.x & 1;
+      const int64_t position = first + threadIdx.x;
+      keep[order.ranks == nullptr ? position : order.ranks[position]] = kept >> threadIdx.x & 1;
     }
-    for (int64_t w = tile + 1 + threadIdx.x; w < words; w += blockDim.x) {
-      unsigned long long gone = removed[w];
-      for (unsigned long long bits = kept; bits != 0; bits &= bits - 1) {
-        gone |= mask[(first + __ffsll(bits) - 1) * words + w];
+    // With fewer later words than threads, several threads take one word, each with some of the tile's boxes, so that
+    // many loads are under way at once.
+    const int later = static_cast<int>(end - tile - 1), threads = static_cast<int>(blockDim.x);
+    const int parts = later < threads ? min(kTile, threads / max(later, 1)) : 1;
+    const int span = threads / parts, part = static_cast<int>(threadIdx.x) / span;
+    for (int64_t w = tile + 1 + threadIdx.x % span; w < end && part < parts; w += span) {
+      unsigned long long gone = 0;
+#pragma unroll 8
+      for (int i = part; i < size; i += parts) {
+        gone |= kept >> i & 1 ? mask[(first + i) * words + w] : 0;
       }
-      removed[w] = gone;
+      if (gone != 0) {
+        atomicOr(removed + w, gone);
+      }
     }
     __syncthreads();
   }
+}
+
+// The indices of the boxes that stay, by falling score.
+//
+// Args:
+//   scores: (N,), N > 0, which the caller has checked.
+//   idxs: each box's category, (N,), or nullptr.
+//   boxes: N of them, on the device of the scores.
+//   removes: called with two boxes on the device, whether the first removes the second.
+template <typename Box, typename Removes>
+Tensor suppress(const Tensor& scores, const Tensor* idxs, const Box* boxes, Removes removes) {
+  const int64_t num_boxes = scores.size(0), words = (num_boxes + kTile - 1) / kTile;
+  DETLIB_CHECK(words <= 65535, "boxes must be at most ", 65535 * kTile, ", got ", num_boxes);
+  const Tensor by_score = stable_sort(scores, true).indices;
+  Tensor order = by_score;
+  std::optional<Tensor> categories, ranks;
+  if (idxs != nullptr) {
+    DETLIB_CHECK(idxs->dim() == 1 && idxs->size(0) == num_boxes, "idxs must have shape (N,)");
+    DETLIB_CHECK(
+        idxs->is_cuda() && idxs->get_device_index() == scores.get_device_index(), "idxs must be on the boxes' device");
+    categories = as_contiguous(index_select(*idxs, by_score), ScalarType::Long);
+    if (num_boxes >= kGroupedBoxes) {
+      const Sorted grouped = stable_sort(*categories, false);
+      categories = grouped.values;
+      ranks = grouped.indices;
+      order = index_select(by_score, grouped.indices);
+    }
+  }
+  const SuppressionOrder view{
+      order.const_data_ptr<int64_t>(), categories ? categories->const_data_ptr<int64_t>() : nullptr,
+      ranks ? ranks->const_data_ptr<int64_t>() : nullptr};
+  Tensor mask = torch::stable::new_empty(scores, {num_boxes, words}, ScalarType::Long);
+  Tensor removed = torch::stable::new_empty(scores, {words}, ScalarType::Long);
+  torch::stable::zero_(removed);
+  Tensor keep = torch::stable::new_empty(scores, {num_boxes}, ScalarType::Bool);
+  auto* mask_data = reinterpret_cast<unsigned long long*>(mask.mutable_data_ptr<int64_t>());
+  const cudaStream_t stream = current_stream(scores);
+  const dim3 tiles(static_cast<unsigned int>(words), static_cast<unsigned int>(words));
+  suppression_kernel<<<tiles, kTile, 0, stream>>>(boxes, view, num_boxes, words, removes, mask_data);
+  check_launch("nms: suppression_kernel");
+  settle_kernel<<<1, 1024, 0, stream>>>(
+      mask_data, view, num_boxes, words, reinterpret_cast<unsigned long long*>(removed.mutable_data_ptr<int64_t>()),
+      keep.mutable_data_ptr<bool>());
+  check_launch("nms: settle_kernel");
+  return masked_select(by_score, keep);
 }
 
 }  // namespace detlib

@@ -48,8 +48,11 @@ DETLIB_HOST_DEVICE void roi_sample_range(
     const RoiAxis<T>& axis, int64_t index, int64_t size, int64_t& first, int64_t& last) {
   first = 0;
   last = axis.count;
-  const double step = static_cast<double>(axis.bin) / static_cast<double>(axis.count > 0 ? axis.count : 1);
-  if (!(step > 0) || axis.count <= 4) {
+  if (axis.count <= 4) {
+    return;
+  }
+  const double step = static_cast<double>(axis.bin) / static_cast<double>(axis.count);
+  if (!(step > 0)) {
     return;
   }
   const double start = static_cast<double>(axis.start) + static_cast<double>(index) * axis.bin;
@@ -63,23 +66,24 @@ DETLIB_HOST_DEVICE void roi_sample_range(
   }
 }
 
-// The two cells that one sample reads, and their weights. `inside` is false more than a cell beyond the map.
-template <typename T>
+// The two cells that one sample reads, and their weights. `inside` is false more than a cell beyond the map. GPUs are
+// quicker with an int_t of 32 bits.
+template <typename T, typename int_t = int64_t>
 struct RoiSample {
-  int64_t low, high;
+  int_t low, high;
   T low_weight, high_weight;
   bool inside;
 };
 
-template <typename T>
-DETLIB_HOST_DEVICE RoiSample<T> roi_sample(const RoiAxis<T>& axis, int64_t index, int64_t sample, int64_t size) {
+template <typename T, typename int_t = int64_t>
+DETLIB_HOST_DEVICE RoiSample<T, int_t> roi_sample(const RoiAxis<T>& axis, int_t index, int_t sample, int_t size) {
   T position = axis.start + static_cast<T>(index) * axis.bin +
       (static_cast<T>(sample) + T(0.5)) * axis.bin / static_cast<T>(axis.count);
   if (!(position >= T(-1) && position <= static_cast<T>(size))) {
     return {0, 0, T(0), T(0), false};
   }
   position = position > T(0) ? position : T(0);
-  const int64_t low = static_cast<int64_t>(position);
+  const int_t low = static_cast<int_t>(position);
   if (low >= size - 1) {
     return {size - 1, size - 1, T(1), T(0), true};
   }

@@ -90,15 +90,26 @@ inline Tensor new_map(const Tensor& like, std::array<int64_t, 4> size, ScalarTyp
   return torch::stable::transpose(torch::stable::transpose(map, 1, 3), 2, 3);
 }
 
-// Indices that sort a vector by falling value; equal values keep their order.
-inline Tensor argsort_descending(const Tensor& values) {
+struct Sorted {
+  Tensor values, indices;
+};
+
+// A vector in rising or falling order, and where each element was; equal ones keep their order.
+inline Sorted stable_sort(const Tensor& values, bool descending) {
   using torch::stable::detail::from;
   using torch::stable::detail::to;
   std::array<StableIValue, 4> stack{
-      from(values), from(std::optional<bool>(true)), from(int64_t{0}), from(true)};
+      from(values), from(std::optional<bool>(true)), from(int64_t{0}), from(descending)};
   DETLIB_CALL(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
-  to<Tensor>(stack[0]);  // the sorted values, released
-  return to<Tensor>(stack[1]);
+  return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
+}
+
+// The elements of a vector at the given indices.
+inline Tensor index_select(const Tensor& values, const Tensor& indices) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(values), from(int64_t{0}), from(indices)};
+  DETLIB_CALL(torch_call_dispatcher("aten::index_select", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 // The elements of `values` where `mask` is true, as a vector. Waits for the device.

@@ -132,7 +132,7 @@ Tensor nms_impl(const Tensor& boxes, const Tensor& scores, const Tensor* idxs, d
   if (n == 0) {
     return torch::stable::new_empty(boxes, {0}, ScalarType::Long);
   }
-  const Tensor order_tensor = as_contiguous(argsort_descending(scores), ScalarType::Long);
+  const Tensor order_tensor = stable_sort(scores, true).indices;
   const int64_t* order = order_tensor.const_data_ptr<int64_t>();
   const Tensor corners = as_contiguous(boxes, compute_type(boxes.scalar_type()));
   std::optional<Tensor> categories;

@@ -3,6 +3,8 @@
 //
 // One thread per pooled value, in the order of memory. The backward pass adds atomically, in any order; on request, one
 // thread per cell of the map collects from the boxes in their order instead, which gives the same sums on every run.
+#include <type_traits>
+
 #include "../common/cuda.cuh"
 #include "../common/roi_grid.h"
 
@@ -75,11 +77,13 @@ struct Bin {
   }
 };
 
-// index_t is uint32_t where the pooled values are few enough: divisions in 64 bits would take most of the time.
+// index_t is uint32_t where the pooled values and the cells of a plane are few enough: arithmetic in 64 bits would take
+// most of the time.
 template <typename scalar_t, typename T, typename index_t>
 __global__ void __launch_bounds__(kThreads) forward_kernel(
     int64_t total, const scalar_t* input, Strides strides, const T* boxes, Geometry g, bool channels_last,
     scalar_t* output) {
+  using int_t = std::make_signed_t<index_t>;
   for (int64_t index = thread_index(); index < total; index += grid_size()) {
     const Bin<T> bin(static_cast<index_t>(index), boxes, g, channels_last);
     if (!bin.valid) {
@@ -87,22 +91,25 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(
       continue;
     }
     const scalar_t* plane = input + bin.image * strides.image + bin.channel * strides.channel;
+    const int_t y = bin.y, x = bin.x, height = g.height, width = g.width;
+    const int_t row_stride = strides.row, column_stride = strides.column;
+    const int_t first_row = bin.first_row, last_row = bin.last_row;
+    const int_t first_column = bin.first_column, last_column = bin.last_column;
     T sum = T(0);
-    for (int64_t i = bin.first_row; i < bin.last_row; ++i) {
-      const RoiSample<T> r = roi_sample(bin.rows, bin.y, i, g.height);
+    for (int_t i = first_row; i < last_row; ++i) {
+      const auto r = roi_sample<T, int_t>(bin.rows, y, i, height);
       if (!r.inside) {
         continue;
       }
-      const scalar_t* low = plane + r.low * strides.row;
-      const scalar_t* high = plane + r.high * strides.row;
-      for (int64_t j = bin.first_column; j < bin.last_column; ++j) {
-        const RoiSample<T> c = roi_sample(bin.columns, bin.x, j, g.width);
+      const scalar_t* low = plane + r.low * row_stride;
+      const scalar_t* high = plane + r.high * row_stride;
+      for (int_t j = first_column; j < last_column; ++j) {
+        const auto c = roi_sample<T, int_t>(bin.columns, x, j, width);
         if (c.inside) {
-          const int64_t left = c.low * strides.column, right = c.high * strides.column;
-          sum += r.low_weight *
-                  (c.low_weight * static_cast<T>(low[left]) + c.high_weight * static_cast<T>(low[right])) +
-              r.high_weight *
-                  (c.low_weight * static_cast<T>(high[left]) + c.high_weight * static_cast<T>(high[right]));
+          const int_t left = c.low * column_stride, right = c.high * column_stride;
+          const T upper = fma(c.low_weight, static_cast<T>(low[left]), c.high_weight * static_cast<T>(low[right]));
+          const T lower = fma(c.low_weight, static_cast<T>(high[left]), c.high_weight * static_cast<T>(high[right]));
+          sum = fma(r.low_weight, upper, fma(r.high_weight, lower, sum));
         }
       }
     }
@@ -115,6 +122,7 @@ template <typename scalar_t, typename T, typename index_t>
 __global__ void __launch_bounds__(kThreads) backward_kernel(
     int64_t total, const scalar_t* grad, Strides strides, const T* boxes, Geometry g, bool channels_last,
     T* grad_input) {
+  using int_t = std::make_signed_t<index_t>;
   for (int64_t index = thread_index(); index < total; index += grid_size()) {
     const Bin<T> bin(static_cast<index_t>(index), boxes, g, channels_last);
     if (!bin.valid || bin.num_samples() == T(0)) {
@@ -122,17 +130,21 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(
     }
     T* plane = grad_input + bin.image * strides.image + bin.channel * strides.channel;
     const T share = static_cast<T>(grad[index]) / bin.num_samples();
-    for (int64_t i = bin.first_row; i < bin.last_row; ++i) {
-      const RoiSample<T> r = roi_sample(bin.rows, bin.y, i, g.height);
+    const int_t y = bin.y, x = bin.x, height = g.height, width = g.width;
+    const int_t row_stride = strides.row, column_stride = strides.column;
+    const int_t first_row = bin.first_row, last_row = bin.last_row;
+    const int_t first_column = bin.first_column, last_column = bin.last_column;
+    for (int_t i = first_row; i < last_row; ++i) {
+      const auto r = roi_sample<T, int_t>(bin.rows, y, i, height);
       if (!r.inside) {
         continue;
       }
-      T* low = plane + r.low * strides.row;
-      T* high = plane + r.high * strides.row;
-      for (int64_t j = bin.first_column; j < bin.last_column; ++j) {
-        const RoiSample<T> c = roi_sample(bin.columns, bin.x, j, g.width);
+      T* low = plane + r.low * row_stride;
+      T* high = plane + r.high * row_stride;
+      for (int_t j = first_column; j < last_column; ++j) {
+        const auto c = roi_sample<T, int_t>(bin.columns, x, j, width);
         if (c.inside) {
-          const int64_t left = c.low * strides.column, right = c.high * strides.column;
+          const int_t left = c.low * column_stride, right = c.high * column_stride;
           atomicAdd(low + left, share * r.low_weight * c.low_weight);
           atomicAdd(low + right, share * r.low_weight * c.high_weight);
           atomicAdd(high + left, share * r.high_weight * c.low_weight);
@@ -245,18 +257,21 @@ Strides strides_of(const Tensor& map) {
   return {map.stride(0), map.stride(1), map.stride(2), map.stride(3)};
 }
 
-bool fits_32_bits(int64_t total) {
-  return total < (int64_t{1} << 31);
+// Whether 32 bits count `total` pooled values and the distance between any two cells of a plane.
+bool fits_32_bits(int64_t total, const Geometry& g, const Strides& strides) {
+  const int64_t limit = int64_t{1} << 31;
+  return total < limit && g.height * strides.row + g.width * strides.column < limit;
 }
 
 template <typename scalar_t>
 void launch_forward(const Tensor& input, const Tensor& boxes, const Geometry& g, Tensor& output) {
   using T = compute_t<scalar_t>;
   const int64_t total = output.numel();
-  const auto kernel =
-      fits_32_bits(total) ? forward_kernel<scalar_t, T, uint32_t> : forward_kernel<scalar_t, T, uint64_t>;
+  const Strides strides = strides_of(input);
+  const auto kernel = fits_32_bits(total, g, strides) ? forward_kernel<scalar_t, T, uint32_t>
+                                                      : forward_kernel<scalar_t, T, uint64_t>;
   kernel<<<num_blocks(total), kThreads, 0, current_stream(input)>>>(
-      total, input.const_data_ptr<scalar_t>(), strides_of(input), boxes.const_data_ptr<T>(), g,
+      total, input.const_data_ptr<scalar_t>(), strides, boxes.const_data_ptr<T>(), g,
       is_channels_last(output), output.mutable_data_ptr<scalar_t>());
   check_launch("roi_align: forward_kernel");
 }
@@ -265,10 +280,11 @@ template <typename scalar_t>
 void launch_backward(const Tensor& grad, const Tensor& boxes, const Geometry& g, Tensor& sums) {
   using T = compute_t<scalar_t>;
   const int64_t total = grad.numel();
-  const auto kernel =
-      fits_32_bits(total) ? backward_kernel<scalar_t, T, uint32_t> : backward_kernel<scalar_t, T, uint64_t>;
+  const Strides strides = strides_of(sums);
+  const auto kernel = fits_32_bits(total, g, strides) ? backward_kernel<scalar_t, T, uint32_t>
+                                                      : backward_kernel<scalar_t, T, uint64_t>;
   kernel<<<num_blocks(total), kThreads, 0, current_stream(grad)>>>(
-      total, grad.const_data_ptr<scalar_t>(), strides_of(sums), boxes.const_data_ptr<T>(), g, is_channels_last(grad),
+      total, grad.const_data_ptr<scalar_t>(), strides, boxes.const_data_ptr<T>(), g, is_channels_last(grad),
       sums.mutable_data_ptr<T>());
   check_launch("roi_align: backward_kernel");
 }

@@ -34,46 +34,13 @@ __global__ void __launch_bounds__(kThreads) iou_kernel(
   }
 }
 
-// Bit j of mask[i, w] tells that box i of the order would suppress box 64 w + j; words before the diagonal are not
-// written.
-__global__ void __launch_bounds__(kTile) suppression_kernel(
-    const Box* boxes, const int64_t* order, const int64_t* categories, int64_t num_boxes, double threshold,
-    int64_t words, unsigned long long* mask) {
-  const int64_t row_tile = blockIdx.y, column_tile = blockIdx.x;
-  if (row_tile > column_tile) {
-    return;
-  }
-  const int64_t row = row_tile * kTile + threadIdx.x, column_begin = column_tile * kTile;
-  const int num_columns = static_cast<int>(min(static_cast<int64_t>(kTile), num_boxes - column_begin));
-  __shared__ Box tile[kTile];
-  __shared__ int64_t tile_categories[kTile];
-  if (threadIdx.x < num_columns) {
-    const int64_t box = order[column_begin + threadIdx.x];
-    tile[threadIdx.x] = boxes[box];
-    tile_categories[threadIdx.x] = categories == nullptr ? 0 : categories[box];
-  }
-  __syncthreads();
-  if (row >= num_boxes) {
-    return;
-  }
-  const Box box = boxes[order[row]];
-  const int64_t category = categories == nullptr ? 0 : categories[order[row]];
-  unsigned long long bits = 0;
-  for (int j = row_tile == column_tile ? threadIdx.x + 1 : 0; j < num_columns; ++j) {
-    if (category == tile_categories[j] && may_overlap(tile[j], box) &&
-        rotated_iou<double>(tile[j], box) > threshold) {
-      bits |= 1ULL << j;
-    }
-  }
-  mask[row * words + column_tile] = bits;
-}
+struct Overlaps {
+  double threshold;
 
-// One block goes through the tiles in order: which boxes of a tile stay, and what they remove from later tiles.
-// `removed` holds `words` words of zeros.
-__global__ void keep_kernel(
-    const unsigned long long* mask, int64_t num_boxes, int64_t words, unsigned long long* removed, bool* keep) {
-  settle_tiles(mask, num_boxes, words, removed, keep);
-}
+  __device__ __forceinline__ bool operator()(const Box& a, const Box& b) const {
+    return may_overlap(b, a) && rotated_iou<double>(b, a) > threshold;
+  }
+};
 
 void check_boxes(const Tensor& boxes, const char* name) {
   DETLIB_CHECK(boxes.dim() == 2 && boxes.size(1) == 5, name, " must have shape (N, 5)");
@@ -127,48 +94,16 @@ Tensor box_iou_rotated(const Tensor& boxes1, const Tensor& boxes2) {
   return output;
 }
 
-void launch_nms(
-    const Tensor& boxes, const Tensor& order, const int64_t* categories, double threshold, Tensor& mask,
-    Tensor& removed, Tensor& keep) {
-  const int64_t num_boxes = boxes.size(0), words = mask.size(1);
-  auto* mask_data = reinterpret_cast<unsigned long long*>(mask.mutable_data_ptr<int64_t>());
-  const cudaStream_t stream = current_stream(boxes);
-  const dim3 tiles(static_cast<unsigned int>(words), static_cast<unsigned int>(words));
-  suppression_kernel<<<tiles, kTile, 0, stream>>>(
-      box_data(boxes), order.const_data_ptr<int64_t>(), categories, num_boxes, threshold, words, mask_data);
-  check_launch("nms_rotated: suppression_kernel");
-  keep_kernel<<<1, 1024, 0, stream>>>(
-      mask_data, num_boxes, words, reinterpret_cast<unsigned long long*>(removed.mutable_data_ptr<int64_t>()),
-      keep.mutable_data_ptr<bool>());
-  check_launch("nms_rotated: keep_kernel");
-}
-
 Tensor nms_impl(const Tensor& boxes, const Tensor& scores, const Tensor* idxs, double iou_threshold) {
   check_boxes(boxes, "boxes");
-  const int64_t num_boxes = boxes.size(0), words = (num_boxes + kTile - 1) / kTile;
-  DETLIB_CHECK(scores.dim() == 1 && scores.size(0) == num_boxes, "scores must have shape (N,)");
+  DETLIB_CHECK(scores.dim() == 1 && scores.size(0) == boxes.size(0), "scores must have shape (N,)");
   check_device(scores, "scores", boxes);
   const DeviceGuard guard(boxes.get_device_index());
-  if (num_boxes == 0) {
+  if (boxes.size(0) == 0) {
     return torch::stable::new_empty(boxes, {0}, ScalarType::Long);
   }
-  DETLIB_CHECK(words <= 65535, "boxes must be at most ", 65535 * kTile, ", got ", num_boxes);
-  const Tensor order = as_contiguous(argsort_descending(scores), ScalarType::Long);
-  std::optional<Tensor> categories;
-  if (idxs != nullptr) {
-    DETLIB_CHECK(idxs->dim() == 1 && idxs->size(0) == num_boxes, "idxs must have shape (N,)");
-    check_device(*idxs, "idxs", boxes);
-    categories = as_contiguous(*idxs, ScalarType::Long);
-  }
   const Tensor prepared = prepare(boxes);
-  Tensor mask = torch::stable::new_empty(boxes, {num_boxes, words}, ScalarType::Long);
-  Tensor removed = torch::stable::new_empty(boxes, {words}, ScalarType::Long);
-  torch::stable::zero_(removed);
-  Tensor keep = torch::stable::new_empty(boxes, {num_boxes}, ScalarType::Bool);
-  launch_nms(
-      prepared, order, categories ? categories->const_data_ptr<int64_t>() : nullptr, iou_threshold, mask, removed,
-      keep);
-  return masked_select(order, keep);
+  return suppress(scores, idxs, box_data(prepared), Overlaps{iou_threshold});
 }
 
 Tensor nms_rotated(const Tensor& boxes, const Tensor& scores, double iou_threshold) {

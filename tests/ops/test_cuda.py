@@ -35,12 +35,23 @@ def boxes_and_scores(count, dtype=torch.float32):
 @pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 1000, 5000])
 def test_nms(count, dtype):
     boxes, scores = boxes_and_scores(count, dtype)
-    idxs = torch.arange(count) % 5
     for threshold in (0.3, 0.7):
         kept = nms(boxes.cuda(), scores.cuda(), threshold)
         assert torch.equal(kept.cpu(), nms(boxes, scores, threshold))
-        kept = batched_nms(boxes.cuda(), scores.cuda(), idxs.cuda(), threshold)
-        assert torch.equal(kept.cpu(), batched_nms(boxes, scores, idxs, threshold))
+        # One category, few, or about as many as there are boxes: from 1024 boxes on these are grouped.
+        for num_categories in (1, 5, 700):
+            idxs = torch.arange(count) * 7919 % num_categories - 2
+            kept = batched_nms(boxes.cuda(), scores.cuda(), idxs.cuda(), threshold)
+            assert torch.equal(kept.cpu(), batched_nms(boxes, scores, idxs, threshold))
+
+
+def test_nms_of_many_boxes():
+    boxes, scores = boxes_and_scores(40000)
+    boxes *= 4
+    idxs = torch.randint(80, (40000,), generator=torch.Generator().manual_seed(0))
+    on_gpu = boxes.cuda(), scores.cuda()
+    assert torch.equal(nms(*on_gpu, 0.5).cpu(), nms(boxes, scores, 0.5))
+    assert torch.equal(batched_nms(*on_gpu, idxs.cuda(), 0.5).cpu(), batched_nms(boxes, scores, idxs, 0.5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -131,7 +142,7 @@ def test_ms_deform_attn(dtype, channels):
     tolerance = {torch.float64: 1e-9, torch.float32: 2e-4}.get(dtype, 8e-2)
     results = []
     for device in ("cpu", "cuda"):
-        leaves = [t.to(device).requires_grad_() for t in (value, locations, weights)]
+        leaves = [t.detach().to(device).requires_grad_() for t in (value, locations, weights)]
         shapes = spatial_shapes.to(device), (cells.cumsum(0) - cells).to(device)
         output = ms_deform_attn(leaves[0], *shapes, *leaves[1:])
         grad = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).to(dtype).view(output.shape)
@@ -179,7 +190,7 @@ def test_deform_conv2d(dtype, deterministic):
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(dtype, 1e-1)
     results = []
     for device in ("cpu", "cuda"):
-        leaves = [tensor.to(device).requires_grad_() for tensor in tensors]
+        leaves = [tensor.detach().to(device).requires_grad_() for tensor in tensors]
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
         try:
             output = deform_conv2d(*leaves[:4], 1, 1, 1, leaves[4])
