@@ -121,6 +121,7 @@ def build_trainer(args: argparse.Namespace, folder: str, device: torch.device) -
     cfg = model_zoo.get_config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml")
     cfg.MODEL.WEIGHTS = ""
     cfg.MODEL.DEVICE = str(device)
+    cfg.MODEL.PIXEL_STD = [57.375, 57.12, 58.395]  # as torchvision's model has them
     cfg.OUTPUT_DIR = folder
     cfg.DATASETS.TRAIN = ("shapes:train?num=8&size=64",)
     cfg.DATASETS.TEST = ()

@@ -66,7 +66,9 @@ def moved(value, device: str):
     return value.to(device) if hasattr(value, "to") else value
 
 
-def run_case(case: Case, config_dir: pathlib.Path, device: str = "cpu") -> list[str]:
+def run_case(
+    case: Case, config_dir: pathlib.Path, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> list[str]:
     """Build the case's model, run it and list what differs; an empty list is conformance."""
     model, cfg = build_case_model(case, config_dir)
     model.eval()
@@ -74,7 +76,7 @@ def run_case(case: Case, config_dir: pathlib.Path, device: str = "cpu") -> list[
     if differences:
         return differences
     fill_weights(model, case)
-    model.to(device)
+    model.to(device, dtype)
     items = make_inputs(case)
     features: dict[str, torch.Tensor] = {}
     hook = model.backbone.register_forward_hook(lambda module, args, output: features.update(output))

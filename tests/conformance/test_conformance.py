@@ -35,10 +35,15 @@ def test_case(path):
     assert not differences, f"{len(differences)} differences:\n" + "\n".join(differences[:20])
 
 
+# Two of its proposals score so nearly alike that a GPU's rounding of float32 makes them change places.
+NEAR_TIES = {"DINO__dino_R_50_4scale_12ep"}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
 def test_case_on_gpu(path, exact_float32):
-    differences = run_case(Case.load(path), HERE.parents[1] / "configs", "cuda")
+    dtype = torch.float64 if path.stem in NEAR_TIES else torch.float32
+    differences = run_case(Case.load(path), HERE.parents[1] / "configs", "cuda", dtype)
     assert not differences, f"{len(differences)} differences:\n" + "\n".join(differences[:20])
 
 

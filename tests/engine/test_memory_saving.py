@@ -23,7 +23,8 @@ def _step(model: nn.Module) -> tuple[dict, dict, dict]:
     picture = torch.rand(2, 3, 64, 64)
     with EventStorage():
         out = model.backbone(picture)
-    sum(x.square().mean() for x in out.values()).backward()
+    # Weighted at random: the mean square of a normalised map is the same whatever the parameters are.
+    sum((x * torch.rand_like(x)).mean() for x in out.values()).backward()
     return (
         out,
         {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
@@ -83,7 +84,8 @@ def test_compiled_parts_give_the_same(backend):
     for one, two in zip(_step(plain), _step(compiled)):
         assert one.keys() == two.keys()
         for name in one:
-            torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
+            spread = one[name].abs().max().item()
+            torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-4 * spread)
 
 
 def test_unknown_part_to_compile():
