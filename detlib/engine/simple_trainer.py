@@ -22,6 +22,8 @@ __all__ = ["SimpleTrainer"]
 
 logger = logging.getLogger(__name__)
 
+_PATIENCE = 1.0  # seconds
+
 _ADVICE = (
     "The parameters were not saved after this. Common causes: a learning rate too high for the batch size, "
     "too short a warm-up, or broken annotations in these images."
@@ -172,6 +174,10 @@ class SimpleTrainer(TrainerBase):
                 f"The data loader ended at iteration {self.iter}: training needs an endless one "
                 "(build_detection_train_loader makes it with an endless sampler)"
             ) from None
+        except (ConnectionError, EOFError):
+            # Perhaps the first sign of a loader's process that was killed; PyTorch's signal handler tells.
+            time.sleep(_PATIENCE)
+            raise
 
     def _forward(self, data: Any) -> dict[str, torch.Tensor]:
         """The losses of a batch."""

@@ -94,6 +94,22 @@ def test_a_killed_worker_ends_the_training(tmp_path):
     assert _started(_cfg(tmp_path)).start_iter >= 2
 
 
+def test_a_worker_killed_while_it_sends_is_the_cause(tmp_path):
+    """What it had sent cannot be received; that it was killed comes to light only then."""
+    trainer = _started(_cfg(tmp_path, DATALOADER__NUM_WORKERS=1))._trainer
+    trainer._next_batch()
+
+    class Broken:
+        def __next__(self):
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            raise ConnectionResetError("Connection reset by peer")
+
+    loader, trainer._data_loader_iter_obj = trainer._data_loader_iter_obj, Broken()
+    with pytest.raises(RuntimeError, match=r"worker \(pid.* is killed by signal: Killed"):
+        trainer._next_batch()
+    del loader
+
+
 def test_a_loader_that_raises_names_the_picture(tmp_path):
     cfg = _cfg(tmp_path)
     trainer = _started(cfg)
