@@ -66,6 +66,7 @@ class AMPTrainer(SimpleTrainer):
         if grad_scaler is None:
             grad_scaler = torch.amp.GradScaler(self.device_type, enabled=precision == torch.float16)
         self.grad_scaler = grad_scaler
+        _make_fused_momentum(optimizer)
         self.log_grad_scaler = log_grad_scaler
 
     def run_step(self) -> None:
@@ -94,3 +95,19 @@ class AMPTrainer(SimpleTrainer):
         # A training that began in full precision has none.
         if state_dict.get("grad_scaler"):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+def _make_fused_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Gives a fused SGD its momentum, of zeros, before the first step.
+
+    PyTorch would make it in that step, of memory as it is, and leave it so where the gradients
+    overflow, as those of first steps often do: NaN a step later.
+    """
+    if not isinstance(optimizer, torch.optim.SGD):
+        return
+    for group in optimizer.param_groups:
+        if group.get("fused") and group["momentum"]:
+            for param in group["params"]:
+                state = optimizer.state[param]
+                if state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(param)

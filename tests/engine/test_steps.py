@@ -1,5 +1,6 @@
 """Accumulated, skipped and seeded steps, clipping, and the optimizers of a config, on a small model."""
 
+import itertools
 import logging
 import random
 
@@ -76,6 +77,28 @@ def test_accumulated_in_bfloat16():
     # bfloat16 has 8 bits: 2**-8 of gradients that move the values by some hundredths.
     torch.testing.assert_close(_values(parts), _values(whole), rtol=0, atol=2e-3)
     assert (_values(parts) - _values(whole)).abs().max() > 0
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_first_step_that_overflows_is_left_out(fused, monkeypatch):
+    """And leaves nothing behind, whatever lies in the memory that the optimizer is given."""
+
+    def poisoned(tensor, **kwargs):
+        return torch.full_like(tensor, float("nan"), **kwargs)
+
+    monkeypatch.setattr(torch, "empty_like", poisoned)
+    model = _Model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", 1024.0)
+    factors = itertools.chain([float("inf")], itertools.repeat(1.0))
+    model.head.weight.register_hook(lambda grad: grad * next(factors))
+    trainer = AMPTrainer(model, _batches(2), optimizer, precision=torch.bfloat16, grad_scaler=scaler)
+    trainer.train(0, 1)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    trainer.train(1, 3)
+    assert scaler.get_scale() == 512.0
+    assert all(p.isfinite().all() and not torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
 @pytest.mark.parametrize(
