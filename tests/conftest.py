@@ -1,4 +1,4 @@
-"""Shared pytest configuration: tests marked `gpu` are skipped where there is no CUDA device."""
+"""Shared pytest configuration: tests marked `gpu` are skipped without a CUDA device; all others see none."""
 
 import logging
 import os
@@ -20,6 +20,18 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Hides CUDA devices, from started processes too: the other tests do the same on every machine."""
+    if "gpu" in item.keywords or not torch.cuda.is_available():
+        return (yield)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(torch.cuda, "device_count", lambda: 0)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        return (yield)
 
 
 @pytest.fixture
