@@ -1,5 +1,4 @@
 import copy
-import socket
 
 import pytest
 import torch
@@ -170,11 +169,10 @@ def _batches(sizes):
 _SYNC_CASES = [((2, 2), ""), ((3, 1), "N"), ((2, 0), "N")]
 
 
-def _run_sync_norms(rank, port, results):
+def _run_sync_norms(rank, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    for case, (sizes, stats_mode) in enumerate(_SYNC_CASES):
-        results[case, rank] = _run_sync_norm(rank, sizes, stats_mode)
+    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
+    torch.save([_run_sync_norm(rank, *case) for case in _SYNC_CASES], f"{folder}/{rank}.pth")
     dist.destroy_process_group()
 
 
@@ -189,20 +187,17 @@ def _run_sync_norm(rank, sizes, stats_mode):
 
 
 @pytest.fixture(scope="module")
-def sync_results():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_run_sync_norms, (port, results), nprocs=2)
-        return dict(results)
+def sync_results(tmp_path_factory):
+    """What each of two processes gets, case by case."""
+    folder = tmp_path_factory.mktemp("sync")
+    mp.spawn(_run_sync_norms, (folder,), nprocs=2)
+    return [torch.load(folder / f"{rank}.pth") for rank in range(2)]
 
 
 @pytest.mark.parametrize("case", range(len(_SYNC_CASES)))
 def test_naive_sync_over_processes(case, sync_results):
     sizes, _ = _SYNC_CASES[case]
-    outputs = [sync_results[case, rank] for rank in range(2)]
+    outputs = [results[case] for results in sync_results]
 
     # One process with all pictures must give the same.
     torch.manual_seed(0)
