@@ -18,6 +18,9 @@ __all__ = [
     "take_instances",
 ]
 
+# Their convolutions and RoIAlign are faster in this layout; what follows keeps that of its input.
+_CHANNELS_LAST_DEVICES = ("cpu", "cuda")
+
 
 def describe_item(batched_inputs: Sequence[Mapping], index: int) -> str:
     """Name one item of a batch for messages: its position and, where known, the file it came from."""
@@ -96,7 +99,8 @@ def preprocess_images(
         padding_constraints: the backbone's further wishes, see `ImageList.from_tensors`.
 
     Returns:
-        `ImageList` of (N, C, H, W) in `pixel_mean`'s dtype; the padding is 0, that is the mean colour.
+        `ImageList` of (N, C, H, W) in `pixel_mean`'s dtype; the padding is 0, that is the mean colour. On CPUs
+        and CUDA devices it is in channels-last layout, and so are the feature maps that convolutions make of it.
 
     Raises:
         TypeError, ValueError: the batch is no list of dicts, or an image is no (C, H, W) tensor of numbers.
@@ -105,9 +109,12 @@ def preprocess_images(
     images = [
         (move_device_like(item["image"], pixel_mean) - pixel_mean) / pixel_std for item in batched_inputs
     ]
-    return ImageList.from_tensors(
+    batch = ImageList.from_tensors(
         images, size_divisibility, padding_constraints=dict(padding_constraints or {})
     )
+    if batch.device.type in _CHANNELS_LAST_DEVICES:
+        batch.tensor = batch.tensor.contiguous(memory_format=torch.channels_last)
+    return batch
 
 
 def take_instances(

@@ -309,12 +309,12 @@ def test_deformable_convolutions_train_on_the_cpu():
     assert len(offsets) == 13 and all(not m.weight.any() for m in offsets)  # res3 to res5 of ResNet-50
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     history = []
-    for _ in range(12):
+    for _ in range(20):  # long enough: from one step to the next the loss goes up as well, by other samples
         torch.manual_seed(1)
         losses = model(batch("deformable"))
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
         history.append(sum(losses.values()).item())
-    assert min(history[-3:]) < 0.7 * history[0], history
+    assert min(history[-5:]) < 0.7 * history[0], history
     assert all(m.weight.any() for m in offsets)

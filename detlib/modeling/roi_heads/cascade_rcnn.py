@@ -181,7 +181,8 @@ class CascadeROIHeads(StandardROIHeads):
         self, features: list[torch.Tensor], proposals: list[Instances], stage: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the predictor of a stage says about the proposals."""
-        pooled = self.box_pooler(features, [x.proposal_boxes for x in proposals])
+        # Linear layers need contiguous features, and box heads may flatten them with view().
+        pooled = self.box_pooler(features, [x.proposal_boxes for x in proposals]).contiguous()
         if self.training:
             # The stages share the feature maps: scaled, they pull at them with the weight of one.
             pooled = _ScaleGradient.apply(pooled, 1.0 / self.num_cascade_stages)

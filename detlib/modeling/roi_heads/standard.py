@@ -170,7 +170,9 @@ class StandardROIHeads(ROIHeads):
         """The box branch: losses in training, else detections. Parts of models are run by this name, see the
         documentation on using models."""
         maps = take_features(features, self.box_in_features, BOX_IN_FEATURES)
-        box_features = self.box_head(self.box_pooler(maps, [x.proposal_boxes for x in proposals]))
+        # Linear layers need contiguous features, and box heads may flatten them with view().
+        pooled = self.box_pooler(maps, [x.proposal_boxes for x in proposals]).contiguous()
+        box_features = self.box_head(pooled)
         predictions = self.box_predictor(box_features)
         if not self.training:
             return self.box_predictor.inference(predictions, proposals)[0]
