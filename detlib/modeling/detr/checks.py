@@ -4,7 +4,7 @@ from torch import nn
 
 from detlib.modeling.config_checks import check_features
 
-__all__ = ["check_embed_dim", "check_neck"]
+__all__ = ["check_decoder", "check_embed_dim", "check_neck"]
 
 
 def check_embed_dim(embed_dim: int, position_embedding: nn.Module, transformer: nn.Module) -> None:
@@ -20,6 +20,15 @@ def check_embed_dim(embed_dim: int, position_embedding: nn.Module, transformer: 
     if half is not None and 2 * half != embed_dim:
         raise ValueError(
             f"position_embedding's num_pos_feats must be half of embed_dim = {embed_dim}, got {half}"
+        )
+
+
+def check_decoder(transformer: nn.Module) -> None:
+    """Raise ValueError if the decoder gives its last layer alone: heads and references go by layers."""
+    if not getattr(transformer.decoder, "return_intermediate", True):
+        raise ValueError(
+            "return_intermediate of the transformer's decoder must be True, got False; to learn from the "
+            "last layer alone give the model aux_loss=False"
         )
 
 

@@ -120,8 +120,8 @@ class DeformableTransformer(nn.Module):
         return scores.topk(self.two_stage_num_proposals, dim=1).indices
 
     def _proposals(self, memory, mask, centres, shapes):
-        sides = [torch.full((h * w,), 0.05 * 2.0**i) for i, (h, w) in enumerate(shapes)]
-        sides = torch.cat(sides).to(centres)[:, None].expand(len(centres), -1, 2)
+        sides = [centres.new_full((h * w,), 0.05 * 2.0**i) for i, (h, w) in enumerate(shapes)]
+        sides = torch.cat(sides)[:, None].expand(len(centres), -1, 2)
         boxes = torch.cat([centres, sides], dim=2)
         usable = ((boxes > 0.01) & (boxes < 0.99)).all(dim=2, keepdim=True) & ~mask[..., None]
         anchors = torch.logit(boxes).masked_fill(~usable, float("inf"))

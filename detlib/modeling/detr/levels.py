@@ -41,8 +41,9 @@ class Levels:
 
 def valid_ratio(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Which part of the width and height of (N, H, W) bool masks is no padding: (N, 2) of `dtype`."""
-    width = (~mask[:, 0]).sum(dim=1) / mask.shape[2]
-    height = (~mask[:, :, 0]).sum(dim=1) / mask.shape[1]
+    exact = torch.promote_types(dtype, torch.float32)
+    width = (~mask[:, 0]).sum(dim=1, dtype=exact) / mask.shape[2]
+    height = (~mask[:, :, 0]).sum(dim=1, dtype=exact) / mask.shape[1]
     return torch.stack([width, height], dim=1).to(dtype)
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from detlib.layers import MLP
 from detlib.modeling.dense_ops import gather_rows
-from detlib.modeling.detr.checks import check_embed_dim, check_neck
+from detlib.modeling.detr.checks import check_decoder, check_embed_dim, check_neck
 from detlib.modeling.detr.deformable_layers import refine_boxes
 from detlib.modeling.detr.detector import QueryDetector
 from detlib.structures import ImageList, Instances
@@ -60,6 +60,7 @@ class MultiScaleQueryDetector(QueryDetector):
     ):
         super().__init__(backbone, criterion, num_classes, pixel_mean, pixel_std, mask_padding_at_test)
         check_embed_dim(embed_dim, position_embedding, transformer)
+        check_decoder(transformer)
         check_neck(neck, backbone, embed_dim)
         self.position_embedding = position_embedding
         self.neck = neck

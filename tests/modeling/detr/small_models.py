@@ -69,14 +69,19 @@ def position_embedding(offset=-0.5):
 
 
 def small_dino(
-    learnt_init_query=True, num_proposals=None, look_forward_twice=True, two_stage_binary_cls=False, **kwargs
+    learnt_init_query=True,
+    num_proposals=None,
+    look_forward_twice=True,
+    two_stage_binary_cls=False,
+    num_levels=4,
+    **kwargs,
 ):
     torch.manual_seed(0)
     arguments = dict(num_queries=NUM_QUERIES, num_classes=NUM_CLASSES, embed_dim=DIM, dn_number=4, **STATS)
     arguments.update(
         backbone=TinyBackbone(),
         position_embedding=position_embedding(),
-        neck=neck(),
+        neck=neck(num_levels),
         criterion=DINOCriterion(
             NUM_CLASSES, HungarianMatcher(2.0, 5.0, 2.0), WEIGHTS, two_stage_binary_cls=two_stage_binary_cls
         ),
@@ -84,20 +89,25 @@ def small_dino(
     arguments.update(kwargs)
     proposals = arguments["num_queries"] if num_proposals is None else num_proposals
     transformer = DINOTransformer(
-        DINOTransformerEncoder(**SIZES),
-        DINOTransformerDecoder(**SIZES, use_checkpoint=False, look_forward_twice=look_forward_twice),
-        num_feature_levels=4,
+        DINOTransformerEncoder(**SIZES, num_feature_levels=num_levels),
+        DINOTransformerDecoder(
+            **SIZES,
+            num_feature_levels=num_levels,
+            use_checkpoint=False,
+            look_forward_twice=look_forward_twice,
+        ),
+        num_feature_levels=num_levels,
         two_stage_num_proposals=proposals,
         learnt_init_query=learnt_init_query,
     )
     return DINO(transformer=transformer, **arguments)
 
 
-def small_deformable_detr(with_box_refine=False, as_two_stage=False, **kwargs):
+def small_deformable_detr(with_box_refine=False, as_two_stage=False, return_intermediate=True, **kwargs):
     torch.manual_seed(0)
     transformer = DeformableDetrTransformer(
         DeformableDetrTransformerEncoder(**SIZES),
-        DeformableDetrTransformerDecoder(**SIZES),
+        DeformableDetrTransformerDecoder(**SIZES, return_intermediate=return_intermediate),
         as_two_stage=as_two_stage,
         two_stage_num_proposals=NUM_QUERIES,
     )

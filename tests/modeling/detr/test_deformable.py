@@ -54,6 +54,21 @@ def test_cells():
     torch.testing.assert_close(cell_centres(SHAPES, ratios), slow_centres())
 
 
+def test_cells_and_proposals_of_double_precision():
+    """Parts of a picture such as a third, and sides such as 0.05, have all the digits of the model."""
+    ratios = torch.stack([valid_ratio(m, torch.float64) for m in masks()], 1)
+    want = torch.tensor([[[1, 1], [1, 1]], [[2 / 6, 3 / 4], [1 / 3, 1]]], dtype=torch.float64)
+    torch.testing.assert_close(ratios, want, rtol=1e-15, atol=0)
+    transformer = small_dino().double().transformer
+    mask = torch.cat([m.flatten(1) for m in masks()], 1)
+    memory = torch.rand(2, 30, DIM, dtype=torch.float64)
+    boxes = transformer.gen_encoder_output_proposals(memory, mask, torch.tensor(SHAPES))[1].sigmoid()
+    sides = torch.full((2, 30, 2), 0.05, dtype=torch.float64)
+    sides[:, 24:] = 0.1
+    want = torch.where(boxes[..., 2:] == 1, 1.0, sides)
+    torch.testing.assert_close(boxes[..., 2:], want, rtol=1e-14, atol=0)
+
+
 def test_levels_in_one_sequence():
     feats = [torch.rand(2, 3, *shape) for shape in SHAPES]
     pos = [torch.rand(2, 3, *shape) for shape in SHAPES]

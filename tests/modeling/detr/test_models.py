@@ -272,6 +272,10 @@ def test_training_needs_instances(name):
         (lambda: small_detr(in_features=["res6"]), "in_features is .'res6'.*gives .'res3', 'res4', 'res5'."),
         (lambda: small_detr(in_channels=8), "in_channels is 8, but 'res5'.* has 16 channels"),
         (lambda: small_deformable_detr(as_two_stage=True), "as_two_stage needs with_box_refine"),
+        (
+            lambda: small_deformable_detr(return_intermediate=False),
+            "return_intermediate of the transformer's decoder must be True",
+        ),
     ],
 )
 def test_parts_that_do_not_fit(make, message):
