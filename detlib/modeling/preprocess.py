@@ -99,8 +99,8 @@ def preprocess_images(
         padding_constraints: the backbone's further wishes, see `ImageList.from_tensors`.
 
     Returns:
-        `ImageList` of (N, C, H, W) in `pixel_mean`'s dtype; the padding is 0, that is the mean colour. On CPUs
-        and CUDA devices it is in channels-last layout, and so are the feature maps that convolutions make of it.
+        `ImageList` of (N, C, H, W) in `pixel_mean`'s dtype; the padding is 0, that is the mean colour. On
+        CPUs and CUDA devices it is in channels-last layout, as are maps that convolutions make of it.
 
     Raises:
         TypeError, ValueError: the batch is no list of dicts, or an image is no (C, H, W) tensor of numbers.
