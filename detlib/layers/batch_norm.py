@@ -33,6 +33,35 @@ def _affine(x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.T
     return torch.addcmul(bias.to(x.dtype).reshape(1, -1, 1, 1), x, scale.to(x.dtype).reshape(1, -1, 1, 1))
 
 
+def _batch_norm(x, mean, var, weight, bias, eps):
+    return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
+
+
+class _BatchNormWithoutInput(torch.autograd.Function):
+    """`_batch_norm` by constants, without keeping x: plain PyTorch would, for gradients of weight and bias.
+
+    One operator each way, where the formula itself takes six and one: a GPU waits for such small ones.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args):
+        return _batch_norm(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, _, var, weight, _, ctx.eps = inputs
+        ctx.save_for_backward(var, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        var, weight = ctx.saved_tensors
+        # A linear map of x, so the gradient is the same map without its shift.
+        zero = torch.zeros_like(var)
+        return _batch_norm(grad, zero, var, weight, zero, ctx.eps), None, None, None, None, None
+
+
 class FrozenBatchNorm2d(nn.Module):
     """Batch normalisation whose statistics and affine parameters are constants.
 
@@ -61,13 +90,10 @@ class FrozenBatchNorm2d(nn.Module):
 
     def forward(self, x):
         """Maps (N, C, H, W) to the same shape and dtype."""
-        if not x.requires_grad:
-            return F.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
-            )
-        # F.batch_norm would compute gradients of weight and bias too and keep x for them.
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        return _affine(x, scale, self.bias - self.running_mean * scale)
+        # Compilers see for themselves that x need not be kept.
+        keeps_x = x.requires_grad and not torch.compiler.is_compiling()
+        normalise = _BatchNormWithoutInput.apply if keeps_x else _batch_norm
+        return normalise(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         version = local_metadata.get("version", None)

@@ -34,6 +34,24 @@ class TestFrozenBatchNorm:
             scale = norm.weight / (norm.running_var + 1e-3).sqrt()
             torch.testing.assert_close(x.grad, scale[None, :, None, None].expand_as(x))
 
+    def test_gradients_and_their_gradients(self):
+        norm = make_frozen().double()
+        x = torch.randn(2, 5, 2, 3, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(norm, x) and torch.autograd.gradgradcheck(norm, x)
+
+    def test_keeps_nothing_of_the_size_of_its_input(self):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+            y = make_frozen()(torch.randn(2, 5, 4, 3, requires_grad=True))
+        assert y.requires_grad and kept == [(5,), (5,)]
+
+    @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+    def test_keeps_the_layout(self, memory_format):
+        x = torch.randn(2, 5, 4, 3).contiguous(memory_format=memory_format).requires_grad_()
+        y = make_frozen()(x)
+        y.backward(torch.ones_like(y))
+        assert y.stride() == x.grad.stride() == x.stride()
+
     def test_new_one_is_the_identity_and_has_no_parameters(self):
         norm = FrozenBatchNorm2d(3)
         x = torch.randn(2, 3, 4, 4)
