@@ -91,8 +91,8 @@ class FrozenBatchNorm2d(nn.Module):
     def forward(self, x):
         """Maps (N, C, H, W) to the same shape and dtype."""
         # Compilers see for themselves that x need not be kept.
-        keeps_x = x.requires_grad and not torch.compiler.is_compiling()
-        normalise = _BatchNormWithoutInput.apply if keeps_x else _batch_norm
+        would_keep_x = x.requires_grad and not torch.compiler.is_compiling()
+        normalise = _BatchNormWithoutInput.apply if would_keep_x else _batch_norm
         return normalise(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
