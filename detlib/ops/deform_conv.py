@@ -46,7 +46,7 @@ def deform_conv2d(
 
     Returns:
         (N, O, H', W') of `input`'s dtype, with `H' = (H + 2 * padding - dilation * (kH - 1) - 1) // stride +
-        1` and W' likewise.
+        1` and W' likewise; in channels-last layout if `input` is.
 
     Raises:
         TypeError: an argument is no tensor.
@@ -62,7 +62,10 @@ def deform_conv2d(
     with torch.autocast(input.device.type, enabled=False):
         run = torchvision_ops()[0].deform_conv2d if _torchvision_serves(input) else reference_deform_conv2d
         output = run(*tensors[:4], stride, padding, dilation, tensors[4])
-    return output.to(input.dtype)
+    # As other convolutions do, so that those that follow are fast too.
+    is_channels_last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
+    layout = torch.channels_last if is_channels_last else torch.contiguous_format
+    return output.to(input.dtype, memory_format=layout)
 
 
 def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:

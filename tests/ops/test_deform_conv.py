@@ -125,7 +125,7 @@ def test_dtypes_and_layouts(dtype):
     for layout in (torch.contiguous_format, torch.channels_last):
         tensors["input"] = tensors["input"].to(memory_format=layout)
         got = deform_conv2d(**given | tensors)
-        assert got.dtype == dtype
+        assert got.dtype == dtype and got.is_contiguous(memory_format=layout)
         tolerance = TOLERANCE[dtype]
         torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
         for name, grad in gradients(deform_conv2d, given | tensors).items():
