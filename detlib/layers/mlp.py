@@ -90,7 +90,10 @@ class FFN(nn.Module):
 
     def forward(self, x: torch.Tensor, identity: torch.Tensor | None = None) -> torch.Tensor:
         """Maps (..., embed_dim) to (..., output_dim); `identity` is what that is added to, None for `x`."""
-        out = self.layers(x)
+        # In rows, as the result of a linear layer on more dimensions is a view: an activation that works in
+        # place on one makes autograd copy the gradient twice.
+        out = self.layers(x.reshape(-1, x.shape[-1]))
+        out = out.reshape(*x.shape[:-1], out.shape[-1])
         if not self.add_identity:
             return out
         return (x if identity is None else identity) + out
