@@ -18,9 +18,6 @@ __all__ = [
     "take_instances",
 ]
 
-# Their convolutions and RoIAlign are faster in this layout; what follows keeps that of its input.
-_CHANNELS_LAST_DEVICES = ("cpu", "cuda")
-
 
 def describe_item(batched_inputs: Sequence[Mapping], index: int) -> str:
     """Name one item of a batch for messages: its position and, where known, the file it came from."""
@@ -88,6 +85,7 @@ def preprocess_images(
     *,
     size_divisibility: int = 0,
     padding_constraints: Mapping[str, int] | None = None,
+    channels_last_on: Sequence[str] = ("cpu", "cuda"),
 ) -> ImageList:
     """Normalise the pictures of a batch on the model's device and pad them to one size.
 
@@ -97,10 +95,11 @@ def preprocess_images(
         pixel_std: (C, 1, 1) float.
         size_divisibility: padded height and width become multiples of it.
         padding_constraints: the backbone's further wishes, see `ImageList.from_tensors`.
+        channels_last_on: types of devices on which the pictures, and so the maps that convolutions make of
+            them, are in channels-last layout: where convolutions and RoIAlign are faster by it.
 
     Returns:
-        `ImageList` of (N, C, H, W) in `pixel_mean`'s dtype; the padding is 0, that is the mean colour. On
-        CPUs and CUDA devices it is in channels-last layout, as are maps that convolutions make of it.
+        `ImageList` of (N, C, H, W) in `pixel_mean`'s dtype; the padding is 0, that is the mean colour.
 
     Raises:
         TypeError, ValueError: the batch is no list of dicts, or an image is no (C, H, W) tensor of numbers.
@@ -112,7 +111,7 @@ def preprocess_images(
     batch = ImageList.from_tensors(
         images, size_divisibility, padding_constraints=dict(padding_constraints or {})
     )
-    if batch.device.type in _CHANNELS_LAST_DEVICES:
+    if batch.device.type in channels_last_on:
         batch.tensor = batch.tensor.contiguous(memory_format=torch.channels_last)
     return batch
 

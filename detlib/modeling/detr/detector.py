@@ -102,6 +102,9 @@ class QueryDetector(nn.Module, metaclass=ABCMeta):
             self.pixel_std,
             size_divisibility=getattr(self.backbone, "size_divisibility", 0),
             padding_constraints=getattr(self.backbone, "padding_constraints", None),
+            # On a CPU it gains nothing, as transformers take most of the time, and contiguous maps are
+            # detrex's to the last bit: a matching may hang on it.
+            channels_last_on=("cuda",),
         )
 
     def padding_mask(self, images: ImageList) -> torch.Tensor:

@@ -1,0 +1,52 @@
+"""In which layout maps lie in memory: channels-last where it makes convolutions faster."""
+
+import pytest
+import torch
+
+from tests.modeling.detr.small_models import MODELS
+from tests.modeling.detr.small_models import batch as detr_batch
+from tests.modeling.test_all_architectures import batch, built
+
+
+def layouts(model: torch.nn.Module, modules: list[torch.nn.Module], items: list[dict]) -> set[str]:
+    """In what layouts modules get their maps, in a training step and in a prediction."""
+    found = set()
+
+    def look(module, args):
+        is_contiguous = args[0].is_contiguous()
+        is_channels_last = args[0].is_contiguous(memory_format=torch.channels_last)
+        if not (is_contiguous and is_channels_last):  # maps of one cell are both
+            found.add("contiguous" if is_contiguous else "channels-last" if is_channels_last else "neither")
+
+    for module in modules:
+        module.register_forward_pre_hook(look)
+    sum(model.train()(items).values()).backward()
+    with torch.no_grad():
+        model.eval()(items)
+    return found
+
+
+def convolutions(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return [module for module in model.backbone.modules() if isinstance(module, torch.nn.Conv2d)]
+
+
+@pytest.mark.parametrize(
+    "name", ["mask_rcnn", "dc5", "deformable", "gn", "frozen", "syncbn", "c4", "retinanet", "regnety"]
+)
+def test_convolutions_of_backbones_get_channels_last_maps(name):
+    model = built(name)
+    assert layouts(model, convolutions(model), batch(name)) == {"channels-last"}
+
+
+@pytest.mark.parametrize("name", ["mask_rcnn", "cascade"])
+def test_box_heads_get_contiguous_features(name):
+    model = built(name)
+    head = model.roi_heads.box_head
+    heads = list(head) if isinstance(head, torch.nn.ModuleList) else [head]
+    assert layouts(model, heads, batch(name)) == {"contiguous"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_convolutions_of_detrs_get_contiguous_maps(name):
+    model = MODELS[name]()
+    assert layouts(model, convolutions(model), detr_batch()) == {"contiguous"}
