@@ -38,7 +38,7 @@ def test_convolutions_of_backbones_get_channels_last_maps(name):
     assert layouts(model, convolutions(model), batch(name)) == {"channels-last"}
 
 
-@pytest.mark.parametrize("name", ["mask_rcnn", "cascade"])
+@pytest.mark.parametrize("name", ["mask_rcnn", "dc5", "cascade"])
 def test_box_heads_get_contiguous_features(name):
     model = built(name)
     head = model.roi_heads.box_head
