@@ -81,6 +81,19 @@ def test_other_networks(name, nodes, want):
     }
 
 
+@pytest.mark.parametrize("is_training", [True, False])
+def test_copies_stay_in_their_mode(is_training):
+    nodes = {"train_return_nodes": {"layer1": "p"}, "eval_return_nodes": {"layer2": "p"}}
+    net = TorchvisionBackbone("resnet18", **nodes).train(is_training)
+    net.model.bn1.train(not is_training)  # parts may differ
+    twin = copy.deepcopy(net)
+    modes = {name: module.training for name, module in net.named_modules()}
+    assert {name: module.training for name, module in twin.named_modules()} == modes
+    assert not {id(p) for p in twin.parameters()} & {id(p) for p in net.parameters()}
+    x = picture(64, 96)
+    torch.testing.assert_close(twin(x)["p"], net(x)["p"], rtol=0, atol=0)
+
+
 def test_nodes_for_training_and_inference():
     with torch.device("meta"):
         backbone = TorchvisionBackbone(

@@ -1,5 +1,6 @@
 """The networks of torchvision as backbones, by its feature extraction: any node of a network can be a map."""
 
+import copy
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -78,6 +79,16 @@ class TorchvisionBackbone(ProbedBackbone):
             suppress_diff_warning=suppress_diff_warnings,
         )
         self._probe(3, list(evaluate.values()), f"torchvision's model {model_name!r}")
+
+    def __deepcopy__(self, memo):
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        # The copy of an extractor is made anew, for training, whatever its parts were in.
+        twin.feature_extractor.train(self.feature_extractor.training)
+        for module, own in zip(twin.modules(), self.modules()):
+            module.training = own.training
+        return twin
 
     def _run(self, network, x):
         outputs = network(x)
