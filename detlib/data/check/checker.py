@@ -199,7 +199,7 @@ class _Checker:
         if None in said:
             if name not in self.told and not self._sizes_come_from_pictures():
                 self.raw.report("image-broken", detail, image=name, action=action)
-        elif not all(map(is_number, said)) or not all(map(math.isfinite, said)):
+        elif not all(is_number(number) and float(number).is_integer() for number in said):
             self.raw.report("image-wrong-type", detail, image=name, action=action)
         else:
             self.raw.report("image-size-not-positive", detail, image=name, action=action)
@@ -212,7 +212,9 @@ class _Checker:
         """Drops images whose size is bad still, as no picture told it."""
         for key, image in list(self.images.items()):
             said = image.get("width"), image.get("height")
-            if not all(is_number(number) and math.isfinite(number) and number > 0 for number in said):
+            if all(is_number(number) and float(number).is_integer() and number > 0 for number in said):
+                image["width"], image["height"] = map(int, said)
+            else:
                 self._report_size(image, _DROP_IMAGE)
                 del self.images[key]
 
