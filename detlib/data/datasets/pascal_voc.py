@@ -26,6 +26,7 @@ from .voc_files import parse_xml, read_lines, read_split_names
 
 __all__ = [
     "CLASS_NAMES",
+    "IMAGE_SUFFIXES",
     "find_voc_class_names",
     "find_voc_pictures",
     "load_voc_instances",
@@ -40,7 +41,7 @@ CLASS_NAMES = (
     *("dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
 
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".jfif")
 
 
 def register_pascal_voc(
@@ -126,7 +127,7 @@ def load_voc_instances(
         if name not in images:
             raise FileNotFoundError(
                 f"{os.path.join(dirname, 'JPEGImages')} has no picture {name!r} "
-                f"({', '.join(_IMAGE_SUFFIXES)}), which ImageSets/Main/{split}.txt lists."
+                f"({', '.join(IMAGE_SUFFIXES)}), which ImageSets/Main/{split}.txt lists."
             )
         xml_file = os.path.join(dirname, "Annotations", name + ".xml")
         root = parse_xml(xml_file)
@@ -204,7 +205,7 @@ def find_voc_pictures(dirname: str) -> dict[str, str]:
     files: dict[str, str] = {}
     for entry in PathManager.ls(folder):
         stem, suffix = os.path.splitext(entry)
-        if suffix.lower() == ".jpg" or (suffix.lower() in _IMAGE_SUFFIXES and stem not in files):
+        if suffix.lower() == ".jpg" or (suffix.lower() in IMAGE_SUFFIXES and stem not in files):
             files[stem] = os.path.join(folder, entry)
     return files
 
