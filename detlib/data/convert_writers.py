@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 
 from detlib.data.datasets.coco_writer import convert_to_coco_dict
+from detlib.data.datasets.keypoint_names import left_right_pairs
 from detlib.data.datasets.pascal_voc import IMAGE_SUFFIXES as VOC_SUFFIXES
 from detlib.data.readers import check_image_size, read_image_size
 from detlib.utils.file_io import PathManager
@@ -54,6 +55,13 @@ def write_coco(source: Source, out: str, masks: str) -> tuple[str, list[str]]:
     names = source.metadata.get("keypoint_names")
     if names:
         rules = source.metadata.get("keypoint_connection_rules") or []
+        told = {frozenset(pair) for pair in left_right_pairs(list(names))}
+        swapped = {frozenset(pair) for pair in source.metadata.get("keypoint_flip_map") or ()}
+        source.lost[
+            "pairs of keypoints are no longer known to be swapped in the mirror, as their names do "
+            "not differ in left and right only"
+        ] += len(swapped - told)
+        source.lost = +source.lost
         skeleton = [[names.index(a) + 1, names.index(b) + 1] for a, b, _ in rules]
         for category in content["categories"]:
             category.update(keypoints=list(names), skeleton=skeleton)

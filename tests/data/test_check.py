@@ -91,6 +91,7 @@ COCO = [
     ("duplicate-category-name", change("categories.0.name", "owl"), "ann.json", "kept"),
     ("unused-category", append("categories", id=9, name="gull"), "ann.json", "kept"),
     ("image-broken", change("images.1.file_name", None), "ann.json", "has no 'file_name'"),
+    ("image-broken", change("images.1.file_name", ""), "ann.json", "has no 'file_name'"),
     ("image-broken", change("images.1.width", None), "'b.jpg'", "has no 'width'"),
     ("image-wrong-type", change("images.1.id", 2.5), "'b.jpg'", "must all be whole numbers"),
     ("image-wrong-type", change("images.1.width", "40"), "'b.jpg'", "must be whole numbers above 0"),

@@ -208,3 +208,12 @@ def test_shares_of_a_wrong_size_are_not_written(tmp_path):
         ValueError, match="a.jpg.* has width 40 and height 30, .* says width 30 and height 40"
     ):
         convert_dataset(start, "yolo", f"{tmp_path}/yolo")
+
+
+def test_swapped_keypoints_whose_names_do_not_tell(tmp_path, log):
+    labels = {"a": "1 0.5 0.5 1 1 0.25 0.5 2 0.5 0.5 1\n"}
+    start = write_yolo(tmp_path / "start", labels, kpt_shape=[2, 3], flip_idx=[1, 0])
+    convert_dataset(start, "yolo", f"{tmp_path}/yolo")
+    assert "cannot hold" not in log.text
+    convert_dataset(start, "coco", f"{tmp_path}/coco")
+    assert "1 pairs of keypoints are no longer known to be swapped in the mirror" in log.text

@@ -9,6 +9,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
+from detlib.data.datasets.keypoint_names import check_keypoint_names
+
 from .kinds import Finding
 from .pictures import Picture, read_pictures
 from .raw import RawSet, read_raw
@@ -119,6 +121,11 @@ class _Checker:
                 self.raw.report("category-broken", f"{category!r}"[:200], action="category dropped")
                 continue
             number, name = category["id"], category["name"]
+            try:
+                check_keypoint_names(category.get("keypoints") or [])
+            except ValueError as error:
+                self.raw.report("category-broken", f"{name!r}: {error}", action="its keypoints dropped")
+                category = {key: value for key, value in category.items() if key != "keypoints"}
             if number in self.categories:
                 detail = f"id {number} is {self.categories[number]['name']!r} and {name!r}"
                 self.raw.report("duplicate-category-id", detail, action=f"{name!r} dropped")
@@ -131,7 +138,7 @@ class _Checker:
     def _check_images(self, images: list) -> None:
         files: dict[str, Any] = {}
         for number, image in enumerate(images):
-            if not isinstance(image, dict) or image.get("id") is None or image.get("file_name") is None:
+            if not isinstance(image, dict) or image.get("id") is None or image.get("file_name") in (None, ""):
                 detail = f"image number {number}: {image!r}"[:200]
                 self.raw.report("image-broken", f"{detail} has no id or no file name", action=_DROP_IMAGE)
                 continue

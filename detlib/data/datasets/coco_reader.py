@@ -83,7 +83,7 @@ class CocoReader:
             )
 
     def _image(self, image: dict) -> dict:
-        missing = [key for key in ("id", "file_name", "height", "width") if image.get(key) is None]
+        missing = [key for key in ("id", "file_name", "height", "width") if image.get(key) in (None, "")]
         if missing:
             raise ValueError(
                 f"{self.json_file}: image {image.get('file_name', image.get('id'))!r} has no "
