@@ -53,6 +53,7 @@ def write_coco(source: Source, out: str, masks: str) -> tuple[str, list[str]]:
         for annotation in content.get("annotations", ()):
             annotation["image_id"] = ids[annotation["image_id"]]
     names = source.metadata.get("keypoint_names")
+    _check_keypoints(source, names)
     if names:
         rules = source.metadata.get("keypoint_connection_rules") or []
         told = {frozenset(pair) for pair in left_right_pairs(list(names))}
@@ -77,6 +78,18 @@ def _count_difficult(source: Source) -> None:
         bool(a.get("difficult")) and not a.get("iscrowd") for a in annotations
     )
     source.lost = +source.lost
+
+
+def _check_keypoints(source: Source, names: list[str] | None) -> None:
+    """Raises ValueError where an object has not as many keypoints as the data set names for all classes."""
+    for record in source.dicts:
+        for annotation in record.get("annotations", ()):
+            points = annotation.get("keypoints")
+            if names and points is not None and np.size(points) not in (0, 3 * len(names)):
+                raise ValueError(
+                    f"Dataset {source.name!r}: an object of {record['file_name']} has {np.size(points) // 3} "
+                    f"keypoints, but the metadata names {len(names)}; they cannot be written."
+                )
 
 
 def _number(value: float) -> str:
@@ -158,6 +171,7 @@ def _same_classes(path: str, text: str) -> None:
 def write_yolo(source: Source, out: str, masks: str) -> tuple[str, list[str]]:
     """Writes OUT/data.yaml, OUT/labels/SPLIT and the list OUT/SPLIT.txt; pictures go to OUT/images/SPLIT."""
     keypoints = source.metadata.get("keypoint_names")
+    _check_keypoints(source, keypoints)
     with_polygons = not keypoints and _use_polygons(source, masks)
     _count_difficult(source)
     places = []
@@ -220,7 +234,7 @@ def _yolo_line(
         values = [float(v) / size[i % 2] for i, v in enumerate(_join_polygons(segmentation))]
     elif keypoints:
         points = annotation.get("keypoints")
-        points = [0.0] * (3 * len(keypoints)) if points is None else list(points)
+        points = [0.0] * (3 * len(keypoints)) if points is None or not len(points) else list(points)
         values = box + [float(v) if i % 3 == 2 else float(v) / size[i % 3] for i, v in enumerate(points)]
     else:
         values = box

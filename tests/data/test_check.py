@@ -376,6 +376,12 @@ def test_command(tmp_path, capsys):
     assert main([f"coco:{tmp_path}/fixed.json@{tmp_path}/images", "--all"]) == 0
 
 
+def test_file_that_cannot_be_written(tmp_path, capsys):
+    address = write_coco(tmp_path)
+    assert main([address, "--fix", f"{tmp_path}/ann.json/fixed.json"]) == 2
+    assert "ann.json/fixed.json cannot be written" in capsys.readouterr().err
+
+
 def test_runs_as_a_program(tmp_path):
     address = write_yolo(tmp_path)
     command = [sys.executable, "-m", "detlib.data.check", address]

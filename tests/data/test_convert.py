@@ -217,3 +217,19 @@ def test_swapped_keypoints_whose_names_do_not_tell(tmp_path, log):
     assert "cannot hold" not in log.text
     convert_dataset(start, "coco", f"{tmp_path}/coco")
     assert "1 pairs of keypoints are no longer known to be swapped in the mirror" in log.text
+
+
+def test_keypoints_of_some_objects_and_of_several_kinds(tmp_path):
+    content = coco_content()
+    content["categories"][2]["keypoints"] = ["left eye", "right eye"]
+    content["annotations"][0]["keypoints"] = [1, 1, 2, 3, 3, 2]
+    content["annotations"][1]["keypoints"] = []
+    start = write_coco(tmp_path / "start", content)
+    record = DatasetCatalog.get(convert_dataset(start, "yolo", f"{tmp_path}/yolo"))[0]
+    assert [a["keypoints"] for a in record["annotations"]] == [[1.5, 1.5, 2, 3.5, 3.5, 2], [0] * 6]
+    content["categories"][0]["keypoints"] = ["a", "b", "c"]
+    content["annotations"][1]["keypoints"] = [1, 1, 2] * 3
+    start = write_coco(tmp_path / "two", content)
+    for to in ("yolo", "coco"):
+        with pytest.raises(ValueError, match="a.jpg has 2 keypoints, but the metadata names 3"):
+            convert_dataset(start, to, f"{tmp_path}/{to}2")
