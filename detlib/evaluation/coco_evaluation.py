@@ -49,7 +49,7 @@ class COCOEvaluator(DatasetEvaluator):
         distributed: gather the predictions of all processes into the main one.
         output_dir: folder for `instances_predictions.pth`, `coco_instances_results.json` (in COCO's result
             format) or `box_proposals.pkl`, and for ground truth that was converted. Image ids that are no
-            whole numbers are numbers in the JSON files, the same in both.
+            whole numbers from 0 to 2^53 are numbers from 1 in the JSON files, the same in both.
         max_dets_per_image: so many detections of a picture count, the best first; default 100.
         use_fast_impl: if False, use pycocotools.
         kpt_oks_sigmas: one number for each keypoint; by default those of the data set's metadata
