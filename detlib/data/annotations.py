@@ -265,6 +265,9 @@ def annotations_to_instances(
     keypoints = _field_of_all(annos, "keypoints")
     if keypoints is not None:
         keypoints = [np.asarray(points, dtype=np.float32).reshape(-1, 3) for points in keypoints]
+        counts = sorted({len(points) for points in keypoints})
+        if len(counts) > 1:
+            raise ValueError(f"instances have {counts} keypoints; all must have as many")
         target.gt_keypoints = Keypoints(np.stack(keypoints))
     return target
 

@@ -12,9 +12,13 @@ import os
 from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
 
+import numpy as np
 import yaml
 
 from detlib.data.datasets.coco_writer import convert_to_coco_dict
+from detlib.data.datasets.keypoint_names import left_right_pairs
+from detlib.data.datasets.pascal_voc import IMAGE_SUFFIXES as VOC_SUFFIXES
+from detlib.data.readers import check_image_size, read_image_size
 from detlib.utils.file_io import PathManager
 
 if TYPE_CHECKING:
@@ -37,6 +41,7 @@ def _write(path: str, text: str) -> None:
 def write_coco(source: Source, out: str, masks: str) -> tuple[str, list[str]]:
     """Writes OUT/annotations/SPLIT.json; pictures go to OUT/images/SPLIT."""
     content = convert_to_coco_dict(source.name)
+    _count_difficult(source)
     folder = os.path.join(out, "images", source.split)
     for i, image in enumerate(content["images"]):
         image["file_name"] = source.file_name(i)
@@ -48,14 +53,43 @@ def write_coco(source: Source, out: str, masks: str) -> tuple[str, list[str]]:
         for annotation in content.get("annotations", ()):
             annotation["image_id"] = ids[annotation["image_id"]]
     names = source.metadata.get("keypoint_names")
+    _check_keypoints(source, names)
     if names:
         rules = source.metadata.get("keypoint_connection_rules") or []
+        told = {frozenset(pair) for pair in left_right_pairs(list(names))}
+        swapped = {frozenset(pair) for pair in source.metadata.get("keypoint_flip_map") or ()}
+        source.lost[
+            "pairs of keypoints are no longer known to be swapped in the mirror, as their names do "
+            "not differ in left and right only"
+        ] += len(swapped - told)
+        source.lost = +source.lost
         skeleton = [[names.index(a) + 1, names.index(b) + 1] for a, b, _ in rules]
         for category in content["categories"]:
             category.update(keypoints=list(names), skeleton=skeleton)
     file = os.path.join(out, "annotations", f"{source.split}.json")
     _write(file, json.dumps(content))
     return f"coco:{file}@{folder}", [os.path.join(folder, image["file_name"]) for image in content["images"]]
+
+
+def _count_difficult(source: Source) -> None:
+    """VOC's mark, which its metric alone knows, has no place in other formats; crowds are marked as such."""
+    annotations = [a for record in source.dicts for a in record.get("annotations", ())]
+    source.lost["objects are no longer marked as difficult"] += sum(
+        bool(a.get("difficult")) and not a.get("iscrowd") for a in annotations
+    )
+    source.lost = +source.lost
+
+
+def _check_keypoints(source: Source, names: list[str] | None) -> None:
+    """Raises ValueError where an object has not as many keypoints as the data set names for all classes."""
+    for record in source.dicts:
+        for annotation in record.get("annotations", ()):
+            points = annotation.get("keypoints")
+            if names and points is not None and np.size(points) not in (0, 3 * len(names)):
+                raise ValueError(
+                    f"Dataset {source.name!r}: an object of {record['file_name']} has {np.size(points) // 3} "
+                    f"keypoints, but the metadata names {len(names)}; they cannot be written."
+                )
 
 
 def _number(value: float) -> str:
@@ -66,6 +100,7 @@ def _number(value: float) -> str:
 def write_voc(source: Source, out: str, masks: str) -> tuple[str, list[str]]:
     """Writes OUT/Annotations, ImageSets/Main/SPLIT.txt and labels.txt; pictures go to OUT/JPEGImages."""
     classes = list(source.metadata.thing_classes)
+    _check_for_voc(source, classes)
     _same_classes(os.path.join(out, "labels.txt"), "\n".join(classes) + "\n")
     places = []
     for i, record in enumerate(source.dicts):
@@ -80,21 +115,39 @@ def write_voc(source: Source, out: str, masks: str) -> tuple[str, list[str]]:
         ]
         _write(os.path.join(out, "Annotations", source.stems[i] + ".xml"), "\n".join(lines))
         places.append(os.path.join(out, "JPEGImages", source.file_name(i)))
+    _write(os.path.join(out, "ImageSets", "Main", source.split + ".txt"), "\n".join(source.stems) + "\n")
+    return f"voc:{out}@{source.split}", places
+
+
+def _check_for_voc(source: Source, classes: list[str]) -> None:
+    """Raises ValueError for what VOC's files cannot hold, before any is written."""
     # A split's list has one word a line.
     if any(len(stem.split()) != 1 for stem in source.stems):
         raise ValueError(
             f"Dataset {source.name!r} has pictures with spaces in their names, VOC's lists cannot."
         )
-    _write(os.path.join(out, "ImageSets", "Main", source.split + ".txt"), "\n".join(source.stems) + "\n")
-    return f"voc:{out}@{source.split}", places
+    suffixes = {os.path.splitext(record["file_name"])[1] for record in source.dicts}
+    unknown = sorted(suffix for suffix in suffixes if suffix.lower() not in VOC_SUFFIXES)
+    if unknown:
+        raise ValueError(
+            f"Dataset {source.name!r} has pictures that end in {unknown}; those in VOC's folders must end in "
+            f"{', '.join(VOC_SUFFIXES)}."
+        )
+    # Objects have the name of their class, and a list of classes has one a line.
+    bad = [n for n in classes if not n.isprintable() or not n or n != n.strip() or classes.count(n) > 1]
+    if bad:
+        raise ValueError(
+            f"Dataset {source.name!r} has classes that VOC's files cannot tell apart, as they have one name, "
+            f"none, or one with line breaks or with spaces around it: {bad[:10]}."
+        )
 
 
 def _voc_object(source: Source, annotation: dict, classes: list[str]) -> str:
     box = source.box(annotation)
     corners = "".join(f"<{key}>{_number(v)}</{key}>" for key, v in zip(("xmin", "ymin", "xmax", "ymax"), box))
     crowd = ""
-    if annotation.get("iscrowd"):
-        crowd = "<difficult>1</difficult><iscrowd>1</iscrowd>"
+    if annotation.get("iscrowd") or annotation.get("difficult"):
+        crowd = "<difficult>1</difficult>" + "<iscrowd>1</iscrowd>" * bool(annotation.get("iscrowd"))
     for key in ("segmentation", "keypoints"):
         source.lost[f"objects lose their {key}"] += bool(annotation.get(key) is not None)
     source.lost = +source.lost
@@ -118,9 +171,14 @@ def _same_classes(path: str, text: str) -> None:
 def write_yolo(source: Source, out: str, masks: str) -> tuple[str, list[str]]:
     """Writes OUT/data.yaml, OUT/labels/SPLIT and the list OUT/SPLIT.txt; pictures go to OUT/images/SPLIT."""
     keypoints = source.metadata.get("keypoint_names")
+    _check_keypoints(source, keypoints)
     with_polygons = not keypoints and _use_polygons(source, masks)
+    _count_difficult(source)
     places = []
     for i, record in enumerate(source.dicts):
+        # Shares of a size that is wrong would be somewhere else, and nothing would tell any more.
+        width, height = read_image_size(record["file_name"])
+        check_image_size(record, np.empty((height, width, 0)))
         lines = []
         for annotation in record.get("annotations", ()):
             if annotation.get("iscrowd"):
@@ -176,7 +234,7 @@ def _yolo_line(
         values = [float(v) / size[i % 2] for i, v in enumerate(_join_polygons(segmentation))]
     elif keypoints:
         points = annotation.get("keypoints")
-        points = [0.0] * (3 * len(keypoints)) if points is None else list(points)
+        points = [0.0] * (3 * len(keypoints)) if points is None or not len(points) else list(points)
         values = box + [float(v) if i % 3 == 2 else float(v) / size[i % 3] for i, v in enumerate(points)]
     else:
         values = box

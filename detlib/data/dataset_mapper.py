@@ -182,7 +182,12 @@ class DatasetMapper:
         image = utils.read_image(dataset_dict["file_name"], format=self.image_format, decoder=self.decoder)
         utils.check_image_size(dataset_dict, image)
         sem_seg_file = dataset_dict.pop("sem_seg_file_name", None)
-        sem_seg = None if sem_seg_file is None else utils.read_image(sem_seg_file, "L").squeeze(2)
+        sem_seg = None if sem_seg_file is None else utils.read_label_map(sem_seg_file)
+        if sem_seg is not None and sem_seg.shape != image.shape[:2]:
+            raise ValueError(
+                f"label map {sem_seg_file} has (height, width) = {sem_seg.shape}, its picture "
+                f"{dataset_dict['file_name']} has {image.shape[:2]}"
+            )
         return Sample(image, dataset_dict.get("annotations", []), sem_seg)
 
     def _augment(self, sample: Sample, dataset_dict: dict) -> T.TransformList:

@@ -25,6 +25,7 @@ from .readers import (
     convert_PIL_to_numpy,
     image_to_tensor,
     read_image,
+    read_label_map,
 )
 from .transforms import (
     Augmentation,
@@ -53,6 +54,7 @@ __all__ = [
     "get_fed_loss_cls_weights",
     "image_to_tensor",
     "read_image",
+    "read_label_map",
     "transform_instance_annotations",
     "transform_keypoint_annotations",
     "transform_proposals",

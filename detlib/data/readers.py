@@ -22,6 +22,9 @@ __all__ = [
     "image_to_tensor",
     "read_image",
     "read_image_size",
+    "read_label_map",
+    "stored_size",
+    "to_8_bits",
     "upright_size",
 ]
 
@@ -43,6 +46,7 @@ _PIL_ERRORS = (
 )
 
 _EXIF_ORIENTATION = 0x0112
+_TIFF_WIDTH, _TIFF_HEIGHT = 0x0100, 0x0101
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -62,12 +66,32 @@ class ImageReadError(OSError, ValueError):
     """A file is there, but it is no picture that can be read: truncated, empty, or of another kind."""
 
 
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """A picture of more bits as one of 8, which Pillow's own conversion cuts off: nearly all would be white.
+
+    Of 16 bits the upper 8 are taken, as OpenCV does. Other pictures stay as they are.
+
+    Raises:
+        ValueError: the values are whole numbers of 32 bits or floats, and not all from 0 to 255.
+    """
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        low, high = image.getextrema()
+        if not (low >= 0 and high <= 255):
+            raise ValueError(
+                f"its values (mode {image.mode!r}) go from {low} to {high}; legal are 0 to 255, or 16 bits"
+            )
+    return image
+
+
 def convert_PIL_to_numpy(image: Image.Image, format: str | None) -> np.ndarray:
     """Convert a PIL image to an array of a given format.
 
     Args:
         image: any PIL image.
-        format: one of the formats above; None keeps the image's own mode.
+        format: one of the formats above; None keeps the image's own mode. Other formats than its own take
+            8 bits, see :func:`to_8_bits`.
 
     Returns:
         (H, W, C) array, uint8 for most formats, float64 for "YUV-BT.601"; "L" has C = 1. With None, a picture
@@ -75,7 +99,7 @@ def convert_PIL_to_numpy(image: Image.Image, format: str | None) -> np.ndarray:
     """
     mode = "RGB" if format in ("BGR", "YUV-BT.601") else format
     if mode is not None and image.mode != mode:
-        image = image.convert(mode)
+        image = to_8_bits(image).convert(mode)
     array = np.array(image)
     if format == "L":
         return array[:, :, None]
@@ -173,18 +197,50 @@ def read_image(file_name: str, format: str | None = None, decoder: str = "pil") 
         image = _decode_by_opencv(file_name, format)
         if image is not None:
             return image
+    image = _read_by_pillow(file_name)
+    try:
+        return convert_PIL_to_numpy(image, format)
+    except ValueError as error:
+        message = f"image file {file_name} cannot be converted to format {format!r}: {error}"
+        raise ValueError(message) from error
+
+
+def _read_by_pillow(file_name: str) -> Image.Image:
     with _open(file_name) as handle:
         try:
             image = Image.open(handle)
             image.load()
         except _PIL_ERRORS as error:
             raise ImageReadError(f"image file {file_name} is broken or cannot be read: {error}") from error
-        image = _upright(image, file_name)
-        try:
-            return convert_PIL_to_numpy(image, format)
-        except ValueError as error:
-            message = f"image file {file_name} cannot be converted to format {format!r}: {error}"
-            raise ValueError(message) from error
+        return _upright(image, file_name)
+
+
+def read_label_map(file_name: str) -> np.ndarray:
+    """Read a picture whose values are class indices.
+
+    Args:
+        file_name: path or address that PathManager knows. Of pictures with a palette the indices are taken,
+            not the colours; of grey ones the values, whatever bits they have.
+
+    Returns:
+        (H, W) array, uint8, or int32 where there are values above 255.
+
+    Raises:
+        FileNotFoundError: the file is not there.
+        ImageReadError: the file is not a readable picture.
+        ValueError: it is in colour.
+    """
+    image = _read_by_pillow(file_name)
+    labels = np.array(image)
+    if labels.ndim == 3:
+        labels = labels[:, :, : 1 if image.mode == "LA" else 3]  # the rest is transparency
+        if (labels != labels[:, :, :1]).any():
+            raise ValueError(
+                f"label map {file_name} is in colour (mode {image.mode!r}); it must hold class indices, grey "
+                "or with a palette"
+            )
+        labels = labels[:, :, 0]
+    return labels.astype(np.uint8 if labels.size == 0 or labels.max() <= 255 else np.int32)
 
 
 def read_image_size(file_name: str) -> tuple[int, int]:
@@ -203,13 +259,20 @@ def read_image_size(file_name: str) -> tuple[int, int]:
         raise ImageReadError(f"image file {file_name} is broken or cannot be read: {error}") from error
 
 
+def stored_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of a picture just opened, before it is turned as its EXIF orientation says."""
+    if image.format == "TIFF":  # Pillow turns these by itself, their size at once or when they are loaded
+        return image.tag_v2[_TIFF_WIDTH], image.tag_v2[_TIFF_HEIGHT]
+    return image.size
+
+
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height of a picture once it is turned as its EXIF orientation says."""
+    """Width and height of a picture just opened, once it is turned as its EXIF orientation says."""
     try:
         turned = image.getexif().get(_EXIF_ORIENTATION) in (5, 6, 7, 8)
     except (SyntaxError, ValueError, KeyError, TypeError, EOFError, struct.error):
         turned = False
-    width, height = image.size
+    width, height = stored_size(image)
     return (height, width) if turned else (width, height)
 
 

@@ -65,8 +65,11 @@ def check_datasets(cfg: CfgNode | Mapping[str, Any], *, train: bool = True) -> N
 def check_num_classes(cfg: CfgNode, names: str | Iterable[str]) -> None:
     """Compares the model's number of classes with the data sets', as far as these are known yet.
 
+    Their names are compared with those of the first of DATASETS.TRAIN, if these are known: a class is told by
+    its place alone, so in another order all would be taken for others. Other names are worth a warning.
+
     Raises:
-        ValueError: if they differ, naming the key and both numbers.
+        ValueError: if they differ, naming the key and both numbers; or have the same names in another order.
     """
     for kind, key in _NUM_CLASSES_KEYS.get(cfg.MODEL.META_ARCHITECTURE, {}).items():
         number = _get(cfg, key)
@@ -79,6 +82,23 @@ def check_num_classes(cfg: CfgNode, names: str | Iterable[str]) -> None:
                     f"{key} is {number}, but dataset '{name}' has {len(classes)} classes ({shown}). "
                     f"Set {key} to {len(classes)}{hint}."
                 )
+            if classes:
+                _compare_names(cfg, kind, name, [*classes])
+
+
+def _compare_names(cfg: CfgNode, kind: str, name: str, classes: list[str]) -> None:
+    first = next(iter(as_names(cfg.DATASETS.TRAIN)), name)
+    trained = [*(MetadataCatalog.get(first).get(kind) or ())] if first in MetadataCatalog else []
+    if len(trained) != len(classes) or trained == classes:
+        return
+    place = next(i for i, pair in enumerate(zip(trained, classes)) if pair[0] != pair[1])
+    said = (
+        f"class {place} is {classes[place]!r} in dataset '{name}', but {trained[place]!r} in '{first}', "
+        "which is trained on"
+    )
+    if sorted(trained) == sorted(classes):
+        raise ValueError(f"The classes are in another order: {said}. Bring them into one order.")
+    logger.warning("The classes have other names: %s.", said)
 
 
 def set_num_classes(cfg: CfgNode) -> None:

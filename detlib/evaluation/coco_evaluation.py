@@ -49,7 +49,7 @@ class COCOEvaluator(DatasetEvaluator):
         distributed: gather the predictions of all processes into the main one.
         output_dir: folder for `instances_predictions.pth`, `coco_instances_results.json` (in COCO's result
             format) or `box_proposals.pkl`, and for ground truth that was converted. Image ids that are no
-            whole numbers are numbers in the JSON files, the same in both.
+            whole numbers from 0 to 2^53 are numbers from 1 in the JSON files, the same in both.
         max_dets_per_image: so many detections of a picture count, the best first; default 100.
         use_fast_impl: if False, use pycocotools.
         kpt_oks_sigmas: one number for each keypoint; by default those of the data set's metadata
@@ -223,8 +223,23 @@ class COCOEvaluator(DatasetEvaluator):
             if task == "keypoints" and results and not self._sigmas_known(len(results[0]["keypoints"]) // 3):
                 self._logger.error(self._missing_sigmas(len(results[0]["keypoints"]) // 3))
                 continue
+            if task != "bbox" and results and not self._is_annotated(task):
+                continue
             scores = self._score(results, task, selected) if results else None
             self._results[task] = self._derive_coco_results(scores, task, self._class_names())
+
+    def _is_annotated(self, task: str) -> bool:
+        """Whether there is what the task compares with; tells of objects without."""
+        total = len(self._ground_truth.coco["annotations"])
+        without = total - self._ground_truth.count({"segm": "segmentation"}.get(task, task))
+        if without and (task == "segm" or without == total):
+            what = "count as objects never found" if without < total else "so this is not evaluated"
+            self._logger.warning(
+                "%d of %d annotations of %r have no %s: %s",
+                *(without, total, self._dataset_name),
+                *({"segm": "mask"}.get(task, task), what),
+            )
+        return without < total or not total
 
     def _check_tasks_of(self, results: list[dict]) -> set[str]:
         """Returns the tasks to evaluate. Raises ValueError if the predictions lack what one of them needs."""
@@ -296,6 +311,7 @@ class COCOEvaluator(DatasetEvaluator):
             self._logger.info("nan stands where there is no ground truth of that kind.")
         if class_names is None or len(class_names) <= 1:
             return results
+        class_names = _tell_apart(class_names)
         per_class = {f"AP-{name}": coco_eval.ap_of_class(i) for i, name in enumerate(class_names)}
         self._logger.info("AP of each class for %s:\n%s", iou_type, _class_table(class_names, per_class))
         return {**results, **per_class}
@@ -371,6 +387,12 @@ def _tasks_of(results: list[dict]) -> set[str]:
         if "keypoints" in result:
             tasks.add("keypoints")
     return tasks
+
+
+def _tell_apart(names: Sequence[str]) -> list[str]:
+    """Adds a number to names that were there before: several categories may have one."""
+    before = [[*names][:i].count(name) for i, name in enumerate(names)]
+    return [f"{name} ({count + 1})" if count else name for name, count in zip(names, before)]
 
 
 def _class_table(class_names: Sequence[str], per_class: dict[str, float]) -> str:

@@ -16,6 +16,8 @@ from detlib.structures import BoxMode, Instances, ROIMasks, RotatedBoxes
 
 __all__ = ["GroundTruth", "instances_to_coco_json", "load_ground_truth"]
 
+_HIGHEST_ID = 2**53  # faster-coco-eval passes ids on as float64
+
 
 def instances_to_coco_json(instances: Instances, img_id: Any) -> list[dict]:
     """Converts one picture's predictions to COCO's result format (https://cocodataset.org/#format-results).
@@ -90,6 +92,10 @@ class GroundTruth:
         """The category ids in rising order."""
         return sorted(category["id"] for category in self.coco["categories"])
 
+    def count(self, key: str) -> int:
+        """Number of annotations that have `key`, and not empty."""
+        return sum(bool(annotation.get(key)) for annotation in self.coco["annotations"])
+
     @property
     def class_names(self) -> list[str]:
         """The names of the categories in the order of `category_ids`."""
@@ -108,34 +114,57 @@ def load_ground_truth(dataset_name: str, metadata: Metadata) -> GroundTruth:
 def complete_ground_truth(coco: dict) -> GroundTruth:
     """Fills in what annotation files may lack and the metric needs, without changing `coco`.
 
-    Annotations are numbered anew: the metric takes id 0 for "no match", and ids may be missing.
+    Annotations are numbered anew: the metric takes id 0 for "no match", and ids may be missing. Images are
+    where their ids are no whole numbers, or ones that the back ends confuse. As when data are loaded,
+    annotations without an image and polygons of fewer than three points are left out.
     """
     ids = [image["id"] for image in coco["images"]]
-    keep_ids = all(type(i) is int for i in ids)
+    keep_ids = all(type(i) is int and 0 <= i <= _HIGHEST_ID for i in ids)
     numbers = {i: i if keep_ids else n for n, i in enumerate(ids, start=1)}
-    sizes = {image["id"]: (image["height"], image["width"]) for image in coco["images"]}
+    sizes = {image["id"]: (int(image["height"]), int(image["width"])) for image in coco["images"]}
     annotations = []
+    with_masks = any("segmentation" in annotation for annotation in coco.get("annotations") or ())
+    num_values = max((len(a.get("keypoints") or ()) for a in coco.get("annotations") or ()), default=0)
     for annotation in coco.get("annotations") or ():
-        if annotation["image_id"] not in numbers:
+        image_id = annotation.get("image_id")
+        if not isinstance(image_id, int | float | str) or image_id not in numbers:
             continue
         complete = {
             **annotation,
             "id": len(annotations) + 1,
-            "image_id": numbers[annotation["image_id"]],
+            "image_id": numbers[image_id],
             "iscrowd": int(annotation.get("iscrowd", 0)),
         }
-        if "area" not in complete:
-            complete["area"] = _area(annotation, *sizes[annotation["image_id"]])
-        if "keypoints" in complete and "num_keypoints" not in complete:
-            complete["num_keypoints"] = sum(v > 0 for v in complete["keypoints"][2::3])
+        if with_masks:
+            complete["segmentation"] = _good_mask(annotation.get("segmentation"))
+        if not _is_area(complete.get("area")):
+            complete["area"] = _area(complete, *sizes[image_id])
+        if num_values:  # of no keypoints is the same as of none that is labelled
+            complete["keypoints"] = annotation.get("keypoints") or [0] * num_values
+            complete.setdefault("num_keypoints", sum(v > 0 for v in complete["keypoints"][2::3]))
         annotations.append(complete)
     completed = {
         "info": coco.get("info", {}),
-        "images": [{**image, "id": numbers[image["id"]]} for image in coco["images"]],
+        "images": [
+            {**image, "id": numbers[image["id"]], "height": size[0], "width": size[1]}
+            for image, size in zip(coco["images"], sizes.values())
+        ],
         "categories": coco["categories"],
         "annotations": annotations,
     }
     return GroundTruth(completed, numbers, "annotations" in coco)
+
+
+def _good_mask(segmentation: Any) -> list | dict:
+    """A mask as both back ends take it: an RLE, or polygons of three points or more; perhaps none."""
+    if isinstance(segmentation, list):
+        return [polygon for polygon in segmentation if len(polygon) >= 6 and len(polygon) % 2 == 0]
+    return segmentation or []
+
+
+def _is_area(area: Any) -> bool:
+    """Whether it is a number that the metric can compare with its limits; of the others it makes anything."""
+    return isinstance(area, int | float) and area >= 0
 
 
 def _area(annotation: dict, height: int, width: int) -> float:

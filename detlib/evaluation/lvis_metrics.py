@@ -88,7 +88,7 @@ def evaluate_lvis(
     if img_ids is not None:
         images = {i: images[i] for i in img_ids}
     truth: dict[int, list[dict]] = defaultdict(list)
-    searched = {i: set(image.get("neg_category_ids", ())) for i, image in images.items()}
+    searched = {i: set(image.get("neg_category_ids") or ()) for i, image in images.items()}
     for annotation in lvis["annotations"]:
         if annotation["image_id"] in images:
             truth[annotation["category_id"]].append({**annotation, "iscrowd": 0})
@@ -136,7 +136,7 @@ def _evaluate_category(
                 "width": images[i]["width"],
                 "neg_category_ids": [category_id],  # what does not count is left out already
                 "not_exhaustive_category_ids": [
-                    c for c in images[i].get("not_exhaustive_category_ids", ()) if c == category_id
+                    c for c in images[i].get("not_exhaustive_category_ids") or () if c == category_id
                 ],
             }
             for i in image_ids

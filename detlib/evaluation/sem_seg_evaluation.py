@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from detlib.data.catalog import DatasetCatalog, MetadataCatalog
+from detlib.data.readers import read_label_map
 from detlib.ops import encode_rle
 from detlib.utils import comm
 from detlib.utils.file_io import PathManager
@@ -73,7 +74,7 @@ class SemSegEvaluator(DatasetEvaluator):
         distributed: bool = True,
         output_dir: str | None = None,
         *,
-        sem_seg_loading_fn: Callable[..., np.ndarray] = load_image_into_numpy_array,
+        sem_seg_loading_fn: Callable[..., np.ndarray] = read_label_map,
         num_classes: int | None = None,
         ignore_label: int | None = None,
     ) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from detlib.data import DatasetCatalog, MetadataCatalog
 from detlib.data.catalog import check_datasets_exist
+from detlib.data.check import check_dataset
 
 COCO = {
     "images": [{"id": 1, "file_name": "a.png", "height": 20, "width": 30}],
@@ -100,3 +101,41 @@ def test_errors_name_the_part_that_is_wrong(folder, address, error, message):
     for use in (check_datasets_exist, DatasetCatalog.get):
         with pytest.raises(error, match=message):
             use(address)
+
+
+def keypoint_categories(names, **more):
+    return {**COCO, "categories": [{"id": i, "name": f"c{i}", "keypoints": names, **more} for i in (2, 5)]}
+
+
+def test_keypoints_of_other_programs(tmp_path, log):
+    """Names in capitals, connections counted from 0, or null; and the same in Roboflow's export."""
+    content = keypoint_categories(["Left Ear", "nose", "Right Ear"], skeleton=[[0, 1], [1, 2], [2, 7]])
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    metadata = MetadataCatalog.get(f"coco:{tmp_path}/a.json@{tmp_path}")
+    assert metadata.keypoint_flip_map == [("Left Ear", "Right Ear")]
+    assert [rule[:2] for rule in metadata.keypoint_connection_rules] == [("Left Ear", "nose")]
+    assert "left out 2 connections in 'skeleton' that are no pairs of numbers from 1 to 3" in log.text
+    assert "no keypoints are swapped" not in log.text
+    (tmp_path / "train").mkdir()
+    content = keypoint_categories(["l", "r"], skeleton=None)
+    (tmp_path / "train/_annotations.coco.json").write_text(json.dumps(content))
+    metadata = MetadataCatalog.get(f"roboflow:{tmp_path}@train")
+    assert (metadata.keypoint_names, metadata.keypoint_flip_map) == (["l", "r"], [])
+    assert metadata.keypoint_connection_rules == []
+    assert "where pictures are mirrored, no keypoints are swapped" in log.text
+
+
+@pytest.mark.parametrize("names", ["nose", [1, 2], ["nose", "nose"]])
+def test_names_of_keypoints_that_are_none(tmp_path, names):
+    (tmp_path / "a.json").write_text(json.dumps(keypoint_categories(names)))
+    with pytest.raises(ValueError, match="a.json: category 'c2': the keypoints must be a list of names"):
+        MetadataCatalog.get(f"coco:{tmp_path}/a.json@{tmp_path}")
+    checked = check_dataset(f"coco:{tmp_path}/a.json@{tmp_path}", pictures=False)
+    assert [f.kind for f in checked.findings].count("category-broken") == 2
+    assert not any("keypoints" in category for category in checked.repaired["categories"])
+
+
+def test_a_file_in_place_of_a_folder_is_told(tmp_path):
+    (tmp_path / "set.zip").write_bytes(b"PK")
+    with pytest.raises(FileNotFoundError, match="set.zip' is a file, not a folder"):
+        check_datasets_exist(f"dir:{tmp_path}/set.zip@train")

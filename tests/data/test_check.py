@@ -91,14 +91,16 @@ COCO = [
     ("duplicate-category-name", change("categories.0.name", "owl"), "ann.json", "kept"),
     ("unused-category", append("categories", id=9, name="gull"), "ann.json", "kept"),
     ("image-broken", change("images.1.file_name", None), "ann.json", "has no 'file_name'"),
+    ("image-broken", change("images.1.file_name", ""), "ann.json", "has no 'file_name'"),
     ("image-broken", change("images.1.width", None), "'b.jpg'", "has no 'width'"),
     ("image-wrong-type", change("images.1.id", 2.5), "'b.jpg'", "must all be whole numbers"),
-    ("image-wrong-type", change("images.1.width", "40"), "'b.jpg'", "both must be above 0"),
-    ("image-size-not-positive", change("images.1.height", 0), "'b.jpg'", "both must be above 0"),
+    ("image-wrong-type", change("images.1.width", "40"), "'b.jpg'", "must be whole numbers above 0"),
+    ("image-size-not-positive", change("images.1.height", 0), "'b.jpg'", "must be whole numbers above 0"),
     ("duplicate-image-id", change("images.1.id", 1), "'b.jpg'", "two images have the id 1"),
     ("mixed-image-ids", change("images.1.id", "two"), "ann.json", "int and str"),
     ("duplicate-file-name", change("images.1.file_name", "a.jpg"), "'a.jpg'", "kept"),
     ("empty-image", change("annotations", []), "'b.jpg'", "kept"),
+    ("size-mismatch", change("images.1.width", 40.5), "'b.jpg'", "must be whole numbers above 0"),
     ("size-mismatch", change("images.1.width", 41), "'b.jpg'", "says width 41"),
     ("size-mismatch", lambda c: c["images"][1].update(width=30, height=40), "'b.jpg'", "says width 30"),
     ("missing-picture", change("images.1.file_name", "c.jpg"), "'c.jpg'", "image file not found"),
@@ -323,6 +325,16 @@ def test_good_sets(tmp_path, writer, capsys):
     assert f"dir:{tmp_path} is taken as {address}: found" in capsys.readouterr().out
 
 
+def test_sizes_as_floats_and_polygons_that_cross_themselves_are_no_errors(tmp_path):
+    content = coco_content()
+    content["images"][1].update(width=40.0, height=30.0)
+    content["annotations"][0]["segmentation"] = [[2, 3, 10, 12.5, 10, 3, 2, 12.5]]  # a bow tie: its area is 0
+    checked = check_dataset(write_coco(tmp_path, content))
+    assert [finding.kind for finding in checked.findings] == ["empty-image"]
+    assert [image["width"] for image in checked.repaired["images"]] == [40, 40]
+    assert len(checked.repaired["annotations"]) == 3
+
+
 def test_registered_names_and_generated_pictures(tmp_path, capsys):
     content = coco_content()
     content["annotations"][0]["bbox"] = [1, 1, 0, 3]
@@ -362,6 +374,12 @@ def test_command(tmp_path, capsys):
     fixed = json.loads((tmp_path / "fixed.json").read_text())
     assert fixed["annotations"][4]["bbox"] == [1, 2, 39, 9]
     assert main([f"coco:{tmp_path}/fixed.json@{tmp_path}/images", "--all"]) == 0
+
+
+def test_file_that_cannot_be_written(tmp_path, capsys):
+    address = write_coco(tmp_path)
+    assert main([address, "--fix", f"{tmp_path}/ann.json/fixed.json"]) == 2
+    assert "ann.json/fixed.json cannot be written" in capsys.readouterr().err
 
 
 def test_runs_as_a_program(tmp_path):

@@ -13,6 +13,7 @@ from pycocotools.coco import COCO
 from detlib.data import DatasetCatalog, MetadataCatalog
 from detlib.data.datasets import convert_to_coco_json, load_coco_json, register_coco_instances
 from detlib.data.datasets.builtin_meta import COCO_CATEGORIES
+from detlib.data.datasets.coco import read_coco_json
 from detlib.structures import BoxMode
 
 NAME = "coco_test"
@@ -141,6 +142,7 @@ def test_box_of_no_area(load, log, box):
     [
         ({"category_id": 5}, "category id 5, which is not in the file's list of 2 categories .ids 4 to 9."),
         ({"category_id": None}, "category id None"),
+        ({"category_id": [4]}, r"category id \[4\], which is not"),
         ({"bbox": [1, 2, 3]}, r"the bbox \[1, 2, 3\]"),
         ({"bbox": None}, "the bbox None"),
         ({"segmentation": "abc"}, "neither polygons nor an RLE mask"),
@@ -170,6 +172,10 @@ def test_errors_name_file_image_and_annotation(load, changes, message):
             "'a.png' has width 0 and height 3",
         ),
         (
+            content(images=[{"id": 1, "file_name": "a.png", "width": 2.5, "height": 3}]),
+            "'a.png' has width 2.5 and height 3; both must be whole numbers above 0",
+        ),
+        (
             content(images=[{"id": 1, "file_name": f"{i}.png", "width": 3, "height": 3} for i in "ab"]),
             "the id 1",
         ),
@@ -183,6 +189,23 @@ def test_errors_name_file_image_and_annotation(load, changes, message):
 def test_files_that_are_refused(load, coco, message):
     with pytest.raises(ValueError, match=f"ann.json.*{message}"):
         load(coco)
+
+
+def test_values_of_other_programs(load, log):
+    """Sizes as floats, null for no keypoints, and ids of types that cannot be looked up."""
+    images = [{"id": 7, "file_name": "a.png", "height": 20.0, "width": 30.0}]
+    odd = [annotation(keypoints=None), annotation(id=[2]), annotation(id=3, image_id=[7])]
+    (record,) = load(content(*odd, images=images))
+    assert (record["height"], record["width"]) == (20, 30) and isinstance(record["height"], int)
+    assert [("keypoints" in a) for a in record["annotations"]] == [False, False]
+    assert "left out 1 annotations of images that the file does not list" in log.text
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_encodings_of_the_annotation_file(tmp_path, encoding):
+    named = content(annotation(), categories=[{"id": 4, "name": "größe"}])
+    (tmp_path / "ann.json").write_bytes(json.dumps(named, ensure_ascii=False).encode(encoding))
+    assert read_coco_json(str(tmp_path / "ann.json"))["categories"][0]["name"] == "größe"
 
 
 def test_missing_file():

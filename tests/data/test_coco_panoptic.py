@@ -164,6 +164,12 @@ def test_merging_needs_partners():
             lambda x: x["annotations"][1]["segments_info"][0].update(category_id=8),
             "'a.png' has the category id 8",
         ),
+        (
+            lambda x: x["annotations"][1]["segments_info"][0].pop("category_id"),
+            "'a.png' has the category id None",
+        ),
+        (lambda x: x["annotations"][1].pop("segments_info"), "annotation number 1 has no segments_info"),
+        (lambda x: x["annotations"][0].pop("file_name"), "annotation number 0 has no file_name"),
         (lambda x: x.update(annotations=[]), "has no annotations"),
     ],
 )
@@ -173,6 +179,14 @@ def test_wrong_annotation_files(folder, change, message):
     (folder / "panoptic.json").write_text(json.dumps(coco))
     with pytest.raises(ValueError, match=message):
         load_coco_panoptic_json(str(folder / "panoptic.json"), "img", "pan", META)
+
+
+def test_pictures_without_segments_are_told(folder, log):
+    coco = json.loads((folder / "panoptic.json").read_text())
+    del coco["annotations"][0]
+    (folder / "panoptic.json").write_text(json.dumps(coco))
+    assert len(load_coco_panoptic_json(str(folder / "panoptic.json"), "img", "pan", META)) == 1
+    assert "left out 1 of 2 images, which have no annotation" in log.text
 
 
 def test_builtin_names():

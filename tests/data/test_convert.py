@@ -5,7 +5,7 @@ import pytest
 from detlib.data import DatasetCatalog, MetadataCatalog
 from detlib.data.convert import convert_dataset, main
 from detlib.structures import BoxMode
-from tests.data.small_sets import CLASSES, coco_content, write_coco, write_voc, write_yolo
+from tests.data.small_sets import CLASSES, coco_content, voc_xml, write_coco, write_voc, write_yolo
 
 
 @pytest.fixture(autouse=True)
@@ -166,3 +166,70 @@ def test_command(tmp_path, capsys):
     assert records(address) == records(start) and MetadataCatalog.get(address).thing_classes == CLASSES
     assert main(["voc:/nowhere@train", "--to", "yolo", f"{tmp_path}/out"]) == 2
     assert "error: Dataset address 'voc:/nowhere@train'" in capsys.readouterr().err
+
+
+def test_difficult_objects(tmp_path, log):
+    text = voc_xml(("owl", (5, 6, 7, 8)), ("crow", (1, 2, 3, 4)))
+    start = write_voc(tmp_path / "start", a=text.replace("<name>owl", "<difficult>1</difficult><name>owl"))
+    again = convert_dataset(start, "voc", f"{tmp_path}/voc")
+    marks = [[a.get("difficult") for a in r["annotations"]] for r in DatasetCatalog.get(again)]
+    assert marks == [[None], [1, None]] and "cannot hold" not in log.text
+    for to in ("coco", "yolo"):
+        convert_dataset(start, to, f"{tmp_path}/{to}")
+        assert f"{to} cannot hold everything: 1 objects are no longer marked as difficult" in log.text
+
+
+@pytest.mark.parametrize(
+    "names", [["owl", "owl", "crow"], ["", "a", "b"], [" a", "b", "c"], ["a\nb", "c", "d"]]
+)
+def test_classes_that_voc_cannot_tell_apart(tmp_path, names):
+    content = coco_content(categories=[{"id": i, "name": n} for i, n in zip((3, 5, 7), names)])
+    with pytest.raises(ValueError, match="classes that VOC's files cannot tell apart"):
+        convert_dataset(write_coco(tmp_path / "start", content), "voc", f"{tmp_path}/voc")
+    assert not (tmp_path / "voc").exists()
+
+
+def test_pictures_that_voc_cannot_find(tmp_path):
+    content = coco_content()
+    content["images"][1]["file_name"] = "b.gif"
+    start = write_coco(tmp_path / "start", content, ("a.jpg", "b.gif"))
+    assert records(convert_dataset(start, "voc", f"{tmp_path}/voc"))[1][0] == "b.gif"
+    for name, message in (("b.ppm", r"pictures that end in \['.ppm'\]"), ("b 1.jpg", "spaces")):
+        content["images"][1]["file_name"] = name
+        start = write_coco(tmp_path / name, content, ("a.jpg", name))
+        with pytest.raises(ValueError, match=message):
+            convert_dataset(start, "voc", f"{tmp_path}/other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_shares_of_a_wrong_size_are_not_written(tmp_path):
+    start = write_voc(tmp_path / "start", a=voc_xml(("owl", (5, 6, 7, 8)), size=(30, 40)))
+    with pytest.raises(
+        ValueError, match="a.jpg.* has width 40 and height 30, .* says width 30 and height 40"
+    ):
+        convert_dataset(start, "yolo", f"{tmp_path}/yolo")
+
+
+def test_swapped_keypoints_whose_names_do_not_tell(tmp_path, log):
+    labels = {"a": "1 0.5 0.5 1 1 0.25 0.5 2 0.5 0.5 1\n"}
+    start = write_yolo(tmp_path / "start", labels, kpt_shape=[2, 3], flip_idx=[1, 0])
+    convert_dataset(start, "yolo", f"{tmp_path}/yolo")
+    assert "cannot hold" not in log.text
+    convert_dataset(start, "coco", f"{tmp_path}/coco")
+    assert "1 pairs of keypoints are no longer known to be swapped in the mirror" in log.text
+
+
+def test_keypoints_of_some_objects_and_of_several_kinds(tmp_path):
+    content = coco_content()
+    content["categories"][2]["keypoints"] = ["left eye", "right eye"]
+    content["annotations"][0]["keypoints"] = [1, 1, 2, 3, 3, 2]
+    content["annotations"][1]["keypoints"] = []
+    start = write_coco(tmp_path / "start", content)
+    record = DatasetCatalog.get(convert_dataset(start, "yolo", f"{tmp_path}/yolo"))[0]
+    assert [a["keypoints"] for a in record["annotations"]] == [[1.5, 1.5, 2, 3.5, 3.5, 2], [0] * 6]
+    content["categories"][0]["keypoints"] = ["a", "b", "c"]
+    content["annotations"][1]["keypoints"] = [1, 1, 2] * 3
+    start = write_coco(tmp_path / "two", content)
+    for to in ("yolo", "coco"):
+        with pytest.raises(ValueError, match="a.jpg has 2 keypoints, but the metadata names 3"):
+            convert_dataset(start, to, f"{tmp_path}/{to}2")

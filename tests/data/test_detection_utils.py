@@ -10,6 +10,7 @@ from detlib.config import get_cfg
 from detlib.data import MetadataCatalog
 from detlib.data import detection_utils as utils
 from detlib.data import transforms as T
+from detlib.data.readers import read_image_size
 from detlib.structures import BitMasks, Boxes, BoxMode, Instances, PolygonMasks
 
 
@@ -83,6 +84,58 @@ def test_read_image_turns_by_exif(tmp_path, rgb, orientation, upright):
     exif[0x0112] = orientation
     path = save(tmp_path / "turned.png", rgb, exif=exif)
     np.testing.assert_array_equal(utils.read_image(path, "RGB"), upright(rgb))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_size_in_the_header_is_that_of_the_upright_picture(tmp_path, rgb, suffix, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = str(tmp_path / f"a.{suffix}")
+    Image.fromarray(rgb).save(path, exif=exif)
+    height, width = utils.read_image(path, "RGB").shape[:2]
+    assert read_image_size(path) == (width, height)
+    assert (width, height) == (rgb.shape[1::-1] if orientation < 5 else rgb.shape[:2])
+
+
+@pytest.mark.parametrize("decoder", ["pil", "opencv"])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bits_become_the_upper_8(tmp_path, suffix, decoder):
+    values = np.array([[0, 255, 256], [4095, 30000, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / f"a.{suffix}")
+    image = utils.read_image(str(tmp_path / f"a.{suffix}"), "RGB", decoder)
+    assert image.tolist() == [[[v] * 3 for v in row] for row in ([0, 0, 1], [15, 117, 255])]
+
+
+@pytest.mark.parametrize("values", [[[0, 70000]], [[-1, 5]], [[0.5, 300.0]]])
+def test_values_that_8_bits_cannot_hold_are_refused(tmp_path, values):
+    array = np.array(values)
+    path = str(tmp_path / "a.tif")
+    Image.fromarray(array.astype(np.int32 if array.dtype.kind == "i" else np.float32)).save(path)
+    with pytest.raises(ValueError, match="a.tif cannot be converted to format 'RGB': its values"):
+        utils.read_image(path, "RGB")
+
+
+def test_label_maps_of_any_mode(tmp_path):
+    """Indices of a palette are labels, not the brightness of its colours."""
+    labels = np.array([[0, 1, 2], [1, 0, 255]], dtype=np.uint8)
+    with_palette = Image.fromarray(labels).convert("P")
+    with_palette.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0] + [9] * 759)
+    grey = Image.fromarray(labels)
+    pictures = {"L": grey, "P": with_palette, "I;16": Image.fromarray(labels.astype(np.uint16))}
+    pictures |= {mode: grey.convert(mode) for mode in ("RGB", "RGBA", "LA")}
+    for mode, picture in pictures.items():
+        picture.save(tmp_path / "a.png")
+        assert Image.open(tmp_path / "a.png").mode == mode
+        read = utils.read_label_map(str(tmp_path / "a.png"))
+        assert read.dtype == np.uint8 and read.tolist() == labels.tolist(), mode
+    Image.fromarray(labels == 1).save(tmp_path / "a.png")
+    assert utils.read_label_map(str(tmp_path / "a.png")).tolist() == [[0, 1, 0], [1, 0, 0]]
+    Image.fromarray(labels.astype(np.uint16) * 10).save(tmp_path / "a.png")
+    assert utils.read_label_map(str(tmp_path / "a.png")).tolist() == [[0, 10, 20], [10, 0, 2550]]
+    with_palette.convert("RGB").save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="label map .*a.png is in colour"):
+        utils.read_label_map(str(tmp_path / "a.png"))
 
 
 def test_broken_exif_does_not_spoil_a_picture(tmp_path, rgb):
@@ -223,6 +276,9 @@ def test_annotations_to_instances_refuses():
     mixed = [make_annotation(segmentation=mask), make_annotation()]
     with pytest.raises(ValueError, match="'segmentation' is missing in instance 1"):
         utils.annotations_to_instances(mixed, (20, 30), "bitmask")
+    uneven = [make_annotation(keypoints=np.zeros((count, 3))) for count in (2, 3)]
+    with pytest.raises(ValueError, match=r"instances have \[2, 3\] keypoints; all must have as many"):
+        utils.annotations_to_instances(uneven, (20, 30))
 
 
 def test_filter_empty_instances():

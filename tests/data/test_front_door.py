@@ -83,6 +83,17 @@ def test_coco_places(tmp_path):
     assert DatasetCatalog.get(f"dir:{tmp_path}")[0]["file_name"] == f"{tmp_path}/train2017/a.jpg"
 
 
+def test_coco_files_whose_pictures_are_elsewhere(tmp_path):
+    write_coco(tmp_path)
+    (tmp_path / "images").rename(tmp_path / "photographs")
+    with pytest.raises(
+        FileNotFoundError, match="ann.json' is in COCO's format, but its first picture, 'a.jpg'"
+    ):
+        DatasetCatalog.get(f"dir:{tmp_path}")
+    (tmp_path / "photographs").rename(tmp_path / "data")
+    assert len(DatasetCatalog.get(f"dir:{tmp_path}@ann")) == 2
+
+
 def test_options_are_handed_on(tmp_path):
     content = coco_content()
     content["annotations"][0]["bbox"] = [1, 1, 0, 4]

@@ -8,6 +8,7 @@ import torch
 
 from detlib.data import DatasetCatalog, MetadataCatalog
 from detlib.data.catalog import check_datasets_exist
+from detlib.data.check import check_dataset
 from detlib.data.datasets import get_lvis_instances_meta, load_lvis_json, register_lvis_instances
 from detlib.data.datasets.lvis_v0_5_categories import LVIS_CATEGORIES as V0_5
 from detlib.data.datasets.lvis_v1_categories import LVIS_CATEGORIES as V1
@@ -88,6 +89,16 @@ def test_dicts(write):
             "note": "x",
         }
     ]
+
+
+def test_the_checker_finds_pictures_by_their_address(write, tmp_path):
+    lvis = make_lvis()
+    lvis["images"][1].update(neg_category_ids=None, not_exhaustive_category_ids=None)
+    register_lvis_instances(NAME, {}, write(lvis), str(tmp_path))
+    assert [r["neg_category_ids"] for r in DatasetCatalog.get(NAME)] == [[], [2]]
+    checked = check_dataset(NAME, pictures=False)
+    assert not checked.num_errors
+    assert checked.repaired["images"][0]["file_name"] == "val2017/000000000009.jpg"
 
 
 def test_classes_of_the_file(write):

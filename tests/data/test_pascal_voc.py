@@ -7,7 +7,9 @@ from PIL import Image
 
 from detlib.data import DatasetCatalog, MetadataCatalog
 from detlib.data.catalog import check_datasets_exist
+from detlib.data.check import check_dataset
 from detlib.data.datasets import load_voc_instances, register_pascal_voc
+from detlib.data.datasets.pascal_voc import find_voc_class_names
 from detlib.structures import BoxMode
 
 
@@ -129,3 +131,53 @@ def test_what_is_missing(folder):
     (folder / "ImageSets/Main/val.txt").write_text("\n")
     with pytest.raises(ValueError, match="val.txt' lists no pictures"):
         load_voc_instances(str(folder), "val", CLASSES)
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "gb2312", "big5", "shift_jis", "utf-16", "iso-8859-1"])
+def test_encodings_of_the_annotations(folder, encoding):
+    name = "böse" if encoding == "iso-8859-1" else "中"
+    text = f'<?xml version="1.0" encoding="{encoding}"?>' + xml((name, (5, 6, 7, 8)))
+    (folder / "Annotations/c.xml").write_bytes(text.encode(encoding))
+    assert find_voc_class_names(str(folder)) == sorted(["crow", "wren", name])
+    assert not check_dataset(f"voc:{folder}@val", pictures=False).num_errors
+
+
+def test_unknown_encoding_is_told_with_the_file(folder):
+    text = '<?xml version="1.0" encoding="nonsense"?>' + xml()
+    (folder / "Annotations/c.xml").write_text(text)
+    with pytest.raises(ValueError, match="c.xml' is not valid XML: unknown encoding: nonsense"):
+        load_voc_instances(str(folder), "val", CLASSES)
+    assert "bad-file" in {f.kind for f in check_dataset(f"voc:{folder}@val", pictures=False).findings}
+
+
+def test_lists_of_a_windows_editor(folder):
+    (folder / "ImageSets/Main/train.txt").write_bytes("\ufeffa\r\nb\r\n".encode())
+    (folder / "labels.txt").write_bytes("\ufeffwren\r\nowl\r\ncrow\r\n".encode())
+    assert find_voc_class_names(str(folder)) == ["wren", "owl", "crow"]
+    assert [r["image_id"] for r in DatasetCatalog.get(f"voc:{folder}@train")] == ["a", "b"]
+    (folder / "labels.txt").write_bytes("größe\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="labels.txt' is not text in UTF-8"):
+        find_voc_class_names(str(folder))
+    assert "bad-file" in {f.kind for f in check_dataset(f"voc:{folder}@train").findings}
+
+
+def test_names_with_spaces(folder):
+    for part, suffix in (("Annotations", "xml"), ("JPEGImages", "jpg")):
+        (folder / f"{part}/c.{suffix}").rename(folder / f"{part}/my bird 1.{suffix}")
+    (folder / "ImageSets/Main/val.txt").write_text("my bird 1\na  -1\n")
+    assert [r["image_id"] for r in load_voc_instances(str(folder), "val", CLASSES)] == ["my bird 1", "a"]
+    (folder / "ImageSets/Main/val.txt").write_text("my fish\n")
+    with pytest.raises(FileNotFoundError, match="no picture 'my fish'"):
+        load_voc_instances(str(folder), "val", CLASSES)
+
+
+def test_what_is_listed_twice_is_taken_once(folder, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("detlib"), "propagate", True)
+    (folder / "ImageSets/Main/train.txt").write_text("b\na\nb\n")
+    assert [r["image_id"] for r in load_voc_instances(str(folder), "train", CLASSES)] == ["b", "a"]
+    assert "lists 1 pictures again: left out" in caplog.text
+    (folder / "labels.txt").write_text("owl\ncrow\nowl\nwren\n")
+    assert find_voc_class_names(str(folder)) == ["owl", "crow", "wren"]
+    assert "lists ['owl'] more than once" in caplog.text
+    kinds = {f.kind for f in check_dataset(f"voc:{folder}@train").findings}
+    assert {"duplicate-file-name", "duplicate-category-name"} <= kinds

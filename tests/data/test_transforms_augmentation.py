@@ -34,6 +34,8 @@ def draw(aug, image, n=200):
         ((100, 101), 50, 10**9, (50, 51)),  # 50.5 is rounded up
         ((100, 103), 50, 10**9, (50, 52)),  # 51.5 as well, not to even
         ((3, 1000), 800, 1333, (4, 1333)),
+        ((1, 6000), 800, 1333, (1, 1333)),  # 0.2 would be none
+        ((6000, 2), 800, 1333, (1333, 1)),
         ((375, 500), 240, 1333, (240, 320)),
     ],
 )
@@ -280,3 +282,11 @@ def test_earlier_names():
     assert T.apply_transform_gens is T.apply_augmentations
     assert T.TransformGen is T.Augmentation and T.StandardAugInput is T.AugInput
     assert all(getattr(T, name) is getattr(augmentation_impl, name) for name in augmentation_impl.__all__)
+
+
+@pytest.mark.parametrize("size", [(1, 6000), (6000, 1), (1, 1)])
+def test_pictures_of_one_row_or_column_keep_it(size):
+    picture = np.zeros((*size, 3), dtype=np.uint8)
+    for augmentation in (T.ResizeScale(0.1, 0.1, 60, 60), T.RandomCrop("relative", (0.3, 0.3))):
+        height, width = augmentation.get_transform(picture).apply_image(picture).shape[:2]
+        assert height >= 1 and width >= 1 and height <= max(size[0], 6) and width <= max(size[1], 6)

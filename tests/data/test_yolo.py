@@ -7,6 +7,7 @@ from PIL import Image
 
 from detlib.data import DatasetCatalog, MetadataCatalog
 from detlib.data.catalog import check_datasets_exist
+from detlib.data.check import check_dataset
 from detlib.data.datasets import load_yolo, register_yolo
 from detlib.data.detection_utils import create_keypoint_hflip_indices
 from detlib.structures import BoxMode
@@ -17,7 +18,7 @@ from tests.data.small_sets import CLASSES, picture, write, write_yolo
 def forget():
     yield
     for name in MetadataCatalog.list():
-        if name.startswith("yolo"):
+        if name.startswith(("yolo", "dir")):
             MetadataCatalog.remove(name)
     DatasetCatalog.pop("yolo_test", None)
 
@@ -110,6 +111,32 @@ def test_same_names_in_two_folders(tmp_path):
     ]
 
 
+def test_labels_are_found_from_within_the_folder(tmp_path, monkeypatch):
+    write_yolo(tmp_path)
+    write(f"{tmp_path}/labels/train/alone.txt", "0 0.5 0.5 0.5 0.5\n")
+    monkeypatch.chdir(tmp_path)
+    for address in ("yolo:data.yaml@train", "dir:.@train"):
+        assert [len(record["annotations"]) for record in DatasetCatalog.get(address)] == [2, 0]
+    assert "label-without-picture" in {f.kind for f in check_dataset("yolo:data.yaml@train").findings}
+
+
+def test_pictures_in_folders_with_a_dot(tmp_path):
+    write_yolo(tmp_path)
+    write(f"{tmp_path}/images/train/take.2/c.jpg", picture())
+    write(f"{tmp_path}/labels/train/take.2/c.txt", "1 0.5 0.5 0.5 0.5\n")
+    dicts = load_yolo(f"{tmp_path}/data.yaml", "train")
+    assert {record["image_id"]: len(record["annotations"]) for record in dicts} == {"a": 2, "b": 0, "c": 1}
+
+
+def test_list_of_a_windows_editor(tmp_path):
+    write_yolo(tmp_path, train="train.txt")
+    write(f"{tmp_path}/train.txt", "\ufeffimages/train/b.jpg\r\nimages/train/a.jpg\r\n")
+    assert [r["image_id"] for r in load_yolo(f"{tmp_path}/data.yaml", "train")] == ["b", "a"]
+    write(f"{tmp_path}/train.txt", "images/train/für.jpg".encode("latin-1"))
+    with pytest.raises(ValueError, match="train.txt' is not text in UTF-8"):
+        load_yolo(f"{tmp_path}/data.yaml", "train")
+
+
 def test_labels_beside_pictures(tmp_path):
     write(tmp_path / "data.yaml", json.dumps({"train": "pics", "names": CLASSES}))
     write(tmp_path / "pics/a.png", picture())
@@ -166,6 +193,7 @@ def test_errors_name_file_and_line(tmp_path, line, message):
         ({"train": None}, ValueError, "no split 'train', only: val"),
         ({"kpt_shape": [3]}, ValueError, "'kpt_shape' must be"),
         ({"kpt_shape": [3, 3], "flip_idx": [0, 1]}, ValueError, "'flip_idx' must hold each of 0 to 2"),
+        ({"kpt_shape": [2, 3], "flip_idx": ["1", "0"]}, ValueError, "'flip_idx' must hold each of 0 to 1"),
         ({"kpt_shape": [3, 3], "flip_idx": [1, 2, 0]}, ValueError, "in pairs: 0 becomes 1, but 1 becomes 2"),
         ({"kpt_shape": [3, 3], "kpt_names": ["a"]}, ValueError, "'kpt_names' must name 3"),
         ({"kpt_shape": [1, 3]}, ValueError, r"a.txt, line 1: 5 values; .* must be 8"),

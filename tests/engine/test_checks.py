@@ -3,6 +3,7 @@
 import pytest
 
 from detlib.config import get_cfg
+from detlib.data import MetadataCatalog
 from detlib.engine import DefaultTrainer, default_setup
 from detlib.engine.checks import check_num_classes, set_num_classes
 from tests.engine.tiny import tiny_cfg
@@ -78,3 +79,22 @@ def test_trainer_sets_it_in_the_config_it_is_given(tmp_path):
     cfg = tiny_cfg(tmp_path, MODEL__ROI_HEADS__NUM_CLASSES=80)
     trainer = DefaultTrainer(cfg)
     assert trainer.model.roi_heads.num_classes == 3 and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 3
+
+
+def test_classes_in_another_order_or_with_other_names(log):
+    names = {"train": ["cat", "dog", "owl"], "same": ["cat", "dog", "owl"], "turned": ["cat", "owl", "dog"]}
+    names["other"] = ["cat", "dog", "eagle"]
+    for name, classes in names.items():
+        MetadataCatalog.get(f"checks_{name}").set(thing_classes=classes)
+    try:
+        cfg = config("RetinaNet", "checks_train", RETINANET, 3)
+        check_num_classes(cfg, ["checks_train", "checks_same"])
+        assert "other names" not in log.text
+        with pytest.raises(ValueError, match="class 1 is 'owl' in dataset 'checks_turned', but 'dog' in"):
+            check_num_classes(cfg, "checks_turned")
+        check_num_classes(cfg, "checks_other")
+        assert "class 2 is 'eagle' in dataset 'checks_other', but 'owl' in 'checks_train'" in log.text
+        check_num_classes(config("RetinaNet", "checks_unknown", RETINANET, 3), "checks_turned")
+    finally:
+        for name in names:
+            MetadataCatalog.remove(f"checks_{name}")

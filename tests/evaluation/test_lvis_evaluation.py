@@ -302,6 +302,8 @@ def test_absent_categories_count_where_they_are_known_to_be_absent():
     lvis["images"].append({"id": 2, "height": 100, "width": 100, "file_name": "2.jpg"})
     results = [*detections((BOX, 1, 0.5)), {"image_id": 2, "category_id": 1, "bbox": BOX, "score": 0.9}]
     assert evaluate_lvis(lvis, results, "bbox").ap("AP") == pytest.approx(100)
+    lvis["images"][1].update(neg_category_ids=None, not_exhaustive_category_ids=None)
+    assert evaluate_lvis(lvis, results, "bbox").ap("AP") == pytest.approx(100)
     lvis["images"][1]["neg_category_ids"] = [1]
     assert evaluate_lvis(lvis, results, "bbox").ap("AP") == pytest.approx(50)
     assert evaluate_lvis(lvis, results, "bbox", img_ids=[1]).ap("AP") == pytest.approx(100)

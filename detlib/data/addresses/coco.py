@@ -6,11 +6,12 @@ import os
 from typing import Any
 
 from detlib.data.datasets.coco import load_coco_json, read_categories, read_coco_json
+from detlib.data.datasets.keypoint_names import keypoint_metadata
 from detlib.utils.file_io import PathManager
 
 from .parts import need_folder, split_choice, split_options
 
-__all__ = ["CocoAddress", "keypoint_metadata"]
+__all__ = ["CocoAddress"]
 
 
 class CocoAddress:
@@ -46,7 +47,7 @@ class CocoAddress:
             "image_root": self.image_root,
             "thing_classes": thing_classes,
             "thing_dataset_id_to_contiguous_id": id_map,
-            **keypoint_metadata(categories),
+            **keypoint_metadata(categories, self.json_file),
         }
 
 
@@ -62,24 +63,3 @@ def _split_at(body: str, address: str) -> tuple[str, str]:
         )
     files = [pair for pair in pairs if PathManager.isfile(pair[0])]
     return (files or [pair for pair in pairs if pair[0].endswith(".json")] or pairs)[0]
-
-
-def keypoint_metadata(categories: list[dict]) -> dict[str, Any]:
-    """Returns names, flip map and connections from the first category with keypoints.
-
-    COCO has no place for the flip map: names that differ in left and right only are taken as a pair.
-    """
-    category = next((category for category in categories if category.get("keypoints")), None)
-    if category is None:
-        return {}
-    names = category["keypoints"]
-    flip = [(name, name.replace("left", "right")) for name in names if "left" in name]
-    colors = ((255, 128, 0), (51, 153, 255), (102, 204, 102))
-    return {
-        "keypoint_names": names,
-        "keypoint_flip_map": [pair for pair in flip if pair[1] in names],
-        "keypoint_connection_rules": [
-            (names[a - 1], names[b - 1], colors[i % len(colors)])
-            for i, (a, b) in enumerate(category.get("skeleton", ()))
-        ],
-    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +104,7 @@ class FolderAddress:
                 f"Dataset address {self.address!r}: no known data set was found in {self.path!r}. Looked for:"
                 + "".join(f"\n  {scheme}: {what}" for scheme, what in _LAYOUTS)
                 + f"\nThere is: {_listing(self.path)}."
+                + _without_pictures(self.path)
             )
         schemes = [*dict.fromkeys(candidate.scheme for candidate in candidates)]
         if len(schemes) > 1:
@@ -198,9 +199,8 @@ def _voc(path: str) -> list[Candidate]:
     ]
 
 
-def _coco(path: str) -> list[Candidate]:
-    """Annotation files at the usual places; the split is in the name of the file or of its folder."""
-    found = []
+def _coco_files(path: str) -> Iterator[tuple[str, str, dict]]:
+    """Yields folder, name and content of the annotation files at the usual places."""
     folders = [path, os.path.join(path, "annotations")]
     folders += [os.path.join(path, name) for name in ("train", "val", "valid", "test")]
     for folder in filter(PathManager.isdir, folders):
@@ -209,16 +209,31 @@ def _coco(path: str) -> list[Candidate]:
                 continue
             file = os.path.join(folder, name)
             try:
-                coco = read_coco_json(file)
+                yield folder, name, read_coco_json(file)
             except ValueError as error:
                 logger.debug("%s is not taken for a data set: %s", file, error)
-                continue
-            split = _split_of(name, folder, path)
-            pictures = _picture_folder(coco, path, folder, split)
-            if pictures is not None:
-                place = os.path.relpath(file, path) if "://" not in path else file
-                found.append(Candidate(f"coco:{file}@{pictures}", split, f"found {place} and its pictures"))
+
+
+def _coco(path: str) -> list[Candidate]:
+    """The split is in the name of the file or of its folder."""
+    found = []
+    for folder, name, coco in _coco_files(path):
+        file, split = os.path.join(folder, name), _split_of(name, folder, path)
+        pictures = _picture_folder(coco, path, folder, split)
+        if pictures is not None:
+            place = os.path.relpath(file, path) if "://" not in path else file
+            found.append(Candidate(f"coco:{file}@{pictures}", split, f"found {place} and its pictures"))
     return found
+
+
+def _without_pictures(path: str) -> str:
+    """Says which annotation files are there; called where no pictures of theirs were found."""
+    return "".join(
+        f"\n{os.path.join(folder, name)!r} is in COCO's format, but its first picture, "
+        f"{coco['images'][0].get('file_name')!r}, is at none of the usual places. Say where: "
+        f"coco:{os.path.join(folder, name)}@IMAGE_DIR."
+        for folder, name, coco in _coco_files(path)
+    )
 
 
 def _split_of(name: str, folder: str, path: str) -> str:
@@ -232,7 +247,15 @@ def _split_of(name: str, folder: str, path: str) -> str:
 def _picture_folder(coco: dict, path: str, folder: str, split: str) -> str | None:
     """Returns the first of the usual folders that has the file's first picture; None if none has."""
     first = str(coco["images"][0].get("file_name", ""))
-    names = ("images", split, f"images/{split}", f"{split}/images", f"{split}2017", f"images/{split}2017")
+    names = (
+        "images",
+        "data",
+        split,
+        f"images/{split}",
+        f"{split}/images",
+        f"{split}2017",
+        f"images/{split}2017",
+    )
     places = [folder, path, *(os.path.join(path, name) for name in names)]
     places += [os.path.join(folder, "images")]
     return next((place for place in places if PathManager.isfile(os.path.join(place, first))), None)

@@ -50,4 +50,5 @@ def split_folder_and_split(address: str, body: str, form: str) -> tuple[str, str
 def need_folder(address: str, what: str, path: str) -> None:
     """Raises FileNotFoundError if `path` is no folder."""
     if not PathManager.isdir(path):
-        raise FileNotFoundError(f"Dataset address {address!r}: the {what} {path!r} does not exist.")
+        fault = "is a file, not a folder" if PathManager.isfile(path) else "does not exist"
+        raise FileNotFoundError(f"Dataset address {address!r}: the {what} {path!r} {fault}.")

@@ -37,7 +37,8 @@ def _write(checked: Checked, path: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Checks, prints, and returns the exit code: 1 with errors, 2 for a data set that is not there."""
+    """Checks, prints, and returns the exit code: 1 with errors, 2 for a data set that is not there, or a file
+    that cannot be written."""
     args = _parser().parse_args(argv)
     try:
         checked = check_dataset(args.dataset, pictures=not args.no_pictures)
@@ -59,7 +60,11 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\n{checked.num_errors} errors, {num_warnings} warnings")
     if args.fix:
         print("", *format_repairs(checked, limit), sep="\n")
-        _write(checked, args.fix)
+        try:
+            _write(checked, args.fix)
+        except OSError as error:
+            print(f"error: {args.fix} cannot be written: {error}", file=sys.stderr)
+            return 2
     return int(checked.num_errors > 0)
 
 

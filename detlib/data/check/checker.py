@@ -9,6 +9,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
+from detlib.data.datasets.keypoint_names import check_keypoint_names
+
 from .kinds import Finding
 from .pictures import Picture, read_pictures
 from .raw import RawSet, read_raw
@@ -119,6 +121,11 @@ class _Checker:
                 self.raw.report("category-broken", f"{category!r}"[:200], action="category dropped")
                 continue
             number, name = category["id"], category["name"]
+            try:
+                check_keypoint_names(category.get("keypoints") or [])
+            except ValueError as error:
+                self.raw.report("category-broken", f"{name!r}: {error}", action="its keypoints dropped")
+                category = {key: value for key, value in category.items() if key != "keypoints"}
             if number in self.categories:
                 detail = f"id {number} is {self.categories[number]['name']!r} and {name!r}"
                 self.raw.report("duplicate-category-id", detail, action=f"{name!r} dropped")
@@ -131,7 +138,7 @@ class _Checker:
     def _check_images(self, images: list) -> None:
         files: dict[str, Any] = {}
         for number, image in enumerate(images):
-            if not isinstance(image, dict) or image.get("id") is None or image.get("file_name") is None:
+            if not isinstance(image, dict) or image.get("id") is None or image.get("file_name") in (None, ""):
                 detail = f"image number {number}: {image!r}"[:200]
                 self.raw.report("image-broken", f"{detail} has no id or no file name", action=_DROP_IMAGE)
                 continue
@@ -199,7 +206,7 @@ class _Checker:
         if None in said:
             if name not in self.told and not self._sizes_come_from_pictures():
                 self.raw.report("image-broken", detail, image=name, action=action)
-        elif not all(map(is_number, said)) or not all(map(math.isfinite, said)):
+        elif not all(is_number(number) and float(number).is_integer() for number in said):
             self.raw.report("image-wrong-type", detail, image=name, action=action)
         else:
             self.raw.report("image-size-not-positive", detail, image=name, action=action)
@@ -212,7 +219,9 @@ class _Checker:
         """Drops images whose size is bad still, as no picture told it."""
         for key, image in list(self.images.items()):
             said = image.get("width"), image.get("height")
-            if not all(is_number(number) and math.isfinite(number) and number > 0 for number in said):
+            if all(is_number(number) and float(number).is_integer() and number > 0 for number in said):
+                image["width"], image["height"] = map(int, said)
+            else:
                 self._report_size(image, _DROP_IMAGE)
                 del self.images[key]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from detlib.data.readers import upright_size
+from detlib.data.readers import stored_size, to_8_bits, upright_size
 from detlib.utils.file_io import PathManager
 
 __all__ = ["Picture", "read_pictures"]
@@ -52,15 +52,16 @@ def _read(path: str) -> Picture:
     size = None
     try:
         image = Image.open(io.BytesIO(data))
-        size = upright_size(image)
+        size, stored = upright_size(image), stored_size(image)
         image.load()
+        to_8_bits(image)
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error) as error:
         # Pillow raises any of these for broken files; a header that was read tells where it broke.
         kind = "truncated-picture" if size and "truncated" in str(error) else "unreadable-picture"
         return Picture(kind, f"{path}: {error}", checksum=checksum)
     except Image.DecompressionBombError as error:
         return Picture("unreadable-picture", f"{path}: {error}", checksum=checksum)
-    return Picture("", "", size, image.size, checksum)
+    return Picture("", "", size, stored, checksum)
 
 
 def read_pictures(paths: Iterable[str], num_threads: int = 8) -> Iterator[Picture]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from detlib.data.catalog import DatasetCatalog, Metadata, MetadataCatalog, find_address
+from detlib.data.datasets.lvis import with_lvis_path
 from detlib.data.datasets.roboflow import ANNOTATION_FILE, find_roboflow_split, without_root_category
 from detlib.structures import BoxMode
 from detlib.utils.file_io import PathManager
@@ -59,7 +60,10 @@ def read_raw(name: str) -> RawSet:
     if name in DatasetCatalog:
         metadata = MetadataCatalog.get(name)
         if metadata.get("json_file") and metadata.get("image_root") is not None:
-            return _read_coco(metadata.json_file, metadata.image_root)
+            raw = _read_coco(metadata.json_file, metadata.image_root)
+            if metadata.get("evaluator_type") == "lvis" and _is_list_of_dicts(raw.content.get("images")):
+                raw.content["images"] = [with_lvis_path(image) for image in raw.content["images"]]
+            return raw
         if metadata.get("yaml_file"):
             return read_yolo(metadata.yaml_file, metadata.split)
         return _read_records(name, metadata)

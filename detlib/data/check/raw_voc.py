@@ -8,6 +8,7 @@ from collections import Counter
 from typing import Any
 
 from detlib.data.datasets.pascal_voc import find_voc_pictures, read_voc_split
+from detlib.data.datasets.voc_files import parse_xml, read_lines
 from detlib.utils.file_io import PathManager
 
 from .raw import RawSet
@@ -25,7 +26,7 @@ def read_voc(dirname: str, split: str, *, one_based: bool = False) -> RawSet:
             raw.report(
                 "duplicate-file-name", f"ImageSets/Main/{split}.txt lists it {count} times", image=name
             )
-    listed = _listed_classes(dirname)
+    listed = _listed_classes(raw, dirname)
     images, objects = [], []
     for name in dict.fromkeys(names):
         path = files.get(name)
@@ -49,25 +50,29 @@ def read_voc(dirname: str, split: str, *, one_based: bool = False) -> RawSet:
     return raw
 
 
-def _listed_classes(dirname: str) -> list[str]:
+def _listed_classes(raw: RawSet, dirname: str) -> list[str]:
     path = os.path.join(dirname, "labels.txt")
     if not PathManager.isfile(path):
         return []
-    with PathManager.open(path, "rb") as file:
-        lines = file.read().decode("utf-8", "replace").splitlines()
-    return [*dict.fromkeys(line.strip() for line in lines if line.strip())]
+    try:
+        lines = read_lines(path)
+    except ValueError as error:
+        raw.report("bad-file", str(error), file=path)
+        return []
+    for name, count in Counter(lines).items():
+        if count > 1:
+            raw.report("duplicate-category-name", f"{name!r} stands {count} times", file=path)
+    return [*dict.fromkeys(lines)]
 
 
 def _parse(raw: RawSet, xml_file: str, image: str) -> ElementTree.Element | None:
-    if not PathManager.isfile(xml_file):
-        raw.report("missing-annotation-file", f"{xml_file} does not exist", image=image)
-        return None
     try:
-        with PathManager.open(xml_file, "rb") as file:
-            return ElementTree.parse(file).getroot()
-    except ElementTree.ParseError as error:
-        raw.report("bad-file", f"it is not valid XML: {error}", file=xml_file, image=image)
-        return None
+        return parse_xml(xml_file)
+    except FileNotFoundError:
+        raw.report("missing-annotation-file", f"{xml_file} does not exist", image=image)
+    except ValueError as error:
+        raw.report("bad-file", str(error), file=xml_file, image=image)
+    return None
 
 
 def _read_size(raw: RawSet, root: ElementTree.Element, xml_file: str, image: dict) -> None:

@@ -124,7 +124,7 @@ def _find_orphans(raw: RawSet, pictures: list[str]) -> None:
     """Reports label files that no picture has, in the folders where labels were looked for."""
     expected = {label_file_of(picture) for picture in pictures}
     folders = {os.path.dirname(path) for path in expected}
-    folders &= {folder for folder in folders if "/labels" in folder and PathManager.isdir(folder)}
+    folders &= {folder for folder in folders if "labels" in folder.split("/") and PathManager.isdir(folder)}
     for folder in sorted(folders):
         for name in sorted(PathManager.ls(folder)):
             path = os.path.join(folder, name)

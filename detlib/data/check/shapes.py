@@ -107,11 +107,17 @@ def _polygon_fault(polygon: list) -> tuple[str, str]:
         return "polygon-odd", f"{len(polygon)} values: {shown}"
     if len(polygon) < 6:
         return "polygon-too-short", f"{len(polygon) // 2} points: {shown}"
-    x, y = polygon[0::2], polygon[1::2]
-    twice = sum(x[i - 1] * y[i] - x[i] * y[i - 1] for i in range(len(x)))
-    if abs(twice) < 1e-9:
+    if _on_one_line(polygon):
         return "polygon-no-area", shown
     return "", ""
+
+
+def _on_one_line(polygon: list) -> bool:
+    """Whether all points are on one line. The area does not tell: one that crosses itself may have 0."""
+    x0, y0 = polygon[:2]
+    offsets = [(x - x0, y - y0) for x, y in zip(polygon[0::2], polygon[1::2])]
+    far = max(offsets, key=lambda offset: offset[0] ** 2 + offset[1] ** 2)
+    return all(abs(far[0] * y - far[1] * x) < 1e-9 for x, y in offsets)
 
 
 def _clip_polygon(polygon: list, size: tuple[float, float], report: Report) -> list:

@@ -75,9 +75,9 @@ def read_coco_json(json_file: str) -> dict:
     path = PathManager.get_local_path(json_file)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"Annotation file {json_file!r} does not exist.")
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         try:
-            coco = json.load(file)
+            coco = json.loads(file.read())  # of bytes it takes UTF-16 and marks of byte order, too
         except ValueError as error:
             raise ValueError(f"Annotation file {json_file!r} is not valid JSON: {error}") from error
     if not isinstance(coco, dict):

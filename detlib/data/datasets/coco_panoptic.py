@@ -45,7 +45,10 @@ def load_coco_panoptic_json(json_file: str, image_dir: str, gt_dir: str, meta: d
     coco = read_coco_json(json_file)
     images = {image["id"]: image for image in coco["images"]}
     dicts = []
-    for annotation in coco.get("annotations") or ():
+    for number, annotation in enumerate(coco.get("annotations") or ()):
+        missing = [key for key in ("image_id", "file_name", "segments_info") if annotation.get(key) is None]
+        if missing:
+            raise ValueError(f"{json_file}: annotation number {number} has no {' and no '.join(missing)}.")
         image = images.get(annotation["image_id"])
         if image is None:
             raise ValueError(
@@ -65,17 +68,22 @@ def load_coco_panoptic_json(json_file: str, image_dir: str, gt_dir: str, meta: d
         )
     if not dicts:
         raise ValueError(f"Annotation file {json_file!r} has no annotations.")
+    alone = len(images.keys() - {record["image_id"] for record in dicts})
+    if alone:
+        logger.warning(
+            "%s: left out %d of %d images, which have no annotation.", json_file, alone, len(images)
+        )
     logger.info("Loaded %d images in COCO's panoptic format from %s", len(dicts), json_file)
     return dicts
 
 
 def _with_contiguous_id(segment: dict, meta: dict[str, Any], where: str) -> dict:
     for kind, isthing in (("thing", True), ("stuff", False)):
-        contiguous = meta[f"{kind}_dataset_id_to_contiguous_id"].get(segment["category_id"])
+        contiguous = meta[f"{kind}_dataset_id_to_contiguous_id"].get(segment.get("category_id"))
         if contiguous is not None:
             return {**segment, "category_id": contiguous, "isthing": isthing}
     raise ValueError(
-        f"{where} has the category id {segment['category_id']!r}, which is neither in "
+        f"{where} has the category id {segment.get('category_id')!r}, which is neither in "
         "thing_dataset_id_to_contiguous_id nor in stuff_dataset_id_to_contiguous_id."
     )
 

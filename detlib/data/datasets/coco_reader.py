@@ -56,11 +56,11 @@ class CocoReader:
 
         seen_ids = set()
         for annotation in self.coco.get("annotations") or ():
-            record = records.get(annotation.get("image_id"))
+            record = records.get(_key(annotation.get("image_id")))
             if record is None:
                 self.dropped["annotations of images that the file does not list"] += 1
                 continue
-            annotation_id = annotation.get("id")
+            annotation_id = _key(annotation.get("id"))
             if annotation_id is not None and annotation_id in seen_ids:
                 raise self._error(record, annotation, "has the same id as another annotation")
             seen_ids.add(annotation_id)
@@ -83,7 +83,7 @@ class CocoReader:
             )
 
     def _image(self, image: dict) -> dict:
-        missing = [key for key in ("id", "file_name", "height", "width") if image.get(key) is None]
+        missing = [key for key in ("id", "file_name", "height", "width") if image.get(key) in (None, "")]
         if missing:
             raise ValueError(
                 f"{self.json_file}: image {image.get('file_name', image.get('id'))!r} has no "
@@ -95,15 +95,15 @@ class CocoReader:
                 "must be a string, the id a whole number or a string."
             )
         sizes = image["height"], image["width"]
-        if not all(isinstance(size, int | float) and math.isfinite(size) and size > 0 for size in sizes):
+        if not all(_is_number(size) and size > 0 and float(size).is_integer() for size in sizes):
             raise ValueError(
                 f"{self.json_file}: image {image['file_name']!r} has width {image['width']!r} and height "
-                f"{image['height']!r}; both must be above 0."
+                f"{image['height']!r}; both must be whole numbers above 0."
             )
         return {
             "file_name": os.path.join(self.image_root, image["file_name"]),
-            "height": image["height"],
-            "width": image["width"],
+            "height": int(image["height"]),
+            "width": int(image["width"]),
             "image_id": image["id"],
             "annotations": [],
         }
@@ -114,7 +114,7 @@ class CocoReader:
         if read.setdefault("iscrowd", 0) not in (0, 1):
             raise self._error(record, annotation, f"has iscrowd {read['iscrowd']!r}; it must be 0 or 1")
         category_id = annotation.get("category_id")
-        if category_id not in self.category_ids:
+        if _key(category_id) not in self.category_ids:
             legal = sorted(self.category_ids)
             raise self._error(
                 record,
@@ -135,6 +135,8 @@ class CocoReader:
                     "annotations without any polygon of three points or more, and of some extent"
                 ] += 1
                 return None
+        if read.get("keypoints", ()) is None:
+            del read["keypoints"]
         if "keypoints" in read:
             read["keypoints"] = self._keypoints(record, annotation)
         return read
@@ -214,6 +216,11 @@ class CocoReader:
             f"{self.json_file}: annotation {annotation.get('id')!r} of image {record['file_name']!r} "
             f"(id {record['image_id']!r}) {what}."
         )
+
+
+def _key(value: Any) -> Any:
+    """A value to look an id up by, whatever type it has."""
+    return value if value is None or isinstance(value, int | float | str) else repr(value)
 
 
 def _is_number(value: Any) -> bool:

@@ -21,7 +21,7 @@ from .lvis_v0_5_categories import LVIS_CATEGORIES as LVIS_V0_5_CATEGORIES
 from .lvis_v1_categories import LVIS_CATEGORIES as LVIS_V1_CATEGORIES
 from .lvis_v1_category_image_count import LVIS_CATEGORY_IMAGE_COUNT
 
-__all__ = ["get_lvis_instances_meta", "load_lvis_json", "register_lvis_instances"]
+__all__ = ["get_lvis_instances_meta", "load_lvis_json", "register_lvis_instances", "with_lvis_path"]
 
 logger = logging.getLogger(__name__)
 
@@ -180,14 +180,17 @@ def _metadata_for(
     return found
 
 
+def with_lvis_path(image: dict) -> dict:
+    """Returns an image's entry with the `file_name` that its `coco_url` tells, see `load_lvis_json`."""
+    url = image.get("coco_url")
+    return {**image, "file_name": "/".join(url.split("/")[-2:])} if isinstance(url, str) and url else image
+
+
 class _LvisReader(CocoReader):
     """Reads where pictures lie and which categories they were searched for, too."""
 
     def _image(self, image: dict) -> dict:
-        url = image.get("coco_url")
-        if url:
-            image = {**image, "file_name": "/".join(url.split("/")[-2:])}
-        record = super()._image(image)
+        record = super()._image(with_lvis_path(image))
         for key in ("neg_category_ids", "not_exhaustive_category_ids"):
-            record[key] = image.get(key, [])
+            record[key] = image.get(key) or []
         return record

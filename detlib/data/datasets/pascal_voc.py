@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,8 +22,11 @@ from detlib.structures import BoxMode
 from detlib.utils.file_io import PathManager
 from detlib.utils.suggest import suggest
 
+from .voc_files import parse_xml, read_lines, read_split_names
+
 __all__ = [
     "CLASS_NAMES",
+    "IMAGE_SUFFIXES",
     "find_voc_class_names",
     "find_voc_pictures",
     "load_voc_instances",
@@ -37,7 +41,7 @@ CLASS_NAMES = (
     *("dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
 
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".jfif")
 
 
 def register_pascal_voc(
@@ -99,9 +103,9 @@ def load_voc_instances(
             it out with a warning.
 
     Returns:
-        One dict for each picture, in the order of the list; boxes are XYXY_ABS, floats. The size is the
-        XML's, or the picture's own where the XML has none. Objects that are marked so have "difficult": they
-        are trained on, and VOC's metric leaves them out.
+        One dict for each picture, in the order of the list, each once; boxes are XYXY_ABS, floats. The size
+        is the XML's, or the picture's own where the XML has none. Objects that are marked "difficult" have
+        that key: they are trained on, and VOC's metric leaves them out.
 
     Raises:
         FileNotFoundError: the list, an annotation or a picture does not exist.
@@ -110,7 +114,12 @@ def load_voc_instances(
     """
     if empty_boxes not in ("error", "drop"):
         raise ValueError(f"empty_boxes must be 'error' or 'drop', not {empty_boxes!r}.")
-    names = read_voc_split(dirname, split)
+    listed = read_voc_split(dirname, split)
+    names = [*dict.fromkeys(listed)]
+    if len(names) < len(listed):
+        # Twice under one id, a picture's detections would count twice in an evaluation.
+        again = len(listed) - len(names)
+        logger.warning("ImageSets/Main/%s.txt of %s lists %d pictures again: left out", split, dirname, again)
     images = find_voc_pictures(dirname)
     class_index = {name: i for i, name in enumerate(class_names)}
     dicts = []
@@ -118,10 +127,10 @@ def load_voc_instances(
         if name not in images:
             raise FileNotFoundError(
                 f"{os.path.join(dirname, 'JPEGImages')} has no picture {name!r} "
-                f"({', '.join(_IMAGE_SUFFIXES)}), which ImageSets/Main/{split}.txt lists."
+                f"({', '.join(IMAGE_SUFFIXES)}), which ImageSets/Main/{split}.txt lists."
             )
         xml_file = os.path.join(dirname, "Annotations", name + ".xml")
-        root = _parse_xml(xml_file)
+        root = parse_xml(xml_file)
         width, height = _picture_size(root, xml_file, images[name])
         objects = (
             _read_object(element, xml_file, class_index, one_based, empty_boxes)
@@ -157,8 +166,7 @@ def read_voc_split(dirname: str, split: str) -> list[str]:
         raise FileNotFoundError(
             f"{path!r} does not exist. {folder!r} has the splits: {', '.join(splits) or 'none'}."
         )
-    with PathManager.open(path) as file:
-        names = [line.split()[0] for line in file if line.strip()]
+    names = read_split_names(path, os.path.join(dirname, "Annotations"))
     if not names:
         raise ValueError(f"{path!r} lists no pictures.")
     return names
@@ -169,17 +177,19 @@ def find_voc_class_names(dirname: str) -> list[str]:
     `DIR/Annotations`, whatever split they belong to."""
     listed = os.path.join(dirname, "labels.txt")
     if PathManager.isfile(listed):
-        with PathManager.open(listed, "rb") as file:
-            lines = [line.strip() for line in file.read().decode("utf-8").splitlines()]
-        if any(lines):
-            return [line for line in lines if line]
+        lines = read_lines(listed)
+        if len({*lines}) < len(lines):
+            twice = [name for name, count in Counter(lines).items() if count > 1]
+            logger.warning("%s lists %s more than once; each is one class.", listed, twice)
+        if lines:
+            return [*dict.fromkeys(lines)]
     folder = os.path.join(dirname, "Annotations")
     if not PathManager.isdir(folder):
         raise FileNotFoundError(f"Folder {folder!r} does not exist.")
     names: set[str] = set()
     files = [os.path.join(folder, entry) for entry in PathManager.ls(folder) if entry.endswith(".xml")]
     with ThreadPoolExecutor(8) as pool:  # in an object store, most of it is waiting
-        for root in pool.map(_parse_xml, files):
+        for root in pool.map(parse_xml, files):
             names.update((element.findtext("name") or "").strip() for element in root.iter("object"))
     names.discard("")
     if not names:
@@ -195,19 +205,9 @@ def find_voc_pictures(dirname: str) -> dict[str, str]:
     files: dict[str, str] = {}
     for entry in PathManager.ls(folder):
         stem, suffix = os.path.splitext(entry)
-        if suffix.lower() == ".jpg" or (suffix.lower() in _IMAGE_SUFFIXES and stem not in files):
+        if suffix.lower() == ".jpg" or (suffix.lower() in IMAGE_SUFFIXES and stem not in files):
             files[stem] = os.path.join(folder, entry)
     return files
-
-
-def _parse_xml(path: str) -> ElementTree.Element:
-    if not PathManager.isfile(path):
-        raise FileNotFoundError(f"Annotation file {path!r} does not exist.")
-    try:
-        with PathManager.open(path, "rb") as file:
-            return ElementTree.parse(file).getroot()
-    except ElementTree.ParseError as error:
-        raise ValueError(f"Annotation file {path!r} is not valid XML: {error}") from error
 
 
 def _picture_size(root: ElementTree.Element, xml_file: str, image_file: str) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from detlib.data.catalog import DatasetCatalog, MetadataCatalog
 from detlib.utils.file_io import PathManager
 
 from .coco import load_coco_content, read_categories, read_coco_json
+from .keypoint_names import keypoint_metadata
 
 __all__ = [
     "ANNOTATION_FILE",
@@ -102,14 +103,16 @@ def read_roboflow_json(folder: str) -> dict:
 
 
 def roboflow_metadata(folder: str) -> dict[str, Any]:
-    """Returns classes and places for the metadata of a split's folder."""
+    """Returns classes, keypoints if a category has them, and places for the metadata of a split's folder."""
     json_file = os.path.join(folder, ANNOTATION_FILE)
-    thing_classes, id_map = read_categories(read_roboflow_json(folder)["categories"], json_file)
+    categories = read_roboflow_json(folder)["categories"]
+    thing_classes, id_map = read_categories(categories, json_file)
     return {
         "evaluator_type": "coco",
         "image_root": folder,
         "thing_classes": thing_classes,
         "thing_dataset_id_to_contiguous_id": id_map,
+        **keypoint_metadata(categories, json_file),
     }
 
 

@@ -19,6 +19,7 @@ from detlib.data.readers import read_image_size
 from detlib.structures import BoxMode
 from detlib.utils.file_io import PathManager
 
+from .keypoint_names import left_right_pairs, warn_of_no_pairs
 from .yolo_layout import YoloConfig, find_yolo_pictures, label_file_of, read_yolo_config
 
 __all__ = ["SLACK", "load_yolo", "read_label_rows", "register_yolo", "row_to_annotation", "yolo_metadata"]
@@ -69,14 +70,8 @@ def yolo_metadata(config: YoloConfig, split: str) -> dict[str, Any]:
     if config.flip_idx is not None:
         pairs = [(names[i], names[j]) for i, j in enumerate(config.flip_idx) if i < j]
     else:
-        pairs = [(name, name.replace("left", "right")) for name in names if "left" in name]
-        pairs = [pair for pair in pairs if pair[1] in names]
-        if not pairs:
-            logger.warning(
-                "%s has no flip_idx: where pictures are mirrored, no keypoints are swapped. That is wrong if "
-                "there are left and right ones.",
-                config.file,
-            )
+        pairs = left_right_pairs(names)
+        warn_of_no_pairs(names, pairs, f"{config.file} has no flip_idx")
     return {
         **metadata,
         "keypoint_names": names,

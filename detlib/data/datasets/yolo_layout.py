@@ -20,6 +20,9 @@ __all__ = ["IMAGE_SUFFIXES", "YoloConfig", "find_yolo_pictures", "label_file_of"
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".mpo", ".dng", ".pfm")
 
+# Names of files that lie between pictures: in an object store, to ask of each whether it is a folder is slow.
+_NO_FOLDERS = (".txt", ".json", ".xml", ".cache", ".npy")
+
 _SPLITS = ("train", "val", "test")
 _ALIASES = {"val": ("valid", "validation"), "valid": ("val",), "validation": ("val",)}
 
@@ -155,7 +158,7 @@ def _flip_idx(data: dict, yaml_file: str, shape: tuple[int, int] | None) -> tupl
     flip = data.get("flip_idx")
     if not flip or shape is None:
         return None
-    if not isinstance(flip, list) or sorted(map(str, flip)) != sorted(map(str, range(shape[0]))):
+    if not isinstance(flip, list) or not all(type(i) is int for i in flip) or {*flip} != {*range(shape[0])}:
         raise ValueError(
             f"{yaml_file}: 'flip_idx' must hold each of 0 to {shape[0] - 1} once, as kpt_shape has "
             f"{shape[0]} keypoints; got {flip!r}."
@@ -229,7 +232,7 @@ def _walk(folder: str) -> list[str]:
         path = os.path.join(folder, name)
         if name.lower().endswith(IMAGE_SUFFIXES):
             found.append(path)
-        elif "." not in name[1:] and PathManager.isdir(path):
+        elif not name.lower().endswith(_NO_FOLDERS) and PathManager.isdir(path):
             found += _walk(path)
     return sorted(found)
 
@@ -237,7 +240,11 @@ def _walk(folder: str) -> list[str]:
 def _read_list(path: str, config: YoloConfig) -> list[str]:
     """Reads a list file; its lines are relative to its folder, or to the data set's."""
     with PathManager.open(path, "rb") as file:
-        lines = [line.strip() for line in file.read().decode("utf-8").splitlines()]
+        try:
+            text = file.read().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{config.file}: the list {path!r} is not text in UTF-8: {error}.") from error
+    lines = [line.strip() for line in text.splitlines()]
     folders = [os.path.dirname(path), *config.roots]
     used = folders[0]
     found = []
@@ -255,5 +262,5 @@ def _read_list(path: str, config: YoloConfig) -> list[str]:
 def label_file_of(picture: str) -> str:
     """Returns where the objects of a picture stand: in `labels` for `images`, else beside the picture."""
     stem = os.path.splitext(picture)[0]
-    head, folder, tail = stem.rpartition("/images/")
-    return f"{head}/labels/{tail}.txt" if folder else f"{stem}.txt"
+    head, folder, tail = f"/{stem}".rpartition("/images/")
+    return f"{head}/labels/{tail}.txt"[1:] if folder else f"{stem}.txt"

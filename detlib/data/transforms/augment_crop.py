@@ -67,7 +67,7 @@ class RandomCrop(Augmentation):
         if self.crop_type == "relative_range":
             smallest = np.asarray(self.crop_size, dtype=np.float32)
             fraction_h, fraction_w = smallest + np.random.rand(2) * (1 - smallest)
-        return int(height * fraction_h + 0.5), int(width * fraction_w + 0.5)
+        return max(int(height * fraction_h + 0.5), 1), max(int(width * fraction_w + 0.5), 1)
 
 
 class RandomCrop_CategoryAreaConstraint(Augmentation):  # noqa: N801 (the public name)

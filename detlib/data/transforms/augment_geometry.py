@@ -160,7 +160,8 @@ class ResizeShortestEdge(Augmentation):
 
     @staticmethod
     def get_output_shape(oldh: int, oldw: int, short_edge_length: int, max_size: int) -> tuple[int, int]:
-        """The (height, width) that a picture of size (``oldh``, ``oldw``) gets; halves are rounded up."""
+        """The (height, width) that a picture of size (``oldh``, ``oldw``) gets; halves are rounded up, and a
+        very long picture keeps one pixel."""
         short = short_edge_length * 1.0
         scale = short / min(oldh, oldw)
         new_height, new_width = (short, scale * oldw) if oldh < oldw else (scale * oldh, short)
@@ -168,7 +169,7 @@ class ResizeShortestEdge(Augmentation):
         if longest > max_size:
             scale = max_size * 1.0 / longest
             new_height, new_width = new_height * scale, new_width * scale
-        return int(new_height + 0.5), int(new_width + 0.5)
+        return max(int(new_height + 0.5), 1), max(int(new_width + 0.5), 1)
 
 
 class ResizeScale(Augmentation):
@@ -195,7 +196,7 @@ class ResizeScale(Augmentation):
         input_size = image.shape[:2]
         target_size = np.multiply((self.target_height, self.target_width), scale)
         factor = np.minimum(target_size[0] / input_size[0], target_size[1] / input_size[1])
-        new_height, new_width = np.round(np.multiply(input_size, factor)).astype(int)
+        new_height, new_width = np.maximum(np.round(np.multiply(input_size, factor)), 1).astype(int)
         return ResizeTransform(input_size[0], input_size[1], int(new_height), int(new_width), self.interp)
 
     def get_transform(self, image: np.ndarray) -> Transform:

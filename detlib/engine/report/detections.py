@@ -231,10 +231,10 @@ def _sigmas(dataset: str, config: Mapping[str, Any] | None) -> tuple[float, ...]
 
 def _searched_only(lvis: dict, results: list[dict]) -> tuple[list[dict], np.ndarray]:
     """The results of classes that their pictures were searched for, and which of them cannot be wrong."""
-    searched = {image["id"]: set(image.get("neg_category_ids", ())) for image in lvis["images"]}
+    searched = {image["id"]: set(image.get("neg_category_ids") or ()) for image in lvis["images"]}
     for annotation in lvis["annotations"]:
         searched[annotation["image_id"]].add(annotation["category_id"])
-    partly = {image["id"]: set(image.get("not_exhaustive_category_ids", ())) for image in lvis["images"]}
+    partly = {image["id"]: set(image.get("not_exhaustive_category_ids") or ()) for image in lvis["images"]}
     kept = [result for result in results if result["category_id"] in searched[result["image_id"]]]
     return kept, np.array([r["category_id"] in partly[r["image_id"]] for r in kept], dtype=bool)
 

@@ -1,0 +1,114 @@
+"""COCOEvaluator on annotation files as other programs write them, held against pycocotools on mended ones."""
+
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+
+from detlib.evaluation import COCOEvaluator
+from tests.evaluation.test_coco_evaluation import SIZE, feed, make_coco, make_predictions, reference
+
+
+@pytest.fixture
+def coco():
+    return make_coco(np.random.RandomState(3))
+
+
+def evaluate(tmp_path, coco, outputs, tasks=None):
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps(coco))
+    return feed(COCOEvaluator(f"coco:{path}@{tmp_path}", tasks), outputs).evaluate()
+
+
+def expect(results, coco, outputs, tasks=("bbox", "segm", "keypoints")):
+    for task in tasks:
+        stats = reference(coco, outputs, task)[0]
+        names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+        names = names if task != "keypoints" else ("AP", "AP50", "AP75", "APm", "APl")
+        np.testing.assert_allclose([results[task][n] for n in names], stats[: len(names)], atol=1e-9)
+
+
+@pytest.mark.parametrize("shift", [-1000, 2**53, 2**60])
+def test_ids_that_the_back_ends_confuse(tmp_path, coco, shift):
+    outputs = make_predictions(np.random.RandomState(5), coco)
+    odd = copy.deepcopy(coco)
+    for image in odd["images"]:
+        image["id"] += shift
+    for annotation in odd["annotations"]:
+        annotation["image_id"] += shift
+    results = evaluate(tmp_path, odd, {i + shift: instances for i, instances in outputs.items()})
+    expect(results, coco, outputs)
+
+
+def test_sizes_as_floats_and_odd_areas(tmp_path, coco):
+    outputs = make_predictions(np.random.RandomState(5), coco)
+    odd = copy.deepcopy(coco)
+    for image in odd["images"]:
+        image.update(width=float(SIZE), height=float(SIZE))
+    for annotation, area in zip(odd["annotations"], (None, "12", -5, math.nan, None, True)):
+        annotation["area"] = area if area is not True else -1
+    expect(evaluate(tmp_path, odd, outputs), coco, outputs)
+
+
+def test_annotations_that_loaders_leave_out(tmp_path, coco):
+    outputs = make_predictions(np.random.RandomState(5), coco)
+    odd = copy.deepcopy(coco)
+    for image_id in (None, [10], 999):
+        odd["annotations"].append({**coco["annotations"][0], "id": 1000, "image_id": image_id})
+    del odd["annotations"][-1]["image_id"]
+    polygons = next(a["segmentation"] for a in odd["annotations"] if not a["iscrowd"])
+    polygons += [[], [1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0, 5.0]]
+    expect(evaluate(tmp_path, odd, outputs), coco, outputs)
+
+
+@pytest.mark.parametrize("mask", [None, {}, [], [[]], [[1.0, 2.0, 3.0, 4.0]], "missing"])
+def test_some_objects_without_masks(tmp_path, coco, mask, log):
+    outputs = make_predictions(np.random.RandomState(5), coco)
+    mended, odd = copy.deepcopy(coco), copy.deepcopy(coco)
+    chosen = [i for i, a in enumerate(coco["annotations"]) if not a["iscrowd"]][:4]
+    for i in chosen:
+        mended["annotations"][i]["segmentation"] = {"size": [SIZE, SIZE], "counts": [SIZE * SIZE]}
+        odd["annotations"][i]["segmentation"] = mask
+        if mask == "missing":
+            del odd["annotations"][i]["segmentation"]
+    results = evaluate(tmp_path, odd, outputs)
+    expect(results, mended, outputs, ("segm",))
+    expect(results, coco, outputs, ("bbox", "keypoints"))
+    assert f"4 of {len(coco['annotations'])} annotations" in log.text
+    assert "have no mask: count as objects never found" in log.text
+
+
+def test_no_object_has_a_mask_or_keypoints(tmp_path, coco, log):
+    outputs = make_predictions(np.random.RandomState(5), coco)
+    for annotation in coco["annotations"]:
+        del annotation["segmentation"], annotation["keypoints"], annotation["num_keypoints"]
+    results = evaluate(tmp_path, coco, outputs)
+    assert set(results) == {"bbox"}
+    expect(results, coco, outputs, ("bbox",))
+    assert "have no mask: so this is not evaluated" in log.text
+    assert "have no keypoints: so this is not evaluated" in log.text
+
+
+@pytest.mark.parametrize("keypoints", [None, [], "missing"])
+def test_some_objects_without_keypoints(tmp_path, coco, keypoints):
+    outputs = make_predictions(np.random.RandomState(5), coco)
+    mended, odd = copy.deepcopy(coco), copy.deepcopy(coco)
+    for i in range(4):
+        mended["annotations"][i].update(keypoints=[0] * 51, num_keypoints=0)
+        odd["annotations"][i]["keypoints"] = keypoints
+        del odd["annotations"][i]["num_keypoints"]
+        if keypoints == "missing":
+            del odd["annotations"][i]["keypoints"]
+    expect(evaluate(tmp_path, odd, outputs), mended, outputs)
+
+
+def test_classes_of_one_name_are_told_apart(tmp_path, coco):
+    outputs = make_predictions(np.random.RandomState(5), coco)
+    expected = reference(coco, outputs, "bbox")[1]
+    for category in coco["categories"][:2]:
+        category["name"] = "owl"
+    results = evaluate(tmp_path, coco, outputs, ("bbox",))["bbox"]
+    found = [results["AP-owl"], results["AP-owl (2)"], results["AP-class8"]]
+    np.testing.assert_allclose(found, expected, atol=1e-9)
