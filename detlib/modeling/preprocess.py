@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from detlib.layers import move_device_like
+from detlib.modeling.layout import for_convolutions
 from detlib.modeling.postprocessing import detector_postprocess
 from detlib.structures import ImageList, Instances
 
@@ -17,9 +18,6 @@ __all__ = [
     "register_pixel_stats",
     "take_instances",
 ]
-
-# Their convolutions and RoIAlign are faster in this layout; what follows keeps that of its input.
-_CHANNELS_LAST_DEVICES = ("cpu", "cuda")
 
 
 def describe_item(batched_inputs: Sequence[Mapping], index: int) -> str:
@@ -112,8 +110,7 @@ def preprocess_images(
     batch = ImageList.from_tensors(
         images, size_divisibility, padding_constraints=dict(padding_constraints or {})
     )
-    if batch.device.type in _CHANNELS_LAST_DEVICES:
-        batch.tensor = batch.tensor.contiguous(memory_format=torch.channels_last)
+    batch.tensor = for_convolutions(batch.tensor)
     return batch
 
 

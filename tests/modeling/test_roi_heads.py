@@ -236,3 +236,15 @@ def test_box_head_shapes_and_names():
     only_convs = FastRCNNConvFCHead(ShapeSpec(channels=4, height=5, width=6), conv_dims=[7], fc_dims=[])
     assert only_convs.output_shape == ShapeSpec(channels=7, height=5, width=6)
     assert only_convs(torch.randn(3, 4, 5, 6)).shape == (3, 7, 5, 6)
+
+
+def test_convolutions_of_a_box_head_work_in_channels_last_layout():
+    shape, layouts = ShapeSpec(channels=4, height=5, width=6), []
+    head = FastRCNNConvFCHead(shape, conv_dims=[7], fc_dims=[8])
+    head.conv1.register_forward_pre_hook(
+        lambda _, args: layouts.append(args[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    x = torch.randn(3, 4, 5, 6)
+    same = head(x.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(head(x), same)
+    assert layouts == [True, True]
