@@ -119,7 +119,21 @@ class DatasetMapper:
             )
         return ret
 
-    def _transform_annotations(self, dataset_dict: dict, transforms: T.TransformList, image_shape) -> list:
+    def _transform_annotations(self, dataset_dict: dict, transforms: T.TransformList, image_shape) -> None:
+        """Put "instances" into the dict of a training picture in place of its "annotations".
+
+        Subclasses override this for annotations of their own. Pictures made by `mixing` do not come by here.
+
+        Args:
+            dataset_dict: the dict that `__call__` returns; its "annotations" may be changed in place.
+            transforms: what was applied to the picture.
+            image_shape: height and width of the transformed picture.
+        """
+        moved = self._move_annotations(dataset_dict, transforms, image_shape)
+        del dataset_dict["annotations"]
+        dataset_dict["instances"] = self._to_instances(moved, image_shape, dataset_dict.get("file_name"))
+
+    def _move_annotations(self, dataset_dict: dict, transforms: T.TransformList, image_shape) -> list:
         """The annotations of a picture, transformed, without crowd regions and what is not used."""
         unused = set()
         # Mixing needs masks to know what covers what.
@@ -191,13 +205,10 @@ class DatasetMapper:
         return Sample(image, dataset_dict.get("annotations", []), sem_seg)
 
     def _augment(self, sample: Sample, dataset_dict: dict) -> T.TransformList:
-        """Apply the augmentations to a sample, in place; for training to its annotations, too."""
+        """Apply the augmentations to a sample, in place, but for its annotations."""
         aug_input = T.AugInput(sample.image, sem_seg=sample.sem_seg)
         transforms = self.augmentations(aug_input)
         sample.image, sample.sem_seg = aug_input.image, aug_input.sem_seg
-        if self.is_train:
-            named = {"annotations": sample.annotations, "file_name": dataset_dict.get("file_name")}
-            sample.annotations = self._transform_annotations(named, transforms, sample.image.shape[:2])
         return transforms
 
     def _load_mixed(self, dataset_dict: dict, others: Callable[[], dict]) -> tuple[Sample, T.TransformList]:
@@ -213,7 +224,10 @@ class DatasetMapper:
             sample = read(record)
             for mix in before:
                 sample = mix(sample, lambda: read(copy.copy(others())))
-            return sample, self._augment(sample, record)
+            transforms = self._augment(sample, record)
+            named = {"annotations": sample.annotations, "file_name": record.get("file_name")}
+            sample.annotations = self._move_annotations(named, transforms, sample.image.shape[:2])
+            return sample, transforms
 
         sample, transforms = load(dataset_dict)
         for mix in after:
@@ -258,11 +272,16 @@ class DatasetMapper:
             dataset_dict["sem_seg"] = torch.as_tensor(sample.sem_seg.astype("long"))
         if self.proposal_topk is not None:
             utils.transform_proposals(dataset_dict, image_shape, transforms, proposal_topk=self.proposal_topk)
-        annotated = dataset_dict.pop("annotations", None) is not None
-        if self.is_train and (annotated or sample.annotations):
-            dataset_dict["instances"] = self._to_instances(
-                sample.annotations, image_shape, dataset_dict.get("file_name")
-            )
+        if self.mixing:
+            if dataset_dict.get("annotations") is not None or sample.annotations:
+                dataset_dict["instances"] = self._to_instances(
+                    sample.annotations, image_shape, dataset_dict.get("file_name")
+                )
+        elif self.is_train and dataset_dict.get("annotations") is not None:
+            # Those of the data set stay as they are whatever an override does.
+            dataset_dict["annotations"] = [copy.copy(x) for x in dataset_dict["annotations"]]
+            self._transform_annotations(dataset_dict, transforms, image_shape)
+        dataset_dict.pop("annotations", None)
         return dataset_dict
 
 

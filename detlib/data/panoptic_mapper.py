@@ -80,9 +80,13 @@ class PanopticDatasetMapper(DatasetMapper):
             if self.is_train and mask is not None and mask.any():
                 annotation = {"bbox": box_of(mask), "bbox_mode": BoxMode.XYXY_ABS}
                 annotation |= {"category_id": segment["category_id"], "segmentation": mask.astype(np.uint8)}
-                sample.annotations.append(annotation)
+                dataset_dict["annotations"].append(annotation)
         sample.sem_seg = table[sample.sem_seg]
         return transforms
+
+    def _transform_annotations(self, dataset_dict: dict, transforms: T.TransformList, image_shape) -> None:
+        annos = dataset_dict.pop("annotations")  # of the transformed map, see `_augment`
+        dataset_dict["instances"] = self._to_instances(annos, image_shape, dataset_dict.get("file_name"))
 
 
 def _code(place: int) -> int:

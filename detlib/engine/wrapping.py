@@ -129,6 +129,9 @@ def create_ddp_model(model: nn.Module, *, fp16_compression: bool = False, **kwar
     """
     if comm.get_world_size() == 1:
         return model
+    # Strided 1x1 convolutions of channels-last maps give their weights gradients whose strides differ along
+    # sides of length 1 only: the same memory, of which DDP warns all the same.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     kwargs = {"gradient_as_bucket_view": True, "broadcast_buffers": False, **kwargs}
     if "device_ids" not in kwargs and next(model.parameters()).device.type == "cuda":
         kwargs["device_ids"] = [comm.get_local_rank()]

@@ -28,6 +28,7 @@ __all__ = [
     "gather_rows",
     "permute_to_N_HWA_K",
     "same_on_all_levels",
+    "sigmoid_float32",
     "top_per_level",
 ]
 
@@ -292,3 +293,8 @@ def detections_per_image(
             )
         )
     return results
+
+
+def sigmoid_float32(logits: torch.Tensor) -> torch.Tensor:
+    """Probabilities in float32, or in float64 for logits of that: half precision would make scores tie."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()

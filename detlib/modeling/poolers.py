@@ -143,8 +143,9 @@ class ROIPooler(nn.Module):
             box_lists: N box objects, absolute pixels of the network input.
 
         Returns:
-            (R, C, output height, output width), the boxes in the order of `box_lists`. With no box at all it
-            has R = 0 and still hangs on the features' graph.
+            (R, C, output height, output width), the boxes in the order of `box_lists`; contiguous where there
+            are several maps, else in the layout that RoIAlign gives. With no box at all it has R = 0 and
+            still hangs on the features' graph.
         """
         if len(x) != len(self.level_poolers):
             raise ValueError(f"ROIPooler has {len(self.level_poolers)} levels, got {len(x)} feature maps.")

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from detlib.layers import move_device_like
+from detlib.modeling.layout import CHANNELS_LAST_ON, for_convolutions
 from detlib.modeling.postprocessing import detector_postprocess
 from detlib.structures import ImageList, Instances
 
@@ -85,7 +86,7 @@ def preprocess_images(
     *,
     size_divisibility: int = 0,
     padding_constraints: Mapping[str, int] | None = None,
-    channels_last_on: Sequence[str] = ("cpu", "cuda"),
+    channels_last_on: Sequence[str] = CHANNELS_LAST_ON,
 ) -> ImageList:
     """Normalise the pictures of a batch on the model's device and pad them to one size.
 
@@ -96,7 +97,7 @@ def preprocess_images(
         size_divisibility: padded height and width become multiples of it.
         padding_constraints: the backbone's further wishes, see `ImageList.from_tensors`.
         channels_last_on: types of devices on which the pictures, and so the maps that convolutions make of
-            them, are in channels-last layout: where convolutions and RoIAlign are faster by it.
+            them, are in channels-last layout.
 
     Returns:
         `ImageList` of (N, C, H, W) in `pixel_mean`'s dtype; the padding is 0, that is the mean colour.
@@ -111,8 +112,7 @@ def preprocess_images(
     batch = ImageList.from_tensors(
         images, size_divisibility, padding_constraints=dict(padding_constraints or {})
     )
-    if batch.device.type in channels_last_on:
-        batch.tensor = batch.tensor.contiguous(memory_format=torch.channels_last)
+    batch.tensor = for_convolutions(batch.tensor, channels_last_on)
     return batch
 
 

@@ -228,6 +228,9 @@ def _legal_globals() -> dict[str, Any]:
         legal[f"builtins.{kind.__name__}"] = legal[f"__builtin__.{kind.__name__}"] = _container(kind)
     for kind in (bool, complex, float, int):
         legal[f"builtins.{kind.__name__}"] = legal[f"__builtin__.{kind.__name__}"] = kind
+    # Files of proposals say what their boxes are by this enumeration of integers.
+    for enum in ("detectron2.structures.boxes.BoxMode", "detlib.structures.box_mode.BoxMode"):
+        legal[enum] = int
     legal = {name: _frozen(function) for name, function in legal.items()}
     dtypes = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
     return legal | {f"torch.{name}": dtype for name, dtype in dtypes.items()}

@@ -162,8 +162,8 @@ def test_mapper_takes_both_ways():
     )
     given = annotations(np.random.default_rng(2), polygons=1)
     transforms = T.TransformList(CHAINS["resize and flip"])
-    together = mapper._transform_annotations({"annotations": given}, transforms, (101, 133))
+    together = mapper._move_annotations({"annotations": given}, transforms, (101, 133))
     odd = {**given[0], "bbox": [30.0, 20.0, 8.0, 6.0, 25.0], "bbox_mode": BoxMode.XYWHA_ABS}
-    one_by_one = mapper._transform_annotations({"annotations": [*given, odd]}, transforms, (101, 133))
+    one_by_one = mapper._move_annotations({"annotations": [*given, odd]}, transforms, (101, 133))
     check_equal(together, one_by_one[:-1])
     assert one_by_one[-1]["bbox"].shape == (4,)

@@ -220,3 +220,40 @@ def test_label_maps_with_a_palette_and_of_many_classes(record, tmp_path):
     Image.fromarray(labels[:10]).save(tmp_path / "seg.png")
     with pytest.raises(ValueError, match=r"seg.png has \(height, width\) = \(10, 30\), its picture .*a.png"):
         mapper(record)
+
+
+class OneClassMapper(DatasetMapper):
+    """Changes annotations in place, and makes instances of its own."""
+
+    def _transform_annotations(self, dataset_dict, transforms, image_shape):
+        annos = dataset_dict.pop("annotations")
+        for anno in annos:
+            del anno["segmentation"], anno["keypoints"]
+            anno["category_id"] = 7
+            utils.transform_instance_annotations(anno, transforms, image_shape)
+        dataset_dict["instances"] = utils.annotations_to_instances(annos[:2], image_shape)
+        dataset_dict["seen"] = len(annos)
+
+
+class CountingMapper(DatasetMapper):
+    """Adds to what there is."""
+
+    def _transform_annotations(self, dataset_dict, transforms, image_shape):
+        super()._transform_annotations(dataset_dict, transforms, image_shape)
+        dataset_dict["instances"].number = torch.arange(len(dataset_dict["instances"]))
+
+
+def test_subclasses_may_make_the_instances(record):
+    args = {"augmentations": FLIP_AND_DOUBLE, "image_format": "RGB"}
+    want = DatasetMapper(True, **args)(record)
+    before = copy.deepcopy(record)
+    got = OneClassMapper(True, **args)(record)
+    assert "annotations" not in got and got["seen"] == 3
+    assert got["instances"].gt_classes.tolist() == [7, 7]
+    assert torch.equal(got["instances"].gt_boxes.tensor, want["instances"].gt_boxes.tensor)
+    assert str(record) == str(before)  # the data set's own annotations
+
+    got = CountingMapper(True, **args)(record)
+    assert "annotations" not in got and got["instances"].number.tolist() == [0, 1]
+    assert torch.equal(got["instances"].gt_boxes.tensor, want["instances"].gt_boxes.tensor)
+    assert "instances" not in CountingMapper(False, **args)(record)

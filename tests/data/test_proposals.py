@@ -1,6 +1,9 @@
 """Files of precomputed proposals."""
 
+import enum
 import pickle
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -44,6 +47,27 @@ def test_names_of_detectron_and_default_mode(tmp_path):
     (record,) = load_proposals_into_dataset([{"image_id": 7}], write(tmp_path, old))
     assert record["proposal_bbox_mode"] is BoxMode.XYXY_ABS
     np.testing.assert_array_equal(record["proposal_objectness_logits"], [2.0, 0.5, -1.0])
+
+
+class ElsewhereMode(enum.IntEnum):
+    """Pickled by the name that such modes have in files made elsewhere."""
+
+    XYWH_ABS = 1
+
+
+ElsewhereMode.__module__, ElsewhereMode.__qualname__ = "detectron2.structures.boxes", "BoxMode"
+
+
+@pytest.mark.parametrize("mode", [BoxMode.XYWH_ABS, ElsewhereMode.XYWH_ABS])
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+def test_the_mode_may_be_an_enumeration(tmp_path, monkeypatch, mode, protocol):
+    # pickle looks a class up where it says that it is.
+    for name in ("detectron2", "detectron2.structures", "detectron2.structures.boxes"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["detectron2.structures.boxes"].BoxMode = ElsewhereMode
+    path = tmp_path / "proposals.pkl"
+    path.write_bytes(pickle.dumps({**CONTENT, "bbox_mode": mode}, protocol=protocol))
+    assert load(str(path))[0]["proposal_bbox_mode"] is BoxMode.XYWH_ABS
 
 
 class Evil:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from detlib.engine import (
 from detlib.engine.checks import check_weights
 from detlib.engine.setup import run_setting
 from detlib.evaluation import DatasetEvaluator
+from detlib.utils import comm
 from detlib.utils.events import CommonMetricPrinter, JSONWriter, TensorboardXWriter
 from tests.engine.tiny import tiny_cfg
 
@@ -381,6 +383,22 @@ def test_one_process_needs_no_wrapper_and_no_group():
     called = []
     launch(called.append, 1, args=(3,))
     assert called == [3]
+
+
+def test_gradients_in_another_layout_cause_no_warning(tmp_path, monkeypatch):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1
+    )
+    try:
+        monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model = create_ddp_model(torch.nn.Conv2d(16, 32, 1, stride=2))  # a shortcut of a ResNet
+            x = torch.randn(2, 16, 12, 16).to(memory_format=torch.channels_last)
+            model(x).square().sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert model.module.weight.grad.any()
 
 
 @pytest.mark.parametrize(

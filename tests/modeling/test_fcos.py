@@ -7,7 +7,7 @@ import torch
 
 from detlib.layers import ShapeSpec
 from detlib.modeling.meta_arch import fcos
-from detlib.modeling.meta_arch.fcos import FCOSHead
+from detlib.modeling.meta_arch.fcos import FCOS, FCOSHead
 from detlib.structures import Boxes, Instances, pairwise_iou
 from detlib.utils.events import EventStorage
 from tests.modeling.small_rcnn import (
@@ -222,3 +222,34 @@ def test_learns():
     head = FCOSHead(input_shape=[ShapeSpec(channels=16)] * 3, num_classes=K, conv_dims=[32], norm="GN")
     model = small_fcos(backbone=TinyPyramid(), head=head, head_in_features=None, test_score_thresh=0.3)
     assert finds_what_it_trained_on(model, num_steps=60)
+
+
+class ByPicture(FCOS):
+    """Has steps of its own for one picture's detections and for centerness."""
+
+    def inference_single_image(self, anchors, box_cls, box_delta, image_size):
+        self.given = [*getattr(self, "given", []), image_size]
+        return super().inference_single_image(anchors, box_cls, box_delta, image_size)
+
+    def compute_ctrness_targets(self, anchors, gt_boxes):
+        return torch.full_like(super().compute_ctrness_targets(anchors, gt_boxes), 0.25)
+
+
+def test_steps_of_a_subclass_are_taken(anchors):
+    model = small_fcos(test_score_thresh=0.75).eval()
+    flat = predictions(anchors)
+    maps = [[x.view(2, h, w, -1).permute(0, 3, 1, 2) for x, (h, w) in zip(p, MAPS)] for p in flat]
+    images = model.preprocess_image([{"image": picture(128, 256)}, {"image": picture(96, 200)}])
+    want = model.forward_inference(images, maps[0], maps)
+    model.__class__ = ByPicture
+    for a, b in zip(model.forward_inference(images, maps[0], maps), want):
+        assert len(a) > 20
+        torch.testing.assert_close(rows(a), rows(b))
+    assert model.given == [(128, 256), (96, 200)]
+
+    labels, boxes = model.label_anchors(anchors, [objects(50), objects(3)])
+    losses = model.losses(anchors, flat[0], labels, flat[1], boxes, flat[2])
+    logits = torch.cat(flat[2], dim=1)[..., 0][torch.stack(labels) != K]
+    total = -(0.25 * logits.sigmoid().log() + 0.75 * (-logits).sigmoid().log()).sum()
+    normalizer = 0.9 * 300 + 0.1 * len(logits)
+    torch.testing.assert_close(losses["loss_fcos_ctr"], total / normalizer)

@@ -160,3 +160,13 @@ def test_pooler_and_boxes_of_different_types():
     pooler, upright = ROIPooler(2, [0.25], 0, "ROIAlignRotated"), Boxes([[0, 0, 9, 9]])
     with pytest.raises(ValueError, match="ROIAlignRotated pools boxes of 5 numbers, got Boxes"):
         pooler([torch.zeros(1, 1, 8, 8)], [upright])
+
+
+def test_features_of_a_pyramid_are_contiguous():
+    """So box heads of users may flatten them with view(); also where some level has no box."""
+    maps = [torch.randn(1, 3, 64 >> i, 80 >> i).to(memory_format=torch.channels_last) for i in range(3)]
+    pooler = ROIPooler(7, [1 / 4, 1 / 8, 1 / 16], 0, "ROIAlignV2")
+    small, large = [4.0, 5.0, 24.0, 30.0], [2.0, 3.0, 250.0, 240.0]
+    for boxes in ([small], [small, large]):
+        pooled = pooler(maps, [Boxes(torch.tensor(boxes))])
+        assert pooled.view(len(boxes), -1).shape == (len(boxes), 3 * 7 * 7)

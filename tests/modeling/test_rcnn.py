@@ -280,3 +280,17 @@ def test_training_leaves_the_inputs_alone(models):
         assert set(item["proposals"].get_fields()) == {"proposal_boxes", "objectness_logits"}
         assert torch.equal(item["proposals"].proposal_boxes.tensor, proposals().proposal_boxes.tensor)
         assert torch.equal(item["instances"].gt_boxes.tensor, truth().gt_boxes.tensor)
+
+
+def test_postprocessing_by_itself(models):
+    """What users' own `inference` ends with, in the size that each dict asks for or in the input's."""
+    model = models(MASK_RCNN).eval()
+    batch = [{"image": picture(64, 96), "height": 128, "width": 192}, {"image": picture(48, 64, seed=1)}]
+    with torch.no_grad():
+        sizes = model.preprocess_image(batch).image_sizes
+        raw = model.inference(batch, do_postprocess=False)
+        boxes = [x.pred_boxes.tensor.clone() for x in raw]
+        got = type(model)._postprocess(raw, batch, sizes)
+    assert [x["instances"].image_size for x in got] == [(128, 192), (48, 64)]
+    for x, wanted, scale in zip(got, boxes, (2, 1)):
+        assert torch.equal(x["instances"].pred_boxes.tensor, wanted * scale)

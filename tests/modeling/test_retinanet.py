@@ -275,3 +275,25 @@ def test_labels_must_be_classes():
     batch[0]["instances"].gt_classes[0] = K
     with pytest.raises(ValueError, match=r"'gt_classes' of item 0 .*MODEL.RETINANET.NUM_CLASSES"):
         small_retinanet()(batch)
+
+
+class ByPicture(RetinaNet):
+    """Keeps what its own step for one picture was given."""
+
+    def inference_single_image(self, anchors, box_cls, box_delta, image_size):
+        self.given = [*getattr(self, "given", []), (box_cls, image_size)]
+        return super().inference_single_image(anchors, box_cls, box_delta, image_size)
+
+
+def test_detections_go_through_the_step_of_a_subclass():
+    model = small_retinanet(SCORE_THRESH_TEST=0.0).eval()
+    items = [{"image": picture(64, 128)}, {"image": picture(48, 128, seed=1)}]
+    with torch.no_grad():
+        want = model(items)
+        model.__class__ = ByPicture
+        got = model(items)
+    assert [size for _, size in model.given] == [(64, 128), (48, 128)]
+    assert all(x.dim() == 2 and 0 < x.min() < x.max() < 1 for x in model.given[0][0])
+    for a, b in zip(got, want):
+        assert len(a["instances"]) == 20
+        torch.testing.assert_close(rows(a["instances"]), rows(b["instances"]))

@@ -17,7 +17,7 @@ from detlib.modeling.roi_heads import (
 )
 from detlib.structures import Boxes, Instances
 from detlib.utils.events import EventStorage
-from tests.modeling.small_rcnn import NUM_CLASSES, truth
+from tests.modeling.small_rcnn import NUM_CLASSES, small_config, truth
 
 SIZE = (64, 96)
 SHAPES = {"p2": ShapeSpec(channels=4, stride=4), "p3": ShapeSpec(channels=4, stride=8)}
@@ -236,3 +236,37 @@ def test_box_head_shapes_and_names():
     only_convs = FastRCNNConvFCHead(ShapeSpec(channels=4, height=5, width=6), conv_dims=[7], fc_dims=[])
     assert only_convs.output_shape == ShapeSpec(channels=7, height=5, width=6)
     assert only_convs(torch.randn(3, 4, 5, 6)).shape == (3, 7, 5, 6)
+
+
+def test_convolutions_of_a_box_head_work_in_channels_last_layout():
+    shape, layouts = ShapeSpec(channels=4, height=5, width=6), []
+    head = FastRCNNConvFCHead(shape, conv_dims=[7], fc_dims=[8])
+    head.conv1.register_forward_pre_hook(
+        lambda _, args: layouts.append(args[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    x = torch.randn(3, 4, 5, 6)
+    same = head(x.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(head(x), same)
+    assert layouts == [True, True]
+
+
+class HeadsWithOwnMasks(StandardROIHeads):
+    """Makes its mask head after the rest, by a method of the instance."""
+
+    def __init__(self, cfg, input_shape):
+        super().__init__(cfg, input_shape)
+        self._init_mask_head(cfg, input_shape)
+
+    def _init_mask_head(self, cfg, input_shape):
+        self.mask_on = True
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def _forward_mask(self, features, instances):
+        return {"loss_mask": self.scale * 3} if self.training else instances
+
+
+def test_subclasses_may_make_a_head_by_a_method_of_the_instance():
+    shapes = {f"p{i}": ShapeSpec(channels=4, stride=2**i) for i in range(2, 6)}
+    heads = HeadsWithOwnMasks(small_config(), shapes)
+    assert not hasattr(heads, "mask_head") and heads.box_head.fc1.in_features == 4 * 7 * 7
+    assert heads._forward_mask({}, [])["loss_mask"] == 6

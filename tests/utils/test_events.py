@@ -176,6 +176,10 @@ def test_printer_line(printed):
         assert line.startswith("iter: 20/100  eta: 0:00:20  total_loss: 1.5  loss_cls: 0.5  ")
         assert "time: 0.2500  last_time: 0.2500  data_time: 0.1250  last_data_time: 0.1250  lr: 0.02" in line
         assert "max_mem: " in line and "accuracy" not in line
+        storage.put_scalars(**{"validation_loss": 2.5, "val_loss": 3.5, "val/total_loss": 4.5})
+        CommonMetricPrinter(max_iter=100).write()
+        line = printed.messages[-1]
+        assert "  validation_loss: 2.5  val_loss: 3.5  " in line and "val/" not in line
         assert storage.latest()["eta_seconds"] == (20.0, 19)
 
 

@@ -14,6 +14,7 @@ from detlib.modeling.backbone import Backbone
 from detlib.modeling.config_checks import check_features
 from detlib.modeling.dense_ops import (
     best_candidates,
+    candidates_from_scores,
     decode_candidates,
     detections_per_image,
     permute_to_N_HWA_K,
@@ -26,7 +27,7 @@ from detlib.modeling.preprocess import (
     register_pixel_stats,
     take_instances,
 )
-from detlib.structures import ImageList, Instances
+from detlib.structures import Boxes, ImageList, Instances
 from detlib.utils.events import get_event_storage, has_event_storage
 
 __all__ = ["DenseDetector"]
@@ -218,3 +219,37 @@ class DenseDetector(nn.Module, metaclass=ABCMeta):
             self.test_nms_thresh,
             self.max_detections_per_image,
         )
+
+    def inference_single_image(
+        self,
+        anchors: list[Boxes],
+        box_cls: list[torch.Tensor],
+        box_delta: list[torch.Tensor],
+        image_size: tuple[int, int],
+    ) -> Instances:
+        """Turn the predictions for one picture into detections.
+
+        Pictures of a batch go through the same steps together; where a subclass overrides this, one by one
+        through its own.
+
+        Args:
+            anchors: anchors of each level; of models without, points as squares.
+            box_cls: L tensors (R, K) of scores in [0, 1]; centerness, where there is one, is in them.
+            box_delta: L tensors (R, B).
+            image_size: (height, width) of the picture before padding.
+
+        Returns:
+            `Instances` with `pred_boxes` (not clipped), `scores` and `pred_classes`, by falling score.
+        """
+        candidates = [candidates_from_scores(scores[None], self.test_score_thresh) for scores in box_cls]
+        return self._detect(anchors, candidates, [d[None] for d in box_delta], [image_size])[0]
+
+    @property
+    def _detects_by_picture(self) -> bool:
+        return type(self).inference_single_image is not DenseDetector.inference_single_image
+
+    def _detect_by_picture(self, anchors, scores, deltas, image_sizes) -> list[Instances]:
+        return [
+            self.inference_single_image(anchors, [x[i] for x in scores], [x[i] for x in deltas], size)
+            for i, size in enumerate(image_sizes)
+        ]

@@ -17,8 +17,8 @@ from detlib.modeling.backbone import Backbone
 from detlib.modeling.box_regression import Box2BoxTransformLinear
 from detlib.modeling.dense_ops import (
     candidates_from_logits,
-    candidates_from_scores,
     dense_box_regression_loss,
+    sigmoid_float32,
 )
 from detlib.modeling.meta_arch.dense_detector import DenseDetector
 from detlib.modeling.meta_arch.retinanet import RetinaNetHead
@@ -189,9 +189,8 @@ class FCOS(DenseDetector):
         loss_loc = dense_box_regression_loss(
             all_anchors, self.box2box_transform, pred_anchor_deltas, gt_boxes, fg_idxs, "giou"
         )
-        images, points = fg_idxs
-        centerness = self._centerness(all_anchors.tensor[points], torch.stack(gt_boxes)[images, points])
-        logits = torch.cat(pred_centerness, dim=1)[images, points, 0]
+        centerness = self.compute_ctrness_targets(anchors, gt_boxes)[fg_idxs]
+        logits = torch.cat(pred_centerness, dim=1)[..., 0][fg_idxs]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss_ctr = F.binary_cross_entropy_with_logits(logits, centerness.to(logits.dtype), reduction="sum")
         return {
@@ -228,31 +227,14 @@ class FCOS(DenseDetector):
     ) -> list[Instances]:
         """See `DenseDetector.forward_inference`; a score is the geometric mean of class and centerness."""
         logits, deltas, centerness = self._transpose_dense_predictions(predictions, [self.num_classes, 4, 1])
+        anchors = self.anchor_generator(features)
+        if self._detects_by_picture:
+            scores = [(sigmoid_float32(x) * sigmoid_float32(c)).sqrt() for x, c in zip(logits, centerness)]
+            return self._detect_by_picture(anchors, scores, deltas, images.image_sizes)
         candidates = [
             candidates_from_logits(x, self.test_score_thresh, c) for x, c in zip(logits, centerness)
         ]
-        return self._detect(self.anchor_generator(features), candidates, deltas, images.image_sizes)
-
-    def inference_single_image(
-        self,
-        anchors: list[Boxes],
-        box_cls: list[torch.Tensor],
-        box_delta: list[torch.Tensor],
-        image_size: tuple[int, int],
-    ) -> Instances:
-        """Turn the predictions for one picture into detections.
-
-        Args:
-            anchors: points of each level, as squares.
-            box_cls: L tensors (R, K) of scores, the centerness already in them.
-            box_delta: L tensors (R, 4).
-            image_size: (height, width) of the picture before padding.
-
-        Returns:
-            `Instances` with `pred_boxes` (not clipped), `scores` and `pred_classes`, by falling score.
-        """
-        candidates = [candidates_from_scores(scores[None], self.test_score_thresh) for scores in box_cls]
-        return self._detect(anchors, candidates, [d[None] for d in box_delta], [image_size])[0]
+        return self._detect(anchors, candidates, deltas, images.image_sizes)
 
 
 class FCOSHead(RetinaNetHead):

@@ -133,7 +133,7 @@ class GeneralizedRCNN(nn.Module):
         results = self._detect(images, features, batched_inputs, detected_instances)
         if not do_postprocess:
             return results
-        return [{"instances": r} for r in postprocess_detections(results, batched_inputs, images.image_sizes)]
+        return self._postprocess(results, batched_inputs, images.image_sizes)
 
     def _detect(
         self,
@@ -177,6 +177,13 @@ class GeneralizedRCNN(nn.Module):
             size_divisibility=self.backbone.size_divisibility,
             padding_constraints=self.backbone.padding_constraints,
         )
+
+    @staticmethod
+    def _postprocess(
+        instances: list[Instances], batched_inputs: list[dict], image_sizes: list[tuple[int, int]]
+    ) -> list[dict]:
+        """Detections in the wanted size, each in a dict. What overrides `inference` ends with this."""
+        return [{"instances": r} for r in postprocess_detections(instances, batched_inputs, image_sizes)]
 
     def _given_proposals(self, batched_inputs: list[dict]) -> list[Instances]:
         return take_instances(batched_inputs, "proposals", self.device, "A model without proposal generator")

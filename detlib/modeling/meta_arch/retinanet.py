@@ -19,10 +19,10 @@ from detlib.modeling.box_regression import BOX_LOSS_TYPES, Box2BoxTransform
 from detlib.modeling.config_checks import check_choice, check_count, check_features, check_norm, config_keys
 from detlib.modeling.dense_ops import (
     candidates_from_logits,
-    candidates_from_scores,
     check_rows,
     dense_box_regression_loss,
     same_on_all_levels,
+    sigmoid_float32,
 )
 from detlib.modeling.matcher import Matcher
 from detlib.modeling.meta_arch.build import META_ARCH_REGISTRY
@@ -234,29 +234,12 @@ class RetinaNet(DenseDetector):
     ) -> list[Instances]:
         """See `DenseDetector.forward_inference`; boxes are not clipped yet."""
         logits, deltas = self._transpose_dense_predictions(predictions, [self.num_classes, 4])
+        anchors = self._anchors_for(features, logits)
+        if self._detects_by_picture:
+            scores = [sigmoid_float32(x) for x in logits]
+            return self._detect_by_picture(anchors, scores, deltas, images.image_sizes)
         candidates = [candidates_from_logits(x, self.test_score_thresh) for x in logits]
-        return self._detect(self._anchors_for(features, logits), candidates, deltas, images.image_sizes)
-
-    def inference_single_image(
-        self,
-        anchors: list[Boxes],
-        box_cls: list[torch.Tensor],
-        box_delta: list[torch.Tensor],
-        image_size: tuple[int, int],
-    ) -> Instances:
-        """Turn the predictions for one picture into detections.
-
-        Args:
-            anchors: anchors of each level.
-            box_cls: L tensors (R, K) of probabilities.
-            box_delta: L tensors (R, B).
-            image_size: (height, width) of the picture before padding.
-
-        Returns:
-            `Instances` with `pred_boxes` (not clipped), `scores` and `pred_classes`, by falling score.
-        """
-        candidates = [candidates_from_scores(scores[None], self.test_score_thresh) for scores in box_cls]
-        return self._detect(anchors, candidates, [d[None] for d in box_delta], [image_size])[0]
+        return self._detect(anchors, candidates, deltas, images.image_sizes)
 
 
 def _subnet_norm(norm: str | Callable, num_levels: int) -> str | Callable:

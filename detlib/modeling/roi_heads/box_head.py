@@ -8,6 +8,7 @@ from detlib.config import CfgNode, configurable
 from detlib.layers import Conv2d, ShapeSpec, get_norm
 from detlib.layers.fvcore_nn import weight_init
 from detlib.modeling.config_checks import check_norm
+from detlib.modeling.layout import for_convolutions
 from detlib.utils.registry import Registry
 
 __all__ = ["FastRCNNConvFCHead", "ROI_BOX_HEAD_REGISTRY", "build_box_head"]
@@ -82,6 +83,8 @@ class FastRCNNConvFCHead(nn.Sequential):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (R, C, H, W). Returns (R, D), or (R, D, H, W) when there are only convolutions."""
+        if isinstance(self[0], Conv2d):
+            x = for_convolutions(x)
         for layer in self:
             x = layer(x)
         return x

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from detlib.config import CfgNode, configurable
 from detlib.layers import Conv2d, ConvTranspose2d, ShapeSpec, cat
 from detlib.modeling.config_checks import check_count
+from detlib.modeling.layout import for_convolutions
 from detlib.modeling.roi_heads.training_stats import put_scalars
 from detlib.structures import Instances, Keypoints, heatmaps_to_keypoints
 from detlib.utils.events import get_event_storage, has_event_storage
@@ -241,6 +242,7 @@ class KRCNNConvDeconvUpsampleHead(BaseKeypointRCNNHead, nn.Sequential):
 
     def layers(self, x: torch.Tensor) -> torch.Tensor:
         """(R, C, H, W) to (R, K, 4H, 4W) logits."""
+        x = for_convolutions(x)  # what is pooled from several maps is contiguous
         for layer in self:
             x = layer(x)
         return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)

@@ -11,6 +11,7 @@ from detlib.config import CfgNode, configurable
 from detlib.layers import Conv2d, ConvTranspose2d, ShapeSpec, cat, get_norm
 from detlib.layers.fvcore_nn import weight_init
 from detlib.modeling.config_checks import check_norm
+from detlib.modeling.layout import for_convolutions
 from detlib.modeling.roi_heads.training_stats import put_scalars, to_floats
 from detlib.structures import Instances
 from detlib.utils.events import has_event_storage
@@ -205,6 +206,7 @@ class MaskRCNNConvUpsampleHead(BaseMaskRCNNHead, nn.Sequential):
 
     def layers(self, x: torch.Tensor) -> torch.Tensor:
         """(R, C, H, W) to (R, K or 1, 2H, 2W) logits."""
+        x = for_convolutions(x)  # what is pooled from several maps is contiguous
         for layer in self:
             x = layer(x)
         return x

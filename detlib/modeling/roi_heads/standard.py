@@ -1,5 +1,7 @@
 """Second stage whose heads each pool features of their own from the backbone's maps."""
 
+import inspect
+
 import torch
 from torch import nn
 
@@ -86,7 +88,9 @@ class StandardROIHeads(ROIHeads):
         args = super().from_config(cfg)
         args["train_on_pred_boxes"] = cfg.MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES
         for init_head in (cls._init_box_head, cls._init_mask_head, cls._init_keypoint_head):
-            args |= init_head(cfg, input_shape)
+            # A subclass may have methods of instances here, which its own __init__ calls later.
+            if inspect.ismethod(init_head):
+                args |= init_head(cfg, input_shape)
         return args
 
     @classmethod

@@ -81,10 +81,11 @@ class CommonMetricPrinter(EventWriter):
                 history = storage.history(name)
                 mean = history.avg(storage.count_samples(name, self._window_size))
                 times += [f"{name}: {mean:.4f}", f"last_{name}: {history.latest():.4f}"]
+        # The losses of TEST.VAL_LOSS are logged when they are taken, by the names "val/...".
         losses = [
             f"{name}: {history.median(storage.count_samples(name, self._window_size)):.4g}"
             for name, history in storage.histories().items()
-            if "loss" in name and not name.startswith("val")
+            if "loss" in name and not name.startswith("val/")
         ]
         eta = self._eta(storage)
         parts = [self._done(storage), eta, *losses, *times, _learning_rate(storage), _peak_memory()]
