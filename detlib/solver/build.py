@@ -53,13 +53,6 @@ _NORM_MODULES = (
 _SCHEDULE_NAMES = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
 
 
-class _FixedGammaSteps(StepWithFixedGammaParamScheduler):
-    """Takes the step after the last iteration too, at progress 1, where its base has no value."""
-
-    def __call__(self, where: float) -> float:
-        return super().__call__(min(where, 1.0 - 2 * self.WHERE_EPSILON))
-
-
 def maybe_add_gradient_clipping(
     cfg: CfgNode, optimizer: torch.optim.Optimizer | type[torch.optim.Optimizer]
 ) -> torch.optim.Optimizer | type[torch.optim.Optimizer]:
@@ -291,7 +284,7 @@ def _build_multiplier(solver: CfgNode) -> ParamScheduler:
             )
         return CosineParamScheduler(1.0, end)
     if name == "WarmupStepWithFixedGammaLR":
-        return _FixedGammaSteps(
+        return StepWithFixedGammaParamScheduler(
             base_value=1.0, gamma=solver.GAMMA, num_decays=solver.NUM_DECAYS, num_updates=max_iter
         )
     raise ValueError(f"SOLVER.LR_SCHEDULER_NAME must be one of {_SCHEDULE_NAMES}, got {name!r}")

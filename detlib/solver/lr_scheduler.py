@@ -31,6 +31,9 @@ __all__ = [
 
 _WARMUP_METHODS = ("linear", "constant")
 
+# Some schedules of fvcore have no value at progress 1, for which PyTorch asks after the last step.
+_END = 1.0 - 2 * ParamScheduler.WHERE_EPSILON
+
 
 class WarmupParamScheduler(CompositeParamScheduler):
     """A schedule that begins with a warm-up phase."""
@@ -59,7 +62,7 @@ class WarmupParamScheduler(CompositeParamScheduler):
         if not 0.0 <= warmup_length <= 1.0:
             raise ValueError(f"warmup_length is a share of the training in [0, 1], got {warmup_length}")
         start = warmup_factor * scheduler(0.0)
-        end = scheduler(0.0) if rescale_interval else scheduler(warmup_length)
+        end = scheduler(0.0 if rescale_interval else _before_end(warmup_length))
         if warmup_method == "linear":
             warmup: ParamScheduler = LinearParamScheduler(start, end)
         elif warmup_method == "constant":
@@ -115,7 +118,7 @@ class LRMultiplier(LRScheduler):
         return {"base_lrs": self.base_lrs, "last_epoch": self.last_epoch}
 
     def get_lr(self) -> list[float]:
-        factor = self._multiplier(self.last_epoch / self._max_iter)
+        factor = self._multiplier(_before_end(self.last_epoch / self._max_iter))
         return [base_lr * factor for base_lr in self.base_lrs]
 
 
@@ -173,6 +176,10 @@ class WarmupCosineLR(LRScheduler):
         )
         decay = 0.5 * (1.0 + math.cos(math.pi * self.last_epoch / self.max_iters))
         return [base_lr * warmup * decay for base_lr in self.base_lrs]
+
+
+def _before_end(progress: float) -> float:
+    return progress if progress < 1.0 else _END
 
 
 def _warmup_multiplier(method: str, iteration: int, warmup_iters: int, warmup_factor: float) -> float:

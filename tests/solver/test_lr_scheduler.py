@@ -4,7 +4,12 @@ import math
 
 import pytest
 import torch
-from fvcore.common.param_scheduler import CosineParamScheduler, MultiStepParamScheduler
+from fvcore.common.param_scheduler import (
+    ConstantParamScheduler,
+    CosineParamScheduler,
+    MultiStepParamScheduler,
+    StepWithFixedGammaParamScheduler,
+)
 
 from detlib.config import get_cfg
 from detlib.solver import (
@@ -64,6 +69,26 @@ def test_warmup_over_a_step_climbs_to_the_rate_after_it():
     # The ramp goes from 0.1 * 1 to the value at iteration 12, which is past the step.
     expected = [0.1 if i >= 12 else 0.1 + (0.1 - 0.1) * i / 12 for i in range(30)]
     assert _built(cfg) == pytest.approx([2.0 * e for e in expected], rel=1e-9)
+
+
+@pytest.mark.parametrize("warmup_iters", [30, 50])
+def test_constant_warmup_over_all_iterations(warmup_iters):
+    cfg = _cfg("WarmupMultiStepLR", WARMUP_ITERS=warmup_iters, WARMUP_METHOD="constant", WARMUP_FACTOR=0.1)
+    assert _built(cfg) == pytest.approx([0.2] * 30, rel=1e-9)
+
+
+@pytest.mark.parametrize("warmup_length", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "schedule",
+    [ConstantParamScheduler(1.0), StepWithFixedGammaParamScheduler(1.0, 2, 1.0, 30)],
+)
+def test_schedules_without_a_value_at_the_end(schedule, warmup_length):
+    optimizer = _optimizer()
+    if warmup_length:
+        schedule = WarmupParamScheduler(schedule, 1.0, warmup_length)
+    scheduler = LRMultiplier(optimizer, schedule, max_iter=30)
+    # One step more: after the last one PyTorch asks for the rate of the next.
+    assert _rates(optimizer, scheduler, 31) == pytest.approx([2.0] * 31, rel=1e-9)
 
 
 def test_cosine():
