@@ -114,9 +114,15 @@ class PreciseBN(HookBase):
         if self._data_iter is None:
             self._data_iter = iter(self._data_loader)
         logger.info("Computing precise BatchNorm statistics over %d batches", self._num_iter)
+        layers = get_bn_modules(self._model)
+        held = [(layer.running_mean, layer.running_var) for layer in layers]
         # A storage of its own, as these batches are none of the training's.
         with EventStorage():
             update_bn_stats(self._model, itertools.islice(self._data_iter, self._num_iter), self._num_iter)
+        for layer, (mean, var) in zip(layers, held):
+            # fvcore puts new tensors there, but the average of the weights holds the former ones.
+            layer.running_mean = mean.copy_(layer.running_mean)
+            layer.running_var = var.copy_(layer.running_var)
 
     def state_dict(self) -> dict:
         """The position in the data, as another part of them gives other statistics."""
