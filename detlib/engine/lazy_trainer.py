@@ -133,7 +133,7 @@ class LazyTrainer(PartsTrainer):
             keep_results=self._keep_results,
             build_writers=self.build_writers,
             val_loss_loaders=self._val_loss_loaders if "val_loss" in cfg.dataloader else None,
-            precise_bn_loader=lambda: instantiate(train),
+            precise_bn_loader=lambda: instantiate(self._train_loader_config()),
             metadata=MetadataCatalog.get(names[0]) if names else None,
             image_format=train.get("mapper", {}).get("image_format", "BGR"),
             extra_hooks=[

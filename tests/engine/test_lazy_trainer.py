@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from detlib.config import LazyConfig
-from detlib.engine import LazyTrainer
+from detlib.engine import LazyTrainer, hooks
 from detlib.engine.options import RunOptions
 from detlib.utils.env import seed_all_rng
 
@@ -62,6 +62,13 @@ def test_gradients_are_clipped(tmp_path):
     trainer.train()
     norm = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]).norm()
     assert norm.item() == pytest.approx(0.001, rel=0.01)
+
+
+def test_precise_bn_takes_the_batches_of_a_forward_pass(tmp_path):
+    options = ["+train.accum_steps=2", "+train.precise_bn.enabled=True", "+train.precise_bn.num_iter=1"]
+    trainer = LazyTrainer(small_config(tmp_path, *options))
+    hook = next(h for h in trainer._hooks if isinstance(h, hooks.PreciseBN))
+    assert [len(next(iter(loader))) for loader in (trainer.data_loader, hook._data_loader)] == [1, 1]
 
 
 def test_a_trial_of_a_recipe_is_short():
