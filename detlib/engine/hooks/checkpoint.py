@@ -139,6 +139,8 @@ class BestCheckpointer(HookBase):
             # The final checkpoint stays the last one, if there is one.
             is_last = not self._checkpointer.has_checkpoint()
             self._save_if_best(self._checkpointer.save if is_last else self._checkpointer.write)
+        # `PeriodicCheckpointer` has waited already, but for what was saved before this.
+        self._checkpointer.wait()
 
     def _save_if_best(self, save: Callable) -> None:
         best = self._new_best()
