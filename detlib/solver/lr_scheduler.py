@@ -29,7 +29,7 @@ __all__ = [
     "WarmupParamScheduler",
 ]
 
-_WARMUP_METHODS = ("linear", "constant")
+WARMUP_METHODS = ("linear", "constant")
 
 # Some schedules of fvcore have no value at progress 1, for which PyTorch asks after the last step.
 _END = 1.0 - 2 * ParamScheduler.WHERE_EPSILON
@@ -68,7 +68,7 @@ class WarmupParamScheduler(CompositeParamScheduler):
         elif warmup_method == "constant":
             warmup = ConstantParamScheduler(start)
         else:
-            raise ValueError(f"warmup_method must be one of {_WARMUP_METHODS}, got {warmup_method!r}")
+            raise ValueError(f"warmup_method must be one of {WARMUP_METHODS}, got {warmup_method!r}")
         if warmup_length == 1.0:
             # A second part of no length could not be rescaled: the warm-up is all there is.
             super().__init__([warmup], lengths=[1.0], interval_scaling=["rescaled"])
@@ -184,8 +184,8 @@ def _before_end(progress: float) -> float:
 
 def _warmup_multiplier(method: str, iteration: int, warmup_iters: int, warmup_factor: float) -> float:
     """The factor on the learning rate at `iteration`: 1.0 once the warm-up is over."""
-    if method not in _WARMUP_METHODS:
-        raise ValueError(f"warmup_method must be one of {_WARMUP_METHODS}, got {method!r}")
+    if method not in WARMUP_METHODS:
+        raise ValueError(f"warmup_method must be one of {WARMUP_METHODS}, got {method!r}")
     if iteration >= warmup_iters:
         return 1.0
     if method == "constant":

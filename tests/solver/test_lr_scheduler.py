@@ -134,9 +134,15 @@ def test_steps_that_are_never_reached_are_left_out(caplog):
     ("solver", "message"),
     [
         ({"LR_SCHEDULER_NAME": "Cosine"}, "SOLVER.LR_SCHEDULER_NAME.*'Cosine'"),
-        ({"WARMUP_METHOD": "burnin"}, "warmup_method.*'burnin'"),
+        (
+            {"WARMUP_METHOD": "burnin"},
+            "SOLVER.WARMUP_METHOD.*'linear', 'constant'.*'burnin'",
+        ),
+        ({"WARMUP_ITERS": -3}, "SOLVER.WARMUP_ITERS must be at least 0, got -3"),
         ({"STEPS": (20, 10)}, "SOLVER.STEPS.*increasing"),
         ({"MAX_ITER": 0}, "SOLVER.MAX_ITER"),
+        ({"LR_SCHEDULER_NAME": "WarmupStepWithFixedGammaLR", "NUM_DECAYS": 0}, "SOLVER.NUM_DECAYS.* got 0"),
+        ({"LR_SCHEDULER_NAME": "WarmupCosineLR", "BASE_LR": 0.0, "BASE_LR_END": 0.1}, "BASE_LR_END"),
         ({"LR_SCHEDULER_NAME": "WarmupCosineLR", "BASE_LR_END": 3.0}, "SOLVER.BASE_LR_END"),
     ],
 )
