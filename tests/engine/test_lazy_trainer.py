@@ -64,6 +64,12 @@ def test_gradients_are_clipped(tmp_path):
     assert norm.item() == pytest.approx(0.001, rel=0.01)
 
 
+def test_wrong_arguments_of_clipping_are_told_before_training(tmp_path):
+    clip = ["+train.clip_grad.enabled=True", "+train.clip_grad.params.maxnorm=1"]
+    with pytest.raises(TypeError, match="train.clip_grad.params .*clip_grad_norm_: .*max_norm"):
+        LazyTrainer(small_config(tmp_path, *clip))
+
+
 def test_precise_bn_takes_the_batches_of_a_forward_pass(tmp_path):
     options = ["+train.accum_steps=2", "+train.precise_bn.enabled=True", "+train.precise_bn.num_iter=1"]
     trainer = LazyTrainer(small_config(tmp_path, *options))
