@@ -95,8 +95,16 @@ def test_missing_and_broken_files_are_named(tmp_path):
     checkpointer = DetectionCheckpointer(_Tiny(), str(tmp_path))
     with pytest.raises(FileNotFoundError, match="nowhere.pth"):
         checkpointer.load(str(tmp_path / "nowhere.pth"))
-    for name in ("broken.pth", "empty.pth"):
-        (tmp_path / name).write_bytes(b"PK\x03\x04 not a zip" if name == "broken.pth" else b"")
+    torch.save({"model": {"a.b": torch.ones(1)}}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    half = (tmp_path / "old.pth").read_bytes()[:40]
+    contents = {
+        "broken.pth": b"PK\x03\x04 not a zip",
+        "empty.pth": b"",
+        "junk.pth": b"junk",
+        "half.pth": half,
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=name):
             checkpointer.load(str(tmp_path / name))
     torch.save({"epoch": 3, "state": {}}, tmp_path / "other.pth")
