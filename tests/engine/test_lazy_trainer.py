@@ -112,6 +112,9 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     assert saved.train.max_iter == 2 and saved.model.num_classes == 3
     weights = [f"train.init_checkpoint={tmp_path}/model_final.pth"]
     train_net().run(["--config-file", CONFIG, "--eval-only", *options, *weights])
+    assert "evaluates random weights" not in (tmp_path / "log.txt").read_text()
+    train_net().run(["--config-file", CONFIG, "--eval-only", *options])
+    assert "--eval-only evaluates random weights" in (tmp_path / "log.txt").read_text()
     for change, said in (
         ("dataloader.train.dataset.names=shapes:trian", "trian"),
         ("train.init_checkpoint=nothing.pth", "train.init_checkpoint: the file nothing.pth"),
