@@ -12,6 +12,7 @@ logger = logging.getLogger(__name__)
 
 # The rate of the step under way comes from the schedule; how the update is computed is free.
 _NOT_COMPARED = ("params", "lr", "foreach", "fused", "capturable", "differentiable", "maximize")
+_NAMES = {"initial_lr": "learning rate"}
 
 
 def check_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
@@ -63,7 +64,7 @@ def warn_of_kept_settings(optimizer: torch.optim.Optimizer, state: Mapping[str, 
         for name in group.keys() & saved.keys() - set(_NOT_COMPARED):
             old, new = saved[name], group[name]
             if _plain(old) != _plain(new):
-                kept[f"{name} {old} instead of {new}"] = None
+                kept[f"{_NAMES.get(name, name)} {old} instead of {new}"] = None
     if kept:
         logger.warning(
             "A resumed training keeps its optimizer's settings, whatever the config says: %s",
