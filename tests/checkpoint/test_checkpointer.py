@@ -1,5 +1,6 @@
 """Saving, loading, resuming, and what is said when names or shapes differ."""
 
+import errno
 import logging
 import os
 import pickle
@@ -89,6 +90,17 @@ def test_a_failing_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert (tmp_path / "model_final.pth").read_bytes() == before
     assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_final.pth"]
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    checkpointer = DetectionCheckpointer(_Tiny(), str(tmp_path))
+    with pytest.raises(OSError, match="No space left on device: '.*model_final.pth'"):
+        checkpointer.save("model_final")
+    assert os.listdir(tmp_path) == []
 
 
 def test_missing_and_broken_files_are_named(tmp_path):
