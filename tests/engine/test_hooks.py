@@ -192,6 +192,18 @@ def test_precise_bn_computes_population_statistics():
     _train(_Idle(), [hooks.PreciseBN(0, nn.Linear(1, 1), [], num_iter=4)], end=1)  # no layer, no work
 
 
+def test_precise_bn_computes_statistics_of_the_average_too():
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1))
+    nn.init.constant_(model[0].weight, 2.0)
+    average = WeightAverage(model, 0.5)
+    nn.init.constant_(model[0].weight, 5.0)
+    batches = [torch.tensor([[1.0], [3.0]])] * 2
+    _train(_Idle(), [hooks.PreciseBN(0, model, batches, num_iter=1, average=average)], end=1)
+    assert (model[0].weight.item(), model[1].running_mean.item()) == (5.0, 10.0)
+    with average.applied():
+        assert (model[0].weight.item(), model[1].running_mean.item()) == (2.0, 4.0)
+
+
 @pytest.mark.parametrize("kind", ["torch", "autograd"])
 def test_profilers_write_a_trace(tmp_path, kind):
     def when(trainer):
