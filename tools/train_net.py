@@ -76,6 +76,11 @@ def main(args: Namespace) -> Mapping | None:
         model = trainer_class.build_model(cfg)
         last = DetectionCheckpointer(model, run_setting(cfg, "output_dir")).get_checkpoint_file()
         weights = args.resume and last or run_setting(cfg, "weights")
+        if not weights:
+            logger.warning(
+                "--eval-only evaluates random weights: MODEL.WEIGHTS (train.init_checkpoint) names none%s",
+                ", and there is no checkpoint to resume from" if args.resume else "",
+            )
         load_for_inference(model, weights, use_average=run_setting(cfg, "use_average"))
         results = trainer_class.test(cfg, model)
         if comm.is_main_process() and is_yaml and cfg.TEST.EXPECTED_RESULTS:

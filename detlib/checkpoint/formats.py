@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 _OLD_TORCH_MAGIC = (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19",)
 # torch.save does not compress; weights that someone compressed do not shrink much.
 _LARGEST_EXPANSION = 20
+_NOT_OF_THE_CONTENT = (OSError, MemoryError)
 
 
 def read_checkpoint(path: str, *, trust: bool = False) -> dict[str, Any]:
@@ -100,6 +101,10 @@ def _read_pickle(path: str) -> Any:
             return load_plain_pickle(f)
         except pickle.UnpicklingError as e:
             raise ValueError(f"Checkpoint file {path} cannot be loaded: {e}") from e
+        except _NOT_OF_THE_CONTENT:
+            raise
+        except Exception as e:  # a broken pickle can end in any
+            raise ValueError(f"Checkpoint file {path} is broken: {e}") from e
 
 
 def _read_torch(path: str) -> Any:
@@ -114,7 +119,9 @@ def _read_torch(path: str) -> Any:
             "tensors, numpy arrays and plain containers, which could run code. PyTorch says: "
             f"{_first_sentences(str(e))}"
         ) from e
-    except (RuntimeError, EOFError) as e:
+    except _NOT_OF_THE_CONTENT:
+        raise
+    except Exception as e:  # a broken pickle can end in any
         raise ValueError(f"Checkpoint file {path} is broken: {e}") from e
 
 

@@ -306,6 +306,11 @@ def _pictures_per_pass(solver) -> int:
             f"SOLVER.IMS_PER_BATCH = {solver.IMS_PER_BATCH} must be a multiple of SOLVER.ACCUM_STEPS = "
             f"{solver.ACCUM_STEPS}, which is at least 1"
         )
+    if solver.ACCUM_STEPS > 1 and solver.IMS_PER_BATCH % (solver.ACCUM_STEPS * comm.get_world_size()):
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH = {solver.IMS_PER_BATCH} must be a multiple of SOLVER.ACCUM_STEPS = "
+            f"{solver.ACCUM_STEPS} times the number of processes, {comm.get_world_size()}"
+        )
     return solver.IMS_PER_BATCH // solver.ACCUM_STEPS
 
 

@@ -71,7 +71,11 @@ def build_default_hooks(
     if options.precise_bn_batches > 0 and precise_bn_loader is not None and get_bn_modules(trainer.model):
         result.append(
             hooks.PreciseBN(
-                options.eval_period, trainer.model, precise_bn_loader(), options.precise_bn_batches
+                options.eval_period,
+                trainer.model,
+                precise_bn_loader(),
+                options.precise_bn_batches,
+                average=getattr(trainer, "ema", None) if options.ema_for_eval else None,
             )
         )
     # On every process, so that all of them stop if the model has diverged; only one writes files.

@@ -281,11 +281,14 @@ class DefaultTrainer(PartsTrainer):
             `cfg` itself if REFERENCE_WORLD_SIZE is 0 or equals `num_workers`; else a changed copy.
 
         Raises:
-            ValueError: if SOLVER.IMS_PER_BATCH cannot be shared by the reference processes.
+            ValueError: if SOLVER.IMS_PER_BATCH cannot be shared by the reference processes, or their number
+                is negative.
         """
         reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
         if reference == 0 or reference == num_workers:
             return cfg
+        if reference < 0:
+            raise ValueError(f"SOLVER.REFERENCE_WORLD_SIZE must be at least 0, got {reference}")
         if cfg.SOLVER.IMS_PER_BATCH % reference:
             raise ValueError(
                 f"SOLVER.IMS_PER_BATCH={cfg.SOLVER.IMS_PER_BATCH} is no multiple of "

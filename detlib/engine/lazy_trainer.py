@@ -37,6 +37,10 @@ class _ClipGradients(HookBase):
     def __init__(self, model: nn.Module, **kwargs: Any):
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._kwargs = kwargs
+        try:  # now, not in the first step
+            inspect.signature(torch.nn.utils.clip_grad_norm_).bind(self._parameters, **kwargs)
+        except TypeError as e:
+            raise TypeError(f"train.clip_grad.params are no arguments of clip_grad_norm_: {e}") from None
 
     def after_backward(self) -> None:
         torch.nn.utils.clip_grad_norm_(self._parameters, **self._kwargs)
@@ -98,10 +102,10 @@ class LazyTrainer(PartsTrainer):
         total = node.get("total_batch_size")
         if not total or parts == 1:
             return node
-        if parts < 1 or total % parts:
+        if not isinstance(parts, int) or parts < 1 or total % (parts * comm.get_world_size()):
             raise ValueError(
                 f"dataloader.train.total_batch_size = {total} must be a multiple of train.accum_steps = "
-                f"{parts}"
+                f"{parts} times the number of processes, {comm.get_world_size()}"
             )
         node = copy.deepcopy(node)
         node.total_batch_size = total // parts
@@ -133,7 +137,7 @@ class LazyTrainer(PartsTrainer):
             keep_results=self._keep_results,
             build_writers=self.build_writers,
             val_loss_loaders=self._val_loss_loaders if "val_loss" in cfg.dataloader else None,
-            precise_bn_loader=lambda: instantiate(train),
+            precise_bn_loader=lambda: instantiate(self._train_loader_config()),
             metadata=MetadataCatalog.get(names[0]) if names else None,
             image_format=train.get("mapper", {}).get("image_format", "BGR"),
             extra_hooks=[

@@ -10,18 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from detlib.config import CfgNode
+from detlib.engine.option_checks import check_options, key_of, warn_of_slips
 from detlib.utils.writers.names import check_writers
 
 __all__ = ["RunOptions", "epochs_to_iterations", "set_iterations"]
 
 logger = logging.getLogger(__name__)
-
-_LEGAL = {
-    "precision": ("", "float16", "bfloat16"),
-    "strategy": ("ddp", "fsdp"),
-    "best_mode": ("max", "min"),
-    "early_stop_mode": ("max", "min"),
-}
 
 
 @dataclass(kw_only=True)
@@ -105,24 +99,19 @@ class RunOptions:
     def __post_init__(self) -> None:
         """
         Raises:
-            ValueError: if an option is none of the legal ones.
+            TypeError, ValueError: if an option is none of the legal ones, naming its config key.
         """
-        for name, legal in _LEGAL.items():
-            if getattr(self, name) not in legal:
-                raise ValueError(f"{name} must be one of {legal}, got {getattr(self, name)!r}")
-        for name, least in (("max_iter", 1), ("accum_steps", 1), ("skip_non_finite", 0), ("log_period", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not 0.0 <= self.ema_decay < 1.0:
-            raise ValueError(f"The decay of the weights' average lies in [0, 1), got {self.ema_decay}")
         check_writers(self.writers)
-        for key, metric, mode in (
-            ("SOLVER.BEST_CHECKPOINT.MODE (train.best_checkpoint.mode)", self.best_metric, self.best_mode),
-            ("SOLVER.EARLY_STOP.MODE (train.early_stop.mode)", self.early_stop_metric, self.early_stop_mode),
+        check_options(self)
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(f"{key_of('ema_decay')} lies in [0, 1), got {self.ema_decay}")
+        for option, metric, mode in (
+            ("best_mode", self.best_metric, self.best_mode),
+            ("early_stop_mode", self.early_stop_metric, self.early_stop_mode),
         ):
             if mode == "max" and "loss" in metric.rpartition("/")[2]:
                 raise ValueError(
-                    f"{key} is 'max', but less is better of the metric '{metric}': set it to 'min'"
+                    f"{key_of(option)} is 'max', but less is better of the metric '{metric}': set it to 'min'"
                 )
         if self.early_stop_patience > 0 and not (self.early_stop_metric or self.best_metric):
             raise ValueError(
@@ -217,8 +206,9 @@ class RunOptions:
             pictures_per_epoch: number of training pictures, None if it is not known.
 
         Raises:
-            ValueError: if an entry has no legal value, or is in epochs of an unknown length.
+            TypeError, ValueError: if an entry has no legal value, or is in epochs of an unknown length.
         """
+        warn_of_slips(train)
         amp, ema, best = train.get("amp", {}), train.get("model_ema", {}), train.get("best_checkpoint", {})
         early, profile = train.get("early_stop", {}), train.get("profile", {})
         compiling, checkpoints = train.get("compile", {}), train.get("checkpointer", {})
@@ -244,12 +234,12 @@ class RunOptions:
             precision=amp.get("precision", "float16") if amp.get("enabled", False) else "",
             skip_non_finite=train.get("skip_non_finite", 0),
             images_per_step=images_per_step,
-            freeze=tuple(train.get("freeze", ())),
+            freeze=_as_given(train.get("freeze", ())),
             strategy=train.get("strategy", "ddp"),
             ddp=dict(train.get("ddp", {})),
             activation_checkpoint=train.get("activation_checkpoint", False),
             compile=compiling.get("enabled", False),
-            compile_modules=tuple(compiling.get("modules", ())),
+            compile_modules=_as_given(compiling.get("modules", ())),
             compile_backend=compiling.get("backend", "inductor"),
             ema_decay=ema.get("decay", 0.999) if ema.get("enabled", False) else 0.0,
             checkpoint_period=checkpoints.get("period", 5000),
@@ -332,8 +322,11 @@ def epochs_to_iterations(
         images_per_step: pictures of one update.
 
     Raises:
+        TypeError: if `epochs` is no number.
         ValueError: if the training data do not tell their length.
     """
+    if isinstance(epochs, bool) or not isinstance(epochs, int | float):
+        raise TypeError(f"{key} must be a number, got {epochs!r}")
     if epochs <= 0:
         return None
     if pictures_per_epoch is None:

@@ -20,7 +20,13 @@ from detlib.engine.process_state import gather_process_state, load_process_state
 from detlib.engine.setup import default_writers
 from detlib.engine.step_seed import seed_step
 from detlib.engine.train_loop import AMPTrainer, HookBase, SimpleTrainer, TrainerBase
-from detlib.engine.wrapping import compile_parts, create_ddp_model, shard_model, whole_parameters
+from detlib.engine.wrapping import (
+    compile_parts,
+    create_ddp_model,
+    first_process_buffers,
+    shard_model,
+    whole_parameters,
+)
 from detlib.modeling.freezing import freeze_by_name
 from detlib.utils import comm
 from detlib.utils.events import EventWriter
@@ -184,10 +190,14 @@ class PartsTrainer(TrainerBase):
 
     @contextlib.contextmanager
     def weights_to_evaluate(self) -> Iterator[None]:
-        """Within the block the model has the weights that are evaluated: their average, if there is one."""
+        """Within the block the model has the weights that are evaluated: their average, if there is one.
+
+        All processes take part, and have the first one's buffers, as checkpoints do.
+        """
         with contextlib.ExitStack() as stack:
             if self.ema is not None and self.options.ema_for_eval:
                 stack.enter_context(self.ema.applied())
+            stack.enter_context(first_process_buffers(self.checkpointer.model))
             stack.enter_context(whole_parameters(self.checkpointer.model))
             yield
 

@@ -11,6 +11,7 @@ import torch
 
 from detlib.config import CfgNode, LazyConfig, try_get_key
 from detlib.engine.checks import set_num_classes
+from detlib.engine.option_checks import key_of
 from detlib.engine.slurm import add_slurm_arguments
 from detlib.utils import comm
 from detlib.utils.env import seed_all_rng
@@ -151,6 +152,8 @@ def default_setup(cfg: CfgNode | Mapping[str, Any], args: Any) -> None:
         _save_config(cfg, os.path.join(output_dir, "config.yaml"))
     # Every process needs its own seed, or all would draw the same augmentations.
     seed = run_setting(cfg, "seed")
+    if not isinstance(seed, int):
+        raise TypeError(f"{key_of('seed')} must be a whole number, got {seed!r}")
     seed_all_rng(None if seed < 0 else seed + rank)
     if not getattr(args, "eval_only", False):
         # Pictures of all sizes are evaluated: measuring each anew would cost more than it gains.

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from detlib.checkpoint.sharded import shard_optimizer_state
 from detlib.engine.divergence import LossRecord, losses_to_floats, picture_names
+from detlib.engine.optimizer_state import check_optimizer_state, warn_of_kept_settings
 from detlib.engine.trainer_base import TrainerBase
 from detlib.utils import comm
 from detlib.utils.events import get_event_storage
@@ -317,14 +318,19 @@ class SimpleTrainer(TrainerBase):
     def state_dict(self) -> dict:
         """As the base class's, with the optimizer's state and, if the data loader has one, its position."""
         state = {**super().state_dict(), "optimizer": self.optimizer.state_dict()}
+        if self.skipped:
+            state["skipped"] = self.skipped
         if hasattr(self.data_loader, "state_dict"):
             state["data_loader"] = self.data_loader.state_dict()
         return state
 
     def load_state_dict(self, state_dict: dict) -> None:
+        check_optimizer_state(self.optimizer, state_dict["optimizer"])
+        warn_of_kept_settings(self.optimizer, state_dict["optimizer"])
         super().load_state_dict(state_dict)
         self.optimizer.load_state_dict(state_dict["optimizer"])
         shard_optimizer_state(self.optimizer)
+        self.skipped = state_dict.get("skipped", 0)
         if "data_loader" in state_dict and hasattr(self.data_loader, "load_state_dict"):
             self.data_loader.load_state_dict(state_dict["data_loader"])
 

@@ -17,7 +17,7 @@ from detlib.engine.memory_saving import find_backbone_blocks
 from detlib.utils import comm
 from detlib.utils.suggest import near_names
 
-__all__ = ["compile_parts", "create_ddp_model", "shard_model", "whole_parameters"]
+__all__ = ["compile_parts", "create_ddp_model", "first_process_buffers", "shard_model", "whole_parameters"]
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +114,31 @@ def whole_parameters(model: nn.Module) -> Iterator[None]:
             part.set_reshard_after_forward(True, recurse=False)
             part.reshard()
         _held_whole.difference_update(parts)
+
+
+@contextlib.contextmanager
+def first_process_buffers(model: nn.Module) -> Iterator[None]:
+    """Within the block all processes have the first one's buffers, which are what checkpoints hold.
+
+    BatchNorm layers keep statistics of their own process's pictures. An evaluation that is shared out must be
+    of one model, the one that is saved. All processes take part.
+
+    Args:
+        model: the model, without wrappers.
+    """
+    if comm.get_world_size() == 1:
+        yield
+        return
+    saved = model.state_dict(keep_vars=True)  # other buffers may differ in shape
+    buffers = [buffer for name, buffer in model.named_buffers() if name in saved]
+    own = [buffer.clone() for buffer in buffers]
+    for buffer in buffers:
+        dist.broadcast(buffer, 0)
+    try:
+        yield
+    finally:
+        for buffer, value in zip(buffers, own):
+            buffer.copy_(value)
 
 
 def create_ddp_model(model: nn.Module, *, fp16_compression: bool = False, **kwargs: Any) -> nn.Module:

@@ -22,7 +22,7 @@ from detlib.solver.gradient_clipping import (
     add_gradient_clipping,
     build_gradient_clipper,
 )
-from detlib.solver.lr_scheduler import LRMultiplier, WarmupParamScheduler
+from detlib.solver.lr_scheduler import WARMUP_METHODS, LRMultiplier, WarmupParamScheduler
 
 __all__ = [
     "CfgNode",
@@ -53,13 +53,6 @@ _NORM_MODULES = (
 _SCHEDULE_NAMES = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
 
 
-class _FixedGammaSteps(StepWithFixedGammaParamScheduler):
-    """Takes the step after the last iteration too, at progress 1, where its base has no value."""
-
-    def __call__(self, where: float) -> float:
-        return super().__call__(min(where, 1.0 - 2 * self.WHERE_EPSILON))
-
-
 def maybe_add_gradient_clipping(
     cfg: CfgNode, optimizer: torch.optim.Optimizer | type[torch.optim.Optimizer]
 ) -> torch.optim.Optimizer | type[torch.optim.Optimizer]:
@@ -79,11 +72,16 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     On CUDA it is the fused one: a single kernel for the whole update.
 
     Raises:
-        ValueError: for an unknown optimizer, factors that fit no parameter, or a model without any.
+        ValueError: for an unknown optimizer, a rate or BETAS that are not legal, factors that fit no
+            parameter, or a model without any.
     """
     solver = cfg.SOLVER
     if solver.OPTIMIZER not in _OPTIMIZERS:
         raise ValueError(f"SOLVER.OPTIMIZER must be one of {tuple(_OPTIMIZERS)}, got {solver.OPTIMIZER!r}")
+    if not solver.BASE_LR >= 0.0:
+        raise ValueError(f"SOLVER.BASE_LR must be at least 0, got {solver.BASE_LR}")
+    if len(solver.BETAS) != 2 or not all(0.0 <= beta < 1.0 for beta in solver.BETAS):
+        raise ValueError(f"SOLVER.BETAS must be two numbers in [0, 1), got {tuple(solver.BETAS)}")
     params = get_default_optimizer_params(
         model,
         base_lr=solver.BASE_LR,
@@ -117,7 +115,7 @@ def _lr_factor_function(solver: CfgNode, model: nn.Module) -> Callable[[str], fl
         return None
     names = [name for name, param in model.named_parameters() if param.requires_grad]
     for entry in solver.LR_FACTORS:
-        if len(entry) != 2 or not isinstance(entry[0], str):
+        if len(entry) != 2 or not isinstance(entry[0], str) or not isinstance(entry[1], int | float):
             raise ValueError(f"SOLVER.LR_FACTORS takes pairs [pattern, factor], got {entry!r}")
         if not fnmatch.filter(names, entry[0]):
             raise ValueError(
@@ -257,6 +255,12 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRSche
     solver = cfg.SOLVER
     if solver.MAX_ITER < 1:
         raise ValueError(f"SOLVER.MAX_ITER must be at least 1, got {solver.MAX_ITER}")
+    if solver.WARMUP_ITERS < 0:
+        raise ValueError(f"SOLVER.WARMUP_ITERS must be at least 0, got {solver.WARMUP_ITERS}")
+    if solver.WARMUP_METHOD not in WARMUP_METHODS:
+        raise ValueError(
+            f"SOLVER.WARMUP_METHOD must be one of {WARMUP_METHODS}, got {solver.WARMUP_METHOD!r}"
+        )
     multiplier = WarmupParamScheduler(
         _build_multiplier(solver),
         solver.WARMUP_FACTOR,
@@ -283,15 +287,16 @@ def _build_multiplier(solver: CfgNode) -> ParamScheduler:
         values = [solver.GAMMA**k for k in range(len(steps) + 1)]
         return MultiStepParamScheduler(values, milestones=steps, num_updates=max_iter)
     if name == "WarmupCosineLR":
-        end = solver.BASE_LR_END / solver.BASE_LR
-        if not 0.0 <= end <= 1.0:
+        if not 0.0 <= solver.BASE_LR_END <= solver.BASE_LR:
             raise ValueError(
                 f"SOLVER.BASE_LR_END must lie in [0, SOLVER.BASE_LR={solver.BASE_LR}], "
                 f"got {solver.BASE_LR_END}"
             )
-        return CosineParamScheduler(1.0, end)
+        return CosineParamScheduler(1.0, solver.BASE_LR_END / solver.BASE_LR if solver.BASE_LR else 0.0)
     if name == "WarmupStepWithFixedGammaLR":
-        return _FixedGammaSteps(
+        if solver.NUM_DECAYS < 1:
+            raise ValueError(f"SOLVER.NUM_DECAYS must be at least 1, got {solver.NUM_DECAYS}")
+        return StepWithFixedGammaParamScheduler(
             base_value=1.0, gamma=solver.GAMMA, num_decays=solver.NUM_DECAYS, num_updates=max_iter
         )
     raise ValueError(f"SOLVER.LR_SCHEDULER_NAME must be one of {_SCHEDULE_NAMES}, got {name!r}")

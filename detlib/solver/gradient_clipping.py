@@ -25,11 +25,13 @@ def build_gradient_clipper(cfg: CfgNode) -> GradientClipper:
     """Builds the clipping function of a ``SOLVER.CLIP_GRADIENTS`` node.
 
     Raises:
-        ValueError: if CLIP_TYPE is unknown.
+        ValueError: if CLIP_TYPE is unknown, or CLIP_VALUE not above 0.
     """
     legal = [t.value for t in GradientClipType]
     if cfg.CLIP_TYPE not in legal:
         raise ValueError(f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE must be one of {legal}, got {cfg.CLIP_TYPE!r}")
+    if not cfg.CLIP_VALUE > 0.0:
+        raise ValueError(f"SOLVER.CLIP_GRADIENTS.CLIP_VALUE must be above 0, got {cfg.CLIP_VALUE}")
     kind, limit, norm_type = GradientClipType(cfg.CLIP_TYPE), cfg.CLIP_VALUE, cfg.NORM_TYPE
 
     def clip_by_value(params: list[torch.nn.Parameter]) -> None:

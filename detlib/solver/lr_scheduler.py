@@ -29,7 +29,10 @@ __all__ = [
     "WarmupParamScheduler",
 ]
 
-_WARMUP_METHODS = ("linear", "constant")
+WARMUP_METHODS = ("linear", "constant")
+
+# Some schedules of fvcore have no value at progress 1, for which PyTorch asks after the last step.
+_END = 1.0 - 2 * ParamScheduler.WHERE_EPSILON
 
 
 class WarmupParamScheduler(CompositeParamScheduler):
@@ -59,13 +62,13 @@ class WarmupParamScheduler(CompositeParamScheduler):
         if not 0.0 <= warmup_length <= 1.0:
             raise ValueError(f"warmup_length is a share of the training in [0, 1], got {warmup_length}")
         start = warmup_factor * scheduler(0.0)
-        end = scheduler(0.0) if rescale_interval else scheduler(warmup_length)
+        end = scheduler(0.0 if rescale_interval else _before_end(warmup_length))
         if warmup_method == "linear":
             warmup: ParamScheduler = LinearParamScheduler(start, end)
         elif warmup_method == "constant":
             warmup = ConstantParamScheduler(start)
         else:
-            raise ValueError(f"warmup_method must be one of {_WARMUP_METHODS}, got {warmup_method!r}")
+            raise ValueError(f"warmup_method must be one of {WARMUP_METHODS}, got {warmup_method!r}")
         if warmup_length == 1.0:
             # A second part of no length could not be rescaled: the warm-up is all there is.
             super().__init__([warmup], lengths=[1.0], interval_scaling=["rescaled"])
@@ -115,7 +118,7 @@ class LRMultiplier(LRScheduler):
         return {"base_lrs": self.base_lrs, "last_epoch": self.last_epoch}
 
     def get_lr(self) -> list[float]:
-        factor = self._multiplier(self.last_epoch / self._max_iter)
+        factor = self._multiplier(_before_end(self.last_epoch / self._max_iter))
         return [base_lr * factor for base_lr in self.base_lrs]
 
 
@@ -175,10 +178,14 @@ class WarmupCosineLR(LRScheduler):
         return [base_lr * warmup * decay for base_lr in self.base_lrs]
 
 
+def _before_end(progress: float) -> float:
+    return progress if progress < 1.0 else _END
+
+
 def _warmup_multiplier(method: str, iteration: int, warmup_iters: int, warmup_factor: float) -> float:
     """The factor on the learning rate at `iteration`: 1.0 once the warm-up is over."""
-    if method not in _WARMUP_METHODS:
-        raise ValueError(f"warmup_method must be one of {_WARMUP_METHODS}, got {method!r}")
+    if method not in WARMUP_METHODS:
+        raise ValueError(f"warmup_method must be one of {WARMUP_METHODS}, got {method!r}")
     if iteration >= warmup_iters:
         return 1.0
     if method == "constant":

@@ -47,9 +47,11 @@ def write_bytes_atomically(path: str, write: Callable[[Any], None]) -> None:
         # mkstemp makes files that only the owner can read; ours are as open as any other file.
         os.chmod(temporary, 0o666 & ~_UMASK)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = path  # a full disk is told without a name
         raise
     _sync_folder(folder)
 

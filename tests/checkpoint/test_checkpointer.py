@@ -1,5 +1,6 @@
 """Saving, loading, resuming, and what is said when names or shapes differ."""
 
+import errno
 import logging
 import os
 import pickle
@@ -91,12 +92,31 @@ def test_a_failing_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
 
 
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    checkpointer = DetectionCheckpointer(_Tiny(), str(tmp_path))
+    with pytest.raises(OSError, match="No space left on device: '.*model_final.pth'"):
+        checkpointer.save("model_final")
+    assert os.listdir(tmp_path) == []
+
+
 def test_missing_and_broken_files_are_named(tmp_path):
     checkpointer = DetectionCheckpointer(_Tiny(), str(tmp_path))
     with pytest.raises(FileNotFoundError, match="nowhere.pth"):
         checkpointer.load(str(tmp_path / "nowhere.pth"))
-    for name in ("broken.pth", "empty.pth"):
-        (tmp_path / name).write_bytes(b"PK\x03\x04 not a zip" if name == "broken.pth" else b"")
+    torch.save({"model": {"a.b": torch.ones(1)}}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    half = (tmp_path / "old.pth").read_bytes()[:40]
+    contents = {
+        "broken.pth": b"PK\x03\x04 not a zip",
+        "empty.pth": b"",
+        "junk.pth": b"junk",
+        "half.pth": half,
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=name):
             checkpointer.load(str(tmp_path / name))
     torch.save({"epoch": 3, "state": {}}, tmp_path / "other.pth")

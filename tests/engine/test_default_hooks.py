@@ -10,6 +10,7 @@ from detlib.data import DatasetMapper, build_detection_test_loader, get_detectio
 from detlib.data import transforms as T  # noqa: N812
 from detlib.engine import DefaultTrainer, LazyTrainer, hooks
 from detlib.engine.options import RunOptions
+from detlib.utils import comm
 from detlib.utils.events import CommonMetricPrinter, CSVWriter, JSONWriter, TensorboardXWriter
 from tests.engine.test_lazy_trainer import small_config
 from tests.engine.tiny import tiny_cfg
@@ -161,11 +162,64 @@ def test_hooks_and_writers_can_be_overridden(tmp_path):
             "'val/my set/loss_cls'",
         ),
         ({"SOLVER__EARLY_STOP__PATIENCE": 3}, "Early stopping after 3 evaluations needs a metric"),
+        ({"SOLVER__MAX_ITER": 0}, r"SOLVER.MAX_ITER \(train.max_iter\) must be at least 1, got 0"),
+        ({"SOLVER__CHECKPOINT_KEEP_LAST": -1}, r"SOLVER.CHECKPOINT_KEEP_LAST \(.*max_to_keep\).*, got -1"),
+        ({"TRAIN__STRATEGY": "dpp"}, r"TRAIN.STRATEGY \(train.strategy\) must be one of .*'fsdp'.*'dpp'"),
+        (
+            {"SOLVER__EMA__ENABLED": True, "SOLVER__EMA__DECAY": 1.5},
+            r"SOLVER.EMA.DECAY \(train.model_ema.decay\) lies in \[0, 1\), got 1.5",
+        ),
     ],
 )
 def test_mistakes_are_told_early(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         RunOptions.from_cfg(tiny_cfg(tmp_path, **change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_iter": "abc"}, r"SOLVER.MAX_ITER \(train.max_iter\) must be a whole number, got 'abc'"),
+        ({"max_iter": 2.5}, "must be a whole number, got 2.5"),
+        ({"eval_period": "x"}, r"TEST.EVAL_PERIOD \(train.eval_period\) must be a whole number, got 'x'"),
+        ({"eval_epochs": "x"}, "train.eval_epochs must be a number, got 'x'"),
+        ({"checkpointer": {"period": "a"}}, r"\(train.checkpointer.period\) must be a whole number"),
+        ({"early_stop": {"patience": "x"}}, r"\(train.early_stop.patience\) must be a whole number"),
+        ({"model_ema": {"enabled": True, "decay": "x"}}, r"\(train.model_ema.decay\) must be a number"),
+        ({"amp": {"enabled": True, "precision": 16}}, r"\(train.amp.precision\) must be a string, got 16"),
+        ({"freeze": "backbone"}, r"\(train.freeze\) must be a list of strings, got 'backbone'"),
+        ({"activation_checkpoint": "yes"}, r"\(train.activation_checkpoint\) must be True or False"),
+    ],
+)
+def test_wrong_types_in_lazy_configs_are_told(change, message):
+    with pytest.raises(TypeError, match=message):
+        RunOptions.from_lazy(_lazy_train(change))
+
+
+def _lazy_train(change: dict):
+    train = LazyConfig.load("configs/common/train.py").train
+    train.update(change)
+    return train
+
+
+def test_passes_that_the_processes_cannot_share_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    cfg = tiny_cfg(tmp_path, SOLVER__ACCUM_STEPS=2)
+    message = "SOLVER.IMS_PER_BATCH = 2 must be a multiple of SOLVER.ACCUM_STEPS = 2 times .* processes, 2"
+    with pytest.raises(ValueError, match=message):
+        DefaultTrainer.build_train_loader(cfg)
+    message = "total_batch_size = 2 must be a multiple of train.accum_steps = 2 times .* processes, 2"
+    with pytest.raises(ValueError, match=message):
+        LazyTrainer(small_config(tmp_path, "+train.accum_steps=2"))
+
+
+def test_misspelt_entries_of_lazy_configs_are_told(caplog):
+    clip = {"enabled": True, "params": {"max_norm": 1}}
+    RunOptions.from_lazy(_lazy_train({"my_own": 1, "clip_grad": clip}))
+    assert caplog.text == ""
+    RunOptions.from_lazy(_lazy_train({"acum_steps": 2, "model_ema": {"enable": True}}))
+    assert "The config's train.acum_steps is read by nobody. Did you mean 'accum_steps'?" in caplog.text
+    assert "The config's train.model_ema.enable is read by nobody. Did you mean 'enabled'?" in caplog.text
 
 
 def test_early_stopping_without_evaluations_is_told(tmp_path, caplog):

@@ -254,6 +254,9 @@ def test_scaling_by_the_number_of_processes(workers, batch, rate, steps, iters):
     solver.IMS_PER_BATCH = 12
     with pytest.raises(ValueError, match="SOLVER.IMS_PER_BATCH=12.*SOLVER.REFERENCE_WORLD_SIZE=8"):
         DefaultTrainer.auto_scale_workers(cfg, 4)
+    solver.REFERENCE_WORLD_SIZE = -2
+    with pytest.raises(ValueError, match="SOLVER.REFERENCE_WORLD_SIZE must be at least 0, got -2"):
+        DefaultTrainer.auto_scale_workers(cfg, 4)
 
 
 def test_predictor_gives_the_models_output_in_the_pictures_size(trained):

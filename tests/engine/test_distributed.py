@@ -143,3 +143,36 @@ def test_two_processes_equal_one_that_accumulates(tmp_path, kind):
     apart = torch.cat([(one[name] - two[name]).float().abs().flatten() for name in one])
     assert moved.max() > 1e-3
     assert apart.sort().values[int(share * (len(apart) - 1))] < 1e-5, f"{apart.max()} apart"
+
+
+def _evaluate_with_own_statistics(folder: str) -> None:
+    """What each process does: a training step, then a look at BatchNorm's statistics in an evaluation."""
+    cfg = tiny_cfg(
+        folder,
+        MODEL__META_ARCHITECTURE="ProposalNetwork",
+        MODEL__MASK_ON=False,
+        MODEL__RESNETS__NORM="BN",
+        SOLVER__MAX_ITER=1,
+    )
+    trainer = DefaultTrainer(cfg)
+    seen = []
+
+    def note(*_):
+        seen.append(trainer.checkpointer.model.backbone.bottom_up.stem.conv1.norm.running_mean.clone())
+
+    trainer.test = lambda *args: note() or {}
+    trainer.train()
+    note()
+    seen = comm.all_gather(seen)
+    if comm.is_main_process():
+        torch.save(seen, f"{folder}/seen.pth")
+
+
+def test_what_is_evaluated_is_what_is_saved(tmp_path):
+    launch(_evaluate_with_own_statistics, 2, args=(str(tmp_path),))
+    (first, first_own), (second, second_own) = torch.load(tmp_path / "seen.pth")
+    saved = torch.load(tmp_path / "model_final.pth")["model"]
+    assert torch.equal(saved["backbone.bottom_up.stem.conv1.norm.running_mean"], first)
+    assert torch.equal(first, second) and torch.equal(first, first_own)
+    # After it, each process has those of its own pictures again.
+    assert not torch.equal(first_own, second_own)

@@ -10,6 +10,7 @@ from torch import nn
 
 from detlib.checkpoint import Checkpointer
 from detlib.engine import TrainerBase, hooks
+from detlib.engine.ema import WeightAverage
 from detlib.utils.events import EventWriter
 
 
@@ -177,12 +178,30 @@ def test_precise_bn_computes_population_statistics():
     torch.manual_seed(0)
     model = nn.BatchNorm1d(3)
     model.momentum = 0.01
+    average = WeightAverage(model, 0.5)
     batches = [torch.randn(16, 3) * 4 + 2 for _ in range(4)]
     _train(_Idle(), [hooks.PreciseBN(0, model, batches, num_iter=4)], end=1)
     stacked = torch.cat(batches)
     torch.testing.assert_close(model.running_mean, stacked.mean(0))
     torch.testing.assert_close(model.running_var, stacked.var(0, unbiased=False), rtol=0.1, atol=0.1)
+    # The average of the weights still sees them: from 0, its first decay leaves 0.1.
+    average.update()
+    torch.testing.assert_close(average.state_dict()["running_mean"], 0.9 * stacked.mean(0))
+    with average.applied():
+        torch.testing.assert_close(model.running_mean, 0.9 * stacked.mean(0))
     _train(_Idle(), [hooks.PreciseBN(0, nn.Linear(1, 1), [], num_iter=4)], end=1)  # no layer, no work
+
+
+def test_precise_bn_computes_statistics_of_the_average_too():
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1))
+    nn.init.constant_(model[0].weight, 2.0)
+    average = WeightAverage(model, 0.5)
+    nn.init.constant_(model[0].weight, 5.0)
+    batches = [torch.tensor([[1.0], [3.0]])] * 2
+    _train(_Idle(), [hooks.PreciseBN(0, model, batches, num_iter=1, average=average)], end=1)
+    assert (model[0].weight.item(), model[1].running_mean.item()) == (5.0, 10.0)
+    with average.applied():
+        assert (model[0].weight.item(), model[1].running_mean.item()) == (2.0, 4.0)
 
 
 @pytest.mark.parametrize("kind", ["torch", "autograd"])

@@ -16,12 +16,22 @@ class _Course(TrainerBase):
     """A training whose k-th evaluation gives the k-th value."""
 
     def __init__(
-        self, folder, values, *, patience, mode="max", metric="bbox/AP", start=0, end=100, resume=False
+        self,
+        folder,
+        values,
+        *,
+        patience,
+        mode="max",
+        metric="bbox/AP",
+        start=0,
+        end=100,
+        resume=False,
+        async_save=False,
     ):
         super().__init__()
         self.values = values
         self.evaluated = []
-        self.checkpointer = Checkpointer(nn.Linear(1, 1), str(folder), trainer=self)
+        self.checkpointer = Checkpointer(nn.Linear(1, 1), str(folder), async_save=async_save, trainer=self)
         self.register_hooks(
             [
                 hooks.PeriodicCheckpointer(self.checkpointer, 1),
@@ -65,6 +75,16 @@ def test_when_it_stops(tmp_path, caplog, values, mode, patience, steps):
     assert final["iteration"] == final["trainer"]["iteration"] == steps - 1
     assert trainer.checkpointer.get_checkpoint_file().endswith("model_final.pth")
     assert caplog.text.count("Training stops: no better bbox/AP in") == stops
+
+
+def test_training_ends_when_the_last_best_is_on_disk(tmp_path, monkeypatch):
+    def write(path, content):
+        if path.endswith("model_best.pth"):
+            raise OSError("the disk is full")
+
+    monkeypatch.setattr("detlib.checkpoint.checkpointer.write_checkpoint", write)
+    with pytest.raises(OSError, match="the disk is full"):
+        _Course(tmp_path, [1], patience=2, end=2, async_save=True)
 
 
 def test_the_reason_names_the_best(tmp_path):

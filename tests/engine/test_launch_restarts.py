@@ -8,7 +8,8 @@ import psutil
 import pytest
 import torch
 
-from detlib.engine import StopTraining, interrupt, launch
+from detlib.checkpoint import Checkpointer
+from detlib.engine import StopTraining, TrainerBase, interrupt, launch
 from detlib.engine.hooks import StopOnSignal
 from detlib.engine.processes.restart import should_resume
 from tests.engine import launching
@@ -38,6 +39,26 @@ def test_signal_saves_and_stops_after_the_step(tmp_path, log, signum):
     launching.train(str(tmp_path / "out"), resume=True)
     launching.train(str(tmp_path / "whole"))
     _assert_equal(launching.read_model(tmp_path / "out"), launching.read_model(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_the_first_process_decides_whether_all_save(tmp_path, monkeypatch, saved):
+    """Others may not see yet what it saves in the background, and would wait for it in vain."""
+    took_part = []
+
+    class Trainer(TrainerBase):
+        def prepare_to_save(self):
+            took_part.append(self.iter)
+
+        def run_step(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = Trainer()
+    trainer.register_hooks([StopOnSignal(Checkpointer(torch.nn.Linear(1, 1), str(tmp_path)))])
+    monkeypatch.setattr("detlib.utils.comm.all_gather", lambda data: [saved, data])
+    with pytest.raises(StopTraining):
+        trainer.train(0, 3)
+    assert took_part == ([] if saved else [0])
 
 
 def test_workers_outlive_a_signal_to_all(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from detlib.config import LazyConfig
-from detlib.engine import LazyTrainer
+from detlib.engine import LazyTrainer, hooks
 from detlib.engine.options import RunOptions
 from detlib.utils.env import seed_all_rng
 
@@ -64,6 +64,19 @@ def test_gradients_are_clipped(tmp_path):
     assert norm.item() == pytest.approx(0.001, rel=0.01)
 
 
+def test_wrong_arguments_of_clipping_are_told_before_training(tmp_path):
+    clip = ["+train.clip_grad.enabled=True", "+train.clip_grad.params.maxnorm=1"]
+    with pytest.raises(TypeError, match="train.clip_grad.params .*clip_grad_norm_: .*max_norm"):
+        LazyTrainer(small_config(tmp_path, *clip))
+
+
+def test_precise_bn_takes_the_batches_of_a_forward_pass(tmp_path):
+    options = ["+train.accum_steps=2", "+train.precise_bn.enabled=True", "+train.precise_bn.num_iter=1"]
+    trainer = LazyTrainer(small_config(tmp_path, *options))
+    hook = next(h for h in trainer._hooks if isinstance(h, hooks.PreciseBN))
+    assert [len(next(iter(loader))) for loader in (trainer.data_loader, hook._data_loader)] == [1, 1]
+
+
 def test_a_trial_of_a_recipe_is_short():
     train = LazyConfig.load(str(ROOT / "configs/DINO/dino_R_50_4scale_12ep.py")).train
     before = RunOptions.from_lazy(train)
@@ -99,6 +112,9 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     assert saved.train.max_iter == 2 and saved.model.num_classes == 3
     weights = [f"train.init_checkpoint={tmp_path}/model_final.pth"]
     train_net().run(["--config-file", CONFIG, "--eval-only", *options, *weights])
+    assert "evaluates random weights" not in (tmp_path / "log.txt").read_text()
+    train_net().run(["--config-file", CONFIG, "--eval-only", *options])
+    assert "--eval-only evaluates random weights" in (tmp_path / "log.txt").read_text()
     for change, said in (
         ("dataloader.train.dataset.names=shapes:trian", "trian"),
         ("train.init_checkpoint=nothing.pth", "train.init_checkpoint: the file nothing.pth"),

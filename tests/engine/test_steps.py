@@ -197,6 +197,9 @@ def test_adamw_by_config():
         ({"OPTIMIZER": "Adam"}, r"SOLVER.OPTIMIZER must be one of \('SGD', 'AdamW'\), got 'Adam'"),
         ({"LR_FACTORS": [["backbon.*", 0.1]]}, r"no trainable parameter's name fits 'backbon.\*'"),
         ({"LR_FACTORS": ["backbone"]}, "takes pairs"),
+        ({"LR_FACTORS": [["backbone.*", "a"]]}, "takes pairs"),
+        ({"BASE_LR": -1.0}, "SOLVER.BASE_LR must be at least 0, got -1.0"),
+        ({"BETAS": (0.9,)}, r"SOLVER.BETAS must be two numbers in \[0, 1\), got \(0.9,\)"),
         ({"LAYER_DECAY": 0.7}, "SOLVER.LAYER_DECAY = 0.7 needs a plain ViT as backbone, got Linear"),
     ],
 )

@@ -4,7 +4,12 @@ import math
 
 import pytest
 import torch
-from fvcore.common.param_scheduler import CosineParamScheduler, MultiStepParamScheduler
+from fvcore.common.param_scheduler import (
+    ConstantParamScheduler,
+    CosineParamScheduler,
+    MultiStepParamScheduler,
+    StepWithFixedGammaParamScheduler,
+)
 
 from detlib.config import get_cfg
 from detlib.solver import (
@@ -66,6 +71,26 @@ def test_warmup_over_a_step_climbs_to_the_rate_after_it():
     assert _built(cfg) == pytest.approx([2.0 * e for e in expected], rel=1e-9)
 
 
+@pytest.mark.parametrize("warmup_iters", [30, 50])
+def test_constant_warmup_over_all_iterations(warmup_iters):
+    cfg = _cfg("WarmupMultiStepLR", WARMUP_ITERS=warmup_iters, WARMUP_METHOD="constant", WARMUP_FACTOR=0.1)
+    assert _built(cfg) == pytest.approx([0.2] * 30, rel=1e-9)
+
+
+@pytest.mark.parametrize("warmup_length", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "schedule",
+    [ConstantParamScheduler(1.0), StepWithFixedGammaParamScheduler(1.0, 2, 1.0, 30)],
+)
+def test_schedules_without_a_value_at_the_end(schedule, warmup_length):
+    optimizer = _optimizer()
+    if warmup_length:
+        schedule = WarmupParamScheduler(schedule, 1.0, warmup_length)
+    scheduler = LRMultiplier(optimizer, schedule, max_iter=30)
+    # One step more: after the last one PyTorch asks for the rate of the next.
+    assert _rates(optimizer, scheduler, 31) == pytest.approx([2.0] * 31, rel=1e-9)
+
+
 def test_cosine():
     cfg = _cfg("WarmupCosineLR", WARMUP_ITERS=5, WARMUP_FACTOR=0.1, BASE_LR_END=0.5)
 
@@ -109,9 +134,15 @@ def test_steps_that_are_never_reached_are_left_out(caplog):
     ("solver", "message"),
     [
         ({"LR_SCHEDULER_NAME": "Cosine"}, "SOLVER.LR_SCHEDULER_NAME.*'Cosine'"),
-        ({"WARMUP_METHOD": "burnin"}, "warmup_method.*'burnin'"),
+        (
+            {"WARMUP_METHOD": "burnin"},
+            "SOLVER.WARMUP_METHOD.*'linear', 'constant'.*'burnin'",
+        ),
+        ({"WARMUP_ITERS": -3}, "SOLVER.WARMUP_ITERS must be at least 0, got -3"),
         ({"STEPS": (20, 10)}, "SOLVER.STEPS.*increasing"),
         ({"MAX_ITER": 0}, "SOLVER.MAX_ITER"),
+        ({"LR_SCHEDULER_NAME": "WarmupStepWithFixedGammaLR", "NUM_DECAYS": 0}, "SOLVER.NUM_DECAYS.* got 0"),
+        ({"LR_SCHEDULER_NAME": "WarmupCosineLR", "BASE_LR": 0.0, "BASE_LR_END": 0.1}, "BASE_LR_END"),
         ({"LR_SCHEDULER_NAME": "WarmupCosineLR", "BASE_LR_END": 3.0}, "SOLVER.BASE_LR_END"),
     ],
 )

@@ -120,6 +120,24 @@ def test_tensorboard_hides_what_is_done_again(tmp_path):
     assert [e.step for e in events.Scalars("total_loss")] == [1, 3, 5]
 
 
+def test_tensorboard_hides_results_that_come_again_and_earlier_runs(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def points(name):
+        events = EventAccumulator(str(tmp_path), purge_orphaned_data=True).Reload()
+        return [(e.step, e.value) for e in events.Scalars(name)]
+
+    _run(TensorboardXWriter(str(tmp_path)), 0, 4, final=40.0)
+    # The results of a last evaluation stay when the training goes on, and not when it is resumed in vain.
+    _run(TensorboardXWriter(str(tmp_path)), 4, 8, final=42.0)
+    assert points("bbox/AP") == [(4, 40.0), (8, 42.0)]
+    _run(TensorboardXWriter(str(tmp_path)), 8, 8, final=43.0)
+    assert points("bbox/AP") == [(4, 40.0), (8, 43.0)]
+    # A run that starts anew, as after a kill before the first checkpoint.
+    _run(TensorboardXWriter(str(tmp_path)), 0, 2, period=1)
+    assert [step for step, _ in points("total_loss")] == [0, 1] and points("bbox/AP") == []
+
+
 def test_names():
     assert list(WRITERS) == ["console", "json", "csv", "wandb", "mlflow", "tensorboard"]
     with pytest.raises(ValueError, match="no writer 'tensorbord'.*legal are console, json.*'tensorboard'"):

@@ -64,8 +64,9 @@ class PeriodicCheckpointer(_PeriodicCheckpointer, HookBase):
         lacks = not self.path_manager.exists(
             os.path.join(self.checkpointer.save_dir, f"{self.file_prefix}_final.pth")
         )
-        # All processes save together, or none, where each has a part.
-        return comm.all_gather(lacks)[0] if is_sharded(self.checkpointer.model) else lacks
+        # Where all processes have this hook, all take part in saving, or none: the first one decides.
+        all_save = is_sharded(self.checkpointer.model) or getattr(self.trainer, "_all_save", False)
+        return comm.all_gather(lacks)[0] if all_save else lacks
 
 
 def prepare_to_save(trainer: TrainerBase) -> None:
@@ -139,6 +140,8 @@ class BestCheckpointer(HookBase):
             # The final checkpoint stays the last one, if there is one.
             is_last = not self._checkpointer.has_checkpoint()
             self._save_if_best(self._checkpointer.save if is_last else self._checkpointer.write)
+        # `PeriodicCheckpointer` has waited already, but for what was saved before this.
+        self._checkpointer.wait()
 
     def _save_if_best(self, save: Callable) -> None:
         best = self._new_best()

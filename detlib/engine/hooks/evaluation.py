@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
+from detlib.engine.ema import WeightAverage
 from detlib.engine.trainer_base import HookBase
 from detlib.evaluation.testing import flatten_results_dict
 from detlib.layers.fvcore_nn import get_bn_modules, update_bn_stats
@@ -84,14 +85,24 @@ class PreciseBN(HookBase):
     BatchNorm" (https://arxiv.org/abs/2105.07576). It goes before the `EvalHook`.
     """
 
-    def __init__(self, period: int, model: nn.Module, data_loader: Iterable, num_iter: int):
+    def __init__(
+        self,
+        period: int,
+        model: nn.Module,
+        data_loader: Iterable,
+        num_iter: int,
+        average: WeightAverage | None = None,
+    ):
         """
         Args:
             period: steps between two computations; 0 for after the last step only.
             model: layers in training mode are computed; without any this does nothing.
             data_loader: gives the batches.
             num_iter: number of batches.
+            average: the average of the weights, if that is what is evaluated; its statistics are computed
+                as well, over as many batches.
         """
+        self._average = average
         self._disabled = not get_bn_modules(model)
         if self._disabled:
             logger.info("PreciseBN does nothing: the model has no BatchNorm layer in training mode")
@@ -113,10 +124,23 @@ class PreciseBN(HookBase):
             return
         if self._data_iter is None:
             self._data_iter = iter(self._data_loader)
+        self._compute()
+        if self._average is not None:
+            with self._average.applied():
+                self._compute()
+
+    def _compute(self) -> None:
+        """Puts the statistics of the weights that the model has now into it."""
         logger.info("Computing precise BatchNorm statistics over %d batches", self._num_iter)
+        layers = get_bn_modules(self._model)
+        held = [(layer.running_mean, layer.running_var) for layer in layers]
         # A storage of its own, as these batches are none of the training's.
         with EventStorage():
             update_bn_stats(self._model, itertools.islice(self._data_iter, self._num_iter), self._num_iter)
+        for layer, (mean, var) in zip(layers, held):
+            # fvcore puts new tensors there, but the average of the weights holds the former ones.
+            layer.running_mean = mean.copy_(layer.running_mean)
+            layer.running_var = var.copy_(layer.running_var)
 
     def state_dict(self) -> dict:
         """The position in the data, as another part of them gives other statistics."""

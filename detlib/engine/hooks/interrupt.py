@@ -9,6 +9,7 @@ from detlib.checkpoint import Checkpointer
 from detlib.engine.hooks.checkpoint import prepare_to_save
 from detlib.engine.interrupt import StopTraining, listen_for_stop, stop_requested
 from detlib.engine.trainer_base import HookBase
+from detlib.utils import comm
 
 __all__ = ["StopOnSignal"]
 
@@ -56,7 +57,8 @@ class StopOnSignal(HookBase):
                 self._listening.close()
             return
         name = f"model_{iteration:07d}"
-        if not self._is_saved(iteration, name):
+        # The first process knows: what it saves in the background, others may not see yet. All save, or none.
+        if not comm.all_gather(self._is_saved(iteration, name))[0]:
             prepare_to_save(self.trainer)
             self._checkpointer.save(name, iteration=iteration)
         self._checkpointer.wait()

@@ -24,21 +24,24 @@ class TensorboardXWriter(EventWriter):
         """
         self._writer_args = {"log_dir": log_dir, **kwargs}
         self._new = NewScalars(window_size)
+        self._purge_step = 0
 
     @cached_property
     def _writer(self) -> Any:
         # Slow to import, and no file before the first write.
         from torch.utils.tensorboard import SummaryWriter
 
-        start_iter = get_event_storage().start_iter
-        if start_iter > 0:
-            # The results of the last evaluation bear the number `start_iter`.
-            self._writer_args.setdefault("purge_step", start_iter + 1)
+        self._writer_args.setdefault("purge_step", self._purge_step)
         return SummaryWriter(**self._writer_args)
 
     def write(self) -> None:
         storage = get_event_storage()
-        for record in self._new.take(storage):
+        records = self._new.take(storage)
+        start_iter = storage.start_iter
+        # The results of a last evaluation bear the number `start_iter`, and stay unless that comes again.
+        again = start_iter == 0 or any(record["iteration"] == start_iter for record in records)
+        self._purge_step = start_iter if again else start_iter + 1
+        for record in records:
             iteration = record.pop("iteration")
             for name, value in record.items():
                 self._writer.add_scalar(name, value, iteration)
