@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import math
 import multiprocessing
 import os
 import shutil
@@ -143,8 +144,10 @@ def test_memory_does_not_grow(tmp_path, steps, first):
     seen = {}
 
     def measure(trainer):
-        if trainer.iter + 1 in (first, steps):
-            seen[trainer.iter + 1] = _memory()
+        # The least of some steps: how many batches lie ready varies from one to the next.
+        for end in (first, steps):
+            if end - 20 < trainer.iter + 1 <= end:
+                seen[end] = min(seen.get(end, math.inf), _memory())
 
     cfg = _cfg(
         tmp_path,
