@@ -240,6 +240,8 @@ def read_label_map(file_name: str) -> np.ndarray:
                 "or with a palette"
             )
         labels = labels[:, :, 0]
+    if labels.dtype == np.uint8:
+        return labels
     return labels.astype(np.uint8 if labels.size == 0 or labels.max() <= 255 else np.int32)
 
 

@@ -7,17 +7,15 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from detlib.engine.setup import RUN_SETTINGS
 from detlib.utils.suggest import suggest
 
 __all__ = ["check_options", "key_of", "warn_of_slips"]
 
 logger = logging.getLogger(__name__)
 
-# Those options whose place in the two kinds of config does not follow from their name.
+# Those options whose place in the two kinds of config does not follow from their name, but for RUN_SETTINGS.
 _KEYS = {
-    "output_dir": ("OUTPUT_DIR", "output_dir"),
-    "weights": ("MODEL.WEIGHTS", "init_checkpoint"),
-    "seed": ("SEED", "seed"),
     "precision": ("SOLVER.AMP.PRECISION", "amp.precision"),
     "freeze": ("MODEL.FREEZE", "freeze"),
     "strategy": ("TRAIN.STRATEGY", "strategy"),
@@ -81,6 +79,9 @@ _NAMES = {
 
 def key_of(option: str) -> str:
     """How the two kinds of config name an option: "SOLVER.MAX_ITER (train.max_iter)"."""
+    if option in RUN_SETTINGS:
+        yaml_key, lazy_key, _ = RUN_SETTINGS[option]
+        return f"{yaml_key} ({lazy_key})"
     yaml_key, lazy_key = _KEYS.get(option, (f"SOLVER.{option.upper()}", option))
     return f"{yaml_key} (train.{lazy_key})"
 

@@ -11,7 +11,6 @@ import torch
 
 from detlib.config import CfgNode, LazyConfig, try_get_key
 from detlib.engine.checks import set_num_classes
-from detlib.engine.option_checks import key_of
 from detlib.engine.slurm import add_slurm_arguments
 from detlib.utils import comm
 from detlib.utils.env import seed_all_rng
@@ -88,7 +87,7 @@ def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParse
 
 
 # Where each kind of config has what concerns a run as a whole, and what holds if it says nothing.
-_RUN_SETTINGS = {
+RUN_SETTINGS = {
     "output_dir": ("OUTPUT_DIR", "train.output_dir", "./output"),
     "seed": ("SEED", "train.seed", -1),
     "cudnn_benchmark": ("CUDNN_BENCHMARK", "train.cudnn_benchmark", False),
@@ -108,7 +107,7 @@ def run_setting(cfg: CfgNode | Mapping[str, Any], name: str) -> Any:
         name: "output_dir", "seed", "cudnn_benchmark", "timeout", "device", "weights" (what to start from),
             "use_average" (whether to evaluate the average of the weights) or "report" (whether to make one).
     """
-    yaml_key, lazy_key, default = _RUN_SETTINGS[name]
+    yaml_key, lazy_key, default = RUN_SETTINGS[name]
     return try_get_key(cfg, yaml_key if isinstance(cfg, CfgNode) else lazy_key, default=default)
 
 
@@ -153,7 +152,8 @@ def default_setup(cfg: CfgNode | Mapping[str, Any], args: Any) -> None:
     # Every process needs its own seed, or all would draw the same augmentations.
     seed = run_setting(cfg, "seed")
     if not isinstance(seed, int):
-        raise TypeError(f"{key_of('seed')} must be a whole number, got {seed!r}")
+        yaml_key, lazy_key, _ = RUN_SETTINGS["seed"]
+        raise TypeError(f"{yaml_key} ({lazy_key}) must be a whole number, got {seed!r}")
     seed_all_rng(None if seed < 0 else seed + rank)
     if not getattr(args, "eval_only", False):
         # Pictures of all sizes are evaluated: measuring each anew would cost more than it gains.

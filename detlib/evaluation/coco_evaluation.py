@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import pickle
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -391,8 +391,12 @@ def _tasks_of(results: list[dict]) -> set[str]:
 
 def _tell_apart(names: Sequence[str]) -> list[str]:
     """Adds a number to names that were there before: several categories may have one."""
-    before = [[*names][:i].count(name) for i, name in enumerate(names)]
-    return [f"{name} ({count + 1})" if count else name for name, count in zip(names, before)]
+    seen: Counter[str] = Counter()
+    told = []
+    for name in names:
+        seen[name] += 1
+        told.append(f"{name} ({seen[name]})" if seen[name] > 1 else name)
+    return told
 
 
 def _class_table(class_names: Sequence[str], per_class: dict[str, float]) -> str:

@@ -11,6 +11,7 @@ import torch
 
 from detlib.ops._bilinear import sample_bilinear
 from detlib.ops._checks import check_positive, check_same_device, check_tensor
+from detlib.ops._layout import in_layout_of
 from detlib.ops._library import torchvision_ops
 
 
@@ -63,9 +64,7 @@ def deform_conv2d(
         run = torchvision_ops()[0].deform_conv2d if _torchvision_serves(input) else reference_deform_conv2d
         output = run(*tensors[:4], stride, padding, dilation, tensors[4])
     # As other convolutions do, so that those that follow are fast too.
-    is_channels_last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
-    layout = torch.channels_last if is_channels_last else torch.contiguous_format
-    return output.to(input.dtype, memory_format=layout)
+    return in_layout_of(input, output.to(input.dtype))
 
 
 def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from detlib.ops._checks import check_positive, check_same_device, check_tensor
+from detlib.ops._layout import in_layout_of, is_channels_last, new_map
 from detlib.ops._library import define, library, torchvision_ops
 
 
@@ -79,23 +80,6 @@ def _with_batch_index(boxes: Sequence[torch.Tensor], input: torch.Tensor) -> tor
 
 def _compute_dtype(input: torch.Tensor) -> torch.dtype:
     return torch.float64 if input.dtype == torch.float64 else torch.float32
-
-
-def _is_channels_last(map: torch.Tensor) -> bool:
-    """Whether a map can only be read as (N, H, W, C) in memory; the compiled kernels decide by the same
-    rule."""
-    return map.is_contiguous(memory_format=torch.channels_last) and not map.is_contiguous()
-
-
-def _new_map(like: torch.Tensor, images: int, channels: int, height: int, width: int) -> torch.Tensor:
-    """An empty map (images, channels, height, width) in the layout of `like`."""
-    if _is_channels_last(like):
-        return like.new_empty((images, height, width, channels)).permute(0, 3, 1, 2)
-    return like.new_empty((images, channels, height, width))
-
-
-def _in_layout_of(like: torch.Tensor, map: torch.Tensor) -> torch.Tensor:
-    return map.contiguous(memory_format=torch.channels_last) if _is_channels_last(like) else map
 
 
 def _axis_weights(
@@ -181,7 +165,7 @@ def reference_roi_align(input, boxes, spatial_scale, pooled_height, pooled_width
             else:
                 window = input[image, :, rows, columns].to(dtype)
                 output[index] = weights[0] @ window @ weights[1].T
-    return _in_layout_of(input, output.to(input.dtype))
+    return in_layout_of(input, output.to(input.dtype))
 
 
 def reference_roi_align_backward(
@@ -200,7 +184,7 @@ def reference_roi_align_backward(
         ):
             if weights is not None:
                 grad_input[image, :, rows, columns] += weights[0].T @ grad[index].to(dtype) @ weights[1]
-    return _in_layout_of(grad, grad_input.to(grad.dtype))
+    return in_layout_of(grad, grad_input.to(grad.dtype))
 
 
 def _check_images(boxes: torch.Tensor, num_images: int) -> None:
@@ -231,7 +215,7 @@ def _fallback_roi_align(input, boxes, spatial_scale, pooled_height, pooled_width
     output = torch.ops.torchvision.roi_align(
         input.to(dtype), boxes.to(dtype), spatial_scale, pooled_height, pooled_width, sampling_ratio, aligned
     )
-    return _in_layout_of(input, output.to(input.dtype))
+    return in_layout_of(input, output.to(input.dtype))
 
 
 def _fallback_roi_align_backward(
@@ -245,25 +229,25 @@ def _fallback_roi_align_backward(
     grad_input = torch.ops.torchvision._roi_align_backward(
         grad.to(dtype), boxes.to(dtype), spatial_scale, *sizes, sampling_ratio, aligned
     )
-    return _in_layout_of(grad, grad_input.to(grad.dtype))
+    return in_layout_of(grad, grad_input.to(grad.dtype))
 
 
 def _fake_roi_align(input, boxes, spatial_scale, pooled_height, pooled_width, sampling_ratio, aligned):
-    return _new_map(input, boxes.shape[0], input.shape[1], pooled_height, pooled_width)
+    return new_map(input, boxes.shape[0], input.shape[1], pooled_height, pooled_width)
 
 
 def _fake_roi_align_backward(
     grad, boxes, spatial_scale, pooled_height, pooled_width, batch_size, channels, height, width,
     sampling_ratio, aligned, deterministic=False,
 ):  # fmt: skip
-    return _new_map(grad, batch_size, channels, height, width)
+    return new_map(grad, batch_size, channels, height, width)
 
 
 def _save_forward(ctx, inputs, output):
     input, boxes, *scalars = inputs
     ctx.save_for_backward(boxes)
     ctx.input_size = input.shape
-    ctx.channels_last = _is_channels_last(input)
+    ctx.channels_last = is_channels_last(input)
     ctx.scalars = scalars
 
 

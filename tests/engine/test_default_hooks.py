@@ -8,8 +8,9 @@ import pytest
 from detlib.config import LazyCall, LazyConfig
 from detlib.data import DatasetMapper, build_detection_test_loader, get_detection_dataset_dicts
 from detlib.data import transforms as T  # noqa: N812
-from detlib.engine import DefaultTrainer, LazyTrainer, hooks
+from detlib.engine import DefaultTrainer, LazyTrainer, hooks, option_checks
 from detlib.engine.options import RunOptions
+from detlib.engine.setup import RUN_SETTINGS
 from detlib.utils import comm
 from detlib.utils.events import CommonMetricPrinter, CSVWriter, JSONWriter, TensorboardXWriter
 from tests.engine.test_lazy_trainer import small_config
@@ -220,6 +221,37 @@ def test_misspelt_entries_of_lazy_configs_are_told(caplog):
     RunOptions.from_lazy(_lazy_train({"acum_steps": 2, "model_ema": {"enable": True}}))
     assert "The config's train.acum_steps is read by nobody. Did you mean 'accum_steps'?" in caplog.text
     assert "The config's train.model_ema.enable is read by nobody. Did you mean 'enabled'?" in caplog.text
+
+
+class Recording(dict):
+    """Notes what is asked for, by the path from the top."""
+
+    def __init__(self, asked: set[str], path: str = ""):
+        super().__init__(max_iter=1, output_dir="")
+        self.asked, self.path = asked, path
+
+    def get(self, key, default=None):
+        self.asked.add(f"{self.path}{key}")
+        if key == "enabled":  # a trial run leaves much out
+            return self.path != "fast_dev_run."
+        if key in ("ddp", "params") or not isinstance(default, dict):
+            return default
+        return Recording(self.asked, f"{self.path}{key}.")
+
+    def __getattr__(self, key):
+        self.asked.add(key)
+        return self[key]
+
+
+def test_all_entries_that_are_read_are_known():
+    asked: set[str] = set()
+    RunOptions.from_lazy(Recording(asked))
+    asked |= {lazy_key.removeprefix("train.") for _, lazy_key, _ in RUN_SETTINGS.values()}
+    assert {"max_iter", "amp.precision", "model_ema.decay", "wandb.params", "timeout"} <= asked
+    for entry in asked:
+        name, _, below = entry.partition(".")
+        assert name in option_checks._ENTRIES, entry
+        assert not below or below in option_checks._ENTRIES[name], entry
 
 
 def test_early_stopping_without_evaluations_is_told(tmp_path, caplog):

@@ -174,14 +174,3 @@ def test_config():
     assert head.conv_fcn3.out_channels == 8 and not hasattr(head, "conv_fcn4")
     cfg.MODEL.ROI_KEYPOINT_HEAD.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS = False
     assert build_keypoint_head(cfg, shape).loss_normalizer == 17 * 16 * 0.25
-
-
-def test_layers_work_in_channels_last_layout():
-    head, layouts = make_head(), []
-    head.conv_fcn1.register_forward_pre_hook(
-        lambda _, args: layouts.append(args[0].is_contiguous(memory_format=torch.channels_last))
-    )
-    x = torch.randn(2, 4, 7, 7)
-    same = head.layers(x.to(memory_format=torch.channels_last))
-    torch.testing.assert_close(head.layers(x), same)
-    assert layouts == [True, True]

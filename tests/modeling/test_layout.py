@@ -46,6 +46,16 @@ def test_box_heads_get_contiguous_features(name):
     assert layouts(model, heads, batch(name)) == {"contiguous"}
 
 
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [("mask_rcnn", "mask_head"), ("keypoint", "keypoint_head"), ("gn", "box_head"), ("c4", "mask_head")],
+)
+def test_convolutions_of_heads_get_channels_last_maps(name, head):
+    model = built(name)
+    convolutions = [m for m in getattr(model.roi_heads, head).modules() if isinstance(m, torch.nn.Conv2d)]
+    assert layouts(model, convolutions, batch(name)) == {"channels-last"}
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_convolutions_of_detrs_get_contiguous_maps(name):
     model = MODELS[name]()

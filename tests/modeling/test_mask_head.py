@@ -151,15 +151,3 @@ def test_loss_weight_and_modes():
 def test_no_layers_is_an_error():
     with pytest.raises(ValueError, match="conv_dims"):
         make_head(conv_dims=[])
-
-
-def test_layers_work_in_channels_last_layout():
-    """Convolutions are faster so; what is pooled from a pyramid is contiguous."""
-    head, layouts = make_head(), []
-    head.mask_fcn1.register_forward_pre_hook(
-        lambda _, args: layouts.append(args[0].is_contiguous(memory_format=torch.channels_last))
-    )
-    x = torch.randn(2, 4, 7, 7)
-    same = head.layers(x.to(memory_format=torch.channels_last))
-    torch.testing.assert_close(head.layers(x), same)
-    assert layouts == [True, True]
