@@ -169,7 +169,7 @@ def our_parts(mapper: DatasetMapper, records: list[dict]) -> dict[str, float]:
         times.append(time.process_time())
         utils.image_to_tensor(np.flip(resized, axis=1))
         times.append(time.process_time())
-        annotations = mapper._transform_annotations(record, T.TransformList(steps), (800, 1067))
+        annotations = mapper._move_annotations(record, T.TransformList(steps), (800, 1067))
         mapper._to_instances(annotations, (800, 1067), record["file_name"])
         times.append(time.process_time())
         for name, begin, end in zip(PARTS, times, times[1:]):

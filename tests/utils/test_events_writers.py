@@ -138,6 +138,18 @@ def test_tensorboard_hides_results_that_come_again_and_earlier_runs(tmp_path):
     assert [step for step, _ in points("total_loss")] == [0, 1] and points("bbox/AP") == []
 
 
+def test_tensorboard_reads_runs_within_one_second_in_their_order(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.summary.writer import event_file_writer
+
+    uids = iter(("9", "10"))  # the end of a file's name, of which the second is the lesser as text
+    monkeypatch.setattr(event_file_writer, "_global_uid", types.SimpleNamespace(get=lambda: next(uids)))
+    for start in (0, 4):
+        _run(TensorboardXWriter(str(tmp_path)), start, start + 4)
+    events = EventAccumulator(str(tmp_path), purge_orphaned_data=True).Reload()
+    assert [e.step for e in events.Scalars("total_loss")] == [1, 3, 5, 7]
+
+
 def test_names():
     assert list(WRITERS) == ["console", "json", "csv", "wandb", "mlflow", "tensorboard"]
     with pytest.raises(ValueError, match="no writer 'tensorbord'.*legal are console, json.*'tensorboard'"):

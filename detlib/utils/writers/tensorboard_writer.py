@@ -1,5 +1,8 @@
 """Metrics for TensorBoard."""
 
+import glob
+import os
+import time
 from functools import cached_property
 from typing import Any
 
@@ -32,6 +35,7 @@ class TensorboardXWriter(EventWriter):
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer_args.setdefault("purge_step", self._purge_step)
+        _wait_for_a_later_name(self._writer_args["log_dir"])
         return SummaryWriter(**self._writer_args)
 
     def write(self) -> None:
@@ -55,3 +59,13 @@ class TensorboardXWriter(EventWriter):
     def close(self) -> None:
         if "_writer" in self.__dict__:
             self._writer.close()
+
+
+def _wait_for_a_later_name(log_dir: str) -> None:
+    """Wait until a new event file comes after those in `log_dir`, for up to a second.
+
+    TensorBoard reads the files in the order of their names, which hold the time to the second; within one, the numbers
+    of process and writer decide as text, where 10 comes before 9. What the earlier writer wrote would hide the later.
+    """
+    while glob.glob(os.path.join(glob.escape(log_dir), f"events.out.tfevents.{int(time.time()):010d}.*")):
+        time.sleep(0.01)
