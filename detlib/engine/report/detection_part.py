@@ -72,9 +72,6 @@ def add_detections(
     def name_of(name: str) -> str:
         return os.path.join(folder, name)
 
-    def save_table(name: str, table: Table) -> None:
-        report.save(name_of(name), to_csv(table).encode())
-
     page.heading("Metrics of these detections")
     page.table(_scores_table(scores, found.is_lvis), "Metrics of the detections")
 
@@ -95,18 +92,10 @@ def add_detections(
     report.attempt("confusion matrix", lambda: _add_confusions(report, found, matches, curve, name_of))
 
     page.heading("Classes")
-
-    def classes() -> None:
-        table = class_table(found, scores, curve)
-        save_table("per_class.csv", table)
-        page.text(
-            f"AP in percent; precision, recall, F1 and the number of detections at confidence "
-            f"{curve.threshold:.3f} and an overlap from 0.5. A click on a name sorts. The table is also in "
-            f"{name_of('per_class.csv')}."
-        )
-        page.table(table, "Metrics of each class")
-
-    report.attempt("table of classes", classes)
+    report.attempt(
+        "table of classes",
+        lambda: _add_classes(report, class_table(found, scores, curve), curve, name_of("per_class.csv")),
+    )
 
     page.heading("Labels")
     report.attempt(
@@ -166,6 +155,16 @@ def _add_confusions(report: Report, found: Detections, matches: Matches, curve: 
             "As background: missed. Background as a class: found where no object is."
         )
         report.page.table((columns, rows[:_CONFUSIONS]), "The most frequent mistakes")
+
+
+def _add_classes(report: Report, table: Table, curve: F1Curve, name: str) -> None:
+    report.save(name, to_csv(table).encode())
+    report.page.text(
+        f"AP in percent; precision, recall, F1 and the number of detections at confidence "
+        f"{curve.threshold:.3f} and an overlap from 0.5. A click on a name sorts. The table is also "
+        f"in {name}."
+    )
+    report.page.table(table, "Metrics of each class")
 
 
 def _add_pictures(report: Report, found: Detections, matches: Matches, threshold: float, name_of) -> None:

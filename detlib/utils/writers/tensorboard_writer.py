@@ -64,8 +64,9 @@ class TensorboardXWriter(EventWriter):
 def _wait_for_a_later_name(log_dir: str) -> None:
     """Wait until a new event file comes after those in `log_dir`, for up to a second.
 
-    TensorBoard reads the files in the order of their names, which hold the time to the second; within one, the numbers
-    of process and writer decide as text, where 10 comes before 9. What the earlier writer wrote would hide the later.
+    TensorBoard reads the files in the order of their names, which hold the time to the second; within one,
+    the numbers of process and writer decide as text, where 10 comes before 9. What the earlier writer wrote
+    would hide the later.
     """
     while glob.glob(os.path.join(glob.escape(log_dir), f"events.out.tfevents.{int(time.time()):010d}.*")):
         time.sleep(0.01)
