@@ -2,10 +2,7 @@
 #pragma once
 
 #include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-
-#include <algorithm>
 
 #include "stable.h"
 

@@ -1,12 +1,14 @@
 // The one door to LibTorch: its stable ABI, the names used from it, and calls it has no wrapper for.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <optional>
@@ -80,14 +82,21 @@ inline bool is_channels_last(const Tensor& map) {
   return !map.is_contiguous();
 }
 
-// An empty map (N, C, H, W) of the given layout.
+// An empty map (N, C, H, W) of the given layout. It is no view of another tensor, which autograd would not let be changed.
 inline Tensor new_map(const Tensor& like, std::array<int64_t, 4> size, ScalarType type, bool channels_last) {
-  if (!channels_last) {
-    return torch::stable::new_empty(like, {size.data(), size.size()}, type);
-  }
-  const std::array<int64_t, 4> stored{size[0], size[2], size[3], size[1]};
-  const Tensor map = torch::stable::new_empty(like, {stored.data(), stored.size()}, type);
-  return torch::stable::transpose(torch::stable::transpose(map, 1, 3), 2, 3);
+  const auto [images, channels, height, width] = size;
+  const int64_t cells = std::max<int64_t>(height, 1) * std::max<int64_t>(width, 1), columns = std::max<int64_t>(width, 1);
+  const int64_t depth = std::max<int64_t>(channels, 1);
+  const std::array<int64_t, 4> strides = channels_last
+      ? std::array<int64_t, 4>{cells * depth, 1, columns * depth, depth}
+      : std::array<int64_t, 4>{cells * depth, cells, columns, 1};
+  int32_t device_type = 0;
+  DETLIB_CALL(aoti_torch_get_device_type(like.get(), &device_type));
+  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle map = nullptr;
+  DETLIB_CALL(aoti_torch_empty_strided(
+      4, size.data(), strides.data(), dtype, device_type, like.get_device_index(), &map));
+  return Tensor(map);
 }
 
 struct Sorted {

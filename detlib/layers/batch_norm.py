@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
+from detlib.ops.frozen_batch_norm import apply_frozen_batch_norm, is_fast
 from detlib.utils import comm
 from detlib.utils.suggest import suggest
 
@@ -33,21 +34,14 @@ def _affine(x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.T
     return torch.addcmul(bias.to(x.dtype).reshape(1, -1, 1, 1), x, scale.to(x.dtype).reshape(1, -1, 1, 1))
 
 
-def _batch_norm(x, mean, var, weight, bias, eps):
-    return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
-
-
 class _BatchNormWithoutInput(torch.autograd.Function):
-    """`_batch_norm` by constants, without keeping x: plain PyTorch would, for gradients of weight and bias.
-
-    One operator each way, where the formula itself takes six and one: a GPU waits for such small ones.
-    """
+    """Batch norm by constants, without keeping x: PyTorch would, for gradients of weight and bias."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*args):
-        return _batch_norm(*args)
+    def forward(x, mean, var, weight, bias, eps):
+        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -59,7 +53,8 @@ class _BatchNormWithoutInput(torch.autograd.Function):
         var, weight = ctx.saved_tensors
         # A linear map of x, so the gradient is the same map without its shift.
         zero = torch.zeros_like(var)
-        return _batch_norm(grad, zero, var, weight, zero, ctx.eps), None, None, None, None, None
+        grad_x = F.batch_norm(grad, zero, var, weight, zero, training=False, eps=ctx.eps)
+        return grad_x, None, None, None, None, None
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -90,10 +85,13 @@ class FrozenBatchNorm2d(nn.Module):
 
     def forward(self, x):
         """Maps (N, C, H, W) to the same shape and dtype."""
+        constants = (self.running_mean, self.running_var, self.weight, self.bias)
+        if is_fast(x):
+            return apply_frozen_batch_norm(x, None, *constants, self.eps, False)
         # Compilers see for themselves that x need not be kept.
-        would_keep_x = x.requires_grad and not torch.compiler.is_compiling()
-        normalise = _BatchNormWithoutInput.apply if would_keep_x else _batch_norm
-        return normalise(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        if x.requires_grad and not torch.compiler.is_compiling():
+            return _BatchNormWithoutInput.apply(x, *constants, self.eps)
+        return F.batch_norm(x, *constants, training=False, eps=self.eps)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         version = local_metadata.get("version", None)

@@ -54,11 +54,8 @@ def convert_boxes_to_pooler_format(box_lists: list[Boxes]) -> torch.Tensor:
         (R, 1 + B): column 0 is the index of the image, the rest the box (absolute xyxy pixels for `Boxes`).
     """
     boxes = cat([x.tensor for x in box_lists])
-    counts = torch.tensor([len(x) for x in box_lists])
-    images = torch.repeat_interleave(
-        torch.arange(len(box_lists)), counts
-    )  # on the CPU: no wait for the device
-    return cat([images.to(boxes)[:, None], boxes], dim=1)
+    images = cat([boxes.new_full((len(x), 1), i) for i, x in enumerate(box_lists)])
+    return cat([images, boxes], dim=1)
 
 
 def _level_of_scale(scale: float) -> int:

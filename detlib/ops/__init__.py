@@ -1,6 +1,7 @@
 """Operators of detection, `torch.ops.detlib.*`: compiled kernels, or torchvision's, or PyTorch formulas."""
 
 from detlib.ops.deform_conv import deform_conv2d
+from detlib.ops.frozen_batch_norm import frozen_batch_norm
 from detlib.ops.ms_deform_attn import ms_deform_attn
 from detlib.ops.nms import batched_nms, nms
 from detlib.ops.paste_masks import paste_masks, paste_masks_to_rle
@@ -16,6 +17,7 @@ __all__ = [
     "box_iou_rotated",
     "deform_conv2d",
     "encode_rle",
+    "frozen_batch_norm",
     "ms_deform_attn",
     "nms",
     "nms_rotated",

@@ -12,10 +12,11 @@ def is_channels_last(map: torch.Tensor) -> bool:
 
 
 def new_map(like: torch.Tensor, images: int, channels: int, height: int, width: int) -> torch.Tensor:
-    """An empty map (images, channels, height, width) in the layout of `like`."""
-    if is_channels_last(like):
-        return like.new_empty((images, height, width, channels)).permute(0, 3, 1, 2)
-    return like.new_empty((images, channels, height, width))
+    """An empty map (images, channels, height, width) in the layout of `like`; no view of another tensor."""
+    layout = torch.channels_last if is_channels_last(like) else torch.contiguous_format
+    return torch.empty(
+        (images, channels, height, width), dtype=like.dtype, device=like.device, memory_format=layout
+    )
 
 
 def in_layout_of(like: torch.Tensor, map: torch.Tensor) -> torch.Tensor:

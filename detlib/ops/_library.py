@@ -12,7 +12,7 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from types import ModuleType
 
 import torch
@@ -22,6 +22,10 @@ DISABLE_NATIVE = "DETLIB_DISABLE_NATIVE"
 
 SCHEMAS = {
     "encode_rle": "(Tensor masks) -> (Tensor, Tensor)",
+    "frozen_batch_norm": "(Tensor x, Tensor? residual, Tensor mean, Tensor var, Tensor weight, Tensor bias,"
+    " float eps, bool relu) -> Tensor",
+    "frozen_batch_norm_backward": "(Tensor grad, Tensor? output, Tensor var, Tensor weight, float eps,"
+    " bool with_residual) -> (Tensor, Tensor)",
     "nms": "(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor",
     "batched_nms": "(Tensor boxes, Tensor scores, Tensor idxs, float iou_threshold) -> Tensor",
     "paste_masks": "(Tensor masks, Tensor boxes, SymInt height, SymInt width, float threshold) -> Tensor",
@@ -52,6 +56,8 @@ FORMULA_ONLY = {
     "batched_nms_rotated",
     "box_iou_rotated",
     "encode_rle",
+    "frozen_batch_norm",
+    "frozen_batch_norm_backward",
     "ms_deform_attn",
     "ms_deform_attn_backward",
     "nms_rotated",
@@ -62,29 +68,71 @@ FORMULA_ONLY = {
     "roi_align_rotated_backward",
 }
 
+in_functorch: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+"""Whether a transform of `torch.func` is active, which knows the operators and no plain autograd function."""
+
 library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _signature in SCHEMAS.items():
     library.define(_name + _signature)
 
 
 def define(name: str, fallback: Callable, fake: Callable) -> torch._ops.OpOverload:
-    """Give the operator `name` its device-independent kernel, its shape rule and its autocast rule.
+    """Give the operator `name` its device-independent kernel and its shape rule.
 
-    Autocast does not touch the arguments: the kernels compute reduced precision inputs in float32 and return
-    the input's dtype. It is only switched off inside, so that a fallback's matrix products keep float32.
+    Autocast touches neither arguments nor results: the kernels compute reduced precision inputs in float32
+    and return the input's dtype. It is only switched off in a fallback, so that matrix products keep float32.
     """
-    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
-    library.impl(name, fallback, "CompositeExplicitAutograd")
+    library.impl(name, _without_autocast(fallback), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
-    for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-        library.impl(name, _without_autocast(operator, device), key)
-    return operator
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-def _without_autocast(operator: Callable, device: str) -> Callable:
+def _without_autocast(fallback: Callable) -> Callable:
+    @wraps(fallback)
     def call(*args):
+        device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
+        if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+            return fallback(*args)
         with torch.autocast(device, enabled=False):
-            return operator(*args)
+            return fallback(*args)
+
+    return call
+
+
+def differentiable(name: str, backward: Callable, save: Callable) -> Callable:
+    """Give the operator `name` its gradient.
+
+    Args:
+        name: of an operator that `define` was called for.
+        backward: gets `ctx` and the output's gradient; returns a gradient or None for each argument.
+        save: gets `ctx`, the tuple of arguments and the output.
+
+    Returns:
+        The operator with the same gradient, for callers within this package: `torch.library` takes the host
+        as long again as a small kernel takes a GPU, a plain `torch.autograd.Function` half of that.
+    """
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=save, lib=library)
+    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            output = operator(*args)
+            save(ctx, args, output)
+            return output
+
+    Differentiable.backward = staticmethod(backward)
+    Differentiable.__name__ = Differentiable.__qualname__ = f"{NAMESPACE}_{name}"
+
+    def call(*args):
+        if (
+            torch.is_grad_enabled()
+            and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
+            and not torch.compiler.is_compiling()
+            and not in_functorch()
+        ):
+            return Differentiable.apply(*args)
+        return operator(*args)
 
     return call
 

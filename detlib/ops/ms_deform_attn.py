@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from detlib.ops._bilinear import sample_bilinear
 from detlib.ops._checks import check_same_device, check_tensor
-from detlib.ops._library import define, library
+from detlib.ops._library import define, differentiable
 
 _SHAPES = {
     "value": "(N, S, M, D)",
@@ -74,7 +74,7 @@ def ms_deform_attn(
         "attention_weights": attention_weights,
     }
     _check(arguments)
-    return torch.ops.detlib.ms_deform_attn(*arguments.values())
+    return _apply(*arguments.values())
 
 
 def _check(arguments: dict[str, torch.Tensor]) -> None:
@@ -253,7 +253,5 @@ def _double_backward(ctx, *grad_grads):
 
 define("ms_deform_attn", reference_ms_deform_attn, _fake_ms_deform_attn)
 define("ms_deform_attn_backward", reference_ms_deform_attn_backward, _fake_ms_deform_attn_backward)
-torch.library.register_autograd("detlib::ms_deform_attn", _backward, setup_context=_save, lib=library)
-torch.library.register_autograd(
-    "detlib::ms_deform_attn_backward", _double_backward, setup_context=_save, lib=library
-)
+_apply = differentiable("ms_deform_attn", _backward, _save)
+differentiable("ms_deform_attn_backward", _double_backward, _save)

@@ -15,7 +15,7 @@ import torch
 
 from detlib.ops._checks import check_positive, check_same_device, check_tensor
 from detlib.ops._layout import in_layout_of, is_channels_last, new_map
-from detlib.ops._library import define, library, torchvision_ops
+from detlib.ops._library import define, differentiable, torchvision_ops
 
 
 def roi_align(
@@ -64,9 +64,7 @@ def roi_align(
     height, width = output_size if isinstance(output_size, Sequence) else (output_size, output_size)
     check_positive("output_size", height)
     check_positive("output_size", width)
-    return torch.ops.detlib.roi_align(
-        input, boxes, spatial_scale, height, width, max(int(sampling_ratio), 0), aligned
-    )
+    return _apply(input, boxes, spatial_scale, height, width, max(int(sampling_ratio), 0), aligned)
 
 
 def _with_batch_index(boxes: Sequence[torch.Tensor], input: torch.Tensor) -> torch.Tensor:
@@ -279,7 +277,5 @@ def _double_backward(ctx, grad_grad_input):
 
 define("roi_align", _fallback_roi_align, _fake_roi_align)
 define("roi_align_backward", _fallback_roi_align_backward, _fake_roi_align_backward)
-torch.library.register_autograd("detlib::roi_align", _backward, setup_context=_save_forward, lib=library)
-torch.library.register_autograd(
-    "detlib::roi_align_backward", _double_backward, setup_context=_save_backward, lib=library
-)
+_apply = differentiable("roi_align", _backward, _save_forward)
+differentiable("roi_align_backward", _double_backward, _save_backward)

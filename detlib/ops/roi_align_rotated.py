@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from detlib.ops._checks import check_positive, check_same_device, check_tensor
-from detlib.ops._library import define, library
+from detlib.ops._library import define, differentiable
 
 
 def roi_align_rotated(
@@ -53,9 +53,7 @@ def roi_align_rotated(
     height, width = output_size if isinstance(output_size, Sequence) else (output_size, output_size)
     check_positive("output_size", height)
     check_positive("output_size", width)
-    return torch.ops.detlib.roi_align_rotated(
-        input, boxes.detach(), spatial_scale, height, width, max(int(sampling_ratio), 0)
-    )
+    return _apply(input, boxes.detach(), spatial_scale, height, width, max(int(sampling_ratio), 0))
 
 
 def _compute_dtype(input: torch.Tensor) -> torch.dtype:
@@ -234,9 +232,5 @@ def _double_backward(ctx, grad_grad_input):
 
 define("roi_align_rotated", reference_roi_align_rotated, _fake_roi_align)
 define("roi_align_rotated_backward", reference_roi_align_rotated_backward, _fake_roi_align_backward)
-torch.library.register_autograd(
-    "detlib::roi_align_rotated", _backward, setup_context=_save_forward, lib=library
-)
-torch.library.register_autograd(
-    "detlib::roi_align_rotated_backward", _double_backward, setup_context=_save_backward, lib=library
-)
+_apply = differentiable("roi_align_rotated", _backward, _save_forward)
+differentiable("roi_align_rotated_backward", _double_backward, _save_backward)

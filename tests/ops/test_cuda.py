@@ -8,6 +8,7 @@ from detlib.ops import (
     batched_nms,
     deform_conv2d,
     encode_rle,
+    frozen_batch_norm,
     ms_deform_attn,
     nms,
     paste_masks,
@@ -73,6 +74,41 @@ def test_roi_align(dtype, sampling_ratio, aligned, size, layout):
         results.append((output.detach().cpu(), input.grad.cpu()))
     for ours, theirs in zip(*results):
         torch.testing.assert_close(theirs, ours, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "size", [(2, 64, 50, 68), (1, 2048, 7, 5), (2, 5, 9, 7), (3, 24, 8, 8), (0, 4, 2, 2)]
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("relu", [False, True])
+def test_frozen_batch_norm(dtype, size, layout, with_residual, relu):
+    generator = torch.Generator().manual_seed(0)
+    x, residual, grad = torch.randn(3, *size, generator=generator).to(dtype)
+    mean, weight, bias = torch.randn(3, size[1], generator=generator)
+    var = torch.rand(size[1], generator=generator) + 0.1
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2e-2)
+    results = []
+    for device in ("cpu", "cuda"):
+        inputs = [
+            t.to(device).contiguous(memory_format=layout).requires_grad_()
+            for t in ([x, residual] if with_residual else [x])
+        ]
+        constants = [t.to(device) for t in (mean, var, weight, bias)]
+        extra = inputs[1] if with_residual else None
+        y = frozen_batch_norm(inputs[0], *constants, 1e-3, residual=extra, relu=relu)
+        grads = torch.autograd.grad(y, inputs, grad.to(device))
+        assert all(t.stride() == inputs[0].stride() for t in (y, *grads))
+        results.append([t.detach().cpu() for t in (y, *grads)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(theirs, ours, atol=tolerance, rtol=tolerance)
+
+
+def test_frozen_batch_norm_of_a_map_that_is_not_aligned():
+    x = torch.randn(2 * 8 * 5 * 4 + 1).cuda()[1:].view(2, 8, 5, 4)
+    constants = torch.rand(4, 8).cuda().unbind()
+    torch.testing.assert_close(frozen_batch_norm(x, *constants), frozen_batch_norm(x.clone(), *constants))
 
 
 def test_other_stream_and_boxes_that_are_not_finite():

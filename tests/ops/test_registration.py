@@ -30,7 +30,11 @@ def samples():
         torch.rand(2, 5, 3, 2, 2, generator=generator, requires_grad=True),
     )
     attended_grad = torch.rand(2, 5, 12, generator=generator, requires_grad=True)
+    normed = torch.randn(2, 5, 4, 3, generator=generator, requires_grad=True)
+    constants = torch.rand(4, 5, generator=generator).unbind()
     return {
+        "frozen_batch_norm": (normed, normed.detach() + 1, *constants, 0.1, True),
+        "frozen_batch_norm_backward": (normed.detach() - 1, normed.detach(), *constants[:2], 0.1, True),
         "encode_rle": (torch.rand(3, 11, 40, generator=generator) > 0.7,),
         "ms_deform_attn": attention,
         "ms_deform_attn_backward": (attended_grad, *attention),
@@ -119,7 +123,8 @@ for dtype in (torch.float64, torch.float16, torch.bfloat16):
     torch.testing.assert_close(got.float(), expected["roi_align"], atol=2e-2, rtol=2e-2)
 maps, *rest = samples()["roi_align"]
 assert torch.autograd.gradcheck(lambda x: torch.ops.detlib.roi_align(x, *rest), maps[..., :4, :5].double())
-for name in ("nms", "roi_align", "encode_rle", "ms_deform_attn", "paste_masks", "paste_masks_to_rle"):
+checked = "nms", "roi_align", "encode_rle", "frozen_batch_norm", "ms_deform_attn"
+for name in (*checked, "paste_masks", "paste_masks_to_rle"):
     torch.library.opcheck(getattr(torch.ops.detlib, name).default, samples()[name])
 boxes, scores, _ = samples()["nms"]
 assert nms(boxes[:0], scores[:0], 0.5).shape == (0,)

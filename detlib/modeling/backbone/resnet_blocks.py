@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from detlib.layers import CNNBlockBase, Conv2d, DeformConv, ModulatedDeformConv, get_norm
+from detlib.layers.conv_relu import conv_relu
 from detlib.layers.fvcore_nn import weight_init
 
 __all__ = ["BasicBlock", "BasicStem", "BottleneckBlock", "DeformBottleneckBlock", "ResNetBlockBase"]
@@ -57,7 +58,7 @@ class BasicStem(CNNBlockBase):
 
     def forward(self, x):
         """Map (N, in_channels, H, W) to (N, out_channels, ceil(H/4), ceil(W/4))."""
-        x = F.relu_(self.conv1(x))
+        x = conv_relu(self.conv1, x)
         return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
 
 
@@ -79,9 +80,8 @@ class BasicBlock(CNNBlockBase):
 
     def forward(self, x):
         """Map (N, in_channels, H, W) to (N, out_channels, H/stride, W/stride)."""
-        out = self.conv2(F.relu_(self.conv1(x)))
-        out += x if self.shortcut is None else self.shortcut(x)
-        return F.relu_(out)
+        out = conv_relu(self.conv1, x)
+        return conv_relu(self.conv2, out, x if self.shortcut is None else self.shortcut(x))
 
 
 class BottleneckBlock(CNNBlockBase):
@@ -128,11 +128,9 @@ class BottleneckBlock(CNNBlockBase):
 
     def forward(self, x):
         """Map (N, in_channels, H, W) to (N, out_channels, H/stride, W/stride)."""
-        out = F.relu_(self.conv1(x))
-        out = F.relu_(self.conv2(out))
-        out = self.conv3(out)
-        out += x if self.shortcut is None else self.shortcut(x)
-        return F.relu_(out)
+        out = conv_relu(self.conv1, x)
+        out = conv_relu(self.conv2, out)
+        return conv_relu(self.conv3, out, x if self.shortcut is None else self.shortcut(x))
 
 
 class DeformBottleneckBlock(CNNBlockBase):
@@ -195,13 +193,11 @@ class DeformBottleneckBlock(CNNBlockBase):
 
     def forward(self, x):
         """Map (N, in_channels, H, W) to (N, out_channels, H/stride, W/stride)."""
-        out = F.relu_(self.conv1(x))
+        out = conv_relu(self.conv1, x)
         offset = self.conv2_offset(out)
         if self.deform_modulated:
             offset, mask = offset.split((2 * self.num_taps, self.num_taps), dim=1)
             out = self.conv2(out, offset, mask.sigmoid())
         else:
             out = self.conv2(out, offset)
-        out = self.conv3(F.relu_(out))
-        out += x if self.shortcut is None else self.shortcut(x)
-        return F.relu_(out)
+        return conv_relu(self.conv3, F.relu_(out), x if self.shortcut is None else self.shortcut(x))

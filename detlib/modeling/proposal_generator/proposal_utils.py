@@ -103,18 +103,21 @@ def filter_and_nms(
         image_boxes.clip(size)
     keep = torch.stack([b.nonempty(threshold=min_box_size) for b in clipped]) & finite
     boxes = torch.stack([b.tensor for b in clipped])
-    num_kept = keep.sum(dim=1).tolist()
     image_idxs, box_idxs = keep.nonzero(as_tuple=True)
-    boxes = boxes[image_idxs, box_idxs].split(num_kept)
-    scores = scores[image_idxs, box_idxs].split(num_kept)
-    level_ids = level_ids[box_idxs].split(num_kept)
+    candidates = box_type(boxes[image_idxs, box_idxs])
+    scores = scores[image_idxs, box_idxs]
+    # The images in one call, and sorted apart afterwards: a GPU is waited for once and not once an image.
+    groups = image_idxs + len(image_sizes) * level_ids[box_idxs]
+    best = candidates.batched_nms(scores, groups, nms_thresh)
+    images_of_best = image_idxs[best]
+    order = images_of_best.argsort(stable=True)
+    counts = torch.bincount(images_of_best, minlength=len(image_sizes)).tolist()
     results = []
-    for b, s, levels, size in zip(boxes, scores, level_ids, image_sizes):
-        typed = box_type(b)
-        best = typed.batched_nms(s, levels, nms_thresh)[:post_nms_topk]
+    for image_best, size in zip(best[order].split(counts), image_sizes):
+        image_best = image_best[:post_nms_topk]
         proposals = Instances(size)
-        proposals.proposal_boxes = typed[best]
-        proposals.objectness_logits = s[best]
+        proposals.proposal_boxes = candidates[image_best]
+        proposals.objectness_logits = scores[image_best]
         results.append(proposals)
     return results
 

@@ -1,0 +1,130 @@
+"""Batch normalisation by constants, and with it the sum and the ReLU that follow in a residual network.
+
+Shapes: N images, C channels, H height, W width.
+"""
+
+import functools
+
+import torch
+from torch.nn import functional as F
+
+from detlib.ops._checks import check_same_device, check_tensor
+from detlib.ops._layout import in_layout_of, new_map
+from detlib.ops._library import define, differentiable, has_native_kernel, in_functorch
+
+_has_kernel = functools.cache(functools.partial(has_native_kernel, "frozen_batch_norm"))
+_tracer = getattr(torch._C, "_get_tracing_state", lambda: None)
+
+
+def frozen_batch_norm(
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float = 1e-5,
+    *,
+    residual: torch.Tensor | None = None,
+    relu: bool = False,
+) -> torch.Tensor:
+    """Compute `(x - mean) / sqrt(var + eps) * weight + bias + residual`, and its ReLU if asked.
+
+    It is differentiable in `x` and `residual`, any number of times; `x` is not kept for that. Reduced
+    precision is computed in float32 and rounded once.
+
+    Args:
+        x: (N, C, H, W) floating point, contiguous or channels-last; other layouts are copied.
+        mean, var, weight, bias: (C,) floating point constants.
+        eps: added to the variance.
+        residual: (N, C, H, W) in the dtype of x, added to the normalised map.
+        relu: whether negative results become 0.
+
+    Returns:
+        (N, C, H, W) in the dtype and layout of x.
+
+    Raises:
+        TypeError: an argument is no tensor.
+        ValueError: a shape, dtype or device does not fit; the message names the argument.
+    """
+    check_tensor("x", x, "(N, C, H, W)")
+    for name, constant in (("mean", mean), ("var", var), ("weight", weight), ("bias", bias)):
+        check_tensor(name, constant, f"({x.shape[1]},)")
+        check_same_device(name, constant, "x", x)
+    if residual is not None:
+        check_same_device("residual", residual, "x", x)
+        if residual.shape != x.shape or residual.dtype != x.dtype:
+            raise ValueError(
+                f"residual must have the shape and dtype of x, {tuple(x.shape)} {x.dtype}, "
+                f"got {tuple(residual.shape)} {residual.dtype}"
+            )
+    return apply_frozen_batch_norm(x, residual, mean, var, weight, bias, eps, relu)
+
+
+def is_fast(x: torch.Tensor) -> bool:
+    """Whether the compiled kernel of x's device is there and faster than PyTorch's operators in turn.
+
+    Compilers and tracers join those by themselves and shall see them; functorch has rules for those alone.
+    """
+    return (
+        x.dim() == 4
+        and (x.is_cuda or x.dtype in (torch.float32, torch.float64))
+        and _has_kernel(x.device.type)
+        and not torch.compiler.is_compiling()
+        and not _tracer()
+        and not in_functorch()
+    )
+
+
+def reference_frozen_batch_norm(x, residual, mean, var, weight, bias, eps, relu):
+    """The formula of `frozen_batch_norm` in plain PyTorch, on any device."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    constants = (constant.to(dtype) for constant in (mean, var, weight, bias))
+    y = F.batch_norm(x.to(dtype), *constants, training=False, eps=eps)
+    if residual is not None:
+        y = y + residual
+    return in_layout_of(x, (y.relu() if relu else y).to(x.dtype))
+
+
+def reference_frozen_batch_norm_backward(grad, output, var, weight, eps, with_residual):
+    """The formula of its gradients in plain PyTorch, on any device; differentiable in `grad`."""
+    dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    if output is not None:
+        grad = in_layout_of(output, grad.masked_fill(output <= 0, 0))
+    scale = ((var.to(dtype) + eps).rsqrt() * weight.to(dtype)).reshape(1, -1, 1, 1)
+    grad_x = (grad.to(dtype) * scale).to(grad.dtype)
+    return grad_x, grad.clone() if with_residual else grad.new_empty(0)
+
+
+def _fake(x, residual, mean, var, weight, bias, eps, relu):
+    return new_map(x, *x.shape)
+
+
+def _fake_backward(grad, output, var, weight, eps, with_residual):
+    like = grad if output is None else output
+    return new_map(like, *grad.shape), new_map(like, *grad.shape) if with_residual else grad.new_empty(0)
+
+
+def _save(ctx, inputs, output):
+    x, residual, _, var, weight, _, ctx.eps, relu = inputs
+    ctx.with_residual = residual is not None
+    ctx.save_for_backward(output if relu else None, var, weight)
+
+
+def _backward(ctx, grad):
+    output, var, weight = ctx.saved_tensors
+    if torch.is_grad_enabled():  # the gradient's own gradient is asked for
+        backward = reference_frozen_batch_norm_backward
+    else:
+        backward = torch.ops.detlib.frozen_batch_norm_backward
+    masks = output is not None
+    grad_x, grad_residual = backward(grad, output, var, weight, ctx.eps, ctx.with_residual and masks)
+    if ctx.with_residual and not masks:
+        grad_residual = grad
+    return grad_x, grad_residual if ctx.with_residual else None, *[None] * 6
+
+
+define("frozen_batch_norm", reference_frozen_batch_norm, _fake)
+define("frozen_batch_norm_backward", reference_frozen_batch_norm_backward, _fake_backward)
+apply_frozen_batch_norm = differentiable("frozen_batch_norm", _backward, _save)
+"""`frozen_batch_norm` without checks, which take the host as long as a small map takes a GPU. Arguments: x,
+residual or None, mean, var, weight, bias, eps, relu."""
