@@ -93,8 +93,11 @@ def test_trained_evaluated_and_used_for_one_picture(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_compiled_model_gives_the_same_losses(tmp_path):
-    """Within what kernels joined into one round differently; minutes, most of which the compiler takes."""
+def test_a_compiled_model_gives_the_same_losses(tmp_path, exact_float32):
+    """Within what kernels joined into one round differently; minutes, most of which the compiler takes.
+
+    With convolutions in TF32 the random model's proposals, whose scores nearly tie, change places.
+    """
     curves = []
     for enabled in (False, True):
         overrides = {
