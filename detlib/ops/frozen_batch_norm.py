@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from detlib.ops._checks import check_same_device, check_tensor
-from detlib.ops._layout import in_layout_of, new_map
+from detlib.ops._layout import in_layout_of, memory_format_of, new_map
 from detlib.ops._library import define, differentiable, has_native_kernel, in_functorch
 
 _has_kernel = functools.cache(functools.partial(has_native_kernel, "frozen_batch_norm"))
@@ -106,7 +106,7 @@ def _fake_backward(grad, output, var, weight, eps, with_residual):
 
 def _save(ctx, inputs, output):
     x, residual, _, var, weight, _, ctx.eps, relu = inputs
-    ctx.with_residual = residual is not None
+    ctx.with_residual, ctx.layout = residual is not None, memory_format_of(x)
     ctx.save_for_backward(output if relu else None, var, weight)
 
 
@@ -117,6 +117,7 @@ def _backward(ctx, grad):
     else:
         backward = torch.ops.detlib.frozen_batch_norm_backward
     masks = output is not None
+    grad = grad.contiguous(memory_format=ctx.layout)
     grad_x, grad_residual = backward(grad, output, var, weight, ctx.eps, ctx.with_residual and masks)
     if ctx.with_residual and not masks:
         grad_residual = grad

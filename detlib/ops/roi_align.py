@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from detlib.ops._checks import check_positive, check_same_device, check_tensor
-from detlib.ops._layout import in_layout_of, is_channels_last, new_map
+from detlib.ops._layout import in_layout_of, memory_format_of, new_map
 from detlib.ops._library import define, differentiable, torchvision_ops
 
 
@@ -245,7 +245,7 @@ def _save_forward(ctx, inputs, output):
     input, boxes, *scalars = inputs
     ctx.save_for_backward(boxes)
     ctx.input_size = input.shape
-    ctx.channels_last = is_channels_last(input)
+    ctx.layout = memory_format_of(input)
     ctx.scalars = scalars
 
 
@@ -253,9 +253,7 @@ def _backward(ctx, grad):
     (boxes,) = ctx.saved_tensors
     scale, height, width, *sampling = ctx.scalars
     # The kernels answer in the layout of `grad`, and a gradient should have that of `input`.
-    grad = grad.contiguous(
-        memory_format=torch.channels_last if ctx.channels_last else torch.contiguous_format
-    )
+    grad = grad.contiguous(memory_format=ctx.layout)
     grad_input = torch.ops.detlib.roi_align_backward(
         grad, boxes, scale, height, width, *ctx.input_size, *sampling,
         torch.are_deterministic_algorithms_enabled(),

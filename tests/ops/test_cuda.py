@@ -99,7 +99,7 @@ def test_frozen_batch_norm(dtype, size, layout, with_residual, relu):
         extra = inputs[1] if with_residual else None
         y = frozen_batch_norm(inputs[0], *constants, 1e-3, residual=extra, relu=relu)
         grads = torch.autograd.grad(y, inputs, grad.to(device))
-        assert all(t.stride() == inputs[0].stride() for t in (y, *grads))
+        assert x.numel() == 0 or all(t.stride() == inputs[0].stride() for t in (y, *grads))
         results.append([t.detach().cpu() for t in (y, *grads)])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(theirs, ours, atol=tolerance, rtol=tolerance)

@@ -112,15 +112,17 @@ def test_other_layouts_and_empty_maps():
         assert y.shape == empty.grad.shape == size
 
 
-def test_gradient_in_another_layout():
-    x, _, grad = maps((2, 6, 4, 5), layout="channels_last")
-    y = frozen_batch_norm(x.requires_grad_(), *constants(6), relu=True)
-    (one,) = torch.autograd.grad(y, x, grad.contiguous(), retain_graph=True)
-    (two,) = torch.autograd.grad(y, x, grad, retain_graph=True)
-    assert torch.equal(one, two)
-    (expanded,) = torch.autograd.grad(y, x, torch.ones(()).double().expand(y.shape), retain_graph=True)
-    (ones,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    assert torch.equal(expanded, ones)
+@pytest.mark.parametrize("with_residual,relu", OPTIONS)
+def test_gradients_lie_as_the_map_does(with_residual, relu):
+    x, residual, grad = maps((2, 6, 4, 5), layout="channels_last")
+    inputs = [t.requires_grad_() for t in ([x, residual] if with_residual else [x])]
+    y = frozen_batch_norm(x, *constants(6), residual=residual if with_residual else None, relu=relu)
+    expected = torch.autograd.grad(y, inputs, grad, retain_graph=True)
+    found = torch.autograd.grad(y, inputs, grad.contiguous(), retain_graph=True)
+    assert all(torch.equal(a, b) and a.stride() == x.stride() for a, b in zip(found, expected, strict=True))
+    expanded = torch.autograd.grad(y, inputs, torch.ones(()).double().expand(y.shape), retain_graph=True)
+    ones = torch.autograd.grad(y, inputs, torch.ones_like(y))
+    assert all(torch.equal(a, b) and a.stride() == x.stride() for a, b in zip(expanded, ones, strict=True))
 
 
 def test_what_is_no_number_stays():
