@@ -95,8 +95,10 @@ def build_default_hooks(
 
     result.append(hooks.EvalHook(options.eval_period, evaluate_and_keep, repeat_after_stop=more_at_the_end))
     result += _hooks_by_metric(trainer, options)
+    if options.eval_period > 0:
+        result.append(hooks.MissedEvaluation(options.eval_period, options.output_dir))
     if comm.is_main_process():
-        result.append(hooks.PeriodicWriter(build_writers(), options.log_period))
+        result.append(hooks.PeriodicWriter(build_writers(), options.log_period, options.eval_period))
     return result
 
 

@@ -4,9 +4,11 @@
 
 Every run is a forked process, so that it costs its training alone. What it was doing when it was killed
 (training, saving, evaluating) is kept in shared memory. Prints one line and exits with 1 if a run that was
-resumed ends with other parameters than the one that nobody killed.
+resumed ends with other parameters than the one that nobody killed, with another best checkpoint, or with
+other results of evaluations.
 """
 
+import json
 import logging
 import mmap
 import os
@@ -55,8 +57,10 @@ def _train(folder: Path, memory: mmap.mmap, asynchronous: bool) -> None:
         SOLVER__CHECKPOINT_KEEP_LAST=2,
         SOLVER__CHECKPOINT_ASYNC=asynchronous,
         SOLVER__EMA__ENABLED=True,
-        SOLVER__BEST_CHECKPOINT__METRIC="bbox/AP50",
+        SOLVER__BEST_CHECKPOINT__METRIC="val/total_loss",
+        SOLVER__BEST_CHECKPOINT__MODE="min",
         TEST__EVAL_PERIOD=2,
+        TEST__VAL_LOSS=("shapes:val?num=2&size=64",),
         DATASETS__TEST=("shapes:val?num=2&size=64",),
         # A narrow network: what counts is the moments, not the megabytes that each checkpoint writes.
         MODEL__RESNETS__DEPTH=50,
@@ -94,7 +98,16 @@ def _finish(folder: Path, memory: mmap.mmap, asynchronous: bool) -> dict:
     _, status = os.waitpid(_start(folder, memory, asynchronous), 0)
     if status:
         raise RuntimeError(f"A run in {folder} that nobody killed ended with status {status}")
-    return torch.load(folder / "model_final.pth", weights_only=True)
+    final = torch.load(folder / "model_final.pth", weights_only=True)
+    best = torch.load(folder / "model_best.pth", weights_only=True)
+    rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    return {
+        "model": final["model"],
+        "ema": final["ema_state"],
+        "optimizer": final["trainer"]["_trainer"]["optimizer"],
+        "best": {"model": best["model"], "state": best["best"]},
+        "losses": [(row["iteration"], row["val/total_loss"]) for row in rows if "val/total_loss" in row],
+    }
 
 
 def _equal(one, two) -> bool:
@@ -131,12 +144,7 @@ def main(number: int, seed: int = 0) -> int:
                 shutil.rmtree(folder)
                 duration *= 0.8
             phases[phase] += 1
-            final = _finish(folder, memory, asynchronous)
-            same = all(_equal(final[entry], whole[entry]) for entry in ("model", "ema_state"))
-            same &= _equal(
-                final["trainer"]["_trainer"]["optimizer"], whole["trainer"]["_trainer"]["optimizer"]
-            )
-            different += not same
+            different += not _equal(_finish(folder, memory, asynchronous), whole)
             shutil.rmtree(folder)
     names = {"b": "starting", "t": "training", "s": "saving", "e": "evaluating"}
     listed = ", ".join(f"{count} {names[phase]}" for phase, count in sorted(phases.items()))

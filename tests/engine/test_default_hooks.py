@@ -26,6 +26,7 @@ ALL = [
     "EvalHook",
     "BestCheckpointer",
     "EarlyStopping",
+    "MissedEvaluation",
     "PeriodicWriter",
 ]
 

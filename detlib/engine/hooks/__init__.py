@@ -5,6 +5,7 @@ from detlib.engine.hooks.early_stop import EarlyStopping
 from detlib.engine.hooks.evaluation import EvalHook, PreciseBN
 from detlib.engine.hooks.general import CallbackHook, IterationTimer, LRScheduler, PeriodicWriter
 from detlib.engine.hooks.interrupt import StopOnSignal
+from detlib.engine.hooks.missed_evaluation import MissedEvaluation
 from detlib.engine.hooks.pictures import TrainingPictures
 from detlib.engine.hooks.profiling import AutogradProfiler, StepsProfiler, TorchMemoryStats, TorchProfiler
 from detlib.engine.trainer_base import HookBase
@@ -18,6 +19,7 @@ __all__ = [
     "HookBase",
     "IterationTimer",
     "LRScheduler",
+    "MissedEvaluation",
     "PeriodicCheckpointer",
     "PeriodicWriter",
     "PreciseBN",

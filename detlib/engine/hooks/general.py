@@ -114,8 +114,14 @@ def _format_seconds(seconds: float) -> str:
 class PeriodicWriter(HookBase):
     """Lets writers put out the storage every so many steps and after the last one."""
 
-    def __init__(self, writers: list[EventWriter], period: int = 20):
+    def __init__(self, writers: list[EventWriter], period: int = 20, eval_period: int = 0):
         """
+        Args:
+            writers: what writes.
+            period: steps between two calls.
+            eval_period: the period of the `EvalHook`, whose results are put out in the same step: the next
+                ones would replace them. 0 for none.
+
         Raises:
             TypeError: if one of `writers` is no EventWriter.
         """
@@ -124,21 +130,28 @@ class PeriodicWriter(HookBase):
                 raise TypeError(f"writers must be EventWriter instances, got {type(writer).__name__}")
         self._writers = writers
         self._period = period
+        self._eval_period = eval_period
 
     def before_train(self) -> None:
         for writer in self._writers:
             writer.start()
+        if self.trainer.storage.latest():  # of an evaluation that was made up: the next would replace it
+            self._write()
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
-        if done % self._period == 0 or done == self.trainer.max_iter:
-            for writer in self._writers:
-                writer.write()
-            # Without a writer that takes them they would only be in the way.
-            self.trainer.storage.clear_images()
-            self.trainer.storage.clear_histograms()
+        is_evaluated = self._eval_period > 0 and done % self._eval_period == 0
+        if is_evaluated or done % self._period == 0 or done == self.trainer.max_iter:
+            self._write()
         for writer in self._writers:
             writer.step()
+
+    def _write(self) -> None:
+        for writer in self._writers:
+            writer.write()
+        # Without a writer that takes them they would only be in the way.
+        self.trainer.storage.clear_images()
+        self.trainer.storage.clear_histograms()
 
     def after_train(self) -> None:
         errors: list[Exception] = []
