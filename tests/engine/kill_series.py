@@ -4,10 +4,11 @@
 
 Every run is a forked process, so that it costs its training alone. What it was doing when it was killed
 (training, saving, evaluating) is kept in shared memory. Prints one line and exits with 1 if a run that was
-resumed ends with other parameters than the one that nobody killed, with another best checkpoint, or with
-other results of evaluations.
+resumed ends with other parameters than the one that nobody killed, with another best checkpoint, with other
+results of evaluations, or with two rows of one iteration.
 """
 
+import csv
 import json
 import logging
 import mmap
@@ -101,13 +102,21 @@ def _finish(folder: Path, memory: mmap.mmap, asynchronous: bool) -> dict:
     final = torch.load(folder / "model_final.pth", weights_only=True)
     best = torch.load(folder / "model_best.pth", weights_only=True)
     rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    with open(folder / "metrics.csv", newline="") as f:
+        table = list(csv.DictReader(f))
     return {
         "model": final["model"],
         "ema": final["ema_state"],
         "optimizer": final["trainer"]["_trainer"]["optimizer"],
         "best": {"model": best["model"], "state": best["best"]},
         "losses": [(row["iteration"], row["val/total_loss"]) for row in rows if "val/total_loss" in row],
+        "twice": _repeated(rows) + _repeated(table),
     }
+
+
+def _repeated(rows: list[dict]) -> list:
+    """Iterations of more than one row. (That of the last step's losses is missing after a kill just then.)"""
+    return [iteration for iteration, n in Counter(row["iteration"] for row in rows).items() if n > 1]
 
 
 def _equal(one, two) -> bool:

@@ -1,10 +1,12 @@
 """Evaluations that were cut off are made when the training is resumed."""
 
+import csv
 import json
 import logging
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from detlib.engine import DefaultTrainer, hooks
 from detlib.utils import comm
@@ -17,15 +19,15 @@ class _Killed(BaseException):
 
 
 class _Judged(DefaultTrainer):
-    """Its metric is a number of the weights; the evaluation with the number `fatal` does not come to its end."""
+    """Its metric is a number of the weights; the evaluation with the number `fatal` is cut off."""
 
-    evaluations, fatal = 0, None
+    evaluations, fatal, error = 0, None, _Killed
 
     @classmethod
     def test(cls, cfg, model, evaluators=None):
         cls.evaluations += 1
         if cls.evaluations == cls.fatal:
-            raise _Killed
+            raise cls.error
         return {"bbox": {"AP": model.roi_heads.box_predictor.cls_score.weight[0, 0].item() * 1e5 % 7}}
 
 
@@ -47,37 +49,154 @@ def _started(folder, fatal=None, resume=False, **overrides):
     return trainer
 
 
+def _rows(folder):
+    """The rows by iteration, of which each has one and the same in both files, without what times are in."""
+    rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    with open(folder / "metrics.csv", newline="") as f:
+        table = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(f)]
+    assert rows == table
+    by_iteration = {row["iteration"]: row for row in rows}
+    assert [row["iteration"] for row in rows] == sorted(by_iteration)
+    times = {"time", "data_time", "eta_seconds"}
+    return {i: {n: v for n, v in row.items() if n not in times} for i, row in by_iteration.items()}
+
+
 def _results(folder):
     """What evaluations have left: the metric by iteration, the best one, and all that was seen."""
-    rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
-    measured = {row["iteration"]: row["bbox/AP"] for row in rows if "bbox/AP" in row}
-    assert len(measured) == sum("bbox/AP" in row for row in rows)
+    measured = {i: row["bbox/AP"] for i, row in _rows(folder).items() if "bbox/AP" in row}
     best = torch.load(folder / "model_best.pth", weights_only=True)["best"]
     return measured, best, json.loads((folder / "early_stop.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     _started(folder).train()
-    assert (folder / "last_evaluation").read_text() == "6\n"
-    results = _results(folder)
+    assert (folder / "last_evaluation").read_text() == "7\n"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(whole_folder):
+    results = _results(whole_folder)
     assert list(results[0]) == [1, 3, 5, 7] and len(set(results[0].values())) == 4
     return results
 
 
+@pytest.fixture(scope="module")
+def whole_rows(whole_folder):
+    rows = _rows(whole_folder)
+    assert list(rows) == [1, 3, 5, 6, 7] and {"bbox/AP", "total_loss", "lr"} < set(rows[3])
+    return rows
+
+
 @pytest.mark.parametrize("fatal", [1, 2, 3])
-def test_it_is_made_as_if_nothing_had_happened(tmp_path, whole, caplog, fatal):
+def test_it_is_made_as_if_nothing_had_happened(tmp_path, whole, whole_rows, caplog, fatal):
     with pytest.raises(_Killed):
         _started(tmp_path, fatal).train()
     trainer = _started(tmp_path, resume=True)
     assert trainer.start_iter == 2 * fatal
+    caplog.clear()
     with caplog.at_level(logging.INFO, logger="detlib"):
         trainer.train()
     message = f"The evaluation after iteration {2 * fatal - 1} was cut off; it is made now"
     assert caplog.text.count(message) == 1
+    # The console has a line for steps only.
+    lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("iter: ")]
+    assert [line.split()[1] for line in lines] == [f"{i}/7" for i in (2, 4, 6, 7) if i > 2 * fatal]
     assert type(trainer).evaluations == 5 - fatal
     assert _results(tmp_path) == whole
+    # The losses of its step were put out when training failed, and the results went into their row.
+    rows = _rows(tmp_path)
+    assert list(rows) == list(whole_rows)
+    assert all(rows[i] == whole_rows[i] for i in rows if i < 2 * fatal)
+
+
+def _killed(trainer, **functions):
+    """Trains until a function, which is called behind all other hooks, kills; nothing is done after that."""
+    trainer.register_hooks([hooks.CallbackHook(**functions)])
+    trainer.after_train = lambda: None
+    with pytest.raises(_Killed):
+        trainer.train()
+
+
+def _kill(trainer):
+    if trainer.iter >= 3:
+        raise _Killed
+
+
+def test_a_kill_behind_the_writers_leaves_one_row(tmp_path, whole, whole_rows):
+    """They have put losses and results out, but nothing says yet that this evaluation is done."""
+    _killed(_started(tmp_path), after_step=_kill)
+    assert _rows(tmp_path) == {1: whole_rows[1], 3: whole_rows[3]}
+    assert (tmp_path / "last_evaluation").read_text() == "2\n"
+    trainer = _started(tmp_path, resume=True)
+    trainer.train()
+    assert trainer.start_iter == 4 and type(trainer).evaluations == 3
+    assert _results(tmp_path) == whole
+    rows = _rows(tmp_path)
+    assert list(rows) == list(whole_rows) and rows[3] == whole_rows[3]
+    # TensorBoard could hide the results that are there twice with the losses of their step only.
+    events = EventAccumulator(str(tmp_path), purge_orphaned_data=True).Reload()
+    assert {(e.step, round(e.value, 5)) for e in events.Scalars("bbox/AP")} == {
+        (i, round(row["bbox/AP"], 5)) for i, row in rows.items() if "bbox/AP" in row
+    }
+    assert [e.step for e in events.Scalars("total_loss")] == [1, 3, 5, 6]
+
+
+def test_kills_while_it_is_made_up_leave_one_row(tmp_path, whole, whole_rows):
+    """Once in the evaluation, once in the one that makes it up, once when that one's results are out."""
+    _killed(_started(tmp_path, fatal=2))
+    _killed(_started(tmp_path, fatal=1, resume=True))
+    assert list(_rows(tmp_path)) == [1]
+    _killed(_started(tmp_path, resume=True), before_train=_kill)
+    results = {"iteration": 3, "bbox/AP": whole_rows[3]["bbox/AP"]}
+    assert _rows(tmp_path) == {1: whole_rows[1], 3: results}
+    trainer = _started(tmp_path, resume=True)
+    trainer.train()
+    assert trainer.start_iter == 4 and type(trainer).evaluations == 3
+    assert _results(tmp_path) == whole
+    rows = _rows(tmp_path)
+    assert list(rows) == list(whole_rows) and rows[3] == results
+
+
+@pytest.mark.parametrize("checkpoints", [2, 3])
+def test_what_lies_behind_the_checkpoint_does_not_count(tmp_path, checkpoints):
+    """An evaluation of steps that are done again, as their checkpoint was lost, may be cut off then."""
+    settings = {"SOLVER__CHECKPOINT_PERIOD": checkpoints, "SOLVER__MAX_ITER": 9, "TEST__EVAL_PERIOD": 6}
+    _killed(_started(tmp_path, **settings), before_step=lambda trainer: trainer.iter == 6 and _kill(trainer))
+    assert (tmp_path / "last_evaluation").read_text() == "6\n"
+    measured = _rows(tmp_path)[5]["bbox/AP"]
+    (tmp_path / "model_0000005.pth").unlink()
+    (tmp_path / "last_checkpoint").write_text(f"model_{5 - checkpoints:07d}.pth")
+    _killed(_started(tmp_path, fatal=1, resume=True, **settings))
+    assert (tmp_path / "last_evaluation").read_text() == f"{6 - checkpoints}\n"
+    trainer = _started(tmp_path, resume=True, **settings)
+    trainer.train()
+    assert trainer.start_iter == 6 and type(trainer).evaluations == 2
+    results = _results(tmp_path)[0]
+    assert list(results) == [5, 9] and results[5] == measured
+
+
+def test_a_finished_training_that_goes_on_was_evaluated(tmp_path):
+    """The results of the last evaluation stay the only ones of that step."""
+    _started(tmp_path, SOLVER__MAX_ITER=4).train()
+    trainer = _started(tmp_path, resume=True)
+    trainer.train()
+    assert trainer.start_iter == 4 and type(trainer).evaluations == 2
+    assert list(_results(tmp_path)[0]) == [1, 4, 5, 7]
+
+
+def test_a_finished_training_whose_last_evaluation_failed_was_not(tmp_path):
+    trainer = _started(tmp_path, fatal=2, SOLVER__MAX_ITER=4)
+    type(trainer).error = ValueError  # after which the other hooks are called
+    with pytest.raises(ValueError):
+        trainer.train()
+    assert (tmp_path / "last_evaluation").read_text() == "2\n"
+    trainer = _started(tmp_path, resume=True)
+    trainer.train()
+    assert trainer.start_iter == 4 and type(trainer).evaluations == 3
+    assert list(_results(tmp_path)[0]) == [1, 3, 5, 7]
 
 
 def _stopped(folder, at, **overrides):
@@ -142,4 +261,4 @@ def test_the_main_process_knows_what_was_made(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(comm, "all_gather", lambda data: [4] if data == hook._read() else gather(data))
     with caplog.at_level(logging.INFO, logger="detlib"):
         trainer.train()
-    assert hook._read() == 6 and "was cut off" not in caplog.text
+    assert hook._read() == 7 and "was cut off" not in caplog.text

@@ -88,6 +88,38 @@ def test_results_after_the_last_step_stay(tmp_path, writer):
 
 
 @pytest.mark.parametrize("writer", [JSONWriter, CSVWriter])
+@pytest.mark.parametrize("killed", ["before the row", "before the results", "after the results"])
+def test_results_that_are_made_up_go_into_their_row(tmp_path, writer, killed):
+    path = tmp_path / ("metrics.json" if writer is JSONWriter else "metrics.csv")
+    _run(writer(str(path)), 0, 2 if killed == "before the row" else 4)
+    if killed == "after the results":
+        _run(writer(str(path)), 2, 6, evaluate_at=(3,))  # beyond the checkpoint it goes on from
+    before = _rows(path)
+    with EventStorage(4) as storage:
+        mine = writer(str(path))
+        storage.iter = 3
+        storage.put_scalar("bbox/AP", 40.5, smoothing_hint=False)
+        storage.put_scalar("val/loss", 7.25, smoothing_hint=False)
+        storage.iter = 4
+        mine.write()
+        between = _rows(path)
+        storage.put_scalar("total_loss", 9.0)
+        storage.iter = 5
+        storage.put_scalar("bbox/AP", 41.5, smoothing_hint=False)
+        mine.finish()
+    results = {"iteration": 3, "bbox/AP": 40.5, "val/loss": 7.25}
+    row = {**(before[1] if len(before) > 1 else {}), **results}
+    assert between == [before[0], row]
+    assert _rows(path) == [
+        *between,
+        {"iteration": 4, "total_loss": 9.0},
+        {"iteration": 5, "bbox/AP": 41.5},
+    ]
+    losses = {"before the row": None, "before the results": 1.5, "after the results": 2.5}
+    assert row.get("total_loss") == losses[killed] and before[-1].get("bbox/AP") is None
+
+
+@pytest.mark.parametrize("writer", [JSONWriter, CSVWriter])
 def test_a_new_run_puts_the_old_file_aside(tmp_path, writer, caplog):
     suffix = "json" if writer is JSONWriter else "csv"
     path = tmp_path / f"metrics.{suffix}"

@@ -22,6 +22,9 @@ class EvalHook(HookBase):
     """Calls an evaluation function every so many steps, and after the last one.
 
     Every process calls it, and they wait for each other afterwards.
+
+    Attributes:
+        evaluated: the number of steps done at the last evaluation; None before the first.
     """
 
     def __init__(
@@ -43,7 +46,7 @@ class EvalHook(HookBase):
         self._func = eval_function
         self._eval_after_train = eval_after_train
         self._repeat_after_stop = repeat_after_stop
-        self._evaluated: int | None = None  # steps done at the last evaluation
+        self.evaluated: int | None = None
 
     def _do_eval(self) -> None:
         results = self._func()
@@ -67,13 +70,14 @@ class EvalHook(HookBase):
         # The evaluation after the last step is made in after_train.
         if self._period > 0 and done % self._period == 0 and done != self.trainer.max_iter:
             self._do_eval()
-            self._evaluated = done
+            self.evaluated = done
 
     def after_train(self) -> None:
         # Not if training was cut short by an error.
         if self._eval_after_train and self.trainer.is_finished:
-            if self._repeat_after_stop or self._evaluated != self.trainer.iter:
+            if self._repeat_after_stop or self.evaluated != self.trainer.iter:
                 self._do_eval()
+                self.evaluated = self.trainer.iter
         # The function usually holds the trainer, which holds this hook.
         del self._func
 

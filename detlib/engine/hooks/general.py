@@ -112,7 +112,7 @@ def _format_seconds(seconds: float) -> str:
 
 
 class PeriodicWriter(HookBase):
-    """Lets writers put out the storage every so many steps and after the last one."""
+    """Lets writers put out the storage every so many steps, at each evaluation and after the last step."""
 
     def __init__(self, writers: list[EventWriter], period: int = 20, eval_period: int = 0):
         """

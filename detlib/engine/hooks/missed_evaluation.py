@@ -38,15 +38,19 @@ class MissedEvaluation(HookBase):
 
     def before_train(self) -> None:
         start = self.trainer.start_iter
-        if start == 0 and comm.is_main_process() and PathManager.isfile(self._path):
-            PathManager.rm(self._path)  # of an earlier training
+        if start == 0:
+            if comm.is_main_process() and PathManager.isfile(self._path):
+                PathManager.rm(self._path)  # of an earlier training
+            return
+        # The processes of other machines may not see the file.
+        made = comm.all_gather(self._read())[0]
+        if made > start:
+            # An evaluation of steps that are done again; the new one may be cut off.
+            self._made = start
         # The evaluation after the last step is made in any case.
         is_last = start >= self.trainer.max_iter or self.trainer.stopped_reason is not None
         hooks = self._hooks_behind_checkpoint()
-        if start == 0 or start % self._period != 0 or is_last or not hooks:
-            return
-        # The processes of other machines may not see the file.
-        if comm.all_gather(self._read())[0] < start:
+        if made < start and start % self._period == 0 and not is_last and hooks:
             logger.info("The evaluation after iteration %d was cut off; it is made now", start - 1)
             self._complete_step(start - 1, hooks)
             self._made = start
@@ -78,6 +82,9 @@ class MissedEvaluation(HookBase):
             self._made = done
 
     def after_train(self) -> None:
+        done = self.trainer.iter
+        if any(hook.evaluated == done for hook in self.trainer._hooks if isinstance(hook, EvalHook)):
+            self._made = done
         if self._made:
             self._write()
 

@@ -76,8 +76,8 @@ class CommonMetricPrinter(EventWriter):
         if self._max_iter is not None and storage.iter == self._max_iter:
             return  # hooks after the last iteration write once more: nothing is new
         latest = storage.latest().values()
-        if latest and all(iteration < storage.iter for _, iteration in latest):
-            return  # results of an evaluation before the first step
+        if latest and all(iteration < storage.start_iter for _, iteration in latest):
+            return  # results of an evaluation that is made up before the first step
         times = []
         for name in ("time", "data_time"):
             if name in storage.histories():

@@ -9,7 +9,7 @@ from detlib.utils._event_storage import get_event_storage
 from detlib.utils.atomic_write import write_bytes_atomically
 from detlib.utils.file_io import PathManager
 from detlib.utils.writers.base import EventWriter, NewScalars
-from detlib.utils.writers.earlier_rows import is_done_again, set_aside
+from detlib.utils.writers.earlier_rows import carry_over, set_aside
 
 __all__ = ["CSVWriter"]
 
@@ -37,7 +37,7 @@ class CSVWriter(EventWriter):
         if not records:
             return
         if self._columns is None:
-            self._columns = self._take_over([record["iteration"] for record in records])
+            self._columns, records = self._take_over(records)
         names = {name for record in records for name in record}
         unknown = sorted(names - set(self._columns))
         if unknown:
@@ -51,19 +51,26 @@ class CSVWriter(EventWriter):
             with contextlib.suppress(AttributeError, OSError):  # remote files have no descriptor
                 os.fsync(f.fileno())
 
-    def _take_over(self, coming: list[int]) -> list[str]:
-        """Makes the file ready for the rows of this run, and returns its columns."""
+    def _take_over(self, records: list[dict]) -> tuple[list[str], list[dict]]:
+        """Makes the file ready for the rows of this run.
+
+        Returns:
+            Its columns, and those of the records that no row of the file has taken up.
+        """
         start_iter = get_event_storage().start_iter
         if start_iter == 0:
             set_aside(self._path, lambda path: bool(_read(path)[1]))
             columns, rows = [], []
         else:
             columns, rows = _read(self._path)
-        kept = [row for row in rows if not is_done_again(row, start_iter, coming)]
+        coming = {record["iteration"]: record for record in records}
+        carried = [carry_over(row, coming, start_iter) for row in rows]
+        kept = [row for row in carried if row is not None]
         columns = columns or ["iteration"]
+        columns += sorted({name for row in kept for name in row} - set(columns))
         # In any case: a run that was killed may have left half a row.
         _write_all(self._path, columns, kept)
-        return columns
+        return columns, list(coming.values())
 
 
 def _read(path: str) -> tuple[list[str], list[dict[str, str]]]:

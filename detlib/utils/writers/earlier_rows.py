@@ -7,7 +7,7 @@ from typing import Any
 
 from detlib.utils.file_io import is_remote
 
-__all__ = ["is_done_again", "set_aside"]
+__all__ = ["carry_over", "is_done_again", "set_aside"]
 
 logger = logging.getLogger("detlib.utils.events")
 
@@ -27,6 +27,28 @@ def is_done_again(row: Mapping[str, Any], start_iter: int, coming: Collection[in
     if iteration != start_iter:
         return iteration > start_iter
     return iteration in coming or row.get("lr") not in (None, "")
+
+
+def carry_over(
+    row: Mapping[str, Any], coming: dict[int, dict[str, Any]], start_iter: int
+) -> Mapping[str, Any] | None:
+    """What becomes of a row when a run goes on at an iteration: it goes, it stays, or it gets results.
+
+    An evaluation that was cut off is made up for the step before the first. That step's losses may have been
+    written, and results too if the run was killed just then: what is measured now counts.
+
+    Args:
+        row: "iteration" and scalars.
+        coming: the rows that will be written next, by iteration. One that is put into `row` is taken out.
+        start_iter: the first iteration of the run that goes on.
+
+    Returns:
+        The row as it is to stand, `row` itself if nothing changes; None if it is done again.
+    """
+    if is_done_again(row, start_iter, coming):
+        return None
+    new = coming.pop(int(row["iteration"]), None)
+    return row if new is None else {**row, **new}
 
 
 def set_aside(path: str, has_rows: Callable[[str], bool]) -> None:

@@ -15,7 +15,8 @@ __all__ = ["TensorboardXWriter"]
 class TensorboardXWriter(EventWriter):
     """Writes scalars, pictures and histograms for TensorBoard.
 
-    What a run before has written of the iterations that are done again is hidden.
+    What a run before has written of the iterations that are done again is hidden. What an evaluation that is
+    made up gives may be there twice: the former points could only be hidden with the losses of that step.
     """
 
     def __init__(self, log_dir: str, window_size: int = 20, **kwargs: Any) -> None:
