@@ -20,12 +20,14 @@ import numpy as np
 import torch
 import torchvision
 from pycocotools import mask as mask_utils
+from torch.nn import functional as F
 
 from detlib.ops import (
     _library,
     batched_nms,
     box_iou_rotated,
     encode_rle,
+    frozen_batch_norm,
     ms_deform_attn,
     nms,
     nms_rotated,
@@ -96,6 +98,32 @@ def roi_aligns(device: str) -> Iterator[Case]:
                 partial(our_backward, *arguments),
                 partial(their_backward, *arguments),
             )
+
+
+@benchmark
+def frozen_norms(device: str) -> Iterator[Case]:
+    """The end of a bottleneck block of two 800x1088 pictures: 256 channels at a quarter of their size."""
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(3, 2, 256, 200, 272, generator=generator).to(device)
+    mean, var, weight, bias = (uniform(generator, 4, 256) + 0.5).to(device)
+
+    def theirs(x, residual):
+        y = F.batch_norm(x, mean, var, weight, bias)
+        y += residual
+        return F.relu_(y)
+
+    def ours(x, residual):
+        return frozen_batch_norm(x, mean, var, weight, bias, residual=residual, relu=True)
+
+    for layout, name in ((torch.contiguous_format, "NCHW"), (torch.channels_last, "channels-last")):
+        x, residual, grad = (map.contiguous(memory_format=layout) for map in maps)
+        title = f"frozen norm + sum + ReLU, {name}"
+        yield Case(title, partial(ours, x, residual), partial(theirs, x, residual), "PyTorch")
+        inputs = [map.clone().requires_grad_() for map in (x, residual)]
+        steps = [
+            partial(torch.autograd.grad, f(*inputs), inputs, grad, retain_graph=True) for f in (ours, theirs)
+        ]
+        yield Case(f"frozen norm ... backward, {name}", *steps, "PyTorch")
 
 
 @benchmark

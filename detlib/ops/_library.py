@@ -12,10 +12,12 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache, wraps
 from types import ModuleType
 
 import torch
+from torch.autograd import forward_ad
 
 NAMESPACE = "detlib"
 DISABLE_NATIVE = "DETLIB_DISABLE_NATIVE"
@@ -68,8 +70,15 @@ FORMULA_ONLY = {
     "roi_align_rotated_backward",
 }
 
-in_functorch: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
-"""Whether a transform of `torch.func` is active, which knows the operators and no plain autograd function."""
+_in_functorch = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+_below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
+"""Context in which a call goes to the device's kernel at once, past the gradient that `torch.library` has."""
+
+
+def in_transform() -> bool:
+    """Whether a transform of `torch.func` or forward mode is active, which look for rules of operators."""
+    return _in_functorch() or getattr(forward_ad, "_current_level", -1) >= 0
+
 
 library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _signature in SCHEMAS.items():
@@ -117,7 +126,8 @@ def differentiable(name: str, backward: Callable, save: Callable) -> Callable:
     class Differentiable(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *args):
-            output = operator(*args)
+            with _below_autograd():
+                output = operator(*args)
             save(ctx, args, output)
             return output
 
@@ -125,14 +135,12 @@ def differentiable(name: str, backward: Callable, save: Callable) -> Callable:
     Differentiable.__name__ = Differentiable.__qualname__ = f"{NAMESPACE}_{name}"
 
     def call(*args):
-        if (
-            torch.is_grad_enabled()
-            and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
-            and not torch.compiler.is_compiling()
-            and not in_functorch()
-        ):
+        if torch.compiler.is_compiling() or in_transform():
+            return operator(*args)
+        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
             return Differentiable.apply(*args)
-        return operator(*args)
+        with _below_autograd():
+            return operator(*args)
 
     return call
 

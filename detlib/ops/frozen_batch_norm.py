@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from detlib.ops._checks import check_same_device, check_tensor
 from detlib.ops._layout import in_layout_of, memory_format_of, new_map
-from detlib.ops._library import define, differentiable, has_native_kernel, in_functorch
+from detlib.ops._library import define, differentiable, has_native_kernel, in_transform
 
 _has_kernel = functools.cache(functools.partial(has_native_kernel, "frozen_batch_norm"))
 _tracer = getattr(torch._C, "_get_tracing_state", lambda: None)
@@ -63,7 +63,8 @@ def frozen_batch_norm(
 def is_fast(x: torch.Tensor) -> bool:
     """Whether the compiled kernel of x's device is there and faster than PyTorch's operators in turn.
 
-    Compilers and tracers join those by themselves and shall see them; functorch has rules for those alone.
+    Compilers and tracers shall see those, which they join by themselves; so shall transforms, which have
+    rules for those alone.
     """
     return (
         x.dim() == 4
@@ -71,7 +72,7 @@ def is_fast(x: torch.Tensor) -> bool:
         and _has_kernel(x.device.type)
         and not torch.compiler.is_compiling()
         and not _tracer()
-        and not in_functorch()
+        and not in_transform()
     )
 
 
@@ -112,10 +113,8 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, grad):
     output, var, weight = ctx.saved_tensors
-    if torch.is_grad_enabled():  # the gradient's own gradient is asked for
-        backward = reference_frozen_batch_norm_backward
-    else:
-        backward = torch.ops.detlib.frozen_batch_norm_backward
+    # If gradients are on, the gradient's own gradient is asked for.
+    backward = reference_frozen_batch_norm_backward if torch.is_grad_enabled() else _operator_backward
     masks = output is not None
     grad = grad.contiguous(memory_format=ctx.layout)
     grad_x, grad_residual = backward(grad, output, var, weight, ctx.eps, ctx.with_residual and masks)
@@ -125,7 +124,9 @@ def _backward(ctx, grad):
 
 
 define("frozen_batch_norm", reference_frozen_batch_norm, _fake)
-define("frozen_batch_norm_backward", reference_frozen_batch_norm_backward, _fake_backward)
+_operator_backward = define(
+    "frozen_batch_norm_backward", reference_frozen_batch_norm_backward, _fake_backward
+)
 apply_frozen_batch_norm = differentiable("frozen_batch_norm", _backward, _save)
 """`frozen_batch_norm` without checks, which take the host as long as a small map takes a GPU. Arguments: x,
 residual or None, mean, var, weight, bias, eps, relu."""

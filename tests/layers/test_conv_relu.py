@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from detlib.layers import Conv2d, FrozenBatchNorm2d
@@ -132,5 +133,12 @@ def test_compilers_and_tracers_see_pytorch_s_operators():
     with torch.no_grad(), warnings.catch_warnings(action="ignore", category=FutureWarning):
         traced = torch.jit.trace(Model(), x)  # fvcore counts operations by it
     assert "detlib::" not in str(traced.inlined_graph)
+    tangent = torch.randn_like(x)
+    with torch.no_grad(), forward_ad.dual_level():
+        moved = forward_ad.unpack_dual(conv_relu(conv, forward_ad.make_dual(x, tangent))).tangent
+        step = 1e-3 * tangent
+        torch.testing.assert_close(
+            moved, (plain(conv, x + step) - plain(conv, x)) / 1e-3, rtol=0.02, atol=0.02
+        )
     with torch.no_grad():
         torch.testing.assert_close(torch.vmap(Model())(x[None])[0], plain(conv, x))
