@@ -121,6 +121,9 @@ for dtype in (torch.float64, torch.float16, torch.bfloat16):
     got = torch.ops.detlib.roi_align(maps.to(dtype), *rest)
     assert got.dtype == dtype
     torch.testing.assert_close(got.float(), expected["roi_align"], atol=2e-2, rtol=2e-2)
+with torch.autocast("cpu", torch.bfloat16):  # products of matrices keep float32
+    for name in ("roi_align", "ms_deform_attn"):
+        torch.testing.assert_close(getattr(torch.ops.detlib, name)(*samples()[name]), expected[name])
 maps, *rest = samples()["roi_align"]
 assert torch.autograd.gradcheck(lambda x: torch.ops.detlib.roi_align(x, *rest), maps[..., :4, :5].double())
 checked = "nms", "roi_align", "encode_rle", "frozen_batch_norm", "ms_deform_attn"
