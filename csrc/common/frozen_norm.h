@@ -1,4 +1,5 @@
-// What both devices' kernels of a frozen norm share: the arguments, checked and brought into one layout.
+// What both devices' kernels of a frozen norm share: arguments that are checked and brought into one layout and dtype,
+// and room for the results.
 #pragma once
 
 #include "stable.h"
@@ -21,40 +22,93 @@ inline void check_norm_map(const Tensor& map, const char* name) {
   DETLIB_CHECK(map.dim() == 4, name, " must have shape (N, C, H, W)");
 }
 
-inline void check_norm_constant(const Tensor& constant, const Tensor& map, const char* name) {
+// One value a channel, contiguous and in the dtype of the arithmetic.
+inline Tensor norm_constant(const Tensor& constant, const Tensor& map, const char* name) {
   DETLIB_CHECK(
       constant.dim() == 1 && constant.size(0) == map.size(1), name, " must have shape (C,), one value a channel");
   DETLIB_CHECK(
       constant.is_cuda() == map.is_cuda() && constant.get_device_index() == map.get_device_index(), name,
       " must be on the device of the map");
+  return as_contiguous(constant, compute_type(map.scalar_type()));
 }
 
 // The map itself if it is dense in one of the two layouts, else a contiguous copy.
-inline Tensor as_dense(const Tensor& map) {
-  return map.is_contiguous() || is_channels_last(map) ? map : torch::stable::contiguous(map);
-}
-
-// `map` in the layout and dtype of `like`, which is dense; the same sizes.
-inline Tensor as_lies(const Tensor& map, const Tensor& like, const char* name) {
+inline Tensor as_dense(const Tensor& map, const char* name) {
   check_norm_map(map, name);
-  const std::array<int64_t, 4> size{like.size(0), like.size(1), like.size(2), like.size(3)};
-  for (int64_t i = 0; i < 4; ++i) {
-    DETLIB_CHECK(map.size(i) == size[i], name, " must have the shape of the other maps");
-  }
-  DETLIB_CHECK(
-      map.is_cuda() == like.is_cuda() && map.get_device_index() == like.get_device_index(), name,
-      " must be on the device of the other maps");
-  const bool channels_last = is_channels_last(like);
-  if (map.scalar_type() == like.scalar_type() && (channels_last ? is_channels_last(map) : map.is_contiguous())) {
-    return map;
-  }
-  Tensor copy = new_map(like, size, like.scalar_type(), channels_last);
-  torch::stable::copy_(copy, map);
-  return copy;
+  return map.is_contiguous() || is_channels_last(map) ? map : torch::stable::contiguous(map);
 }
 
 inline Tensor new_like(const Tensor& map) {
   return new_map(map, {map.size(0), map.size(1), map.size(2), map.size(3)}, map.scalar_type(), is_channels_last(map));
 }
+
+// `map` in the layout and dtype of `like`, which is dense; the same sizes.
+inline Tensor as_lies(const Tensor& map, const Tensor& like, const char* name) {
+  check_norm_map(map, name);
+  for (int64_t i = 0; i < 4; ++i) {
+    DETLIB_CHECK(map.size(i) == like.size(i), name, " must have the shape of the other maps");
+  }
+  DETLIB_CHECK(
+      map.is_cuda() == like.is_cuda() && map.get_device_index() == like.get_device_index(), name,
+      " must be on the device of the other maps");
+  const bool lies = is_channels_last(like) ? is_channels_last(map) : map.is_contiguous();
+  if (lies && map.scalar_type() == like.scalar_type()) {
+    return map;
+  }
+  Tensor copy = new_like(like);
+  torch::stable::copy_(copy, map);
+  return copy;
+}
+
+template <typename scalar_t>
+const scalar_t* data_or_null(const std::optional<Tensor>& map) {
+  return map ? map->const_data_ptr<scalar_t>() : nullptr;
+}
+
+struct NormForward {
+  Tensor x;
+  std::optional<Tensor> residual;
+  Tensor mean, var, weight, bias, output;
+
+  NormForward(
+      const Tensor& x, const std::optional<Tensor>& residual, const Tensor& mean, const Tensor& var,
+      const Tensor& weight, const Tensor& bias)
+      : x(as_dense(x, "x")),
+        residual(residual ? std::optional(as_lies(*residual, this->x, "residual")) : std::nullopt),
+        mean(norm_constant(mean, x, "mean")),
+        var(norm_constant(var, x, "var")),
+        weight(norm_constant(weight, x, "weight")),
+        bias(norm_constant(bias, x, "bias")),
+        output(new_like(this->x)) {}
+};
+
+struct NormBackward {
+  std::optional<Tensor> output;  // whose zeros let no gradient through; without it there was no ReLU
+  Tensor grad, var, weight, grad_x;
+  std::optional<Tensor> grad_residual;
+
+  NormBackward(
+      const Tensor& grad, const std::optional<Tensor>& output, const Tensor& var, const Tensor& weight,
+      bool with_residual)
+      : output(output ? std::optional(as_dense(*output, "output")) : std::nullopt),
+        grad(this->output ? as_lies(grad, *this->output, "grad") : as_dense(grad, "grad")),
+        var(norm_constant(var, grad, "var")),
+        weight(norm_constant(weight, grad, "weight")),
+        grad_x(new_like(this->grad)),
+        grad_residual(with_residual ? std::optional(new_like(this->grad)) : std::nullopt) {}
+
+  // What the operator returns: an empty vector stands for a gradient that nobody asked for.
+  std::tuple<Tensor, Tensor> results() const {
+    const auto none = [&] {
+      return torch::stable::new_empty(grad, std::array<int64_t, 1>{0}, grad.scalar_type());
+    };
+    return {grad_x, grad_residual ? *grad_residual : none()};
+  }
+
+  template <typename scalar_t>
+  scalar_t* residual_data() const {
+    return grad_residual ? grad_residual->mutable_data_ptr<scalar_t>() : nullptr;
+  }
+};
 
 }  // namespace detlib

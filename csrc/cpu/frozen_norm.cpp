@@ -58,31 +58,18 @@ void for_rows(const NormShape& shape, const Body& body) {
   });
 }
 
-template <typename scalar_t>
-const scalar_t* data_or_null(const std::optional<Tensor>& map) {
-  return map ? map->const_data_ptr<scalar_t>() : nullptr;
-}
-
 Tensor frozen_batch_norm(
-    const Tensor& input, const std::optional<Tensor>& residual, const Tensor& mean, const Tensor& var,
-    const Tensor& weight, const Tensor& bias, double eps, bool relu) {
-  check_norm_map(input, "x");
-  const ScalarType type = input.scalar_type(), constants = compute_type(type);
-  check_norm_constant(mean, input, "mean");
-  check_norm_constant(var, input, "var");
-  check_norm_constant(weight, input, "weight");
-  check_norm_constant(bias, input, "bias");
-  const Tensor x = as_dense(input);
-  const std::optional<Tensor> added = residual ? std::optional(as_lies(*residual, x, "residual")) : std::nullopt;
-  Tensor output = new_like(x);
-  const NormShape shape(x);
-  dispatch_floating(type, "x", [&](auto tag) {
+    const Tensor& x, const std::optional<Tensor>& residual, const Tensor& mean, const Tensor& var, const Tensor& weight,
+    const Tensor& bias, double eps, bool relu) {
+  const NormForward a(x, residual, mean, var, weight, bias);
+  const NormShape shape(a.x);
+  dispatch_floating(a.x.scalar_type(), "x", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     using T = compute_t<scalar_t>;
-    const auto scale = scales<T>(as_contiguous(var, constants), as_contiguous(weight, constants), eps);
-    const auto shift = shifts<T>(scale, as_contiguous(mean, constants), as_contiguous(bias, constants));
-    const scalar_t *from = x.const_data_ptr<scalar_t>(), *extra = data_or_null<scalar_t>(added);
-    scalar_t* to = output.mutable_data_ptr<scalar_t>();
+    const auto scale = scales<T>(a.var, a.weight, eps);
+    const auto shift = shifts<T>(scale, a.mean, a.bias);
+    const scalar_t *from = a.x.const_data_ptr<scalar_t>(), *extra = data_or_null<scalar_t>(a.residual);
+    scalar_t* to = a.output.mutable_data_ptr<scalar_t>();
     const auto pixels = use_avx2() ? &avx2::norm_row<true, scalar_t, T> : &baseline::norm_row<true, scalar_t, T>;
     const auto plane = use_avx2() ? &avx2::norm_row<false, scalar_t, T> : &baseline::norm_row<false, scalar_t, T>;
     const auto row = shape.channels_last ? pixels : plane;
@@ -91,30 +78,20 @@ Tensor frozen_batch_norm(
           shape.columns, relu, to + start);
     });
   });
-  return output;
+  return a.output;
 }
 
 std::tuple<Tensor, Tensor> frozen_batch_norm_backward(
     const Tensor& grad, const std::optional<Tensor>& output, const Tensor& var, const Tensor& weight, double eps,
     bool with_residual) {
-  check_norm_map(grad, "grad");
-  const Tensor values = output ? as_dense(*output) : as_dense(grad);
-  check_norm_constant(var, values, "var");
-  check_norm_constant(weight, values, "weight");
-  const Tensor gradient = as_lies(grad, values, "grad");
-  const ScalarType type = values.scalar_type(), constants = compute_type(type);
-  Tensor grad_x = new_like(values);
-  Tensor grad_residual =
-      with_residual ? new_like(values) : torch::stable::new_empty(values, std::array<int64_t, 1>{0}, type);
-  const NormShape shape(values);
-  dispatch_floating(type, "grad", [&](auto tag) {
+  const NormBackward a(grad, output, var, weight, with_residual);
+  const NormShape shape(a.grad);
+  dispatch_floating(a.grad.scalar_type(), "grad", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     using T = compute_t<scalar_t>;
-    const auto scale = scales<T>(as_contiguous(var, constants), as_contiguous(weight, constants), eps);
-    const scalar_t* from = gradient.const_data_ptr<scalar_t>();
-    const scalar_t* mask = output ? values.const_data_ptr<scalar_t>() : nullptr;
-    scalar_t* to = grad_x.mutable_data_ptr<scalar_t>();
-    scalar_t* rest = with_residual ? grad_residual.mutable_data_ptr<scalar_t>() : nullptr;
+    const auto scale = scales<T>(a.var, a.weight, eps);
+    const scalar_t *from = a.grad.const_data_ptr<scalar_t>(), *mask = data_or_null<scalar_t>(a.output);
+    scalar_t *to = a.grad_x.mutable_data_ptr<scalar_t>(), *rest = a.residual_data<scalar_t>();
     const auto pixels =
         use_avx2() ? &avx2::norm_row_backward<true, scalar_t, T> : &baseline::norm_row_backward<true, scalar_t, T>;
     const auto plane =
@@ -125,7 +102,7 @@ std::tuple<Tensor, Tensor> frozen_batch_norm_backward(
           rest ? rest + start : nullptr);
     });
   });
-  return {grad_x, grad_residual};
+  return a.results();
 }
 
 STABLE_TORCH_LIBRARY_IMPL(detlib, CPU, m) {

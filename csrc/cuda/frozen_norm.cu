@@ -129,87 +129,62 @@ void launch(const Tensor& map, const NormShape& shape, const Constants<T>& const
   check_launch("frozen_batch_norm");
 }
 
+// Packs of 16 bytes where rows divide into them and all maps begin at a multiple of these.
+template <template <typename, int> typename Work, typename scalar_t, typename T, typename... Arguments>
+void launch_in_packs(const Tensor& map, const Constants<T>& constants, bool aligned, Arguments... arguments) {
+  constexpr int size = 16 / sizeof(scalar_t);
+  const NormShape shape(map);
+  if (aligned && shape.columns % size == 0) {
+    launch<size>(map, shape, constants, Work<scalar_t, size>{arguments...});
+  } else {
+    launch<1>(map, shape, constants, Work<scalar_t, 1>{arguments...});
+  }
+}
+
 template <typename... Pointers>
-bool aligned(Pointers... pointers) {
+bool are_aligned(Pointers... pointers) {
   return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
 }
 
-template <typename scalar_t>
-const scalar_t* data_or_null(const std::optional<Tensor>& map) {
-  return map ? map->const_data_ptr<scalar_t>() : nullptr;
-}
-
 Tensor frozen_batch_norm(
-    const Tensor& input, const std::optional<Tensor>& residual, const Tensor& mean, const Tensor& var,
-    const Tensor& weight, const Tensor& bias, double eps, bool relu) {
-  check_norm_map(input, "x");
-  const ScalarType type = input.scalar_type(), constants_type = compute_type(type);
-  for (const auto& [constant, name] : {std::pair{&mean, "mean"}, {&var, "var"}, {&weight, "weight"}, {&bias, "bias"}}) {
-    check_norm_constant(*constant, input, name);
+    const Tensor& x, const std::optional<Tensor>& residual, const Tensor& mean, const Tensor& var, const Tensor& weight,
+    const Tensor& bias, double eps, bool relu) {
+  const DeviceGuard guard(x.get_device_index());
+  const NormForward a(x, residual, mean, var, weight, bias);
+  if (a.output.numel() == 0) {
+    return a.output;
   }
-  const DeviceGuard guard(input.get_device_index());
-  const Tensor x = as_dense(input);
-  const std::optional<Tensor> added = residual ? std::optional(as_lies(*residual, x, "residual")) : std::nullopt;
-  Tensor output = new_like(x);
-  if (output.numel() == 0) {
-    return output;
-  }
-  const Tensor m = as_contiguous(mean, constants_type), v = as_contiguous(var, constants_type);
-  const Tensor w = as_contiguous(weight, constants_type), b = as_contiguous(bias, constants_type);
-  const NormShape shape(x);
-  dispatch_floating(type, "x", [&](auto tag) {
+  dispatch_floating(a.x.scalar_type(), "x", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     using T = compute_t<scalar_t>;
-    constexpr int size = 16 / sizeof(scalar_t);
     const Constants<T> constants{
-        v.const_data_ptr<T>(), w.const_data_ptr<T>(), m.const_data_ptr<T>(), b.const_data_ptr<T>(),
-        static_cast<T>(eps)};
-    const scalar_t *from = x.const_data_ptr<scalar_t>(), *extra = data_or_null<scalar_t>(added);
-    scalar_t* to = output.mutable_data_ptr<scalar_t>();
-    if (shape.columns % size == 0 && aligned(from, extra, to)) {
-      launch<size>(x, shape, constants, Forward<scalar_t, size>{from, extra, to, relu});
-    } else {
-      launch<1>(x, shape, constants, Forward<scalar_t, 1>{from, extra, to, relu});
-    }
+        a.var.const_data_ptr<T>(), a.weight.const_data_ptr<T>(), a.mean.const_data_ptr<T>(),
+        a.bias.const_data_ptr<T>(), static_cast<T>(eps)};
+    const scalar_t *from = a.x.const_data_ptr<scalar_t>(), *extra = data_or_null<scalar_t>(a.residual);
+    scalar_t* to = a.output.mutable_data_ptr<scalar_t>();
+    launch_in_packs<Forward, scalar_t>(a.x, constants, are_aligned(from, extra, to), from, extra, to, relu);
   });
-  return output;
+  return a.output;
 }
 
 std::tuple<Tensor, Tensor> frozen_batch_norm_backward(
     const Tensor& grad, const std::optional<Tensor>& output, const Tensor& var, const Tensor& weight, double eps,
     bool with_residual) {
-  check_norm_map(grad, "grad");
   const DeviceGuard guard(grad.get_device_index());
-  const Tensor values = as_dense(output ? *output : grad);
-  check_norm_constant(var, values, "var");
-  check_norm_constant(weight, values, "weight");
-  const Tensor gradient = as_lies(grad, values, "grad");
-  const ScalarType type = values.scalar_type(), constants_type = compute_type(type);
-  Tensor grad_x = new_like(values);
-  Tensor grad_residual =
-      with_residual ? new_like(values) : torch::stable::new_empty(values, std::array<int64_t, 1>{0}, type);
-  if (values.numel() == 0) {
-    return {grad_x, grad_residual};
+  const NormBackward a(grad, output, var, weight, with_residual);
+  if (a.grad.numel() == 0) {
+    return a.results();
   }
-  const Tensor v = as_contiguous(var, constants_type), w = as_contiguous(weight, constants_type);
-  const NormShape shape(values);
-  dispatch_floating(type, "grad", [&](auto tag) {
+  dispatch_floating(a.grad.scalar_type(), "grad", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     using T = compute_t<scalar_t>;
-    constexpr int size = 16 / sizeof(scalar_t);
     const Constants<T> constants{
-        v.const_data_ptr<T>(), w.const_data_ptr<T>(), nullptr, nullptr, static_cast<T>(eps)};
-    const scalar_t* from = gradient.const_data_ptr<scalar_t>();
-    const scalar_t* mask = output ? values.const_data_ptr<scalar_t>() : nullptr;
-    scalar_t* to = grad_x.mutable_data_ptr<scalar_t>();
-    scalar_t* rest = with_residual ? grad_residual.mutable_data_ptr<scalar_t>() : nullptr;
-    if (shape.columns % size == 0 && aligned(from, mask, to, rest)) {
-      launch<size>(values, shape, constants, Backward<scalar_t, size>{from, mask, to, rest});
-    } else {
-      launch<1>(values, shape, constants, Backward<scalar_t, 1>{from, mask, to, rest});
-    }
+        a.var.const_data_ptr<T>(), a.weight.const_data_ptr<T>(), nullptr, nullptr, static_cast<T>(eps)};
+    const scalar_t *from = a.grad.const_data_ptr<scalar_t>(), *mask = data_or_null<scalar_t>(a.output);
+    scalar_t *to = a.grad_x.mutable_data_ptr<scalar_t>(), *rest = a.residual_data<scalar_t>();
+    launch_in_packs<Backward, scalar_t>(a.grad, constants, are_aligned(from, mask, to, rest), from, mask, to, rest);
   });
-  return {grad_x, grad_residual};
+  return a.results();
 }
 
 STABLE_TORCH_LIBRARY_IMPL(detlib, CUDA, m) {

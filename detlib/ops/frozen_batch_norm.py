@@ -63,12 +63,13 @@ def frozen_batch_norm(
 def is_fast(x: torch.Tensor) -> bool:
     """Whether the compiled kernel of x's device is there and faster than PyTorch's operators in turn.
 
+    On the CPU it converts float16 number by number.
     Compilers and tracers shall see those, which they join by themselves; so shall transforms, which have
     rules for those alone.
     """
     return (
         x.dim() == 4
-        and (x.is_cuda or x.dtype in (torch.float32, torch.float64))
+        and (x.is_cuda or x.dtype != torch.float16)
         and _has_kernel(x.device.type)
         and not torch.compiler.is_compiling()
         and not _tracer()

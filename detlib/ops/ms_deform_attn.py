@@ -231,7 +231,7 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    operator = torch.ops.detlib.ms_deform_attn_backward
+    operator = _apply_backward
     if grad.is_cuda and torch.are_deterministic_algorithms_enabled():
         operator = _indexed_backward  # the CUDA kernels add in any order
     grad_value, grad_locations, grad_weights = operator(grad, *ctx.saved_tensors)
@@ -254,4 +254,4 @@ def _double_backward(ctx, *grad_grads):
 define("ms_deform_attn", reference_ms_deform_attn, _fake_ms_deform_attn)
 define("ms_deform_attn_backward", reference_ms_deform_attn_backward, _fake_ms_deform_attn_backward)
 _apply = differentiable("ms_deform_attn", _backward, _save)
-differentiable("ms_deform_attn_backward", _double_backward, _save)
+_apply_backward = differentiable("ms_deform_attn_backward", _double_backward, _save)

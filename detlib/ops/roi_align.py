@@ -254,7 +254,7 @@ def _backward(ctx, grad):
     scale, height, width, *sampling = ctx.scalars
     # The kernels answer in the layout of `grad`, and a gradient should have that of `input`.
     grad = grad.contiguous(memory_format=ctx.layout)
-    grad_input = torch.ops.detlib.roi_align_backward(
+    grad_input = _apply_backward(
         grad, boxes, scale, height, width, *ctx.input_size, *sampling,
         torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
@@ -276,4 +276,4 @@ def _double_backward(ctx, grad_grad_input):
 define("roi_align", _fallback_roi_align, _fake_roi_align)
 define("roi_align_backward", _fallback_roi_align_backward, _fake_roi_align_backward)
 _apply = differentiable("roi_align", _backward, _save_forward)
-differentiable("roi_align_backward", _double_backward, _save_backward)
+_apply_backward = differentiable("roi_align_backward", _double_backward, _save_backward)

@@ -211,7 +211,7 @@ def _save_forward(ctx, inputs, output):
 def _backward(ctx, grad):
     (boxes,) = ctx.saved_tensors
     scale, height, width, sampling_ratio = ctx.scalars
-    operator = torch.ops.detlib.roi_align_rotated_backward
+    operator = _apply_backward
     if grad.is_cuda and torch.are_deterministic_algorithms_enabled():
         operator = reference_roi_align_rotated_backward  # the CUDA kernel adds in any order
     grad_input = operator(grad, boxes, scale, height, width, *ctx.input_size, sampling_ratio)
@@ -233,4 +233,4 @@ def _double_backward(ctx, grad_grad_input):
 define("roi_align_rotated", reference_roi_align_rotated, _fake_roi_align)
 define("roi_align_rotated_backward", reference_roi_align_rotated_backward, _fake_roi_align_backward)
 _apply = differentiable("roi_align_rotated", _backward, _save_forward)
-differentiable("roi_align_rotated_backward", _double_backward, _save_backward)
+_apply_backward = differentiable("roi_align_rotated_backward", _double_backward, _save_backward)
