@@ -1,16 +1,15 @@
 """Neural network layers: thin wrappers of torch.nn, norms, blocks and modules around `detlib.ops`."""
 
-from .aspp import ASPP
-from .attention import MultiheadAttention
-from .batch_norm import (
+from detlib.layers.aspp import ASPP
+from detlib.layers.batch_norm import (
     CycleBatchNormList,
     FrozenBatchNorm2d,
     LayerNorm,
     NaiveSyncBatchNorm,
     get_norm,
 )
-from .blocks import CNNBlockBase, DepthwiseSeparableConv2d
-from .box_ops import (
+from detlib.layers.blocks import CNNBlockBase, DepthwiseSeparableConv2d
+from detlib.layers.box_ops import (
     box_cxcywh_to_xyxy,
     box_iou,
     box_xyxy_to_cxcywh,
@@ -18,23 +17,34 @@ from .box_ops import (
     inverse_sigmoid,
     masks_to_boxes,
 )
-from .conv import ConvNormAct
-from .deform_conv import DeformConv, ModulatedDeformConv
-from .losses import ciou_loss, diou_loss
-from .mask_ops import paste_masks_in_image
-from .mlp import FFN, MLP
-from .multi_scale_deform_attn import MultiScaleDeformableAttention, multi_scale_deformable_attn_pytorch
-from .nms import batched_nms, batched_nms_rotated, nms, nms_rotated
-from .position_embedding import PositionEmbeddingLearned, PositionEmbeddingSine, get_sine_pos_embed
-from .roi_align import ROIAlign, roi_align
-from .roi_align_rotated import ROIAlignRotated, roi_align_rotated
-from .roi_pool import ROIPool
-from .rotated_boxes import pairwise_iou_rotated
-from .shape_spec import ShapeSpec
-from .transformer import BaseTransformerLayer, TransformerLayerSequence
-from .wrappers import (
+from detlib.layers.deform_conv import DeformConv, ModulatedDeformConv
+from detlib.layers.losses import ciou_loss, diou_loss
+from detlib.layers.mask_ops import paste_masks_in_image
+from detlib.layers.multi_scale_deform_attn import (
+    MultiScaleDeformableAttention,
+    multi_scale_deformable_attn_pytorch,
+)
+from detlib.layers.nms import batched_nms, batched_nms_rotated, nms, nms_rotated
+from detlib.layers.position_embedding import (
+    PositionEmbeddingLearned,
+    PositionEmbeddingSine,
+    get_sine_pos_embed,
+)
+from detlib.layers.roi_align import ROIAlign, ROIPool, roi_align
+from detlib.layers.roi_align_rotated import ROIAlignRotated, roi_align_rotated
+from detlib.layers.rotated_boxes import pairwise_iou_rotated
+from detlib.layers.shape_spec import ShapeSpec
+from detlib.layers.transformer import (
+    FFN,
+    MLP,
+    BaseTransformerLayer,
+    MultiheadAttention,
+    TransformerLayerSequence,
+)
+from detlib.layers.wrappers import (
     BatchNorm2d,
     Conv2d,
+    ConvNormAct,
     ConvTranspose2d,
     Linear,
     cat,

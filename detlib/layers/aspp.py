@@ -6,11 +6,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from detlib.layers.batch_norm import get_norm
+from detlib.layers.blocks import DepthwiseSeparableConv2d
 from detlib.layers.fvcore_nn import weight_init
-
-from .batch_norm import get_norm
-from .blocks import DepthwiseSeparableConv2d
-from .wrappers import Conv2d
+from detlib.layers.wrappers import Conv2d
 
 __all__ = ["ASPP"]
 

@@ -14,8 +14,6 @@ from detlib.ops.frozen_batch_norm import apply_frozen_batch_norm, is_fast
 from detlib.utils import comm
 from detlib.utils.suggest import suggest
 
-from .wrappers import BatchNorm2d
-
 __all__ = [
     "CycleBatchNormList",
     "FrozenBatchNorm2d",
@@ -124,7 +122,7 @@ class FrozenBatchNorm2d(nn.Module):
             `module`, changed in place, or the new BatchNorm2d when `module` is itself a frozen one.
         """
         return _replace_modules(
-            module, (cls,), lambda old: _copy_norm(old, BatchNorm2d(old.num_features, old.eps))
+            module, (cls,), lambda old: _copy_norm(old, nn.BatchNorm2d(old.num_features, old.eps))
         )
 
 
@@ -173,7 +171,7 @@ def differentiable_all_reduce(input: torch.Tensor) -> torch.Tensor:
     return _AllReduceSum.apply(input)
 
 
-class NaiveSyncBatchNorm(BatchNorm2d):
+class NaiveSyncBatchNorm(nn.BatchNorm2d):
     """Batch normalisation with statistics taken over all processes, written with differentiable all-reduce.
 
     Unlike `torch.nn.SyncBatchNorm` it works on the CPU and gives every picture the same weight whatever
@@ -291,7 +289,7 @@ def _naive_sync_batch_norm_n(num_channels: int) -> NaiveSyncBatchNorm:
 
 
 _NORMS = {
-    "BN": BatchNorm2d,
+    "BN": nn.BatchNorm2d,
     "SyncBN": nn.SyncBatchNorm,
     "nnSyncBN": nn.SyncBatchNorm,
     "naiveSyncBN": NaiveSyncBatchNorm,

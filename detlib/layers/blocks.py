@@ -2,10 +2,9 @@
 
 from torch import nn
 
+from detlib.layers.batch_norm import FrozenBatchNorm2d, get_norm
 from detlib.layers.fvcore_nn import weight_init
-
-from .batch_norm import FrozenBatchNorm2d, get_norm
-from .wrappers import Conv2d
+from detlib.layers.wrappers import Conv2d
 
 __all__ = ["CNNBlockBase", "DepthwiseSeparableConv2d"]
 

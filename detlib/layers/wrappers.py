@@ -7,13 +7,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from detlib.layers.batch_norm import FrozenBatchNorm2d
+from detlib.ops.frozen_batch_norm import apply_frozen_batch_norm, is_fast
+
 __all__ = [
     "BatchNorm2d",
     "Conv2d",
+    "ConvNormAct",
     "ConvTranspose2d",
     "Linear",
     "cat",
     "check_if_dynamo_compiling",
+    "conv_relu",
     "cross_entropy",
     "empty_input_loss_func_wrapper",
     "interpolate",
@@ -21,6 +26,8 @@ __all__ = [
     "nonzero_tuple",
     "shapes_to_tensor",
 ]
+
+_has_global_hooks = getattr(nn.modules.module, "_has_any_global_hook", lambda: False)
 
 # Names that users import from here; torch itself handles empty batches in all of them.
 BatchNorm2d = nn.BatchNorm2d
@@ -106,6 +113,106 @@ class Conv2d(nn.Conv2d):
         if self.activation is not None:
             x = self.activation(x)
         return x
+
+
+class ConvNormAct(nn.Module):
+    """A convolution, then an optional norm, then an optional activation.
+
+    Its parameters are `conv.*` and `norm.*`. It differs from `detlib.layers.Conv2d`, whose own parameters are
+    those of the convolution; checkpoints of DETR-like models have these names.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: those of
+            `torch.nn.Conv2d`; padding is none by default, the bias is there by default.
+        norm_layer: a module for (N, out_channels, H', W') maps, or None.
+        activation: a module, or None.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 1,
+        stride: int = 1,
+        padding: int = 0,
+        dilation: int = 1,
+        groups: int = 1,
+        bias: bool = True,
+        norm_layer: nn.Module | None = None,
+        activation: nn.Module | None = None,
+    ):
+        super().__init__()
+        self.conv = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size=kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            bias=bias,
+        )
+        self.norm = norm_layer
+        self.activation = activation
+
+    def forward(self, x):
+        """Maps (N, in_channels, H, W) to (N, out_channels, H', W')."""
+        x = self.conv(x)
+        if self.norm is not None:
+            x = self.norm(x)
+        if self.activation is not None:
+            x = self.activation(x)
+        return x
+
+
+def conv_relu(conv: nn.Module, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """Compute `relu(conv(x) + residual)`.
+
+    What comes behind the convolution is one pass over memory where the norm of a `Conv2d` is frozen. It is
+    not joined where somebody listens to the convolution or its norm by a hook, or has changed either.
+
+    Args:
+        conv: maps (N, C_in, H, W) to (N, C, H', W'): a `Conv2d` with its norm, or any other module.
+        x: (N, C_in, H, W).
+        residual: (N, C, H', W') or None.
+
+    Returns:
+        (N, C, H', W').
+    """
+    if not _is_plain(conv):
+        return _relu(conv(x), residual)
+    y, norm = conv._conv_forward(x, conv.weight, conv.bias), conv.norm
+    if not is_fast(y):
+        return _relu(norm(y), residual)
+    if residual is not None:
+        residual = residual.to(y.dtype)
+    constants = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    return apply_frozen_batch_norm(y, residual, *constants, norm.eps, True)
+
+
+def _relu(out: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    if residual is not None:
+        out += residual
+    return F.relu_(out)
+
+
+def _is_plain(conv: nn.Module) -> bool:
+    """Whether nobody sees that neither module is called."""
+    return (
+        type(conv) is Conv2d
+        and type(conv.norm) is FrozenBatchNorm2d
+        and conv.activation is None
+        and not any(map(_is_watched, (conv, conv.norm)))
+        and not _has_global_hooks()
+    )
+
+
+def _is_watched(module: nn.Module) -> bool:
+    hooks = (
+        module._forward_pre_hooks or module._forward_hooks
+        or module._backward_pre_hooks or module._backward_hooks
+    )  # fmt: skip
+    return bool(hooks) or "forward" in module.__dict__
 
 
 def nonzero_tuple(x: torch.Tensor) -> tuple[torch.Tensor, ...]:

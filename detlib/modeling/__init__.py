@@ -1,6 +1,6 @@
 """Models and their parts: backbones, proposal generators, region heads and whole detectors."""
 
-from detlib.layers import ShapeSpec
+from detlib.layers.shape_spec import ShapeSpec
 from detlib.modeling.anchor_generator import ANCHOR_GENERATOR_REGISTRY, build_anchor_generator
 from detlib.modeling.backbone import (
     BACKBONE_REGISTRY,

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from detlib.config import configurable
-from detlib.layers import ShapeSpec
+from detlib.layers.shape_spec import ShapeSpec
 from detlib.structures import Boxes, RotatedBoxes
 from detlib.utils.registry import Registry
 

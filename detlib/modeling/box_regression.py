@@ -9,8 +9,8 @@ import math
 import torch
 from torch.nn import functional as F
 
-from detlib.layers import ciou_loss, diou_loss
 from detlib.layers.fvcore_nn import giou_loss, smooth_l1_loss
+from detlib.layers.losses import ciou_loss, diou_loss
 
 __all__ = [
     "BOX_LOSS_TYPES",

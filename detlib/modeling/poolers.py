@@ -9,7 +9,9 @@ import math
 import torch
 from torch import nn
 
-from detlib.layers import ROIAlign, ROIAlignRotated, ROIPool, cat
+from detlib.layers import cat
+from detlib.layers.roi_align import ROIAlign, ROIPool
+from detlib.layers.roi_align_rotated import ROIAlignRotated
 from detlib.structures import Boxes
 
 __all__ = ["ROIPooler", "assign_boxes_to_levels", "convert_boxes_to_pooler_format"]

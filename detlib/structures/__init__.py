@@ -1,6 +1,6 @@
 """Boxes, masks, keypoints and the containers that hold them per picture and per batch."""
 
-from .boxes import (
+from detlib.structures.boxes import (
     Boxes,
     BoxMode,
     matched_pairwise_iou,
@@ -9,10 +9,10 @@ from .boxes import (
     pairwise_iou,
     pairwise_point_box_distance,
 )
-from .image_list import ImageList
-from .instances import Instances
-from .keypoints import Keypoints, heatmaps_to_keypoints
-from .masks import (
+from detlib.structures.image_list import ImageList
+from detlib.structures.instances import Instances
+from detlib.structures.keypoints import Keypoints, heatmaps_to_keypoints
+from detlib.structures.masks import (
     BitMasks,
     PolygonMasks,
     ROIMasks,
@@ -20,8 +20,8 @@ from .masks import (
     polygons_to_bitmask,
     rasterize_polygons_within_box,
 )
-from .rotated_boxes import RotatedBoxes
-from .rotated_boxes import pairwise_iou as pairwise_iou_rotated
+from detlib.structures.rotated_boxes import RotatedBoxes
+from detlib.structures.rotated_boxes import pairwise_iou as pairwise_iou_rotated
 
 __all__ = [
     "BitMasks",

@@ -1,8 +1,21 @@
-"""All kinds of masks, from the files that define them."""
+"""Masks of objects: as bits of an image, as polygons, and as small soft masks in boxes.
 
-from .bit_masks import BitMasks
-from .polygon_masks import PolygonMasks, polygon_area, polygons_to_bitmask, rasterize_polygons_within_box
-from .roi_masks import ROIMasks
+Shapes: N objects, image of H x W pixels, M side of a cropped mask. A polygon is a flat vector x0, y0, x1, y1,
+... of absolute pixels. pycocotools rasterizes polygons.
+"""
+
+import itertools
+from collections.abc import Iterator
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import torch
+
+from detlib.layers.mask_ops import paste_masks_in_image
+from detlib.layers.roi_align import roi_align
+from detlib.structures.boxes import Boxes
+from detlib.utils.memory import retry_if_cuda_oom
 
 __all__ = [
     "BitMasks",
@@ -12,3 +25,394 @@ __all__ = [
     "polygons_to_bitmask",
     "rasterize_polygons_within_box",
 ]
+
+# Size of the buffer in which `BitMasks.crop_and_resize` converts masks to floating point: 256 MiB.
+_MAX_FLOATS = 2**26
+
+
+def polygon_area(x, y):
+    """Area of the polygon with the corner coordinates `x` and `y`, (V,) each (shoelace formula)."""
+    return 0.5 * np.abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1)))
+
+
+def polygons_to_bitmask(polygons: list[np.ndarray], height: int, width: int) -> np.ndarray:
+    """Rasterises the union of polygons as COCO does.
+
+    Args:
+        polygons: flat coordinate vectors of at least 6 numbers; none gives an empty mask.
+        height: of the mask.
+        width: of the mask.
+
+    Returns:
+        (height, width) bool array.
+    """
+    if len(polygons) == 0:
+        return np.zeros((height, width), dtype=bool)
+    import pycocotools.mask as mask_util
+
+    rle = mask_util.merge(mask_util.frPyObjects(polygons, height, width))
+    return mask_util.decode(rle).astype(bool)
+
+
+def rasterize_polygons_within_box(
+    polygons: list[np.ndarray], box: np.ndarray, mask_size: int
+) -> torch.Tensor:
+    """Rasterises the part of polygons within a box, stretched to a square mask.
+
+    The polygons are moved and scaled first and rasterised at the mask's resolution, which keeps what a
+    mask of the whole picture would lose.
+
+    Args:
+        polygons: flat coordinate vectors of one object.
+        box: (4,) xyxy in the same coordinates.
+        mask_size: side M of the mask.
+
+    Returns:
+        (M, M) bool tensor.
+    """
+    x0, y0, x1, y1 = np.asarray(box, dtype=np.float64)
+    # Boxes of (nearly) no size would make the scale infinite.
+    scale = mask_size / np.maximum([x1 - x0, y1 - y0], 0.1)
+    moved = [((polygon.reshape(-1, 2) - (x0, y0)) * scale).ravel() for polygon in polygons]
+    return torch.from_numpy(polygons_to_bitmask(moved, mask_size, mask_size))
+
+
+class BitMasks:
+    """The masks of N objects in one (N, H, W) bool tensor.
+
+    Args:
+        tensor: (N, H, W) tensor or array; what is not zero counts as the object.
+
+    Attributes:
+        tensor: (N, H, W) bool.
+        image_size: (H, W).
+    """
+
+    def __init__(self, tensor: torch.Tensor | np.ndarray):
+        tensor = torch.as_tensor(tensor).to(torch.bool)
+        if tensor.dim() != 3:
+            raise ValueError(f"BitMasks takes a tensor of shape (N, H, W), got {tuple(tensor.shape)}")
+        self.image_size = tensor.shape[1:]
+        self.tensor = tensor
+
+    def to(self, *args: Any, **kwargs: Any) -> "BitMasks":
+        """The same masks on another device."""
+        return BitMasks(self.tensor.to(*args, **kwargs))
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensor.device
+
+    def __getitem__(self, item: int | slice | torch.Tensor) -> "BitMasks":
+        """Selects objects by an index (giving N = 1), a slice, an integer or a boolean vector.
+
+        Slices share memory with the original.
+        """
+        if isinstance(item, Integral):
+            return BitMasks(self.tensor[item][None])
+        selected = self.tensor[item]
+        if selected.dim() != 3:
+            raise IndexError(f"Indexing BitMasks with {item} gives shape {tuple(selected.shape)}")
+        return BitMasks(selected)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """Yields each mask as a (H, W) tensor."""
+        yield from self.tensor
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(num_instances={len(self.tensor)})"
+
+    def __len__(self) -> int:
+        return self.tensor.shape[0]
+
+    def nonempty(self) -> torch.Tensor:
+        """(N,) bool: which masks have a pixel set."""
+        return _any(self.tensor, (1, 2))
+
+    @staticmethod
+    def from_polygon_masks(
+        polygon_masks: "PolygonMasks | list[list[np.ndarray]]", height: int, width: int
+    ) -> "BitMasks":
+        """Rasterises polygons.
+
+        Args:
+            polygon_masks: polygons in pixels of the picture.
+            height: of the picture.
+            width: of the picture.
+        """
+        if not isinstance(polygon_masks, PolygonMasks):
+            polygon_masks = PolygonMasks(polygon_masks)
+        masks = np.zeros((len(polygon_masks), height, width), dtype=bool)
+        for mask, polygons in zip(masks, polygon_masks):
+            mask[:] = polygons_to_bitmask(polygons, height, width)
+        return BitMasks(masks)
+
+    @staticmethod
+    def from_roi_masks(roi_masks: "ROIMasks", height: int, width: int) -> "BitMasks":
+        """Pastes masks that are given within boxes covering the whole picture.
+
+        Args:
+            roi_masks: masks whose boxes are the picture's frame.
+            height: of the picture.
+            width: of the picture.
+        """
+        frames = torch.tensor([[0.0, 0.0, width, height]], device=roi_masks.device).expand(len(roi_masks), 4)
+        return roi_masks.to_bitmasks(frames, height, width)
+
+    def crop_and_resize(self, boxes: torch.Tensor, mask_size: int) -> torch.Tensor:
+        """Crops each object's mask to a box and resizes it, by averaging (RoIAlign) and a threshold at 0.5.
+
+        Args:
+            boxes: (N, 4) absolute xyxy pixels, one per object.
+            mask_size: side M of the result.
+
+        Returns:
+            (N, M, M) bool tensor on the device of the masks.
+        """
+        if len(boxes) != len(self):
+            raise ValueError(
+                f"crop_and_resize needs a box per object: {len(boxes)} boxes, {len(self)} objects"
+            )
+        boxes = boxes.to(self.tensor.device, torch.float32)
+        crops = torch.empty(len(self), mask_size, mask_size, dtype=torch.bool, device=self.tensor.device)
+        # RoIAlign takes floating point, four times the memory of masks: one buffer serves some at a time.
+        chunk_size = min(max(1, _MAX_FLOATS // max(1, self.image_size.numel())), len(self))
+        buffer = torch.empty(chunk_size, 1, *self.image_size, device=self.tensor.device)
+        indices = torch.arange(chunk_size, device=boxes.device, dtype=boxes.dtype)
+        for start in range(0, len(self), chunk_size or 1):
+            chunk = slice(start, start + chunk_size)
+            num_masks = len(boxes[chunk])
+            soft_masks = buffer[:num_masks].copy_(self.tensor[chunk, None])
+            rois = torch.cat([indices[:num_masks, None], boxes[chunk]], dim=1)
+            soft_crops = roi_align(soft_masks, rois, mask_size, 1.0, sampling_ratio=0, aligned=True)
+            torch.ge(soft_crops[:, 0], 0.5, out=crops[chunk])
+        return crops
+
+    def get_bounding_boxes(self) -> Boxes:
+        """The smallest box around each mask; zeros for an empty mask."""
+        x0, x1 = _extent(_any(self.tensor, 1))
+        y0, y1 = _extent(_any(self.tensor, 2))
+        return Boxes(torch.stack([x0, y0, x1, y1], dim=1))
+
+    def area(self) -> torch.Tensor:
+        """(N,) int64: number of pixels set."""
+        return self.tensor.flatten(1).sum(dim=1)
+
+    @staticmethod
+    def cat(bitmasks_list: list["BitMasks"]) -> "BitMasks":
+        """Joins the objects of several BitMasks of one picture size."""
+        if len(bitmasks_list) == 0:
+            raise ValueError("BitMasks.cat needs at least one BitMasks")
+        for masks in bitmasks_list:
+            if not isinstance(masks, BitMasks):
+                raise TypeError(f"BitMasks.cat takes a list of BitMasks, got {type(masks).__name__}")
+        return BitMasks(torch.cat([masks.tensor for masks in bitmasks_list], dim=0))
+
+
+def _any(masks: torch.Tensor, dim: int | tuple[int, int]) -> torch.Tensor:
+    """`masks.any(dim)` for bool tensors, ten times as fast on the CPU."""
+    return masks.view(torch.uint8).amax(dim=dim).bool()
+
+
+def _extent(occupied: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """First and one past the last True in each row of an (N, L) tensor; 0 and 0 in rows without any."""
+    length = occupied.shape[1]
+    positions = torch.arange(length, device=occupied.device)
+    first = torch.where(occupied, positions, length).amin(dim=1)
+    end = torch.where(occupied, positions + 1, 0).amax(dim=1)
+    return torch.minimum(first, end), end
+
+
+class PolygonMasks:
+    """The masks of N objects, each the union of polygons.
+
+    The polygons are float64 arrays in main memory whatever `to()` is asked for.
+
+    Args:
+        polygons: for each object a list of its polygons, each a flat vector x0, y0, x1, y1, ... of absolute
+            pixels (tensor, array or list).
+
+    Attributes:
+        polygons: list of N lists of float64 arrays.
+
+    Raises:
+        ValueError: if the nesting is wrong, or a polygon has fewer than 6 or an odd number of coordinates;
+            the message names object and polygon.
+    """
+
+    def __init__(self, polygons: list[list[torch.Tensor | np.ndarray]]):
+        if not isinstance(polygons, (list, tuple)):
+            raise ValueError(
+                f"PolygonMasks takes a list of polygons for each object, got {type(polygons).__name__}"
+            )
+        self.polygons: list[list[np.ndarray]] = [
+            _to_polygons(polygons_of_object, i) for i, polygons_of_object in enumerate(polygons)
+        ]
+
+    @classmethod
+    def _from_checked(cls, polygons: list[list[np.ndarray]]) -> "PolygonMasks":
+        masks = cls([])
+        masks.polygons = polygons
+        return masks
+
+    def to(self, *args: Any, **kwargs: Any) -> "PolygonMasks":
+        """The object itself: polygons stay on the CPU."""
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_bounding_boxes(self) -> Boxes:
+        """The smallest box around the polygons of each object; zeros for an object without polygons."""
+        boxes = torch.zeros(len(self), 4)
+        for box, polygons in zip(boxes, self.polygons):
+            if polygons:
+                points = np.concatenate(polygons).reshape(-1, 2)
+                box[:2] = torch.from_numpy(points.min(axis=0))
+                box[2:] = torch.from_numpy(points.max(axis=0))
+        return Boxes(boxes)
+
+    def nonempty(self) -> torch.Tensor:
+        """(N,) bool: which objects have a polygon."""
+        return torch.tensor([len(polygons) > 0 for polygons in self.polygons], dtype=torch.bool)
+
+    def __getitem__(self, item: int | slice | list[int] | torch.Tensor) -> "PolygonMasks":
+        """Selects objects by an index (giving N = 1), a slice, a list, an integer or a boolean vector."""
+        if isinstance(item, Integral):
+            return self._from_checked([self.polygons[item]])
+        if isinstance(item, slice):
+            return self._from_checked(self.polygons[item])
+        index = torch.as_tensor(item)
+        if index.numel() == 0 and index.dtype != torch.bool:
+            index = index.long()
+        if index.dim() != 1 or index.is_floating_point() or index.is_complex():
+            raise TypeError(
+                f"PolygonMasks cannot be indexed with {index.dtype} of shape {tuple(index.shape)}"
+            )
+        positions = torch.arange(len(self))[index.cpu()]
+        return self._from_checked([self.polygons[i] for i in positions.tolist()])
+
+    def __iter__(self) -> Iterator[list[np.ndarray]]:
+        """Yields the list of polygons of each object."""
+        return iter(self.polygons)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(num_instances={len(self.polygons)})"
+
+    def __len__(self) -> int:
+        return len(self.polygons)
+
+    def crop_and_resize(self, boxes: torch.Tensor, mask_size: int) -> torch.Tensor:
+        """Crops each object's mask to a box and rasterises it at one size.
+
+        Args:
+            boxes: (N, 4) absolute xyxy pixels, one per object.
+            mask_size: side M of the result.
+
+        Returns:
+            (N, M, M) bool tensor on the device of `boxes`.
+        """
+        if len(boxes) != len(self):
+            raise ValueError(
+                f"crop_and_resize needs a box per object: {len(boxes)} boxes, {len(self)} objects"
+            )
+        if len(self) == 0:
+            return torch.empty(0, mask_size, mask_size, dtype=torch.bool, device=boxes.device)
+        crops = [
+            rasterize_polygons_within_box(polygons, box, mask_size)
+            for polygons, box in zip(self.polygons, boxes.detach().cpu().numpy())
+        ]
+        return torch.stack(crops).to(boxes.device)
+
+    def area(self):
+        """(N,) float64: sum of the areas of each object's polygons, overlaps counted twice."""
+        areas = [sum(polygon_area(p[0::2], p[1::2]) for p in polygons) for polygons in self.polygons]
+        return torch.tensor(areas, dtype=torch.float64)
+
+    @staticmethod
+    def cat(polymasks_list: list["PolygonMasks"]) -> "PolygonMasks":
+        """Joins the objects of several PolygonMasks; an empty list gives none."""
+        for masks in polymasks_list:
+            if not isinstance(masks, PolygonMasks):
+                raise TypeError(f"PolygonMasks.cat takes a list of PolygonMasks, got {type(masks).__name__}")
+        return PolygonMasks._from_checked(
+            list(itertools.chain(*(masks.polygons for masks in polymasks_list)))
+        )
+
+
+def _to_polygons(polygons: Any, index: int) -> list[np.ndarray]:
+    """Checks the polygons of object `index` and makes them float64 arrays."""
+    if not isinstance(polygons, (list, tuple)):
+        raise ValueError(
+            f"Object {index}: polygons must be a list of coordinate vectors, got {type(polygons).__name__}. "
+            "An object with one polygon needs a list of one."
+        )
+    converted = []
+    for k, polygon in enumerate(polygons):
+        if isinstance(polygon, torch.Tensor):
+            polygon = polygon.detach().cpu()
+        array = np.asarray(polygon, dtype=np.float64)
+        if array.ndim != 1:
+            raise ValueError(
+                f"Object {index}, polygon {k}: expected a vector x0, y0, x1, y1, ..., got shape {array.shape}"
+            )
+        if len(array) % 2 != 0 or len(array) < 6:
+            raise ValueError(
+                f"Object {index}, polygon {k}: a polygon has an even number of coordinates, 6 or more, "
+                f"got {len(array)}"
+            )
+        converted.append(array)
+    return converted
+
+
+class ROIMasks:
+    """The masks of N objects, each M x M pixels stretched over the object's box.
+
+    Args:
+        tensor: (N, M, M) mask values in [0, 1].
+
+    Attributes:
+        tensor: as given.
+    """
+
+    def __init__(self, tensor: torch.Tensor):
+        if tensor.dim() != 3:
+            raise ValueError(f"ROIMasks takes a tensor of shape (N, M, M), got {tuple(tensor.shape)}")
+        self.tensor = tensor
+
+    def to(self, device: torch.device) -> "ROIMasks":
+        """The same masks on another device."""
+        return ROIMasks(self.tensor.to(device))
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensor.device
+
+    def __len__(self) -> int:
+        return self.tensor.shape[0]
+
+    def __getitem__(self, item: slice | torch.Tensor) -> "ROIMasks":
+        """Selects objects by an index (giving N = 1), a slice, an integer or a boolean vector."""
+        if isinstance(item, Integral):
+            return ROIMasks(self.tensor[item][None])
+        selected = self.tensor[item]
+        if selected.dim() != 3:
+            raise IndexError(f"Indexing ROIMasks with {item} gives shape {tuple(selected.shape)}")
+        return ROIMasks(selected)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(num_instances={len(self.tensor)})"
+
+    def to_bitmasks(self, boxes: torch.Tensor | Boxes, height, width, threshold=0.5) -> BitMasks:
+        """Pastes the masks into pictures.
+
+        Args:
+            boxes: (N, 4) absolute xyxy pixels, tensor or Boxes.
+            height: of the picture.
+            width: of the picture.
+            threshold: mask value from which a pixel belongs to the object.
+        """
+        boxes = boxes.tensor if isinstance(boxes, Boxes) else boxes
+        paste = retry_if_cuda_oom(paste_masks_in_image)
+        return BitMasks(paste(self.tensor, boxes, (height, width), threshold))

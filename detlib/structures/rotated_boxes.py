@@ -9,9 +9,9 @@ import math
 
 import torch
 
-from detlib.ops import batched_nms_rotated, box_iou_rotated
-
-from .boxes import Boxes
+from detlib.layers.nms import batched_nms_rotated
+from detlib.layers.rotated_boxes import pairwise_iou_rotated
+from detlib.structures.boxes import Boxes
 
 __all__ = ["RotatedBoxes", "pairwise_iou"]
 
@@ -122,4 +122,4 @@ class RotatedBoxes(Boxes):
 
 def pairwise_iou(boxes1: RotatedBoxes, boxes2: RotatedBoxes) -> torch.Tensor:
     """(N, M) intersection over union of each of N rotated boxes with each of M; 0 where they are apart."""
-    return box_iou_rotated(boxes1.tensor, boxes2.tensor)
+    return pairwise_iou_rotated(boxes1.tensor, boxes2.tensor)

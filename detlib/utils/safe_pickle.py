@@ -229,8 +229,9 @@ def _legal_globals() -> dict[str, Any]:
     for kind in (bool, complex, float, int):
         legal[f"builtins.{kind.__name__}"] = legal[f"__builtin__.{kind.__name__}"] = kind
     # Files of proposals say what their boxes are by this enumeration of integers.
-    for enum in ("detectron2.structures.boxes.BoxMode", "detlib.structures.box_mode.BoxMode"):
-        legal[enum] = int
+    modules = ("detectron2.structures.boxes", "detlib.structures.boxes", "detlib.structures.box_mode")
+    for module in modules:
+        legal[f"{module}.BoxMode"] = int
     legal = {name: _frozen(function) for name, function in legal.items()}
     dtypes = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
     return legal | {f"torch.{name}": dtype for name, dtype in dtypes.items()}

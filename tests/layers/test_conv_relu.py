@@ -9,9 +9,8 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from detlib.layers import Conv2d, FrozenBatchNorm2d
-from detlib.layers import conv_relu as module
-from detlib.layers.conv_relu import conv_relu
+from detlib.layers import Conv2d, FrozenBatchNorm2d, wrappers
+from detlib.layers.wrappers import conv_relu
 
 
 def make_conv(norm=FrozenBatchNorm2d, **kwargs):
@@ -27,9 +26,9 @@ def make_conv(norm=FrozenBatchNorm2d, **kwargs):
 def joined(monkeypatch):
     """Counts how often norm, sum and ReLU were one operator."""
     calls = []
-    apply = module.apply_frozen_batch_norm
-    monkeypatch.setattr(module, "apply_frozen_batch_norm", lambda *args: calls.append(1) or apply(*args))
-    monkeypatch.setattr(module, "is_fast", lambda y: y.dtype != torch.bfloat16)  # whether compiled or not
+    apply = wrappers.apply_frozen_batch_norm
+    monkeypatch.setattr(wrappers, "apply_frozen_batch_norm", lambda *args: calls.append(1) or apply(*args))
+    monkeypatch.setattr(wrappers, "is_fast", lambda y: y.dtype != torch.bfloat16)  # whether compiled or not
     return calls
 
 

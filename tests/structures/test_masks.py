@@ -180,7 +180,7 @@ class TestBitMasks:
         masks = BitMasks.from_polygon_masks([[SQUARE], [TRIANGLE, CIRCLE], [CIRCLE]], 80, 100)
         boxes = torch.tensor([[8.0, 15.0, 40.0, 55.0], [38.0, 8.0, 90.0, 78.0], [50.0, 40.0, 80.0, 70.0]])
         expected = masks.crop_and_resize(boxes, 28)
-        monkeypatch.setattr("detlib.structures.bit_masks._MAX_FLOATS", 2 * 80 * 100)
+        monkeypatch.setattr("detlib.structures.masks._MAX_FLOATS", 2 * 80 * 100)
         assert torch.equal(masks.crop_and_resize(boxes, 28), expected) and expected.any(dim=(1, 2)).all()
 
     def test_agrees_with_polygons(self):

@@ -4,7 +4,7 @@ from abc import ABCMeta, abstractmethod
 
 from torch import nn
 
-from detlib.layers import ShapeSpec
+from detlib.layers.shape_spec import ShapeSpec
 
 __all__ = ["Backbone", "get_backbone_lr_factor"]
 

@@ -1,6 +1,6 @@
 """The registry of backbones and the function that builds one from a config."""
 
-from detlib.layers import ShapeSpec
+from detlib.layers.shape_spec import ShapeSpec
 from detlib.modeling.backbone.backbone import Backbone
 from detlib.utils.registry import Registry
 

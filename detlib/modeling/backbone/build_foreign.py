@@ -1,6 +1,6 @@
 """Builders of backbones from timm and torchvision, alone and with FPN, for YAML configs."""
 
-from detlib.layers import ShapeSpec
+from detlib.layers.shape_spec import ShapeSpec
 from detlib.modeling.backbone.backbone import Backbone
 from detlib.modeling.backbone.build import BACKBONE_REGISTRY
 from detlib.modeling.backbone.fpn import FPN, LastLevelMaxPool, LastLevelP6P7, fpn_from_config

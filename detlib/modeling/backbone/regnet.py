@@ -9,7 +9,8 @@ from collections import OrderedDict
 
 from torch import nn
 
-from detlib.layers import CNNBlockBase, get_norm
+from detlib.layers import get_norm
+from detlib.layers.blocks import CNNBlockBase
 from detlib.modeling.backbone.backbone import Backbone
 
 __all__ = ["AnyNet", "RegNet", "ResBasicBlock", "ResBottleneckBlock", "ResStem", "SimpleStem", "VanillaBlock"]

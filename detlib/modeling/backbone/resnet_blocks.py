@@ -8,9 +8,10 @@ Convolutional Networks" (arXiv:1703.06211) and "Deformable ConvNets v2" (arXiv:1
 from torch import nn
 from torch.nn import functional as F
 
-from detlib.layers import CNNBlockBase, Conv2d, DeformConv, ModulatedDeformConv, get_norm
-from detlib.layers.conv_relu import conv_relu
+from detlib.layers import Conv2d, DeformConv, ModulatedDeformConv, get_norm
+from detlib.layers.blocks import CNNBlockBase
 from detlib.layers.fvcore_nn import weight_init
+from detlib.layers.wrappers import conv_relu
 
 __all__ = ["BasicBlock", "BasicStem", "BottleneckBlock", "DeformBottleneckBlock", "ResNetBlockBase"]
 

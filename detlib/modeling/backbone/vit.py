@@ -6,7 +6,8 @@ N pictures, H and W height and width of a map in tokens, C channels.
 import torch
 from torch import nn
 
-from detlib.layers import CNNBlockBase, Conv2d, get_norm
+from detlib.layers import Conv2d, get_norm
+from detlib.layers.blocks import CNNBlockBase
 from detlib.layers.fvcore_nn import weight_init
 from detlib.modeling.backbone.backbone import Backbone
 from detlib.modeling.backbone.simple_feature_pyramid import SimpleFeaturePyramid, get_vit_lr_decay_rate

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from detlib.layers import ShapeSpec
+from detlib.layers.shape_spec import ShapeSpec
 from detlib.modeling.anchor_generator import DefaultAnchorGenerator
 from detlib.modeling.backbone import Backbone
 from detlib.modeling.box_regression import Box2BoxTransformLinear

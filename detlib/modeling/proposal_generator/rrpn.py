@@ -6,7 +6,7 @@
 import torch
 
 from detlib.config import configurable
-from detlib.layers import ShapeSpec
+from detlib.layers.shape_spec import ShapeSpec
 from detlib.modeling.box_regression import Box2BoxTransformRotated, check_loss_of_boxes
 from detlib.modeling.proposal_generator.build import PROPOSAL_GENERATOR_REGISTRY
 from detlib.modeling.proposal_generator.proposal_utils import find_top_rpn_proposals

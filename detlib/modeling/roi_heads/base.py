@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from detlib.config import CfgNode, configurable
-from detlib.layers import ShapeSpec
+from detlib.layers.shape_spec import ShapeSpec
 from detlib.modeling.config_checks import check_count, config_keys
 from detlib.modeling.matcher import Matcher
 from detlib.modeling.proposal_generator.proposal_utils import add_ground_truth_to_proposals

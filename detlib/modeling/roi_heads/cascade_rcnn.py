@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from detlib.config import CfgNode, configurable
-from detlib.layers import ShapeSpec
+from detlib.layers.shape_spec import ShapeSpec
 from detlib.modeling.box_regression import box2box_transform_for
 from detlib.modeling.config_checks import config_keys, take_features
 from detlib.modeling.matcher import Matcher

@@ -1,7 +1,7 @@
 """What a head that pools its own features needs from the config."""
 
 from detlib.config import CfgNode
-from detlib.layers import ShapeSpec
+from detlib.layers.shape_spec import ShapeSpec
 from detlib.modeling.config_checks import check_features, config_keys
 from detlib.modeling.poolers import ROIPooler
 

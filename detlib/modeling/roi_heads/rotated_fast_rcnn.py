@@ -9,7 +9,7 @@ Shape legend: R_i regions of one image, K classes.
 import torch
 
 from detlib.config import CfgNode, configurable
-from detlib.layers import ShapeSpec
+from detlib.layers.shape_spec import ShapeSpec
 from detlib.modeling.box_regression import Box2BoxTransformRotated, check_loss_of_boxes
 from detlib.modeling.roi_heads.base import ROI_HEADS_REGISTRY
 from detlib.modeling.roi_heads.fast_rcnn import (

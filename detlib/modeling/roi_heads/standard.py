@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from detlib.config import CfgNode, configurable
-from detlib.layers import ShapeSpec
+from detlib.layers.shape_spec import ShapeSpec
 from detlib.modeling.config_checks import take_features
 from detlib.modeling.poolers import ROIPooler
 from detlib.modeling.roi_heads.base import (
