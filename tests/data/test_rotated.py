@@ -15,7 +15,7 @@ from detlib.data import detection_utils as utils
 from detlib.data import transforms as T
 from detlib.data.datasets import convert_to_coco_json, load_coco_json, register_coco_instances
 from detlib.structures import Boxes, BoxMode, Instances, RotatedBoxes
-from tests.modeling.small_rcnn import rotated_config
+from tests.builders import rotated_config
 
 HEIGHT, WIDTH = 60, 80
 

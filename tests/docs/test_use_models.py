@@ -20,13 +20,13 @@ from detlib.modeling import build_backbone, build_model, build_proposal_generato
 from detlib.modeling.roi_heads import ROI_MASK_HEAD_REGISTRY, MaskRCNNConvUpsampleHead
 from detlib.structures import BitMasks, Boxes, ImageList, Instances, Keypoints, PolygonMasks
 from detlib.utils.events import EventStorage
-from tests.modeling.small_rcnn import (
+from tests.builders import (
     FAST_RCNN,
     FASTER_RCNN,
     MASK_RCNN,
     NUM_CLASSES,
     RPN,
-    picture,
+    random_image,
     small_config,
     training_batch,
 )
@@ -148,10 +148,10 @@ def test_default_predictor(tmp_path):
         MODEL__WEIGHTS=str(tmp_path / "model.pth"),
         INPUT__MIN_SIZE_TEST=HEIGHT,
     )
-    image = picture().permute(1, 2, 0).numpy()
+    image = random_image().permute(1, 2, 0).numpy()
     outputs = DefaultPredictor(cfg)(image)
     with torch.no_grad():
-        (want,) = model.eval()([{"image": picture(), "height": HEIGHT, "width": WIDTH}])
+        (want,) = model.eval()([{"image": random_image(), "height": HEIGHT, "width": WIDTH}])
     check_instances(outputs["instances"], (HEIGHT, WIDTH), with_masks=True)
     assert torch.equal(outputs["instances"].pred_boxes.tensor, want["instances"].pred_boxes.tensor)
     # A larger picture is made smaller for the model, and the results larger again.
@@ -164,8 +164,8 @@ def test_default_predictor(tmp_path):
 
 @torch.no_grad()
 def test_image_alone_is_enough_for_inference(mask_rcnn):
-    from_bytes = mask_rcnn([{"image": picture()}])
-    from_floats = mask_rcnn([{"image": picture().float()}])
+    from_bytes = mask_rcnn([{"image": random_image()}])
+    from_floats = mask_rcnn([{"image": random_image().float()}])
     assert len(from_bytes) == 1
     boxes = [x[0]["instances"].pred_boxes.tensor for x in (from_bytes, from_floats)]
     assert torch.equal(*boxes)
@@ -178,7 +178,7 @@ def test_normalisation_is_the_configs():
     other = built(FASTER_RCNN, MODEL__PIXEL_MEAN=mean, MODEL__PIXEL_STD=std).eval()
     other.load_state_dict(plain.state_dict())
     shape = (3, 1, 1)
-    image = picture().float()
+    image = random_image().float()
     normalised = (image - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
     same_to_plain = normalised * plain.pixel_std + plain.pixel_mean
     (a,), (b,) = other([{"image": image}]), plain([{"image": same_to_plain}])
@@ -189,7 +189,7 @@ def test_normalisation_is_the_configs():
 
 @torch.no_grad()
 def test_height_and_width_set_the_size_of_the_output(mask_rcnn):
-    (out,) = mask_rcnn([{"image": picture(), "height": 100, "width": 200}])
+    (out,) = mask_rcnn([{"image": random_image(), "height": 100, "width": 200}])
     check_instances(out["instances"], (100, 200), with_masks=True)
 
 
@@ -257,7 +257,7 @@ def test_proposals_are_for_fast_rcnn():
     with EventStorage():
         assert set(model(batch)) == {"loss_cls", "loss_box_reg"}
     with torch.no_grad():
-        outputs = model.eval()([{"image": picture(), "proposals": given_proposals()}])
+        outputs = model.eval()([{"image": random_image(), "proposals": given_proposals()}])
     check_instances(outputs[0]["instances"], (HEIGHT, WIDTH), with_masks=False)
 
 
@@ -347,8 +347,8 @@ def check_keypoints(keypoints: torch.Tensor, boxes: Boxes) -> None:
 @torch.no_grad()
 def test_detections(name):
     inputs = [
-        {"image": picture(HEIGHT, WIDTH, seed=1)},
-        {"image": picture(80, 56, seed=2), "height": 160, "width": 112},
+        {"image": random_image(HEIGHT, WIDTH, seed=1)},
+        {"image": random_image(80, 56, seed=2), "height": 160, "width": 112},
     ]
     outputs = built(name).eval()(inputs)
     assert isinstance(outputs, list) and all(set(out) == {"instances"} for out in outputs)
@@ -359,7 +359,7 @@ def test_detections(name):
 @torch.no_grad()
 def test_keypoints():
     model = built(KEYPOINT_RCNN).eval()
-    small, large = model([{"image": picture()}, {"image": picture(), "height": 128, "width": 192}])
+    small, large = model([{"image": random_image()}, {"image": random_image(), "height": 128, "width": 192}])
     check_instances(small["instances"], (HEIGHT, WIDTH), with_masks=False, with_keypoints=True)
     check_instances(large["instances"], (128, 192), with_masks=False, with_keypoints=True)
     places = [x["instances"].pred_keypoints[..., :2] for x in (small, large)]
@@ -375,7 +375,10 @@ def check_sem_seg(x: torch.Tensor, size: tuple[int, int]) -> None:
 
 @torch.no_grad()
 def test_sem_seg():
-    inputs = [{"image": picture(seed=1)}, {"image": picture(80, 56, seed=2), "height": 120, "width": 84}]
+    inputs = [
+        {"image": random_image(seed=1)},
+        {"image": random_image(80, 56, seed=2), "height": 120, "width": 84},
+    ]
     outputs = built(SEMANTIC).eval()(inputs)
     assert isinstance(outputs, list) and all(set(out) == {"sem_seg"} for out in outputs)
     for out, size in zip(outputs, [(HEIGHT, WIDTH), (120, 84)]):
@@ -407,7 +410,10 @@ def check_panoptic_seg(panoptic_seg: tuple, instances: Instances, sem_seg: torch
 
 @torch.no_grad()
 def test_panoptic_seg():
-    inputs = [{"image": picture(seed=1)}, {"image": picture(80, 56, seed=2), "height": 120, "width": 84}]
+    inputs = [
+        {"image": random_image(seed=1)},
+        {"image": random_image(80, 56, seed=2), "height": 120, "width": 84},
+    ]
     outputs = built(PANOPTIC).eval()(inputs)
     for out, size in zip(outputs, [(HEIGHT, WIDTH), (120, 84)]):
         assert set(out) == {"instances", "sem_seg", "panoptic_seg"}
@@ -418,7 +424,7 @@ def test_panoptic_seg():
 
 @torch.no_grad()
 def test_proposals():
-    (out,) = built(RPN).eval()([{"image": picture(), "height": 128, "width": 192}])
+    (out,) = built(RPN).eval()([{"image": random_image(), "height": 128, "width": 192}])
     x = out["proposals"]
     assert set(out) == {"proposals"} and isinstance(x, Instances) and x.image_size == (128, 192)
     check_boxes(x.proposal_boxes, (128, 192))
@@ -431,7 +437,7 @@ def test_proposals():
 @torch.no_grad()
 def test_partial_execution(mask_rcnn):
     model = mask_rcnn
-    pixels = [(picture(seed=s).float() - model.pixel_mean) / model.pixel_std for s in (1, 2)]
+    pixels = [(random_image(seed=s).float() - model.pixel_mean) / model.pixel_std for s in (1, 2)]
     images = ImageList.from_tensors(pixels, model.backbone.size_divisibility)
     features = model.backbone(images.tensor)
     proposals, _ = model.proposal_generator(images, features)
@@ -444,7 +450,7 @@ def test_partial_execution(mask_rcnn):
     assert mask_features.shape == (count, model.backbone.output_shape()["p2"].channels, 14, 14)
     # They are what the whole model's mask head sees: its masks come of them.
     logits = model.roi_heads.mask_head.layers(mask_features)
-    whole = model.inference([{"image": picture(seed=s)} for s in (1, 2)], do_postprocess=False)
+    whole = model.inference([{"image": random_image(seed=s)} for s in (1, 2)], do_postprocess=False)
     assert [len(x) for x in whole] == [len(x) for x in instances]
     classes = torch.cat([x.pred_classes for x in whole])
     masks = logits[torch.arange(count), classes].sigmoid()[:, None]
@@ -465,7 +471,7 @@ def test_a_part_written_anew_returns_what_is_wanted(mask_rcnn):
         ROI_MASK_HEAD_REGISTRY.register(KeepsFeatures)
     model = built(MODEL__ROI_MASK_HEAD__NAME="KeepsFeatures").eval()
     model.load_state_dict(mask_rcnn.state_dict())
-    inputs = [{"image": picture()}]
+    inputs = [{"image": random_image()}]
     (out,), (want,) = model(inputs), mask_rcnn(inputs)
     assert torch.equal(out["instances"].pred_masks, want["instances"].pred_masks)
     seen = model.roi_heads.mask_head.seen

@@ -28,7 +28,7 @@ import torch
 
 from detlib.checkpoint import Checkpointer
 from detlib.engine import DefaultTrainer, default_setup, hooks
-from tests.engine.tiny import tiny_cfg
+from tests.builders import tiny_cfg
 
 _STEPS = 8
 

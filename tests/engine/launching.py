@@ -16,7 +16,7 @@ from detlib.engine.hooks import StopOnSignal
 from detlib.engine.processes.restart import should_resume
 from detlib.utils import comm
 from detlib.utils.env import seed_all_rng
-from tests.engine.tiny import tiny_cfg
+from tests.builders import tiny_cfg
 
 TIMEOUT = datetime.timedelta(seconds=60)
 

@@ -6,7 +6,7 @@ from detlib.config import get_cfg
 from detlib.data import MetadataCatalog
 from detlib.engine import DefaultTrainer, default_setup
 from detlib.engine.checks import check_num_classes, set_num_classes
-from tests.engine.tiny import tiny_cfg
+from tests.builders import tiny_cfg
 
 ROI, RETINANET = "MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES"
 STUFF, POINTS = "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"

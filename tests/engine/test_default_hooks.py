@@ -13,8 +13,8 @@ from detlib.engine.options import RunOptions
 from detlib.engine.setup import RUN_SETTINGS
 from detlib.utils import comm
 from detlib.utils.events import CommonMetricPrinter, CSVWriter, JSONWriter, TensorboardXWriter
+from tests.builders import tiny_cfg
 from tests.engine.test_lazy_trainer import small_config
-from tests.engine.tiny import tiny_cfg
 
 ALL = [
     "IterationTimer",

@@ -27,7 +27,7 @@ from detlib.engine.setup import run_setting
 from detlib.evaluation import DatasetEvaluator
 from detlib.utils import comm
 from detlib.utils.events import CommonMetricPrinter, JSONWriter, TensorboardXWriter
-from tests.engine.tiny import tiny_cfg
+from tests.builders import tiny_cfg
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from detlib.solver import build_optimizer
 from detlib.utils import comm
 from detlib.utils.env import seed_all_rng
 from detlib.utils.events import EventStorage
-from tests.engine.tiny import tiny_cfg
+from tests.builders import tiny_cfg
 
 _STEPS = 3
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from detlib.engine import DefaultPredictor, DefaultTrainer
 from detlib.engine.ema import WeightAverage, load_for_inference
-from tests.engine.tiny import tiny_cfg
+from tests.builders import tiny_cfg
 
 
 class _Net(nn.Module):

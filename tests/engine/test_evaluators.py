@@ -16,8 +16,7 @@ from detlib.evaluation import (
     PascalVOCDetectionEvaluator,
     SemSegEvaluator,
 )
-from tests.engine.tiny import tiny_cfg
-from tests.modeling.small_rcnn import MASK_RCNN, small_config
+from tests.builders import MASK_RCNN, small_config, tiny_cfg
 
 PANOPTIC = "COCO-PanopticSegmentation/panoptic_fpn_R_50_3x.yaml"
 SEMANTIC = "Misc/semantic_R_50_FPN_1x.yaml"

@@ -7,7 +7,7 @@ import torch
 
 from detlib.engine import DefaultTrainer
 from detlib.utils.env import seed_all_rng
-from tests.engine.tiny import tiny_cfg
+from tests.builders import tiny_cfg
 
 _STEPS = 3
 

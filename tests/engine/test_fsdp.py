@@ -15,8 +15,8 @@ from detlib.engine.wrapping import whole_parameters
 from detlib.modeling import build_model, preprocess, sampling
 from detlib.utils import comm
 from detlib.utils.env import seed_all_rng
+from tests.builders import tiny_cfg
 from tests.engine.test_distributed import _draw_repeatably
-from tests.engine.tiny import tiny_cfg
 
 _UNEVEN = "shapes:val?num=3&size=64"  # of which the processes evaluate 2 and 1
 

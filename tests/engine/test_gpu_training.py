@@ -7,8 +7,8 @@ import torch
 from detlib.engine import DefaultPredictor, DefaultTrainer
 from detlib.evaluation import COCOEvaluator
 from detlib.utils.events import EventStorage
+from tests.builders import tiny_cfg
 from tests.engine.test_exact_resume import _interrupt, _train
-from tests.engine.tiny import tiny_cfg
 from tests.modeling.test_all_architectures import ALL_SAMPLED
 
 pytestmark = pytest.mark.gpu

@@ -11,7 +11,7 @@ from torch import nn
 
 from detlib.engine import TrainerBase, hooks
 from detlib.structures import Boxes, Instances, Keypoints, RotatedBoxes
-from tests.modeling.small_rcnn import truth
+from tests.builders import ground_truth
 from tests.modeling.test_all_architectures import batch, built
 
 
@@ -59,7 +59,7 @@ def test_colours_sizes_and_times(tmp_path, image_format):
 
 @pytest.mark.parametrize("kind", ["boxes", "rotated", "masks", "keypoints", "sem_seg", "nothing"])
 def test_annotations_are_drawn_where_they_are(tmp_path, kind):
-    instances = truth(boxes=((48, 16, 80, 48),))
+    instances = ground_truth(boxes=((48, 16, 80, 48),))
     sample = _blank(instances=instances)
     if kind == "boxes":
         instances.remove("gt_masks")

@@ -8,7 +8,7 @@ from detlib.engine.memory_saving import add_activation_checkpoints, find_backbon
 from detlib.engine.wrapping import compile_parts
 from detlib.modeling import build_model
 from detlib.utils.events import EventStorage
-from tests.engine.tiny import tiny_cfg
+from tests.builders import tiny_cfg
 
 
 def _build(**overrides) -> nn.Module:

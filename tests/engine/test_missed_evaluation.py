@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from detlib.engine import DefaultTrainer, hooks
 from detlib.utils import comm
 from detlib.utils.env import seed_all_rng
-from tests.engine.tiny import tiny_cfg
+from tests.builders import tiny_cfg
 
 
 class _Killed(BaseException):

@@ -9,7 +9,7 @@ import torch
 from detlib.data import DatasetCatalog
 from detlib.data.build import build_detection_test_loader, build_detection_train_loader
 from detlib.engine import DefaultTrainer
-from tests.modeling.small_rcnn import FAST_RCNN, RPN, small_config
+from tests.builders import FAST_RCNN, RPN, small_config
 
 DATA = "shapes:val?num=4&size=64"
 

@@ -16,7 +16,7 @@ import torch
 
 from detlib.checkpoint import checkpointer as checkpointer_module
 from detlib.engine import DefaultTrainer, hooks
-from tests.engine.tiny import tiny_cfg
+from tests.builders import tiny_cfg
 
 _ROOT = Path(__file__).parents[2]
 

@@ -12,7 +12,7 @@ from detlib.engine.process_state import gather_process_state
 from detlib.engine.validation import validation_losses, validation_results
 from detlib.utils import comm
 from detlib.utils.events import EventStorage
-from tests.engine.tiny import tiny_cfg
+from tests.builders import tiny_cfg
 from tests.modeling.test_all_architectures import batch, built
 
 MODELS = ["keypoint", "cascade", "retinanet_bn", "fcos", "semantic", "panoptic", "rotated"]

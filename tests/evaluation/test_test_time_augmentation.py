@@ -12,7 +12,7 @@ from detlib.data import MetadataCatalog
 from detlib.data import transforms as T
 from detlib.modeling import DatasetMapperTTA, GeneralizedRCNNWithTTA, build_model, detector_postprocess
 from detlib.structures import Instances, RotatedBoxes
-from tests.modeling.small_rcnn import FASTER_RCNN, MASK_RCNN, RPN, picture, rotated_config, small_config
+from tests.builders import FASTER_RCNN, MASK_RCNN, RPN, random_image, rotated_config, small_config
 
 HEIGHT, WIDTH = 64, 96
 SWAPPED = [0, 2, 1]
@@ -78,7 +78,7 @@ def one_view(cfg):
 
 
 def item(**extra):
-    return {"image": picture(HEIGHT, WIDTH), **extra}
+    return {"image": random_image(HEIGHT, WIDTH), **extra}
 
 
 def same(actual, expected, atol=1e-4):
@@ -128,7 +128,7 @@ def test_one_view_of_the_pictures_own_size_is_the_model(name):
     # Boxes are clipped before they are merged, so that NMS may drop more; here it drops none.
     cfg, model = build(name, MODEL__RETINANET__NMS_THRESH_TEST=1.0)
     tta = GeneralizedRCNNWithTTA(one_view(cfg), model)
-    inputs = [item(height=128, width=192), {"image": picture(HEIGHT, WIDTH, seed=1)}]
+    inputs = [item(height=128, width=192), {"image": random_image(HEIGHT, WIDTH, seed=1)}]
     if name == "keypoints":  # which are looked for among the wanted frame's pixels, not the view's
         del inputs[0]
     with torch.no_grad():
@@ -166,7 +166,7 @@ def test_a_mirrored_picture_gives_mirrored_results(name):
     cfg, model = build(name)
     cfg.TEST.AUG.MIN_SIZES = (HEIGHT,)
     tta = GeneralizedRCNNWithTTA(cfg, model)
-    other = picture(HEIGHT, WIDTH).flip(2)
+    other = random_image(HEIGHT, WIDTH).flip(2)
     same(tta([{"image": other}])[0], mirrored(tta([item()])[0]))
     with torch.no_grad(), pytest.raises(AssertionError):
         same(model([{"image": other}])[0], mirrored(model([item()])[0]))
@@ -252,11 +252,11 @@ def test_views_run_in_batches_of_one_size():
 def test_the_original_picture_is_used(tmp_path):
     cfg, model = build("faster")
     tta = GeneralizedRCNNWithTTA(one_view(cfg), model)
-    array = picture(128, 192).permute(1, 2, 0).numpy()
+    array = random_image(128, 192).permute(1, 2, 0).numpy()
     Image.fromarray(array[:, :, ::-1].copy()).save(tmp_path / "a.png")  # the model takes BGR
-    want = tta([{"image": picture(128, 192)}])[0]
+    want = tta([{"image": random_image(128, 192)}])[0]
     frame = {"height": 128, "width": 192}
-    small = picture(HEIGHT, WIDTH, seed=5)
+    small = random_image(HEIGHT, WIDTH, seed=5)
     name = {"file_name": str(tmp_path / "a.png")}
     same(tta([{**frame, **name}])[0], want)
     same(tta([name])[0], want)
@@ -283,7 +283,7 @@ def test_given_proposals_move_with_the_views():
     other = Instances((HEIGHT, WIDTH), proposal_boxes=type(proposals)(boxes))
     other.objectness_logits = given.objectness_logits
     got = tta([item(proposals=given)])[0]
-    same(tta([{"image": picture(HEIGHT, WIDTH).flip(2), "proposals": other}])[0], mirrored(got))
+    same(tta([{"image": random_image(HEIGHT, WIDTH).flip(2), "proposals": other}])[0], mirrored(got))
 
 
 def test_a_mapper_of_ones_own():

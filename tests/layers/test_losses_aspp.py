@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from detlib.layers import ASPP, ciou_loss, diou_loss
-from tests.helpers import random_boxes
+from tests.builders import random_boxes
 
 
 def slow_iou_losses(a, b, eps=1e-7):

@@ -7,7 +7,7 @@ import torch
 
 from detlib.layers import paste_masks_in_image
 from detlib.structures import Boxes
-from tests.helpers import random_boxes
+from tests.builders import random_boxes
 
 
 def slow_paste(mask, box, height, width):

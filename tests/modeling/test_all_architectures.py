@@ -9,7 +9,7 @@ from detlib.modeling.backbone.regnet import RegNet, ResBottleneckBlock, SimpleSt
 from detlib.modeling.meta_arch.fcos import FCOSHead
 from detlib.structures import Boxes, Instances, Keypoints
 from detlib.utils.events import EventStorage
-from tests.modeling.small_rcnn import (
+from tests.builders import (
     BOTTLENECKS,
     FAST_RCNN,
     FASTER_RCNN,
@@ -17,10 +17,10 @@ from tests.modeling.small_rcnn import (
     NUM_CLASSES,
     ROTATED,
     RPN,
-    picture,
-    rotated_truth,
+    ground_truth,
+    random_image,
+    rotated_ground_truth,
     small_config,
-    truth,
 )
 
 HEIGHT, WIDTH = 64, 96
@@ -165,8 +165,8 @@ def built(name: str, **more) -> torch.nn.Module:
 def objects(name: str, is_empty: bool) -> Instances:
     """Truth of every kind that `name` may ask for: boxes, classes, masks and keypoints."""
     if name == "rotated":
-        return rotated_truth(boxes=()) if is_empty else rotated_truth()
-    out = truth(boxes=()) if is_empty else truth()
+        return rotated_ground_truth(boxes=()) if is_empty else rotated_ground_truth()
+    out = ground_truth(boxes=()) if is_empty else ground_truth()
     points = torch.rand(len(out), 17, 3, generator=torch.Generator().manual_seed(0))
     boxes = out.gt_boxes.tensor[:, None]
     points[..., :2] = boxes[..., :2] + points[..., :2] * (boxes[..., 2:] - boxes[..., :2])
@@ -181,7 +181,7 @@ def batch(name: str, empty: tuple[bool, ...] = (False, False)) -> list[dict]:
     stripes = torch.arange(HEIGHT)[:, None].expand(HEIGHT, WIDTH) // 16
     return [
         {
-            "image": picture(HEIGHT, WIDTH, seed=seed),
+            "image": random_image(HEIGHT, WIDTH, seed=seed),
             "instances": objects(name, is_empty),
             "proposals": Instances(
                 (HEIGHT, WIDTH), proposal_boxes=Boxes(regions), objectness_logits=torch.arange(4.0)

@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from detlib.modeling import build_model
-from tests.modeling.small_rcnn import (
+from tests.builders import (
     BOTTLENECKS,
     FAST_RCNN,
     MASK_RCNN,
     RPN,
-    picture,
+    ground_truth,
+    random_image,
     small_config,
     training_batch,
-    truth,
 )
 
 C4 = "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x.yaml"
@@ -169,22 +169,22 @@ SEM_SEG = torch.zeros(64, 96, dtype=torch.int64)
 @pytest.mark.parametrize(
     "config, lacks, has",
     [
-        (FAST_RCNN, "proposals", {"instances": truth()}),
-        (FAST_RCNN, "instances", {"proposals": truth()}),
+        (FAST_RCNN, "proposals", {"instances": ground_truth()}),
+        (FAST_RCNN, "instances", {"proposals": ground_truth()}),
         (MASK_RCNN, "instances", {}),
         (RPN, "instances", {}),
         (CASCADE, "instances", {}),
         (C4, "instances", {}),
         (RETINANET, "instances", {}),
-        (SEMANTIC, "sem_seg", {"instances": truth()}),
-        (PANOPTIC, "sem_seg", {"instances": truth()}),
+        (SEMANTIC, "sem_seg", {"instances": ground_truth()}),
+        (PANOPTIC, "sem_seg", {"instances": ground_truth()}),
         (PANOPTIC, "instances", {"sem_seg": SEM_SEG}),
     ],
 )
 def test_training_input_that_lacks_a_key(config, lacks, has):
     model = built(config)
-    items = [training_batch()[0] | {"sem_seg": SEM_SEG, "proposals": truth()}]
-    items.append({"image": picture(seed=1), "file_name": "second.jpg"} | has)
+    items = [training_batch()[0] | {"sem_seg": SEM_SEG, "proposals": ground_truth()}]
+    items.append({"image": random_image(seed=1), "file_name": "second.jpg"} | has)
     with pytest.raises(ValueError, match=rf"'{lacks}'.*item 1 of the batch \(second.jpg\)"):
         model(items)
 
@@ -204,7 +204,7 @@ def test_truth_that_lacks_what_a_head_learns(config, key):
 @torch.no_grad()
 def test_inference_without_proposals():
     with pytest.raises(ValueError, match="'proposals'.*item 0 of the batch"):
-        built(FAST_RCNN).eval()([{"image": picture()}])
+        built(FAST_RCNN).eval()([{"image": random_image()}])
 
 
 @pytest.mark.parametrize("config", [MASK_RCNN, CASCADE])

@@ -5,7 +5,7 @@ from torch import nn
 from detlib import modeling
 from detlib.config import LazyCall
 from detlib.modeling import META_ARCH_REGISTRY, build_model
-from tests.modeling.small_rcnn import FAST_RCNN, FASTER_RCNN, MASK_RCNN, RPN, small_config
+from tests.builders import FAST_RCNN, FASTER_RCNN, MASK_RCNN, RPN, small_config
 
 
 def test_build_model_builds_what_the_config_names():

@@ -14,7 +14,7 @@ from detlib.modeling.roi_heads import CascadeROIHeads, FastRCNNConvFCHead, FastR
 from detlib.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
 from detlib.structures import Boxes, Instances, pairwise_iou
 from detlib.utils.events import EventStorage
-from tests.modeling.small_rcnn import NUM_CLASSES, small_config, truth
+from tests.builders import NUM_CLASSES, ground_truth, small_config
 
 SIZE = (64, 96)
 IOUS = (0.5, 0.6, 0.7)
@@ -65,7 +65,7 @@ def make_proposals(count: int, seed: int) -> Instances:
     generator = torch.Generator().manual_seed(seed)
     corner = torch.rand(count, 2, generator=generator) * torch.tensor([70.0, 40])
     boxes = torch.cat([corner, corner + 5 + 20 * torch.rand(count, 2, generator=generator)], dim=1)
-    near = truth().gt_boxes.tensor.repeat(4, 1)
+    near = ground_truth().gt_boxes.tensor.repeat(4, 1)
     boxes = torch.cat([boxes, near + 3 * torch.randn(len(near), 4, generator=generator)])
     x = Instances(SIZE, proposal_boxes=Boxes(boxes))
     x.objectness_logits = torch.zeros(len(x))
@@ -99,7 +99,7 @@ def slow_labels(boxes, target, threshold):
 def test_training_losses_are_those_of_the_stages():
     heads = make_heads()
     features = make_features(2)
-    targets = [truth(), truth(boxes=())]
+    targets = [ground_truth(), ground_truth(boxes=())]
     with EventStorage() as storage:
         sampled, losses = heads(None, features, [make_proposals(20, 0), make_proposals(15, 1)], targets)
     assert set(losses) == {f"loss_{kind}_stage{k}" for kind in ("cls", "box_reg") for k in range(3)}
@@ -134,7 +134,7 @@ def test_stages_pull_at_the_features_with_the_weight_of_one():
     heads = make_heads()
     features = {"p3": make_features(1)["p3"].requires_grad_()}
     torch.manual_seed(3)
-    _, losses = heads(None, features, [make_proposals(20, 0)], [truth()])
+    _, losses = heads(None, features, [make_proposals(20, 0)], [ground_truth()])
     sum(losses.values()).backward()
     got = features["p3"].grad.clone()
     own = heads.box_head[1].fc1.weight.grad.clone()
@@ -143,7 +143,7 @@ def test_stages_pull_at_the_features_with_the_weight_of_one():
     features["p3"].grad = None
     heads.num_cascade_stages = 1  # the scale is one over it
     torch.manual_seed(3)
-    _, losses = heads(None, features, [make_proposals(20, 0)], [truth()])
+    _, losses = heads(None, features, [make_proposals(20, 0)], [ground_truth()])
     sum(losses.values()).backward()
     assert got.any()
     torch.testing.assert_close(3 * got, features["p3"].grad)
@@ -174,7 +174,7 @@ def test_inference_averages_scores_and_takes_the_last_boxes():
 def test_images_without_regions(seed):
     heads = make_heads(proposal_append_gt=False)
     none = make_proposals(0, 0)[:0]
-    _, losses = heads(None, make_features(2), [none, none], [truth(), truth(boxes=())])
+    _, losses = heads(None, make_features(2), [none, none], [ground_truth(), ground_truth(boxes=())])
     assert [v.item() for v in losses.values()] == [0] * 6
     sum(losses.values()).backward()
     assert all(p.grad is not None and not p.grad.any() for p in heads.parameters())
@@ -188,7 +188,7 @@ def test_regions_without_area_or_label_are_left_out():
     heads = make_heads(proposal_matchers=matchers)
     boxes = [(8, 8, 40, 40), (8, 8, 40, 22), (8, 8, 40, 8), (96, 0, 96, 9), (60, 0, 90, 9)]
     proposals = [Instances(SIZE, proposal_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32)))]
-    (got,) = heads._match_and_label_boxes(proposals, 1, [truth()])
+    (got,) = heads._match_and_label_boxes(proposals, 1, [ground_truth()])
     assert got.proposal_boxes.tensor.tolist() == [[8, 8, 40, 40], [60, 0, 90, 9]]
     assert got.gt_classes.tolist() == [0, NUM_CLASSES]
     assert got.gt_boxes.tensor[0].tolist() == [8, 8, 40, 40]
@@ -203,7 +203,7 @@ def test_wrong_use_is_named():
         make_heads(proposal_matchers=[Matcher([0.5], [0, 1])] * 2)
     heads = make_heads(agnostic=False)
     with pytest.raises(ValueError, match="a stage predicts 3.*cls_agnostic_bbox_reg=True"):
-        heads(None, make_features(1), [make_proposals(3, 0)], [truth()])
+        heads(None, make_features(1), [make_proposals(3, 0)], [ground_truth()])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from detlib.layers import ShapeSpec
 from detlib.modeling import Backbone
 from detlib.modeling.meta_arch import DenseDetector
 from detlib.structures import Boxes, Instances
-from tests.modeling.small_rcnn import picture, training_batch
+from tests.builders import random_image, training_batch
 
 
 class Pyramid(Backbone):
@@ -56,14 +56,14 @@ def detector(**kwargs):
 def test_features_by_rising_stride():
     model = detector().eval()
     assert model.head_in_features == ["fine", "coarse"]
-    model([{"image": picture(64, 96)}])
+    model([{"image": random_image(64, 96)}])
     assert model.seen == [(1, 3, 16, 24), (1, 3, 8, 12)]
     assert detector(head_in_features=("coarse",)).head_in_features == ["coarse"]
 
 
 def test_outputs_are_scaled_and_clipped():
     model = detector().eval()
-    items = [{"image": picture(64, 96), "height": 32, "width": 192}, {"image": picture(40, 48)}]
+    items = [{"image": random_image(64, 96), "height": 32, "width": 192}, {"image": random_image(40, 48)}]
     first, second = (x["instances"] for x in model(items))
     assert first.image_size == (32, 192) and first.pred_boxes.tensor.tolist() == [[2, 1, 192, 15]]
     assert second.image_size == (40, 48) and second.pred_boxes.tensor.tolist() == [[1, 2, 48, 30]]
@@ -80,7 +80,7 @@ def test_errors():
         Detector(Pyramid(), Head(), pixel_mean=[0.0] * 3, pixel_std=[1.0])
     model = detector().train()
     with pytest.raises(ValueError, match="Training needs 'instances'.* item 1 of the batch"):
-        model([training_batch()[0], {"image": picture()}])
+        model([training_batch()[0], {"image": random_image()}])
     batch = training_batch()
     batch[1]["instances"].gt_classes[0] = 3
     with pytest.raises(ValueError, match=r"item 1 .* must lie in \[0, 3\) \(num_classes\), got \[1, 3\]"):

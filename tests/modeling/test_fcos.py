@@ -10,11 +10,11 @@ from detlib.modeling.meta_arch import fcos
 from detlib.modeling.meta_arch.fcos import FCOS, FCOSHead
 from detlib.structures import Boxes, Instances, pairwise_iou
 from detlib.utils.events import EventStorage
-from tests.modeling.small_rcnn import (
+from tests.builders import (
     NUM_CLASSES,
-    TinyPyramid,
-    finds_what_it_trained_on,
-    picture,
+    TinyFPN,
+    overfits_training_batch,
+    random_image,
     small_fcos,
 )
 
@@ -172,7 +172,7 @@ def test_detections(anchors):
     ).eval()
     flat = predictions(anchors)
     maps = [[x.view(2, h, w, -1).permute(0, 3, 1, 2) for x, (h, w) in zip(p, MAPS)] for p in flat]
-    images = model.preprocess_image([{"image": picture(128, 256)}, {"image": picture(96, 200)}])
+    images = model.preprocess_image([{"image": random_image(128, 256)}, {"image": random_image(96, 200)}])
     results = model.forward_inference(images, maps[0], maps)
     for i, result in enumerate(results):
         scores = [(a[i].sigmoid() * c[i].sigmoid()).sqrt() for a, c in zip(flat[0], flat[2])]
@@ -220,8 +220,8 @@ def test_all_features_by_default():
 def test_learns():
     torch.manual_seed(0)
     head = FCOSHead(input_shape=[ShapeSpec(channels=16)] * 3, num_classes=K, conv_dims=[32], norm="GN")
-    model = small_fcos(backbone=TinyPyramid(), head=head, head_in_features=None, test_score_thresh=0.3)
-    assert finds_what_it_trained_on(model, num_steps=60)
+    model = small_fcos(backbone=TinyFPN(), head=head, head_in_features=None, test_score_thresh=0.3)
+    assert overfits_training_batch(model, num_steps=60)
 
 
 class ByPicture(FCOS):
@@ -239,7 +239,7 @@ def test_steps_of_a_subclass_are_taken(anchors):
     model = small_fcos(test_score_thresh=0.75).eval()
     flat = predictions(anchors)
     maps = [[x.view(2, h, w, -1).permute(0, 3, 1, 2) for x, (h, w) in zip(p, MAPS)] for p in flat]
-    images = model.preprocess_image([{"image": picture(128, 256)}, {"image": picture(96, 200)}])
+    images = model.preprocess_image([{"image": random_image(128, 256)}, {"image": random_image(96, 200)}])
     want = model.forward_inference(images, maps[0], maps)
     model.__class__ = ByPicture
     for a, b in zip(model.forward_inference(images, maps[0], maps), want):

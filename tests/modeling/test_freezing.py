@@ -6,7 +6,7 @@ from torch import nn
 
 from detlib.layers import FrozenBatchNorm2d
 from detlib.modeling.freezing import freeze_by_name
-from tests.modeling.small_rcnn import small_config
+from tests.builders import small_config
 from tests.modeling.test_all_architectures import batch, built
 
 

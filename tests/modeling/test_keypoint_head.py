@@ -16,7 +16,7 @@ from detlib.modeling.roi_heads.keypoint_head import (
 )
 from detlib.structures import Boxes, Instances, Keypoints
 from detlib.utils.events import EventStorage
-from tests.modeling.small_rcnn import small_config
+from tests.builders import small_config
 
 K, SIDE = 3, 8
 KEYPOINT_RCNN = "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml"

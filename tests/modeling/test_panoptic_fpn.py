@@ -7,7 +7,7 @@ from detlib.modeling import PanopticFPN, build_model
 from detlib.modeling.meta_arch.panoptic_fpn import combine_semantic_and_instance_outputs
 from detlib.structures import Instances
 from detlib.utils.events import EventStorage
-from tests.modeling.small_rcnn import NUM_CLASSES, picture, small_config, training_batch
+from tests.builders import NUM_CLASSES, random_image, small_config, training_batch
 
 PANOPTIC = "COCO-PanopticSegmentation/panoptic_fpn_R_50_3x.yaml"
 NUM_STUFF = 4
@@ -164,7 +164,7 @@ def test_instance_loss_weight_of_a_cascade():
 
 @torch.no_grad()
 def test_outputs_of_each_picture(model):
-    items = [{"image": picture(), "height": 128, "width": 144}, {"image": picture(40, 96, seed=1)}]
+    items = [{"image": random_image(), "height": 128, "width": 144}, {"image": random_image(40, 96, seed=1)}]
     # The stuff predictor of a fresh model prefers one class; let it prefer another than things'.
     model.sem_seg_head.predictor.bias.copy_(torch.tensor([-9.0, 0, 0, 0]))
     model.eval()
@@ -193,7 +193,7 @@ def test_outputs_of_each_picture(model):
 
 @torch.no_grad()
 def test_raw_results_and_given_boxes(model):
-    item = {"image": picture(60, 90), "height": 128, "width": 192}
+    item = {"image": random_image(60, 90), "height": 128, "width": 192}
     model.eval()
     (raw,), sem_seg = model.inference([item], do_postprocess=False)
     assert raw.image_size == (60, 90) and raw.pred_masks.shape[1:] == (1, 28, 28)
@@ -208,7 +208,7 @@ def test_raw_results_and_given_boxes(model):
 @torch.no_grad()
 def test_without_the_merge():
     model = built(MODEL__PANOPTIC_FPN__COMBINE__ENABLED=False, MODEL__MASK_ON=False).eval()
-    (out,) = model([{"image": picture()}])
+    (out,) = model([{"image": random_image()}])
     assert out.keys() == {"sem_seg", "instances"}
 
 

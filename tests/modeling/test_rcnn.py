@@ -7,16 +7,16 @@ from detlib.modeling import build_model
 from detlib.modeling.preprocess import preprocess_images
 from detlib.structures import Boxes, Instances
 from detlib.utils.events import EventStorage
-from tests.modeling.small_rcnn import (
+from tests.builders import (
     FAST_RCNN,
     FASTER_RCNN,
     MASK_RCNN,
     NUM_CLASSES,
     RPN,
-    picture,
+    ground_truth,
+    random_image,
     small_config,
     training_batch,
-    truth,
 )
 
 LOSSES = {
@@ -134,7 +134,7 @@ def test_bfloat16_autocast(models, name):
 @torch.no_grad()
 def test_an_image_does_not_depend_on_its_batch(models):
     model = models(MASK_RCNN).eval()
-    items = [{"image": picture(seed=s)} for s in (1, 2)]
+    items = [{"image": random_image(seed=s)} for s in (1, 2)]
     together = model(items)
     for item, out in zip(items, together):
         alone = model([item])[0]["instances"]
@@ -148,8 +148,8 @@ def test_an_image_does_not_depend_on_its_batch(models):
 @torch.no_grad()
 def test_outputs_have_the_size_that_was_asked_for(models):
     model = models(MASK_RCNN).eval()
-    plain = model([{"image": picture()}])[0]["instances"]
-    larger = model([{"image": picture(), "height": 128, "width": 288}])[0]["instances"]
+    plain = model([{"image": random_image()}])[0]["instances"]
+    larger = model([{"image": random_image(), "height": 128, "width": 288}])[0]["instances"]
     assert plain.image_size == (64, 96) and larger.image_size == (128, 288)
     assert plain.pred_masks.shape[1:] == (64, 96) and larger.pred_masks.shape[1:] == (128, 288)
     scaled = plain.pred_boxes.tensor * torch.tensor([3.0, 2, 3, 2])
@@ -159,7 +159,7 @@ def test_outputs_have_the_size_that_was_asked_for(models):
 @torch.no_grad()
 def test_raw_results_and_given_boxes(models):
     model = models(MASK_RCNN).eval()
-    item = {"image": picture(), "height": 128, "width": 192}
+    item = {"image": random_image(), "height": 128, "width": 192}
     (raw,) = model.inference([item], do_postprocess=False)
     assert isinstance(raw, Instances) and raw.image_size == (64, 96)
     assert raw.pred_masks.shape[1:] == (1, 28, 28)
@@ -176,7 +176,7 @@ def test_given_proposals_are_what_is_classified(models):
     model = models(FAST_RCNN).eval()
     assert model.proposal_generator is None
     model.roi_heads.box_predictor.test_score_thresh = 0.0
-    item = {"image": picture(), "proposals": proposals(count=1)}
+    item = {"image": random_image(), "proposals": proposals(count=1)}
     x = model([item])[0]["instances"]
     assert sorted(x.pred_classes.tolist()) == [0, 1, 2]
     # Box deltas start near zero, so the detections lie where the proposal lay.
@@ -187,7 +187,7 @@ def test_given_proposals_are_what_is_classified(models):
 @torch.no_grad()
 def test_proposal_network_outputs(models):
     model = models(RPN).eval()
-    (out,) = model([{"image": picture(), "height": 128, "width": 192}])
+    (out,) = model([{"image": random_image(), "height": 128, "width": 192}])
     x = out["proposals"]
     assert set(out) == {"proposals"} and 0 < len(x) <= 40 and x.image_size == (128, 192)
     assert (x.objectness_logits.diff() <= 0).all()
@@ -197,7 +197,7 @@ def test_proposal_network_outputs(models):
 
 def test_preprocessing_normalises_and_pads():
     mean, std = torch.tensor([10.0, 20, 30]).view(3, 1, 1), torch.tensor([1.0, 2, 4]).view(3, 1, 1)
-    images = [picture(40, 64), picture(32, 72).float()]
+    images = [random_image(40, 64), random_image(32, 72).float()]
     out = preprocess_images([{"image": x} for x in images], mean, std, size_divisibility=32)
     assert out.tensor.shape == (2, 3, 64, 96) and out.tensor.dtype == torch.float32
     assert [tuple(s) for s in out.image_sizes] == [(40, 64), (32, 72)]
@@ -212,21 +212,21 @@ def test_preprocessing_normalises_and_pads():
 @pytest.mark.parametrize(
     "batch, error, message",
     [
-        ({"image": picture()}, TypeError, "list of dicts"),
-        (picture()[None], TypeError, "list of dicts"),
-        ([picture()], TypeError, "list of dicts"),
+        ({"image": random_image()}, TypeError, "list of dicts"),
+        (random_image()[None], TypeError, "list of dicts"),
+        ([random_image()], TypeError, "list of dicts"),
         ([], ValueError, "empty list"),
         ([{"img": 1, "file_name": "a.jpg"}], ValueError, r"item 0 .*\(a.jpg\) has no 'image'"),
-        ([{"image": picture().numpy()}], TypeError, "torch.Tensor.*got ndarray"),
+        ([{"image": random_image().numpy()}], TypeError, "torch.Tensor.*got ndarray"),
         (
-            [{"image": picture()}, {"image": picture()[0]}],
+            [{"image": random_image()}, {"image": random_image()[0]}],
             ValueError,
             r"item 1 .*\(3, H, W\), got \(64, 96\)",
         ),
-        ([{"image": picture().permute(1, 2, 0)}], ValueError, r"\(64, 96, 3\).*permute"),
-        ([{"image": picture()[:1]}], ValueError, r"got \(1, 64, 96\)"),
-        ([{"image": picture() > 9}], ValueError, "torch.bool"),
-        ([{"image": picture()[:, :0]}], ValueError, "empty"),
+        ([{"image": random_image().permute(1, 2, 0)}], ValueError, r"\(64, 96, 3\).*permute"),
+        ([{"image": random_image()[:1]}], ValueError, r"got \(1, 64, 96\)"),
+        ([{"image": random_image() > 9}], ValueError, "torch.bool"),
+        ([{"image": random_image()[:, :0]}], ValueError, "empty"),
     ],
 )
 def test_wrong_images_are_named(models, batch, error, message):
@@ -248,7 +248,7 @@ def test_missing_proposals_are_named(models):
     with pytest.raises(ValueError, match="'proposals'.*item 0"):
         models(FAST_RCNN)(training_batch())
     with pytest.raises(ValueError, match="'proposals'.*item 0"):
-        models(FAST_RCNN).eval()([{"image": picture()}])
+        models(FAST_RCNN).eval()([{"image": random_image()}])
 
 
 @pytest.mark.parametrize("label", [NUM_CLASSES, -1])
@@ -269,7 +269,7 @@ def test_missing_masks_are_named(models):
 
 def test_inference_in_training_mode_is_refused(models):
     with pytest.raises(ValueError, match="eval()"):
-        models(FASTER_RCNN).inference([{"image": picture()}])
+        models(FASTER_RCNN).inference([{"image": random_image()}])
 
 
 def test_training_leaves_the_inputs_alone(models):
@@ -279,13 +279,16 @@ def test_training_leaves_the_inputs_alone(models):
         assert set(item) == {"image", "instances", "proposals"}
         assert set(item["proposals"].get_fields()) == {"proposal_boxes", "objectness_logits"}
         assert torch.equal(item["proposals"].proposal_boxes.tensor, proposals().proposal_boxes.tensor)
-        assert torch.equal(item["instances"].gt_boxes.tensor, truth().gt_boxes.tensor)
+        assert torch.equal(item["instances"].gt_boxes.tensor, ground_truth().gt_boxes.tensor)
 
 
 def test_postprocessing_by_itself(models):
     """What users' own `inference` ends with, in the size that each dict asks for or in the input's."""
     model = models(MASK_RCNN).eval()
-    batch = [{"image": picture(64, 96), "height": 128, "width": 192}, {"image": picture(48, 64, seed=1)}]
+    batch = [
+        {"image": random_image(64, 96), "height": 128, "width": 192},
+        {"image": random_image(48, 64, seed=1)},
+    ]
     with torch.no_grad():
         sizes = model.preprocess_image(batch).image_sizes
         raw = model.inference(batch, do_postprocess=False)

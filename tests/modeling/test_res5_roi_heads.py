@@ -14,7 +14,7 @@ from detlib.modeling.matcher import Matcher
 from detlib.modeling.poolers import ROIPooler
 from detlib.modeling.roi_heads import FastRCNNOutputLayers, MaskRCNNConvUpsampleHead, Res5ROIHeads
 from detlib.structures import Boxes, Instances
-from tests.modeling.small_rcnn import NUM_CLASSES, small_config, truth
+from tests.builders import NUM_CLASSES, ground_truth, small_config
 
 SIZE = (64, 96)
 C4 = "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x.yaml"
@@ -65,7 +65,7 @@ def test_training_losses_are_those_of_the_branches():
     assert isinstance(heads.res5, nn.Sequential) and "res5.1.conv3.weight" in heads.state_dict()
     features = make_features(2)
     proposals = [make_proposals(NEAR_FIRST, APART), make_proposals(APART)]
-    sampled, losses = heads(None, features, proposals, [truth(), truth(boxes=())])
+    sampled, losses = heads(None, features, proposals, [ground_truth(), ground_truth(boxes=())])
     assert [len(x) for x in sampled] == [4, 1]
 
     regions = heads.res5(heads.pooler([features["res4"]], [x.proposal_boxes for x in sampled]))
@@ -106,7 +106,7 @@ def test_inference_pools_anew_from_the_detections():
 def test_heads_without_masks():
     heads = make_heads(mask_head=None, res5=nn.Conv2d(4, 8, 3, stride=2, padding=1))
     assert not heads.mask_on and isinstance(heads.res5, nn.Conv2d)
-    _, losses = heads(None, make_features(1), [make_proposals(NEAR_FIRST)], [truth()])
+    _, losses = heads(None, make_features(1), [make_proposals(NEAR_FIRST)], [ground_truth()])
     assert set(losses) == {"loss_cls", "loss_box_reg"}
     out, _ = heads.eval()(None, make_features(1), [make_proposals(NEAR_FIRST)])
     assert set(out[0].get_fields()) == {"pred_boxes", "scores", "pred_classes"}

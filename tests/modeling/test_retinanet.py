@@ -15,15 +15,15 @@ from detlib.modeling.matcher import Matcher
 from detlib.modeling.meta_arch.retinanet import RetinaNetHead
 from detlib.structures import Boxes, Instances, pairwise_iou
 from detlib.utils.events import EventStorage
-from tests.modeling.small_rcnn import (
+from tests.builders import (
     NUM_CLASSES,
     RETINANET,
-    TinyPyramid,
-    finds_what_it_trained_on,
-    picture,
+    TinyFPN,
+    ground_truth,
+    overfits_training_batch,
+    random_image,
     small_config,
     training_batch,
-    truth,
 )
 
 K = NUM_CLASSES
@@ -54,7 +54,7 @@ def predictions(anchors, num_images=2, seed=0):
 
 
 def test_labels(model, anchors):
-    gt = [truth(boxes=((8, 8, 40, 40), (30, 20, 90, 60), (100, 50, 104, 54))), truth(boxes=())]
+    gt = [ground_truth(boxes=((8, 8, 40, 40), (30, 20, 90, 60), (100, 50, 104, 54))), ground_truth(boxes=())]
     labels, boxes = model.label_anchors(anchors, gt)
     iou = pairwise_iou(gt[0].gt_boxes, Boxes.cat(anchors))
     best = iou.max(dim=1).values
@@ -73,7 +73,7 @@ def test_labels(model, anchors):
 def test_losses(anchors, loss_type):
     model = small_retinanet(BBOX_REG_LOSS_TYPE=loss_type, SMOOTH_L1_LOSS_BETA=0.1)
     logits, deltas = predictions(anchors)
-    labels, boxes = model.label_anchors(anchors, [truth(), truth(boxes=((50, 10, 80, 40),))])
+    labels, boxes = model.label_anchors(anchors, [ground_truth(), ground_truth(boxes=((50, 10, 80, 40),))])
     with EventStorage() as storage:
         losses = model.losses(anchors, logits, labels, deltas, boxes)
     all_logits, all_deltas = torch.cat(logits, 1), torch.cat(deltas, 1)
@@ -143,7 +143,7 @@ def test_detections(anchors):
         ]
         for p in (logits, deltas)
     ]
-    images = model.preprocess_image([{"image": picture(64, 96)}, {"image": picture(56, 128)}])
+    images = model.preprocess_image([{"image": random_image(64, 96)}, {"image": random_image(56, 128)}])
     results = model.forward_inference(images, maps[0], maps)
     for i, result in enumerate(results):
         scores = [x[i].sigmoid() for x in logits]
@@ -156,7 +156,7 @@ def test_detections(anchors):
 
 def test_images_of_a_batch_do_not_mix():
     model = small_retinanet(SCORE_THRESH_TEST=0.0).eval()
-    items = [{"image": picture(64, 128, seed=seed)} for seed in range(2)]
+    items = [{"image": random_image(64, 128, seed=seed)} for seed in range(2)]
     with torch.no_grad():
         together = model(items)
         for item, output in zip(items, together):
@@ -168,7 +168,7 @@ def test_images_of_a_batch_do_not_mix():
 def test_learns():
     torch.manual_seed(0)
     model = RetinaNet(
-        backbone=TinyPyramid(),
+        backbone=TinyFPN(),
         head=RetinaNetHead(
             input_shape=[ShapeSpec(channels=16)] * 3, num_classes=K, num_anchors=2, conv_dims=[32], norm="GN"
         ),
@@ -183,7 +183,7 @@ def test_learns():
         pixel_mean=[110.0] * 3,
         pixel_std=[57.0] * 3,
     )
-    assert finds_what_it_trained_on(model, num_steps=80)
+    assert overfits_training_batch(model, num_steps=80)
 
 
 SHAPES = [ShapeSpec(channels=8), ShapeSpec(channels=8)]
@@ -287,7 +287,7 @@ class ByPicture(RetinaNet):
 
 def test_detections_go_through_the_step_of_a_subclass():
     model = small_retinanet(SCORE_THRESH_TEST=0.0).eval()
-    items = [{"image": picture(64, 128)}, {"image": picture(48, 128, seed=1)}]
+    items = [{"image": random_image(64, 128)}, {"image": random_image(48, 128, seed=1)}]
     with torch.no_grad():
         want = model(items)
         model.__class__ = ByPicture

@@ -17,7 +17,7 @@ from detlib.modeling.roi_heads import (
 )
 from detlib.structures import Boxes, Instances
 from detlib.utils.events import EventStorage
-from tests.modeling.small_rcnn import NUM_CLASSES, small_config, truth
+from tests.builders import NUM_CLASSES, ground_truth, small_config
 
 SIZE = (64, 96)
 SHAPES = {"p2": ShapeSpec(channels=4, stride=4), "p3": ShapeSpec(channels=4, stride=8)}
@@ -73,7 +73,7 @@ LESS_THAN_HALF = (8, 8, 40, 23)
 def test_proposals_are_labelled_by_overlap():
     heads = make_heads(proposal_append_gt=False)
     boxes = [APART, NEAR_SECOND, NEAR_FIRST, HALF_FIRST, LESS_THAN_HALF]
-    targets = truth()
+    targets = ground_truth()
     targets.gt_extra = torch.tensor([7, 9])
     targets.other = torch.tensor([1, 2])
     with EventStorage() as storage:
@@ -93,7 +93,7 @@ def test_proposals_are_labelled_by_overlap():
 
 def test_true_boxes_join_the_proposals():
     heads = make_heads()
-    (got,) = heads.label_and_sample_proposals([make_proposals([APART])], [truth()])
+    (got,) = heads.label_and_sample_proposals([make_proposals([APART])], [ground_truth()])
     found = sorted(tuple(map(int, b)) for b in got.proposal_boxes.tensor)
     assert found == sorted([APART, (8, 8, 40, 40), (30, 20, 90, 60)])
     assert sorted(got.gt_classes.tolist()) == [0, 1, 3]
@@ -101,7 +101,7 @@ def test_true_boxes_join_the_proposals():
 
 def test_an_image_without_objects_is_background():
     heads = make_heads()
-    (got,) = heads.label_and_sample_proposals([make_proposals([APART, NEAR_FIRST])], [truth(boxes=())])
+    (got,) = heads.label_and_sample_proposals([make_proposals([APART, NEAR_FIRST])], [ground_truth(boxes=())])
     assert got.gt_classes.tolist() == [3, 3]
     assert not got.has("gt_boxes") and not got.has("gt_masks")
 
@@ -109,9 +109,11 @@ def test_an_image_without_objects_is_background():
 def test_the_sample_keeps_to_its_size_and_fraction():
     heads = make_heads(batch_size_per_image=8, positive_fraction=0.25, proposal_append_gt=False)
     torch.manual_seed(0)
-    (got,) = heads.label_and_sample_proposals([make_proposals([NEAR_FIRST] * 9 + [APART] * 9)], [truth()])
+    (got,) = heads.label_and_sample_proposals(
+        [make_proposals([NEAR_FIRST] * 9 + [APART] * 9)], [ground_truth()]
+    )
     assert got.gt_classes.tolist() == [0] * 2 + [3] * 6
-    (got,) = heads.label_and_sample_proposals([make_proposals([NEAR_FIRST] + [APART] * 3)], [truth()])
+    (got,) = heads.label_and_sample_proposals([make_proposals([NEAR_FIRST] + [APART] * 3)], [ground_truth()])
     assert got.gt_classes.tolist() == [0] + [3] * 3
 
 
@@ -132,7 +134,7 @@ def test_training_losses_are_those_of_the_branches():
     features, boxes = make_features(2), [NEAR_FIRST, NEAR_SECOND, APART]
     proposals = [make_proposals(boxes), make_proposals(boxes)]
     with EventStorage() as storage:
-        sampled, losses = heads(None, features, proposals, [truth(), truth(boxes=())])
+        sampled, losses = heads(None, features, proposals, [ground_truth(), ground_truth(boxes=())])
     # Four foreground regions in the first image, none in the second: two an image.
     assert storage.latest()["roi_head/num_fg_samples"][0] == 2
     assert storage.latest()["roi_head/num_bg_samples"][0] == 2
@@ -162,9 +164,9 @@ def test_training_on_predicted_boxes_moves_the_boxes():
     for heads in (plain, moved):
         nn.init.constant_(heads.box_predictor.bbox_pred.bias, 1.0)
     torch.manual_seed(5)
-    before, losses = plain(None, features, proposals, [truth()])
+    before, losses = plain(None, features, proposals, [ground_truth()])
     torch.manual_seed(5)
-    after, moved_losses = moved(None, features, proposals, [truth()])
+    after, moved_losses = moved(None, features, proposals, [ground_truth()])
     torch.testing.assert_close(losses["loss_box_reg"], moved_losses["loss_box_reg"])
     old, new = before[0].proposal_boxes, after[0].proposal_boxes
     assert not new.tensor.requires_grad and (new.get_centers() > old.get_centers()).all()
@@ -196,7 +198,7 @@ def test_no_proposals_give_no_detections():
 def test_heads_without_masks():
     heads = make_heads(mask_in_features=None, mask_pooler=None, mask_head=None)
     assert not heads.mask_on and not [n for n in heads.state_dict() if n.startswith("mask")]
-    _, losses = heads(None, make_features(1), [make_proposals([NEAR_FIRST])], [truth()])
+    _, losses = heads(None, make_features(1), [make_proposals([NEAR_FIRST])], [ground_truth()])
     assert set(losses) == {"loss_cls", "loss_box_reg"}
     out, _ = heads.eval()(None, make_features(1), [make_proposals([NEAR_FIRST])])
     assert set(out[0].get_fields()) == {"pred_boxes", "scores", "pred_classes"}
@@ -210,7 +212,7 @@ def test_a_mask_head_without_pooler_gets_the_maps():
 
     heads = make_heads(mask_pooler=None, mask_head=Head())
     features = make_features(1)
-    heads(None, features, [make_proposals([NEAR_FIRST])], [truth()])
+    heads(None, features, [make_proposals([NEAR_FIRST])], [ground_truth()])
     assert set(heads.mask_head.seen) == set(SHAPES) and heads.mask_head.seen["p2"] is features["p2"]
 
 

@@ -27,14 +27,14 @@ from detlib.modeling.roi_heads.rotated_fast_rcnn import (
 )
 from detlib.structures import Boxes, BoxMode, Instances, RotatedBoxes
 from detlib.structures.rotated_boxes import pairwise_iou
-from tests.modeling.small_rcnn import (
+from tests.builders import (
     FASTER_RCNN,
     MASK_RCNN,
     ROTATED,
-    picture,
+    random_image,
     rotated_batch,
     rotated_config,
-    rotated_truth,
+    rotated_ground_truth,
     small_config,
     training_batch,
 )
@@ -185,7 +185,7 @@ class TestUprightBoxesAreTheSame:
 
     def test_detections(self, upright_and_rotated):
         upright, rotated = (
-            model.eval()([{"image": picture(), "height": 100, "width": 120}])[0]["instances"]
+            model.eval()([{"image": random_image(), "height": 100, "width": 120}])[0]["instances"]
             for model in upright_and_rotated
         )
         assert len(rotated) == len(upright) == 20
@@ -231,7 +231,7 @@ class TestModel:
     def test_outputs_are_in_the_wanted_frame(self, model):
         model.eval()
         (plain,), (scaled,) = (
-            model([{"image": picture(), "height": height, "width": width}])
+            model([{"image": random_image(), "height": height, "width": width}])
             for height, width in ((64, 96), (128, 96))
         )
         expected = plain["instances"].pred_boxes.clone()
@@ -257,7 +257,7 @@ class TestModel:
         """What decides is the centre, for an anchor that is turned has no side along the border."""
         rrpn = build_model(rotated_config(MODEL__RPN__BOUNDARY_THRESH=thresh)).proposal_generator
         anchors = RotatedBoxes([[90, 60, 50, 50, 45], [100, 60, 20, 20, 0], [-20, 5, 20, 20, 0]])
-        ((labels,), _) = rrpn.label_and_sample_anchors([anchors], [rotated_truth(boxes=())])
+        ((labels,), _) = rrpn.label_and_sample_anchors([anchors], [rotated_ground_truth(boxes=())])
         assert (labels == 0).tolist() == [True] + [thresh < 0 or thresh > 5, thresh < 0]
         assert (labels >= 0).sum() == num_left
 
@@ -315,7 +315,7 @@ class TestErrors:
     def test_parts_that_do_not_fit(self):
         only_rpn = {k: v for k, v in ROTATED.items() if "RPN" in k or "ANCHOR" in k}
         with pytest.raises(ValueError, match="ROIAlign pools boxes of 4 numbers, got RotatedBoxes"):
-            build_model(small_config(FASTER_RCNN, **only_rpn)).eval()([{"image": picture()}])
+            build_model(small_config(FASTER_RCNN, **only_rpn)).eval()([{"image": random_image()}])
         with pytest.raises(ValueError, match="RotatedAnchorGenerator"):
             build_model(
                 rotated_config(MODEL__PROPOSAL_GENERATOR__NAME="RPN", MODEL__RPN__BBOX_REG_WEIGHTS=(1.0,) * 4)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from detlib.layers import ShapeSpec
 from detlib.modeling import build_model, build_sem_seg_head, sem_seg_postprocess
 from detlib.modeling.meta_arch.semantic_seg import SemanticSegmentor, SemSegFPNHead
-from tests.modeling.small_rcnn import picture, small_config
+from tests.builders import random_image, small_config
 
 SEMANTIC = "Misc/semantic_R_50_FPN_1x.yaml"
 SHAPES = {f"p{k}": ShapeSpec(channels=6, stride=2**k) for k in (2, 3, 4, 5)}
@@ -208,8 +208,8 @@ def batch() -> list[dict]:
     """Pictures of different sizes, so that both are padded."""
     labels = labels_of()
     return [
-        {"image": picture(64, 72), "sem_seg": labels[0, :, :72]},
-        {"image": picture(40, 96, seed=1), "sem_seg": labels[1, :40].to(torch.uint8)},
+        {"image": random_image(64, 72), "sem_seg": labels[0, :, :72]},
+        {"image": random_image(40, 96, seed=1), "sem_seg": labels[1, :40].to(torch.uint8)},
     ]
 
 

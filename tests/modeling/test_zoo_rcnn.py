@@ -6,7 +6,7 @@ import torch
 from detlib.modeling import build_model
 from detlib.structures import Keypoints
 from detlib.utils.events import EventStorage
-from tests.modeling.small_rcnn import small_config, training_batch
+from tests.builders import small_config, training_batch
 
 KEYPOINTS = {"MODEL__KEYPOINT_ON": True, "MODEL__ROI_KEYPOINT_HEAD__CONV_DIMS": (8, 8)}
 CASCADE_YAML = "Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml"

@@ -14,7 +14,7 @@ from detlib.structures import (
     pairwise_iou,
     pairwise_point_box_distance,
 )
-from tests.helpers import random_boxes
+from tests.builders import random_boxes
 
 
 def slow_intersection(a, b):

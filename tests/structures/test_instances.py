@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from detlib.structures import Boxes, Instances, PolygonMasks
-from tests.helpers import assert_instances_allclose, circle_polygon, random_boxes
+from tests.builders import assert_instances_allclose, circle_polygon, random_boxes
 
 
 def make_instances(num=4, seed=0):

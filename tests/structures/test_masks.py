@@ -6,7 +6,7 @@ import torchvision
 
 from detlib.structures import BitMasks, Boxes, PolygonMasks, ROIMasks
 from detlib.structures.masks import polygon_area, polygons_to_bitmask, rasterize_polygons_within_box
-from tests.helpers import circle_polygon, random_boxes
+from tests.builders import circle_polygon, random_boxes
 
 SQUARE = np.array([10.0, 20.0, 30.0, 20.0, 30.0, 50.0, 10.0, 50.0])
 TRIANGLE = np.array([40.0, 10.0, 60.0, 10.0, 50.0, 40.0])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.engine.tiny import tiny_cfg
+from tests.builders import tiny_cfg
 
 _SCRIPT = Path(__file__).parents[2] / "tools" / "train_net.py"
 

@@ -12,7 +12,7 @@ from detlib.utils._vis_canvas import change_brightness
 from detlib.utils._vis_labels import create_text_labels, place_label
 from detlib.utils.panoptic import rgb_to_id
 from detlib.utils.visualizer import ColorMode, GenericMask, VisImage, Visualizer
-from tests.helpers import circle_polygon
+from tests.builders import circle_polygon
 
 HEIGHT, WIDTH = 120, 160
 METADATA = SimpleNamespace(
