@@ -42,6 +42,21 @@ ROTATED = {
     "MODEL__ROI_BOX_HEAD__POOLER_TYPE": "ROIAlignRotated",
     "MODEL__ROI_BOX_HEAD__BBOX_REG_WEIGHTS": (10.0, 10.0, 5.0, 5.0, 1.0),
 }
+# The file and the overrides of `tiny_lazy_config`.
+TINY_LAZY_FILE = CONFIGS / "Quickstart/fcos_R_18_FPN_shapes.py"
+TINY_LAZY_OVERRIDES = [
+    "model.head.conv_dims=[16]",
+    "model.head.norm=''",
+    "dataloader.train.dataset.names=shapes:train?num=8&size=64",
+    "dataloader.test.dataset.names=shapes:val?num=4&size=64",
+    "dataloader.train.mapper.augmentations.0.short_edge_length=[64]",
+    "dataloader.test.mapper.augmentations.0.short_edge_length=64",
+    "dataloader.train.total_batch_size=2",
+    "dataloader.train.num_workers=0",
+    "dataloader.test.num_workers=0",
+    "train.device=cpu",
+    "train.max_iter=4",
+]
 
 
 # Boxes, scores and masks
@@ -97,7 +112,7 @@ def random_scores(num_scores: int, seed: int = 0, dtype: torch.dtype = torch.flo
     return torch.rand(num_scores, generator=generator).to(dtype)
 
 
-def proposals(boxes, image_size: tuple[int, int] = IMAGE_SIZE) -> Instances:
+def make_proposals(boxes, image_size: tuple[int, int] = IMAGE_SIZE) -> Instances:
     """Return `Instances` with the boxes as `proposal_boxes` and zeros as `objectness_logits`."""
     tensor = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4)
     return Instances(image_size, proposal_boxes=Boxes(tensor), objectness_logits=torch.zeros(len(tensor)))
@@ -269,21 +284,10 @@ def tiny_lazy_config(output_dir, *overrides: str):
         output_dir: `train.output_dir`.
         *overrides: "key=value" strings.
     """
-    cfg = LazyConfig.load(str(CONFIGS / "Quickstart/fcos_R_18_FPN_shapes.py"))
-    small = [
-        "model.head.conv_dims=[16]",
-        "model.head.norm=''",
-        "dataloader.train.dataset.names=shapes:train?num=8&size=64",
-        "dataloader.test.dataset.names=shapes:val?num=4&size=64",
-        "dataloader.train.mapper.augmentations.0.short_edge_length=[64]",
-        "dataloader.test.mapper.augmentations.0.short_edge_length=64",
-        "dataloader.train.total_batch_size=2",
-        "dataloader.train.num_workers=0",
-        "dataloader.test.num_workers=0",
-        "train.device=cpu",
-        "train.max_iter=4",
-    ]
-    return LazyConfig.apply_overrides(cfg, [*small, f"train.output_dir={output_dir}", *overrides])
+    cfg = LazyConfig.load(str(TINY_LAZY_FILE))
+    return LazyConfig.apply_overrides(
+        cfg, [*TINY_LAZY_OVERRIDES, f"train.output_dir={output_dir}", *overrides]
+    )
 
 
 def small_fcos(**overrides) -> FCOS:

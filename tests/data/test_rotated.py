@@ -28,7 +28,7 @@ def corners(box):
     return np.array([[-w, -h], [w, -h], [w, h], [-w, h]]) / 2 @ turn + [x, y]
 
 
-def random_boxes(n, seed=0):
+def rotated_array(n, seed=0):
     random = np.random.RandomState(seed)
     low, high = [10, 10, 4, 4, -180], [70, 50, 40, 30, 180]
     return random.uniform(low, high, (n, 5))
@@ -52,7 +52,7 @@ RIGID = {
 @pytest.mark.parametrize("name", RIGID)
 def test_corners_go_where_the_transform_takes_them(name):
     transform = RIGID[name]
-    boxes = random_boxes(20)
+    boxes = rotated_array(20)
     before = boxes.copy()
     moved = transform.apply_rotated_box(boxes)
     assert np.array_equal(boxes, before)
@@ -69,7 +69,7 @@ def test_horizontal_flip_changes_the_sign():
 
 
 def test_unequal_resize_keeps_sides_and_the_direction_of_the_height():
-    boxes = random_boxes(50)
+    boxes = rotated_array(50)
     moved = T.ResizeTransform(HEIGHT, WIDTH, HEIGHT // 2, WIDTH * 3).apply_rotated_box(boxes)
     for old, new in zip(boxes, moved):
         upper_left, upper_right, _, lower_left = corners(old) * [3, 0.5]

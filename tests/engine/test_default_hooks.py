@@ -13,8 +13,7 @@ from detlib.engine.options import RunOptions
 from detlib.engine.setup import RUN_SETTINGS
 from detlib.utils import comm
 from detlib.utils.events import CommonMetricPrinter, CSVWriter, JSONWriter, TensorboardXWriter
-from tests.builders import tiny_cfg
-from tests.engine.test_lazy_trainer import small_config
+from tests.builders import tiny_cfg, tiny_lazy_config
 
 ALL = [
     "IterationTimer",
@@ -57,7 +56,7 @@ def yaml_trainer(folder, **more):
 
 
 def lazy_trainer(folder, *more):
-    cfg = small_config(
+    cfg = tiny_lazy_config(
         folder,
         "train.max_iter=4",
         "train.checkpointer.period=2",
@@ -212,7 +211,7 @@ def test_passes_that_the_processes_cannot_share_are_told(tmp_path, monkeypatch):
         DefaultTrainer.build_train_loader(cfg)
     message = "total_batch_size = 2 must be a multiple of train.accum_steps = 2 times .* processes, 2"
     with pytest.raises(ValueError, match=message):
-        LazyTrainer(small_config(tmp_path, "+train.accum_steps=2"))
+        LazyTrainer(tiny_lazy_config(tmp_path, "+train.accum_steps=2"))
 
 
 def test_misspelt_entries_of_lazy_configs_are_told(caplog):

@@ -10,6 +10,7 @@ from detlib.utils import comm
 from detlib.utils.env import seed_all_rng
 from detlib.utils.events import EventStorage
 from tests.builders import tiny_cfg
+from tests.engine.training_runs import sample_repeatably
 
 _STEPS = 3
 
@@ -32,22 +33,9 @@ def _cfg(folder, kind: str):
     return cfg
 
 
-def _draw_repeatably(labels, num_samples, positive_fraction, bg_label):
-    """Takes the place of `subsample_labels`: what is drawn depends on the picture's labels alone."""
-    generator = torch.Generator().manual_seed(11)
-    positive = ((labels != -1) & (labels != bg_label)).nonzero().flatten()
-    negative = (labels == bg_label).nonzero().flatten()
-    num_pos = min(int(num_samples * positive_fraction), len(positive))
-    num_neg = min(num_samples - num_pos, len(negative))
-    return (
-        positive[torch.randperm(len(positive), generator=generator)[:num_pos]],
-        negative[torch.randperm(len(negative), generator=generator)[:num_neg]],
-    )
-
-
 def _train(folder: str, kind: str, overrides: dict) -> None:
     """What each process does: trains, and saves the parameters before and after."""
-    sampling.subsample_labels, original = _draw_repeatably, sampling.subsample_labels
+    sampling.subsample_labels, original = sample_repeatably, sampling.subsample_labels
     try:
         cfg = _cfg(folder, kind)
         for key, value in overrides.items():
@@ -98,7 +86,7 @@ def test_rpn_on_two_processes_equals_one(tmp_path, caplog):
 def test_mask_rcnn_on_two_processes_equals_averaged_half_batches(tmp_path, monkeypatch):
     start, two, _ = _run(tmp_path / "two", "mask", 2)
 
-    monkeypatch.setattr(sampling, "subsample_labels", _draw_repeatably)
+    monkeypatch.setattr(sampling, "subsample_labels", sample_repeatably)
     cfg = _cfg(tmp_path, "mask")
     seed_all_rng(cfg.SEED)
     model = build_model(cfg)

@@ -1,30 +1,14 @@
 """A run that was interrupted ends with the very parameters of one that was not."""
 
-import shutil
-
 import pytest
 import torch
 
 from detlib.engine import DefaultTrainer
 from detlib.utils.env import seed_all_rng
 from tests.builders import tiny_cfg
+from tests.engine.training_runs import make_interrupted_run, train
 
 _STEPS = 3
-
-
-def _interrupt(whole: DefaultTrainer, folder, iteration: int) -> None:
-    """Makes the folder of a run that ended right after a checkpoint of another."""
-    folder.mkdir()
-    name = f"model_{iteration:07d}.pth"
-    shutil.copy(f"{whole.output_dir}/{name}", folder / name)
-    (folder / "last_checkpoint").write_text(name)
-
-
-def _train(cfg, resume: bool) -> DefaultTrainer:
-    trainer = DefaultTrainer(cfg)
-    trainer.resume_or_load(resume=resume)
-    trainer.train()
-    return trainer
 
 
 def _assert_equal(one: DefaultTrainer, two: DefaultTrainer) -> None:
@@ -78,20 +62,20 @@ def test_interrupted_equals_uninterrupted(tmp_path, kind):
     overrides = {"SOLVER__CHECKPOINT_PERIOD": 1, "SOLVER__MAX_ITER": _STEPS, "DATASETS__TEST": ()}
     overrides |= _KINDS[kind]
     seed_all_rng(3)
-    whole = _train(tiny_cfg(tmp_path / "whole", **overrides), resume=False)
-    _interrupt(whole, tmp_path / "parts", iteration=0)
+    whole = train(tiny_cfg(tmp_path / "whole", **overrides), resume=False)
+    make_interrupted_run(whole, tmp_path / "parts", iteration=0)
     # What is drawn before a run resumes, as the model's first weights are, must not matter.
     seed_all_rng(99)
-    resumed = _train(tiny_cfg(tmp_path / "parts", **overrides), resume=True)
+    resumed = train(tiny_cfg(tmp_path / "parts", **overrides), resume=True)
     assert resumed.start_iter == 1
     _assert_equal(whole, resumed)
 
 
 def test_a_run_cut_off_before_its_final_checkpoint(tmp_path):
     overrides = {"SOLVER__CHECKPOINT_PERIOD": 1, "SOLVER__MAX_ITER": 1, "DATASETS__TEST": ()}
-    whole = _train(tiny_cfg(tmp_path / "whole", **overrides), resume=False)
-    _interrupt(whole, tmp_path / "parts", iteration=0)
-    resumed = _train(tiny_cfg(tmp_path / "parts", **overrides), resume=True)
+    whole = train(tiny_cfg(tmp_path / "whole", **overrides), resume=False)
+    make_interrupted_run(whole, tmp_path / "parts", iteration=0)
+    resumed = train(tiny_cfg(tmp_path / "parts", **overrides), resume=True)
     assert resumed.start_iter == 1
     one, two = (torch.load(tmp_path / name / "model_final.pth") for name in ("whole", "parts"))
     assert one["iteration"] == two["iteration"] == 0

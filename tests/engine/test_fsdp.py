@@ -16,7 +16,7 @@ from detlib.modeling import build_model, preprocess, sampling
 from detlib.utils import comm
 from detlib.utils.env import seed_all_rng
 from tests.builders import tiny_cfg
-from tests.engine.test_distributed import _draw_repeatably
+from tests.engine.training_runs import sample_repeatably
 
 _UNEVEN = "shapes:val?num=3&size=64"  # of which the processes evaluate 2 and 1
 
@@ -37,7 +37,7 @@ def _cfg(folder, strategy: str, **overrides):
 
 
 def _train(folder: str, strategy: str, resume: bool, overrides: dict) -> None:
-    sampling.subsample_labels, original = _draw_repeatably, sampling.subsample_labels
+    sampling.subsample_labels, original = sample_repeatably, sampling.subsample_labels
     # Blocks that are shared out hand on a single picture in strides that PyTorch does not know for
     # channels-last any more, and convolutions of another layout round in another way.
     preprocess.for_convolutions, in_layout = lambda x, *_: x, preprocess.for_convolutions
@@ -124,7 +124,7 @@ def test_shared_out_equals_whole(tmp_path, monkeypatch, overrides, tolerance, st
     states = [x["trainer"]["_trainer"]["optimizer"]["state"] for x in (whole, parts)]
     assert states[0] and states[0].keys() == states[1].keys()
     _assert_close(*states, state_tolerance)
-    monkeypatch.setattr(sampling, "subsample_labels", _draw_repeatably)
+    monkeypatch.setattr(sampling, "subsample_labels", sample_repeatably)
     for name in ("ddp", "fsdp", "resumed"):
         _check_losses(tmp_path / name)
 

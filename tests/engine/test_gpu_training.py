@@ -8,8 +8,8 @@ from detlib.engine import DefaultPredictor, DefaultTrainer
 from detlib.evaluation import COCOEvaluator
 from detlib.utils.events import EventStorage
 from tests.builders import tiny_cfg
-from tests.engine.test_exact_resume import _interrupt, _train
-from tests.modeling.test_all_architectures import ALL_SAMPLED
+from tests.engine.training_runs import make_interrupted_run, train
+from tests.modeling.architectures import ALL_SAMPLED
 
 pytestmark = pytest.mark.gpu
 
@@ -37,9 +37,9 @@ _KINDS = {
 def test_interrupted_equals_uninterrupted(tmp_path, kind, deterministic):
     overrides = {"SOLVER__CHECKPOINT_PERIOD": 1, "SOLVER__MAX_ITER": 4, "DATASETS__TEST": ()}
     overrides |= {"MODEL__DEVICE": "cuda", **_KINDS[kind]}
-    whole = _train(tiny_cfg(tmp_path / "whole", **overrides), resume=False)
-    _interrupt(whole, tmp_path / "parts", iteration=1)
-    resumed = _train(tiny_cfg(tmp_path / "parts", **overrides), resume=True)
+    whole = train(tiny_cfg(tmp_path / "whole", **overrides), resume=False)
+    make_interrupted_run(whole, tmp_path / "parts", iteration=1)
+    resumed = train(tiny_cfg(tmp_path / "parts", **overrides), resume=True)
     assert resumed.start_iter == 2
     one, two = whole.model.state_dict(), resumed.model.state_dict()
     assert all(value.is_cuda and torch.equal(value, two[name]) for name, value in one.items())
@@ -77,7 +77,7 @@ def test_an_update_waits_for_nothing(tmp_path, clip, optimizer):
 
 def test_trained_evaluated_and_used_for_one_picture(tmp_path):
     cfg = tiny_cfg(tmp_path, MODEL__DEVICE="cuda", TEST__EVAL_PERIOD=2)
-    trainer = _train(cfg, resume=False)
+    trainer = train(cfg, resume=False)
     assert trainer.model.device.type == "cuda"
     results = DefaultTrainer.test(cfg, trainer.model, [COCOEvaluator(cfg.DATASETS.TEST[0])])
     assert {"bbox", "segm"} <= results.keys()
@@ -108,7 +108,7 @@ def test_a_compiled_model_gives_the_same_losses(tmp_path, exact_float32):
             "TRAIN__COMPILE__MODULES": ("backbone",),
             **ALL_SAMPLED,
         }
-        trainer = _train(tiny_cfg(tmp_path / str(enabled), **overrides), resume=False)
+        trainer = train(tiny_cfg(tmp_path / str(enabled), **overrides), resume=False)
         history = trainer.storage.history("total_loss").values()
         curves.append(torch.tensor([value for value, _ in history]))
     assert len(curves[0]) == 2

@@ -12,7 +12,7 @@ from torch import nn
 from detlib.engine import TrainerBase, hooks
 from detlib.structures import Boxes, Instances, Keypoints, RotatedBoxes
 from tests.builders import ground_truth
-from tests.modeling.test_all_architectures import batch, built
+from tests.modeling.architectures import architecture_batch, build_architecture
 
 
 class _Gives(TrainerBase):
@@ -89,11 +89,11 @@ def test_annotations_are_drawn_where_they_are(tmp_path, kind):
 
 @pytest.mark.parametrize("name", ["mask_rcnn", "retinanet", "rotated", "panoptic", "semantic", "rpn"])
 def test_predictions_stand_beside(tmp_path, name):
-    model = built(name).train()
+    model = build_architecture(name).train()
     modes = [m.training for m in model.modules()]
     # All predictions, so that there is something to see of a model that was not trained.
     hook = hooks.TrainingPictures(1, str(tmp_path), model=model, min_score=0.0)
-    _Gives([batch(name)], hook).train(0, 1)
+    _Gives([architecture_batch(name)], hook).train(0, 1)
     picture = _drawn(tmp_path / "train_pictures" / "iter_0000000.jpg")
     assert picture.shape == (2 * 341 + 4, 2 * 512 + 4, 3)
     left, right = picture[:341, :512], picture[:341, 516:]

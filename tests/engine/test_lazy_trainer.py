@@ -11,32 +11,14 @@ from detlib.config import LazyConfig
 from detlib.engine import LazyTrainer, hooks
 from detlib.engine.options import RunOptions
 from detlib.utils.env import seed_all_rng
+from tests.builders import TINY_LAZY_FILE, TINY_LAZY_OVERRIDES, tiny_lazy_config
 
 ROOT = Path(__file__).parents[2]
-CONFIG = "configs/Quickstart/fcos_R_18_FPN_shapes.py"
-SMALL = [
-    "model.head.conv_dims=[16]",
-    "model.head.norm=''",
-    "dataloader.train.dataset.names=shapes:train?num=8&size=64",
-    "dataloader.test.dataset.names=shapes:val?num=4&size=64",
-    "dataloader.train.mapper.augmentations.0.short_edge_length=[64]",
-    "dataloader.test.mapper.augmentations.0.short_edge_length=64",
-    "dataloader.train.total_batch_size=2",
-    "dataloader.train.num_workers=0",
-    "dataloader.test.num_workers=0",
-    "train.device=cpu",
-    "train.max_iter=4",
-]
-
-
-def small_config(folder, *overrides):
-    cfg = LazyConfig.load(str(ROOT / CONFIG))
-    return LazyConfig.apply_overrides(cfg, [*SMALL, f"train.output_dir={folder}", *overrides])
 
 
 def test_trains_evaluates_and_resumes(tmp_path):
     seed_all_rng(1)
-    trainer = LazyTrainer(small_config(tmp_path, "train.eval_period=2", "train.checkpointer.period=2"))
+    trainer = LazyTrainer(tiny_lazy_config(tmp_path, "train.eval_period=2", "train.checkpointer.period=2"))
     before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
     results = trainer.train()
     assert set(results) == {"bbox"} and "AP50" in results["bbox"]
@@ -47,7 +29,7 @@ def test_trains_evaluates_and_resumes(tmp_path):
     names = {p.name for p in tmp_path.glob("model*")}
     assert names == {"model_0000001.pth", "model_0000003.pth", "model_final.pth"}
 
-    resumed = LazyTrainer(small_config(tmp_path, "train.max_iter=6"))
+    resumed = LazyTrainer(tiny_lazy_config(tmp_path, "train.max_iter=6"))
     resumed.resume_or_load(resume=True)
     assert resumed.start_iter == 4
     for key, value in trainer.model.state_dict().items():
@@ -58,7 +40,7 @@ def test_trains_evaluates_and_resumes(tmp_path):
 
 def test_gradients_are_clipped(tmp_path):
     clip = ["+train.clip_grad.enabled=True", "+train.clip_grad.params.max_norm=0.001"]
-    trainer = LazyTrainer(small_config(tmp_path, "train.max_iter=1", "~dataloader.evaluator", *clip))
+    trainer = LazyTrainer(tiny_lazy_config(tmp_path, "train.max_iter=1", "~dataloader.evaluator", *clip))
     trainer.train()
     norm = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]).norm()
     assert norm.item() == pytest.approx(0.001, rel=0.01)
@@ -67,12 +49,12 @@ def test_gradients_are_clipped(tmp_path):
 def test_wrong_arguments_of_clipping_are_told_before_training(tmp_path):
     clip = ["+train.clip_grad.enabled=True", "+train.clip_grad.params.maxnorm=1"]
     with pytest.raises(TypeError, match="train.clip_grad.params .*clip_grad_norm_: .*max_norm"):
-        LazyTrainer(small_config(tmp_path, *clip))
+        LazyTrainer(tiny_lazy_config(tmp_path, *clip))
 
 
 def test_precise_bn_takes_the_batches_of_a_forward_pass(tmp_path):
     options = ["+train.accum_steps=2", "+train.precise_bn.enabled=True", "+train.precise_bn.num_iter=1"]
-    trainer = LazyTrainer(small_config(tmp_path, *options))
+    trainer = LazyTrainer(tiny_lazy_config(tmp_path, *options))
     hook = next(h for h in trainer._hooks if isinstance(h, hooks.PreciseBN))
     assert [len(next(iter(loader))) for loader in (trainer.data_loader, hook._data_loader)] == [1, 1]
 
@@ -89,7 +71,7 @@ def test_a_trial_of_a_recipe_is_short():
 
 
 def test_a_missing_node_is_named(tmp_path):
-    cfg = small_config(tmp_path)
+    cfg = tiny_lazy_config(tmp_path)
     del cfg["lr_multiplier"]
     with pytest.raises(KeyError, match="lacks .'lr_multiplier'.*'dataloader'"):
         LazyTrainer(cfg)
@@ -104,16 +86,16 @@ def train_net():
 
 def test_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    options = [*SMALL, f"train.output_dir={tmp_path}", "train.max_iter=2"]
-    train_net().run(["--config-file", CONFIG, *options])
+    options = [*TINY_LAZY_OVERRIDES, f"train.output_dir={tmp_path}", "train.max_iter=2"]
+    train_net().run(["--config-file", str(TINY_LAZY_FILE), *options])
     assert (tmp_path / "config.yaml").exists() and (tmp_path / "model_final.pth").exists()
     assert len(list((tmp_path / "predictions").glob("*.png"))) == 4
     saved = LazyConfig.load(str(tmp_path / "config.yaml"))
     assert saved.train.max_iter == 2 and saved.model.num_classes == 3
     weights = [f"train.init_checkpoint={tmp_path}/model_final.pth"]
-    train_net().run(["--config-file", CONFIG, "--eval-only", *options, *weights])
+    train_net().run(["--config-file", str(TINY_LAZY_FILE), "--eval-only", *options, *weights])
     assert "evaluates random weights" not in (tmp_path / "log.txt").read_text()
-    train_net().run(["--config-file", CONFIG, "--eval-only", *options])
+    train_net().run(["--config-file", str(TINY_LAZY_FILE), "--eval-only", *options])
     assert "--eval-only evaluates random weights" in (tmp_path / "log.txt").read_text()
     for change, said in (
         ("dataloader.train.dataset.names=shapes:trian", "trian"),
@@ -121,5 +103,5 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
         ("train.max_itr=3", "max_itr"),
     ):
         with pytest.raises(SystemExit):
-            train_net().run(["--config-file", CONFIG, *options, change])
+            train_net().run(["--config-file", str(TINY_LAZY_FILE), *options, change])
         assert said in capsys.readouterr().err

@@ -13,13 +13,13 @@ from detlib.engine.validation import validation_losses, validation_results
 from detlib.utils import comm
 from detlib.utils.events import EventStorage
 from tests.builders import tiny_cfg
-from tests.modeling.test_all_architectures import batch, built
+from tests.modeling.architectures import architecture_batch, build_architecture
 
 MODELS = ["keypoint", "cascade", "retinanet_bn", "fcos", "semantic", "panoptic", "rotated"]
 
 
 def _pictures(name: str) -> list[dict]:
-    pictures = batch(name, empty=(False, True, False))
+    pictures = architecture_batch(name, empty=(False, True, False))
     for index, sample in enumerate(pictures):
         sample["image_id"] = index
     return pictures
@@ -45,7 +45,7 @@ def _assert_same(a: dict, b: dict) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_all_kinds_of_models(name):
-    model, pictures = built(name).train(), _pictures(name)
+    model, pictures = build_architecture(name).train(), _pictures(name)
     next(model.children()).eval()  # some are, in some trainings
     before = _everything(model)
     losses = validation_losses(model, [[p] for p in pictures])
@@ -61,7 +61,7 @@ def test_all_kinds_of_models(name):
 
 def test_batch_norm_uses_its_running_statistics():
     """Against a plain loop over a model without anything random."""
-    model, pictures = built("retinanet_bn"), _pictures("retinanet_bn")
+    model, pictures = build_architecture("retinanet_bn"), _pictures("retinanet_bn")
     for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
         nn.init.uniform_(norm.running_mean, -0.1, 0.1)
     losses = validation_losses(model.eval(), [pictures])
@@ -82,7 +82,7 @@ def test_batch_norm_uses_its_running_statistics():
 @pytest.mark.parametrize("name", ["retinanet_bn", "fcos"])
 def test_what_a_training_saves_is_its_own(name):
     """Also where a validation came before the first step."""
-    model, pictures = built(name).train(), _pictures(name)
+    model, pictures = build_architecture(name).train(), _pictures(name)
     assert gather_process_state(model) == [{"": {}}]
     validation_losses(model, [pictures])
     assert gather_process_state(model) == [{"": {}}]
@@ -158,7 +158,7 @@ def test_what_is_wrong_is_said():
 
 
 def _uneven_shares(path: str) -> None:
-    model, pictures = built("mask_rcnn"), _pictures("mask_rcnn")
+    model, pictures = build_architecture("mask_rcnn"), _pictures("mask_rcnn")
     share = pictures[:1] if comm.get_rank() == 0 else pictures[1:]
     losses = validation_losses(model, [share])
     assert comm.all_gather(losses) == [losses, losses]
@@ -167,7 +167,7 @@ def _uneven_shares(path: str) -> None:
 
 
 def test_shares_of_processes_count_by_their_pictures(monkeypatch):
-    model, pictures = built("fcos"), _pictures("fcos")
+    model, pictures = build_architecture("fcos"), _pictures("fcos")
     expected = validation_losses(model, [pictures])
     shares = []
     monkeypatch.setattr(comm, "all_gather", lambda share: shares.append(share) or [share])
@@ -180,7 +180,7 @@ def test_shares_of_processes_count_by_their_pictures(monkeypatch):
 @pytest.mark.slow
 def test_two_processes_with_uneven_shares(tmp_path):
     launch(_uneven_shares, 2, dist_url="auto", args=(str(tmp_path / "losses"),))
-    expected = validation_losses(built("mask_rcnn"), [_pictures("mask_rcnn")])
+    expected = validation_losses(build_architecture("mask_rcnn"), [_pictures("mask_rcnn")])
     assert torch.load(tmp_path / "losses") == pytest.approx(expected, rel=1e-5)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from detlib.evaluation import COCOEvaluator
-from tests.evaluation.test_coco_evaluation import SIZE, feed, make_coco, make_predictions, reference
+from tests.evaluation.coco_cases import SIZE, feed, make_coco, make_predictions, reference
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ THINGS, STUFF = {3: 0, 5: 1, 6: 2}, {40: 1, 41: 2}
 HEIGHT, WIDTH = 48, 64
 
 
-def picture(random) -> tuple[np.ndarray, dict[int, tuple[int, bool]]]:
+def random_panoptic_image(random) -> tuple[np.ndarray, dict[int, tuple[int, bool]]]:
     """Stuff on two halves, rectangles on it, a strip without label: ids, and each id's (category, crowd)."""
     ids = np.full((HEIGHT, WIDTH), 70_000, np.int64)
     ids[:, random.randint(20, 40) :] = 300
@@ -103,7 +103,7 @@ METADATA = {
 @pytest.fixture
 def pictures():
     random = np.random.RandomState(1)
-    truths = [picture(random) for _ in range(8)]
+    truths = [random_panoptic_image(random) for _ in range(8)]
     return [(truth, guess(random, *truth)) for truth in truths]
 
 

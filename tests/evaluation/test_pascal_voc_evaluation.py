@@ -66,7 +66,7 @@ def run(evaluator, records, predictions, order=None):
     return evaluator.evaluate()["bbox"]
 
 
-def slow_iou(a, b):
+def slow_pixel_iou(a, b):
     """Of two boxes whose corners are pixels, the last one included."""
     w = min(a[2], b[2]) - max(a[0], b[0]) + 1
     h = min(a[3], b[3]) - max(a[1], b[1]) + 1
@@ -92,7 +92,7 @@ def slow_ap(records, predictions, category, threshold, is_2007):
         best, which = 0.0, None
         for i, annotation in enumerate(objects[number]):
             x0, y0, x1, y1 = annotation["bbox"]
-            overlap = slow_iou(pixels, [x0 + 1, y0 + 1, x1, y1])
+            overlap = slow_pixel_iou(pixels, [x0 + 1, y0 + 1, x1, y1])
             if overlap > best:
                 best, which = overlap, i
         if which is not None and best > threshold:

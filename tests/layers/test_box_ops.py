@@ -12,22 +12,21 @@ from detlib.layers import (
     inverse_sigmoid,
     masks_to_boxes,
 )
-
-
-def random_boxes(count, seed):
-    corners = torch.rand(count, 2, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return torch.cat([corners.amin(1), corners.amax(1)], dim=1)
+from tests.builders import random_boxes
 
 
 def test_formats():
-    boxes = random_boxes(5, 0)
+    boxes = random_boxes(5, (1, 1), min_side=0, seed=0, dtype=torch.float64)
     torch.testing.assert_close(box_xyxy_to_cxcywh(boxes), tv.box_convert(boxes, "xyxy", "cxcywh"))
     torch.testing.assert_close(box_cxcywh_to_xyxy(boxes), tv.box_convert(boxes, "cxcywh", "xyxy"))
     torch.testing.assert_close(box_cxcywh_to_xyxy(box_xyxy_to_cxcywh(boxes)[None])[0], boxes)
 
 
 def test_overlaps():
-    a, b = random_boxes(6, 1), random_boxes(4, 2)
+    a, b = (
+        random_boxes(6, (1, 1), min_side=0, seed=1, dtype=torch.float64),
+        random_boxes(4, (1, 1), min_side=0, seed=2, dtype=torch.float64),
+    )
     iou, union = box_iou(a, b)
     torch.testing.assert_close(iou, tv.box_iou(a, b))
     area = tv.box_area(a)[:, None] + tv.box_area(b)

@@ -12,17 +12,12 @@ from detlib.modeling.box_regression import (
     Box2BoxTransformLinear,
     box_regression_loss,
 )
-
-
-def random_boxes(n, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    corner = torch.rand(n, 2, generator=g) * 200
-    return torch.cat((corner, corner + 5 + torch.rand(n, 2, generator=g) * 100), dim=1)
+from tests.builders import random_boxes
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0, 1.0), (10.0, 5.0, 4.0, 2.0)])
 def test_deltas_are_torchvisions(weights):
-    src, dst = random_boxes(50, 1), random_boxes(50, 2)
+    src, dst = random_boxes(50, (305, 305), 5, 105, seed=1), random_boxes(50, (305, 305), 5, 105, seed=2)
     transform, coder = Box2BoxTransform(weights), BoxCoder(weights)
     deltas = transform.get_deltas(src, dst)
     torch.testing.assert_close(deltas, coder.encode_single(dst, src), rtol=1e-5, atol=1e-5)
@@ -44,7 +39,7 @@ def test_growth_is_clamped():
 
 @pytest.mark.parametrize("transform", [Box2BoxTransform((1, 1, 1, 1)), Box2BoxTransformLinear()])
 def test_dtypes_and_empty(transform):
-    boxes = random_boxes(3)
+    boxes = random_boxes(3, (305, 305), 5, 105)
     assert transform.apply_deltas(torch.zeros(3, 4, dtype=torch.half), boxes).dtype == torch.float32
     assert transform.apply_deltas(torch.zeros(3, 4, dtype=torch.double), boxes).dtype == torch.float64
     assert transform.apply_deltas(torch.zeros(0, 8), boxes[:0]).shape == (0, 8)
@@ -53,7 +48,7 @@ def test_dtypes_and_empty(transform):
 
 def test_errors():
     transform = Box2BoxTransform((1, 1, 1, 1))
-    boxes = random_boxes(3)
+    boxes = random_boxes(3, (305, 305), 5, 105)
     flat = boxes.clone()
     flat[1, 2] = flat[1, 0]
     with pytest.raises(ValueError, match=r"without area.*rows \[1\]"):
@@ -69,7 +64,7 @@ def test_errors():
 @pytest.mark.parametrize("normalize", [True, False])
 def test_linear(normalize):
     transform = Box2BoxTransformLinear(normalize_by_size=normalize)
-    src, dst = random_boxes(20, 1), random_boxes(20, 2)
+    src, dst = random_boxes(20, (305, 305), 5, 105, seed=1), random_boxes(20, (305, 305), 5, 105, seed=2)
     deltas = transform.get_deltas(src, dst)
     for s, t, d in zip(src.tolist(), dst.tolist(), deltas.tolist()):
         cx, cy, w, h = (s[0] + s[2]) / 2, (s[1] + s[3]) / 2, s[2] - s[0], s[3] - s[1]
@@ -86,7 +81,7 @@ def test_linear(normalize):
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 def test_smooth_l1(beta):
-    src, dst = random_boxes(30, 1), random_boxes(30, 2)
+    src, dst = random_boxes(30, (305, 305), 5, 105, seed=1), random_boxes(30, (305, 305), 5, 105, seed=2)
     transform = Box2BoxTransform((10, 10, 5, 5))
     pred = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
     loss = box_regression_loss(transform, src, pred, dst, "smooth_l1", beta)
@@ -104,7 +99,7 @@ def test_smooth_l1(beta):
     ],
 )
 def test_iou_losses(name, reference):
-    src, dst = random_boxes(30, 1), random_boxes(30, 2)
+    src, dst = random_boxes(30, (305, 305), 5, 105, seed=1), random_boxes(30, (305, 305), 5, 105, seed=2)
     transform = Box2BoxTransform((1, 1, 1, 1))
     pred = (0.3 * torch.randn(30, 4, generator=torch.Generator().manual_seed(0))).requires_grad_()
     loss = box_regression_loss(transform, src, pred, dst, name)

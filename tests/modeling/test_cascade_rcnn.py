@@ -60,7 +60,7 @@ def make_features(num_images: int) -> dict[str, torch.Tensor]:
     return {"p3": torch.randn(num_images, 4, 8, 12, generator=generator)}
 
 
-def make_proposals(count: int, seed: int) -> Instances:
+def proposals_near_objects(count: int, seed: int) -> Instances:
     """Random boxes, some of them near the objects of `truth`."""
     generator = torch.Generator().manual_seed(seed)
     corner = torch.rand(count, 2, generator=generator) * torch.tensor([70.0, 40])
@@ -101,7 +101,9 @@ def test_training_losses_are_those_of_the_stages():
     features = make_features(2)
     targets = [ground_truth(), ground_truth(boxes=())]
     with EventStorage() as storage:
-        sampled, losses = heads(None, features, [make_proposals(20, 0), make_proposals(15, 1)], targets)
+        sampled, losses = heads(
+            None, features, [proposals_near_objects(20, 0), proposals_near_objects(15, 1)], targets
+        )
     assert set(losses) == {f"loss_{kind}_stage{k}" for kind in ("cls", "box_reg") for k in range(3)}
 
     boxes = [x.proposal_boxes.tensor for x in sampled]
@@ -134,7 +136,7 @@ def test_stages_pull_at_the_features_with_the_weight_of_one():
     heads = make_heads()
     features = {"p3": make_features(1)["p3"].requires_grad_()}
     torch.manual_seed(3)
-    _, losses = heads(None, features, [make_proposals(20, 0)], [ground_truth()])
+    _, losses = heads(None, features, [proposals_near_objects(20, 0)], [ground_truth()])
     sum(losses.values()).backward()
     got = features["p3"].grad.clone()
     own = heads.box_head[1].fc1.weight.grad.clone()
@@ -143,7 +145,7 @@ def test_stages_pull_at_the_features_with_the_weight_of_one():
     features["p3"].grad = None
     heads.num_cascade_stages = 1  # the scale is one over it
     torch.manual_seed(3)
-    _, losses = heads(None, features, [make_proposals(20, 0)], [ground_truth()])
+    _, losses = heads(None, features, [proposals_near_objects(20, 0)], [ground_truth()])
     sum(losses.values()).backward()
     assert got.any()
     torch.testing.assert_close(3 * got, features["p3"].grad)
@@ -154,7 +156,7 @@ def test_stages_pull_at_the_features_with_the_weight_of_one():
 def test_inference_averages_scores_and_takes_the_last_boxes():
     heads = make_heads().eval()
     features = make_features(2)
-    proposals = [make_proposals(20, 0), make_proposals(15, 1)]
+    proposals = [proposals_near_objects(20, 0), proposals_near_objects(15, 1)]
     got, losses = heads(None, features, proposals)
     assert losses == {}
     boxes, scores = [x.proposal_boxes.tensor for x in proposals], [0.0, 0.0]
@@ -173,13 +175,13 @@ def test_inference_averages_scores_and_takes_the_last_boxes():
 @pytest.mark.parametrize("seed", [0, 1])
 def test_images_without_regions(seed):
     heads = make_heads(proposal_append_gt=False)
-    none = make_proposals(0, 0)[:0]
+    none = proposals_near_objects(0, 0)[:0]
     _, losses = heads(None, make_features(2), [none, none], [ground_truth(), ground_truth(boxes=())])
     assert [v.item() for v in losses.values()] == [0] * 6
     sum(losses.values()).backward()
     assert all(p.grad is not None and not p.grad.any() for p in heads.parameters())
     with torch.no_grad():
-        out, _ = heads.eval()(None, make_features(2), [none, make_proposals(9, seed)])
+        out, _ = heads.eval()(None, make_features(2), [none, proposals_near_objects(9, seed)])
     assert len(out[0]) == 0 and len(out[1]) > 0
 
 
@@ -196,14 +198,14 @@ def test_regions_without_area_or_label_are_left_out():
 
 def test_wrong_use_is_named():
     with pytest.raises(ValueError, match="targets"):
-        make_heads()(None, make_features(1), [make_proposals(3, 0)])
+        make_heads()(None, make_features(1), [proposals_near_objects(3, 0)])
     with pytest.raises(ValueError, match="no proposal_matcher"):
         make_heads(proposal_matcher=Matcher([0.5], [0, 1]))
     with pytest.raises(ValueError, match="got 3, 3 and 2"):
         make_heads(proposal_matchers=[Matcher([0.5], [0, 1])] * 2)
     heads = make_heads(agnostic=False)
     with pytest.raises(ValueError, match="a stage predicts 3.*cls_agnostic_bbox_reg=True"):
-        heads(None, make_features(1), [make_proposals(3, 0)], [ground_truth()])
+        heads(None, make_features(1), [proposals_near_objects(3, 0)], [ground_truth()])
 
 
 @pytest.mark.parametrize(

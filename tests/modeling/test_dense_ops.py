@@ -19,14 +19,9 @@ from detlib.modeling.dense_ops import (
     top_per_level,
 )
 from detlib.structures import Boxes
+from tests.builders import random_boxes
 
 TRANSFORM = Box2BoxTransform((1, 1, 1, 1))
-
-
-def random_boxes(n, seed):
-    g = torch.Generator().manual_seed(seed)
-    corner = torch.rand(n, 2, generator=g) * 60
-    return Boxes(torch.cat((corner, corner + 5 + torch.rand(n, 2, generator=g) * 60), dim=1))
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -55,7 +50,7 @@ def test_top_per_level():
 
 def test_decode_top_is_the_top_of_all_decoded():
     g = torch.Generator().manual_seed(0)
-    anchors = [random_boxes(40, 1), random_boxes(9, 2)]
+    anchors = [Boxes(random_boxes(40, seed=1)), Boxes(random_boxes(9, seed=2))]
     scores = [torch.randn(2, len(a), generator=g) for a in anchors]
     deltas = [torch.randn(2, len(a), 4, generator=g) for a in anchors]
     boxes, top, levels = decode_top_predictions(anchors, scores, deltas, TRANSFORM, 12)
@@ -74,7 +69,7 @@ def test_decode_top_is_the_top_of_all_decoded():
 @pytest.mark.parametrize("loss_type", ["smooth_l1", "giou"])
 def test_dense_box_loss(loss_type):
     g = torch.Generator().manual_seed(0)
-    anchors, gt = random_boxes(30, 1), [random_boxes(30, s).tensor for s in (2, 3)]
+    anchors, gt = Boxes(random_boxes(30, seed=1)), [random_boxes(30, seed=s) for s in (2, 3)]
     pred = [torch.randn(2, 20, 4, generator=g), torch.randn(2, 10, 4, generator=g)]
     fg = [(0, 3), (1, 0), (1, 25), (0, 29)]
     loss = dense_box_regression_loss(
@@ -141,7 +136,7 @@ def test_best_candidates():
 
 def test_decode_candidates():
     g = torch.Generator().manual_seed(0)
-    anchors = [random_boxes(20, 1), random_boxes(6, 2)]
+    anchors = [Boxes(random_boxes(20, seed=1)), Boxes(random_boxes(6, seed=2))]
     deltas = [torch.randn(2, len(a), 4, generator=g) for a in anchors]
     deltas[1][0, 3, 2] = float("nan")
     scores = [torch.rand(2, len(a), 3, generator=g) for a in anchors]
@@ -180,7 +175,9 @@ def test_detections_per_image():
 def test_no_candidates():
     none = candidates_from_scores(torch.zeros(2, 5, 3), 0.5)
     assert isinstance(none, Candidates) and len(none.scores) == 0
-    found = decode_candidates([random_boxes(5, 0)], [torch.zeros(2, 5, 4)], [none], TRANSFORM, 0.5)
+    found = decode_candidates(
+        [Boxes(random_boxes(5, seed=0))], [torch.zeros(2, 5, 4)], [none], TRANSFORM, 0.5
+    )
     results = detections_per_image(*found, [(9, 9)] * 2, Boxes, 0.5, 10)
     assert [len(r) for r in results] == [0, 0] and results[0].pred_boxes.tensor.shape == (0, 4)
 
@@ -189,6 +186,6 @@ def test_checks():
     assert same_on_all_levels([3, 3], "channels") == 3
     with pytest.raises(ValueError, match=r"channels must be the same on each; got \[3, 4\]"):
         same_on_all_levels([3, 4], "channels")
-    check_rows([random_boxes(5, 0)], [torch.zeros(1, 5, 2)], "set it right")
+    check_rows([Boxes(random_boxes(5, seed=0))], [torch.zeros(1, 5, 2)], "set it right")
     with pytest.raises(ValueError, match=r"\[6\] anchors by level, there are \[5\]: set it right"):
-        check_rows([random_boxes(5, 0)], [torch.zeros(1, 6, 2)], "set it right")
+        check_rows([Boxes(random_boxes(5, seed=0))], [torch.zeros(1, 6, 2)], "set it right")

@@ -14,6 +14,7 @@ from detlib.modeling.box_regression import Box2BoxTransform
 from detlib.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers, fast_rcnn_inference
 from detlib.structures import Boxes, Instances
 from detlib.utils.events import EventStorage
+from tests.builders import random_boxes, slow_iou
 
 NUM_CLASSES = 5
 BBOX_PRED = ("bbox_pred.weight", "bbox_pred.bias")
@@ -25,30 +26,18 @@ def make_layers(**kwargs) -> FastRCNNOutputLayers:
     return FastRCNNOutputLayers(ShapeSpec(channels=6), **(args | kwargs))
 
 
-def random_boxes(count: int) -> torch.Tensor:
-    corner = torch.rand(count, 2) * 60
-    return torch.cat([corner, corner + 5 + torch.rand(count, 2) * 40], dim=1)
-
-
-def make_proposals(counts=(7, 4), empty_last=False) -> list[Instances]:
+def labeled_proposals(counts=(7, 4), empty_last=False) -> list[Instances]:
     proposals = []
     for i, count in enumerate(counts):
-        p = Instances((100, 110), proposal_boxes=Boxes(random_boxes(count)))
+        p = Instances((100, 110), proposal_boxes=Boxes(random_boxes(count, seed=2 * i)))
         p.gt_classes = torch.randint(0, NUM_CLASSES + 1, (count,))
         p.gt_classes[:2] = torch.tensor([1, NUM_CLASSES])
         if empty_last and i == len(counts) - 1:
             p.gt_classes[:] = NUM_CLASSES
         else:
-            p.gt_boxes = Boxes(random_boxes(count))
+            p.gt_boxes = Boxes(random_boxes(count, seed=2 * i + 1))
         proposals.append(p)
     return proposals
-
-
-def iou(a, b) -> float:
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    inter = max(width, 0) * max(height, 0)
-    return inter / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter)
 
 
 def slow_inference(boxes, scores, shape, score_thresh, nms_thresh, topk):
@@ -67,7 +56,7 @@ def slow_inference(boxes, scores, shape, score_thresh, nms_thresh, topk):
     found.sort(key=lambda x: -x[2])
     kept = []
     for x in found:
-        if all(x[1] != y[1] or iou(x[3], y[3]) <= nms_thresh for y in kept):
+        if all(x[1] != y[1] or slow_iou(x[3], y[3]) <= nms_thresh for y in kept):
             kept.append(x)
     return kept[:topk] if topk >= 0 else kept
 
@@ -76,7 +65,10 @@ def slow_inference(boxes, scores, shape, score_thresh, nms_thresh, topk):
 @pytest.mark.parametrize("topk", [-1, 10, 10_000])
 def test_inference_equals_slow_nms(agnostic, topk):
     torch.manual_seed(0)
-    boxes = random_boxes(60 * (1 if agnostic else NUM_CLASSES)).reshape(60, -1) * 1.4 - 15
+    boxes = (
+        random_boxes(60 * (1 if agnostic else NUM_CLASSES), min_side=5, max_side=45).reshape(60, -1) * 1.4
+        - 15
+    )
     boxes[1::2] = boxes[::2] + torch.randn(30, boxes.shape[1])
     scores = torch.randn(60, NUM_CLASSES + 1).mul(2).softmax(dim=1)
     boxes[3, 1], scores[8, 2], scores[9, -1] = math.nan, math.inf, math.nan
@@ -109,7 +101,7 @@ def test_inference_of_nothing():
 def test_layers_inference_applies_deltas_and_softmax():
     torch.manual_seed(1)
     layers = make_layers(test_score_thresh=0.15, test_nms_thresh=0.6, test_topk_per_image=12)
-    proposals = make_proposals((20, 15))
+    proposals = labeled_proposals((20, 15))
     logits, deltas = torch.randn(35, NUM_CLASSES + 1) * 2, torch.randn(35, NUM_CLASSES * 4)
     results, rows = layers.inference((logits, deltas), proposals)
     start = 0
@@ -149,7 +141,7 @@ def test_losses_equal_the_formulas(agnostic, beta):
     layers = make_layers(
         cls_agnostic_bbox_reg=agnostic, smooth_l1_beta=beta, loss_weight={"loss_box_reg": 2.0}
     )
-    proposals = make_proposals((7, 4, 3), empty_last=True)
+    proposals = labeled_proposals((7, 4, 3), empty_last=True)
     logits = torch.randn(14, NUM_CLASSES + 1)
     deltas = torch.randn(14, 4 if agnostic else 4 * NUM_CLASSES)
     with EventStorage() as storage:
@@ -189,7 +181,7 @@ def test_losses_equal_the_formulas(agnostic, beta):
 def test_iou_losses_equal_torchvision(kind, reference):
     torch.manual_seed(3)
     layers = make_layers(box_reg_loss_type=kind)
-    proposals = make_proposals()
+    proposals = labeled_proposals()
     predictions = torch.randn(11, NUM_CLASSES + 1), torch.randn(11, 4 * NUM_CLASSES) * 0.1
     with EventStorage():
         loss = layers.losses(predictions, proposals)["loss_box_reg"]
@@ -204,7 +196,7 @@ def test_iou_losses_equal_torchvision(kind, reference):
 def test_boxes_of_true_classes():
     torch.manual_seed(4)
     layers = make_layers()
-    proposals = make_proposals()
+    proposals = labeled_proposals()
     predictions = torch.zeros(11, NUM_CLASSES + 1), torch.randn(11, 4 * NUM_CLASSES)
     every = torch.cat(layers.predict_boxes(predictions, proposals))
     chosen = layers.predict_boxes_for_gt_classes(predictions, proposals)
@@ -216,7 +208,7 @@ def test_boxes_of_true_classes():
 def test_sigmoid_loss_and_probabilities():
     torch.manual_seed(5)
     layers = make_layers(use_sigmoid_ce=True)
-    proposals = make_proposals()
+    proposals = labeled_proposals()
     predictions = torch.randn(11, NUM_CLASSES + 1), torch.zeros(11, 4 * NUM_CLASSES)
     with EventStorage():
         loss = layers.losses(predictions, proposals)["loss_cls"]
@@ -321,7 +313,7 @@ def test_no_regions_give_zero_losses_with_a_graph(sigmoid, num_images):
 
 def test_background_alone_gives_no_box_loss():
     layers = make_layers()
-    proposals = make_proposals((6,), empty_last=True)
+    proposals = labeled_proposals((6,), empty_last=True)
     with EventStorage() as storage:
         losses = layers.losses(layers(torch.randn(6, 6)), proposals)
     assert losses["loss_box_reg"].item() == 0 and losses["loss_cls"].item() > 0

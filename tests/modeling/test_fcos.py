@@ -15,6 +15,7 @@ from tests.builders import (
     TinyFPN,
     overfits_training_batch,
     random_image,
+    slow_giou_loss,
     small_fcos,
 )
 
@@ -119,13 +120,6 @@ def predictions(anchors, seed=0):
     return [
         [s * torch.randn(2, len(a), n, generator=g) + s for a in anchors] for s, n in ((1, K), (2, 4), (1, 1))
     ]
-
-
-def slow_giou_loss(a, b):
-    inter = max(min(a[2], b[2]) - max(a[0], b[0]), 0) * max(min(a[3], b[3]) - max(a[1], b[1]), 0)
-    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter
-    hull = (max(a[2], b[2]) - min(a[0], b[0])) * (max(a[3], b[3]) - min(a[1], b[1]))
-    return 1 - inter / union + (hull - union) / hull
 
 
 def test_losses(anchors):

@@ -118,7 +118,7 @@ def test_errors(kwargs, words):
         FPN(**{"bottom_up": Maps(), "out_channels": 8, **kwargs})
 
 
-def small_config(name):
+def fpn_config(name):
     cfg = get_cfg()
     cfg.MODEL.BACKBONE.NAME = name
     cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 18, 64
@@ -136,7 +136,7 @@ def small_config(name):
     ],
 )
 def test_from_config(name, last, strides):
-    fpn = build_backbone(small_config(name))
+    fpn = build_backbone(fpn_config(name))
     assert list(fpn.output_shape()) == ["p3", "p4", "p5", *last]
     assert [s.stride for s in fpn.output_shape().values()] == strides
     assert fpn.output_shape()["p3"] == ShapeSpec(channels=16, stride=8)
@@ -145,7 +145,7 @@ def test_from_config(name, last, strides):
 
 
 def test_config_errors_name_the_key():
-    cfg = small_config("build_resnet_fpn_backbone")
+    cfg = fpn_config("build_resnet_fpn_backbone")
     cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3"]
     with pytest.raises(ValueError, match=r"MODEL.FPN.IN_FEATURES is \['res2', 'res3'\].*'res5'"):
         build_backbone(cfg)
@@ -153,7 +153,7 @@ def test_config_errors_name_the_key():
     cfg.MODEL.FPN.FUSE_TYPE = "max"
     with pytest.raises(ValueError, match="MODEL.FPN.FUSE_TYPE is 'max'"):
         build_backbone(cfg)
-    cfg = small_config("build_retinanet_resnet_fpn_backbone")
+    cfg = fpn_config("build_retinanet_resnet_fpn_backbone")
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res3", "res4"]
     with pytest.raises(ValueError, match="MODEL.RESNETS.OUT_FEATURES must hold 'res5'"):
         build_backbone(cfg)

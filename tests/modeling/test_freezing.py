@@ -7,7 +7,7 @@ from torch import nn
 from detlib.layers import FrozenBatchNorm2d
 from detlib.modeling.freezing import freeze_by_name
 from tests.builders import small_config
-from tests.modeling.test_all_architectures import batch, built
+from tests.modeling.architectures import architecture_batch, build_architecture
 
 
 def _small() -> nn.Module:
@@ -44,14 +44,14 @@ def test_patterns(patterns, frozen, norms):
 
 
 def test_what_is_frozen_stays_as_it_is_and_the_rest_is_trained(caplog):
-    model = built("retinanet_bn")
+    model = build_architecture("retinanet_bn")
     with caplog.at_level(logging.INFO, logger="detlib"):
         freeze_by_name(model, ["backbone.bottom_up", "head.cls_subnet"])
     assert "Froze 64 of 88 parameters" in caplog.text and "those of 5 BatchNorm layers" in caplog.text
     before = {k: v.clone() for k, v in model.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
     model.train()
-    sum(model(batch("retinanet_bn")).values()).backward()
+    sum(model(architecture_batch("retinanet_bn")).values()).backward()
     optimizer.step()
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert changed and not [k for k in changed if k.startswith(("backbone.bottom_up.", "head.cls_subnet."))]
@@ -59,7 +59,7 @@ def test_what_is_frozen_stays_as_it_is_and_the_rest_is_trained(caplog):
 
 
 def test_patterns_that_fit_nothing():
-    model = built("retinanet")
+    model = build_architecture("retinanet")
     with pytest.raises(ValueError, match=r"no parameter fits 'backbone.botom_up'.*backbone.bottom_up"):
         freeze_by_name(model, ["backbone.botom_up"])
     with pytest.raises(ValueError, match="MODEL.FREEZE .train.freeze.: no parameter fits 'x.\\*'"):

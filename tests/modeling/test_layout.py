@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from tests.modeling.architectures import architecture_batch, build_architecture
 from tests.modeling.detr.small_models import MODELS
 from tests.modeling.detr.small_models import batch as detr_batch
-from tests.modeling.test_all_architectures import batch, built
 
 
 def layouts(model: torch.nn.Module, modules: list[torch.nn.Module], items: list[dict]) -> set[str]:
@@ -34,16 +34,16 @@ def convolutions(model: torch.nn.Module) -> list[torch.nn.Module]:
     "name", ["mask_rcnn", "dc5", "deformable", "gn", "frozen", "syncbn", "c4", "retinanet", "regnety"]
 )
 def test_convolutions_of_backbones_get_channels_last_maps(name):
-    model = built(name)
-    assert layouts(model, convolutions(model), batch(name)) == {"channels-last"}
+    model = build_architecture(name)
+    assert layouts(model, convolutions(model), architecture_batch(name)) == {"channels-last"}
 
 
 @pytest.mark.parametrize("name", ["mask_rcnn", "dc5", "cascade"])
 def test_box_heads_get_contiguous_features(name):
-    model = built(name)
+    model = build_architecture(name)
     head = model.roi_heads.box_head
     heads = list(head) if isinstance(head, torch.nn.ModuleList) else [head]
-    assert layouts(model, heads, batch(name)) == {"contiguous"}
+    assert layouts(model, heads, architecture_batch(name)) == {"contiguous"}
 
 
 @pytest.mark.parametrize(
@@ -51,9 +51,9 @@ def test_box_heads_get_contiguous_features(name):
     [("mask_rcnn", "mask_head"), ("keypoint", "keypoint_head"), ("gn", "box_head"), ("c4", "mask_head")],
 )
 def test_convolutions_of_heads_get_channels_last_maps(name, head):
-    model = built(name)
+    model = build_architecture(name)
     convolutions = [m for m in getattr(model.roi_heads, head).modules() if isinstance(m, torch.nn.Conv2d)]
-    assert layouts(model, convolutions, batch(name)) == {"channels-last"}
+    assert layouts(model, convolutions, architecture_batch(name)) == {"channels-last"}
 
 
 @pytest.mark.parametrize("name", MODELS)

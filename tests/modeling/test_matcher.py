@@ -6,12 +6,7 @@ from torchvision.models.detection._utils import Matcher as TorchvisionMatcher
 
 from detlib.modeling.matcher import Matcher, match_boxes
 from detlib.structures import Boxes
-
-
-def random_boxes(n, seed):
-    g = torch.Generator().manual_seed(seed)
-    corner = torch.rand(n, 2, generator=g) * 60
-    return Boxes(torch.cat((corner, corner + 5 + torch.rand(n, 2, generator=g) * 60), dim=1))
+from tests.builders import random_boxes
 
 
 def test_worked_example():
@@ -80,7 +75,7 @@ def test_errors(thresholds, labels, words):
 @pytest.mark.parametrize("max_pairs", [1, 700, 2**20])
 def test_matching_in_parts_changes_nothing(low_quality, max_pairs):
     matcher = Matcher([0.3, 0.7], [0, -1, 1], low_quality)
-    gt, boxes = random_boxes(23, 0), random_boxes(300, 1)
+    gt, boxes = Boxes(random_boxes(23, seed=0)), Boxes(random_boxes(300, seed=1))
     gt = Boxes.cat([gt, gt[:4]])  # duplicates tie
     matches, labels = match_boxes(matcher, gt, boxes, max_pairs=max_pairs)
     want_matches, want_labels = matcher(gt.pairwise_iou(boxes))
@@ -96,8 +91,8 @@ def test_memory_is_bounded():
             sizes.append(len(self) * len(other))
             return super().pairwise_iou(other)
 
-    gt = Watched(random_boxes(50, 0).tensor)
-    match_boxes(Matcher([0.5], [0, 1]), gt, Watched(random_boxes(100, 1).tensor), max_pairs=1000)
+    gt = Watched(random_boxes(50, seed=0))
+    match_boxes(Matcher([0.5], [0, 1]), gt, Watched(random_boxes(100, seed=1)), max_pairs=1000)
     assert max(sizes) <= 1000 and sum(sizes) == 5000
 
 
@@ -107,4 +102,6 @@ def test_a_subclass_sees_the_whole_matrix():
             assert match_quality_matrix.shape == (5, 40)
             return super().__call__(match_quality_matrix)
 
-    match_boxes(Mine([0.5], [0, 1]), random_boxes(5, 0), random_boxes(40, 1), max_pairs=10)
+    match_boxes(
+        Mine([0.5], [0, 1]), Boxes(random_boxes(5, seed=0)), Boxes(random_boxes(40, seed=1)), max_pairs=10
+    )

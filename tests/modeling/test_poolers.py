@@ -13,7 +13,7 @@ from detlib.structures import Boxes, RotatedBoxes
 STRIDES = (4, 8, 16, 32)
 
 
-def random_boxes(count: int, generator: torch.Generator, height: int = 256, width: int = 320) -> Boxes:
+def boxes_of_all_sizes(count: int, generator: torch.Generator, height: int = 256, width: int = 320) -> Boxes:
     sides = 2 ** (5 + 4.5 * torch.rand(count, 2, generator=generator))
     corner = torch.rand(count, 2, generator=generator) * torch.tensor([width, height]) - 10
     return Boxes(torch.cat([corner, corner + sides], dim=1))
@@ -26,7 +26,7 @@ def slow_level(box, min_level: int, max_level: int, size: int = 224, level: int 
 
 
 def test_levels_follow_the_formula():
-    boxes = random_boxes(300, torch.Generator().manual_seed(0))
+    boxes = boxes_of_all_sizes(300, torch.Generator().manual_seed(0))
     got = assign_boxes_to_levels([boxes[:100], boxes[100:]], 2, 5, 224, 4)
     assert got.dtype == torch.int64
     assert got.tolist() == [slow_level(b.tolist(), 2, 5) for b in boxes.tensor]
@@ -71,7 +71,7 @@ def pool_one_by_one(kind: str, features, box_lists, output_size, sampling_ratio:
 def test_pooling_equals_torchvision_box_by_box(kind, sampling_ratio, num_levels):
     generator = torch.Generator().manual_seed(1)
     features = [torch.randn(3, 5, 256 // s, 320 // s, generator=generator) for s in STRIDES[:num_levels]]
-    box_lists = [random_boxes(n, generator) for n in (17, 0, 8)]
+    box_lists = [boxes_of_all_sizes(n, generator) for n in (17, 0, 8)]
     ours = [f.clone().requires_grad_() for f in features]
     theirs = [f.clone().requires_grad_() for f in features]
 

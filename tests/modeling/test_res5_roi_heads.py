@@ -13,8 +13,8 @@ from detlib.modeling.box_regression import Box2BoxTransform
 from detlib.modeling.matcher import Matcher
 from detlib.modeling.poolers import ROIPooler
 from detlib.modeling.roi_heads import FastRCNNOutputLayers, MaskRCNNConvUpsampleHead, Res5ROIHeads
-from detlib.structures import Boxes, Instances
-from tests.builders import NUM_CLASSES, ground_truth, small_config
+from detlib.structures import Instances
+from tests.builders import NUM_CLASSES, ground_truth, make_proposals, small_config
 
 SIZE = (64, 96)
 C4 = "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x.yaml"
@@ -51,12 +51,6 @@ def make_features(num_images: int) -> dict[str, torch.Tensor]:
     return {"res4": torch.randn(num_images, 4, 4, 6, generator=generator), "other": torch.zeros(1)}
 
 
-def make_proposals(*boxes) -> Instances:
-    x = Instances(SIZE, proposal_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)))
-    x.objectness_logits = torch.zeros(len(x))
-    return x
-
-
 NEAR_FIRST, APART = (8, 8, 40, 36), (50, 0, 90, 10)
 
 
@@ -64,7 +58,7 @@ def test_training_losses_are_those_of_the_branches():
     heads = make_heads()
     assert isinstance(heads.res5, nn.Sequential) and "res5.1.conv3.weight" in heads.state_dict()
     features = make_features(2)
-    proposals = [make_proposals(NEAR_FIRST, APART), make_proposals(APART)]
+    proposals = [make_proposals([NEAR_FIRST, APART]), make_proposals([APART])]
     sampled, losses = heads(None, features, proposals, [ground_truth(), ground_truth(boxes=())])
     assert [len(x) for x in sampled] == [4, 1]
 
@@ -89,7 +83,7 @@ def test_inference_pools_anew_from_the_detections():
     heads = make_heads().eval()
     nn.init.constant_(heads.box_predictor.bbox_pred.bias, 0.7)
     features = make_features(2)
-    proposals = [make_proposals(NEAR_FIRST, APART), make_proposals()]
+    proposals = [make_proposals([NEAR_FIRST, APART]), make_proposals([])]
     whole, losses = heads(None, features, proposals)
     assert losses == {} and len(whole[0]) > 0 and len(whole[1]) == 0
     assert whole[1].pred_masks.shape == (0, 1, 6, 6)
@@ -106,20 +100,20 @@ def test_inference_pools_anew_from_the_detections():
 def test_heads_without_masks():
     heads = make_heads(mask_head=None, res5=nn.Conv2d(4, 8, 3, stride=2, padding=1))
     assert not heads.mask_on and isinstance(heads.res5, nn.Conv2d)
-    _, losses = heads(None, make_features(1), [make_proposals(NEAR_FIRST)], [ground_truth()])
+    _, losses = heads(None, make_features(1), [make_proposals([NEAR_FIRST])], [ground_truth()])
     assert set(losses) == {"loss_cls", "loss_box_reg"}
-    out, _ = heads.eval()(None, make_features(1), [make_proposals(NEAR_FIRST)])
+    out, _ = heads.eval()(None, make_features(1), [make_proposals([NEAR_FIRST])])
     assert set(out[0].get_fields()) == {"pred_boxes", "scores", "pred_classes"}
 
 
 def test_wrong_use_is_named():
     heads = make_heads()
     with pytest.raises(ValueError, match="targets"):
-        heads(None, make_features(1), [make_proposals(APART)])
+        heads(None, make_features(1), [make_proposals([APART])])
     with pytest.raises(ValueError, match=r"eval\(\)"):
         heads.forward_with_given_boxes(make_features(1), [])
     with pytest.raises(ValueError, match="'pred_boxes' and 'pred_classes'"):
-        heads.eval().forward_with_given_boxes(make_features(1), [make_proposals(APART)])
+        heads.eval().forward_with_given_boxes(make_features(1), [make_proposals([APART])])
 
 
 def test_config():

@@ -22,6 +22,7 @@ from detlib.modeling.backbone import (
     build_resnet_backbone,
     make_stage,
 )
+from tests.modeling.torchvision_reference import randomize_norms
 
 STAGES = ["res2", "res3", "res4", "res5"]
 
@@ -36,15 +37,6 @@ def from_torchvision(state):
         name = name.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
         out[re.sub(r"^fc\.", "linear.", name)] = value
     return out
-
-
-def randomize_norms(model):
-    g = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.copy_(0.1 * torch.randn(module.num_features, generator=g))
-            module.running_var.copy_(0.5 + torch.rand(module.num_features, generator=g))
-            module.weight.data.copy_(0.5 + 0.3 * torch.rand(module.num_features, generator=g))
 
 
 @pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])

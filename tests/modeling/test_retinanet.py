@@ -22,6 +22,7 @@ from tests.builders import (
     ground_truth,
     overfits_training_batch,
     random_image,
+    slow_giou_loss,
     small_config,
     training_batch,
 )
@@ -103,13 +104,6 @@ def test_losses(anchors, loss_type):
     # Without objects the normaliser falls as if there were one.
     model.losses(anchors, logits, [torch.full_like(x, K) for x in labels], deltas, boxes)
     assert model.loss_normalizer == pytest.approx(0.9 * normalizer + 0.1)
-
-
-def slow_giou_loss(a, b):
-    inter = max(min(a[2], b[2]) - max(a[0], b[0]), 0) * max(min(a[3], b[3]) - max(a[1], b[1]), 0)
-    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter
-    hull = (max(a[2], b[2]) - min(a[0], b[0])) * (max(a[3], b[3]) - min(a[1], b[1]))
-    return 1 - inter / union + (hull - union) / hull
 
 
 def slow_detections(model, anchors, scores, deltas, threshold, topk, nms_thresh, limit):

@@ -17,7 +17,7 @@ from detlib.modeling.roi_heads import (
 )
 from detlib.structures import Boxes, Instances
 from detlib.utils.events import EventStorage
-from tests.builders import NUM_CLASSES, ground_truth, small_config
+from tests.builders import NUM_CLASSES, ground_truth, make_proposals, small_config
 
 SIZE = (64, 96)
 SHAPES = {"p2": ShapeSpec(channels=4, stride=4), "p3": ShapeSpec(channels=4, stride=8)}
@@ -56,12 +56,6 @@ def make_features(num_images: int) -> dict[str, torch.Tensor]:
         name: torch.randn(num_images, 4, SIZE[0] // s.stride, SIZE[1] // s.stride, generator=generator)
         for name, s in SHAPES.items()
     }
-
-
-def make_proposals(boxes) -> Instances:
-    x = Instances(SIZE, proposal_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)))
-    x.objectness_logits = torch.zeros(len(x))
-    return x
 
 
 # The truth has boxes (8, 8, 40, 40) of class 0 and (30, 20, 90, 60) of class 1.

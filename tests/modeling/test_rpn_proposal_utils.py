@@ -12,14 +12,9 @@ from detlib.modeling.proposal_generator.proposal_utils import (
     find_top_rpn_proposals,
 )
 from detlib.structures import Boxes, Instances
+from tests.builders import make_proposals, random_boxes
 
 SIZES = [(60, 64), (48, 50)]
-
-
-def random_boxes(n, seed, shape=()):
-    g = torch.Generator().manual_seed(seed)
-    corner = torch.rand(*shape, n, 2, generator=g) * 50 - 10
-    return torch.cat((corner, corner + torch.rand(*shape, n, 2, generator=g) * 40), dim=-1)
 
 
 def slow_proposals(boxes, scores, sizes, thresh, pre, post, min_size):
@@ -45,7 +40,10 @@ def slow_proposals(boxes, scores, sizes, thresh, pre, post, min_size):
 @pytest.mark.parametrize("pre, post, min_size", [(30, 1000, 0.0), (1000, 20, 0.0), (25, 15, 12.0)])
 def test_find_top_proposals(training, pre, post, min_size):
     g = torch.Generator().manual_seed(0)
-    boxes = [random_boxes(60, 1, (2,)), random_boxes(20, 2, (2,))]
+    boxes = [
+        (random_boxes(2 * 60, (90, 90), 0, 40, seed=1) - 10).reshape(2, 60, 4),
+        (random_boxes(2 * 20, (90, 90), 0, 40, seed=2) - 10).reshape(2, 20, 4),
+    ]
     scores = [torch.randn(2, 60, generator=g), torch.randn(2, 20, generator=g)]
     given = [b.clone() for b in boxes]
     got = find_top_rpn_proposals(boxes, scores, SIZES, 0.5, pre, post, min_size, training)
@@ -61,7 +59,10 @@ def test_find_top_proposals(training, pre, post, min_size):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["boxes", "scores"])
 def test_numbers_that_are_not_finite(bad, where):
-    boxes, scores = [random_boxes(10, 1, (2,))], [torch.arange(20.0).view(2, 10)]
+    boxes, scores = (
+        [(random_boxes(2 * 10, (90, 90), 0, 40, seed=1) - 10).reshape(2, 10, 4)],
+        [torch.arange(20.0).view(2, 10)],
+    )
     if where == "boxes":
         boxes[0][1, 9, 2] = bad
     else:
@@ -80,17 +81,11 @@ def test_no_proposal_survives():
     assert len(inst) == 0 and inst.proposal_boxes.tensor.shape == (0, 4)
 
 
-def make_proposals(n, seed):
-    inst = Instances((50, 60))
-    inst.proposal_boxes = Boxes(random_boxes(n, seed))
-    inst.objectness_logits = torch.arange(float(n))
-    return inst
-
-
 def test_ground_truth_joins_the_proposals():
-    proposals = make_proposals(3, 0)
+    proposals = make_proposals(random_boxes(3, (90, 90), 0, 40), (50, 60))
+    proposals.objectness_logits = torch.arange(3.0)
     gt = Instances((50, 60))
-    gt.gt_boxes, gt.gt_classes = Boxes(random_boxes(2, 1)), torch.tensor([1, 2])
+    gt.gt_boxes, gt.gt_classes = Boxes(random_boxes(2, (90, 90), 0, 40, seed=1)), torch.tensor([1, 2])
     for truth in (gt, gt.gt_boxes):
         (joined,) = add_ground_truth_to_proposals([truth], [proposals])
         assert len(joined) == 5 and set(joined.get_fields()) == {"proposal_boxes", "objectness_logits"}
@@ -102,10 +97,11 @@ def test_ground_truth_joins_the_proposals():
 
 
 def test_ground_truth_must_have_the_proposals_fields():
-    proposals = make_proposals(2, 0)
+    proposals = make_proposals(random_boxes(2, (90, 90), 0, 40), (50, 60))
+    proposals.objectness_logits = torch.arange(2.0)
     proposals.keep_me = torch.tensor([1, 2])
     gt = Instances((50, 60))
-    gt.gt_boxes = Boxes(random_boxes(1, 1))
+    gt.gt_boxes = Boxes(random_boxes(1, (90, 90), 0, 40, seed=1))
     with pytest.raises(ValueError, match="'keep_me'"):
         add_ground_truth_to_proposals_single_image(gt, proposals)
     gt.keep_me = torch.tensor([3])

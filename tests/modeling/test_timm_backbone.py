@@ -10,17 +10,9 @@ from torch import nn
 
 from detlib.layers import FrozenBatchNorm2d
 from detlib.modeling.backbone import TimmBackbone
-from tests.modeling.test_resnet import randomize_norms
+from tests.modeling.torchvision_reference import random_input, randomize_norms, shapes, torchvision_maps
 
 timm = pytest.importorskip("timm")
-
-
-def picture(height, width, channels=3):
-    return torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(3))
-
-
-def shapes(backbone):
-    return {name: (spec.channels, spec.stride) for name, spec in backbone.output_shape().items()}
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +21,6 @@ def torchvision_resnet():
     net = torchvision.models.resnet18()
     randomize_norms(net)
     return net.eval()
-
-
-def torchvision_maps(net, x):
-    maps = []
-    for part in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
-        x = getattr(net, part)(x)
-        if part == "relu" or part.startswith("layer"):
-            maps.append(x.clone())
-    return maps
 
 
 @pytest.mark.parametrize("norm_layer", [None, FrozenBatchNorm2d, "FrozenBN"])
@@ -50,7 +33,7 @@ def test_resnet_gives_torchvisions_maps(torchvision_resnet, norm_layer, tmp_path
     )
     assert shapes(backbone) == {"p0": (64, 2), "p2": (128, 8), "p3": (256, 16), "p4": (512, 32)}
     assert backbone.size_divisibility == 0
-    x = picture(97, 130)
+    x = random_input(97, 130)
     with torch.no_grad():
         got = backbone.eval()(x)
         want = torchvision_maps(torchvision_resnet, x)
@@ -67,7 +50,7 @@ def test_resnet_gives_torchvisions_maps(torchvision_resnet, norm_layer, tmp_path
 
 def test_all_that_trains_gets_gradients():
     backbone = TimmBackbone("resnet18", out_indices=(2, 3), norm_layer=FrozenBatchNorm2d)
-    sum(y.sum() for y in backbone(picture(64, 64)).values()).backward()
+    sum(y.sum() for y in backbone(random_input(64, 64)).values()).backward()
     assert all(p.grad is not None for p in backbone.parameters())
     names = [name for name, _ in backbone.named_parameters()]
     assert names[0] == "timm_model.conv1.weight"
@@ -82,7 +65,7 @@ def test_frozen_norms_keep_eps_and_activation():
     randomize_norms(theirs)
     ours = TimmBackbone(name, out_indices=(1, 3), norm_layer=FrozenBatchNorm2d)
     ours.timm_model.load_state_dict(theirs.state_dict())
-    x = picture(70, 50)
+    x = random_input(70, 50)
     with torch.no_grad():
         got, want = ours(x), theirs.eval()(x)  # ours is in training mode, and must not mind
     for ours_map, their_map in zip(got.values(), want, strict=True):
@@ -106,7 +89,7 @@ def test_other_networks_at_any_size(name, want):
     backbone = TimmBackbone(name, out_indices=(1, 3))
     assert shapes(backbone) == want and backbone.size_divisibility == 0
     for height, width in ((64, 96), (75, 101)):
-        maps = backbone(picture(height, width))
+        maps = backbone(random_input(height, width))
         for key, y in maps.items():
             channels, stride = want[key]
             sizes = {side: {side // stride, -(-side // stride)} for side in (height, width)}
@@ -120,7 +103,7 @@ def test_other_networks_at_any_size(name, want):
 
 def test_channels_last_maps_are_turned():
     backbone = TimmBackbone("swin_tiny_patch4_window7_224", out_indices=(0,)).eval()
-    x = picture(64, 96)
+    x = random_input(64, 96)
     with torch.no_grad():
         (theirs,) = backbone.timm_model(x)
         assert theirs.shape == (2, 16, 24, 96)

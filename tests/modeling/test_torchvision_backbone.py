@@ -8,8 +8,7 @@ import torchvision
 from torch import nn
 
 from detlib.modeling.backbone import TorchvisionBackbone
-from tests.modeling.test_resnet import randomize_norms
-from tests.modeling.test_timm_backbone import picture, shapes, torchvision_maps
+from tests.modeling.torchvision_reference import random_input, randomize_norms, shapes, torchvision_maps
 
 NODES = {"layer2": "res3", "layer3": "res4", "layer4": "res5"}
 
@@ -26,7 +25,7 @@ def test_maps(backbone):
     theirs = torchvision.models.resnet18()
     theirs.load_state_dict(backbone.model.state_dict())
     assert shapes(backbone) == {"res3": (128, 8), "res4": (256, 16), "res5": (512, 32)}
-    x = picture(97, 130)
+    x = random_input(97, 130)
     with torch.no_grad():
         for mode in (False, True):  # in training the norms take the statistics of the batch
             got = copy.deepcopy(backbone).train(mode)(x)
@@ -51,7 +50,7 @@ def test_both_names_are_one_tensor(backbone):
 def test_what_trains(backbone):
     """Batch norms do; the classifier, which no map depends on, does not."""
     module = copy.deepcopy(backbone).train()
-    sum(y.square().sum() for y in module(picture(64, 64)).values()).backward()
+    sum(y.square().sum() for y in module(random_input(64, 64)).values()).backward()
     trained = {name for name, p in module.named_parameters() if p.requires_grad}
     assert trained == {name for name, p in module.named_parameters() if p.grad is not None}
     assert {"model.bn1.weight", "model.layer4.1.bn2.bias"} <= trained
@@ -90,7 +89,7 @@ def test_copies_stay_in_their_mode(is_training):
     modes = {name: module.training for name, module in net.named_modules()}
     assert {name: module.training for name, module in twin.named_modules()} == modes
     assert not {id(p) for p in twin.parameters()} & {id(p) for p in net.parameters()}
-    x = picture(64, 96)
+    x = random_input(64, 96)
     torch.testing.assert_close(twin(x)["p"], net(x)["p"], rtol=0, atol=0)
 
 

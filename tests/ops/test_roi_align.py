@@ -7,25 +7,7 @@ import torch
 
 from detlib.ops import roi_align
 from detlib.ops.roi_align import reference_roi_align, reference_roi_align_backward
-
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-
-
-def bilinear(plane, y, x):
-    """Values of `plane` (C, H, W) at points `y`, `x` (in cells, any one shape): (C, *shape).
-
-    Zero more than a cell outside the map, the border's value within a cell of it.
-    """
-    height, width = plane.shape[1:]
-    inside = (y >= -1) & (y <= height) & (x >= -1) & (x <= width)
-    y, x = y.clamp(0, height - 1), x.clamp(0, width - 1)
-    y0, x0 = y.floor().long(), x.floor().long()
-    y1, x1 = (y0 + 1).clamp(max=height - 1), (x0 + 1).clamp(max=width - 1)
-    fy, fx = y - y0, x - x0
-    upper = plane[:, y0, x0] * (1 - fx) + plane[:, y0, x1] * fx
-    lower = plane[:, y1, x0] * (1 - fx) + plane[:, y1, x1] * fx
-    return (upper * (1 - fy) + lower * fy) * inside
+from tests.ops.cases import DTYPES, TOLERANCE, bilinear, feature_map, rois
 
 
 def slow_roi_align(input, boxes, output_size, spatial_scale, sampling_ratio, aligned):
@@ -52,27 +34,11 @@ def slow_roi_align(input, boxes, output_size, spatial_scale, sampling_ratio, ali
     return torch.stack(output)
 
 
-def feature_map(dtype=torch.float32, size=(2, 3, 12, 17), seed=0):
-    return torch.rand(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def some_boxes(dtype=torch.float32):
-    """Boxes on two images of 48 x 68: inside, over each border, outside, tiny, empty, inverted, huge."""
-    corners = [
-        [4.0, 4.0, 30.0, 40.0], [0.0, 0.0, 68.0, 48.0], [-9.0, -7.0, 20.0, 11.0], [50.0, 30.0, 90.0, 70.0],
-        [100.0, 100.0, 140.0, 120.0], [-60.0, 5.0, -20.0, 20.0], [10.3, 10.6, 10.9, 10.7],
-        [20.0, 9.0, 20.0, 30.0], [33.0, 20.0, 21.0, 10.0], [1.5, 2.5, 66.25, 47.75],
-        [-300.0, -90.0, 400.0, 150.0],
-    ]  # fmt: skip
-    image = torch.arange(len(corners), dtype=dtype)[:, None] % 2
-    return torch.cat([image, torch.tensor(corners, dtype=dtype)], 1)
-
-
 @pytest.mark.parametrize("aligned", [False, True])
 @pytest.mark.parametrize("sampling_ratio", [-1, 0, 1, 3])
 @pytest.mark.parametrize("output_size", [(7, 7), (3, 5), (14, 14), (1, 1), (9, 20)])
 def test_values_are_the_definition(output_size, sampling_ratio, aligned):
-    input, boxes = feature_map(torch.float64), some_boxes(torch.float64)
+    input, boxes = feature_map(torch.float64), rois(torch.float64)
     expected = slow_roi_align(input, boxes, output_size, 0.25, sampling_ratio, aligned)
     torch.testing.assert_close(roi_align(input, boxes, output_size, 0.25, sampling_ratio, aligned), expected)
     reference = reference_roi_align(input, boxes, 0.25, *output_size, sampling_ratio, aligned)
@@ -83,7 +49,7 @@ def test_values_are_the_definition(output_size, sampling_ratio, aligned):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_map_widths_and_dtypes(dtype, width):
     """Narrow maps and those that end within a vector take other paths in the kernel."""
-    input, boxes = feature_map(dtype, (2, 5, 12, width)), some_boxes()
+    input, boxes = feature_map(dtype, (2, 5, 12, width)), rois()
     got = roi_align(input, boxes, (7, 7), 0.25, 0, True)
     assert got.dtype == dtype and got.is_contiguous()
     expected = slow_roi_align(input, boxes, (7, 7), 0.25, 0, True)
@@ -95,7 +61,7 @@ def test_map_widths_and_dtypes(dtype, width):
     "sampling_ratio,aligned,size", [(0, True, (7, 7)), (2, False, (14, 14)), (0, False, (3, 9))]
 )
 def test_backward_is_the_gradient_of_the_definition(dtype, sampling_ratio, aligned, size):
-    shape, boxes = (2, 3, 12, 17), some_boxes()
+    shape, boxes = (2, 3, 12, 17), rois()
     grad = torch.randn(len(boxes), 3, *size, generator=torch.Generator().manual_seed(1)).to(dtype)
     scalars = (0.25, *size, *shape, sampling_ratio, aligned)
     got = torch.ops.detlib.roi_align_backward(grad, boxes, *scalars)
@@ -128,7 +94,7 @@ def test_equals_torchvision_at_real_size(sampling_ratio):
 
 def test_gradients_of_first_and_second_order():
     input = feature_map(torch.float64, (2, 1, 4, 9)).requires_grad_()
-    boxes = some_boxes(torch.float64)[:4]
+    boxes = rois(torch.float64)[:4]
 
     def pooled(input):
         return roi_align(input, boxes, (3, 2), 0.15, 0, True)
@@ -138,7 +104,7 @@ def test_gradients_of_first_and_second_order():
 
 
 def test_layouts_agree():
-    input, boxes = feature_map(), some_boxes()
+    input, boxes = feature_map(), rois()
     expected = roi_align(input, boxes, 7, 0.25, 0, True)
     sliced = torch.stack([input, -input], 2)[:, :, 0]
     assert not sliced.is_contiguous()
@@ -157,7 +123,7 @@ def test_layouts_agree():
 @pytest.mark.parametrize("sampling_ratio,aligned,size", [(0, True, (7, 7)), (2, False, (3, 20))])
 def test_channels_last(dtype, channels, sampling_ratio, aligned, size):
     """Numbers of channels that fill vectors, leave a rest, and need more than one block."""
-    shape, boxes = (2, channels, 12, 17), some_boxes()
+    shape, boxes = (2, channels, 12, 17), rois()
     input = feature_map(dtype, shape).to(memory_format=torch.channels_last).requires_grad_()
     got = roi_align(input, boxes, size, 0.25, sampling_ratio, aligned)
     assert got.dtype == dtype and got.is_contiguous(memory_format=torch.channels_last)
@@ -176,7 +142,7 @@ def test_channels_last(dtype, channels, sampling_ratio, aligned, size):
 
 
 def test_gradient_has_the_layout_of_the_input():
-    input, boxes = feature_map().requires_grad_(), some_boxes()
+    input, boxes = feature_map().requires_grad_(), rois()
     pooled = roi_align(input, boxes, 7, 0.25)
     grad = torch.randn(pooled.shape).to(memory_format=torch.channels_last)
     assert torch.autograd.grad(pooled, input, grad)[0].is_contiguous()
@@ -184,7 +150,7 @@ def test_gradient_has_the_layout_of_the_input():
 
 def test_channels_last_gradients_of_first_and_second_order():
     input = feature_map(torch.float64, (2, 2, 4, 5)).to(memory_format=torch.channels_last).requires_grad_()
-    boxes = some_boxes(torch.float64)[:4]
+    boxes = rois(torch.float64)[:4]
 
     def pooled(input):
         return roi_align(input, boxes, (3, 2), 0.15, 0, True)
@@ -194,7 +160,7 @@ def test_channels_last_gradients_of_first_and_second_order():
 
 
 def test_boxes_per_image_and_box_precision():
-    input, boxes = feature_map(), some_boxes()
+    input, boxes = feature_map(), rois()
     listed = [boxes[boxes[:, 0] == i][:, 1:] for i in range(2)]
     order = torch.cat([(boxes[:, 0] == i).nonzero().squeeze(1) for i in range(2)])
     assert torch.equal(roi_align(input, listed, 5, 0.25), roi_align(input, boxes[order], 5, 0.25))
@@ -213,7 +179,7 @@ def test_empty_inputs():
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_boxes_that_are_not_finite_or_huge(layout):
-    input, boxes = feature_map().to(memory_format=layout), some_boxes()[:3]
+    input, boxes = feature_map().to(memory_format=layout), rois()[:3]
     expected = roi_align(input, boxes, 7, 0.25, 0, True)
     boxes = torch.cat(
         [boxes, torch.tensor([[0, 1, 2, torch.nan, 4], [1, -torch.inf, 0, 5, 9], [0, -1e9, -1e9, 1e9, 1e9]])]
@@ -256,7 +222,7 @@ def test_backward_is_the_same_on_every_run(layout):
     ],
 )
 def test_wrong_arguments_are_named(change, message):
-    arguments = {"input": feature_map(), "boxes": some_boxes(), "output_size": 7} | change
+    arguments = {"input": feature_map(), "boxes": rois(), "output_size": 7} | change
     with pytest.raises(ValueError, match=message):
         roi_align(**arguments)
 

@@ -9,7 +9,7 @@ import torch
 
 from detlib.ops import roi_align, roi_align_rotated
 from detlib.ops.roi_align_rotated import reference_roi_align_rotated, reference_roi_align_rotated_backward
-from tests.ops.test_roi_align import DTYPES, TOLERANCE, bilinear, feature_map
+from tests.ops.cases import DTYPES, TOLERANCE, bilinear, feature_map, rotated_rois
 
 
 def slow_roi_align_rotated(input, boxes, output_size, spatial_scale, sampling_ratio):
@@ -31,18 +31,6 @@ def slow_roi_align_rotated(input, boxes, output_size, spatial_scale, sampling_ra
     return torch.stack(output)
 
 
-def some_boxes(dtype=torch.float32):
-    """Boxes on two images of 48 x 68: inside, over each border, outside, tiny, empty, huge."""
-    boxes = [
-        [17.0, 22.0, 26.0, 36.0, 10.0], [34.0, 24.0, 68.0, 48.0, -30.0], [5.0, 2.0, 29.0, 18.0, 77.0],
-        [70.0, 50.0, 41.0, 40.0, 44.0], [120.0, 110.0, 40.0, 20.0, 5.0], [-40.0, 12.0, 40.0, 15.0, 200.0],
-        [10.6, 10.65, 0.6, 0.1, -120.0], [20.0, 19.0, 0.0, 21.0, 33.0], [34.1, 25.2, 64.7, 45.3, 400.0],
-        [50.0, 30.0, 700.0, 240.0, 15.0], [30.0, 20.0, 11.0, 30.0, 90.0],
-    ]  # fmt: skip
-    image = torch.arange(len(boxes), dtype=dtype)[:, None] % 2
-    return torch.cat([image, torch.tensor(boxes, dtype=dtype)], 1)
-
-
 def test_values_of_detectron2():
     """At spatial scale 1/4; gradients of the sum of the outputs, and of the sum of their squares."""
     with np.load(Path(__file__).with_name("rotated.npz")) as arrays:
@@ -59,7 +47,7 @@ def test_values_of_detectron2():
 @pytest.mark.parametrize("spatial_scale", [0.25, 0.4])
 @pytest.mark.parametrize("output_size", [(7, 7), (3, 5), (14, 14), (1, 1), (9, 20)])
 def test_values_are_the_definition(output_size, spatial_scale, sampling_ratio):
-    input, boxes = feature_map(torch.float64), some_boxes(torch.float64)
+    input, boxes = feature_map(torch.float64), rotated_rois(torch.float64)
     scalars = (output_size, spatial_scale, sampling_ratio)
     expected = slow_roi_align_rotated(input, boxes, *scalars)
     torch.testing.assert_close(roi_align_rotated(input, boxes, *scalars), expected)
@@ -71,7 +59,7 @@ def test_values_are_the_definition(output_size, spatial_scale, sampling_ratio):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_channels_and_dtypes(dtype, channels):
     """The kernel takes channels in vectors, whole and padded ones."""
-    input, boxes = feature_map(dtype, (2, channels, 12, 17)), some_boxes()
+    input, boxes = feature_map(dtype, (2, channels, 12, 17)), rotated_rois()
     got = roi_align_rotated(input, boxes, (7, 7), 0.25, 2)
     assert got.dtype == dtype and got.is_contiguous()
     expected = slow_roi_align_rotated(input, boxes, (7, 7), 0.25, 2)
@@ -81,7 +69,7 @@ def test_channels_and_dtypes(dtype, channels):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sampling_ratio,size", [(0, (7, 7)), (2, (14, 14)), (0, (3, 9))])
 def test_backward_is_the_gradient_of_the_definition(dtype, sampling_ratio, size):
-    shape, boxes = (2, 11, 12, 17), some_boxes()
+    shape, boxes = (2, 11, 12, 17), rotated_rois()
     grad = torch.randn(len(boxes), 11, *size, generator=torch.Generator().manual_seed(1)).to(dtype)
     scalars = (0.25, *size, *shape, sampling_ratio)
     got = torch.ops.detlib.roi_align_rotated_backward(grad, boxes, *scalars)
@@ -112,7 +100,7 @@ def test_without_rotation_it_is_roi_align():
 
 def test_gradients_of_first_and_second_order():
     input = feature_map(torch.float64, (2, 1, 4, 9)).requires_grad_()
-    boxes = some_boxes(torch.float64)[:4].requires_grad_()
+    boxes = rotated_rois(torch.float64)[:4].requires_grad_()
 
     def pooled(input):
         return roi_align_rotated(input, boxes, (3, 2), 0.15, 0)
@@ -122,7 +110,7 @@ def test_gradients_of_first_and_second_order():
 
 
 def test_layouts_agree():
-    input, boxes = feature_map(size=(2, 16, 12, 17)), some_boxes()
+    input, boxes = feature_map(size=(2, 16, 12, 17)), rotated_rois()
     expected = roi_align_rotated(input, boxes, 7, 0.25, 0)
     for other in (input.to(memory_format=torch.channels_last), torch.stack([input, -input], 2)[:, :, 0]):
         assert not other.is_contiguous()
@@ -140,7 +128,7 @@ def test_layouts_agree():
 
 
 def test_reduced_precision_keeps_the_boxes():
-    input, boxes = feature_map(), some_boxes() + 0.01
+    input, boxes = feature_map(), rotated_rois() + 0.01
     boxes[:, 0] = 0
     half = roi_align_rotated(input.half(), boxes, 5, 0.25)
     assert torch.equal(half, roi_align_rotated(input.half().float(), boxes, 5, 0.25).half())
@@ -164,7 +152,7 @@ def test_empty_inputs():
 
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
 def test_boxes_that_are_not_finite_huge_or_inverted(sampling_ratio):
-    input, boxes = feature_map(), some_boxes()[:3]
+    input, boxes = feature_map(), rotated_rois()[:3]
     expected = roi_align_rotated(input, boxes, 7, 0.25, sampling_ratio)
     others = [
         [0, 1, 2, torch.nan, 4, 0], [1, -torch.inf, 0, 5, 9, 0], [0, 1, 1, 4, 4, torch.nan],
@@ -218,7 +206,7 @@ def test_backward_is_the_same_on_every_run():
     ],
 )
 def test_wrong_arguments_are_named(change, message):
-    arguments = {"input": feature_map(), "boxes": some_boxes(), "output_size": 7} | change
+    arguments = {"input": feature_map(), "boxes": rotated_rois(), "output_size": 7} | change
     with pytest.raises(ValueError, match=message):
         roi_align_rotated(**arguments)
 

@@ -9,8 +9,7 @@ import torch
 
 from detlib.ops import batched_nms, batched_nms_rotated, box_iou_rotated, nms_rotated
 from detlib.ops.rotated import reference_box_iou_rotated, reference_nms_rotated
-
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+from tests.ops.cases import DTYPES, rotated_boxes_and_scores
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +51,7 @@ def clip(polygon, a, b):
     return kept
 
 
-def slow_iou(first, second):
+def slow_rotated_iou(first, second):
     """The definition in Python floats."""
     polygon, other = corners(first), corners(second)
     for a, b in zip(other, other[1:] + other[:1]):
@@ -61,21 +60,13 @@ def slow_iou(first, second):
     return shared / (first[2] * first[3] + second[2] * second[3] - shared)
 
 
-def slow_ious(boxes1, boxes2):
-    rows = [[slow_iou(a, b) for b in boxes2.double().tolist()] for a in boxes1.double().tolist()]
+def slow_rotated_ious(boxes1, boxes2):
+    rows = [[slow_rotated_iou(a, b) for b in boxes2.double().tolist()] for a in boxes1.double().tolist()]
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def random_boxes(count, span=60.0, seed=0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    center = torch.rand(count, 2, generator=generator) * span
-    sides = 1 + torch.rand(count, 2, generator=generator) * 40
-    angle = torch.rand(count, 1, generator=generator) * 800 - 400
-    return torch.cat([center, sides, angle], 1).to(dtype), torch.rand(count, generator=generator).to(dtype)
-
-
 def slow_nms(boxes, scores, threshold, idxs=None):
-    iou, scores = slow_ious(boxes, boxes).tolist(), scores.tolist()
+    iou, scores = slow_rotated_ious(boxes, boxes).tolist(), scores.tolist()
     idxs = [0] * len(boxes) if idxs is None else idxs.tolist()
     kept = []
     for i in sorted(range(len(boxes)), key=lambda i: -scores[i]):
@@ -91,11 +82,11 @@ class TestIoU:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_is_the_definition(self, dtype):
-        boxes, _ = random_boxes(61, dtype=dtype)
+        boxes, _ = rotated_boxes_and_scores(61, dtype=dtype)
         got = box_iou_rotated(boxes[:40], boxes[21:])
         assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         tolerance = 1e-12 if dtype == torch.float64 else 1e-7
-        expected = slow_ious(boxes[:40], boxes[21:])
+        expected = slow_rotated_ious(boxes[:40], boxes[21:])
         torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=1e-6)
         assert (expected > 0).sum() > 500
         reference = reference_box_iou_rotated(boxes[:40].double(), boxes[21:].double())
@@ -105,11 +96,11 @@ class TestIoU:
         "angles", [(0, 90), (90, 180), (45, 45), (45, -45), (30, 210), (0, 1e-7), (0, 1e-13)]
     )
     def test_right_angles_and_nearly_parallel_sides(self, angles):
-        boxes, _ = random_boxes(30, span=20, dtype=torch.float64)
+        boxes, _ = rotated_boxes_and_scores(30, span=20, dtype=torch.float64)
         first, second = boxes[:15].clone(), boxes[15:].clone()
         first[:, 4], second[:, 4] = angles
         torch.testing.assert_close(
-            box_iou_rotated(first, second), slow_ious(first, second), atol=1e-12, rtol=1e-9
+            box_iou_rotated(first, second), slow_rotated_ious(first, second), atol=1e-12, rtol=1e-9
         )
 
     def test_known_values(self):
@@ -130,7 +121,7 @@ class TestIoU:
 
     def test_identical_boxes(self):
         for scale in (1e-18, 1e-6, 1.0, 1e6, 1e15):
-            boxes = random_boxes(50)[0] * torch.tensor([scale, scale, scale, scale, 1])
+            boxes = rotated_boxes_and_scores(50)[0] * torch.tensor([scale, scale, scale, scale, 1])
             iou = box_iou_rotated(boxes, boxes).diagonal()
             assert torch.equal(iou, torch.ones(50))
 
@@ -154,9 +145,9 @@ class TestIoU:
         assert not box_iou_rotated(second.double(), first.double()).diagonal().any()
 
     def test_separated_boxes_have_exactly_none(self):
-        boxes, _ = random_boxes(400, span=150)
+        boxes, _ = rotated_boxes_and_scores(400, span=150)
         iou = box_iou_rotated(boxes, boxes)
-        expected = slow_ious(boxes, boxes[:60])
+        expected = slow_rotated_ious(boxes, boxes[:60])
         assert torch.equal(iou[:, :60] > 0, expected > 1e-12)
 
     def test_thin_boxes_and_far_away(self):
@@ -164,9 +155,9 @@ class TestIoU:
             [[0.0, 0, 10000, 0.01, 30], [0, 0, 10000, 0.01, 30.0001], [3, 4, 0.02, 9000, 100]]
         )
         torch.testing.assert_close(
-            box_iou_rotated(thin, thin).double(), slow_ious(thin, thin), atol=1e-6, rtol=1e-4
+            box_iou_rotated(thin, thin).double(), slow_rotated_ious(thin, thin), atol=1e-6, rtol=1e-4
         )
-        near, _ = random_boxes(20, span=16)
+        near, _ = rotated_boxes_and_scores(20, span=16)
         near[:, :4] = near[:, :4].round() * 4
         far = near + torch.tensor([2.0**22, -(2.0**23), 0, 0, 0])
         assert torch.equal(box_iou_rotated(far, far), box_iou_rotated(near, near))
@@ -192,7 +183,7 @@ class TestIoU:
         assert not reference_box_iou_rotated(bad, good).any()
 
     def test_empty_layouts_and_mixed_dtypes(self):
-        boxes, _ = random_boxes(10)
+        boxes, _ = rotated_boxes_and_scores(10)
         empty = boxes[:0]
         assert box_iou_rotated(empty, boxes).shape == (0, 10)
         assert box_iou_rotated(boxes, empty).shape == (10, 0)
@@ -204,7 +195,7 @@ class TestIoU:
         assert not box_iou_rotated(boxes.requires_grad_(), boxes).requires_grad
 
     def test_many_boxes_run_in_parallel_alike(self):
-        boxes, _ = random_boxes(700, span=300)
+        boxes, _ = rotated_boxes_and_scores(700, span=300)
         whole = box_iou_rotated(boxes, boxes)
         assert torch.equal(whole, torch.cat([box_iou_rotated(part, boxes) for part in boxes.split(7)]))
         torch.testing.assert_close(whole, whole.T)
@@ -237,7 +228,7 @@ class TestNMS:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.7, 1.0])
     def test_is_the_greedy_definition(self, dtype, threshold):
-        boxes, scores = random_boxes(80, dtype=dtype)
+        boxes, scores = rotated_boxes_and_scores(80, dtype=dtype)
         expected = slow_nms(boxes, scores, threshold)
         assert nms_rotated(boxes, scores, threshold).tolist() == expected
         assert reference_nms_rotated(boxes, scores, None, threshold).tolist() == expected
@@ -248,7 +239,7 @@ class TestNMS:
         assert reference_nms_rotated(boxes, scores, idxs, threshold).tolist() == expected
 
     def test_equals_nms_of_upright_boxes(self):
-        boxes, scores = random_boxes(600, span=130, dtype=torch.float64)
+        boxes, scores = rotated_boxes_and_scores(600, span=130, dtype=torch.float64)
         boxes[:, 4] = 0
         upright = torch.cat([boxes[:, :2] - boxes[:, 2:4] / 2, boxes[:, :2] + boxes[:, 2:4] / 2], 1)
         idxs = torch.arange(600) % 3
@@ -296,7 +287,7 @@ class TestNMS:
 
 
 def test_compiled_graph_has_the_operators_in_it():
-    boxes, scores = random_boxes(20)
+    boxes, scores = rotated_boxes_and_scores(20)
 
     class Select(torch.nn.Module):
         def forward(self, boxes, scores):
@@ -309,7 +300,7 @@ def test_compiled_graph_has_the_operators_in_it():
 
 
 def test_autocast_changes_nothing():
-    boxes, scores = random_boxes(40)
+    boxes, scores = rotated_boxes_and_scores(40)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         iou, kept = box_iou_rotated(boxes, boxes), nms_rotated(boxes, scores, 0.3)
     assert torch.equal(iou, box_iou_rotated(boxes, boxes)) and torch.equal(

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from detlib.ops import _library, batched_nms_rotated, box_iou_rotated, nms_rotated, roi_align_rotated
-from tests.ops.test_roi_align_rotated import some_boxes
-from tests.ops.test_rotated import DTYPES, random_boxes
+from tests.ops.cases import DTYPES, rotated_boxes_and_scores, rotated_rois
 
 pytestmark = pytest.mark.gpu
 
@@ -19,7 +18,7 @@ def native():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [0, 1, 63, 300])
 def test_iou(dtype, count):
-    boxes, _ = random_boxes(count, dtype=dtype)
+    boxes, _ = rotated_boxes_and_scores(count, dtype=dtype)
     boxes[::7, 2] = 0
     boxes[3::11, 0] = torch.nan
     got, expected = box_iou_rotated(boxes.cuda(), boxes[:50].cuda()), box_iou_rotated(boxes, boxes[:50])
@@ -38,7 +37,7 @@ def test_disjoint_boxes_share_nothing():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 1000, 5000])
 def test_nms(count, dtype):
-    boxes, scores = random_boxes(count, span=count**0.5 * 10, dtype=dtype)
+    boxes, scores = rotated_boxes_and_scores(count, span=count**0.5 * 10, dtype=dtype)
     idxs = torch.arange(count) * 7919 % 20
     for threshold in (0.3, 0.7):
         kept = nms_rotated(boxes.cuda(), scores.cuda(), threshold)
@@ -53,7 +52,7 @@ def test_nms(count, dtype):
 def test_roi_align_rotated(dtype, sampling_ratio, size, layout):
     generator = torch.Generator().manual_seed(0)
     maps = torch.rand(2, 5, 12, 17, generator=generator).to(dtype).to(memory_format=layout)
-    boxes = torch.cat([some_boxes(), torch.tensor([[0, 20, 20, 1e6, 1e6, 30]])])
+    boxes = torch.cat([rotated_rois(), torch.tensor([[0, 20, 20, 1e6, 1e6, 30]])])
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 4e-2)
     results = []
     for device in ("cpu", "cuda"):
@@ -68,7 +67,7 @@ def test_roi_align_rotated(dtype, sampling_ratio, size, layout):
 
 def test_deterministic_backward_and_boxes_that_are_not_finite():
     maps = torch.rand(1, 3, 20, 20).cuda().requires_grad_()
-    boxes = torch.nn.functional.pad(random_boxes(100, span=20)[0], (1, 0)).cuda()
+    boxes = torch.nn.functional.pad(rotated_boxes_and_scores(100, span=20)[0], (1, 0)).cuda()
     boxes[5, 2] = torch.nan
     pooled = roi_align_rotated(maps, boxes, 7)
     assert pooled[5].isnan().all() and pooled[:5].isfinite().all()
@@ -82,7 +81,7 @@ def test_deterministic_backward_and_boxes_that_are_not_finite():
 
 @pytest.mark.parametrize("name", ["scores", "idxs"])
 def test_devices_must_agree(name):
-    boxes, scores = random_boxes(5)
+    boxes, scores = rotated_boxes_and_scores(5)
     arguments = {"boxes": boxes.cuda(), "scores": scores.cuda(), "idxs": scores.cuda(), "iou_threshold": 0.5}
     with pytest.raises(ValueError, match=f"{name} is on cpu, but boxes is on cuda"):
         batched_nms_rotated(**arguments | {name: scores})

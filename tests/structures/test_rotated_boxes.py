@@ -8,18 +8,7 @@ from detlib.layers import ROIAlignRotated, batched_nms_rotated, pairwise_iou_rot
 from detlib.structures import Boxes, Instances, RotatedBoxes
 from detlib.structures import pairwise_iou_rotated as pairwise_iou_of_objects
 from detlib.structures.rotated_boxes import pairwise_iou
-
-
-def some_boxes(count=6, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.cat(
-        [
-            torch.rand(count, 2, generator=generator) * 50,
-            1 + torch.rand(count, 2, generator=generator) * 40,
-            torch.rand(count, 1, generator=generator) * 600 - 300,
-        ],
-        1,
-    )
+from tests.builders import random_rotated_boxes
 
 
 def corners(box):
@@ -41,7 +30,7 @@ def test_empty_inputs_give_no_boxes(empty):
     boxes.scale(2, 3)
     boxes.normalize_angles()
     assert len(boxes) == 0 and boxes.area().shape == (0,) and boxes.nonempty().shape == (0,)
-    assert boxes.pairwise_iou(RotatedBoxes(some_boxes())).shape == (0, 6)
+    assert boxes.pairwise_iou(RotatedBoxes(random_rotated_boxes(6))).shape == (0, 6)
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 4), (1, 2, 5)])
@@ -51,7 +40,7 @@ def test_wrong_shape_is_named(shape):
 
 
 def test_is_a_box_type():
-    boxes = RotatedBoxes(some_boxes())
+    boxes = RotatedBoxes(random_rotated_boxes(6))
     assert isinstance(boxes, Boxes) and boxes.box_dim == 5
     for other in (boxes[1], boxes[:2], boxes[torch.arange(6) > 2], boxes.clone(), boxes.to("cpu")):
         assert type(other) is RotatedBoxes
@@ -116,7 +105,7 @@ def test_clip_refuses_what_is_not_finite():
 
 @pytest.mark.parametrize("factor", [0.5, 3.0])
 def test_equal_factors_scale_the_corners(factor):
-    boxes = RotatedBoxes(some_boxes())
+    boxes = RotatedBoxes(random_rotated_boxes(6))
     before = [corners(box) for box in boxes]
     boxes.scale(factor, factor)
     for box, old in zip(boxes, before):
@@ -124,7 +113,7 @@ def test_equal_factors_scale_the_corners(factor):
 
 
 def test_unequal_factors_keep_the_lengths_of_the_sides_and_the_direction_of_the_height():
-    boxes = RotatedBoxes(some_boxes())
+    boxes = RotatedBoxes(random_rotated_boxes(6))
     before = [corners(box) for box in boxes]
     boxes.scale(2.0, 0.7)
     for box, old in zip(boxes, before):
@@ -136,7 +125,7 @@ def test_unequal_factors_keep_the_lengths_of_the_sides_and_the_direction_of_the_
 
 
 def test_iou_and_nms_are_those_of_the_operators():
-    boxes, others = RotatedBoxes(some_boxes()), RotatedBoxes(some_boxes(5, seed=1))
+    boxes, others = RotatedBoxes(random_rotated_boxes(6)), RotatedBoxes(random_rotated_boxes(5, seed=1))
     expected = pairwise_iou_rotated(boxes.tensor, others.tensor)
     assert expected.max() > 0.1
     for iou in (
@@ -153,7 +142,7 @@ def test_iou_and_nms_are_those_of_the_operators():
 
 def test_roi_align_rotated_module():
     maps = torch.rand(1, 2, 20, 20)
-    rois = torch.nn.functional.pad(some_boxes(), (1, 0))
+    rois = torch.nn.functional.pad(random_rotated_boxes(6), (1, 0))
     layer = ROIAlignRotated((4, 5), spatial_scale=0.5, sampling_ratio=2)
     assert torch.equal(layer(maps, rois), roi_align_rotated(maps, rois, (4, 5), 0.5, 2))
     assert "output_size=(4, 5), spatial_scale=0.5, sampling_ratio=2" in repr(layer)

@@ -17,7 +17,7 @@ def load(folder, truth, results):
     return load_detections(str(folder / "inference" / "coco_instances_results.json"), address)
 
 
-def slow_iou(a, b, crowd):
+def slow_coco_iou(a, b, crowd):
     if len(a) == 5:
         return rotated_iou(np.array([a]), np.array([b]), np.array([False]))[0, 0]
     width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
@@ -39,13 +39,13 @@ def slow_matches(truth, results):
                 best, match = 0.5, None
                 for a in objects:
                     if not a["iscrowd"] and a["id"] not in used:
-                        iou = slow_iou(results[i]["bbox"], a["bbox"], False)
+                        iou = slow_coco_iou(results[i]["bbox"], a["bbox"], False)
                         if iou >= best:
                             best, match = iou, a["id"]
                 crowds = [a for a in objects if a["iscrowd"]]
                 if match is not None:
                     used.add(match)
-                elif any(slow_iou(results[i]["bbox"], a["bbox"], True) >= 0.5 for a in crowds):
+                elif any(slow_coco_iou(results[i]["bbox"], a["bbox"], True) >= 0.5 for a in crowds):
                     match = "ignored"
                 matches[i] = match
     return matches
@@ -63,7 +63,7 @@ def slow_confusions(truth, results, threshold):
             matrix[k, k] += 1
             del objects[match], matches[i]
     pairs = [
-        (slow_iou(results[i]["bbox"], a["bbox"], False), -i, a["id"])
+        (slow_coco_iou(results[i]["bbox"], a["bbox"], False), -i, a["id"])
         for i in matches
         for a in objects.values()
         if a["image_id"] == results[i]["image_id"] and a["category_id"] != results[i]["category_id"]
