@@ -23,12 +23,12 @@ def extension() -> dict:
     found = tuple(int(part) for part in torch.__version__.split(".")[:2])
     major, minor = min((2, 13), found)
     defines = [f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"]
-    options = {"sources": sorted(map(str, [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")]))}
+    options = {"sources": sorted(map(str, Path("csrc").rglob("*.cpp")))}
     cxx, link, nvcc_flags = [*defines, "-O3", "-g0", "-fvisibility=hidden"], ["-Wl,--as-needed", "-s"], []
     with_cuda, reason = detlib_build.use_cuda(torch.version.cuda)
     if with_cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "7.5;8.0;9.0+PTX")
-        options["sources"] += sorted(map(str, Path("csrc/cuda").glob("*.cu")))
+        options["sources"] += sorted(map(str, Path("csrc/cuda").rglob("*.cu")))
         options["library_dirs"] = [str(home / "lib64")]
         options["libraries"] = ["cudart_static", "rt", "dl", "pthread"]
         link.append("-Wl,--exclude-libs,ALL")

@@ -46,27 +46,12 @@ struct Tap {
   T weight;
 };
 
-namespace baseline {
-constexpr int kVectorBytes = 16;
-#define DETLIB_TARGET
-#include "ms_deform_attn_kernels.inc"
-#undef DETLIB_TARGET
-}  // namespace baseline
-
-#if DETLIB_HAS_AVX2
-namespace avx2 {
-constexpr int kVectorBytes = 32;
-#define DETLIB_TARGET __attribute__((target("avx2,fma")))
-#include "ms_deform_attn_kernels.inc"
-#undef DETLIB_TARGET
-}  // namespace avx2
-#else
-namespace avx2 = baseline;
-#endif
+#define DETLIB_KERNELS "ms_deform_attn_kernels.inc"
+#include "each_instruction_set.inc"
 
 template <typename T>
 void forward_impl(const Attention<T>& a, T* output) {
-  const auto run = use_avx2() ? &avx2::forward_queries<T> : &baseline::forward_queries<T>;
+  const auto run = DETLIB_FASTEST(forward_queries<T>);
   constexpr int64_t block = 64;
   const int64_t blocks = (a.queries + block - 1) / block;
   torch::stable::parallel_for(0, a.images * a.heads * blocks, 1, [&](int64_t begin, int64_t end) {
@@ -81,7 +66,7 @@ void forward_impl(const Attention<T>& a, T* output) {
 
 template <typename T>
 void backward_impl(const Attention<T>& a, const T* grad, T* grad_value, T* grad_locations, T* grad_weights) {
-  const auto run = use_avx2() ? &avx2::backward_level<T> : &baseline::backward_level<T>;
+  const auto run = DETLIB_FASTEST(backward_level<T>);
   torch::stable::parallel_for(0, a.images * a.heads * a.num_levels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t level = i % a.num_levels, head = i / a.num_levels % a.heads, image = i / a.num_levels / a.heads;
@@ -148,10 +133,6 @@ void with_attention(
         l.size(4)};
     body(Type<T>{}, attention);
   });
-}
-
-Tensor as_type(const Tensor& tensor, ScalarType type) {
-  return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
 }
 
 Tensor ms_deform_attn(

@@ -7,29 +7,17 @@
 #include <algorithm>
 #include <cmath>
 
-#include "../common/paste.h"
+#include "../common/paste_masks.h"
 #include "rle.h"
 #include "vector.h"
 
 namespace detlib {
 namespace {
 
-namespace baseline {
-#define DETLIB_TARGET
-#include "paste_masks_kernels.inc"
-#undef DETLIB_TARGET
-}  // namespace baseline
-
-// Without fused multiply-add: values are compared with a threshold, so they are rounded alike on every x86 processor.
-#if DETLIB_HAS_AVX2
-namespace avx2 {
-#define DETLIB_TARGET __attribute__((target("avx2")))
-#include "paste_masks_kernels.inc"
-#undef DETLIB_TARGET
-}  // namespace avx2
-#else
-namespace avx2 = baseline;
-#endif
+// Values are compared with a threshold, so every x86 processor must round them the same.
+#define DETLIB_WITHOUT_FMA
+#define DETLIB_KERNELS "paste_masks_kernels.inc"
+#include "each_instruction_set.inc"
 
 // The pixels from `begin` on to which a mask reaches along one axis: the cell before each, counted in a mask with a
 // border of one zero cell, and how far on it lies towards the next cell.
@@ -116,8 +104,8 @@ void paste_rows(
   if (first == last) {
     return;
   }
-  const auto stretch = use_avx2() ? &avx2::blend_gathered<T> : &baseline::blend_gathered<T>;
-  const auto paste = use_avx2() ? &avx2::paste_row<T> : &baseline::paste_row<T>;
+  const auto stretch = DETLIB_FASTEST(blend_gathered<T>);
+  const auto paste = DETLIB_FASTEST(paste_row<T>);
   const int64_t first_cell = rows.cells[first - rows.begin], last_cell = rows.cells[last - 1 - rows.begin] + 1;
   const std::vector<T> cells = job.bordered(index, false);
   std::vector<T> stretched((last_cell - first_cell + 1) * count);
@@ -176,7 +164,7 @@ std::vector<uint8_t> paste_to_rle(const PasteJob<T>& job, int64_t index, T thres
   RleWriter writer;
   const PasteAxis<T> rows = job.rows(index), columns = job.columns(index);
   if (rows.size() > 0 && columns.size() > 0) {
-    const auto blend_columns = use_avx2() ? &avx2::blend_rows<T> : &baseline::blend_rows<T>;
+    const auto blend_columns = DETLIB_FASTEST(blend_rows<T>);
     const int64_t column_cells = job.mask_height + 2;
     const std::vector<T> cells = job.bordered(index, true);
     const std::vector<CellSpan> spans = cell_spans(rows);

@@ -83,31 +83,9 @@ struct Filter {
   }
 };
 
-namespace baseline {
-#define DETLIB_TARGET
-#include "resize_kernels.inc"
-#undef DETLIB_TARGET
-}  // namespace baseline
-
-#if DETLIB_HAS_AVX2
-namespace avx2 {
-#define DETLIB_TARGET __attribute__((target("avx2")))
-#include "resize_kernels.inc"
-#undef DETLIB_TARGET
-}  // namespace avx2
-#else
-namespace avx2 = baseline;
-#endif
-
-struct Kernels {
-  decltype(&baseline::filter_columns) columns;
-  decltype(&baseline::filter_row) row;
-};
-
-Kernels kernels() {
-  return use_avx2() ? Kernels{&avx2::filter_columns, &avx2::filter_row}
-                    : Kernels{&baseline::filter_columns, &baseline::filter_row};
-}
+#define DETLIB_WITHOUT_FMA
+#define DETLIB_KERNELS "resize_kernels.inc"
+#include "each_instruction_set.inc"
 
 typedef uint8_t Bytes __attribute__((vector_size(16)));
 typedef uint8_t UnalignedBytes __attribute__((vector_size(16), aligned(1), may_alias));
@@ -127,7 +105,7 @@ void transpose_16(Bytes (&rows)[16]) {
   }
 }
 
-// Sixteen rows of `length` bytes as `length` columns, kLanes apart; of rows beyond `count`, the last one is taken.
+// Sixteen rows of `length` bytes as `length` columns, kBlock apart; of rows beyond `count`, the last one is taken.
 void rows_to_columns(const uint8_t* source, int64_t row_step, int64_t count, int64_t length, uint8_t* columns) {
   Bytes block[16];
   for (int64_t x = 0; x < length; x += 16) {
@@ -142,7 +120,7 @@ void rows_to_columns(const uint8_t* source, int64_t row_step, int64_t count, int
     }
     transpose_16(block);
     for (int64_t i = 0; i < width; ++i) {
-      *reinterpret_cast<UnalignedBytes*>(columns + (x + i) * kLanes) = block[i];
+      *reinterpret_cast<UnalignedBytes*>(columns + (x + i) * kBlock) = block[i];
     }
   }
 }
@@ -153,7 +131,7 @@ void columns_to_rows(const uint8_t* columns, int64_t row_step, int64_t count, in
   for (int64_t x = 0; x < length; x += 16) {
     const int64_t width = std::min<int64_t>(length - x, 16);
     for (int64_t i = 0; i < width; ++i) {
-      block[i] = *reinterpret_cast<const UnalignedBytes*>(columns + (x + i) * kLanes);
+      block[i] = *reinterpret_cast<const UnalignedBytes*>(columns + (x + i) * kBlock);
     }
     transpose_16(block);
     for (int64_t r = 0; r < count; ++r) {
@@ -175,13 +153,13 @@ struct Source {
 
 // Filters along x; `target` takes planes (groups * channels, height, filter.size()).
 void resize_rows(const Source& source, const Filter& filter, uint8_t* target) {
-  const auto filter_columns = kernels().columns;
-  const int64_t blocks = (source.height + kLanes - 1) / kLanes, length = source.width * source.channels;
+  const auto filter_columns = DETLIB_FASTEST(filter_columns);
+  const int64_t blocks = (source.height + kBlock - 1) / kBlock, length = source.width * source.channels;
   const int64_t plane = source.height * filter.size();
   torch::stable::parallel_for(0, source.groups * blocks, 2, [&](int64_t begin, int64_t end) {
-    std::vector<uint8_t> columns(length * kLanes), filtered(source.channels * kColumnBlock * kLanes);
+    std::vector<uint8_t> columns(length * kBlock), filtered(source.channels * kColumnBlock * kBlock);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t group = i / blocks, y = i % blocks * kLanes, count = std::min(kLanes, source.height - y);
+      const int64_t group = i / blocks, y = i % blocks * kBlock, count = std::min(kBlock, source.height - y);
       const uint8_t* rows = source.data + (group * source.height + y) * source.row_step;
       for (int64_t r = 0; r < count; r += 16) {
         rows_to_columns(rows + r * source.row_step, source.row_step, count - r, length, columns.data() + r);
@@ -190,7 +168,7 @@ void resize_rows(const Source& source, const Filter& filter, uint8_t* target) {
         const int64_t width = std::min(kColumnBlock, filter.size() - x);
         filter_columns(filter, columns.data(), source.channels, x, x + width, filtered.data());
         for (int64_t c = 0; c < source.channels; ++c) {
-          const uint8_t* from = filtered.data() + c * width * kLanes;
+          const uint8_t* from = filtered.data() + c * width * kBlock;
           uint8_t* to = target + (group * source.channels + c) * plane + y * filter.size() + x;
           for (int64_t r = 0; r < count; r += 16) {
             const int64_t number = std::min<int64_t>(count - r, 16);
@@ -205,7 +183,7 @@ void resize_rows(const Source& source, const Filter& filter, uint8_t* target) {
 // Filters along y: planes (planes, height, width) to (planes, filter.size(), width).
 void resize_columns(
     const uint8_t* source, int64_t planes, int64_t height, int64_t width, const Filter& filter, uint8_t* target) {
-  const auto filter_row = kernels().row;
+  const auto filter_row = DETLIB_FASTEST(filter_row);
   const int64_t rows = filter.size();
   torch::stable::parallel_for(0, planes * rows, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

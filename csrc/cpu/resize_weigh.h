@@ -15,7 +15,7 @@ namespace {
 
 constexpr int kDigits = 22;
 constexpr int32_t kHalf = 1 << (kDigits - 1);
-constexpr int64_t kLanes = 32;
+constexpr int64_t kBlock = 32;
 
 inline uint8_t to_byte(int32_t sum) {
   return static_cast<uint8_t>(std::clamp(sum >> kDigits, 0, 255));
@@ -45,17 +45,17 @@ namespace baseline {
 // target[i] = sum over k of weights[k] * source[k * step + i]; `count` 0 stands for `taps.count`.
 template <int count>
 inline void weigh_32(const uint8_t* __restrict source, int64_t step, const Taps& taps, uint8_t* __restrict target) {
-  int32_t sums[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) {
+  int32_t sums[kBlock];
+  for (int64_t i = 0; i < kBlock; ++i) {
     sums[i] = kHalf;
   }
   for (int64_t k = 0; k < (count > 0 ? count : taps.count); ++k) {
     const int32_t weight = taps.weights[k];
-    for (int64_t i = 0; i < kLanes; ++i) {
+    for (int64_t i = 0; i < kBlock; ++i) {
       sums[i] += weight * source[k * step + i];
     }
   }
-  for (int64_t i = 0; i < kLanes; ++i) {
+  for (int64_t i = 0; i < kBlock; ++i) {
     target[i] = to_byte(sums[i]);
   }
 }

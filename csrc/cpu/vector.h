@@ -1,9 +1,6 @@
-// Fixed-width vectors in the compiler's own notation, and the choice of instruction set.
+// Fixed-width vectors in the compiler's own notation, and the choice of instruction set at run time.
 //
-// Hot loops lie in *.inc files that are included once per instruction set, in a namespace of its own, with
-//   DETLIB_TARGET   the attribute every function in the file bears,
-//   kVectorBytes    the width of a vector register.
-// This is not done with target_clones: compilers break vectors down to what the baseline has before they clone.
+// Hot loops are in *_kernels.inc files, which each_instruction_set.inc compiles once per instruction set.
 #pragma once
 
 #include <cstdint>
@@ -54,7 +51,10 @@ DETLIB_VECTOR(float, 64);
 DETLIB_VECTOR(double, 64);
 #undef DETLIB_VECTOR
 
-// Vector width that kernels without an AVX-512 variant work with.
+// Picks the variant of a kernel for this processor; each_instruction_set.inc compiles the variants. AVX-512 is apart.
+#define DETLIB_FASTEST(...) (use_avx2() ? &avx2::__VA_ARGS__ : &baseline::__VA_ARGS__)
+
+// Width of the vectors that `DETLIB_FASTEST` kernels work with.
 inline int64_t vector_bytes() {
   return use_avx2() ? 32 : 16;
 }

@@ -1,6 +1,6 @@
 // Pasting of masks into pictures on CUDA: a block for each row of pixels.
 #include "../common/cuda.cuh"
-#include "../common/paste.h"
+#include "../common/paste_masks.h"
 
 namespace detlib {
 namespace {

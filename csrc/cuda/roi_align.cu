@@ -6,7 +6,7 @@
 #include <type_traits>
 
 #include "../common/cuda.cuh"
-#include "../common/roi_grid.h"
+#include "../common/roi_align_grid.h"
 
 namespace detlib {
 namespace {

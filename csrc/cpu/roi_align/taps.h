@@ -6,8 +6,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "../common/roi_grid.h"
-#include "../common/stable.h"
+#include "../../common/roi_align_grid.h"
+#include "../../common/stable.h"
 
 namespace detlib {
 

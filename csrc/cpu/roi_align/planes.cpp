@@ -2,7 +2,7 @@
 //
 // The map is worked on plane by plane (one channel of one image), all boxes of the image in turn, so that a plane stays
 // in the cache and, in the backward pass, belongs to one thread: no atomics, and the same sums on every run. A box
-// costs two small passes in each direction, since its weights are separable (see roi_planes.h):
+// costs two small passes in each direction, since its weights are separable (see planes.h):
 //   forward   bin rows = row taps * map rows,            bins = bin rows * column weights
 //   backward  bin rows = gradient * column weights,      map rows += row taps * bin rows
 // All lanes are multiplied, also those of weight zero: a nan in the map reaches every bin of the boxes around it.
@@ -11,9 +11,9 @@
 #include <type_traits>
 #include <vector>
 
-#include "roi_align.h"
-#include "roi_planes.h"
-#include "vector.h"
+#include "../vector.h"
+#include "align.h"
+#include "planes.h"
 
 namespace detlib {
 namespace {
@@ -25,23 +25,8 @@ struct Planes {
   int64_t plane_stride, row_cells, count;
 };
 
-namespace baseline {
-constexpr int kVectorBytes = 16;
-#define DETLIB_TARGET
-#include "roi_planes.inc"
-#undef DETLIB_TARGET
-}  // namespace baseline
-
-#if DETLIB_HAS_AVX2
-namespace avx2 {
-constexpr int kVectorBytes = 32;
-#define DETLIB_TARGET __attribute__((target("avx2,fma")))
-#include "roi_planes.inc"
-#undef DETLIB_TARGET
-}  // namespace avx2
-#else
-namespace avx2 = baseline;
-#endif
+#define DETLIB_KERNELS "roi_align/planes_kernels.inc"
+#include "../each_instruction_set.inc"
 
 template <typename T>
 int64_t num_lanes() {
@@ -84,7 +69,7 @@ void forward_impl(const Tensor& input, const Tensor& boxes, const RoiAlignShape&
     most_cells = std::max(most_cells, table.cells());
   }
 
-  const auto run = use_avx2() ? &avx2::forward_box<T> : &baseline::forward_box<T>;
+  const auto run = DETLIB_FASTEST(forward_box<T>);
   for_plane_blocks(shape, [&](int64_t image, int64_t channel, int64_t count) {
     const auto& members = prepared.of_image[image];
     if (members.empty()) {
@@ -132,7 +117,7 @@ void backward_impl(const Tensor& grad, const Tensor& boxes, const RoiAlignShape&
   scalar_t* maps = output.mutable_data_ptr<scalar_t>();
   const int64_t map_cells = shape.height * shape.width, bins = shape.bins();
 
-  const auto run = use_avx2() ? &avx2::backward_box<T> : &baseline::backward_box<T>;
+  const auto run = DETLIB_FASTEST(backward_box<T>);
   for_plane_blocks(shape, [&](int64_t image, int64_t channel, int64_t count) {
     scalar_t* target = maps + (image * shape.channels + channel) * map_cells;
     std::fill(target, target + count * map_cells, scalar_t(0));

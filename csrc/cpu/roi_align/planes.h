@@ -5,7 +5,7 @@
 // overlap, and there the lanes that an earlier slot has covered weigh zero.
 #pragma once
 
-#include "roi_taps.h"
+#include "taps.h"
 
 namespace detlib {
 

@@ -4,27 +4,14 @@
 #include <cmath>
 #include <vector>
 
-#include "../common/frozen_norm.h"
+#include "../common/frozen_batch_norm.h"
 #include "vector.h"
 
 namespace detlib {
 namespace {
 
-namespace baseline {
-#define DETLIB_TARGET
-#include "frozen_norm_kernels.inc"
-#undef DETLIB_TARGET
-}  // namespace baseline
-
-#if DETLIB_HAS_AVX2
-namespace avx2 {
-#define DETLIB_TARGET __attribute__((target("avx2,fma")))
-#include "frozen_norm_kernels.inc"
-#undef DETLIB_TARGET
-}  // namespace avx2
-#else
-namespace avx2 = baseline;
-#endif
+#define DETLIB_KERNELS "frozen_batch_norm_kernels.inc"
+#include "each_instruction_set.inc"
 
 constexpr int64_t kGrain = 32768;  // elements that are worth a thread
 
@@ -70,8 +57,8 @@ Tensor frozen_batch_norm(
     const auto shift = shifts<T>(scale, a.mean, a.bias);
     const scalar_t *from = a.x.const_data_ptr<scalar_t>(), *extra = data_or_null<scalar_t>(a.residual);
     scalar_t* to = a.output.mutable_data_ptr<scalar_t>();
-    const auto pixels = use_avx2() ? &avx2::norm_row<true, scalar_t, T> : &baseline::norm_row<true, scalar_t, T>;
-    const auto plane = use_avx2() ? &avx2::norm_row<false, scalar_t, T> : &baseline::norm_row<false, scalar_t, T>;
+    const auto pixels = DETLIB_FASTEST(norm_row<true, scalar_t, T>);
+    const auto plane = DETLIB_FASTEST(norm_row<false, scalar_t, T>);
     const auto row = shape.channels_last ? pixels : plane;
     for_rows(shape, [&](int64_t start, int64_t channel) {
       row(from + start, extra ? extra + start : nullptr, scale.data() + channel, shift.data() + channel,
@@ -93,9 +80,9 @@ std::tuple<Tensor, Tensor> frozen_batch_norm_backward(
     const scalar_t *from = a.grad.const_data_ptr<scalar_t>(), *mask = data_or_null<scalar_t>(a.output);
     scalar_t *to = a.grad_x.mutable_data_ptr<scalar_t>(), *rest = a.residual_data<scalar_t>();
     const auto pixels =
-        use_avx2() ? &avx2::norm_row_backward<true, scalar_t, T> : &baseline::norm_row_backward<true, scalar_t, T>;
+        DETLIB_FASTEST(norm_row_backward<true, scalar_t, T>);
     const auto plane =
-        use_avx2() ? &avx2::norm_row_backward<false, scalar_t, T> : &baseline::norm_row_backward<false, scalar_t, T>;
+        DETLIB_FASTEST(norm_row_backward<false, scalar_t, T>);
     const auto row = shape.channels_last ? pixels : plane;
     for_rows(shape, [&](int64_t start, int64_t channel) {
       row(from + start, mask ? mask + start : nullptr, scale.data() + channel, shape.columns, to + start,

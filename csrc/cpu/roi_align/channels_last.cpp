@@ -8,8 +8,8 @@
 #include <limits>
 #include <vector>
 
-#include "roi_align.h"
-#include "vector.h"
+#include "../vector.h"
+#include "align.h"
 
 namespace detlib {
 namespace {
@@ -28,30 +28,9 @@ struct RoiTaps {
   Taps<T> y, x;
 };
 
-namespace baseline {
-constexpr int kVectorBytes = 16;
-#define DETLIB_TARGET
-#include "roi_channels_last.inc"
-#undef DETLIB_TARGET
-}  // namespace baseline
-
-#if DETLIB_HAS_AVX2
-namespace avx2 {
-constexpr int kVectorBytes = 32;
-#define DETLIB_TARGET __attribute__((target("avx2,fma")))
-#include "roi_channels_last.inc"
-#undef DETLIB_TARGET
-}  // namespace avx2
-namespace avx512 {
-constexpr int kVectorBytes = 64;
-#define DETLIB_TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")))
-#include "roi_channels_last.inc"
-#undef DETLIB_TARGET
-}  // namespace avx512
-#else
-namespace avx2 = baseline;
-namespace avx512 = baseline;
-#endif
+#define DETLIB_WITH_AVX512
+#define DETLIB_KERNELS "roi_align/channels_last_kernels.inc"
+#include "../each_instruction_set.inc"
 
 template <typename T, typename Make>
 PreparedBoxes<RoiTaps<T>> prepare_taps(const Tensor& boxes, const RoiAlignShape& shape, const Make& make) {
@@ -109,9 +88,7 @@ void forward_impl(const Tensor& input, const Tensor& boxes, const RoiAlignShape&
   const int64_t num_rows = static_cast<int64_t>(bin_rows.size());
   const int64_t parts = std::min(num_rows, 4 * static_cast<int64_t>(torch::stable::get_num_threads()));
 
-  const auto run = use_avx512() ? &avx512::forward_row<T>
-      : use_avx2()              ? &avx2::forward_row<T>
-                                : &baseline::forward_row<T>;
+  const auto run = use_avx512() ? &avx512::forward_row<T> : DETLIB_FASTEST(forward_row<T>);
   torch::stable::parallel_for(0, blocks * parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t channel = task / parts * block_channels<T>(), part = task % parts;
@@ -145,9 +122,7 @@ void backward_impl(const Tensor& grad, const Tensor& boxes, const RoiAlignShape&
   const int64_t band = std::clamp<int64_t>(kBandBytes / (shape.width * kBlockBytes), 1, shape.height);
   const int64_t bands = (shape.height + band - 1) / band;
 
-  const auto run = use_avx512() ? &avx512::backward_row<T>
-      : use_avx2()              ? &avx2::backward_row<T>
-                                : &baseline::backward_row<T>;
+  const auto run = use_avx512() ? &avx512::backward_row<T> : DETLIB_FASTEST(backward_row<T>);
   torch::stable::parallel_for(0, shape.images * blocks * bands, 1, [&](int64_t begin, int64_t end) {
     std::vector<T> bin_row(shape.bins_x * block_channels<T>());
     for (int64_t task = begin; task < end; ++task) {

@@ -1,8 +1,8 @@
-// RoIAlign's kernels on the CPU, one pair for each layout; see roi_align.cpp for what all of them may rely on.
+// RoIAlign's kernels on the CPU, one pair for each layout; see align.cpp for what all of them may rely on.
 #pragma once
 
-#include "../common/stable.h"
-#include "roi_taps.h"
+#include "../../common/stable.h"
+#include "taps.h"
 
 namespace detlib {
 

@@ -1,6 +1,6 @@
 // RoIAlign of rotated boxes on CUDA: one thread per pooled value. The backward pass adds atomically, in any order.
 #include "../common/cuda.cuh"
-#include "../common/roi_rotated_grid.h"
+#include "../common/roi_align_rotated_grid.h"
 
 namespace detlib {
 namespace {
@@ -175,7 +175,7 @@ Tensor roi_align_rotated_backward(
       launch_backward<typename decltype(tag)::type>(gradient, numbers, g, sums);
     });
   }
-  return sums.scalar_type() == type ? sums : torch::stable::to(sums, type);
+  return as_type(sums, type);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(detlib, CUDA, m) {

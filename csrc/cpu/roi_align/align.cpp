@@ -2,7 +2,7 @@
 // last if these are, else contiguous.
 //
 // The kernels get tensors that are not empty, boxes of any dtype and layout, and an output that is not yet written.
-#include "roi_align.h"
+#include "align.h"
 
 namespace detlib {
 namespace {

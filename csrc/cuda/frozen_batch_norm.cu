@@ -5,7 +5,7 @@
 #include <numeric>
 
 #include "../common/cuda.cuh"
-#include "../common/frozen_norm.h"
+#include "../common/frozen_batch_norm.h"
 
 namespace detlib {
 namespace {

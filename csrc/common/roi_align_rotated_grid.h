@@ -1,11 +1,11 @@
 // RoIAlign's sampling grid in a rotated box, for host and device.
 //
-// Samples lie on a regular grid along the axes of the box, whose geometry along one axis is that of roi_grid.h. The
+// Samples lie on a regular grid along the axes of the box, whose geometry along one axis is that of roi_align_grid.h. The
 // arithmetic runs in the compute type, as the published implementations do it: the number of samples is a ceil(), so
 // another rounding would give another grid.
 #pragma once
 
-#include "roi_grid.h"
+#include "roi_align_grid.h"
 
 namespace detlib {
 

@@ -11,7 +11,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "../common/roi_rotated_grid.h"
+#include "../common/roi_align_rotated_grid.h"
 #include "../common/stable.h"
 #include "vector.h"
 
@@ -24,23 +24,8 @@ struct Tap {
   T weight;
 };
 
-namespace baseline {
-constexpr int kVectorBytes = 16;
-#define DETLIB_TARGET
-#include "roi_rotated_kernels.inc"
-#undef DETLIB_TARGET
-}  // namespace baseline
-
-#if DETLIB_HAS_AVX2
-namespace avx2 {
-constexpr int kVectorBytes = 32;
-#define DETLIB_TARGET __attribute__((target("avx2,fma")))
-#include "roi_rotated_kernels.inc"
-#undef DETLIB_TARGET
-}  // namespace avx2
-#else
-namespace avx2 = baseline;
-#endif
+#define DETLIB_KERNELS "roi_align_rotated_kernels.inc"
+#include "each_instruction_set.inc"
 
 struct Shape {
   int64_t images, channels, height, width;
@@ -215,7 +200,7 @@ void forward_impl(const Tensor& input, const Tensor& boxes, const Shape& shape, 
   }
   const int64_t stride = padded_channels<T>(shape), bins = shape.bins();
   scalar_t* pooled = output.mutable_data_ptr<scalar_t>();
-  const auto run = use_avx2() ? &avx2::gather_taps<T> : &baseline::gather_taps<T>;
+  const auto run = DETLIB_FASTEST(gather_taps<T>);
   torch::stable::parallel_for(0, boxes.size(0), 1, [&](int64_t begin, int64_t end) {
     TapBuilder<T> builder(shape);
     BoxTaps<T> box;
@@ -252,7 +237,7 @@ void backward_impl(const Tensor& grad, const Tensor& boxes, const Shape& shape, 
   const int64_t block = round_up((stride + torch::stable::get_num_threads() - 1) / torch::stable::get_num_threads(), lanes);
   std::vector<T> map(shape.images * shape.cells() * stride, T(0));
   std::vector<BoxTaps<T>> taps(std::min(kBoxesAtOnce, num_boxes));
-  const auto run = use_avx2() ? &avx2::scatter_taps<T> : &baseline::scatter_taps<T>;
+  const auto run = DETLIB_FASTEST(scatter_taps<T>);
   for (int64_t first = 0; first < num_boxes; first += kBoxesAtOnce) {
     const int64_t count = std::min(kBoxesAtOnce, num_boxes - first);
     torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
