@@ -294,7 +294,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     print(machine(args.devices, args.threads))
     for device in args.devices:
-        names = [name for name in _library.SCHEMAS if not _library.has_native_kernel(name, device)]
+        names = [name for name in _library.OPERATORS if not _library.has_native_kernel(name, device)]
         print(f"Without a compiled kernel on {device}: {', '.join(sorted(names)) or 'none'}.")
     print(f"\n| {'operator':46} | device | detlib, ms | reference, ms | ratio | reference |")
     print(f"|{'-' * 48}|---|---:|---:|---:|---|")

@@ -1,11 +1,10 @@
-"""The operator library `torch.ops.detlib`: schemas, and which kernel serves which device.
+"""The operator library `torch.ops.detlib`: `define`, and checks and layouts that operators share.
 
-Schemas live here, in Python, so that every operator exists with or without the compiled extension.
-`detlib/_C.abi3.so` only adds kernels for the CPU and CUDA keys; a device without one falls to the
-`CompositeExplicitAutograd` kernel that each operator family registers through `define`, which runs
-torchvision or plain PyTorch.
+Each operator is defined in its own file by one call of `define`, which takes schema, fallback, fake kernel
+and gradient. `detlib/_C.abi3.so` only adds kernels for the CPU and CUDA keys, so every operator exists with
+or without the compiled extension. A device without a kernel runs the fallback: torchvision or plain PyTorch.
 
-Set `DETLIB_DISABLE_NATIVE=1` before the import to leave the extension out.
+Set `DETLIB_DISABLE_NATIVE=1` before the import to ignore the extension.
 """
 
 import importlib
@@ -22,78 +21,49 @@ from torch.autograd import forward_ad
 NAMESPACE = "detlib"
 DISABLE_NATIVE = "DETLIB_DISABLE_NATIVE"
 
-SCHEMAS = {
-    "encode_rle": "(Tensor masks) -> (Tensor, Tensor)",
-    "frozen_batch_norm": "(Tensor x, Tensor? residual, Tensor mean, Tensor var, Tensor weight, Tensor bias,"
-    " float eps, bool relu) -> Tensor",
-    "frozen_batch_norm_backward": "(Tensor grad, Tensor? output, Tensor var, Tensor weight, float eps,"
-    " bool with_residual) -> (Tensor, Tensor)",
-    "nms": "(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor",
-    "batched_nms": "(Tensor boxes, Tensor scores, Tensor idxs, float iou_threshold) -> Tensor",
-    "paste_masks": "(Tensor masks, Tensor boxes, SymInt height, SymInt width, float threshold) -> Tensor",
-    "paste_masks_to_rle": "(Tensor masks, Tensor boxes, SymInt height, SymInt width, float threshold)"
-    " -> (Tensor, Tensor)",
-    "resize_image": "(Tensor image, SymInt height, SymInt width, int filter, bool vertical_first) -> Tensor",
-    "roi_align": "(Tensor input, Tensor boxes, float spatial_scale, SymInt pooled_height,"
-    " SymInt pooled_width, int sampling_ratio, bool aligned) -> Tensor",
-    "roi_align_backward": "(Tensor grad, Tensor boxes, float spatial_scale, SymInt pooled_height,"
-    " SymInt pooled_width, SymInt batch_size, SymInt channels, SymInt height, SymInt width,"
-    " int sampling_ratio, bool aligned, bool deterministic=False) -> Tensor",
-    "ms_deform_attn": "(Tensor value, Tensor spatial_shapes, Tensor level_start_index,"
-    " Tensor sampling_locations, Tensor attention_weights) -> Tensor",
-    "ms_deform_attn_backward": "(Tensor grad, Tensor value, Tensor spatial_shapes, Tensor level_start_index,"
-    " Tensor sampling_locations, Tensor attention_weights) -> (Tensor, Tensor, Tensor)",
-    "box_iou_rotated": "(Tensor boxes1, Tensor boxes2) -> Tensor",
-    "nms_rotated": "(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor",
-    "batched_nms_rotated": "(Tensor boxes, Tensor scores, Tensor idxs, float iou_threshold) -> Tensor",
-    "roi_align_rotated": "(Tensor input, Tensor boxes, float spatial_scale, SymInt pooled_height,"
-    " SymInt pooled_width, int sampling_ratio) -> Tensor",
-    "roi_align_rotated_backward": "(Tensor grad, Tensor boxes, float spatial_scale, SymInt pooled_height,"
-    " SymInt pooled_width, SymInt batch_size, SymInt channels, SymInt height, SymInt width,"
-    " int sampling_ratio) -> Tensor",
-}
+OPERATORS: dict[str, bool] = {}
+"""Name of every operator, and whether torchvision can replace its compiled kernel. Filled by `define`."""
 
-# Operators that torchvision lacks: without a kernel they run as a PyTorch formula.
-FORMULA_ONLY = {
-    "batched_nms_rotated",
-    "box_iou_rotated",
-    "encode_rle",
-    "frozen_batch_norm",
-    "frozen_batch_norm_backward",
-    "ms_deform_attn",
-    "ms_deform_attn_backward",
-    "nms_rotated",
-    "paste_masks",
-    "paste_masks_to_rle",
-    "resize_image",
-    "roi_align_rotated",
-    "roi_align_rotated_backward",
-}
-
+_library = torch.library.Library(NAMESPACE, "DEF")
 _in_functorch = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+# A context in which a call goes straight to the device's kernel, past the gradient that `torch.library` adds.
 _below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
-"""Context in which a call goes to the device's kernel at once, past the gradient that `torch.library` has."""
 
 
-def in_transform() -> bool:
-    """Whether a transform of `torch.func` or forward mode is active, which look for rules of operators."""
-    return _in_functorch() or getattr(forward_ad, "_current_level", -1) >= 0
+def define(
+    name: str,
+    schema: str,
+    *,
+    fallback: Callable,
+    fake: Callable,
+    backward: Callable | None = None,
+    save: Callable | None = None,
+    in_torchvision: bool = False,
+) -> Callable:
+    """Define the operator `torch.ops.detlib.NAME`.
 
+    Autocast does not cast arguments or results: kernels compute reduced precision in float32 and return the
+    dtype of the input. Only a fallback runs with autocast off, so that its matrix products keep float32.
 
-library = torch.library.Library(NAMESPACE, "DEF")
-for _name, _signature in SCHEMAS.items():
-    library.define(_name + _signature)
+    Args:
+        name: name of the operator.
+        schema: arguments and results, e.g. "(Tensor boxes, float threshold) -> Tensor".
+        fallback: kernel for devices without a compiled one.
+        fake: returns empty tensors of the result's shape, dtype and layout.
+        backward: gets `ctx` and the gradients of the outputs; returns a gradient or None for each argument.
+        save: gets `ctx`, the tuple of arguments and the output; stores in `ctx` what `backward` needs.
+        in_torchvision: whether the fallback runs torchvision where that is installed.
 
-
-def define(name: str, fallback: Callable, fake: Callable) -> torch._ops.OpOverload:
-    """Give the operator `name` its device-independent kernel and its shape rule.
-
-    Autocast touches neither arguments nor results: the kernels compute reduced precision inputs in float32
-    and return the input's dtype. It is only switched off in a fallback, so that matrix products keep float32.
+    Returns:
+        The operator, for callers inside this package. If it has a gradient, calls of it take half the time on
+        the host: `torch.library` needs as long as a small kernel needs on a GPU.
     """
-    library.impl(name, _without_autocast(fallback), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    OPERATORS[name] = in_torchvision
+    _library.define(name + schema)
+    _library.impl(name, _without_autocast(fallback), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+    return operator if backward is None else _differentiable(name, operator, backward, save)
 
 
 def _without_autocast(fallback: Callable) -> Callable:
@@ -108,20 +78,9 @@ def _without_autocast(fallback: Callable) -> Callable:
     return call
 
 
-def differentiable(name: str, backward: Callable, save: Callable) -> Callable:
-    """Give the operator `name` its gradient.
-
-    Args:
-        name: of an operator that `define` was called for.
-        backward: gets `ctx` and the output's gradient; returns a gradient or None for each argument.
-        save: gets `ctx`, the tuple of arguments and the output.
-
-    Returns:
-        The operator with the same gradient, for callers within this package: `torch.library` takes the host
-        as long again as a small kernel takes a GPU, a plain `torch.autograd.Function` half of that.
-    """
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=save, lib=library)
-    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+def _differentiable(name: str, operator: Callable, backward: Callable, save: Callable) -> Callable:
+    """Register a gradient, and return a function that runs the operator with it by a shorter way."""
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=save, lib=_library)
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
@@ -145,10 +104,15 @@ def differentiable(name: str, backward: Callable, save: Callable) -> Callable:
     return call
 
 
+def in_transform() -> bool:
+    """Return whether a transform of `torch.func` or forward mode is active; these need registered rules."""
+    return _in_functorch() or getattr(forward_ad, "_current_level", -1) >= 0
+
+
 def _load_native() -> str | None:
-    """Load the compiled kernels; returns why there are none, or None when they are in."""
+    """Load the compiled kernels. Return why they are absent, or None if they are loaded."""
     if os.environ.get(DISABLE_NATIVE, "0") not in ("", "0"):
-        return f"left out on request ({DISABLE_NATIVE}={os.environ[DISABLE_NATIVE]})"
+        return f"disabled ({DISABLE_NATIVE}={os.environ[DISABLE_NATIVE]})"
     try:
         importlib.import_module(f"{NAMESPACE}._C")
     except ModuleNotFoundError as error:
@@ -157,10 +121,10 @@ def _load_native() -> str | None:
         return "not built (install with a C++ compiler, see docs/installation.md)"
     except (ImportError, OSError, RuntimeError) as error:
         warnings.warn(
-            f"detlib's compiled operators do not load, slower ones take their place: {error}",
+            f"detlib's compiled operators cannot be loaded, slower ones replace them: {error}",
             RuntimeWarning,
         )
-        return f"does not load: {error}"
+        return f"cannot be loaded: {error}"
     return None
 
 
@@ -174,18 +138,102 @@ def torchvision_ops() -> tuple[ModuleType | None, str | None]:
 
 
 def has_native_kernel(name: str, device_type: str) -> bool:
-    """Whether the compiled extension brought a kernel of operator `name` for "cpu" or "cuda"."""
+    """Return whether the compiled extension has a kernel of operator `name` for "cpu" or "cuda"."""
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
 
 
 def implementation(name: str, device_type: str) -> str:
-    """Name what serves operator `name` on a device type: "native", "torchvision" or "PyTorch reference"."""
+    """Return what runs operator `name` on a device type: "native", "torchvision" or "PyTorch reference"."""
     if has_native_kernel(name, device_type):
         return "native"
-    in_torchvision = name not in FORMULA_ONLY and torchvision_ops()[0] is not None
-    return "torchvision" if in_torchvision else "PyTorch reference"
+    from_torchvision = OPERATORS[name] and torchvision_ops()[0] is not None
+    return "torchvision" if from_torchvision else "PyTorch reference"
 
 
 native_load_error: str | None = _load_native()
-"""Why the compiled kernels are absent; None when they are loaded."""
+"""Why the compiled kernels are absent; None if they are loaded."""
+
+
+# Argument checks. Messages name the argument, the value and what is legal.
+
+
+def check_tensor(name: str, value: object, shape: str, *, floating: bool = True) -> None:
+    """Raise unless `value` is a tensor of a shape, e.g. "(N, 4)", and floating point if `floating`."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(value).__name__}")
+    sizes = [size.strip() for size in shape.strip("()").split(",") if size.strip()]
+    fits = value.dim() == len(sizes) and all(
+        not wanted.isdigit() or got == int(wanted) for got, wanted in zip(value.shape, sizes)
+    )
+    if not fits:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+    if floating and not value.is_floating_point():
+        raise ValueError(f"{name} must be floating point, got {value.dtype}")
+
+
+def check_same_length(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Raise unless both tensors have the same first dimension and device.
+
+    Lengths are not compared while a graph is being captured: they may be unknown there.
+    """
+    if not torch.compiler.is_compiling() and value.shape[0] != other.shape[0]:
+        raise ValueError(
+            f"{name} must have one entry per entry of {other_name}, got {value.shape[0]} and {other.shape[0]}"
+        )
+    check_same_device(name, value, other_name, other)
+
+
+def check_same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Raise unless both tensors are on one device."""
+    if value.device != other.device:
+        raise ValueError(f"{name} is on {value.device}, but {other_name} is on {other.device}")
+
+
+def check_positive(name: str, value: int) -> None:
+    """Raise if `value` is an integer below 1. Symbolic integers pass."""
+    if isinstance(value, int) and value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_nms_arguments(
+    boxes: torch.Tensor,
+    scores: torch.Tensor,
+    iou_threshold: float,
+    *,
+    box_dim: int,
+    idxs: torch.Tensor | None = None,
+) -> None:
+    """Raise unless boxes (N, `box_dim`), scores (N,), categories (N,), if any, and the threshold fit."""
+    check_tensor("boxes", boxes, f"(N, {box_dim})")
+    check_tensor("scores", scores, "(N,)")
+    check_same_length("scores", scores, "boxes", boxes)
+    if not 0 <= iou_threshold <= 1:
+        raise ValueError(f"iou_threshold must be in [0, 1], got {iou_threshold}")
+    if idxs is not None:
+        check_tensor("idxs", idxs, "(N,)", floating=False)
+        check_same_length("idxs", idxs, "boxes", boxes)
+
+
+# Memory layouts of feature maps (N, C, H, W): results have the layout of the inputs.
+
+
+def is_channels_last(map: torch.Tensor) -> bool:
+    """Return whether a map has channels-last layout and no other; the compiled kernels use the same rule."""
+    return map.is_contiguous(memory_format=torch.channels_last) and not map.is_contiguous()
+
+
+def memory_format_of(map: torch.Tensor) -> torch.memory_format:
+    """Return channels-last if that is the map's only layout, else contiguous."""
+    return torch.channels_last if is_channels_last(map) else torch.contiguous_format
+
+
+def new_map(like: torch.Tensor, images: int, channels: int, height: int, width: int) -> torch.Tensor:
+    """Return an empty map (images, channels, height, width) in the layout of `like`, in its own memory."""
+    size, layout = (images, channels, height, width), memory_format_of(like)
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
+def in_layout_of(like: torch.Tensor, map: torch.Tensor) -> torch.Tensor:
+    """Return the map in channels-last layout if `like` has it, else the map itself."""
+    return map.contiguous(memory_format=torch.channels_last) if is_channels_last(like) else map

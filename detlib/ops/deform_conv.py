@@ -10,9 +10,13 @@ from collections.abc import Sequence
 import torch
 
 from detlib.ops._bilinear import sample_bilinear
-from detlib.ops._checks import check_positive, check_same_device, check_tensor
-from detlib.ops._layout import in_layout_of
-from detlib.ops._library import torchvision_ops
+from detlib.ops._library import (
+    check_positive,
+    check_same_device,
+    check_tensor,
+    in_layout_of,
+    torchvision_ops,
+)
 
 
 def deform_conv2d(

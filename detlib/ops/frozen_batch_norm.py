@@ -8,9 +8,16 @@ import functools
 import torch
 from torch.nn import functional as F
 
-from detlib.ops._checks import check_same_device, check_tensor
-from detlib.ops._layout import in_layout_of, memory_format_of, new_map
-from detlib.ops._library import define, differentiable, has_native_kernel, in_transform
+from detlib.ops._library import (
+    check_same_device,
+    check_tensor,
+    define,
+    has_native_kernel,
+    in_layout_of,
+    in_transform,
+    memory_format_of,
+    new_map,
+)
 
 _has_kernel = functools.cache(functools.partial(has_native_kernel, "frozen_batch_norm"))
 _tracer = getattr(torch._C, "_get_tracing_state", lambda: None)
@@ -124,10 +131,22 @@ def _backward(ctx, grad):
     return grad_x, grad_residual if ctx.with_residual else None, *[None] * 6
 
 
-define("frozen_batch_norm", reference_frozen_batch_norm, _fake)
-_operator_backward = define(
-    "frozen_batch_norm_backward", reference_frozen_batch_norm_backward, _fake_backward
+apply_frozen_batch_norm = define(
+    "frozen_batch_norm",
+    "(Tensor x, Tensor? residual, Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps, bool relu)"
+    " -> Tensor",
+    fallback=reference_frozen_batch_norm,
+    fake=_fake,
+    backward=_backward,
+    save=_save,
 )
-apply_frozen_batch_norm = differentiable("frozen_batch_norm", _backward, _save)
 """`frozen_batch_norm` without checks, which take the host as long as a small map takes a GPU. Arguments: x,
 residual or None, mean, var, weight, bias, eps, relu."""
+
+_operator_backward = define(
+    "frozen_batch_norm_backward",
+    "(Tensor grad, Tensor? output, Tensor var, Tensor weight, float eps, bool with_residual)"
+    " -> (Tensor, Tensor)",
+    fallback=reference_frozen_batch_norm_backward,
+    fake=_fake_backward,
+)

@@ -8,8 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from detlib.ops._bilinear import sample_bilinear
-from detlib.ops._checks import check_same_device, check_tensor
-from detlib.ops._library import define, differentiable
+from detlib.ops._library import check_same_device, check_tensor, define
 
 _SHAPES = {
     "value": "(N, S, M, D)",
@@ -251,7 +250,21 @@ def _double_backward(ctx, *grad_grads):
     return results[0], results[1], None, None, results[2], results[3]
 
 
-define("ms_deform_attn", reference_ms_deform_attn, _fake_ms_deform_attn)
-define("ms_deform_attn_backward", reference_ms_deform_attn_backward, _fake_ms_deform_attn_backward)
-_apply = differentiable("ms_deform_attn", _backward, _save)
-_apply_backward = differentiable("ms_deform_attn_backward", _double_backward, _save)
+_apply = define(
+    "ms_deform_attn",
+    "(Tensor value, Tensor spatial_shapes, Tensor level_start_index, Tensor sampling_locations,"
+    " Tensor attention_weights) -> Tensor",
+    fallback=reference_ms_deform_attn,
+    fake=_fake_ms_deform_attn,
+    backward=_backward,
+    save=_save,
+)
+_apply_backward = define(
+    "ms_deform_attn_backward",
+    "(Tensor grad, Tensor value, Tensor spatial_shapes, Tensor level_start_index, Tensor sampling_locations,"
+    " Tensor attention_weights) -> (Tensor, Tensor, Tensor)",
+    fallback=reference_ms_deform_attn_backward,
+    fake=_fake_ms_deform_attn_backward,
+    backward=_double_backward,
+    save=_save,
+)

@@ -5,8 +5,7 @@ Shape legend: N boxes, K kept boxes.
 
 import torch
 
-from detlib.ops._checks import check_nms_arguments
-from detlib.ops._library import define, torchvision_ops
+from detlib.ops._library import check_nms_arguments, define, torchvision_ops
 
 
 def nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torch.Tensor:
@@ -30,7 +29,7 @@ def nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torc
         ValueError: a shape, dtype, device or the threshold does not fit; the message names the argument.
     """
     check_nms_arguments(boxes, scores, iou_threshold, box_dim=4)
-    return torch.ops.detlib.nms(boxes, scores, iou_threshold)
+    return _nms(boxes, scores, iou_threshold)
 
 
 def batched_nms(
@@ -55,7 +54,7 @@ def batched_nms(
         ValueError: a shape, dtype, device or the threshold does not fit; the message names the argument.
     """
     check_nms_arguments(boxes, scores, iou_threshold, box_dim=4, idxs=idxs)
-    return torch.ops.detlib.batched_nms(boxes, scores, idxs, iou_threshold)
+    return _batched_nms(boxes, scores, idxs, iou_threshold)
 
 
 def reference_nms(
@@ -115,13 +114,21 @@ def _fallback_batched_nms(
     return order[keep[order]]
 
 
-def _fake_nms(boxes, scores, iou_threshold):
+def _fake_nms(boxes, *_):
     return boxes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
 
 
-def _fake_batched_nms(boxes, scores, idxs, iou_threshold):
-    return boxes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
-
-
-define("nms", _fallback_nms, _fake_nms)
-define("batched_nms", _fallback_batched_nms, _fake_batched_nms)
+_nms = define(
+    "nms",
+    "(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor",
+    fallback=_fallback_nms,
+    fake=_fake_nms,
+    in_torchvision=True,
+)
+_batched_nms = define(
+    "batched_nms",
+    "(Tensor boxes, Tensor scores, Tensor idxs, float iou_threshold) -> Tensor",
+    fallback=_fallback_batched_nms,
+    fake=_fake_nms,
+    in_torchvision=True,
+)

@@ -12,8 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from detlib.ops._checks import check_same_length, check_tensor
-from detlib.ops._library import define
+from detlib.ops._library import check_same_length, check_tensor, define
 from detlib.ops.rle import fake_rles, reference_encode_rle, split_rles
 
 
@@ -42,7 +41,7 @@ def paste_masks(
         ValueError: a shape, dtype or device does not fit; the message names the argument.
     """
     height, width = _check_arguments(masks, boxes, image_size)
-    return torch.ops.detlib.paste_masks(masks, boxes, height, width, threshold)
+    return _paste_masks(masks, boxes, height, width, threshold)
 
 
 def paste_masks_to_rle(
@@ -66,7 +65,7 @@ def paste_masks_to_rle(
     height, width = _check_arguments(masks, boxes, image_size)
     if not threshold >= 0:
         raise ValueError(f"threshold must not be negative, got {threshold}")
-    strings = torch.ops.detlib.paste_masks_to_rle(masks, boxes, height, width, threshold)
+    strings = _paste_masks_to_rle(masks, boxes, height, width, threshold)
     return split_rles(*strings, height, width)
 
 
@@ -150,7 +149,7 @@ def reference_paste_masks_to_rle(masks, boxes, height, width, threshold):
 def _fallback_paste_masks_to_rle(masks, boxes, height, width, threshold):
     if masks.device.type != "cpu":
         # Masks within boxes are small, and run lengths are formed best where they are needed.
-        return torch.ops.detlib.paste_masks_to_rle(masks.cpu(), boxes.cpu(), height, width, threshold)
+        return _paste_masks_to_rle(masks.cpu(), boxes.cpu(), height, width, threshold)
     return reference_paste_masks_to_rle(masks, boxes, height, width, threshold)
 
 
@@ -159,9 +158,15 @@ def _fake_paste_masks(masks, boxes, height, width, threshold):
     return masks.new_empty((masks.shape[0], height, width), dtype=dtype)
 
 
-def _fake_paste_masks_to_rle(masks, boxes, height, width, threshold):
-    return fake_rles(masks)
-
-
-define("paste_masks", reference_paste_masks, _fake_paste_masks)
-define("paste_masks_to_rle", _fallback_paste_masks_to_rle, _fake_paste_masks_to_rle)
+_paste_masks = define(
+    "paste_masks",
+    "(Tensor masks, Tensor boxes, SymInt height, SymInt width, float threshold) -> Tensor",
+    fallback=reference_paste_masks,
+    fake=_fake_paste_masks,
+)
+_paste_masks_to_rle = define(
+    "paste_masks_to_rle",
+    "(Tensor masks, Tensor boxes, SymInt height, SymInt width, float threshold) -> (Tensor, Tensor)",
+    fallback=_fallback_paste_masks_to_rle,
+    fake=lambda masks, *_: fake_rles(masks),
+)

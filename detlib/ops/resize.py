@@ -40,7 +40,7 @@ def resize_image(
         raise ValueError(f"size must be (height, width), both positive, got {tuple(size)}")
     if filter not in (BILINEAR, BICUBIC):
         raise ValueError(f"filter must be 2 (bilinear) or 3 (bicubic), got {filter}")
-    return torch.ops.detlib.resize_image(image, size[0], size[1], int(filter), vertical_first)
+    return _resize_image(image, size[0], size[1], int(filter), vertical_first)
 
 
 def _kernel(x: torch.Tensor, filter: int) -> torch.Tensor:
@@ -92,4 +92,9 @@ def _fake(image: torch.Tensor, height: int, width: int, filter: int, vertical_fi
     return image.new_empty((image.shape[2], height, width))
 
 
-define("resize_image", reference_resize_image, _fake)
+_resize_image = define(
+    "resize_image",
+    "(Tensor image, SymInt height, SymInt width, int filter, bool vertical_first) -> Tensor",
+    fallback=reference_resize_image,
+    fake=_fake,
+)

@@ -5,8 +5,7 @@ Shape legend: R masks, H and W of the picture, B bytes of all strings.
 
 import torch
 
-from detlib.ops._checks import check_tensor
-from detlib.ops._library import define
+from detlib.ops._library import check_tensor, define
 
 
 def encode_rle(masks: torch.Tensor) -> list[dict]:
@@ -29,7 +28,7 @@ def encode_rle(masks: torch.Tensor) -> list[dict]:
     check_tensor("masks", masks, "(R, H, W)", floating=False)
     if masks.dtype != torch.bool:
         raise ValueError(f"masks must be bool, got {masks.dtype}")
-    return split_rles(*torch.ops.detlib.encode_rle(masks), *masks.shape[1:])
+    return split_rles(*_encode_rle(masks), *masks.shape[1:])
 
 
 def split_rles(text: torch.Tensor, lengths: torch.Tensor, height: int, width: int) -> list[dict]:
@@ -85,4 +84,6 @@ def fake_rles(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return text, torch.empty(masks.shape[0], dtype=torch.int64, device="cpu")
 
 
-define("encode_rle", _fallback_encode_rle, fake_rles)
+_encode_rle = define(
+    "encode_rle", "(Tensor masks) -> (Tensor, Tensor)", fallback=_fallback_encode_rle, fake=fake_rles
+)

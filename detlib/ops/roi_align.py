@@ -13,9 +13,16 @@ from collections.abc import Sequence
 
 import torch
 
-from detlib.ops._checks import check_positive, check_same_device, check_tensor
-from detlib.ops._layout import in_layout_of, memory_format_of, new_map
-from detlib.ops._library import define, differentiable, torchvision_ops
+from detlib.ops._library import (
+    check_positive,
+    check_same_device,
+    check_tensor,
+    define,
+    in_layout_of,
+    memory_format_of,
+    new_map,
+    torchvision_ops,
+)
 
 
 def roi_align(
@@ -273,7 +280,24 @@ def _double_backward(ctx, grad_grad_input):
     return (torch.ops.detlib.roi_align(grad_grad_input, boxes, *ctx.scalars), *[None] * 11)
 
 
-define("roi_align", _fallback_roi_align, _fake_roi_align)
-define("roi_align_backward", _fallback_roi_align_backward, _fake_roi_align_backward)
-_apply = differentiable("roi_align", _backward, _save_forward)
-_apply_backward = differentiable("roi_align_backward", _double_backward, _save_backward)
+_apply = define(
+    "roi_align",
+    "(Tensor input, Tensor boxes, float spatial_scale, SymInt pooled_height, SymInt pooled_width,"
+    " int sampling_ratio, bool aligned) -> Tensor",
+    fallback=_fallback_roi_align,
+    fake=_fake_roi_align,
+    backward=_backward,
+    save=_save_forward,
+    in_torchvision=True,
+)
+_apply_backward = define(
+    "roi_align_backward",
+    "(Tensor grad, Tensor boxes, float spatial_scale, SymInt pooled_height, SymInt pooled_width,"
+    " SymInt batch_size, SymInt channels, SymInt height, SymInt width, int sampling_ratio, bool aligned,"
+    " bool deterministic=False) -> Tensor",
+    fallback=_fallback_roi_align_backward,
+    fake=_fake_roi_align_backward,
+    backward=_double_backward,
+    save=_save_backward,
+    in_torchvision=True,
+)

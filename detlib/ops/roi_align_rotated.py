@@ -9,8 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from detlib.ops._checks import check_positive, check_same_device, check_tensor
-from detlib.ops._library import define, differentiable
+from detlib.ops._library import check_positive, check_same_device, check_tensor, define
 
 
 def roi_align_rotated(
@@ -230,7 +229,21 @@ def _double_backward(ctx, grad_grad_input):
     return (torch.ops.detlib.roi_align_rotated(grad_grad_input, boxes, *ctx.scalars), *[None] * 9)
 
 
-define("roi_align_rotated", reference_roi_align_rotated, _fake_roi_align)
-define("roi_align_rotated_backward", reference_roi_align_rotated_backward, _fake_roi_align_backward)
-_apply = differentiable("roi_align_rotated", _backward, _save_forward)
-_apply_backward = differentiable("roi_align_rotated_backward", _double_backward, _save_backward)
+_apply = define(
+    "roi_align_rotated",
+    "(Tensor input, Tensor boxes, float spatial_scale, SymInt pooled_height, SymInt pooled_width,"
+    " int sampling_ratio) -> Tensor",
+    fallback=reference_roi_align_rotated,
+    fake=_fake_roi_align,
+    backward=_backward,
+    save=_save_forward,
+)
+_apply_backward = define(
+    "roi_align_rotated_backward",
+    "(Tensor grad, Tensor boxes, float spatial_scale, SymInt pooled_height, SymInt pooled_width,"
+    " SymInt batch_size, SymInt channels, SymInt height, SymInt width, int sampling_ratio) -> Tensor",
+    fallback=reference_roi_align_rotated_backward,
+    fake=_fake_roi_align_backward,
+    backward=_double_backward,
+    save=_save_backward,
+)

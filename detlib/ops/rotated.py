@@ -15,8 +15,7 @@ import math
 
 import torch
 
-from detlib.ops._checks import check_nms_arguments, check_same_device, check_tensor
-from detlib.ops._library import define
+from detlib.ops._library import check_nms_arguments, check_same_device, check_tensor, define
 
 _PAIRS_AT_ONCE = 1 << 18
 
@@ -42,7 +41,7 @@ def box_iou_rotated(boxes1: torch.Tensor, boxes2: torch.Tensor) -> torch.Tensor:
     check_tensor("boxes1", boxes1, "(N, 5)")
     check_tensor("boxes2", boxes2, "(M, 5)")
     check_same_device("boxes2", boxes2, "boxes1", boxes1)
-    return torch.ops.detlib.box_iou_rotated(boxes1.detach(), boxes2.detach())
+    return _box_iou_rotated(boxes1.detach(), boxes2.detach())
 
 
 def nms_rotated(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torch.Tensor:
@@ -63,7 +62,7 @@ def nms_rotated(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float)
         ValueError: a shape, dtype, device or the threshold does not fit; the message names the argument.
     """
     check_nms_arguments(boxes, scores, iou_threshold, box_dim=5)
-    return torch.ops.detlib.nms_rotated(boxes.detach(), scores.detach(), iou_threshold)
+    return _nms_rotated(boxes.detach(), scores.detach(), iou_threshold)
 
 
 def batched_nms_rotated(
@@ -87,7 +86,7 @@ def batched_nms_rotated(
         ValueError: a shape, dtype, device or the threshold does not fit; the message names the argument.
     """
     check_nms_arguments(boxes, scores, iou_threshold, box_dim=5, idxs=idxs)
-    return torch.ops.detlib.batched_nms_rotated(boxes.detach(), scores.detach(), idxs, iou_threshold)
+    return _batched_nms_rotated(boxes.detach(), scores.detach(), idxs, iou_threshold)
 
 
 def _prepare(boxes: torch.Tensor) -> torch.Tensor:
@@ -201,14 +200,25 @@ def _fake_box_iou(boxes1, boxes2):
     return boxes1.new_empty((boxes1.shape[0], boxes2.shape[0]), dtype=_iou_dtype(boxes1, boxes2))
 
 
-def _fake_nms(boxes, scores, iou_threshold):
+def _fake_nms(boxes, *_):
     return boxes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
 
 
-def _fake_batched_nms(boxes, scores, idxs, iou_threshold):
-    return boxes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
-
-
-define("box_iou_rotated", reference_box_iou_rotated, _fake_box_iou)
-define("nms_rotated", _fallback_nms, _fake_nms)
-define("batched_nms_rotated", reference_nms_rotated, _fake_batched_nms)
+_box_iou_rotated = define(
+    "box_iou_rotated",
+    "(Tensor boxes1, Tensor boxes2) -> Tensor",
+    fallback=reference_box_iou_rotated,
+    fake=_fake_box_iou,
+)
+_nms_rotated = define(
+    "nms_rotated",
+    "(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor",
+    fallback=_fallback_nms,
+    fake=_fake_nms,
+)
+_batched_nms_rotated = define(
+    "batched_nms_rotated",
+    "(Tensor boxes, Tensor scores, Tensor idxs, float iou_threshold) -> Tensor",
+    fallback=reference_nms_rotated,
+    fake=_fake_nms,
+)

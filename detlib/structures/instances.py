@@ -1,4 +1,4 @@
-"""Instances: the objects of one picture, as columns of equal length."""
+"""Instances: the objects of one image, as columns of equal length."""
 
 import itertools
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ __all__ = ["Instances"]
 
 
 class Instances:
-    """A table of the objects in one picture: named fields that all have one entry per object.
+    """A table of the objects in one image: named fields that all have one entry per object.
 
     Fields are read and written as attributes::
 
@@ -22,13 +22,15 @@ class Instances:
 
     A field may be a tensor, a list, or a structure with `len()`, indexing and a `cat` class method such as
     Boxes. Names that begin with an underscore are ordinary attributes, not fields.
-
-    Args:
-        image_size: (height, width) of the picture that coordinates refer to.
-        **kwargs: fields to begin with.
     """
 
     def __init__(self, image_size: tuple[int, int], **kwargs: Any):
+        """Create a table.
+
+        Args:
+            image_size: (height, width) of the image that coordinates refer to.
+            **kwargs: initial fields.
+        """
         self._image_size = image_size
         self._fields: dict[str, Any] = {}
         for name, value in kwargs.items():
@@ -36,7 +38,7 @@ class Instances:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) of the picture."""
+        """(height, width) of the image."""
         return self._image_size
 
     def __setattr__(self, name: str, val: Any) -> None:
@@ -46,18 +48,18 @@ class Instances:
             self.set(name, val)
 
     def __getattr__(self, name: str) -> Any:
-        # Called only where ordinary look-up fails; `_fields` is absent while an object is being unpickled.
+        # Only called if ordinary lookup fails; `_fields` is absent while an object is being unpickled.
         fields = self.__dict__.get("_fields", {})
         if name not in fields:
             raise AttributeError(f"Instances have no field '{name}'. Fields: {_names(fields)}")
         return fields[name]
 
     def set(self, name: str, value: Any) -> None:
-        """Adds or replaces the field `name`.
+        """Add or replace the field `name`.
 
         Raises:
-            ValueError: if `value` has not as many entries as the other fields.
-            AttributeError: if `name` is an attribute or method of Instances, which could not be read back.
+            ValueError: if the number of entries differs from that of the other fields.
+            AttributeError: if `name` is an attribute or method of Instances, which would hide the field.
         """
         if hasattr(type(self), name):
             raise AttributeError(f"'{name}' cannot be a field, since Instances.{name} exists")
@@ -68,60 +70,67 @@ class Instances:
         self._fields[name] = value
 
     def has(self, name: str) -> bool:
-        """Whether there is a field `name`."""
+        """Return whether there is a field `name`."""
         return name in self._fields
 
     def remove(self, name: str) -> None:
-        """Removes the field `name`; KeyError if there is none."""
+        """Remove the field `name`; raise KeyError if there is none."""
         self.get(name)
         del self._fields[name]
 
     def get(self, name: str) -> Any:
-        """The field `name`; KeyError if there is none."""
+        """Return the field `name`; raise KeyError if there is none."""
         if name not in self._fields:
             raise KeyError(f"Instances have no field '{name}'. Fields: {_names(self._fields)}")
         return self._fields[name]
 
     def get_fields(self) -> dict[str, Any]:
-        """All fields by name. Changing the dict changes the object."""
+        """Return all fields by name. Changing the dict changes the object."""
         return self._fields
 
     def to(self, *args: Any, **kwargs: Any) -> "Instances":
-        """The same objects with `to(*args, **kwargs)` called on every field that has this method."""
+        """Return the same objects after calling `to(*args, **kwargs)` on every field that has it."""
         moved = type(self)(self._image_size)
         for name, value in self._fields.items():
             moved._fields[name] = value.to(*args, **kwargs) if hasattr(value, "to") else value
         return moved
 
     def __getitem__(self, item: int | slice | torch.Tensor) -> "Instances":
-        """Selects objects by an index (giving one object), a slice, an integer or a boolean vector."""
+        """Select objects by an index (giving one object), a slice, an integer vector or a boolean vector."""
         if isinstance(item, Integral):
             if not -len(self) <= item < len(self):
                 raise IndexError(f"Index {item} is out of range for {len(self)} instances")
             item = slice(item, item + 1 or None)
         selected = type(self)(self._image_size)
         for name, value in self._fields.items():
-            selected.set(name, _select(value, item))
+            if isinstance(value, (list, tuple)) and not isinstance(item, slice):
+                # Lists cannot be indexed with vectors.
+                positions = torch.arange(len(value))[torch.as_tensor(item).cpu()].tolist()
+                selected._fields[name] = type(value)(value[i] for i in positions)
+            else:
+                selected._fields[name] = value[item]
         return selected
 
     def __len__(self) -> int:
-        """Number of objects; 0 as long as there is no field."""
-        return next((len(value) for value in self._fields.values()), 0)
+        """Return the number of objects; 0 if there is no field yet."""
+        for value in self._fields.values():
+            return len(value)
+        return 0
 
     def __iter__(self) -> Iterator["Instances"]:
-        """Yields each object as Instances of length 1."""
+        """Yield each object as Instances of length 1."""
         return (self[i] for i in range(len(self)))
 
     @staticmethod
     def cat(instance_lists: list["Instances"]) -> "Instances":
-        """Joins the objects of several Instances of one picture size.
+        """Concatenate several Instances of the same image size.
 
         Args:
             instance_lists: at least one Instances, all with the same fields.
 
         Raises:
-            ValueError: if the list is empty, or picture sizes or field names differ.
-            TypeError: if a field's type cannot be joined.
+            ValueError: if the list is empty, or image sizes or field names differ.
+            TypeError: if a field's type cannot be concatenated.
         """
         for instances in instance_lists:
             if not isinstance(instances, Instances):
@@ -138,7 +147,8 @@ class Instances:
                 raise ValueError(f"Fields differ: {_names(first._fields)} and {_names(other._fields)}")
         joined = type(first)(first.image_size)
         for name in first._fields:
-            joined.set(name, _concatenate(name, [instances._fields[name] for instances in instance_lists]))
+            values = [instances._fields[name] for instances in instance_lists]
+            joined._fields[name] = _concatenate(name, values)
         return joined
 
     def __repr__(self) -> str:
@@ -151,13 +161,6 @@ def _names(fields: dict[str, Any]) -> str:
     return ", ".join(fields) or "none"
 
 
-def _select(value: Any, item: slice | torch.Tensor) -> Any:
-    if not isinstance(value, (list, tuple)) or isinstance(item, slice):
-        return value[item]
-    # Lists know no index vectors.
-    return type(value)(value[i] for i in torch.arange(len(value))[torch.as_tensor(item).cpu()].tolist())
-
-
 def _concatenate(name: str, values: list[Any]) -> Any:
     first = values[0]
     if isinstance(first, torch.Tensor):
@@ -166,4 +169,4 @@ def _concatenate(name: str, values: list[Any]) -> Any:
         return type(first)(itertools.chain(*values))
     if hasattr(type(first), "cat"):
         return type(first).cat(values)
-    raise TypeError(f"Field '{name}' of type {type(first).__name__} cannot be joined: it has no cat()")
+    raise TypeError(f"Field '{name}' of type {type(first).__name__} cannot be concatenated: it has no cat()")

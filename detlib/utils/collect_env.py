@@ -90,7 +90,9 @@ def _version(distribution: str) -> str:
 def _operators(library) -> str:
     """The table of operators and devices, and why the compiled ones are absent."""
     devices = ["cpu", "cuda"] if torch.version.cuda else ["cpu"]
-    rows = [[name, *(library.implementation(name, device) for device in devices)] for name in library.SCHEMAS]
+    rows = [
+        [name, *(library.implementation(name, device) for device in devices)] for name in library.OPERATORS
+    ]
     lines = [tabulate(rows, headers=["operator", *devices])]
     if library.native_load_error:
         lines.append(f"compiled operators: {library.native_load_error}")

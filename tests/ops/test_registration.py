@@ -59,7 +59,7 @@ def samples():
     }
 
 
-@pytest.mark.parametrize("name", _library.SCHEMAS)
+@pytest.mark.parametrize("name", _library.OPERATORS)
 def test_opcheck(name):
     operator = getattr(torch.ops.detlib, name).default
     assert set(torch.library.opcheck(operator, samples()[name]).values()) == {"SUCCESS"}
@@ -155,7 +155,7 @@ def test_fallbacks_give_the_same_values(hide_torchvision, served_by, tmp_path):
 def test_native_kernels_serve_the_cpu_where_built():
     if _library.native_load_error:
         pytest.skip(f"compiled operators: {_library.native_load_error}")
-    assert all(_library.implementation(name, "cpu") == "native" for name in _library.SCHEMAS)
+    assert all(_library.implementation(name, "cpu") == "native" for name in _library.OPERATORS)
 
 
 def test_broken_extension_is_reported_and_does_without(monkeypatch):
@@ -165,4 +165,4 @@ def test_broken_extension_is_reported_and_does_without(monkeypatch):
     monkeypatch.delenv(_library.DISABLE_NATIVE, raising=False)
     monkeypatch.setattr(_library.importlib, "import_module", broken)
     with pytest.warns(RuntimeWarning, match="undefined symbol: aoti_torch_example"):
-        assert _library._load_native() == "does not load: undefined symbol: aoti_torch_example"
+        assert _library._load_native() == "cannot be loaded: undefined symbol: aoti_torch_example"

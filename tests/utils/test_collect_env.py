@@ -11,14 +11,14 @@ def test_report_names_versions_and_what_serves_each_operator():
     report = collect_env_info()
     for line in (f"torch {torch.__version__}", "torchvision", "numpy", "fvcore", "Python"):
         assert line.split()[-1] in report
-    for name in _library.SCHEMAS:
+    for name in _library.OPERATORS:
         (row,) = [line.split() for line in report.splitlines() if line.split()[:1] == [name]]
         assert row[1] == _library.implementation(name, "cpu").split()[0]
 
 
 def test_report_says_why_operators_are_not_compiled(monkeypatch):
-    monkeypatch.setattr(_library, "native_load_error", "does not load: undefined symbol: f")
-    assert "compiled operators: does not load: undefined symbol: f" in collect_env_info()
+    monkeypatch.setattr(_library, "native_load_error", "cannot be loaded: undefined symbol: f")
+    assert "compiled operators: cannot be loaded: undefined symbol: f" in collect_env_info()
 
 
 def test_cpu_torch_beside_cuda_torchvision_is_named(monkeypatch):
