@@ -1,6 +1,7 @@
 """Training and prediction: the loop, its hooks, and the defaults that put everything together."""
 
 from detlib.engine import hooks
+from detlib.engine.base_trainer import ConfigTrainer
 from detlib.engine.defaults import (
     DefaultPredictor,
     DefaultTrainer,
@@ -12,7 +13,6 @@ from detlib.engine.defaults import (
 from detlib.engine.interrupt import StopTraining
 from detlib.engine.launch import DEFAULT_TIMEOUT, launch
 from detlib.engine.lazy_trainer import LazyTrainer
-from detlib.engine.parts_trainer import PartsTrainer
 from detlib.engine.processes.failures import ProcessFailedError
 from detlib.engine.train_loop import AMPTrainer, HookBase, SimpleTrainer, TrainerBase
 
@@ -23,7 +23,7 @@ __all__ = [
     "DefaultTrainer",
     "HookBase",
     "LazyTrainer",
-    "PartsTrainer",
+    "ConfigTrainer",
     "ProcessFailedError",
     "SimpleTrainer",
     "StopTraining",

@@ -7,7 +7,7 @@ from typing import Any
 
 from detlib.engine import hooks
 from detlib.engine.options import RunOptions
-from detlib.engine.trainer_base import HookBase, TrainerBase
+from detlib.engine.train_loop import HookBase, TrainerBase
 from detlib.engine.validation import validation_results
 from detlib.layers.fvcore_nn import get_bn_modules
 from detlib.utils import comm

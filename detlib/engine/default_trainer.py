@@ -17,11 +17,11 @@ from detlib.data import (
     build_detection_train_loader,
 )
 from detlib.data.build import pictures_per_epoch
+from detlib.engine.base_trainer import ConfigTrainer
 from detlib.engine.checks import as_names, check_datasets, check_num_classes, set_num_classes
 from detlib.engine.default_hooks import build_default_hooks
 from detlib.engine.evaluators import default_evaluator
 from detlib.engine.options import RunOptions, set_iterations
-from detlib.engine.parts_trainer import PartsTrainer
 from detlib.engine.train_loop import HookBase
 from detlib.evaluation import (
     DatasetEvaluator,
@@ -40,7 +40,7 @@ __all__ = ["DefaultTrainer"]
 logger = logging.getLogger(__name__)
 
 
-class DefaultTrainer(PartsTrainer):
+class DefaultTrainer(ConfigTrainer):
     """Builds model, optimizer, schedule, data loader and hooks from a config, and trains.
 
     To change a part, override the method that builds it. What it does by default:
@@ -84,7 +84,7 @@ class DefaultTrainer(PartsTrainer):
         model = self._prepare_model(model, options)
         optimizer = self.build_optimizer(cfg, model)
         scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self._take_parts(model, optimizer, data_loader, scheduler, options)
+        self._set_parts(model, optimizer, data_loader, scheduler, options)
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
@@ -130,7 +130,7 @@ class DefaultTrainer(PartsTrainer):
         )
 
     def train(self) -> Mapping[str, Any] | None:
-        """As `PartsTrainer.train`; also holds the results against TEST.EXPECTED_RESULTS."""
+        """As `ConfigTrainer.train`; also holds the results against TEST.EXPECTED_RESULTS."""
         results = super().train()
         if comm.is_main_process() and self.cfg.TEST.EXPECTED_RESULTS:
             if results is None:

@@ -1,8 +1,8 @@
-"""Finding and reporting losses that are infinite or not a number.
+"""Detect and explain losses and parameters that are infinite or NaN.
 
-A trainer looks at its losses only when it gathers the metrics, as every look waits for the device. Until
-then `LossRecord` keeps the last steps' losses where they are, so that the report names the step at which the
-trouble began and the pictures of that step.
+A trainer reads its losses only when it gathers the metrics, because each reading waits for the device. Until
+then `LossRecord` keeps the losses of the last steps on their device, so that the error message names the step
+at which the trouble began and the images of that step.
 """
 
 import math
@@ -16,73 +16,139 @@ from torch import nn
 
 from detlib.checkpoint.sharded import is_shard, is_sharded
 from detlib.utils import comm
+from detlib.utils.events import get_event_storage
 
 __all__ = [
     "LossRecord",
     "LossStep",
     "find_non_finite_parameters",
+    "format_losses",
     "learning_rate_advice",
     "losses_to_floats",
-    "picture_names",
+    "zero_fused_momentum",
 ]
 
-_MAX_FILES = 64
+_MAX_IMAGES = 64
+
+_ADVICE = (
+    "The parameters were not saved after this. Common causes: a learning rate too high for the batch size, "
+    "too short a warm-up, or broken annotations in these images."
+)
 
 
 @dataclass
 class LossStep:
-    """What is kept of one step."""
+    """The losses and images of one step."""
 
     iteration: int
     losses: Mapping[str, Any]
     """Detached scalars by name, on their device."""
-    files: list[str]
-    """The pictures of the batch."""
+    images: list[str]
+    """File names of the batch."""
 
 
 class LossRecord:
-    """The losses and pictures of the steps since the last look."""
+    """The losses and images of the steps since the losses were last read."""
 
     def __init__(self) -> None:
         self._steps: deque[LossStep] = deque()
 
     def add(self, iteration: int, loss_dict: Mapping[str, Any], data: Any) -> None:
-        """Remembers one step.
+        """Record one step.
 
         Args:
             iteration: its number.
             loss_dict: its losses.
-            data: the batch that it was made from.
+            data: the batch that they were computed from.
         """
         losses = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in loss_dict.items()}
-        self._steps.append(LossStep(iteration, losses, picture_names(data)))
+        self._steps.append(LossStep(iteration, losses, _image_names(data)))
 
     def forget_until(self, iteration: int) -> None:
-        """Forgets the steps up to `iteration`, which were found to be in order."""
+        """Drop the steps up to `iteration`: their losses were finite, or they were skipped."""
         # Another thread may be adding steps at the other end.
         while self._steps and self._steps[0].iteration <= iteration:
             self._steps.popleft()
 
     def first_non_finite(self) -> LossStep | None:
-        """The first step with a loss that is no finite number, with its losses as floats."""
+        """Return the first step with an infinite or NaN loss, with its losses as floats."""
         for step in list(self._steps):
             losses = losses_to_floats(step.losses)
             if not all(math.isfinite(value) for value in losses.values()):
-                return LossStep(step.iteration, losses, step.files)
+                return LossStep(step.iteration, losses, step.images)
         return None
 
+    def explain(
+        self,
+        error: FloatingPointError,
+        iteration: int,
+        period: int,
+        optimizer: torch.optim.Optimizer,
+        advice: str,
+    ) -> str:
+        """Return the error message for losses that are not finite. All processes call this together.
 
-def picture_names(data: Any) -> list[str]:
-    """File names, or else image ids, of a batch in the standard format; [] for other batches."""
+        Args:
+            error: says at which iteration the losses were read.
+            iteration: its number.
+            period: number of iterations between two readings.
+            optimizer: its learning rates are reported.
+            advice: a sentence to add, or "".
+        """
+        lines = [str(error)]
+        firsts = comm.all_gather(self.first_non_finite())
+        bad = [(rank, step) for rank, step in enumerate(firsts) if step]
+        if bad and period > 1:
+            first = min(step.iteration for _, step in bad)
+            lines.append(
+                f"It began at iteration {first} (the losses are read every {period} iterations; this reading "
+                f"covers {iteration + 1 - period} to {iteration})."
+            )
+            bad = [(rank, step) for rank, step in bad if step.iteration == first]
+        lines.append(_learning_rates(optimizer))
+        for rank, step in bad:
+            where = f"Process {rank}" if len(firsts) > 1 else "Losses"
+            lines += [f"{where}: {format_losses(step.losses)}", _list_images(step.images)]
+        return "\n".join(filter(None, [*lines, advice, _ADVICE]))
+
+    def explain_failed_forward(
+        self,
+        error: FloatingPointError,
+        iteration: int,
+        data: Any,
+        optimizer: torch.optim.Optimizer,
+        advice: str,
+    ) -> str:
+        """Return the error message for a model that found its own predictions to be infinite or NaN.
+
+        Args:
+            error: the model's error.
+            iteration: number of the step.
+            data: its batch.
+            optimizer: its learning rates are reported.
+            advice: a sentence to add, or "".
+        """
+        lines = [f"At iteration {iteration}: {error}", _learning_rates(optimizer)]
+        latest = get_event_storage().latest()
+        losses = {name: value for name, (value, _) in latest.items() if "loss" in name}
+        if losses:
+            when = max(iteration for name, (_, iteration) in latest.items() if name in losses)
+            lines.append(f"Losses at iteration {when}: {format_losses(losses)}")
+        lines.append(_list_images(_image_names(data)))
+        return "\n".join(filter(None, [*lines, advice, _ADVICE]))
+
+
+def _image_names(data: Any) -> list[str]:
+    """Return the file names, or else image ids, of a batch in the standard format; [] for other batches."""
     if not isinstance(data, list | tuple):
         return []
     samples = [d for d in data if isinstance(d, Mapping)]
     names = [str(d.get("file_name", d.get("image_id", ""))) for d in samples]
-    return [name for name in names if name][:_MAX_FILES]
+    return [name for name in names if name][:_MAX_IMAGES]
 
 
 def losses_to_floats(loss_dict: Mapping[str, Any]) -> dict[str, float]:
-    """Fetches scalars from their device, all in one go.
+    """Copy losses from their device in a single transfer.
 
     Args:
         loss_dict: tensors of one element, or numbers, by name.
@@ -95,18 +161,30 @@ def losses_to_floats(loss_dict: Mapping[str, Any]) -> dict[str, float]:
     return {name: values[name] for name in loss_dict}
 
 
-def learning_rate_advice(
-    optimizer: torch.optim.Optimizer, images_per_step: int, rate_per_image: float
-) -> str:
-    """Tells the learning rate that fits, if the one in use is too high for so small a batch.
+def format_losses(losses: Mapping[str, float]) -> str:
+    """Format losses as "loss_a=0.5, loss_b=nan"."""
+    return ", ".join(f"{name}={value:.6g}" for name, value in losses.items())
 
-    By the linear rule of "Accurate, Large Minibatch SGD" (https://arxiv.org/abs/1706.02677); nothing is said
-    of other optimizers than SGD, whose rates do not follow it.
+
+def _list_images(names: list[str]) -> str:
+    return f"Images: {', '.join(names) or 'the batch names no files'}"
+
+
+def _learning_rates(optimizer: torch.optim.Optimizer) -> str:
+    rates = sorted({float(group["lr"]) for group in optimizer.param_groups})
+    return f"Learning rate: {', '.join(f'{rate:.6g}' for rate in rates)}"
+
+
+def learning_rate_advice(optimizer: torch.optim.Optimizer, images_per_step: int, lr_per_image: float) -> str:
+    """Suggest a learning rate if the one in use is too high for the batch size.
+
+    This is the linear rule of "Accurate, Large Minibatch SGD" (https://arxiv.org/abs/1706.02677). It applies
+    to SGD only: the learning rates of other optimizers do not follow it.
 
     Args:
         optimizer: the optimizer.
-        images_per_step: pictures of one update over all processes, 0 if that is not known.
-        rate_per_image: learning rate over batch size of the published schedules.
+        images_per_step: number of images of one update over all processes; 0 if unknown.
+        lr_per_image: learning rate divided by batch size in the model's published schedules.
 
     Returns:
         A sentence, or "".
@@ -114,19 +192,19 @@ def learning_rate_advice(
     if not isinstance(optimizer, torch.optim.SGD) or images_per_step < 1:
         return ""
     rate = max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
-    fitting = rate_per_image * images_per_step
+    fitting = lr_per_image * images_per_step
     if rate <= 1.5 * fitting:
         return ""
     return (
-        f"The learning rate {rate:g} is high for {images_per_step} pictures a step: the published schedules "
-        f"have {rate_per_image * 16:g} for 16, which makes {fitting:g} here (SOLVER.BASE_LR)."
+        f"The learning rate {rate:g} is high for {images_per_step} images per step: the published schedules "
+        f"use {lr_per_image * 16:g} for 16, which scales to {fitting:g} here (SOLVER.BASE_LR)."
     )
 
 
 def find_non_finite_parameters(model: nn.Module) -> list[str]:
-    """Names of the parameters that hold an infinite value or NaN."""
+    """Return the names of the parameters that hold an infinite value or NaN."""
     named = [
-        # Each process looks at its own part of a parameter that is shared out.
+        # Each process checks its own shard of a sharded parameter.
         (name, param.to_local() if is_shard(param) else param)
         for name, param in model.named_parameters()
         if param.is_floating_point()
@@ -140,3 +218,19 @@ def find_non_finite_parameters(model: nn.Module) -> list[str]:
     if is_sharded(model):
         bad = sorted(set().union(*comm.all_gather(bad)))
     return bad
+
+
+def zero_fused_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Give a fused SGD momentum buffers of zeros before the first step.
+
+    PyTorch allocates them uninitialized in the first step and leaves them so if the gradients overflow, as
+    they often do at first: NaN one step later.
+    """
+    if not isinstance(optimizer, torch.optim.SGD):
+        return
+    for group in optimizer.param_groups:
+        if group.get("fused") and group["momentum"]:
+            for param in group["params"]:
+                state = optimizer.state[param]
+                if state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(param)

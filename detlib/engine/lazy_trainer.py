@@ -13,10 +13,10 @@ from torch import nn
 from detlib.config import instantiate
 from detlib.data import MetadataCatalog
 from detlib.data.build import pictures_per_epoch
+from detlib.engine.base_trainer import ConfigTrainer
 from detlib.engine.checks import as_names
 from detlib.engine.default_hooks import build_default_hooks
 from detlib.engine.options import RunOptions
-from detlib.engine.parts_trainer import PartsTrainer
 from detlib.engine.setup import run_setting
 from detlib.engine.train_loop import HookBase
 from detlib.evaluation import inference_on_dataset, print_csv_format
@@ -52,7 +52,7 @@ def _takes_output_dir(node: Mapping[str, Any]) -> bool:
     return "output_dir" in inspect.signature(target).parameters
 
 
-class LazyTrainer(PartsTrainer):
+class LazyTrainer(ConfigTrainer):
     """Builds what a lazy config describes, and trains.
 
     The config has the nodes ``model``, ``optimizer`` (whose ``params.model`` is set here), ``lr_multiplier``
@@ -93,7 +93,7 @@ class LazyTrainer(PartsTrainer):
         optimizer = instantiate(cfg.optimizer)
         del cfg.optimizer.params.model  # the config stays one that can be saved
         scheduler = LRMultiplier(optimizer, instantiate(cfg.lr_multiplier), train.max_iter)
-        self._take_parts(model, optimizer, data_loader, scheduler, options)
+        self._set_parts(model, optimizer, data_loader, scheduler, options)
         self.register_hooks(self.build_hooks())
 
     def _train_loader_config(self):

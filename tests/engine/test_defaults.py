@@ -227,7 +227,7 @@ def test_number_of_classes_matters_only_to_models_that_have_them(tmp_path):
 
 def test_a_bad_loss_stops_the_training(tmp_path, caplog):
     trainer = DefaultTrainer(tiny_cfg(tmp_path, SOLVER__BASE_LR=1e12, SOLVER__MAX_ITER=20))
-    advice = "is high for 2 pictures a step"
+    advice = "is high for 2 images per step"
     assert advice not in caplog.text
     with pytest.raises(
         FloatingPointError, match=r"iteration \d+: (?s:.*)Learning rate: 1e\+12(?s:.*)\.png"

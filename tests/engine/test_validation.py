@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from detlib.engine import DefaultTrainer, launch
-from detlib.engine.process_state import gather_process_state
+from detlib.engine.resume_state import gather_process_state
 from detlib.engine.validation import validation_losses, validation_results
 from detlib.utils import comm
 from detlib.utils.events import EventStorage

@@ -8,7 +8,7 @@ from detlib.engine.hooks.interrupt import StopOnSignal
 from detlib.engine.hooks.missed_evaluation import MissedEvaluation
 from detlib.engine.hooks.pictures import TrainingPictures
 from detlib.engine.hooks.profiling import AutogradProfiler, StepsProfiler, TorchMemoryStats, TorchProfiler
-from detlib.engine.trainer_base import HookBase
+from detlib.engine.train_loop import HookBase
 
 __all__ = [
     "AutogradProfiler",

@@ -10,7 +10,7 @@ from detlib.checkpoint.formats import read_checkpoint
 from detlib.checkpoint.sharded import is_sharded
 from detlib.engine.divergence import find_non_finite_parameters
 from detlib.engine.hooks.metrics import check_mode, explain_missing_metric, is_better
-from detlib.engine.trainer_base import HookBase, TrainerBase
+from detlib.engine.train_loop import HookBase, TrainerBase
 from detlib.utils import comm
 
 __all__ = ["BestCheckpointer", "PeriodicCheckpointer", "prepare_to_save"]

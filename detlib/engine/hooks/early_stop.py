@@ -5,7 +5,7 @@ import logging
 import os
 
 from detlib.engine.hooks.metrics import check_mode, explain_missing_metric, is_better
-from detlib.engine.trainer_base import HookBase
+from detlib.engine.train_loop import HookBase
 from detlib.utils import comm
 from detlib.utils.atomic_write import write_bytes_atomically
 from detlib.utils.file_io import PathManager

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from torch import nn
 
 from detlib.engine.ema import WeightAverage
-from detlib.engine.trainer_base import HookBase
+from detlib.engine.train_loop import HookBase
 from detlib.evaluation.testing import flatten_results_dict
 from detlib.layers.fvcore_nn import get_bn_modules, update_bn_stats
 from detlib.utils import comm

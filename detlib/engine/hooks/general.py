@@ -10,7 +10,7 @@ import torch
 from fvcore.common.param_scheduler import ParamScheduler
 from fvcore.common.timer import Timer
 
-from detlib.engine.trainer_base import HookBase
+from detlib.engine.train_loop import HookBase
 from detlib.solver import LRMultiplier
 from detlib.utils.events import EventWriter
 

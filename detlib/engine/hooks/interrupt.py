@@ -8,7 +8,7 @@ import signal
 from detlib.checkpoint import Checkpointer
 from detlib.engine.hooks.checkpoint import prepare_to_save
 from detlib.engine.interrupt import StopTraining, listen_for_stop, stop_requested
-from detlib.engine.trainer_base import HookBase
+from detlib.engine.train_loop import HookBase
 from detlib.utils import comm
 
 __all__ = ["StopOnSignal"]

@@ -5,7 +5,7 @@ import os
 
 from detlib.engine.hooks.checkpoint import PeriodicCheckpointer
 from detlib.engine.hooks.evaluation import EvalHook
-from detlib.engine.trainer_base import HookBase
+from detlib.engine.train_loop import HookBase
 from detlib.utils import comm
 from detlib.utils.atomic_write import write_bytes_atomically
 from detlib.utils.file_io import PathManager

@@ -12,7 +12,7 @@ from torch import nn
 
 from detlib.data.readers import convert_image_to_rgb
 from detlib.engine.pictures import draw_prediction
-from detlib.engine.trainer_base import HookBase
+from detlib.engine.train_loop import HookBase
 from detlib.evaluation import inference_context
 from detlib.structures import Instances
 from detlib.utils import comm

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from detlib.engine.trainer_base import HookBase
+from detlib.engine.train_loop import HookBase
 from detlib.utils import comm
 from detlib.utils.file_io import PathManager
 

@@ -1,12 +1,13 @@
-"""The trainer around a model and what belongs to it, however these were made."""
+"""The base of the trainers that are built from a config, and what a resumed run restores."""
 
 import contextlib
-import functools
 import logging
+import random
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -16,10 +17,9 @@ from detlib.engine.divergence import learning_rate_advice
 from detlib.engine.ema import EMA_ENTRY, WeightAverage
 from detlib.engine.memory_saving import add_activation_checkpoints
 from detlib.engine.options import RunOptions
-from detlib.engine.process_state import gather_process_state, load_process_state
+from detlib.engine.resume_state import gather_process_state, load_process_state
 from detlib.engine.setup import default_writers
-from detlib.engine.step_seed import seed_step
-from detlib.engine.train_loop import AMPTrainer, HookBase, SimpleTrainer, TrainerBase
+from detlib.engine.train_loop import AMPTrainer, SimpleTrainer, TrainerBase
 from detlib.engine.wrapping import (
     compile_parts,
     create_ddp_model,
@@ -31,38 +31,25 @@ from detlib.modeling.freezing import freeze_by_name
 from detlib.utils import comm
 from detlib.utils.events import EventWriter
 
-__all__ = ["PartsTrainer"]
+__all__ = ["ConfigTrainer"]
 
 logger = logging.getLogger(__name__)
 
 
-class _AfterBackward(HookBase):
-    """Hands the inner trainer's `after_backward` on to the hooks of the outer one."""
+class ConfigTrainer(TrainerBase):
+    """A trainer that saves, resumes and evaluates. Subclasses build its parts from a config.
 
-    def __init__(self, outer: TrainerBase):
-        self._outer = outer
-
-    def after_backward(self) -> None:
-        self._outer.after_backward()
-
-
-def _seed_step(trainer: "PartsTrainer", iteration: int) -> None:
-    seed_step(trainer._seed, iteration, comm.get_rank())
-
-
-class PartsTrainer(TrainerBase):
-    """Trains, saves and resumes, once it has its parts. Subclasses read a config.
-
-    They build a model, hand it to `_prepare_model`, build the optimizer of what comes back, and call
-    `_take_parts`. Every step's random numbers are a function of the seed, the step and the process, so that
-    a resumed run draws what it would have drawn without the interruption.
+    A subclass builds a model, passes it to `_prepare_model`, builds an optimizer for the result, and calls
+    `_set_parts`. The inner trainer `_trainer` runs the steps inside this one's loop: it uses the hooks and
+    the batch of this trainer. The random numbers of a step are a function of the seed, the step and the
+    process, so a resumed run draws the same numbers as an uninterrupted one.
 
     Attributes:
-        options: how to train.
+        options: the settings of the run.
         scheduler: the learning-rate schedule.
         checkpointer: the `DetectionCheckpointer`.
         output_dir: folder of checkpoints and logs.
-        ema: the average of the weights, or None.
+        ema: the moving average of the weights, or None.
     """
 
     options: RunOptions
@@ -71,15 +58,24 @@ class PartsTrainer(TrainerBase):
         super().__init__()
         self._process_states: list[dict] = []
         self._all_save = False  # whether all processes have hooks that save
-        self._restored: list[str] = []  # what the last resuming has found in the checkpoint
+        self._restored: list[str] = []  # what was found in the checkpoint, for the log
         self._last_eval_results: Mapping | None = None
 
+    @property
+    def _trainer(self) -> SimpleTrainer:
+        return self._inner
+
+    @_trainer.setter
+    def _trainer(self, trainer: SimpleTrainer) -> None:
+        trainer.run_inside(self)
+        self._inner = trainer
+
     def _prepare_model(self, model: nn.Module, options: RunOptions) -> nn.Module:
-        """Does to a model what must be done before it has an optimizer.
+        """Change a model as the options say, before an optimizer is built for it.
 
         Args:
             model: the model, on its device.
-            options: ``freeze``, ``activation_checkpoint``, ``compile*`` and ``strategy`` are looked at.
+            options: ``freeze``, ``activation_checkpoint``, ``compile*`` and ``strategy`` are used.
 
         Raises:
             ValueError, RuntimeError: if an option does not fit the model or the processes.
@@ -92,7 +88,7 @@ class PartsTrainer(TrainerBase):
             compile_parts(model, options.compile_modules, options.compile_backend)
         return shard_model(model) if options.strategy == "fsdp" else model
 
-    def _take_parts(
+    def _set_parts(
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
@@ -102,11 +98,11 @@ class PartsTrainer(TrainerBase):
     ) -> None:
         """
         Args:
-            model: what `_prepare_model` gave.
-            optimizer: of its parameters.
+            model: the result of `_prepare_model`.
+            optimizer: the optimizer of its parameters.
             data_loader: the endless loader of training batches.
-            scheduler: the learning-rate schedule, a PyTorch one.
-            options: how to train.
+            scheduler: the learning-rate schedule, a PyTorch scheduler.
+            options: the settings of the run.
         """
         self.options = options
         self.ema = WeightAverage(model, options.ema_decay) if options.ema_decay else None
@@ -115,16 +111,12 @@ class PartsTrainer(TrainerBase):
             "accum_steps": options.accum_steps,
             "skip_non_finite": options.skip_non_finite,
             "advice": learning_rate_advice(optimizer, options.images_per_step, options.rate_per_image),
-            "seed_step": functools.partial(_seed_step, weakref.proxy(self)),
         }
         if options.precision:
             precision = getattr(torch, options.precision)
-            self._trainer: SimpleTrainer = AMPTrainer(
-                wrapped, data_loader, optimizer, precision=precision, **step_options
-            )
+            self._trainer = AMPTrainer(wrapped, data_loader, optimizer, precision=precision, **step_options)
         else:
             self._trainer = SimpleTrainer(wrapped, data_loader, optimizer, **step_options)
-        self._trainer.register_hooks([_AfterBackward(weakref.proxy(self))])
         self.scheduler = scheduler
         self.checkpointer = DetectionCheckpointer(
             wrapped, options.output_dir, async_save=options.checkpoint_async, trainer=weakref.proxy(self)
@@ -133,7 +125,7 @@ class PartsTrainer(TrainerBase):
             self.checkpointer.add_checkpointable(EMA_ENTRY, self.ema)
         self.max_iter = options.max_iter
         self.output_dir = options.output_dir
-        # One for all processes; seed_step tells them apart.
+        # The same in all processes; `seed_step` adds the rank.
         self._seed = options.seed if options.seed >= 0 else comm.shared_random_seed()
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -221,11 +213,12 @@ class PartsTrainer(TrainerBase):
 
     def run_step(self) -> None:
         self._trainer.iter = self.iter
-        self._trainer.keep_batch = self.keep_batch
         self._trainer.run_step()
-        self.batch, self._trainer.batch = self._trainer.batch, None
         if self.ema is not None and not self._trainer.skipped:
             self.ema.update()
+
+    def seed_step(self) -> None:
+        seed_rng(self._seed, self.iter, comm.get_rank())
 
     def prepare_to_save(self) -> None:
         """Collects what each process has for itself; hooks call it before they save, in all processes."""
@@ -273,3 +266,25 @@ class PartsTrainer(TrainerBase):
     def optimizer(self) -> torch.optim.Optimizer:
         """The optimizer."""
         return self._trainer.optimizer
+
+
+def seed_rng(seed: int, iteration: int, rank: int = 0) -> None:
+    """Seed the generators of Python, NumPy and torch for one step of one process.
+
+    A resumed run thus draws the same numbers as an uninterrupted one, whatever is drawn between two steps, in
+    an evaluation for example.
+
+    Args:
+        seed: the seed of the whole run.
+        iteration: number of the step.
+        rank: number of the process.
+    """
+    low, high = np.random.SeedSequence([seed, iteration, rank]).generate_state(2, np.uint64)
+    random.seed(int(low))
+    np.random.seed(int(low) % 2**32)
+    # torch.manual_seed checks for every type of device, which takes half a millisecond.
+    torch.default_generator.manual_seed(int(high) % 2**63)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(int(high) % 2**63)
+    elif torch.backends.mps.is_available():
+        torch.mps.manual_seed(int(high) % 2**63)
