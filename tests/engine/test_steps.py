@@ -129,7 +129,7 @@ def test_steps_without_a_finite_loss_are_left_out(caplog):
     expected.model = model
     assert torch.equal(_values(trainer), _values(expected))
     text = caplog.text
-    assert "left out (1 of at most 2 in a row)" in text and "(2 of at most 2 in a row)" in text
+    assert "Skipping the step (1 of at most 2 in a row)" in text and "(2 of at most 2 in a row)" in text
     assert "2.jpg, 3.jpg" in text and "Learning rate: 0.1" in text and "Lower the rate." in text
 
 
@@ -146,7 +146,7 @@ def test_too_many_steps_without_a_finite_loss_end_the_training():
     [
         (torch.optim.SGD, 0.02, 16, ""),
         (torch.optim.SGD, 0.0025, 2, ""),
-        (torch.optim.SGD, 0.02, 2, "have 0.02 for 16, which makes 0.0025 here"),
+        (torch.optim.SGD, 0.02, 2, "use 0.02 for 16, which scales to 0.0025 here"),
         (torch.optim.AdamW, 0.02, 2, ""),
         (torch.optim.SGD, 0.02, 0, ""),
     ],

@@ -108,7 +108,7 @@ def test_nothing_left_to_train_is_said(caplog):
     with caplog.at_level(logging.WARNING, logger="detlib"):
         trainer.train(7, 5)
     assert calls == [("before_train", 7), ("after_train", 7, 7)]
-    assert "start iteration 7 is not below" in caplog.text
+    assert "iteration 7 is not below" in caplog.text
 
 
 @pytest.mark.parametrize("zero_grad_first", [False, True])
