@@ -48,7 +48,7 @@ EXCEPTIONS = {
 # Packages whose parts are for the package alone.
 PRIVATE_PACKAGES = {"config/defaults/__init__.py"}
 
-MAX_LINES = 500
+MAX_LINES = 600
 # Files that are tables and nothing else.
 TABLES = {
     "data/datasets/builtin_meta.py",
