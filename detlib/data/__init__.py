@@ -1,7 +1,7 @@
 """Data sets, loaders and transforms."""
 
-# Imported for their effect: the built-in names and the addresses that the catalogs know.
-from . import addresses, datasets, samplers, transforms
+# Imported for their effect: the built-in names and the formats that the catalogs know.
+from . import datasets, formats, samplers, transforms
 from .build import (
     build_batch_data_loader,
     build_detection_test_loader,
@@ -26,11 +26,11 @@ __all__ = [
     "MetadataCatalog",
     "PanopticDatasetMapper",
     "ToIterableDataset",
-    "addresses",
     "build_batch_data_loader",
     "build_detection_test_loader",
     "build_detection_train_loader",
     "datasets",
+    "formats",
     "get_detection_dataset_dicts",
     "load_proposals_into_dataset",
     "print_instances_class_histogram",

@@ -1,8 +1,7 @@
-"""Data sets by name: how each is loaded (`DatasetCatalog`) and what is known about it (`MetadataCatalog`).
+"""Datasets by name: how each is loaded (`DatasetCatalog`) and what is known about it (`MetadataCatalog`).
 
-A name is either registered, by `DatasetCatalog.register` or by detlib itself, or an address such as
-`coco:annotations.json@images`, which needs no registration. An address begins with a scheme; what answers for
-a scheme is set with `register_address_scheme` (see `detlib.data.addresses` for the schemes that exist).
+A name is either registered, by `DatasetCatalog.register` or by detlib itself, or a dataset URI such as
+`coco:annotations.json@images`, which needs no registration. `detlib.data.formats` registers the schemes.
 """
 
 from __future__ import annotations
@@ -15,41 +14,41 @@ from typing import Any, Protocol
 from detlib.utils.suggest import suggest
 
 __all__ = [
-    "Address",
     "DatasetCatalog",
+    "DatasetURI",
     "Metadata",
     "MetadataCatalog",
     "check_datasets_exist",
-    "find_address",
-    "is_address",
-    "register_address_scheme",
+    "is_dataset_uri",
+    "parse_dataset_uri",
+    "register_uri_scheme",
 ]
 
 
-class Address(Protocol):
-    """A data set that is named by what it consists of. Made by a scheme's parser from the whole address."""
+class DatasetURI(Protocol):
+    """A parsed dataset URI: what the catalogs need to know about it."""
 
     def check(self) -> None:
-        """Raises FileNotFoundError or ValueError, cheaply, if the address leads nowhere."""
+        """Raise FileNotFoundError or ValueError, cheaply, if the dataset does not exist."""
 
     def load(self) -> list[dict]:
-        """Returns the data set in the standard dict format."""
+        """Return the dataset in the standard dict format."""
 
     def metadata(self) -> dict[str, Any]:
-        """Returns the attributes for the data set's `Metadata`."""
+        """Return the attributes of the dataset's `Metadata`."""
 
 
-_ADDRESS_SCHEMES: dict[str, Callable[[str], Address]] = {}
+_URI_SCHEMES: dict[str, Callable[[str], DatasetURI]] = {}
 
 
-def register_address_scheme(scheme: str, parse: Callable[[str], Address]) -> None:
-    """Lets `parse` answer for all data set names that begin with `scheme` and a colon.
+def register_uri_scheme(scheme: str, parse: Callable[[str], DatasetURI]) -> None:
+    """Register the parser of all dataset URIs that begin with `scheme` and a colon.
 
     Args:
-        scheme: the letters before the colon.
-        parse: called with the whole address; raises ValueError, naming the faulty part, if it is malformed.
+        scheme: the part before the colon.
+        parse: called with the full URI; raises ValueError, naming the faulty part, if it is malformed.
     """
-    _ADDRESS_SCHEMES[scheme] = parse
+    _URI_SCHEMES[scheme] = parse
 
 
 class _DatasetCatalog(UserDict):
@@ -83,17 +82,15 @@ class _DatasetCatalog(UserDict):
         self[name] = func
 
     def get(self, name: str) -> list[dict]:
-        """Loads the data set `name`, which is a registered name or an address.
+        """Load a dataset.
+
+        Args:
+            name: a registered name or a dataset URI.
 
         Raises:
-            KeyError: `name` is neither. The message lists near names.
+            KeyError: `name` is neither. The message lists similar names.
         """
-        if name in self:
-            return self[name]()
-        address = _addresses.find(name)
-        if address is None:
-            raise KeyError(_unknown_dataset(name))
-        return address.load()
+        return self[name]() if name in self else parse_dataset_uri(name).load()
 
     def remove(self, name: str) -> None:
         """Forgets `name`. Raises KeyError if it is not registered."""
@@ -169,17 +166,17 @@ class _MetadataCatalog(UserDict):
     """Maps names to `Metadata`. There is one `Metadata` for a name, made when it is first asked for."""
 
     def get(self, name: str) -> Metadata:
-        """Returns the metadata of `name`: empty but for its name, if nothing was set before.
+        """Return the metadata of `name`; if nothing was set before, it has the name only.
 
-        For an address it is filled from the data set itself, for which the files may have to be read.
+        The metadata of a dataset URI are filled from the dataset itself, which may read its files.
         """
         if not name:
             raise ValueError("MetadataCatalog.get: the dataset's name is empty.")
         if name not in self:
             metadata = Metadata(name=name)
-            address = None if name in DatasetCatalog else _addresses.find(name)
-            if address is not None:
-                metadata.set(**address.metadata())
+            uri = None if name in DatasetCatalog else _parse(name)
+            if uri is not None:
+                metadata.set(**uri.metadata())
             self[name] = metadata
         return self[name]
 
@@ -199,59 +196,56 @@ class _MetadataCatalog(UserDict):
         return [*self]
 
 
-class _Addresses:
-    """The addresses that were used so far, parsed."""
-
-    def __init__(self) -> None:
-        self._parsed: dict[str, Address] = {}
-
-    def find(self, name: str) -> Address | None:
-        """Returns what the address stands for, or None if `name` has no known scheme."""
-        scheme, colon, _ = name.partition(":")
-        if not colon or scheme not in _ADDRESS_SCHEMES:
-            return None
-        if name not in self._parsed:
-            self._parsed[name] = _ADDRESS_SCHEMES[scheme](name)
-        return self._parsed[name]
+# Parsed dataset URIs by name.
+_parsed_uris: dict[str, DatasetURI] = {}
 
 
-_addresses = _Addresses()
+def _parse(name: str) -> DatasetURI | None:
+    """Return a parsed dataset URI, or None if `name` has no known scheme."""
+    scheme, colon, _ = name.partition(":")
+    if not colon or scheme not in _URI_SCHEMES:
+        return None
+    if name not in _parsed_uris:
+        _parsed_uris[name] = _URI_SCHEMES[scheme](name)
+    return _parsed_uris[name]
+
 
 DatasetCatalog = _DatasetCatalog()
 MetadataCatalog = _MetadataCatalog()
 
 
-def is_address(name: str) -> bool:
-    """Whether `name` is an address, and not registered.
+def is_dataset_uri(name: str) -> bool:
+    """Whether `name` is a dataset URI, and not a registered name.
 
     Raises:
-        ValueError: it is one, but malformed.
+        ValueError: It is a dataset URI, but malformed.
     """
-    return name not in DatasetCatalog and _addresses.find(name) is not None
+    return name not in DatasetCatalog and _parse(name) is not None
 
 
-def find_address(name: str) -> Address:
-    """Returns what an address stands for.
+def parse_dataset_uri(name: str) -> DatasetURI:
+    """Parse a dataset URI.
 
     Raises:
-        KeyError: `name` is no address. The message lists near names.
+        KeyError: `name` is not a dataset URI. The message lists similar names.
+        ValueError: It is malformed.
     """
-    address = _addresses.find(name)
-    if address is None:
+    uri = _parse(name)
+    if uri is None:
         raise KeyError(_unknown_dataset(name))
-    return address
+    return uri
 
 
 def check_datasets_exist(names: str | Iterable[str]) -> None:
-    """Makes sure that every name can be loaded, without loading: for the start of a program.
+    """Check that every dataset exists, without loading it. For the start of a program.
 
     Args:
-        names: data set names or addresses; a single string is one name.
+        names: registered names or dataset URIs; a single string is one name.
 
     Raises:
-        KeyError: a name is neither registered nor an address. The message lists near names.
-        FileNotFoundError, ValueError: an address is malformed, or leads to a file that does not exist; or the
-            function that a name was registered with has a method `check` that raises it.
+        KeyError: A name is neither registered nor a dataset URI. The message lists similar names.
+        FileNotFoundError, ValueError: A URI is malformed, or names a file that does not exist. A function
+            registered under a name may also raise them from its method `check`, if it has one.
     """
     for name in [names] if isinstance(names, str) else names:
         if name in DatasetCatalog:
@@ -259,17 +253,14 @@ def check_datasets_exist(names: str | Iterable[str]) -> None:
             if check is not None:
                 check()
             continue
-        address = _addresses.find(name)
-        if address is None:
-            raise KeyError(_unknown_dataset(name))
-        address.check()
+        parse_dataset_uri(name).check()
 
 
 def _unknown_dataset(name: str) -> str:
-    schemes = ", ".join(f"{scheme}:..." for scheme in sorted(_ADDRESS_SCHEMES))
+    schemes = ", ".join(f"{scheme}:..." for scheme in sorted(_URI_SCHEMES))
     return (
         f"Dataset {name!r} is not registered.{suggest(name, DatasetCatalog)} Register it with "
-        f"DatasetCatalog.register, or give an address ({schemes}). "
+        f"DatasetCatalog.register, or use a dataset URI ({schemes}). "
         f"Registered are: {', '.join(sorted(DatasetCatalog)) or 'none'}."
     )
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from detlib.config import CfgNode, get_cfg
-from detlib.data.catalog import MetadataCatalog, check_datasets_exist, is_address
+from detlib.data.catalog import MetadataCatalog, check_datasets_exist, is_dataset_uri
 from detlib.utils.file_io import is_remote
 
 __all__ = ["as_names", "check_datasets", "check_num_classes", "check_weights", "set_num_classes"]
@@ -104,15 +104,15 @@ def _compare_names(cfg: CfgNode, kind: str, name: str, classes: list[str]) -> No
 def set_num_classes(cfg: CfgNode) -> None:
     """Sets the model's numbers of classes and keypoints from the training data, if nobody has set them.
 
-    That is so where the config has the default still and the first of DATASETS.TRAIN is an address. What was
-    set otherwise stays, and is compared with the data by `check_num_classes`. Data that are not on this
+    That is so where the config has the default still and the first of DATASETS.TRAIN is a dataset URI. What
+    was set otherwise stays, and is compared with the data by `check_num_classes`. Data that are not on this
     machine change nothing: a model goes where its data do not.
 
     Args:
         cfg: changed in place, even if it is frozen, so that what is saved is what is used.
     """
     names = as_names(cfg.DATASETS.TRAIN)
-    if not names or not is_address(names[0]):
+    if not names or not is_dataset_uri(names[0]):
         return
     defaults = get_cfg()
     keys = dict(_NUM_CLASSES_KEYS.get(cfg.MODEL.META_ARCHITECTURE, {}))

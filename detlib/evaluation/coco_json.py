@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 from detlib.data.catalog import Metadata
-from detlib.data.datasets.coco import read_coco_json
-from detlib.data.datasets.coco_writer import convert_to_coco_dict
+from detlib.data.datasets.coco import convert_to_coco_dict, read_coco_json
 from detlib.ops import encode_rle, paste_masks_to_rle
 from detlib.structures import BoxMode, Instances, ROIMasks, RotatedBoxes
 

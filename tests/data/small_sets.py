@@ -49,7 +49,7 @@ def coco_content(**changes):
 
 
 def write_coco(root, content=None, pictures=("a.jpg", "b.jpg")):
-    """Returns the address."""
+    """Returns the uri."""
     write(f"{root}/ann.json", json.dumps(coco_content() if content is None else content))
     for i, name in enumerate(pictures):
         write(f"{root}/images/{name}", picture(color=(i * 40, 90, 10)))
@@ -66,7 +66,7 @@ def voc_xml(*objects, size=SIZE):
 
 
 def write_voc(root, **files):
-    """Returns the address. `files` replaces the XML of the pictures a and b."""
+    """Returns the uri. `files` replaces the XML of the pictures a and b."""
     xml = {
         "b": voc_xml(("owl", (5, 6, 7, 8))),
         "a": voc_xml(("wren", (2, 3, 10, 12)), ("crow", (0, 0, 40, 30))),
@@ -79,7 +79,7 @@ def write_voc(root, **files):
 
 
 def write_yolo(root, labels=None, **keys):
-    """Returns the address. `labels` maps picture names to the text of their label files."""
+    """Returns the uri. `labels` maps picture names to the text of their label files."""
     labels = {"a": "2 0.15 0.25 0.2 0.3\n0 0.5 0.5 1 1\n", "b": None} if labels is None else labels
     data = {"train": "images/train", "val": "images/train", "names": CLASSES, **keys}
     write(f"{root}/data.yaml", json.dumps({k: v for k, v in data.items() if v is not None}))
@@ -91,7 +91,7 @@ def write_yolo(root, labels=None, **keys):
 
 
 def write_roboflow(root, split="train"):
-    """Returns the address. The first category stands for the whole set."""
+    """Returns the uri. The first category stands for the whole set."""
     content = coco_content()
     content["categories"] = [
         {"id": 0, "name": "birds", "supercategory": "none"},

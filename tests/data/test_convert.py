@@ -40,28 +40,28 @@ def awkward_voc(root):
     for name, box in (("wren", (1 / 3, 0.1, 39.99, 29.7)), ("owl", (0, 0, 40, 30)), ("crow", (7, 8, 8, 9.5))):
         corners = "".join(f"<{k}>{v!r}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), box))
         text += f"<object><name>{name}</name><bndbox>{corners}</bndbox></object>"
-    address = write_voc(root, a=text + "</annotation>")
+    uri = write_voc(root, a=text + "</annotation>")
     (root / "labels.txt").write_text("wren\nowl\ncrow\n")
-    return address
+    return uri
 
 
 @pytest.mark.parametrize("path", [("coco", "yolo", "voc"), ("yolo", "coco", "voc"), ("voc", "yolo", "coco")])
 @pytest.mark.parametrize("link", [False, True])
 def test_round_trips(tmp_path, path, link):
-    address = awkward_voc(tmp_path / "start")
-    before = records(address)
+    uri = awkward_voc(tmp_path / "start")
+    before = records(uri)
     assert [len(objects) for *_, objects in before] == [1, 3]
     for step, to in enumerate(path):
-        address = convert_dataset(address, to, f"{tmp_path}/{step}", link=link)
-        assert address.startswith(f"{to}:{tmp_path}/{step}")
-        assert MetadataCatalog.get(address).thing_classes == ["wren", "owl", "crow"]
-        after = records(address)
+        uri = convert_dataset(uri, to, f"{tmp_path}/{step}", link=link)
+        assert uri.startswith(f"{to}:{tmp_path}/{step}")
+        assert MetadataCatalog.get(uri).thing_classes == ["wren", "owl", "crow"]
+        after = records(uri)
         assert [r[:3] for r in after] == [r[:3] for r in before]
         for (*_, expected), (*_, objects) in zip(before, after):
             assert [o[0] for o in objects] == [o[0] for o in expected]
             for one, other in zip(objects, expected):
                 assert one[1] == pytest.approx(other[1], abs=1e-6)
-        for record in DatasetCatalog.get(address):
+        for record in DatasetCatalog.get(uri):
             original = f"{tmp_path}/start/JPEGImages/{record['file_name'].rpartition('/')[2]}"
             with open(record["file_name"], "rb") as one, open(original, "rb") as other:
                 assert one.read() == other.read()
@@ -105,8 +105,8 @@ def test_mask_of_two_parts_keeps_its_area(tmp_path):
     content["annotations"] = [
         {"id": 1, "image_id": 1, "category_id": 3, "bbox": [2, 2, 28, 23], "segmentation": parts}
     ]
-    address = convert_dataset(write_coco(tmp_path / "start", content), "yolo", f"{tmp_path}/yolo")
-    (polygon,) = DatasetCatalog.get(address)[0]["annotations"][0]["segmentation"]
+    uri = convert_dataset(write_coco(tmp_path / "start", content), "yolo", f"{tmp_path}/yolo")
+    (polygon,) = DatasetCatalog.get(uri)[0]["annotations"][0]["segmentation"]
     joined, apart = (mask_utils.merge(mask_utils.frPyObjects(p, 30, 40)) for p in ([polygon], parts))
     assert mask_utils.area(apart) == 180 and mask_utils.iou([joined], [apart], [0])[0, 0] > 0.9
 
@@ -119,12 +119,12 @@ def test_poses(tmp_path):
         flip_idx=[0, 2, 1],
         kpt_names={0: ["beak", "left wing", "right wing"]},
     )
-    address = start
+    uri = start
     for to in ("coco", "yolo"):
-        address = convert_dataset(address, to, f"{tmp_path}/{to}")
-        one, other = (DatasetCatalog.get(name)[0]["annotations"][0] for name in (start, address))
+        uri = convert_dataset(uri, to, f"{tmp_path}/{to}")
+        one, other = (DatasetCatalog.get(name)[0]["annotations"][0] for name in (start, uri))
         assert other["keypoints"][:6] == one["keypoints"][:6] and other["keypoints"][8] == 0
-        metadata = MetadataCatalog.get(address)
+        metadata = MetadataCatalog.get(uri)
         assert metadata.keypoint_names == ["beak", "left wing", "right wing"]
         assert metadata.keypoint_flip_map == [("left wing", "right wing")]
 
@@ -146,12 +146,12 @@ def test_equal_names_in_two_folders(tmp_path):
     content = coco_content()
     content["images"][1]["file_name"] = "more/a.jpg"
     start = write_coco(tmp_path / "start", content, ("a.jpg", "more/a.jpg"))
-    address = convert_dataset(start, "voc", f"{tmp_path}/voc")
-    assert [name for name, *_ in records(address)] == ["a.jpg", "more_a.jpg"]
+    uri = convert_dataset(start, "voc", f"{tmp_path}/voc")
+    assert [name for name, *_ in records(uri)] == ["a.jpg", "more_a.jpg"]
 
 
 def test_refusals(tmp_path):
-    with pytest.raises(ValueError, match="to must be one of coco, voc, yolo, not 'csv'"):
+    with pytest.raises(ValueError, match="to must be one of coco, .*yolo, not 'csv'"):
         convert_dataset("shapes:train", "csv", "out")
     with pytest.raises(ValueError, match="masks must be"):
         convert_dataset("shapes:train", "yolo", "out", masks="some")
@@ -162,10 +162,10 @@ def test_refusals(tmp_path):
 def test_command(tmp_path, capsys):
     start = write_voc(tmp_path / "start")
     assert main([start, "--to", "yolo", f"{tmp_path}/out", "--link"]) == 0
-    address = capsys.readouterr().out.strip()
-    assert records(address) == records(start) and MetadataCatalog.get(address).thing_classes == CLASSES
+    uri = capsys.readouterr().out.strip()
+    assert records(uri) == records(start) and MetadataCatalog.get(uri).thing_classes == CLASSES
     assert main(["voc:/nowhere@train", "--to", "yolo", f"{tmp_path}/out"]) == 2
-    assert "error: Dataset address 'voc:/nowhere@train'" in capsys.readouterr().err
+    assert "error: Dataset URI 'voc:/nowhere@train'" in capsys.readouterr().err
 
 
 def test_difficult_objects(tmp_path, log):
@@ -194,7 +194,7 @@ def test_pictures_that_voc_cannot_find(tmp_path):
     content["images"][1]["file_name"] = "b.gif"
     start = write_coco(tmp_path / "start", content, ("a.jpg", "b.gif"))
     assert records(convert_dataset(start, "voc", f"{tmp_path}/voc"))[1][0] == "b.gif"
-    for name, message in (("b.ppm", r"pictures that end in \['.ppm'\]"), ("b 1.jpg", "spaces")):
+    for name, message in (("b.ppm", r"images that end in \['.ppm'\]"), ("b 1.jpg", "spaces")):
         content["images"][1]["file_name"] = name
         start = write_coco(tmp_path / name, content, ("a.jpg", name))
         with pytest.raises(ValueError, match=message):
@@ -216,7 +216,7 @@ def test_swapped_keypoints_whose_names_do_not_tell(tmp_path, log):
     convert_dataset(start, "yolo", f"{tmp_path}/yolo")
     assert "cannot hold" not in log.text
     convert_dataset(start, "coco", f"{tmp_path}/coco")
-    assert "1 pairs of keypoints are no longer known to be swapped in the mirror" in log.text
+    assert "1 pairs of keypoints are no longer known to swap under a horizontal flip" in log.text
 
 
 def test_keypoints_of_some_objects_and_of_several_kinds(tmp_path):

@@ -96,7 +96,7 @@ def test_the_checker_finds_pictures_by_their_address(write, tmp_path):
     lvis["images"][1].update(neg_category_ids=None, not_exhaustive_category_ids=None)
     register_lvis_instances(NAME, {}, write(lvis), str(tmp_path))
     assert [r["neg_category_ids"] for r in DatasetCatalog.get(NAME)] == [[], [2]]
-    checked = check_dataset(NAME, pictures=False)
+    checked = check_dataset(NAME, images=False)
     assert not checked.num_errors
     assert checked.repaired["images"][0]["file_name"] == "val2017/000000000009.jpg"
 

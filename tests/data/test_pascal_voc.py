@@ -1,4 +1,4 @@
-"""Pascal VOC folders, registered and by address."""
+"""Pascal VOC folders, registered and by uri."""
 
 import logging
 
@@ -60,9 +60,9 @@ def test_load(folder):
 
 
 def test_address_takes_boxes_as_written_and_classes_of_all_splits(folder):
-    address = f"voc:{folder}@train"
-    check_datasets_exist(address)
-    dicts = DatasetCatalog.get(address)
+    uri = f"voc:{folder}@train"
+    check_datasets_exist(uri)
+    dicts = DatasetCatalog.get(uri)
     assert [a["bbox"] for a in dicts[1]["annotations"]] == [[2, 3, 10, 12.5], [1, 1, 40, 30]]
     for split in ("train", "val"):
         metadata = MetadataCatalog.get(f"voc:{folder}@{split}")
@@ -140,7 +140,7 @@ def test_encodings_of_the_annotations(folder, encoding):
     text = f'<?xml version="1.0" encoding="{encoding}"?>' + xml((name, (5, 6, 7, 8)))
     (folder / "Annotations/c.xml").write_bytes(text.encode(encoding))
     assert find_voc_class_names(str(folder)) == sorted(["crow", "wren", name])
-    assert not check_dataset(f"voc:{folder}@val", pictures=False).num_errors
+    assert not check_dataset(f"voc:{folder}@val", images=False).num_errors
 
 
 def test_unknown_encoding_is_told_with_the_file(folder):
@@ -148,7 +148,7 @@ def test_unknown_encoding_is_told_with_the_file(folder):
     (folder / "Annotations/c.xml").write_text(text)
     with pytest.raises(ValueError, match="c.xml' is not valid XML: unknown encoding: nonsense"):
         load_voc_instances(str(folder), "val", CLASSES)
-    assert "bad-file" in {f.kind for f in check_dataset(f"voc:{folder}@val", pictures=False).findings}
+    assert "bad-file" in {f.kind for f in check_dataset(f"voc:{folder}@val", images=False).findings}
 
 
 def test_lists_of_a_windows_editor(folder):

@@ -14,9 +14,9 @@ from detlib.data.datasets import builtin
 from detlib.data.datasets.builtin_meta import COCO_CATEGORIES, _get_builtin_metadata
 from detlib.data.datasets.cityscapes import load_cityscapes_semantic
 from detlib.data.datasets.cityscapes_panoptic import load_cityscapes_panoptic
+from detlib.data.datasets.coco import load_sem_seg
 from detlib.data.datasets.lvis import load_lvis_json
 from detlib.data.datasets.lvis_v0_5_categories import LVIS_CATEGORIES
-from detlib.data.datasets.sem_seg import load_sem_seg
 from detlib.data.prepare import (
     prepare_ade20k,
     prepare_cityscapes,

@@ -135,12 +135,12 @@ def rotated_set(tmp_path):
 
 
 def test_coco_files_and_addresses(rotated_set, tmp_path):
-    address = f"coco:{rotated_set}@{tmp_path}"
-    first, second = DatasetCatalog.get(address)
+    uri = f"coco:{rotated_set}@{tmp_path}"
+    first, second = DatasetCatalog.get(uri)
     modes = [annotation["bbox_mode"] for annotation in first["annotations"]]
     assert modes == [BoxMode.XYWHA_ABS, BoxMode.XYWHA_ABS, BoxMode.XYWH_ABS]
     assert first["annotations"][0]["bbox"] == [40, 30, 20, 10, 35.5] and second["annotations"] == []
-    assert MetadataCatalog.get(address).thing_classes == ["ship", "plane"]
+    assert MetadataCatalog.get(uri).thing_classes == ["ship", "plane"]
 
     # The converted set is the same again.
     register_coco_instances("rotated_test", {}, str(rotated_set), str(tmp_path))

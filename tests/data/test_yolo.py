@@ -24,11 +24,11 @@ def forget():
 
 
 def test_boxes(tmp_path):
-    address = write_yolo(tmp_path)
-    check_datasets_exist(address)
-    metadata = MetadataCatalog.get(address)
+    uri = write_yolo(tmp_path)
+    check_datasets_exist(uri)
+    metadata = MetadataCatalog.get(uri)
     assert metadata.thing_classes == CLASSES and metadata.evaluator_type == "coco"
-    a, b = DatasetCatalog.get(address)
+    a, b = DatasetCatalog.get(uri)
     assert a == {
         "file_name": f"{tmp_path}/images/train/a.jpg",
         "image_id": "a",
@@ -50,23 +50,23 @@ def test_polygons_beside_boxes(tmp_path):
 
 
 def test_poses(tmp_path):
-    address = write_yolo(
+    uri = write_yolo(
         tmp_path,
         {"a": "0 0.5 0.5 1 1 0.25 0.5 2 0.5 0.5 1 0 0 0\n"},
         kpt_shape=[3, 3],
         flip_idx=[0, 2, 1],
         kpt_names={0: ["beak", "left wing", "right wing"]},
     )
-    metadata = MetadataCatalog.get(address)
+    metadata = MetadataCatalog.get(uri)
     assert metadata.keypoint_flip_map == [("left wing", "right wing")]
-    assert create_keypoint_hflip_indices(address) == [0, 2, 1]
-    assert DatasetCatalog.get(address)[0]["annotations"][0]["keypoints"] == [10, 15, 2, 20, 15, 1, 0, 0, 0]
+    assert create_keypoint_hflip_indices(uri) == [0, 2, 1]
+    assert DatasetCatalog.get(uri)[0]["annotations"][0]["keypoints"] == [10, 15, 2, 20, 15, 1, 0, 0, 0]
 
 
 def test_poses_without_visibility_or_flip_map(tmp_path, log):
-    address = write_yolo(tmp_path, {"a": "0 0.5 0.5 1 1 0.25 0.5 0 0\n"}, kpt_shape=[2, 2])
-    assert DatasetCatalog.get(address)[0]["annotations"][0]["keypoints"] == [10, 15, 2, 0, 0, 0]
-    assert MetadataCatalog.get(address).keypoint_names == ["keypoint_0", "keypoint_1"]
+    uri = write_yolo(tmp_path, {"a": "0 0.5 0.5 1 1 0.25 0.5 0 0\n"}, kpt_shape=[2, 2])
+    assert DatasetCatalog.get(uri)[0]["annotations"][0]["keypoints"] == [10, 15, 2, 0, 0, 0]
+    assert MetadataCatalog.get(uri).keypoint_names == ["keypoint_0", "keypoint_1"]
     assert "has no flip_idx" in log.text
 
 
@@ -92,14 +92,14 @@ def test_sizes_are_upright(tmp_path):
 )
 def test_places_and_names(tmp_path, keys):
     keys = {k: str(tmp_path) if v == "FOLDER" else v for k, v in keys.items()}
-    address = write_yolo(tmp_path, **keys)
+    uri = write_yolo(tmp_path, **keys)
     if isinstance(keys.get("names"), dict):  # JSON has no integer keys
         text = "train: images/train\nnames:\n  0: crow\n  1: owl\n  2: wren\nnc: 3\n"
         (tmp_path / "data.yaml").write_text(text)
     (tmp_path / "list.txt").write_text("./images/train/b.jpg\n\nimages/train/a.jpg\n")
     order = ["b", "a"] if keys.get("train") == "list.txt" else ["a", "b"]
-    assert [record["image_id"] for record in DatasetCatalog.get(address)] == order
-    assert MetadataCatalog.get(address).thing_classes == CLASSES
+    assert [record["image_id"] for record in DatasetCatalog.get(uri)] == order
+    assert MetadataCatalog.get(uri).thing_classes == CLASSES
 
 
 def test_same_names_in_two_folders(tmp_path):
@@ -115,9 +115,9 @@ def test_labels_are_found_from_within_the_folder(tmp_path, monkeypatch):
     write_yolo(tmp_path)
     write(f"{tmp_path}/labels/train/alone.txt", "0 0.5 0.5 0.5 0.5\n")
     monkeypatch.chdir(tmp_path)
-    for address in ("yolo:data.yaml@train", "dir:.@train"):
-        assert [len(record["annotations"]) for record in DatasetCatalog.get(address)] == [2, 0]
-    assert "label-without-picture" in {f.kind for f in check_dataset("yolo:data.yaml@train").findings}
+    for uri in ("yolo:data.yaml@train", "dir:.@train"):
+        assert [len(record["annotations"]) for record in DatasetCatalog.get(uri)] == [2, 0]
+    assert "label-without-image" in {f.kind for f in check_dataset("yolo:data.yaml@train").findings}
 
 
 def test_pictures_in_folders_with_a_dot(tmp_path):
@@ -145,9 +145,9 @@ def test_labels_beside_pictures(tmp_path):
 
 
 def test_object_store(tmp_path):
-    address = write_yolo("memory://yolo/set", train="./images/train")
-    check_datasets_exist(address)
-    dicts = DatasetCatalog.get(address)
+    uri = write_yolo("memory://yolo/set", train="./images/train")
+    check_datasets_exist(uri)
+    dicts = DatasetCatalog.get(uri)
     assert [len(record["annotations"]) for record in dicts] == [2, 0]
     assert dicts[0]["file_name"] == "memory://yolo/set/images/train/a.jpg"
 
@@ -200,9 +200,9 @@ def test_errors_name_file_and_line(tmp_path, line, message):
     ],
 )
 def test_errors_name_the_key(tmp_path, keys, error, message):
-    address = write_yolo(tmp_path, **keys)
+    uri = write_yolo(tmp_path, **keys)
     with pytest.raises(error, match=message):
-        DatasetCatalog.get(address)
+        DatasetCatalog.get(uri)
 
 
 def test_broken_yaml(tmp_path):

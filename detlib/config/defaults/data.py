@@ -2,8 +2,8 @@
 
 DATA = {
     "DATASETS": {
-        # Names of registered data sets, or addresses such as "coco:ANNOTATIONS.json@IMAGES", "voc:DIR@SPLIT",
-        # "shapes:train". Several are concatenated for training and evaluated one by one.
+        # Registered names or dataset URIs such as "dir:PATH@train"; docs/data.md lists them. Several are
+        # concatenated for training and evaluated one by one.
         "TRAIN": (),
         "TEST": (),
         # With MODEL.LOAD_PROPOSALS: files with proposals, one for each data set of TRAIN and TEST, and how

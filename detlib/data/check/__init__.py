@@ -1,6 +1,6 @@
-"""Looking for all that is wrong with a data set: `python -m detlib.data.check ADDRESS [--fix OUT.json]`."""
+"""The dataset checker: finds all faults of a dataset (`python -m detlib.data.check URI [--fix OUT.json]`)."""
 
-from .checker import Checked, check_dataset
-from .kinds import KINDS, Finding
+from detlib.data.check.checker import Checked, check_dataset
+from detlib.data.formats.findings import FINDING_KINDS, Finding
 
-__all__ = ["KINDS", "Checked", "Finding", "check_dataset"]
+__all__ = ["FINDING_KINDS", "Checked", "Finding", "check_dataset"]

@@ -1,38 +1,51 @@
-"""Going through a whole data set: finding all that is wrong, and building what remains of it repaired."""
+"""The passes over a dataset that find its faults and build the repaired dataset."""
 
 from __future__ import annotations
 
 import copy
+import io
 import math
 import os
+import struct
+import sys
+import time
+import zlib
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from PIL import Image
+
+from detlib.data.catalog import DatasetCatalog, MetadataCatalog, parse_dataset_uri
+from detlib.data.check.annotation_checks import check_box, check_keypoints, check_segmentation, is_number
 from detlib.data.datasets.keypoint_names import check_keypoint_names
+from detlib.data.formats.base import FORMATS, ParsedURI
+from detlib.data.formats.findings import Finding, RawSet, raw_from_records
+from detlib.data.readers import stored_size, to_8_bits, upright_size
+from detlib.utils.file_io import PathManager
 
-from .kinds import Finding
-from .pictures import Picture, read_pictures
-from .raw import RawSet, read_raw
-from .shapes import check_box, check_keypoints, check_segmentation, is_number
-
-__all__ = ["Checked", "check_dataset", "check_raw"]
+__all__ = ["Checked", "check_dataset", "read_raw"]
 
 _DROP_IMAGE = "image dropped"
 _DROP = "annotation dropped"
+_PROGRESS_SECONDS = 5.0  # between two lines of progress
 
 
 @dataclass
 class Checked:
-    """What came of checking a data set.
+    """The result of checking a dataset.
 
     Attributes:
         file: the annotation file or folder.
         image_root: folder that the file names are relative to.
-        findings: all that is wrong, in the order of the data.
-        repaired: the content of a COCO annotation file, with what could be mended mended and the rest left
+        findings: all faults, in the order of the data.
+        repaired: the content of a COCO annotation file, with faults repaired where possible and the rest left
             out.
-        num_images, num_annotations: how many there were, good or not.
+        num_images: number of images, valid or not.
+        num_annotations: number of annotations, valid or not.
+        note: how the dataset was identified; may be empty.
     """
 
     file: str
@@ -41,6 +54,7 @@ class Checked:
     repaired: dict[str, Any] = field(default_factory=dict)
     num_images: int = 0
     num_annotations: int = 0
+    note: str = ""
 
     @property
     def num_errors(self) -> int:
@@ -48,50 +62,113 @@ class Checked:
         return sum(finding.severity == "error" for finding in self.findings)
 
 
-def check_dataset(name: str, *, pictures: bool = True) -> Checked:
-    """Reads all of a data set and reports all that is wrong with it.
+def check_dataset(name: str, *, images: bool = True) -> Checked:
+    """Read an entire dataset and report all its faults.
 
     Args:
-        name: an address, or a registered name.
-        pictures: read the pictures too; without, only their annotations are looked at.
+        name: a dataset URI or a registered name.
+        images: whether to read the image files too, and not only their annotations.
 
     Raises:
-        KeyError: the name is not known.
-        FileNotFoundError, ValueError: the address is malformed, or leads nowhere.
+        KeyError: The name is unknown.
+        FileNotFoundError, ValueError: The dataset URI is malformed, or the dataset does not exist.
     """
-    return check_raw(read_raw(name), pictures=pictures)
+    return _Checker(read_raw(name)).run(images)
 
 
-def check_raw(raw: RawSet, *, pictures: bool = True) -> Checked:
-    """`check_dataset` for what was read before."""
-    return _Checker(raw).run(pictures)
+def read_raw(name: str) -> RawSet:
+    """Read a dataset without checking it; raises as `check_dataset` does."""
+    if name not in DatasetCatalog:
+        uri = parse_dataset_uri(name)
+        return uri.read_raw() if isinstance(uri, ParsedURI) else raw_from_records(name)
+    metadata = MetadataCatalog.get(name)
+    for read_registered in (f.read_registered for f in FORMATS.values() if f.read_registered is not None):
+        raw = read_registered(metadata)
+        if raw is not None:
+            return raw
+    return raw_from_records(name)
+
+
+@dataclass(frozen=True)
+class _ImageFile:
+    """The state of an image file.
+
+    Attributes:
+        fault: the kind of finding; empty for a valid image.
+        detail: what was found.
+        size: width and height after the EXIF rotation.
+        stored_size: width and height before it.
+        checksum: length and CRC-32 of the file.
+    """
+
+    fault: str = ""
+    detail: str = ""
+    size: tuple[int, int] = (0, 0)
+    stored_size: tuple[int, int] = (0, 0)
+    checksum: tuple[int, int] = (0, 0)
+
+
+def _read_image_file(path: str) -> _ImageFile:
+    try:
+        with PathManager.open(path, "rb") as file:
+            data = file.read()
+    except (FileNotFoundError, IsADirectoryError):
+        return _ImageFile("missing-image", f"{path} does not exist")
+    except OSError as error:
+        return _ImageFile("unreadable-image", f"{path}: {error}")
+    checksum = (len(data), zlib.crc32(data))
+    size = None
+    try:
+        image = Image.open(io.BytesIO(data))
+        size, stored = upright_size(image), stored_size(image)
+        image.load()
+        to_8_bits(image)
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error) as error:
+        # Pillow raises any of these for a broken file. If it could read the header, the message says why.
+        kind = "truncated-image" if size and "truncated" in str(error) else "unreadable-image"
+        return _ImageFile(kind, f"{path}: {error}", checksum=checksum)
+    except Image.DecompressionBombError as error:
+        return _ImageFile("unreadable-image", f"{path}: {error}", checksum=checksum)
+    return _ImageFile("", "", size, stored, checksum)
+
+
+def _read_image_files(paths: Iterable[str], num_threads: int = 8) -> Iterator[_ImageFile]:
+    """Yield the state of each file in order, and print the progress to stderr if this takes long."""
+    paths = list(paths)
+    last_printed = time.monotonic()
+    with ThreadPoolExecutor(num_threads) as pool:
+        for number, image_file in enumerate(pool.map(_read_image_file, paths), start=1):
+            if time.monotonic() - last_printed > _PROGRESS_SECONDS:
+                last_printed = time.monotonic()
+                print(f"read {number} of {len(paths)} images", file=sys.stderr, flush=True)
+            yield image_file
 
 
 def _key(value: Any) -> Any:
-    """A value to look an id up by, whatever type it has."""
+    """Return a hashable value to look up an id by, whatever its type."""
     return value if isinstance(value, int | float | str) and not isinstance(value, bool) else repr(value)
 
 
 class _Checker:
-    """The passes over one data set; what each finds good is what the next ones refer to."""
+    """The passes over one dataset. Each pass refers to what the earlier passes found valid."""
 
     def __init__(self, raw: RawSet) -> None:
         self.raw = raw
         self.images: dict[Any, dict] = {}
         self.categories: dict[Any, dict] = {}
         self.annotations: list[dict] = []
-        # Images of which it was said already that the annotation file has no size.
-        kinds = ("image-without-size", "missing-annotation-file", "bad-file")
-        self.told = {finding.image for finding in raw.findings if finding.kind in kinds}
-        self.all_images: set = set()  # good or not: annotations of bad ones need no finding of their own
+        # Images that the reader has a finding about: a missing size is not reported again.
+        self.reported = {f.image for f in raw.findings if f.image and not f.annotation}
+        self.all_images: set = set()  # valid or not: annotations of invalid images need no finding themselves
 
-    def run(self, pictures: bool) -> Checked:
+    def run(self, read_images: bool) -> Checked:
+        """Run all passes."""
         images, categories = self._part("images"), self._part("categories")
         annotations = self._part("annotations")
         self._check_categories(categories)
         self._check_images(images)
-        if pictures:
-            self._check_pictures()
+        if read_images:
+            self._check_image_files()
         self._check_sizes()
         self._check_annotations(annotations)
         self._check_together()
@@ -103,14 +180,17 @@ class _Checker:
             "annotations": self.annotations,
         }
         raw = self.raw
-        return Checked(raw.file, raw.image_root, raw.findings, repaired, len(images), len(annotations))
+        return Checked(
+            raw.file, raw.image_root, raw.findings, repaired, len(images), len(annotations), raw.note
+        )
 
     def _part(self, key: str) -> list:
         value = self.raw.content.get(key)
         if isinstance(value, list) and (value or key == "annotations"):
             return value
         if not any(finding.kind == "bad-file" and not finding.image for finding in self.raw.findings):
-            self.raw.report("missing-part", f"{key!r} is {'empty' if value == [] else 'missing or no list'}")
+            fault = "empty" if value == [] else "missing or not a list"
+            self.raw.report("missing-part", f"{key!r} is {fault}")
         return []
 
     def _check_categories(self, categories: list) -> None:
@@ -162,65 +242,61 @@ class _Checker:
             for image in self.images.values():
                 image["id"] = str(image["id"])
 
-    def _check_pictures(self) -> None:
+    def _check_image_files(self) -> None:
         seen: dict[tuple, str] = {}
         root, images = self.raw.image_root, list(self.images.items())
         paths = (os.path.join(root, image["file_name"]) for _, image in images)
-        for (key, image), picture in zip(images, read_pictures(paths)):
+        for (key, image), image_file in zip(images, _read_image_files(paths)):
             name = image["file_name"]
-            if picture.fault:
-                self.raw.report(picture.fault, picture.detail, image=name, action=_DROP_IMAGE)
+            if image_file.fault:
+                self.raw.report(image_file.fault, image_file.detail, image=name, action=_DROP_IMAGE)
                 del self.images[key]
                 continue
-            twin = seen.setdefault(picture.checksum, name)
+            twin = seen.setdefault(image_file.checksum, name)
             if twin != name:
-                self.raw.report("duplicate-picture", f"the same content as {twin!r}", image=name)
-            self._compare_size(key, image, picture)
+                self.raw.report("duplicate-image", f"the same content as {twin!r}", image=name)
+            self._compare_size(key, image, image_file)
 
-    def _compare_size(self, key: Any, image: dict, picture: Picture) -> None:
-        """Compares what the annotation says with the picture; the picture is right."""
-        said = image.get("width"), image.get("height")
-        if said == picture.size:
+    def _compare_size(self, key: Any, image: dict, image_file: _ImageFile) -> None:
+        """Compare the stated size with that of the image file, which is right."""
+        stated, size = (image.get("width"), image.get("height")), image_file.size
+        if stated == size:
             return
-        if None not in said and all(is_number(number) and number > 0 for number in said):
-            turned = picture.size != picture.stored_size and said == picture.stored_size
-            hint = " (width and height swapped?)" if said == picture.size[::-1] and not turned else ""
-            detail = f"the annotation says {said[0]} x {said[1]}, the picture is {picture.size[0]} x "
-            kind = "size-mismatch-exif" if turned else "size-mismatch"
-            # Boxes that were drawn on a turned picture are not where the objects are.
-            action = _DROP_IMAGE if turned else "the picture's size taken"
-            detail = f"{detail}{picture.size[1]}{hint}"
-            self.raw.report(kind, detail, image=image["file_name"], action=action)
-            if turned:
+        if None not in stated and all(is_number(number) and number > 0 for number in stated):
+            rotated = size != image_file.stored_size and stated == image_file.stored_size
+            hint = " (width and height swapped?)" if stated == size[::-1] and not rotated else ""
+            self.raw.report(
+                "size-mismatch-exif" if rotated else "size-mismatch",
+                f"the annotation states {stated[0]} x {stated[1]}, the image is {size[0]} x {size[1]}{hint}",
+                image=image["file_name"],
+                action=_DROP_IMAGE if rotated else "size of the image file used",
+            )
+            if rotated:  # boxes drawn before the rotation are not where the objects are
                 del self.images[key]
                 return
         else:
-            self._report_size(image, "the picture's size taken")
-        image["width"], image["height"] = picture.size
+            self._report_size(image, "size of the image file used")
+        image["width"], image["height"] = size
 
     def _report_size(self, image: dict, action: str) -> None:
-        """Reports a width or height that is missing, or is none."""
-        said = [image.get("width"), image.get("height")]
+        """Report a width or height that is missing or invalid."""
+        stated = [image.get("width"), image.get("height")]
         name = image["file_name"]
-        detail = f"width and height are {said[0]!r} and {said[1]!r}"
-        if None in said:
-            if name not in self.told and not self._sizes_come_from_pictures():
+        detail = f"width and height are {stated[0]!r} and {stated[1]!r}"
+        if None in stated:
+            if self.raw.states_sizes and name not in self.reported:
                 self.raw.report("image-broken", detail, image=name, action=action)
-        elif not all(is_number(number) and float(number).is_integer() for number in said):
+        elif not all(is_number(number) and float(number).is_integer() for number in stated):
             self.raw.report("image-wrong-type", detail, image=name, action=action)
         else:
             self.raw.report("image-size-not-positive", detail, image=name, action=action)
 
-    def _sizes_come_from_pictures(self) -> bool:
-        """Whether the format has no place for sizes."""
-        return self.raw.file.endswith((".yaml", ".yml"))
-
     def _check_sizes(self) -> None:
-        """Drops images whose size is bad still, as no picture told it."""
+        """Drop images whose size is still invalid, as no image file was read."""
         for key, image in list(self.images.items()):
-            said = image.get("width"), image.get("height")
-            if all(is_number(number) and float(number).is_integer() and number > 0 for number in said):
-                image["width"], image["height"] = map(int, said)
+            stated = image.get("width"), image.get("height")
+            if all(is_number(number) and float(number).is_integer() and number > 0 for number in stated):
+                image["width"], image["height"] = map(int, stated)
             else:
                 self._report_size(image, _DROP_IMAGE)
                 del self.images[key]
@@ -235,22 +311,23 @@ class _Checker:
                 self.raw.report("annotation-broken", detail, action=_DROP)
                 continue
             used.add(_key(annotation.get("category_id")))
-            place = self.raw.places.get(number, f"annotation {annotation.get('id', f'number {number}')!r}")
-            good = self._check_annotation(copy.copy(annotation), place, ids, boxes)
+            shown_id = annotation.get("id", f"number {number}")
+            location = self.raw.locations.get(number, f"annotation {shown_id!r}")
+            good = self._check_annotation(copy.copy(annotation), location, ids, boxes)
             if good is not None:
                 self.annotations.append(good)
         for key, category in self.categories.items():
             if key not in used:
                 self.raw.report("unused-category", f"{category['name']!r} (id {key})")
 
-    def _check_annotation(self, annotation: dict, place: str, ids: set, boxes: dict) -> dict | None:
-        """Returns the annotation mended, or None if it is to be dropped."""
+    def _check_annotation(self, annotation: dict, location: str, ids: set, boxes: dict) -> dict | None:
+        """Return the repaired annotation, or None if it is dropped."""
         image_key, category_key = _key(annotation.get("image_id")), _key(annotation.get("category_id"))
         image, category = self.images.get(image_key), self.categories.get(category_key)
         name = image["file_name"] if image else ""
 
         def report(kind: str, detail: str, action: str = "") -> None:
-            self.raw.report(kind, detail, image=name, annotation=place, action=action)
+            self.raw.report(kind, detail, image=name, annotation=location, action=action)
 
         missing = [key for key in ("image_id", "category_id") if annotation.get(key) is None]
         if missing:
@@ -279,7 +356,7 @@ class _Checker:
         if same in boxes:
             report("duplicate-annotation", f"the same as {boxes[same]}", _DROP)
             return None
-        boxes[same] = place
+        boxes[same] = location
         return good
 
     def _check_id(self, annotation: dict, ids: set, report: Any) -> None:
@@ -297,17 +374,17 @@ class _Checker:
         crowd = annotation.setdefault("iscrowd", 0)
         if crowd not in (0, 1):
             annotation["iscrowd"] = int(crowd is not None and crowd not in ("0", "", "false", "False"))
-            report("bad-iscrowd", f"it is {crowd!r}", f"{annotation['iscrowd']} instead")
+            report("bad-iscrowd", f"iscrowd is {crowd!r}", f"{annotation['iscrowd']} instead")
 
     def _check_area(self, annotation: dict, report: Any) -> None:
         box_area = annotation["bbox"][2] * annotation["bbox"][3]
         area = annotation.setdefault("area", box_area)
         if not is_number(area) or not math.isfinite(area) or area <= 0:
-            report("bad-area", f"it is {area!r}", "the box's instead")
+            report("bad-area", f"the area is {area!r}", "area of the box instead")
             annotation["area"] = box_area
 
     def _check_together(self) -> None:
-        """What concerns all annotations of a picture."""
+        """Check what concerns all annotations of an image."""
         of_image: defaultdict[Any, list[dict]] = defaultdict(list)
         for annotation in self.annotations:
             of_image[_key(annotation["image_id"])].append(annotation)

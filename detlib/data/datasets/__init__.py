@@ -1,12 +1,17 @@
 """Readers and writers of data set formats, and the built-in data sets."""
 
-from . import builtin
-from .coco import convert_to_coco_json, load_coco_json, load_sem_seg, register_coco_instances
-from .coco_panoptic import register_coco_panoptic, register_coco_panoptic_separated
-from .lvis import get_lvis_instances_meta, load_lvis_json, register_lvis_instances
-from .pascal_voc import load_voc_instances, register_pascal_voc
-from .roboflow import load_roboflow, register_roboflow
-from .yolo import load_yolo, register_yolo
+from detlib.data.datasets import builtin
+from detlib.data.datasets.coco import (
+    convert_to_coco_json,
+    load_coco_json,
+    load_sem_seg,
+    register_coco_instances,
+)
+from detlib.data.datasets.coco_panoptic import register_coco_panoptic, register_coco_panoptic_separated
+from detlib.data.datasets.lvis import get_lvis_instances_meta, load_lvis_json, register_lvis_instances
+from detlib.data.datasets.pascal_voc import load_voc_instances, register_pascal_voc
+from detlib.data.datasets.roboflow import load_roboflow, register_roboflow
+from detlib.data.datasets.yolo import load_yolo, register_yolo
 
 __all__ = [
     "builtin",

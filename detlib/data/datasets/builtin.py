@@ -13,16 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from detlib.data.catalog import DatasetCatalog, MetadataCatalog
+from detlib.data.datasets.builtin_meta import _get_builtin_metadata
+from detlib.data.datasets.cityscapes import load_cityscapes_instances, load_cityscapes_semantic
+from detlib.data.datasets.cityscapes_panoptic import register_all_cityscapes_panoptic
+from detlib.data.datasets.coco import load_coco_json, load_sem_seg
+from detlib.data.datasets.coco_panoptic import register_coco_panoptic, register_coco_panoptic_separated
+from detlib.data.datasets.lvis import get_lvis_instances_meta, load_lvis_json
+from detlib.data.datasets.pascal_voc import CLASS_NAMES, load_voc_instances
 from detlib.utils.file_io import PathManager
-
-from .builtin_meta import _get_builtin_metadata
-from .cityscapes import load_cityscapes_instances, load_cityscapes_semantic
-from .cityscapes_panoptic import register_all_cityscapes_panoptic
-from .coco import load_coco_json
-from .coco_panoptic import register_coco_panoptic, register_coco_panoptic_separated
-from .lvis import get_lvis_instances_meta, load_lvis_json
-from .pascal_voc import CLASS_NAMES, load_voc_instances
-from .sem_seg import load_sem_seg
 
 __all__ = [
     "register_all_ade20k",

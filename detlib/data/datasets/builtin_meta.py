@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .cityscapes_labels import CITYSCAPES_LABELS
+from detlib.data.datasets.cityscapes_labels import CITYSCAPES_LABELS
 
 __all__ = [
     "ADE20K_SEM_SEG_CATEGORIES",

@@ -18,11 +18,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from detlib.data.datasets.cityscapes_labels import CITYSCAPES_LABELS, cityscapes_label
 from detlib.ops import encode_rle
 from detlib.structures import BoxMode
 from detlib.utils.file_io import PathManager
-
-from .cityscapes_labels import CITYSCAPES_LABELS, cityscapes_label
 
 __all__ = [
     "find_cityscapes_files",

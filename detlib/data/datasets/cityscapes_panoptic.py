@@ -7,11 +7,10 @@ import os
 from typing import Any
 
 from detlib.data.catalog import DatasetCatalog, MetadataCatalog
+from detlib.data.datasets.builtin_meta import _get_builtin_metadata
+from detlib.data.datasets.cityscapes import find_cityscapes_files
+from detlib.data.datasets.coco import read_coco_json
 from detlib.utils.file_io import PathManager
-
-from .builtin_meta import _get_builtin_metadata
-from .cityscapes import find_cityscapes_files
-from .coco import read_coco_json
 
 __all__ = [
     "get_cityscapes_panoptic_files",

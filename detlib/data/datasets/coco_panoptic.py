@@ -10,9 +10,7 @@ import os
 from typing import Any
 
 from detlib.data.catalog import DatasetCatalog, MetadataCatalog
-
-from .coco import load_coco_json, read_coco_json
-from .sem_seg import load_sem_seg
+from detlib.data.datasets.coco import load_coco_json, load_sem_seg, read_coco_json
 
 __all__ = [
     "load_coco_panoptic_json",

@@ -8,9 +8,8 @@ import os
 from collections import Counter
 from typing import Any
 
+from detlib.data.datasets.coco_rle import rle_runs
 from detlib.structures import BoxMode
-
-from .coco_rle import rle_runs
 
 __all__ = ["CocoReader"]
 
@@ -175,7 +174,7 @@ class CocoReader:
                 record,
                 annotation,
                 f"has a box of no area, by its width and height: {box}. Mend it, or let such annotations be "
-                "left out with empty_boxes='drop' (in an address: ?empty_boxes=drop)",
+                "left out with empty_boxes='drop' (in a dataset URI: ?empty_boxes=drop)",
             )
         return False
 

@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from detlib.data.catalog import DatasetCatalog, MetadataCatalog
-
-from .builtin_meta import _get_builtin_metadata
-from .coco import read_categories, read_coco_json
-from .coco_reader import CocoReader
-from .lvis_v0_5_categories import LVIS_CATEGORIES as LVIS_V0_5_CATEGORIES
-from .lvis_v1_categories import LVIS_CATEGORIES as LVIS_V1_CATEGORIES
-from .lvis_v1_category_image_count import LVIS_CATEGORY_IMAGE_COUNT
+from detlib.data.datasets.builtin_meta import _get_builtin_metadata
+from detlib.data.datasets.coco import read_categories, read_coco_json
+from detlib.data.datasets.coco_reader import CocoReader
+from detlib.data.datasets.lvis_v0_5_categories import LVIS_CATEGORIES as LVIS_V0_5_CATEGORIES
+from detlib.data.datasets.lvis_v1_categories import LVIS_CATEGORIES as LVIS_V1_CATEGORIES
+from detlib.data.datasets.lvis_v1_category_image_count import LVIS_CATEGORY_IMAGE_COUNT
 
 __all__ = ["get_lvis_instances_meta", "load_lvis_json", "register_lvis_instances", "with_lvis_path"]
 

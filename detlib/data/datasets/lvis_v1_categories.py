@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .lvis_table import parse_lvis_table
+from detlib.data.datasets.lvis_table import parse_lvis_table
 
 __all__ = ["LVIS_CATEGORIES"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .lvis_v1_categories import LVIS_CATEGORIES
+from detlib.data.datasets.lvis_v1_categories import LVIS_CATEGORIES
 
 __all__ = ["LVIS_CATEGORY_IMAGE_COUNT"]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Sequence
@@ -22,14 +23,14 @@ from detlib.structures import BoxMode
 from detlib.utils.file_io import PathManager
 from detlib.utils.suggest import suggest
 
-from .voc_files import parse_xml, read_lines, read_split_names
-
 __all__ = [
     "CLASS_NAMES",
     "IMAGE_SUFFIXES",
     "find_voc_class_names",
-    "find_voc_pictures",
+    "find_voc_images",
     "load_voc_instances",
+    "parse_xml",
+    "read_lines",
     "read_voc_split",
     "register_pascal_voc",
 ]
@@ -42,6 +43,9 @@ CLASS_NAMES = (
 )
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".jfif")
+
+# The lists of one class that VOC has give each image a flag: whether it shows such an object.
+_FLAGS = (["1"], ["-1"], ["0"])
 
 
 def register_pascal_voc(
@@ -120,7 +124,7 @@ def load_voc_instances(
         # Twice under one id, a picture's detections would count twice in an evaluation.
         again = len(listed) - len(names)
         logger.warning("ImageSets/Main/%s.txt of %s lists %d pictures again: left out", split, dirname, again)
-    images = find_voc_pictures(dirname)
+    images = find_voc_images(dirname)
     class_index = {name: i for i, name in enumerate(class_names)}
     dicts = []
     for name in names:
@@ -197,7 +201,7 @@ def find_voc_class_names(dirname: str) -> list[str]:
     return sorted(names)
 
 
-def find_voc_pictures(dirname: str) -> dict[str, str]:
+def find_voc_images(dirname: str) -> dict[str, str]:
     """Returns the paths of the pictures by their names without suffix."""
     folder = os.path.join(dirname, "JPEGImages")
     if not PathManager.isdir(folder):
@@ -247,7 +251,7 @@ def _read_object(
     if is_turned and empty_boxes == "error":
         raise ValueError(
             f"{xml_file}: object {name!r} has a box of no area: [xmin, ymin, xmax, ymax] = {texts}. Mend it, "
-            "or let such objects be left out with empty_boxes='drop' (in an address: ?empty_boxes=drop)."
+            "or let such objects be left out with empty_boxes='drop' (in a dataset URI: ?empty_boxes=drop)."
         )
     if is_turned or (not one_based and (box[2] == box[0] or box[3] == box[1])):
         logger.warning("%s: left out an object %r whose box has no area: %s", xml_file, name, texts)
@@ -261,3 +265,61 @@ def _read_object(
     if (element.findtext("difficult") or "0").strip() not in ("0", ""):
         annotation["difficult"] = 1
     return annotation
+
+
+def read_lines(path: str) -> list[str]:
+    """Returns the lines of a text file without what surrounds them, and without empty ones.
+
+    Raises:
+        ValueError: it is not text in UTF-8.
+    """
+    with PathManager.open(path, "rb") as file:
+        try:
+            text = file.read().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path!r} is not text in UTF-8: {error}.") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def read_split_names(path: str, annotations: str) -> list[str]:
+    """Returns the picture names of a list in `ImageSets/Main`.
+
+    A line is a name, or a name and a flag. Names may have spaces in them, so where the flag could be the end
+    of the name, the folder `annotations` decides.
+    """
+    lines = read_lines(path)
+    there: set[str] = set()
+    if any(len(line.split()) > 1 for line in lines) and PathManager.isdir(annotations):
+        there = {name.removesuffix(".xml") for name in PathManager.ls(annotations)}
+    words = [line.split() for line in lines]
+    return [
+        first if rest in _FLAGS and line not in there else line for line, (first, *rest) in zip(lines, words)
+    ]
+
+
+def parse_xml(path: str) -> ElementTree.Element:
+    """Returns the root of an annotation file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not XML, or in an encoding that is not known.
+    """
+    if not PathManager.isfile(path):
+        raise FileNotFoundError(f"Annotation file {path!r} does not exist.")
+    with PathManager.open(path, "rb") as file:
+        content = file.read()
+    try:
+        return _parse(content)
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
+        raise ValueError(f"Annotation file {path!r} is not valid XML: {error}") from error
+
+
+def _parse(content: bytes) -> ElementTree.Element:
+    try:
+        return ElementTree.fromstring(content)
+    except (ValueError, LookupError):
+        # The parser knows no encodings of several bytes a letter but Unicode's; given text, it asks for none.
+        declared = re.match(rb"\s*<\?xml[^>]*encoding=[\"']([\w.-]+)[\"']", content)
+        if declared is None:
+            raise
+        return ElementTree.fromstring(content.decode(declared[1].decode("ascii")))

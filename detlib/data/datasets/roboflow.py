@@ -10,10 +10,9 @@ import os
 from typing import Any
 
 from detlib.data.catalog import DatasetCatalog, MetadataCatalog
+from detlib.data.datasets.coco import load_coco_content, read_categories, read_coco_json
+from detlib.data.datasets.keypoint_names import keypoint_metadata
 from detlib.utils.file_io import PathManager
-
-from .coco import load_coco_content, read_categories, read_coco_json
-from .keypoint_names import keypoint_metadata
 
 __all__ = [
     "ANNOTATION_FILE",

@@ -18,10 +18,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from detlib.data.datasets.shapes_scene import (
+    KEYPOINTS,
+    KINDS,
+    RECTANGLES,
+    STUFF,
+    UNIT,
+    Scene,
+    draw_scene,
+    sample_scene,
+)
 from detlib.structures import BoxMode
 from detlib.utils.panoptic import id_to_rgb
-
-from .shapes_scene import KEYPOINTS, KINDS, RECTANGLES, STUFF, UNIT, Scene, draw_scene, sample_scene
 
 __all__ = ["SHAPES_METADATA", "ShapesParameters", "load_shapes", "shapes_metadata"]
 

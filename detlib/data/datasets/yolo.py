@@ -15,12 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from detlib.data.catalog import DatasetCatalog, MetadataCatalog
+from detlib.data.datasets.keypoint_names import left_right_pairs, warn_of_no_pairs
+from detlib.data.datasets.yolo_layout import YoloConfig, find_yolo_images, label_file_of, read_yolo_config
 from detlib.data.readers import read_image_size
 from detlib.structures import BoxMode
 from detlib.utils.file_io import PathManager
-
-from .keypoint_names import left_right_pairs, warn_of_no_pairs
-from .yolo_layout import YoloConfig, find_yolo_pictures, label_file_of, read_yolo_config
 
 __all__ = ["SLACK", "load_yolo", "read_label_rows", "register_yolo", "row_to_annotation", "yolo_metadata"]
 
@@ -105,7 +104,7 @@ def load_yolo(yaml_file: str, split: str, *, empty_boxes: str = "error") -> list
     if empty_boxes not in ("error", "drop"):
         raise ValueError(f"empty_boxes must be 'error' or 'drop', not {empty_boxes!r}.")
     config = read_yolo_config(yaml_file)
-    pictures = find_yolo_pictures(config, split)
+    pictures = find_yolo_images(config, split)
     with ThreadPoolExecutor(8) as pool:  # headers from disks and object stores: most of it is waiting
         sizes = list(pool.map(read_image_size, pictures))
         rows = list(pool.map(lambda picture: list(read_label_rows(label_file_of(picture))), pictures))
@@ -177,7 +176,7 @@ def _annotations(
         else:
             raise ValueError(
                 f"{where}: the box has no area: {' '.join(words[:7])}. Mend it, or let such objects be left "
-                "out with empty_boxes='drop' (in an address: ?empty_boxes=drop)."
+                "out with empty_boxes='drop' (in a dataset URI: ?empty_boxes=drop)."
             )
     return annotations
 

@@ -16,7 +16,7 @@ import yaml
 from detlib.utils.file_io import PathManager, is_remote
 from detlib.utils.suggest import suggest
 
-__all__ = ["IMAGE_SUFFIXES", "YoloConfig", "find_yolo_pictures", "label_file_of", "read_yolo_config"]
+__all__ = ["IMAGE_SUFFIXES", "YoloConfig", "find_yolo_images", "label_file_of", "read_yolo_config"]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".mpo", ".dng", ".pfm")
 
@@ -187,7 +187,7 @@ def _kpt_names(data: dict, yaml_file: str, shape: tuple[int, int] | None) -> tup
     return tuple(map(str, names))
 
 
-def find_yolo_pictures(config: YoloConfig, split: str) -> list[str]:
+def find_yolo_images(config: YoloConfig, split: str) -> list[str]:
     """Returns the paths of the pictures of a split: lists in their order, folders sorted by path.
 
     Raises:

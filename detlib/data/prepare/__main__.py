@@ -6,10 +6,9 @@ import argparse
 import sys
 
 from detlib.data.datasets.builtin import _root
-
-from .cityscapes import prepare_cityscapes
-from .label_maps import prepare_ade20k, prepare_coco_stuff
-from .lvis import prepare_lvis_cocofied
+from detlib.data.prepare.cityscapes import prepare_cityscapes
+from detlib.data.prepare.label_maps import prepare_ade20k, prepare_coco_stuff
+from detlib.data.prepare.lvis import prepare_lvis_cocofied
 
 COMMANDS = {
     "ade20k": (prepare_ade20k, "label maps of ade20k_sem_seg_*: annotations_detectron2"),

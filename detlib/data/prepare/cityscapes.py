@@ -10,9 +10,8 @@ import numpy as np
 
 from detlib.data.datasets.cityscapes import find_cityscapes_files, read_png, to_train_ids
 from detlib.data.datasets.cityscapes_labels import CITYSCAPES_LABELS
+from detlib.data.prepare.parallel import check_folder, check_workers, missing, run_jobs, write_png
 from detlib.utils.atomic_write import write_bytes_atomically
-
-from .jobs import check_folder, check_workers, missing, run_jobs, write_png
 
 __all__ = ["prepare_cityscapes"]
 

@@ -15,8 +15,7 @@ from detlib.data.datasets.builtin_meta import (
     COCO_CATEGORIES,
     _get_builtin_metadata,
 )
-
-from .jobs import check_folder, check_workers, missing, run_jobs, write_png
+from detlib.data.prepare.parallel import check_folder, check_workers, missing, run_jobs, write_png
 
 __all__ = ["prepare_ade20k", "prepare_coco_stuff"]
 

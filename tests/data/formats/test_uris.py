@@ -7,6 +7,7 @@ import pytest
 from detlib.data import DatasetCatalog, MetadataCatalog
 from detlib.data.catalog import check_datasets_exist
 from detlib.data.check import check_dataset
+from detlib.data.formats import FORMATS
 
 COCO = {
     "images": [{"id": 1, "file_name": "a.png", "height": 20, "width": 30}],
@@ -38,9 +39,9 @@ def folder(tmp_path):
 
 
 def test_coco(folder):
-    address = f"coco:{folder}/ann.json@{folder}/images?empty_boxes=drop"
-    check_datasets_exist(address)
-    metadata = MetadataCatalog.get(address)
+    uri = f"coco:{folder}/ann.json@{folder}/images?empty_boxes=drop"
+    check_datasets_exist(uri)
+    metadata = MetadataCatalog.get(uri)
     assert metadata.thing_classes == ["dog", "cat"]
     assert metadata.thing_dataset_id_to_contiguous_id == {2: 0, 5: 1}
     assert metadata.json_file == f"{folder}/ann.json" and metadata.evaluator_type == "coco"
@@ -50,7 +51,7 @@ def test_coco(folder):
         ("nose", "left_ear"),
         ("nose", "right_ear"),
     ]
-    dicts = DatasetCatalog.get(address)
+    dicts = DatasetCatalog.get(uri)
     assert dicts[0]["file_name"] == f"{folder}/images/a.png"
     assert [a["category_id"] for a in dicts[0]["annotations"]] == [1]
 
@@ -66,7 +67,7 @@ def test_home_folder(folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("address", "error", "message"),
+    ("uri", "error", "message"),
     [
         ("coco:ann.json", ValueError, "'coco:ann.json': it must be coco:ANNOTATIONS.json@IMAGE_DIR"),
         ("coco:ann.json@", ValueError, "file or folder is missing"),
@@ -79,13 +80,13 @@ def test_home_folder(folder, monkeypatch):
         (
             "coco:FOLDER/ann.json@FOLDER/no",
             FileNotFoundError,
-            "folder of the pictures '.*/no' does not exist",
+            "the image folder '.*/no' does not exist",
         ),
         ("coco:FOLDER/ann.json@FOLDER/images?empty=1", ValueError, "no option 'empty', only empty_boxes"),
         ("coco:FOLDER/ann.json@FOLDER/images?empty_boxes=x", ValueError, "'error' or 'drop', not 'x'"),
         ("shapes:train?num", ValueError, "'num' is not of the form key=value"),
         ("shapes:train?nun=3", ValueError, "no option 'nun', only num, size, .* Did you mean 'num'"),
-        ("shapes:train?num=many", ValueError, "num='many' is not a whole number"),
+        ("shapes:train?num=many", ValueError, "num='many' is not an integer"),
         ("shapes:train?size=8", ValueError, "size=8 is out of range: 32 to 1024"),
         (
             "shapes:train?task=panoptics",
@@ -93,14 +94,14 @@ def test_home_folder(folder, monkeypatch):
             "no task 'panoptics', only instances, panoptic, stuff.*'panoptic'",
         ),
         ("shapes:test", ValueError, "no split 'test', only 'train' and 'val'"),
-        ("ftp:x", KeyError, "coco:..., dir:..., roboflow:..., shapes:..., voc:..., yolo:..."),
+        ("ftp:x", KeyError, ", ".join(f"{name}:..." for name in sorted(FORMATS))),
     ],
 )
-def test_errors_name_the_part_that_is_wrong(folder, address, error, message):
-    address = address.replace("FOLDER", str(folder))
+def test_errors_name_the_part_that_is_wrong(folder, uri, error, message):
+    uri = uri.replace("FOLDER", str(folder))
     for use in (check_datasets_exist, DatasetCatalog.get):
         with pytest.raises(error, match=message):
-            use(address)
+            use(uri)
 
 
 def keypoint_categories(names, **more):
@@ -130,7 +131,7 @@ def test_names_of_keypoints_that_are_none(tmp_path, names):
     (tmp_path / "a.json").write_text(json.dumps(keypoint_categories(names)))
     with pytest.raises(ValueError, match="a.json: category 'c2': the keypoints must be a list of names"):
         MetadataCatalog.get(f"coco:{tmp_path}/a.json@{tmp_path}")
-    checked = check_dataset(f"coco:{tmp_path}/a.json@{tmp_path}", pictures=False)
+    checked = check_dataset(f"coco:{tmp_path}/a.json@{tmp_path}", images=False)
     assert [f.kind for f in checked.findings].count("category-broken") == 2
     assert not any("keypoints" in category for category in checked.repaired["categories"])
 

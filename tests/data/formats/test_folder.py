@@ -37,11 +37,11 @@ def forget(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("scheme", WRITERS)
 def test_object_store(scheme):
-    address = WRITERS[scheme](f"memory://front/{scheme}")
-    check_datasets_exist(address)
-    dicts = DatasetCatalog.get(address)
+    uri = WRITERS[scheme](f"memory://front/{scheme}")
+    check_datasets_exist(uri)
+    dicts = DatasetCatalog.get(uri)
     assert len(dicts) == 2 and any(record["annotations"] for record in dicts)
-    assert MetadataCatalog.get(address).thing_classes == CLASSES
+    assert MetadataCatalog.get(uri).thing_classes == CLASSES
     for record in dicts:
         assert record["file_name"].startswith("memory://front/")
         assert read_image(record["file_name"], "RGB").shape == (30, 40, 3)
@@ -51,18 +51,18 @@ def test_object_store(scheme):
 
 @pytest.mark.parametrize("scheme", WRITERS)
 def test_folder(scheme, tmp_path, log):
-    address = WRITERS[scheme](tmp_path / "set")
+    uri = WRITERS[scheme](tmp_path / "set")
     name = f"dir:{tmp_path}/set"
     check_datasets_exist(name)
-    assert DatasetCatalog.get(name) == DatasetCatalog.get(address)
-    assert f"{name} is taken as {address}: found" in log.text
+    assert DatasetCatalog.get(name) == DatasetCatalog.get(uri)
+    assert f"{name} is read as {uri}: found" in log.text
     assert MetadataCatalog.get(name).thing_classes == CLASSES
 
 
 def test_roboflow_root_is_no_class(tmp_path):
-    address = write_roboflow(tmp_path, "valid")
-    assert MetadataCatalog.get(address).thing_dataset_id_to_contiguous_id == {3: 0, 5: 1, 7: 2}
-    assert DatasetCatalog.get(f"roboflow:{tmp_path}@val") == DatasetCatalog.get(address)
+    uri = write_roboflow(tmp_path, "valid")
+    assert MetadataCatalog.get(uri).thing_dataset_id_to_contiguous_id == {3: 0, 5: 1, 7: 2}
+    assert DatasetCatalog.get(f"roboflow:{tmp_path}@val") == DatasetCatalog.get(uri)
     register_roboflow("birds_test", str(tmp_path), "valid")
     assert [a["category_id"] for a in DatasetCatalog.get("birds_test")[0]["annotations"]] == [2, 0, 1]
     file = tmp_path / "valid/_annotations.coco.json"
@@ -87,7 +87,7 @@ def test_coco_files_whose_pictures_are_elsewhere(tmp_path):
     write_coco(tmp_path)
     (tmp_path / "images").rename(tmp_path / "photographs")
     with pytest.raises(
-        FileNotFoundError, match="ann.json' is in COCO's format, but its first picture, 'a.jpg'"
+        FileNotFoundError, match="ann.json' is in COCO's format, but its first image, 'a.jpg'"
     ):
         DatasetCatalog.get(f"dir:{tmp_path}")
     (tmp_path / "photographs").rename(tmp_path / "data")
@@ -112,7 +112,7 @@ def test_near_misses(tmp_path):
     message = str(error.value)
     for scheme in ("yolo: data.yaml", "roboflow: SPLIT/_annot", "voc: Annotations", "coco: *.json"):
         assert scheme in message
-    assert "There is: labels." in message
+    assert "The folder has: labels." in message
 
 
 def test_ambiguous_folders(tmp_path):
@@ -120,9 +120,7 @@ def test_ambiguous_folders(tmp_path):
     with pytest.raises(ValueError, match="no split 'tarin', only: train. Did you mean 'train'"):
         check_datasets_exist(f"dir:{tmp_path}@tarin")
     write_yolo(tmp_path)
-    with pytest.raises(
-        ValueError, match=f"like yolo and like voc; .* yolo:{tmp_path}/data.yaml@train or voc:"
-    ):
+    with pytest.raises(ValueError, match=f"like voc and like yolo; .* voc:{tmp_path}@train or yolo:"):
         check_datasets_exist(f"dir:{tmp_path}")
     (tmp_path / "data.yaml").write_text("names: [a]\n")
     with pytest.raises(ValueError, match="none of 'train', 'val' and 'test'"):

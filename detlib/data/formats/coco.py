@@ -1,0 +1,230 @@
+"""COCO's instance format (https://cocodataset.org/#format-data): one JSON file for all images of a split."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from detlib.data.catalog import Metadata
+from detlib.data.datasets.coco import (
+    convert_to_coco_dict,
+    load_coco_json,
+    read_categories,
+    read_coco_json,
+)
+from detlib.data.datasets.keypoint_names import keypoint_metadata, left_right_pairs
+from detlib.data.datasets.lvis import with_lvis_path
+from detlib.data.formats.base import (
+    EMPTY_BOXES,
+    Candidate,
+    Format,
+    ParsedURI,
+    claimed_by_another_format,
+    register_format,
+)
+from detlib.data.formats.findings import RawSet
+from detlib.data.formats.writing import ConversionSource, write_text
+from detlib.utils.file_io import PathManager
+
+__all__ = ["CocoURI", "coco_uri", "read_raw_coco", "write_coco"]
+
+logger = logging.getLogger(__name__)
+
+
+def coco_uri(json_file: str, image_root: str) -> str:
+    """Return the URI of an annotation file and the folder of its images."""
+    return f"coco:{json_file}@{image_root or '.'}"
+
+
+class CocoURI(ParsedURI):
+    """`coco:ANNOTATIONS.json@IMAGE_DIR`; file and folder may contain an @ themselves."""
+
+    form = "coco:ANNOTATIONS.json@IMAGE_DIR"
+    options = (EMPTY_BOXES,)
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(uri)
+        self.json_file, self.image_root = self._split_at()
+
+    def _split_at(self) -> tuple[str, str]:
+        ats = [i for i, letter in enumerate(self.body) if letter == "@"]
+        pairs = [(os.path.expanduser(self.body[:i]), os.path.expanduser(self.body[i + 1 :])) for i in ats]
+        pairs = [pair for pair in pairs if all(pair)]
+        if not pairs:
+            raise self.error(f"it must be {self.form}; file or folder is missing.")
+        files = [pair for pair in pairs if PathManager.isfile(pair[0])]
+        return (files or [pair for pair in pairs if pair[0].endswith(".json")] or pairs)[0]
+
+    def check(self) -> None:
+        """Raise FileNotFoundError if the annotation file or the image folder does not exist."""
+        if not PathManager.isfile(self.json_file):
+            raise FileNotFoundError(
+                f"Dataset URI {self.uri!r}: the annotation file {self.json_file!r} does not exist."
+            )
+        self.require_folder(self.image_root, "image folder")
+
+    def load(self) -> list[dict]:
+        """Return the dataset in the standard dict format."""
+        self.check()
+        return load_coco_json(
+            self.json_file, self.image_root, self.uri, empty_boxes=self.values["empty_boxes"]
+        )
+
+    def metadata(self) -> dict[str, Any]:
+        """Return the classes, and keypoints if a category has them, from the annotation file."""
+        self.check()
+        categories = read_coco_json(self.json_file)["categories"]
+        thing_classes, id_map = read_categories(categories, self.json_file)
+        return {
+            "evaluator_type": "coco",
+            "json_file": self.json_file,
+            "image_root": self.image_root,
+            "thing_classes": thing_classes,
+            "thing_dataset_id_to_contiguous_id": id_map,
+            **keypoint_metadata(categories, self.json_file),
+        }
+
+    def read_raw(self) -> RawSet:
+        """Read the annotation file for the checker."""
+        self.check()
+        return read_raw_coco(self.json_file, self.image_root)
+
+
+def read_raw_coco(json_file: str, image_root: str) -> RawSet:
+    """Read an annotation file for the checker. Its content is not checked."""
+    raw = RawSet(json_file, image_root)
+    try:
+        with PathManager.open(json_file, "rb") as file:
+            content = json.loads(file.read())
+    except ValueError as error:
+        raw.report("bad-file", f"not valid JSON: {error}")
+        return raw
+    if not isinstance(content, dict):
+        raw.report("bad-file", f"must hold a JSON object, not a {type(content).__name__}")
+        return raw
+    raw.content = content
+    return raw
+
+
+def read_registered_coco(metadata: Metadata) -> RawSet | None:
+    """Read a registered dataset with a COCO or LVIS annotation file for the checker."""
+    if not metadata.get("json_file") or metadata.get("image_root") is None:
+        return None
+    raw = read_raw_coco(metadata.json_file, metadata.image_root)
+    images = raw.content.get("images")
+    is_lvis = metadata.get("evaluator_type") == "lvis"
+    if is_lvis and isinstance(images, list) and all(isinstance(image, dict) for image in images):
+        raw.content["images"] = [with_lvis_path(image) for image in images]
+    return raw
+
+
+def find_coco(path: str) -> list[Candidate]:
+    """Find annotation files in a folder. The split is part of the name of the file or of its folder."""
+    found = []
+    for folder, name, coco in _annotation_files(path):
+        file, split = os.path.join(folder, name), _split_of(name, folder, path)
+        image_root = _image_folder(coco, path, folder, split)
+        if image_root is not None:
+            shown = os.path.relpath(file, path) if "://" not in path else file
+            found.append(Candidate(coco_uri(file, image_root), split, f"found {shown} and its images"))
+    return found
+
+
+def hint_coco(path: str) -> str:
+    """Name the annotation files whose images were not found."""
+    return "".join(
+        f"\n{os.path.join(folder, name)!r} is in COCO's format, but its first image, "
+        f"{coco['images'][0].get('file_name')!r}, is in none of the usual folders. Name its folder: "
+        f"coco:{os.path.join(folder, name)}@IMAGE_DIR."
+        for folder, name, coco in _annotation_files(path)
+    )
+
+
+def _annotation_files(path: str) -> Iterator[tuple[str, str, dict]]:
+    """Yield folder, name and content of the annotation files in the usual folders."""
+    folders = [path, os.path.join(path, "annotations")]
+    folders += [os.path.join(path, name) for name in ("train", "val", "valid", "test")]
+    for folder in filter(PathManager.isdir, folders):
+        for name in sorted(PathManager.ls(folder)):
+            file = os.path.join(folder, name)
+            if not name.endswith(".json") or claimed_by_another_format(file, "coco"):
+                continue
+            try:
+                yield folder, name, read_coco_json(file)
+            except ValueError as error:
+                logger.debug("%s is not a COCO annotation file: %s", file, error)
+
+
+def _split_of(name: str, folder: str, path: str) -> str:
+    found = re.search(r"trainval|train|minival|valid|val|test", name.lower())
+    if found:
+        return found[0]
+    inner = os.path.basename(folder)
+    return inner if folder != path and inner != "annotations" else name.removesuffix(".json")
+
+
+def _image_folder(coco: dict, path: str, folder: str, split: str) -> str | None:
+    """Return the first of the usual folders that has the first image of the file; None if none has it."""
+    first = str(coco["images"][0].get("file_name", ""))
+    names = (
+        "images",
+        "data",
+        split,
+        f"images/{split}",
+        f"{split}/images",
+        f"{split}2017",
+        f"images/{split}2017",
+    )
+    folders = [folder, path, *(os.path.join(path, name) for name in names), os.path.join(folder, "images")]
+    return next((place for place in folders if PathManager.isfile(os.path.join(place, first))), None)
+
+
+def write_coco(source: ConversionSource, out: str, masks: str) -> tuple[str, list[str]]:
+    """Write OUT/annotations/SPLIT.json; the images go to OUT/images/SPLIT."""
+    content = convert_to_coco_dict(source.name)
+    source.count_lost_difficult()
+    folder = os.path.join(out, "images", source.split)
+    for i, image in enumerate(content["images"]):
+        image["file_name"] = source.file_name(i)
+    if not all(isinstance(image["id"], int) for image in content["images"]):
+        # Tools for COCO's format expect integers. Readers sort by id, so this keeps the order.
+        ids = {image["id"]: i for i, image in enumerate(content["images"], start=1)}
+        for image in content["images"]:
+            image["id"] = ids[image["id"]]
+        for annotation in content.get("annotations", ()):
+            annotation["image_id"] = ids[annotation["image_id"]]
+    names = source.check_keypoint_counts()
+    if names:
+        rules = source.metadata.get("keypoint_connection_rules") or []
+        implied = {frozenset(pair) for pair in left_right_pairs(list(names))}
+        swapped = {frozenset(pair) for pair in source.metadata.get("keypoint_flip_map") or ()}
+        source.count_lost(
+            "pairs of keypoints are no longer known to swap under a horizontal flip, as their names do not "
+            "differ only in left and right",
+            len(swapped - implied),
+        )
+        skeleton = [[names.index(a) + 1, names.index(b) + 1] for a, b, _ in rules]
+        for category in content["categories"]:
+            category.update(keypoints=list(names), skeleton=skeleton)
+    file = os.path.join(out, "annotations", f"{source.split}.json")
+    write_text(file, json.dumps(content))
+    return coco_uri(file, folder), [os.path.join(folder, image["file_name"]) for image in content["images"]]
+
+
+register_format(
+    Format(
+        name="coco",
+        summary="COCO's instance format: boxes, rotated boxes (5 numbers), polygons, RLE masks, keypoints",
+        uri_class=CocoURI,
+        read_registered=read_registered_coco,
+        write=write_coco,
+        holds_rotated_boxes=True,
+        find=find_coco,
+        layout="*.json with 'images' and 'categories', here, in annotations/ or in a split's folder",
+        hint=hint_coco,
+    )
+)

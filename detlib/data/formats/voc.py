@@ -1,0 +1,280 @@
+"""Pascal VOC's folder layout: one XML file for each image, and lists of the splits."""
+
+from __future__ import annotations
+
+import os
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from typing import Any
+from xml.sax.saxutils import escape
+
+from detlib.data.datasets.pascal_voc import (
+    IMAGE_SUFFIXES,
+    find_voc_class_names,
+    find_voc_images,
+    load_voc_instances,
+    parse_xml,
+    read_lines,
+    read_voc_split,
+)
+from detlib.data.formats.base import (
+    EMPTY_BOXES,
+    Candidate,
+    Format,
+    ParsedURI,
+    URIOption,
+    register_format,
+)
+from detlib.data.formats.findings import RawSet
+from detlib.data.formats.writing import ConversionSource, format_number, write_class_list, write_text
+from detlib.utils.file_io import PathManager
+
+__all__ = ["VocURI", "read_raw_voc", "write_voc"]
+
+
+class VocURI(ParsedURI):
+    """`voc:DIR@SPLIT`.
+
+    The classes are the lines of DIR/labels.txt. Without that file they are the sorted names of all objects in
+    DIR/Annotations, so that all splits agree on them.
+    """
+
+    form = "voc:DIR@SPLIT"
+    options = (
+        URIOption(
+            "one_based",
+            "`1` for XML that counts pixels from 1, as VOC's own does; by default boxes are read as written",
+            ("0", "1"),
+        ),
+        EMPTY_BOXES,
+    )
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(uri)
+        self.one_based = self.values["one_based"] == "1"
+        self.dirname, self.split = self.split_body()
+        self._class_names: list[str] | None = None
+
+    def check(self) -> None:
+        """Raise FileNotFoundError if the folder, its parts or the split do not exist."""
+        self.require_folder(self.dirname)
+        for part in ("Annotations", "JPEGImages"):
+            self.require_folder(os.path.join(self.dirname, part))
+        read_voc_split(self.dirname, self.split)
+
+    def load(self) -> list[dict]:
+        """Return the dataset in the standard dict format."""
+        self.check()
+        classes = self._class_names or self._read_class_names()
+        return load_voc_instances(
+            self.dirname,
+            self.split,
+            classes,
+            one_based=self.one_based,
+            empty_boxes=self.values["empty_boxes"],
+        )
+
+    def metadata(self) -> dict[str, Any]:
+        """Return the classes; without labels.txt this reads all annotations."""
+        self.check()
+        return {
+            "evaluator_type": "coco",
+            "dirname": self.dirname,
+            "split": self.split,
+            "thing_classes": self._read_class_names(),
+        }
+
+    def _read_class_names(self) -> list[str]:
+        self._class_names = find_voc_class_names(self.dirname)
+        return list(self._class_names)
+
+    def read_raw(self) -> RawSet:
+        """Read the split for the checker."""
+        self.check()
+        return read_raw_voc(self.dirname, self.split, one_based=self.one_based)
+
+
+def find_voc(path: str) -> list[Candidate]:
+    """Find the splits in a folder with VOC's layout."""
+    lists = os.path.join(path, "ImageSets", "Main")
+    folders = (os.path.join(path, "Annotations"), os.path.join(path, "JPEGImages"), lists)
+    if not all(map(PathManager.isdir, folders)):
+        return []
+    splits = sorted(name.removesuffix(".txt") for name in PathManager.ls(lists) if name.endswith(".txt"))
+    return [
+        Candidate(f"voc:{path}@{split}", split, f"found Annotations, JPEGImages, ImageSets/Main/{split}.txt")
+        for split in splits
+    ]
+
+
+def read_raw_voc(dirname: str, split: str, *, one_based: bool = False) -> RawSet:
+    """Read a split for the checker.
+
+    The categories are the lines of labels.txt, or without that file the sorted names of the split's objects.
+    """
+    raw = RawSet(dirname, os.path.join(dirname, "JPEGImages"))
+    names = read_voc_split(dirname, split)
+    files = find_voc_images(dirname)
+    for name, count in Counter(names).items():
+        if count > 1:
+            raw.report(
+                "duplicate-file-name", f"ImageSets/Main/{split}.txt lists it {count} times", image=name
+            )
+    listed = _listed_classes(raw, dirname)
+    images, objects = [], []
+    for name in dict.fromkeys(names):
+        path = files.get(name)
+        image: dict[str, Any] = {"id": name, "file_name": os.path.basename(path) if path else f"{name}.jpg"}
+        images.append(image)
+        xml_file = os.path.join(dirname, "Annotations", f"{name}.xml")
+        root = _parse(raw, xml_file, image["file_name"])
+        if root is not None:
+            _read_size(raw, root, xml_file, image)
+            objects += _read_objects(raw, root, xml_file, image, one_based)
+    # With labels.txt, a name that it lacks is an error, not another class.
+    found = [] if listed else sorted({name for name, _, _ in objects if name})
+    ids = {name: i for i, name in enumerate([*listed, *found])}
+    annotations = []
+    for number, (name, annotation, location) in enumerate(objects):
+        annotations.append({"id": number + 1, "category_id": ids.get(name, name), **annotation})
+        raw.locations[number] = location
+    categories = [{"id": i, "name": name} for name, i in ids.items()]
+    raw.content = {"images": images, "categories": categories, "annotations": annotations}
+    return raw
+
+
+def _listed_classes(raw: RawSet, dirname: str) -> list[str]:
+    path = os.path.join(dirname, "labels.txt")
+    if not PathManager.isfile(path):
+        return []
+    try:
+        lines = read_lines(path)
+    except ValueError as error:
+        raw.report("bad-file", str(error), file=path)
+        return []
+    for name, count in Counter(lines).items():
+        if count > 1:
+            raw.report("duplicate-category-name", f"{name!r} is listed {count} times", file=path)
+    return [*dict.fromkeys(lines)]
+
+
+def _parse(raw: RawSet, xml_file: str, image: str) -> ElementTree.Element | None:
+    try:
+        return parse_xml(xml_file)
+    except FileNotFoundError:
+        raw.report("missing-annotation-file", f"{xml_file} does not exist", image=image)
+    except ValueError as error:
+        raw.report("bad-file", str(error), file=xml_file, image=image)
+    return None
+
+
+def _read_size(raw: RawSet, root: ElementTree.Element, xml_file: str, image: dict) -> None:
+    texts = [root.findtext("size/width"), root.findtext("size/height")]
+    where = {"file": xml_file, "image": image["file_name"]}
+    if not any(texts) or texts == ["0", "0"]:
+        raw.report("image-without-size", "the image's own size is used", **where)
+        return
+    try:
+        width, height = (float(text or 0) for text in texts)
+    except ValueError:
+        raw.report("image-wrong-type", f"the size is {texts}", **where)
+        return
+    image["width"], image["height"] = int(width), int(height)
+
+
+def _read_objects(
+    raw: RawSet, root: ElementTree.Element, xml_file: str, image: dict, one_based: bool
+) -> list[tuple[str, dict, str]]:
+    """Return class name, annotation without category, and location of each object."""
+    objects = []
+    for number, element in enumerate(root.iter("object"), start=1):
+        name = (element.findtext("name") or "").strip()
+        location = f"Annotations/{image['id']}.xml, object {number} ({name or 'no name'})"
+        where = {"image": image["file_name"], "annotation": location, "action": "object dropped"}
+        texts = [element.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
+        if not name or None in texts:
+            missing = "no name" if not name else "no bndbox, or only part of it"
+            raw.report("annotation-broken", f"there is {missing}", **where)
+            continue
+        try:
+            x0, y0, x1, y1 = (float(text) for text in texts)
+        except ValueError:
+            raw.report("bad-box", f"the box is {texts}", **where)
+            continue
+        x0, y0 = x0 - one_based, y0 - one_based
+        annotation: dict[str, Any] = {"image_id": image["id"], "bbox": [x0, y0, x1 - x0, y1 - y0]}
+        if (element.findtext("iscrowd") or "0").strip() == "1":
+            annotation["iscrowd"] = 1
+        objects.append((name, annotation, location))
+    return objects
+
+
+def write_voc(source: ConversionSource, out: str, masks: str) -> tuple[str, list[str]]:
+    """Write OUT/Annotations, ImageSets/Main/SPLIT.txt and labels.txt; the images go to OUT/JPEGImages."""
+    classes = list(source.metadata.thing_classes)
+    _check_source(source, classes)
+    write_class_list(os.path.join(out, "labels.txt"), classes)
+    paths = []
+    for i, record in enumerate(source.dicts):
+        objects = [_object_xml(source, annotation, classes) for annotation in record.get("annotations", ())]
+        size = f"<width>{record['width']}</width><height>{record['height']}</height><depth>3</depth>"
+        lines = [
+            "<annotation>",
+            f"  <filename>{escape(source.file_name(i))}</filename>",
+            f"  <size>{size}</size>",
+            *objects,
+            "</annotation>\n",
+        ]
+        write_text(os.path.join(out, "Annotations", source.stems[i] + ".xml"), "\n".join(lines))
+        paths.append(os.path.join(out, "JPEGImages", source.file_name(i)))
+    write_text(os.path.join(out, "ImageSets", "Main", source.split + ".txt"), "\n".join(source.stems) + "\n")
+    return f"voc:{out}@{source.split}", paths
+
+
+def _check_source(source: ConversionSource, classes: list[str]) -> None:
+    """Raise ValueError for what VOC's files cannot hold, before any is written."""
+    if any(len(stem.split()) != 1 for stem in source.stems):
+        raise ValueError(
+            f"Dataset {source.name!r} has images with spaces in their names; VOC's lists of splits cannot "
+            "hold these."
+        )
+    suffixes = {os.path.splitext(record["file_name"])[1] for record in source.dicts}
+    unknown = sorted(suffix for suffix in suffixes if suffix.lower() not in IMAGE_SUFFIXES)
+    if unknown:
+        raise ValueError(
+            f"Dataset {source.name!r} has images that end in {unknown}; in VOC's layout they must end in "
+            f"{', '.join(IMAGE_SUFFIXES)}."
+        )
+    # An object names its class, and labels.txt has one class a line.
+    bad = [n for n in classes if not n.isprintable() or not n or n != n.strip() or classes.count(n) > 1]
+    if bad:
+        raise ValueError(
+            f"Dataset {source.name!r} has classes that VOC's files cannot tell apart, as their names are "
+            f"equal, empty, or have line breaks or surrounding spaces: {bad[:10]}."
+        )
+
+
+def _object_xml(source: ConversionSource, annotation: dict, classes: list[str]) -> str:
+    box = source.box(annotation)
+    keys = ("xmin", "ymin", "xmax", "ymax")
+    corners = "".join(f"<{key}>{format_number(value)}</{key}>" for key, value in zip(keys, box))
+    marks = ""
+    if annotation.get("iscrowd") or annotation.get("difficult"):
+        marks = "<difficult>1</difficult>" + "<iscrowd>1</iscrowd>" * bool(annotation.get("iscrowd"))
+    for key in ("segmentation", "keypoints"):
+        source.count_lost(f"objects lose their {key}", annotation.get(key) is not None)
+    name = escape(classes[annotation["category_id"]])
+    return f"  <object><name>{name}</name>{marks}<bndbox>{corners}</bndbox></object>"
+
+
+register_format(
+    Format(
+        name="voc",
+        summary="Pascal VOC's folders: `Annotations/*.xml`, `JPEGImages/`, `ImageSets/Main/SPLIT.txt`",
+        uri_class=VocURI,
+        write=write_voc,
+        find=find_voc,
+        layout="Annotations/*.xml with ImageSets/Main/SPLIT.txt and JPEGImages/",
+        findings={"missing-annotation-file": ("error", "an image has no annotation file")},
+    )
+)
