@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf, SCMode
 
 from detlib.config import LazyConfig
 from detlib.utils.registry import locate
+from tests.conformance.harness import Case, add_semantic_truth, add_truth, make_inputs
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parents[1] / "configs"
@@ -91,3 +92,18 @@ def _differences(ours, published, path):
         if ours == published and type(ours) is type(published)
         else [f"{path}: {ours!r}, want {published!r}"]
     )
+
+
+def training_items(model):
+    """Return two small images with all ground truth that any model may train on."""
+    inputs = [
+        {"image": [96, 128], "image_seed": 1, "height": 96, "width": 128},
+        {"image": [128, 96], "image_seed": 2, "height": 128, "width": 96},
+    ]
+    heads = getattr(model, "roi_heads", None)
+    case = Case({"inputs": inputs, "num_classes": getattr(heads, "num_classes", 80)}, {})
+    items = make_inputs(case)
+    add_truth(items, case, with_masks=True, with_keypoints=getattr(heads, "keypoint_on", False))
+    if hasattr(model, "sem_seg_head"):
+        add_semantic_truth(items, case, model.sem_seg_head.num_classes)
+    return items

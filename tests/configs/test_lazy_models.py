@@ -11,8 +11,7 @@ from detlib.config import LazyConfig, get_cfg, instantiate
 from detlib.config._lazy_text import as_plain_data
 from detlib.modeling import build_model
 from detlib.utils.events import EventStorage
-from tests.configs.published_lazy import CONFIGS, HERE, NAMES, OWN, PUBLISHED, load
-from tests.conformance.harness import Case, add_semantic_truth, add_truth, make_inputs
+from tests.configs.published_lazy import CONFIGS, HERE, NAMES, OWN, PUBLISHED, load, training_items
 
 STATES = json.loads(gzip.decompress((HERE / "zoo_states.json.gz").read_bytes()))
 TWINS = [
@@ -99,21 +98,6 @@ def test_longer_recipes_have_the_same_model(name):
     base = re.sub(r"\d+ep", "100ep", name)
     assert STATES[name] == STATES[base]
     assert as_plain_data(load(name).model) == as_plain_data(load(base).model)
-
-
-def training_items(model):
-    """Two small pictures with all that any model may train on."""
-    inputs = [
-        {"image": [96, 128], "image_seed": 1, "height": 96, "width": 128},
-        {"image": [128, 96], "image_seed": 2, "height": 128, "width": 96},
-    ]
-    heads = getattr(model, "roi_heads", None)
-    case = Case({"inputs": inputs, "num_classes": getattr(heads, "num_classes", 80)}, {})
-    items = make_inputs(case)
-    add_truth(items, case, with_masks=True, with_keypoints=getattr(heads, "keypoint_on", False))
-    if hasattr(model, "sem_seg_head"):
-        add_semantic_truth(items, case, model.sem_seg_head.num_classes)
-    return items
 
 
 @pytest.mark.parametrize("name", TWINS)
