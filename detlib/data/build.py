@@ -186,17 +186,11 @@ def pictures_per_epoch(loader: Any) -> int | None:
     return len(loader) if isinstance(loader, Sized) else None
 
 
-# Where each meta architecture has its number of classes, in config keys.
-_NUM_CLASSES_KEYS = {
-    "GeneralizedRCNN": "MODEL.ROI_HEADS.NUM_CLASSES",
-    "PanopticFPN": "MODEL.ROI_HEADS.NUM_CLASSES",
-    "RetinaNet": "MODEL.RETINANET.NUM_CLASSES",
-}
-
-
 def _check_num_classes(cfg, dataset_dicts: list[dict]) -> None:
     """Compare the model's number of classes with the data, before a label fails in the middle of a loss."""
-    key = _NUM_CLASSES_KEYS.get(cfg.MODEL.META_ARCHITECTURE)
+    from detlib.modeling import facts_of
+
+    key = facts_of(cfg).num_classes_keys(cfg).get("thing_classes")
     if key is None:
         return
     num_classes = cfg

@@ -27,6 +27,7 @@ from detlib.engine.wrapping import (
     shard_model,
     whole_parameters,
 )
+from detlib.modeling import facts_of
 from detlib.modeling.freezing import freeze_by_name
 from detlib.utils import comm
 from detlib.utils.events import EventWriter
@@ -110,7 +111,9 @@ class ConfigTrainer(TrainerBase):
         step_options = {
             "accum_steps": options.accum_steps,
             "skip_non_finite": options.skip_non_finite,
-            "advice": learning_rate_advice(optimizer, options.images_per_step, options.rate_per_image),
+            "advice": learning_rate_advice(
+                optimizer, options.images_per_step, facts_of(model).reference_lr_per_image
+            ),
         }
         if options.precision:
             precision = getattr(torch, options.precision)

@@ -1,30 +1,18 @@
 """Checks of a config that save the user a late failure."""
 
-import functools
 import logging
-import operator
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from detlib.config import CfgNode, get_cfg
 from detlib.data.catalog import MetadataCatalog, check_datasets_exist, is_dataset_uri
+from detlib.modeling import facts_of
 from detlib.utils.file_io import is_remote
 
 __all__ = ["as_names", "check_datasets", "check_num_classes", "check_weights", "set_num_classes"]
 
 logger = logging.getLogger(__name__)
-
-# Where each kind of model has its number of things, and of stuff.
-_NUM_CLASSES_KEYS = {
-    "GeneralizedRCNN": {"thing_classes": "MODEL.ROI_HEADS.NUM_CLASSES"},
-    "PanopticFPN": {
-        "thing_classes": "MODEL.ROI_HEADS.NUM_CLASSES",
-        "stuff_classes": "MODEL.SEM_SEG_HEAD.NUM_CLASSES",
-    },
-    "RetinaNet": {"thing_classes": "MODEL.RETINANET.NUM_CLASSES"},
-    "SemanticSegmentor": {"stuff_classes": "MODEL.SEM_SEG_HEAD.NUM_CLASSES"},
-}
 
 
 def as_names(names: str | Iterable[str]) -> tuple[str, ...]:
@@ -71,7 +59,9 @@ def check_num_classes(cfg: CfgNode, names: str | Iterable[str]) -> None:
     Raises:
         ValueError: if they differ, naming the key and both numbers; or have the same names in another order.
     """
-    for kind, key in _NUM_CLASSES_KEYS.get(cfg.MODEL.META_ARCHITECTURE, {}).items():
+    for kind, key in facts_of(cfg).num_classes_keys(cfg).items():
+        if kind == "keypoint_names":
+            continue
         number = _get(cfg, key)
         for name in as_names(names):
             classes = MetadataCatalog.get(name).get(kind)
@@ -115,9 +105,8 @@ def set_num_classes(cfg: CfgNode) -> None:
     if not names or not is_dataset_uri(names[0]):
         return
     defaults = get_cfg()
-    keys = dict(_NUM_CLASSES_KEYS.get(cfg.MODEL.META_ARCHITECTURE, {}))
-    if cfg.MODEL.KEYPOINT_ON:
-        keys["keypoint_names"] = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
+    keys = facts_of(cfg).num_classes_keys(cfg)
+    # A key of a third-party model has no default here, so it counts as set.
     unset = {kind: key for kind, key in keys.items() if _get(cfg, key) == _get(defaults, key)}
     if not unset:
         return
@@ -134,8 +123,11 @@ def set_num_classes(cfg: CfgNode) -> None:
             logger.info("%s is set to %d, as dataset '%s' has them", key, len(entries), names[0])
 
 
-def _get(cfg: CfgNode, key: str) -> int:
-    return functools.reduce(operator.getitem, key.split("."), cfg)
+def _get(cfg: CfgNode, key: str) -> Any:
+    """Return the value of a dotted key; None if there is no such key."""
+    for part in key.split("."):
+        cfg = cfg.get(part) if isinstance(cfg, CfgNode) else None
+    return cfg
 
 
 def _set(cfg: CfgNode, key: str, value: int) -> None:

@@ -18,6 +18,7 @@ from detlib.evaluation import (
     RotatedCOCOEvaluator,
     SemSegEvaluator,
 )
+from detlib.modeling import facts_of
 from detlib.utils.file_io import safe_name
 
 __all__ = ["default_evaluator"]
@@ -77,12 +78,13 @@ _EVALUATORS = {
 }
 
 
-# What models have outputs for, where it is less than everything.
-_ONLY = {
-    "GeneralizedRCNN": (_coco, _cityscapes_instance),
-    "ProposalNetwork": (_coco,),
-    "RetinaNet": (_coco,),
-    "SemanticSegmentor": (_sem_seg, _cityscapes_sem_seg),
+# The outputs of which an evaluator needs one, see `MetaArchitecture.outputs`.
+_NEEDS = {
+    _coco: {"instances", "proposals"},
+    _sem_seg: {"sem_seg"},
+    _panoptic: {"panoptic_seg"},
+    _cityscapes_instance: {"masks"},
+    _cityscapes_sem_seg: {"sem_seg"},
 }
 
 
@@ -100,10 +102,8 @@ def _chosen(cfg: CfgNode, dataset_name: str) -> list[Callable[..., DatasetEvalua
         return builders
     if metadata.get("label_divisor") and _sem_seg in builders:  # all classes in one list, no label maps
         builders.remove(_sem_seg)
-    if not cfg.MODEL.PANOPTIC_FPN.COMBINE.ENABLED:
-        builders.remove(_panoptic)
-    only = _ONLY.get(cfg.MODEL.META_ARCHITECTURE, builders)
-    return [build for build in builders if build in only]
+    outputs = facts_of(cfg).outputs(cfg)
+    return [build for build in builders if outputs & _NEEDS[build]]
 
 
 def default_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:

@@ -39,8 +39,6 @@ class RunOptions:
     """How many steps in a row may be left out because their loss is not finite; 0 ends the training."""
     images_per_step: int = 0
     """Pictures of one update over all processes, 0 if that is not known; for advice."""
-    rate_per_image: float = 0.02 / 16
-    """Learning rate over batch size of the published schedules for such a model; for advice."""
 
     freeze: tuple[str, ...] = ()
     """Patterns of parameter names that are not trained."""
@@ -145,7 +143,6 @@ class RunOptions:
             precision=solver.AMP.PRECISION if solver.AMP.ENABLED else "",
             skip_non_finite=solver.SKIP_NON_FINITE,
             images_per_step=solver.IMS_PER_BATCH,
-            rate_per_image=(0.01 if cfg.MODEL.META_ARCHITECTURE in ("RetinaNet", "FCOS") else 0.02) / 16,
             freeze=tuple(cfg.MODEL.FREEZE),
             strategy=train.STRATEGY,
             ddp={

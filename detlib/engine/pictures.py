@@ -16,6 +16,7 @@ from detlib.engine.checks import as_names
 from detlib.engine.setup import run_setting
 from detlib.evaluation import inference_context
 from detlib.evaluation.test_time_augmentation import GeneralizedRCNNWithTTA
+from detlib.modeling import facts_of
 from detlib.utils import comm
 from detlib.utils.file_io import PathManager
 from detlib.utils.visualizer import Visualizer
@@ -29,7 +30,10 @@ _MIN_LONG_SIDE = 640
 
 
 def write_prediction_pictures(
-    cfg: CfgNode | Mapping[str, Any], model: nn.Module, max_pictures: int = 8, min_score: float = 0.5
+    cfg: CfgNode | Mapping[str, Any],
+    model: nn.Module,
+    max_pictures: int = 8,
+    min_score: float | None = None,
 ) -> list[str]:
     """Draws a model's predictions on pictures spread evenly over the first data set to test on.
 
@@ -38,7 +42,7 @@ def write_prediction_pictures(
             config with TEST.AUG.ENABLED, so is TEST.AUG.
         model: the model; its mode is as before afterwards.
         max_pictures: how many pictures at most.
-        min_score: instances that score less are not drawn.
+        min_score: instances that score less are not drawn; None for the model's `default_score_threshold`.
 
     Returns:
         Paths of the files, ``OUTPUT_DIR/predictions/*.png``; empty on processes other than the main one.
@@ -48,6 +52,7 @@ def write_prediction_pictures(
         return []
     name, dataset, input_format = source
     model = comm.unwrap(model)  # the other processes take no part
+    min_score = facts_of(model).default_score_threshold if min_score is None else min_score
     metadata = MetadataCatalog.get(name)
     folder = os.path.join(run_setting(cfg, "output_dir"), "predictions")
     PathManager.mkdirs(folder)

@@ -14,21 +14,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detlib.engine.memory_saving import find_backbone_blocks
+from detlib.modeling import facts_of
 from detlib.utils import comm
 from detlib.utils.suggest import near_names
 
 __all__ = ["compile_parts", "create_ddp_model", "first_process_buffers", "shard_model", "whole_parameters"]
 
 logger = logging.getLogger(__name__)
-
-# Parts that are the same computation for every batch: no lists of boxes go in or out.
-_COMPILED = (
-    "backbone",
-    "proposal_generator.rpn_head",
-    "head",
-    "roi_heads.box_head",
-    "transformer",
-)
 
 # The modules that are in a block of `whole_parameters`.
 _held_whole: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -41,7 +33,8 @@ def compile_parts(model: nn.Module, names: Iterable[str] = (), backend: str = "i
 
     Args:
         model: the model.
-        names: the parts, as in ``model.get_submodule``; () for the backbone and the heads that there are.
+        names: the parts, as in ``model.get_submodule``; () for those of `MetaArchitecture.compile_modules`
+            that there are.
         backend: as in `torch.compile`.
 
     Returns:
@@ -51,7 +44,7 @@ def compile_parts(model: nn.Module, names: Iterable[str] = (), backend: str = "i
         ValueError: if the model has no part of a name.
     """
     parts = dict(model.named_modules())
-    chosen = list(names) or [name for name in _COMPILED if name in parts]
+    chosen = list(names) or [name for name in facts_of(model).compile_modules if name in parts]
     for name in chosen:
         if name not in parts:
             near = ", ".join(near_names(name, parts)) or ", ".join(n for n, _ in model.named_children())

@@ -9,7 +9,6 @@ the sides of predicted masks and heatmaps.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from itertools import groupby
 
 import numpy as np
@@ -19,7 +18,7 @@ from torch import nn
 from detlib.config import CfgNode, configurable
 from detlib.data import transforms as T  # noqa: N812 (the name that mappers use)
 from detlib.data.detection_utils import create_keypoint_hflip_indices, read_image
-from detlib.modeling.meta_arch import DenseDetector, GeneralizedRCNN, PanopticFPN, SemanticSegmentor
+from detlib.modeling.meta_arch import META_ARCH_REGISTRY, facts_of
 from detlib.modeling.postprocessing import detector_postprocess, sem_seg_postprocess
 from detlib.modeling.roi_heads.keypoint_head import keypoint_rcnn_inference
 from detlib.structures import Boxes, Instances, RotatedBoxes
@@ -135,20 +134,6 @@ def _vote(instances: Instances, keep: torch.Tensor, nms_thresh: float) -> Boxes:
     return type(boxes)((weights @ boxes.tensor) / weights.sum(dim=1, keepdim=True))
 
 
-@contextmanager
-def _boxes_only(model: nn.Module) -> Iterator[None]:
-    """Turns off the heads that follow the boxes."""
-    heads = model.roi_heads
-    before = {name: getattr(heads, name) for name in ("mask_on", "keypoint_on") if hasattr(heads, name)}
-    try:
-        for name in before:
-            setattr(heads, name, False)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(heads, name, value)
-
-
 class GeneralizedRCNNWithTTA(nn.Module):
     """A detector or segmentor with test-time augmentation, called as the model itself is.
 
@@ -185,10 +170,11 @@ class GeneralizedRCNNWithTTA(nn.Module):
         """
         super().__init__()
         model = comm.unwrap(model)
-        if not isinstance(model, GeneralizedRCNN | DenseDetector | SemanticSegmentor):
+        if not facts_of(model).supports_tta:
+            names = sorted(name for name, x in META_ARCH_REGISTRY if getattr(x, "supports_tta", False))
             raise TypeError(
-                "Test-time augmentation (TEST.AUG.ENABLED) is for GeneralizedRCNN, PanopticFPN, RetinaNet, "
-                f"FCOS and SemanticSegmentor, got {type(model).__name__}"
+                f"Test-time augmentation (TEST.AUG.ENABLED) does not support {type(model).__name__}; a model "
+                f"that does has supports_tta = True in its class, as have {', '.join(names)}"
             )
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -240,20 +226,22 @@ class GeneralizedRCNNWithTTA(nn.Module):
     def _predict(self, item: dict) -> dict:
         views = self.tta_mapper(item)
         frame = (item["height"], item["width"])
-        if isinstance(self.model, SemanticSegmentor):
-            maps = ((view, output["sem_seg"]) for view, output in self._run(views, self.model))
-            return {"sem_seg": self._average_maps(maps, frame)}
-        detections, maps = [], []
-        for view, output in self._run(views, self._detect):
-            boxes, logits = output
-            detections.append((view, boxes))
-            maps.append((view, logits))
-        merged = self._merge(detections, frame)
-        if isinstance(self.model, GeneralizedRCNN):
-            self._add_masks_and_keypoints(views, merged)
-        if isinstance(self.model, PanopticFPN):
-            return self.model.merge_outputs(merged, self._average_maps(maps, frame), frame, *frame)
-        return {"instances": detector_postprocess(merged, *frame)}
+        detections, total, num_maps = [], 0, 0
+        for view, output in self._run(views, self.model.tta_predict):
+            if "instances" in output:
+                detections.append((view, output["instances"]))
+            if "sem_seg" in output:
+                total = total + self._map_probabilities(view, output["sem_seg"], frame)
+                num_maps += 1
+        merged: dict = {}
+        if num_maps:
+            mean = total / num_maps
+            merged["sem_seg"] = mean.clamp(min=torch.finfo(mean.dtype).tiny).log()
+        if detections:
+            instances = self._merge(detections, frame)
+            self._add_masks_and_keypoints(views, instances)
+            merged["instances"] = detector_postprocess(instances, *frame)
+        return self.model.combine_outputs(merged)
 
     def _run(self, views: list[dict], function: Callable, *extra: list) -> Iterator[tuple[dict, object]]:
         """Call `function` with batches of views, and of what else there is for each; yields view by view.
@@ -281,18 +269,6 @@ class GeneralizedRCNNWithTTA(nn.Module):
             out["proposals"].proposal_boxes = boxes
         return out
 
-    def _detect(self, inputs: list[dict]) -> list[tuple[Instances, torch.Tensor | None]]:
-        """Boxes of each view in its own frame, and of a panoptic model the semantic logits."""
-        if isinstance(self.model, DenseDetector):
-            return [(output["instances"], None) for output in self.model(inputs)]
-        with _boxes_only(self.model):
-            output = self.model.inference(inputs, do_postprocess=False)
-        if not isinstance(self.model, PanopticFPN):
-            return [(instances, None) for instances in output]
-        sizes = [item["image"].shape[1:] for item in inputs]
-        maps = [logits[:, :height, :width] for logits, (height, width) in zip(output[1], sizes)]
-        return list(zip(output[0], maps))
-
     def _merge(self, detections: list[tuple[dict, Instances]], frame: tuple[int, int]) -> Instances:
         """The best of all views' detections, in the wanted frame, after NMS class by class."""
         in_frame = []
@@ -302,7 +278,7 @@ class GeneralizedRCNNWithTTA(nn.Module):
             in_frame.append(Instances(frame, pred_boxes=boxes, **fields))
         merged = Instances.cat(in_frame)
         merged.pred_boxes.clip(frame)
-        nms_thresh, limit = self._nms_thresh_and_limit()
+        nms_thresh, limit = self.model.tta_merge_limits(self.cfg)
         keep = merged.pred_boxes.batched_nms(merged.scores, merged.pred_classes, nms_thresh)
         keep = keep[:limit] if limit >= 0 else keep
         result = merged[keep]
@@ -310,15 +286,10 @@ class GeneralizedRCNNWithTTA(nn.Module):
             result.pred_boxes = _vote(merged, keep, nms_thresh)
         return result
 
-    def _nms_thresh_and_limit(self) -> tuple[float, int]:
-        if isinstance(self.model, DenseDetector):
-            return self.model.test_nms_thresh, self.model.max_detections_per_image
-        return self.cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST, self.cfg.TEST.DETECTIONS_PER_IMAGE
-
     def _add_masks_and_keypoints(self, views: list[dict], merged: Instances) -> None:
         """Run the other heads on the merged boxes in each view and average, in place."""
-        heads = self.model.roi_heads
-        mask_on, keypoint_on = (getattr(heads, name, False) for name in ("mask_on", "keypoint_on"))
+        fields = self.model.tta_fields()
+        mask_on, keypoint_on = "pred_masks" in fields, "pred_keypoint_heatmaps" in fields
         if not (mask_on or keypoint_on):
             return
         if keypoint_on:
@@ -328,12 +299,8 @@ class GeneralizedRCNNWithTTA(nn.Module):
             boxes = _transform_boxes(merged.pred_boxes, view["transforms"])
             given.append(Instances(tuple(view["image"].shape[1:]), pred_boxes=boxes))
             given[-1].set("pred_classes", merged.pred_classes)
-
-        def run(inputs, instances):
-            return GeneralizedRCNN.inference(self.model, inputs, instances, do_postprocess=False)
-
         masks, heatmaps = [], []
-        for view, output in self._run(views, run, given):
+        for view, output in self._run(views, self.model.tta_predict_for_boxes, given):
             axes = _mirrored_axes(view["transforms"])
             if mask_on:
                 masks.append(output.pred_masks.flip(axes))
@@ -361,21 +328,13 @@ class GeneralizedRCNNWithTTA(nn.Module):
             "'keypoint_flip_map' in DATASETS.TEST, or set TEST.AUG.FLIP = False"
         )
 
-    def _average_maps(self, maps, frame: tuple[int, int]) -> torch.Tensor:
-        """Average semantic maps.
+    def _map_probabilities(self, view: dict, logits: torch.Tensor, frame: tuple[int, int]) -> torch.Tensor:
+        """Return the class probabilities of a view's pixels, (K, H, W), in the wanted frame.
 
         Args:
-            maps: pairs of a view and its logits (K, height, width), in the view's frame.
+            view: the view.
+            logits: (K, height, width), in the view's frame.
             frame: (H, W).
-
-        Returns:
-            (K, H, W), the logarithms of the averaged probabilities.
         """
-        total, count = 0, 0
-        for view, logits in maps:
-            logits = logits.flip(_mirrored_axes(view["transforms"]))
-            logits = sem_seg_postprocess(logits, tuple(logits.shape[1:]), *frame)
-            total = total + logits.softmax(dim=0)
-            count += 1
-        mean = total / count
-        return mean.clamp(min=torch.finfo(mean.dtype).tiny).log()
+        logits = logits.flip(_mirrored_axes(view["transforms"]))
+        return sem_seg_postprocess(logits, tuple(logits.shape[1:]), *frame).softmax(dim=0)

@@ -29,12 +29,14 @@ from detlib.modeling.meta_arch import (
     META_ARCH_REGISTRY,
     SEM_SEG_HEADS_REGISTRY,
     GeneralizedRCNN,
+    MetaArchitecture,
     PanopticFPN,
     ProposalNetwork,
     RetinaNet,
     SemanticSegmentor,
     build_model,
     build_sem_seg_head,
+    facts_of,
 )
 from detlib.modeling.neck import ChannelMapper
 from detlib.modeling.postprocessing import detector_postprocess, sem_seg_postprocess
@@ -83,6 +85,7 @@ __all__ = [
     "HungarianMatcher",
     "META_ARCH_REGISTRY",
     "MViT",
+    "MetaArchitecture",
     "PROPOSAL_GENERATOR_REGISTRY",
     "PanopticFPN",
     "ProposalNetwork",
@@ -117,6 +120,7 @@ __all__ = [
     "build_rpn_head",
     "build_sem_seg_head",
     "detector_postprocess",
+    "facts_of",
     "get_vit_lr_decay_rate",
     "make_stage",
     "sem_seg_postprocess",

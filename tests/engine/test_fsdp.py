@@ -12,7 +12,7 @@ from detlib.engine import DefaultTrainer, launch
 from detlib.engine.ema import load_for_inference
 from detlib.engine.validation import validation_losses
 from detlib.engine.wrapping import whole_parameters
-from detlib.modeling import build_model, preprocess, sampling
+from detlib.modeling import MetaArchitecture, build_model, sampling
 from detlib.utils import comm
 from detlib.utils.env import seed_all_rng
 from tests.builders import tiny_cfg
@@ -40,7 +40,7 @@ def _train(folder: str, strategy: str, resume: bool, overrides: dict) -> None:
     sampling.subsample_labels, original = sample_repeatably, sampling.subsample_labels
     # Blocks that are shared out hand on a single picture in strides that PyTorch does not know for
     # channels-last any more, and convolutions of another layout round in another way.
-    preprocess.for_convolutions, in_layout = lambda x, *_: x, preprocess.for_convolutions
+    MetaArchitecture.channels_last_on, in_layout = (), MetaArchitecture.channels_last_on
     try:
         cfg = _cfg(folder, strategy, **overrides)
         # Other first weights in each process: those of the first one count.
@@ -63,7 +63,7 @@ def _train(folder: str, strategy: str, resume: bool, overrides: dict) -> None:
             assert "bbox" in results
             torch.save({"average": results["val"], "own": own_losses}, f"{folder}/losses")
     finally:
-        sampling.subsample_labels, preprocess.for_convolutions = original, in_layout
+        sampling.subsample_labels, MetaArchitecture.channels_last_on = original, in_layout
 
 
 def _train_all(root: str, overrides: dict) -> None:

@@ -83,7 +83,7 @@ def test_errors():
         model([training_batch()[0], {"image": random_image()}])
     batch = training_batch()
     batch[1]["instances"].gt_classes[0] = 3
-    with pytest.raises(ValueError, match=r"item 1 .* must lie in \[0, 3\) \(num_classes\), got \[1, 3\]"):
+    with pytest.raises(ValueError, match=r"item 1 .* must be in \[0, 3\) \(num_classes\), got \[1, 3\]"):
         model(batch)
 
 

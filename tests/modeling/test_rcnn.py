@@ -1,10 +1,11 @@
 """Whole models: a step of training, inference, mixed precision, and what wrong inputs are answered with."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from detlib.modeling import build_model
-from detlib.modeling.preprocess import preprocess_images
+from detlib.modeling import MetaArchitecture, build_model
 from detlib.structures import Boxes, Instances
 from detlib.utils.events import EventStorage
 from tests.builders import (
@@ -198,7 +199,10 @@ def test_proposal_network_outputs(models):
 def test_preprocessing_normalises_and_pads():
     mean, std = torch.tensor([10.0, 20, 30]).view(3, 1, 1), torch.tensor([1.0, 2, 4]).view(3, 1, 1)
     images = [random_image(40, 64), random_image(32, 72).float()]
-    out = preprocess_images([{"image": x} for x in images], mean, std, size_divisibility=32)
+    model = MetaArchitecture()
+    model.register_pixel_stats(mean.flatten().tolist(), std.flatten().tolist())
+    model.backbone = SimpleNamespace(size_divisibility=32)
+    out = model.preprocess_image([{"image": x} for x in images])
     assert out.tensor.shape == (2, 3, 64, 96) and out.tensor.dtype == torch.float32
     assert [tuple(s) for s in out.image_sizes] == [(40, 64), (32, 72)]
     for i, image in enumerate(images):

@@ -8,11 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from detlib.modeling import SimpleFeaturePyramid, ViT, get_vit_lr_decay_rate
+from detlib.modeling import MetaArchitecture, SimpleFeaturePyramid, ViT, get_vit_lr_decay_rate
 from detlib.modeling.backbone import LastLevelMaxPool, utils
 from detlib.modeling.backbone.transformer_parts import DropPath, drop_path_rates
 from detlib.modeling.backbone.vit import Attention, Block
-from detlib.modeling.preprocess import preprocess_images
 from tests.modeling.transformer_reference import attention_weights, pad_to_multiple, randomize
 
 
@@ -368,13 +367,10 @@ def test_pyramid_without_norm_keeps_the_positions_of_its_layers():
 @pytest.mark.parametrize("square_pad, padded", [(0, (50, 70)), (128, (128, 128))])
 def test_pictures_are_padded_to_the_square_alone(square_pad, padded):
     net = pyramid(square_pad=square_pad)
-    images = preprocess_images(
-        [{"image": torch.ones(3, 50, 70)}, {"image": torch.ones(3, 33, 65)}],
-        torch.zeros(3, 1, 1),
-        torch.ones(3, 1, 1),
-        size_divisibility=net.size_divisibility,
-        padding_constraints=net.padding_constraints,
-    )
+    model = MetaArchitecture()
+    model.register_pixel_stats([0.0] * 3, [1.0] * 3)
+    model.backbone = net
+    images = model.preprocess_image([{"image": torch.ones(3, 50, 70)}, {"image": torch.ones(3, 33, 65)}])
     assert images.tensor.shape == (2, 3, *padded)
     patches = [side // 16 for side in padded]
     assert net(images.tensor)["p5"].shape[-2:] == (patches[0] // 2, patches[1] // 2)

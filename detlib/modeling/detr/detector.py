@@ -10,14 +10,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from detlib.config import CfgNode
 from detlib.layers import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh
-from detlib.modeling.preprocess import (
-    check_gt_classes,
-    postprocess_detections,
-    preprocess_images,
-    register_pixel_stats,
-    take_instances,
-)
+from detlib.modeling.meta_arch.base import MetaArchitecture
 from detlib.structures import Boxes, ImageList, Instances
 from detlib.utils.logger import log_first_n
 
@@ -44,7 +39,7 @@ def stack_layers(logits: torch.Tensor, boxes: torch.Tensor, aux_loss: bool) -> d
     return outputs
 
 
-class QueryDetector(nn.Module, metaclass=ABCMeta):
+class QueryDetector(MetaArchitecture, metaclass=ABCMeta):
     """A backbone, and queries that each predict one object or nothing.
 
     A subclass says how pictures become predictions (`predict`) and predictions detections (`inference`).
@@ -62,6 +57,17 @@ class QueryDetector(nn.Module, metaclass=ABCMeta):
     Raises:
         ValueError: the criterion has another number of classes.
     """
+
+    reference_lr_per_image = 1e-4 / 16  # of AdamW
+    compile_modules = ("backbone", "transformer")
+    # On a CPU it gains nothing, as transformers take most of the time, and contiguous feature maps are
+    # detrex's to the last bit: a matching may depend on it.
+    channels_last_on = ("cuda",)
+
+    @classmethod
+    def outputs(cls, cfg: CfgNode) -> frozenset[str]:
+        """See `MetaArchitecture.outputs`."""
+        return frozenset({"instances"})
 
     def __init__(
         self,
@@ -82,30 +88,12 @@ class QueryDetector(nn.Module, metaclass=ABCMeta):
         self.criterion = criterion
         self.num_classes = num_classes
         self.mask_padding_at_test = mask_padding_at_test
-        register_pixel_stats(self, pixel_mean, pixel_std)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model lies; inputs are moved there."""
-        return self.pixel_mean.device
+        self.register_pixel_stats(pixel_mean, pixel_std)
 
     @property
     def _dtype(self) -> torch.dtype:
         """Of boxes and scores: float32, or float64 in such a model."""
         return torch.promote_types(self.pixel_mean.dtype, torch.float32)
-
-    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalise the pictures, pad them to one size and put them on the model's device."""
-        return preprocess_images(
-            batched_inputs,
-            self.pixel_mean,
-            self.pixel_std,
-            size_divisibility=getattr(self.backbone, "size_divisibility", 0),
-            padding_constraints=getattr(self.backbone, "padding_constraints", None),
-            # On a CPU it gains nothing, as transformers take most of the time, and contiguous maps are
-            # detrex's to the last bit: a matching may hang on it.
-            channels_last_on=("cuda",),
-        )
 
     def padding_mask(self, images: ImageList) -> torch.Tensor:
         """(N, H, W) bool, true where the model must see padding as such; see `mask_padding_at_test`."""
@@ -157,16 +145,16 @@ class QueryDetector(nn.Module, metaclass=ABCMeta):
         """
         images = self.preprocess_image(batched_inputs)
         if self.training:
-            check_gt_classes(batched_inputs, self.num_classes, "num_classes")
             targets = self.prepare_targets(
-                take_instances(batched_inputs, "instances", self.device, "Training")
+                self.take_ground_truth(batched_inputs, self.num_classes, "num_classes")
             )
             weights = self.criterion.weight_dict
             losses = self.losses(self.predict(images, targets), targets)
             return {name: loss * weights.get(name, 1) for name, loss in losses.items()}
         outputs = self.predict(images)
         results = self.inference(outputs["pred_logits"], outputs["pred_boxes"], images.image_sizes)
-        return [{"instances": r} for r in postprocess_detections(results, batched_inputs, images.image_sizes)]
+        results = self.scale_to_output_size(results, batched_inputs, images.image_sizes)
+        return [{"instances": r} for r in results]
 
     @abstractmethod
     def predict(self, images: ImageList, targets: list[Mapping] | None = None) -> dict:

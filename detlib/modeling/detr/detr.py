@@ -41,6 +41,8 @@ class DETR(QueryDetector):
         ValueError: parts that do not fit each other, or a feature that the backbone does not give.
     """
 
+    reference_lr_per_image = 1e-4 / 64  # of AdamW
+
     def __init__(
         self,
         backbone: nn.Module,

@@ -1,6 +1,7 @@
 """Whole models and how to build them."""
 
-from detlib.modeling.meta_arch.build import META_ARCH_REGISTRY, build_model
+from detlib.modeling.meta_arch.base import MetaArchitecture
+from detlib.modeling.meta_arch.build import META_ARCH_REGISTRY, build_model, facts_of
 from detlib.modeling.meta_arch.dense_detector import DenseDetector
 from detlib.modeling.meta_arch.fcos import FCOS
 from detlib.modeling.meta_arch.panoptic_fpn import PanopticFPN
@@ -18,6 +19,7 @@ __all__ = [
     "FCOS",
     "GeneralizedRCNN",
     "META_ARCH_REGISTRY",
+    "MetaArchitecture",
     "PanopticFPN",
     "ProposalNetwork",
     "RetinaNet",
@@ -26,4 +28,5 @@ __all__ = [
     "SemanticSegmentor",
     "build_model",
     "build_sem_seg_head",
+    "facts_of",
 ]

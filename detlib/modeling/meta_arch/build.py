@@ -6,10 +6,11 @@ from typing import Any
 import torch
 
 from detlib.config import CfgNode, instantiate
+from detlib.modeling.meta_arch.base import MetaArchitecture
 from detlib.utils.env import resolve_device
 from detlib.utils.registry import Registry
 
-__all__ = ["META_ARCH_REGISTRY", "build_model"]
+__all__ = ["META_ARCH_REGISTRY", "build_model", "facts_of"]
 
 META_ARCH_REGISTRY = Registry("META_ARCH")
 META_ARCH_REGISTRY.__doc__ = """
@@ -44,3 +45,23 @@ def build_model(cfg: CfgNode | Mapping[str, Any]) -> torch.nn.Module:
         "build_model takes a CfgNode, such as get_cfg() returns, or a lazy node, a mapping with '_target_'; "
         f"got {type(cfg).__name__}.{hint}"
     )
+
+
+def facts_of(source: CfgNode | torch.nn.Module) -> type[MetaArchitecture]:
+    """Return the class that states a model's facts, see `MetaArchitecture`.
+
+    Args:
+        source: a config, whose `MODEL.META_ARCHITECTURE` is looked up; or a model.
+
+    Returns:
+        The model's class if it derives from `MetaArchitecture`. Otherwise, and where the config names an
+        unknown architecture (which `build_model` reports), `MetaArchitecture` with its defaults.
+    """
+    if isinstance(source, CfgNode):
+        try:
+            entry = META_ARCH_REGISTRY.get(source.MODEL.META_ARCHITECTURE)
+        except KeyError:
+            entry = None
+    else:
+        entry = type(source)
+    return entry if isinstance(entry, type) and issubclass(entry, MetaArchitecture) else MetaArchitecture

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from detlib.config import CfgNode
 from detlib.modeling.backbone import Backbone
 from detlib.modeling.config_checks import check_features
 from detlib.modeling.dense_ops import (
@@ -20,20 +21,14 @@ from detlib.modeling.dense_ops import (
     permute_to_N_HWA_K,
 )
 from detlib.modeling.focal_loss import focal_loss_sum
-from detlib.modeling.preprocess import (
-    check_gt_classes,
-    postprocess_detections,
-    preprocess_images,
-    register_pixel_stats,
-    take_instances,
-)
+from detlib.modeling.meta_arch.base import MetaArchitecture
 from detlib.structures import Boxes, ImageList, Instances
 from detlib.utils.events import get_event_storage, has_event_storage
 
 __all__ = ["DenseDetector"]
 
 
-class DenseDetector(nn.Module, metaclass=ABCMeta):
+class DenseDetector(MetaArchitecture, metaclass=ABCMeta):
     """A backbone and a head that predicts on every pixel of the backbone's features.
 
     A subclass says how predictions become losses (`forward_training`) and detections (`forward_inference`).
@@ -51,6 +46,15 @@ class DenseDetector(nn.Module, metaclass=ABCMeta):
 
     num_classes_key = "num_classes"
     """What messages call the number of classes."""
+
+    reference_lr_per_image = 0.01 / 16
+    compile_modules = ("backbone", "head")
+    supports_tta = True
+
+    @classmethod
+    def outputs(cls, cfg: CfgNode) -> frozenset[str]:
+        """See `MetaArchitecture.outputs`."""
+        return frozenset({"instances"})
 
     def __init__(
         self,
@@ -70,22 +74,7 @@ class DenseDetector(nn.Module, metaclass=ABCMeta):
         self.head = head
         self.head_in_features = list(head_in_features)
         self._averages: set[str] = set()  # names of the attributes that `_ema_update` keeps
-        register_pixel_stats(self, pixel_mean, pixel_std)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model lies; inputs are moved there."""
-        return self.pixel_mean.device
-
-    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalise the pictures, pad them to one size and put them on the model's device."""
-        return preprocess_images(
-            batched_inputs,
-            self.pixel_mean,
-            self.pixel_std,
-            size_divisibility=self.backbone.size_divisibility,
-            padding_constraints=self.backbone.padding_constraints,
-        )
+        self.register_pixel_stats(pixel_mean, pixel_std)
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor] | list[dict]:
         """Losses in training, detections otherwise.
@@ -108,15 +97,20 @@ class DenseDetector(nn.Module, metaclass=ABCMeta):
         images = self.preprocess_image(batched_inputs)
         gt_instances = None
         if self.training:
-            check_gt_classes(batched_inputs, getattr(self, "num_classes", None), self.num_classes_key)
-            gt_instances = take_instances(batched_inputs, "instances", self.device, "Training")
+            num_classes = getattr(self, "num_classes", None)
+            gt_instances = self.take_ground_truth(batched_inputs, num_classes, self.num_classes_key)
         features = self.backbone(images.tensor)
         features = [features[name] for name in self.head_in_features]
         predictions = self.head(features)
         if self.training:
             return self.forward_training(images, features, predictions, gt_instances)
         results = self.forward_inference(images, features, predictions)
-        return [{"instances": r} for r in postprocess_detections(results, batched_inputs, images.image_sizes)]
+        results = self.scale_to_output_size(results, batched_inputs, images.image_sizes)
+        return [{"instances": r} for r in results]
+
+    def tta_merge_limits(self, cfg: CfgNode) -> tuple[float, int]:
+        """See `MetaArchitecture.tta_merge_limits`: those of the model itself."""
+        return self.test_nms_thresh, self.max_detections_per_image
 
     @abstractmethod
     def forward_training(self, images, features, predictions, gt_instances) -> dict[str, torch.Tensor]:

@@ -46,6 +46,17 @@ class PanopticFPN(GeneralizedRCNN):
         **kwargs: `GeneralizedRCNN`'s.
     """
 
+    @classmethod
+    def num_classes_keys(cls, cfg: CfgNode) -> dict[str, str]:
+        """See `MetaArchitecture.num_classes_keys`."""
+        return super().num_classes_keys(cfg) | {"stuff_classes": "MODEL.SEM_SEG_HEAD.NUM_CLASSES"}
+
+    @classmethod
+    def outputs(cls, cfg: CfgNode) -> frozenset[str]:
+        """See `MetaArchitecture.outputs`."""
+        added = {"sem_seg", "panoptic_seg"} if cfg.MODEL.PANOPTIC_FPN.COMBINE.ENABLED else {"sem_seg"}
+        return super().outputs(cfg) | added
+
     @configurable
     def __init__(
         self,
@@ -158,10 +169,15 @@ class PanopticFPN(GeneralizedRCNN):
         Returns:
             The image's dict, as `forward` returns it.
         """
-        output = {
-            "sem_seg": sem_seg_postprocess(logits, size, height, width),
-            "instances": detector_postprocess(instances, height, width),
-        }
+        return self.combine_outputs(
+            {
+                "sem_seg": sem_seg_postprocess(logits, size, height, width),
+                "instances": detector_postprocess(instances, height, width),
+            }
+        )
+
+    def combine_outputs(self, output: dict) -> dict:
+        """See `MetaArchitecture.combine_outputs`; adds "panoptic_seg" with `combine_on`."""
         if self.combine_on:
             output["panoptic_seg"] = combine_semantic_and_instance_outputs(
                 output["instances"],
@@ -171,6 +187,14 @@ class PanopticFPN(GeneralizedRCNN):
                 self.combine_instances_score_thresh,
             )
         return output
+
+    def _tta_predict(self, batched_inputs: list[dict]) -> list[dict]:
+        detections, sem_seg = self.inference(batched_inputs, do_postprocess=False)
+        sizes = [item["image"].shape[1:] for item in batched_inputs]
+        return [
+            {"instances": instances, "sem_seg": logits[:, :height, :width]}
+            for instances, logits, (height, width) in zip(detections, sem_seg, sizes)
+        ]
 
 
 @torch.no_grad()

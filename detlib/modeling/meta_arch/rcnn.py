@@ -10,14 +10,8 @@ from torch import nn
 
 from detlib.config import CfgNode, configurable
 from detlib.modeling.backbone import Backbone, build_backbone
+from detlib.modeling.meta_arch.base import MetaArchitecture
 from detlib.modeling.meta_arch.build import META_ARCH_REGISTRY
-from detlib.modeling.preprocess import (
-    check_gt_classes,
-    postprocess_detections,
-    preprocess_images,
-    register_pixel_stats,
-    take_instances,
-)
 from detlib.modeling.proposal_generator import build_proposal_generator
 from detlib.modeling.roi_heads import build_roi_heads
 from detlib.structures import ImageList, Instances
@@ -26,7 +20,7 @@ __all__ = ["GeneralizedRCNN", "ProposalNetwork"]
 
 
 @META_ARCH_REGISTRY.register()
-class GeneralizedRCNN(nn.Module):
+class GeneralizedRCNN(MetaArchitecture):
     """Faster and Mask R-CNN: a backbone, a proposal generator and region heads.
 
     Args:
@@ -39,6 +33,22 @@ class GeneralizedRCNN(nn.Module):
         input_format: what the channels mean, such as "BGR"; for whoever draws the inputs.
         vis_period: every how many iterations to draw; models do not draw, a hook reads this.
     """
+
+    compile_modules = ("backbone", "proposal_generator.rpn_head", "roi_heads.box_head")
+    supports_tta = True
+
+    @classmethod
+    def num_classes_keys(cls, cfg: CfgNode) -> dict[str, str]:
+        """See `MetaArchitecture.num_classes_keys`."""
+        keys = {"thing_classes": "MODEL.ROI_HEADS.NUM_CLASSES"}
+        if cfg.MODEL.KEYPOINT_ON:
+            keys["keypoint_names"] = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
+        return keys
+
+    @classmethod
+    def outputs(cls, cfg: CfgNode) -> frozenset[str]:
+        """See `MetaArchitecture.outputs`."""
+        return frozenset({"instances", "masks"} if cfg.MODEL.MASK_ON else {"instances"})
 
     @configurable
     def __init__(
@@ -62,7 +72,7 @@ class GeneralizedRCNN(nn.Module):
         self.roi_heads = roi_heads
         self.input_format = input_format
         self.vis_period = vis_period
-        register_pixel_stats(self, pixel_mean, pixel_std)
+        self.register_pixel_stats(pixel_mean, pixel_std)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -76,11 +86,6 @@ class GeneralizedRCNN(nn.Module):
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
         }
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model lies; inputs are moved there."""
-        return self.pixel_mean.device
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor] | list[dict]:
         """Losses in training, detections otherwise.
@@ -168,35 +173,51 @@ class GeneralizedRCNN(nn.Module):
         _, head_losses = self.roi_heads(images, features, proposals, gt_instances)
         return {**head_losses, **losses}
 
-    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalise the pictures, pad them to one size and put them on the model's device."""
-        return preprocess_images(
-            batched_inputs,
-            self.pixel_mean,
-            self.pixel_std,
-            size_divisibility=self.backbone.size_divisibility,
-            padding_constraints=self.backbone.padding_constraints,
-        )
-
     @staticmethod
     def _postprocess(
         instances: list[Instances], batched_inputs: list[dict], image_sizes: list[tuple[int, int]]
     ) -> list[dict]:
         """Detections in the wanted size, each in a dict. What overrides `inference` ends with this."""
-        return [{"instances": r} for r in postprocess_detections(instances, batched_inputs, image_sizes)]
+        results = MetaArchitecture.scale_to_output_size(instances, batched_inputs, image_sizes)
+        return [{"instances": r} for r in results]
+
+    def tta_predict(self, batched_inputs: list[dict]) -> list[dict]:
+        """See `MetaArchitecture.tta_predict`: boxes alone, without the heads that follow them."""
+        heads = self.roi_heads
+        before = {name: getattr(heads, name) for name in ("mask_on", "keypoint_on") if hasattr(heads, name)}
+        try:
+            for name in before:
+                setattr(heads, name, False)
+            return self._tta_predict(batched_inputs)
+        finally:
+            for name, value in before.items():
+                setattr(heads, name, value)
+
+    def _tta_predict(self, batched_inputs: list[dict]) -> list[dict]:
+        return [{"instances": r} for r in self.inference(batched_inputs, do_postprocess=False)]
+
+    def tta_fields(self) -> tuple[str, ...]:
+        """See `MetaArchitecture.tta_fields`: those of the mask and keypoint heads that there are."""
+        fields = {"mask_on": "pred_masks", "keypoint_on": "pred_keypoint_heatmaps"}
+        return tuple(field for name, field in fields.items() if getattr(self.roi_heads, name, False))
+
+    def tta_predict_for_boxes(
+        self, batched_inputs: list[dict], instances: list[Instances]
+    ) -> list[Instances]:
+        """See `MetaArchitecture.tta_predict_for_boxes`."""
+        return GeneralizedRCNN.inference(self, batched_inputs, instances, do_postprocess=False)
 
     def _given_proposals(self, batched_inputs: list[dict]) -> list[Instances]:
-        return take_instances(batched_inputs, "proposals", self.device, "A model without proposal generator")
+        return self.take_instances(batched_inputs, "proposals", "A model without proposal generator")
 
     def _take_truth(self, batched_inputs: list[dict]) -> list[Instances]:
         """The checked "instances" of every dict, on the model's device."""
         num_classes = getattr(self.roi_heads, "num_classes", None)
-        check_gt_classes(batched_inputs, num_classes, "MODEL.ROI_HEADS.NUM_CLASSES")
-        return take_instances(batched_inputs, "instances", self.device, "Training")
+        return self.take_ground_truth(batched_inputs, num_classes, "MODEL.ROI_HEADS.NUM_CLASSES")
 
 
 @META_ARCH_REGISTRY.register()
-class ProposalNetwork(nn.Module):
+class ProposalNetwork(MetaArchitecture):
     """A backbone and a proposal generator: the first stage of a two-stage detector by itself.
 
     Args:
@@ -205,6 +226,13 @@ class ProposalNetwork(nn.Module):
         pixel_mean: mean of each channel.
         pixel_std: standard deviation of each channel.
     """
+
+    compile_modules = ("backbone", "proposal_generator.rpn_head")
+
+    @classmethod
+    def outputs(cls, cfg: CfgNode) -> frozenset[str]:
+        """See `MetaArchitecture.outputs`."""
+        return frozenset({"proposals"})
 
     @configurable
     def __init__(
@@ -218,7 +246,7 @@ class ProposalNetwork(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.proposal_generator = proposal_generator
-        register_pixel_stats(self, pixel_mean, pixel_std)
+        self.register_pixel_stats(pixel_mean, pixel_std)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -230,11 +258,6 @@ class ProposalNetwork(nn.Module):
             "pixel_std": cfg.MODEL.PIXEL_STD,
         }
 
-    @property
-    def device(self) -> torch.device:
-        """Where the model lies; inputs are moved there."""
-        return self.pixel_mean.device
-
     def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor] | list[dict]:
         """Losses in training, proposals otherwise.
 
@@ -245,20 +268,11 @@ class ProposalNetwork(nn.Module):
             In training a dict of scalar losses. Otherwise N dicts with "proposals": `proposal_boxes` in the
             wanted size's pixels and `objectness_logits`, by falling score.
         """
-        images = preprocess_images(
-            batched_inputs,
-            self.pixel_mean,
-            self.pixel_std,
-            size_divisibility=self.backbone.size_divisibility,
-            padding_constraints=self.backbone.padding_constraints,
-        )
-        gt_instances = None
-        if self.training:
-            gt_instances = take_instances(batched_inputs, "instances", self.device, "Training")
+        images = self.preprocess_image(batched_inputs)
+        gt_instances = self.take_ground_truth(batched_inputs) if self.training else None
         features = self.backbone(images.tensor)
         proposals, losses = self.proposal_generator(images, features, gt_instances)
         if self.training:
             return losses
-        return [
-            {"proposals": r} for r in postprocess_detections(proposals, batched_inputs, images.image_sizes)
-        ]
+        proposals = self.scale_to_output_size(proposals, batched_inputs, images.image_sizes)
+        return [{"proposals": r} for r in proposals]

@@ -65,6 +65,11 @@ class RetinaNet(DenseDetector):
 
     num_classes_key = "MODEL.RETINANET.NUM_CLASSES"
 
+    @classmethod
+    def num_classes_keys(cls, cfg: CfgNode) -> dict[str, str]:
+        """See `MetaArchitecture.num_classes_keys`."""
+        return {"thing_classes": cls.num_classes_key}
+
     @configurable
     def __init__(
         self,

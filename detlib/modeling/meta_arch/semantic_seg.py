@@ -15,9 +15,9 @@ from detlib.layers import Conv2d, ShapeSpec, get_norm
 from detlib.layers.fvcore_nn import weight_init
 from detlib.modeling.backbone import Backbone, build_backbone
 from detlib.modeling.config_checks import check_count, check_features, check_norm
+from detlib.modeling.meta_arch.base import MetaArchitecture, describe_item
 from detlib.modeling.meta_arch.build import META_ARCH_REGISTRY
 from detlib.modeling.postprocessing import sem_seg_postprocess
-from detlib.modeling.preprocess import describe_item, preprocess_images, register_pixel_stats
 from detlib.structures import ImageList
 from detlib.utils.registry import Registry
 
@@ -89,7 +89,7 @@ def _check_labels(labels: torch.Tensor, num_classes: int, ignore_value: int, whe
 
 
 @META_ARCH_REGISTRY.register()
-class SemanticSegmentor(nn.Module):
+class SemanticSegmentor(MetaArchitecture):
     """A backbone and a semantic head.
 
     Args:
@@ -98,6 +98,18 @@ class SemanticSegmentor(nn.Module):
         pixel_mean: mean of each channel, in the pixels' own unit (0 to 255 for the built-in models).
         pixel_std: standard deviation of each channel.
     """
+
+    supports_tta = True
+
+    @classmethod
+    def num_classes_keys(cls, cfg: CfgNode) -> dict[str, str]:
+        """See `MetaArchitecture.num_classes_keys`."""
+        return {"stuff_classes": "MODEL.SEM_SEG_HEAD.NUM_CLASSES"}
+
+    @classmethod
+    def outputs(cls, cfg: CfgNode) -> frozenset[str]:
+        """See `MetaArchitecture.outputs`."""
+        return frozenset({"sem_seg"})
 
     @configurable
     def __init__(
@@ -111,7 +123,7 @@ class SemanticSegmentor(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.sem_seg_head = sem_seg_head
-        register_pixel_stats(self, pixel_mean, pixel_std)
+        self.register_pixel_stats(pixel_mean, pixel_std)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -122,11 +134,6 @@ class SemanticSegmentor(nn.Module):
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
         }
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model lies; inputs are moved there."""
-        return self.pixel_mean.device
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor] | list[dict]:
         """Losses in training, logits of every pixel otherwise.
@@ -146,13 +153,7 @@ class SemanticSegmentor(nn.Module):
         Raises:
             TypeError, ValueError: an input of the wrong kind; the message names the item and what is wrong.
         """
-        images = preprocess_images(
-            batched_inputs,
-            self.pixel_mean,
-            self.pixel_std,
-            size_divisibility=self.backbone.size_divisibility,
-            padding_constraints=self.backbone.padding_constraints,
-        )
+        images = self.preprocess_image(batched_inputs)
         targets = None
         if self.training:
             targets = take_sem_seg(batched_inputs, images, self.backbone, self.sem_seg_head)

@@ -110,7 +110,7 @@ def test_gpu_gives_what_the_cpu_gives(model, exact_float32):
         sum(losses.values()).backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     items[0]["instances"].gt_classes[0] = NUM_CLASSES
-    with pytest.raises(ValueError, match=r"must lie in \[0, 3\)"):
+    with pytest.raises(ValueError, match=r"must be in \[0, 3\)"):
         model(items)
     torch.cuda.synchronize()  # a device assert would come to light here
 
@@ -249,7 +249,7 @@ def test_labels_beyond_the_classes(model):
     items = batch((2, 1))
     items[1]["file_name"] = "b.jpg"
     items[1]["instances"].gt_classes[0] = NUM_CLASSES
-    with pytest.raises(ValueError, match=r"item 1 of the batch \(b.jpg\) must lie in \[0, 3\).*got \[3\]"):
+    with pytest.raises(ValueError, match=r"item 1 of the batch \(b.jpg\) must be in \[0, 3\).*got \[3\]"):
         model(items)
 
 
