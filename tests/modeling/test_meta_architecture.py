@@ -21,8 +21,7 @@ from detlib.modeling import (
     facts_of,
 )
 from detlib.structures import Boxes, Instances
-from tests.engine.test_lazy_trainer import small_config as small_lazy_config
-from tests.engine.tiny import tiny_cfg
+from tests.builders import tiny_cfg, tiny_lazy_config
 
 
 class OneBoxDetector(MetaArchitecture):
@@ -117,7 +116,7 @@ def test_reference_rate_of_a_new_architecture_reaches_the_advice(one_box, tmp_pa
 
 def test_lazy_fcos_gets_the_reference_rate_of_dense_detectors(tmp_path):
     # The rate is high for dense detectors, though not by R-CNN's 0.02 for 16. The loss overflows at once.
-    cfg = small_lazy_config(tmp_path, "optimizer.lr=0.0025", "model.focal_loss_alpha=1e60")
+    cfg = tiny_lazy_config(tmp_path, "optimizer.lr=0.0025", "model.focal_loss_alpha=1e60")
     with pytest.raises(FloatingPointError, match="have 0.01 for 16, which makes 0.00125 here"):
         LazyTrainer(cfg).train()
 
