@@ -110,14 +110,14 @@ def test_number_of_classes_of_a_new_architecture_is_compared_with_the_data(one_b
 
 def test_reference_rate_of_a_new_architecture_reaches_the_advice(one_box, tmp_path):
     cfg = one_box_cfg(tmp_path, one_box, SOLVER__BASE_LR=1e30)
-    with pytest.raises(FloatingPointError, match="have 0.016 for 16, which makes 0.002 here"):
+    with pytest.raises(FloatingPointError, match="0.016 for 16, .* 0.002 here"):
         DefaultTrainer(cfg).train()
 
 
 def test_lazy_fcos_gets_the_reference_rate_of_dense_detectors(tmp_path):
     # The rate is high for dense detectors, though not by R-CNN's 0.02 for 16. The loss overflows at once.
     cfg = tiny_lazy_config(tmp_path, "optimizer.lr=0.0025", "model.focal_loss_alpha=1e60")
-    with pytest.raises(FloatingPointError, match="have 0.01 for 16, which makes 0.00125 here"):
+    with pytest.raises(FloatingPointError, match="0.01 for 16, .* 0.00125 here"):
         LazyTrainer(cfg).train()
 
 
