@@ -32,12 +32,14 @@ LEVELS = {
     "data": 3,
     "modeling": 3,
     "solver": 3,
+    "visualization": 3,
     "evaluation": 4,
     "export": 4,
     "model_zoo": 4,
     "projects": 4,
     "tracking": 4,
     "engine": 5,
+    "report": 5,
     "cli": 6,
     "compat": 6,
 }
@@ -45,14 +47,11 @@ LEVELS = {
 # Imports that are allowed within a level: (importing package, imported package).
 ALLOWED_WITHIN_LEVEL = {("structures", "layers")}
 
-# Files with a level of their own, and the packages they may import.
-VISUALIZERS = ("utils/visualizer.py", "utils/video_visualizer.py", "utils/_vis_")
-VISUALIZERS_MAY_IMPORT = {"structures", "utils"}
-
 # (file, imported package): why.
 EXCEPTIONS = {
     ("data/build.py", "modeling"): "reads which config keys hold the model's number of classes",
     ("utils/collect_env.py", "ops"): "reports which operators are compiled",
+    ("utils/visualizer.py", "visualization"): "detectron2's path, imported on first use",
     (
         "modeling/test_time_augmentation.py",
         "data",
@@ -91,7 +90,6 @@ MAX_SMALL_MODULES = 66
 CYCLES = [
     {"detlib.data.check.raw", "detlib.data.check.raw_voc", "detlib.data.check.raw_yolo"},
     {"detlib.data.convert", "detlib.data.convert_writers"},
-    {"detlib.engine.report.detection_part", "detlib.engine.report.writer"},
     {"detlib.report.detection_part", "detlib.report.writer"},
 ]
 
@@ -130,10 +128,6 @@ BANNED = {"detectron2": "this is its successor", "pkg_resources": "setuptools no
 ONE_DOOR = {"fvcore.nn": ("layers/fvcore_nn.py", "its import warns about something that users cannot change")}
 
 
-def is_visualizer(path):
-    return place(path).startswith(VISUALIZERS)
-
-
 def forbidden(path, name):
     """Return why a file may not import `name`, an absolute dotted name; None if it may."""
     parts = name.split(".")
@@ -142,12 +136,8 @@ def forbidden(path, name):
     if parts[0] != "detlib" or len(parts) < 2 or parts[1] not in LEVELS:
         return None
     source, target = package_of(path), parts[1]
-    if is_visualizer(path):
-        return None if target in VISUALIZERS_MAY_IMPORT else "visualizers import structures and utils only"
     if source is None:
         return None
-    if target == "utils" and parts[2:3] and parts[2] in ("visualizer", "video_visualizer"):
-        return None if LEVELS[source] > 3 else "visualizers are at level 3"
     if source == target or (place(path), target) in EXCEPTIONS or (source, target) in ALLOWED_WITHIN_LEVEL:
         return None
     if LEVELS[target] < LEVELS[source]:
@@ -180,10 +170,12 @@ def test_imports_go_down_the_ladder():
         ("layers/nms.py", "detlib.structures.Boxes", False),
         ("ops/nms.py", "detlib.config.CfgNode", False),
         ("utils/events.py", "detlib.structures.Boxes", False),
-        ("utils/visualizer.py", "detlib.structures.Boxes", True),
-        ("utils/_vis_image.py", "detlib.data.catalog", False),
-        ("modeling/matcher.py", "detlib.utils.visualizer.Visualizer", False),
-        ("engine/hooks/visualize.py", "detlib.utils.visualizer.Visualizer", True),
+        ("utils/visualizer.py", "detlib.visualization.visualizer", True),
+        ("utils/visualizer.py", "detlib.structures.Boxes", False),
+        ("visualization/canvas.py", "detlib.structures.Boxes", True),
+        ("visualization/canvas.py", "detlib.data.catalog", False),
+        ("modeling/matcher.py", "detlib.visualization.visualizer", False),
+        ("report/writer.py", "detlib.engine.launch", False),
         ("utils/collect_env.py", "detlib.ops", True),
         ("utils/env.py", "detlib.ops", False),
         ("model_zoo/model_zoo.py", "pkg_resources", False),

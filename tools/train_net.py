@@ -31,13 +31,13 @@ from detlib.engine import (
     launch,
 )
 from detlib.engine.checks import check_datasets, check_weights
+from detlib.engine.distributed.restart import should_resume
+from detlib.engine.distributed.slurm import submit
 from detlib.engine.ema import load_for_inference
 from detlib.engine.pictures import write_prediction_pictures
-from detlib.engine.processes.restart import should_resume
-from detlib.engine.report import write_report
 from detlib.engine.setup import run_setting
-from detlib.engine.slurm import submit
 from detlib.evaluation import verify_results
+from detlib.report import write_report
 from detlib.utils import comm
 from detlib.utils.logger import create_small_table
 

@@ -10,10 +10,10 @@ from detlib.engine.defaults import (
     default_setup,
     default_writers,
 )
-from detlib.engine.interrupt import StopTraining
+from detlib.engine.distributed.failures import ProcessFailedError
+from detlib.engine.distributed.interrupt import StopTraining
 from detlib.engine.launch import DEFAULT_TIMEOUT, launch
 from detlib.engine.lazy_trainer import LazyTrainer
-from detlib.engine.processes.failures import ProcessFailedError
 from detlib.engine.train_loop import AMPTrainer, HookBase, SimpleTrainer, TrainerBase
 
 __all__ = [

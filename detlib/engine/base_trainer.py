@@ -13,20 +13,20 @@ from torch import nn
 
 from detlib.checkpoint import DetectionCheckpointer
 from detlib.engine import hooks
-from detlib.engine.divergence import learning_rate_advice
-from detlib.engine.ema import EMA_ENTRY, WeightAverage
-from detlib.engine.memory_saving import add_activation_checkpoints
-from detlib.engine.options import RunOptions
-from detlib.engine.resume_state import gather_process_state, load_process_state
-from detlib.engine.setup import default_writers
-from detlib.engine.train_loop import AMPTrainer, SimpleTrainer, TrainerBase
-from detlib.engine.wrapping import (
+from detlib.engine.distributed.activation_checkpointing import add_activation_checkpoints
+from detlib.engine.distributed.ddp import (
     compile_parts,
     create_ddp_model,
     first_process_buffers,
     shard_model,
     whole_parameters,
 )
+from detlib.engine.divergence import learning_rate_advice
+from detlib.engine.ema import EMA_ENTRY, WeightAverage
+from detlib.engine.options import RunOptions
+from detlib.engine.resume_state import gather_process_state, load_process_state
+from detlib.engine.setup import default_writers
+from detlib.engine.train_loop import AMPTrainer, SimpleTrainer, TrainerBase
 from detlib.modeling import facts_of
 from detlib.modeling.freezing import freeze_by_name
 from detlib.utils import comm

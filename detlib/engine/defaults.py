@@ -1,9 +1,9 @@
 """The usual trainer, predictor and set-up; each lives in a file of its own."""
 
 from detlib.engine.default_trainer import DefaultTrainer
+from detlib.engine.distributed.ddp import create_ddp_model
 from detlib.engine.predictor import DefaultPredictor
 from detlib.engine.setup import default_argument_parser, default_setup, default_writers
-from detlib.engine.wrapping import create_ddp_model
 
 __all__ = [
     "DefaultPredictor",

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from detlib.engine.processes.environment import ProcessPlace, place_from_environment
-from detlib.engine.processes.failures import FailureBoard
-from detlib.engine.processes.member import check_gpus, host_and_port, run_as_child, run_here
-from detlib.engine.processes.supervisor import Supervisor
+from detlib.engine.distributed.environment import ProcessPlace, place_from_environment
+from detlib.engine.distributed.failures import FailureBoard
+from detlib.engine.distributed.process_group import check_gpus, host_and_port, run_as_child, run_here
+from detlib.engine.distributed.supervisor import Supervisor
 
 __all__ = ["DEFAULT_TIMEOUT", "launch"]
 
@@ -35,7 +35,7 @@ def launch(
     Each machine calls this once. On a machine without CUDA the processes share the CPU and talk over gloo.
     Where a launcher has started the processes already (torchrun, Slurm's srun, anything that sets RANK,
     WORLD_SIZE and MASTER_ADDR), the function is run in this one; see
-    `detlib.engine.processes.environment.place_from_environment`.
+    `detlib.engine.distributed.environment.place_from_environment`.
 
     When a process fails, all others end within seconds, and all say what the first failure was. A process
     that does not take part in an operation for `timeout` seconds ends them too, and is named.
@@ -54,7 +54,7 @@ def launch(
         ValueError: if the numbers do not fit together or this machine has too few GPUs.
         ProcessFailedError: if a process fails; it tells which one was first, with its traceback. Under a
             launcher, that one raises its own exception.
-        StopTraining: if the training was asked to stop, see `detlib.engine.interrupt`.
+        StopTraining: if the training was asked to stop, see `detlib.engine.distributed.interrupt`.
     """
     if num_gpus_per_machine < 1 or num_machines < 1 or not 0 <= machine_rank < num_machines:
         raise ValueError(

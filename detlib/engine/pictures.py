@@ -19,7 +19,7 @@ from detlib.evaluation.test_time_augmentation import GeneralizedRCNNWithTTA
 from detlib.modeling import facts_of
 from detlib.utils import comm
 from detlib.utils.file_io import PathManager
-from detlib.utils.visualizer import Visualizer
+from detlib.visualization.visualizer import Visualizer
 
 __all__ = ["draw_prediction", "write_prediction_pictures"]
 

@@ -11,7 +11,7 @@ import torch
 
 from detlib.config import CfgNode, LazyConfig, try_get_key
 from detlib.engine.checks import set_num_classes
-from detlib.engine.slurm import add_slurm_arguments
+from detlib.engine.distributed.slurm import add_slurm_arguments
 from detlib.utils import comm
 from detlib.utils.env import seed_all_rng
 from detlib.utils.events import EventWriter

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
+from detlib.engine.distributed.ddp import whole_parameters
 from detlib.engine.divergence import losses_to_floats
-from detlib.engine.wrapping import whole_parameters
 from detlib.layers import ASPP
 from detlib.modeling.backbone.transformer_parts import DropPath
 from detlib.utils import comm

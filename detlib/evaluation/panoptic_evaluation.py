@@ -15,9 +15,9 @@ from PIL import Image
 
 from detlib.data.catalog import DatasetCatalog, Metadata, MetadataCatalog
 from detlib.data.datasets.coco import read_coco_json
+from detlib.structures.panoptic import id_to_rgb, rgb_to_id
 from detlib.utils import comm
 from detlib.utils.file_io import PathManager
-from detlib.utils.panoptic import id_to_rgb, rgb_to_id
 
 from .evaluator import DatasetEvaluator
 from .panoptic_quality import PanopticStats, Segments

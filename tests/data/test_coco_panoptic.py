@@ -11,7 +11,7 @@ from detlib.data import transforms as T  # noqa: N812
 from detlib.data.catalog import check_datasets_exist
 from detlib.data.datasets import load_sem_seg, register_coco_panoptic, register_coco_panoptic_separated
 from detlib.data.datasets.coco_panoptic import load_coco_panoptic_json, merge_to_panoptic
-from detlib.utils.panoptic import id_to_rgb
+from detlib.structures.panoptic import id_to_rgb
 
 META = {
     "thing_dataset_id_to_contiguous_id": {7: 0, 9: 1},

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from detlib.data import DatasetCatalog, MetadataCatalog
 from detlib.data.datasets.shapes import ShapesParameters, load_shapes
 from detlib.structures import BoxMode
-from detlib.utils.panoptic import rgb_to_id
+from detlib.structures.panoptic import rgb_to_id
 
 
 @pytest.fixture(autouse=True)

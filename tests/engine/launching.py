@@ -12,8 +12,8 @@ import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from detlib.engine import DefaultTrainer, HookBase, launch
+from detlib.engine.distributed.restart import should_resume
 from detlib.engine.hooks import StopOnSignal
-from detlib.engine.processes.restart import should_resume
 from detlib.utils import comm
 from detlib.utils.env import seed_all_rng
 from tests.builders import tiny_cfg
@@ -24,7 +24,7 @@ TIMEOUT = datetime.timedelta(seconds=60)
 def use_forkserver(monkeypatch) -> None:
     """Starts processes from one that has imported everything, in a tenth of the time."""
     multiprocessing.set_forkserver_preload(["tests.engine.launching"])
-    monkeypatch.setattr("detlib.engine.processes.supervisor._START_METHOD", "forkserver")
+    monkeypatch.setattr("detlib.engine.distributed.supervisor._START_METHOD", "forkserver")
 
 
 def remaining_processes(seconds: float = 8.0) -> list[str]:

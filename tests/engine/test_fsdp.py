@@ -9,9 +9,9 @@ import torch
 
 from detlib.checkpoint.sharded import is_sharded
 from detlib.engine import DefaultTrainer, launch
+from detlib.engine.distributed.ddp import whole_parameters
 from detlib.engine.ema import load_for_inference
 from detlib.engine.validation import validation_losses
-from detlib.engine.wrapping import whole_parameters
 from detlib.modeling import MetaArchitecture, build_model, sampling
 from detlib.utils import comm
 from detlib.utils.env import seed_all_rng

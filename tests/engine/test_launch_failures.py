@@ -13,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from detlib.engine import ProcessFailedError, launch
-from detlib.engine.processes.failures import Failure, describe_failure, is_communication_error
+from detlib.engine.distributed.failures import Failure, describe_failure, is_communication_error
 from tests.engine import launching
 
 

@@ -6,7 +6,7 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from detlib.engine import launch
-from detlib.engine.processes.environment import place_from_environment, restart_count
+from detlib.engine.distributed.environment import place_from_environment, restart_count
 from tests.engine import launching
 
 _TORCHRUN = {

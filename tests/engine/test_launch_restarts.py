@@ -10,8 +10,8 @@ import torch
 
 from detlib.checkpoint import Checkpointer
 from detlib.engine import StopTraining, TrainerBase, interrupt, launch
+from detlib.engine.distributed.restart import should_resume
 from detlib.engine.hooks import StopOnSignal
-from detlib.engine.processes.restart import should_resume
 from tests.engine import launching
 
 

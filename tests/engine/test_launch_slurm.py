@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from detlib.engine import default_argument_parser
-from detlib.engine.slurm import SlurmJob, submit, submit_script
+from detlib.engine.distributed.slurm import SlurmJob, submit, submit_script
 from tests.engine import launching
 
 _SCRIPT = """

@@ -22,7 +22,7 @@ from detlib.modeling.poolers import ROIPooler
 from detlib.modeling.proposal_generator import RRPN, StandardRPNHead
 from detlib.modeling.roi_heads import FastRCNNConvFCHead, FastRCNNOutputLayers, RROIHeads
 from detlib.structures import RotatedBoxes
-from detlib.utils.visualizer import Visualizer
+from detlib.visualization.visualizer import Visualizer
 
 CONFIG = Path(__file__).parents[2] / "configs/Quickstart/rotated_faster_rcnn_R_18_FPN_shapes.yaml"
 NAME = "shapes:train?rotated=1&num=3&size=64&seed=3"

@@ -12,8 +12,8 @@ from detlib.data import DatasetCatalog, MetadataCatalog
 from detlib.data.datasets import register_coco_panoptic
 from detlib.evaluation import COCOPanopticEvaluator
 from detlib.evaluation.panoptic_quality import PanopticStats, Segments
+from detlib.structures.panoptic import id_to_rgb, rgb_to_id
 from detlib.utils import comm
-from detlib.utils.panoptic import id_to_rgb, rgb_to_id
 
 NAME = "panoptic_evaluation_test"
 # Contiguous ids of things 0, 1, 2 and of stuff 1, 2.

@@ -29,7 +29,7 @@ from detlib.data.datasets.shapes_scene import (
     sample_scene,
 )
 from detlib.structures import BoxMode
-from detlib.utils.panoptic import id_to_rgb
+from detlib.structures.panoptic import id_to_rgb
 
 __all__ = ["SHAPES_METADATA", "ShapesParameters", "load_shapes", "shapes_metadata"]
 

@@ -6,8 +6,8 @@ import os
 import signal
 
 from detlib.checkpoint import Checkpointer
+from detlib.engine.distributed.interrupt import StopTraining, listen_for_stop, stop_requested
 from detlib.engine.hooks.checkpoint import prepare_to_save
-from detlib.engine.interrupt import StopTraining, listen_for_stop, stop_requested
 from detlib.engine.train_loop import HookBase
 from detlib.utils import comm
 

@@ -17,7 +17,7 @@ from detlib.evaluation import inference_context
 from detlib.structures import Instances
 from detlib.utils import comm
 from detlib.utils.file_io import PathManager
-from detlib.utils.visualizer import Visualizer
+from detlib.visualization.visualizer import Visualizer
 
 __all__ = ["TrainingPictures"]
 

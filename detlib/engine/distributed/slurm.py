@@ -1,0 +1,238 @@
+"""Training as a job of Slurm, by submitit: sent from a command line, and requeued when its time is up.
+
+    tools/train_net.py --slurm --slurm-partition gpu --num-gpus 8 --num-machines 2 --config-file ...
+    python -m detlib.engine.distributed.slurm --slurm-partition gpu --num-gpus 8 my_script.py ARGUMENTS
+
+One task is started for each GPU. Some time before the job's time is up, or when it is preempted, Slurm sends
+a signal. The training then saves a checkpoint after the step under way, and the job goes back to the queue;
+when it runs again, it resumes. This needs the package submitit (``pip install detlib[slurm]``).
+"""
+
+import argparse
+import logging
+import os
+import runpy
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from detlib.engine.distributed.environment import job_port
+from detlib.engine.distributed.interrupt import StopTraining, request_stop
+
+__all__ = ["SlurmJob", "add_slurm_arguments", "submit", "submit_script"]
+
+logger = logging.getLogger(__name__)
+
+# Seconds between the signal and the end of the job, and how many of them a step and its checkpoint may take.
+_SIGNAL_DELAY = 120
+_TIME_TO_SAVE = 90
+
+
+def _import_submitit():
+    try:
+        import submitit
+    except ImportError as e:
+        raise ImportError("Jobs of Slurm need the package submitit: pip install detlib[slurm]") from e
+    return submitit
+
+
+class SlurmJob:
+    """Runs a script in each task of a job. submitit pickles it, and calls it there.
+
+    Attributes:
+        script: path of the script, which calls `detlib.engine.launch`.
+        argv: its arguments.
+        restarts: how often the job was requeued.
+    """
+
+    def __init__(self, script: str, argv: Sequence[str], restarts: int = 0):
+        self.script = os.path.abspath(script)
+        self.argv = list(argv)
+        self.restarts = restarts
+        self._requeue: Any = None
+        self._pid = 0
+
+    def __call__(self) -> None:
+        """
+        Raises:
+            RuntimeError: if the script ends with an exit code other than 0.
+        """
+        self._set_environment()
+        signum = self._take_over_signals()
+        sys.argv = [self.script, *self.argv]
+        sys.path.insert(0, os.path.dirname(self.script))
+        try:
+            runpy.run_path(self.script, run_name="__main__")
+        except StopTraining as stop:
+            if stop.signum != signum:
+                raise
+            self._requeue(signum, None)
+            # Only the first task puts the job back, and ends by that. An error code here could end it early.
+            sys.exit(0)
+        except SystemExit as end:
+            if end.code not in (None, 0):
+                raise RuntimeError(
+                    f"{self.script} ended with exit code {end.code}, see the log above"
+                ) from end
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def checkpoint(self) -> Any:
+        """What submitit runs when the job starts again."""
+        again = SlurmJob(self.script, self.argv, self.restarts + 1)
+        return _import_submitit().helpers.DelayedSubmission(again)
+
+    def _set_environment(self) -> None:
+        """Tells `launch` which of the processes this is."""
+        job = _import_submitit().JobEnvironment()
+        host = job.hostnames[0] if job.num_nodes > 1 else "127.0.0.1"
+        os.environ.update(
+            RANK=str(job.global_rank),
+            WORLD_SIZE=str(job.num_tasks),
+            LOCAL_RANK=str(job.local_rank),
+            LOCAL_WORLD_SIZE=str(job.num_tasks // job.num_nodes),
+            MASTER_ADDR=host,
+            MASTER_PORT=str(job_port(int(job.raw_job_id))),
+            DETLIB_RESTART_COUNT=str(self.restarts),
+        )
+
+    def _take_over_signals(self) -> int:
+        """Lets submitit's signal stop the training first; submitit would requeue without a checkpoint."""
+        signum = getattr(signal, "SIG" + os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2"))
+        self._requeue = signal.getsignal(signum)
+        self._pid = os.getpid()
+
+        def on_signal(signum: int, frame) -> None:
+            if os.getpid() != self._pid:
+                return  # a worker of a data loader, forked with this handler
+            logger.warning("The job's time is up: it stops after this step, to be put back into the queue")
+            request_stop(signum)
+            signal.setitimer(signal.ITIMER_REAL, _TIME_TO_SAVE)
+
+        def on_alarm(_: int, frame) -> None:
+            logger.warning("The step did not end in time: the job goes on from its last checkpoint")
+            self._requeue(signum, frame)
+
+        signal.signal(signum, on_signal)
+        signal.signal(signal.SIGALRM, on_alarm)
+        # submitit ignores it. Here it ends the job for good, with a checkpoint.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        return signum
+
+
+def add_slurm_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments ``--slurm...``; ``--num-gpus`` and ``--num-machines`` tell the size of the job."""
+    group = parser.add_argument_group("Slurm", "run as a job, which is requeued and resumes (needs submitit)")
+    group.add_argument("--slurm", action="store_true", help="send a job to Slurm that runs this command")
+    group.add_argument("--slurm-partition", metavar="NAME", help="partition of the job")
+    group.add_argument(
+        "--slurm-timeout-min",
+        type=int,
+        default=1440,
+        metavar="MINUTES",
+        help="time of the job until a requeue",
+    )
+    group.add_argument(
+        "--slurm-max-requeues", type=int, default=20, metavar="N", help="how often its time may be up"
+    )
+    group.add_argument(
+        "--slurm-cpus-per-gpu", type=int, default=8, metavar="N", help="CPU cores of a process"
+    )
+    group.add_argument("--slurm-mem-gb", type=float, metavar="GB", help="memory on each machine")
+    group.add_argument("--slurm-folder", metavar="FOLDER", help="where logs go; by default OUTPUT_DIR/slurm")
+    group.add_argument(
+        "--slurm-arg",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="anything else for sbatch, as account=vision; may be given several times",
+    )
+    group.add_argument(
+        "--slurm-cluster",
+        choices=("slurm", "local"),
+        default="slurm",
+        help="local tries the job out on this machine, without Slurm",
+    )
+
+
+def _parse_extra(pairs: Sequence[str]) -> dict[str, str]:
+    extra = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise ValueError(f"--slurm-arg is {pair!r}; it must be KEY=VALUE, as account=vision")
+        extra[key.lstrip("-").replace("-", "_")] = value
+    return extra
+
+
+def submit(script: str, argv: Sequence[str], args: argparse.Namespace, *, folder: str, use_gpus: bool = True):
+    """Sends a job that runs a script with one process for each GPU.
+
+    Args:
+        script: path of the script, which calls `detlib.engine.launch`.
+        argv: its arguments.
+        args: the parsed arguments of `add_slurm_arguments`, with ``num_gpus`` and ``num_machines``.
+        folder: where logs go, unless ``args.slurm_folder`` says otherwise. All machines must reach it.
+        use_gpus: False asks for CPUs alone.
+
+    Returns:
+        The job of submitit.
+
+    Raises:
+        ImportError: without submitit.
+        ValueError: for arguments that do not fit.
+        RuntimeError: if Slurm is not there.
+    """
+    submitit = _import_submitit()
+    extra = _parse_extra(args.slurm_arg)
+    executor = submitit.AutoExecutor(
+        folder=args.slurm_folder or folder,
+        cluster=args.slurm_cluster,
+        slurm_max_num_timeout=args.slurm_max_requeues,
+        local_max_num_timeout=args.slurm_max_requeues,
+    )
+    parameters: Mapping[str, Any] = dict(
+        name="detlib",
+        nodes=args.num_machines,
+        tasks_per_node=args.num_gpus,
+        gpus_per_node=args.num_gpus if use_gpus else 0,
+        cpus_per_task=args.slurm_cpus_per_gpu,
+        mem_gb=args.slurm_mem_gb,
+        timeout_min=args.slurm_timeout_min,
+        slurm_partition=args.slurm_partition,
+        slurm_signal_delay_s=_SIGNAL_DELAY,
+        slurm_additional_parameters=extra or None,
+    )
+    executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
+    return executor.submit(SlurmJob(script, argv))
+
+
+def submit_script(argv: Sequence[str] | None = None):
+    """The command line ``python -m detlib.engine.distributed.slurm [--slurm-...] SCRIPT ARGUMENTS``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m detlib.engine.distributed.slurm",
+        description="Runs a training script as a job of Slurm.",
+    )
+    parser.add_argument("--num-gpus", type=int, default=1, help="GPUs, and processes, on each machine")
+    parser.add_argument("--num-machines", type=int, default=1, help="number of machines")
+    parser.add_argument("--cpu", action="store_true", help="ask for no GPU: --num-gpus counts processes")
+    add_slurm_arguments(parser)
+    parser.add_argument("script", help="the script, which calls detlib.engine.launch")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
+    args = parser.parse_args(argv)
+    try:
+        if not os.path.isfile(args.script):
+            raise FileNotFoundError(f"There is no script {args.script}")
+        job = submit(args.script, args.arguments, args, folder="slurm", use_gpus=not args.cpu)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    print(f"Job {job.job_id} is sent; its logs go to {job.paths.folder}")
+    return job
+
+
+if __name__ == "__main__":
+    # By its full name: the job is pickled, and what __main__ defines is not found again.
+    from detlib.engine.distributed.slurm import submit_script as _submit_script
+
+    _submit_script()

@@ -1,0 +1,413 @@
+"""Visualizer: predictions and annotations drawn on pictures.
+
+    visualizer = Visualizer(image[:, :, ::-1], metadata, scale=1.2)
+    visualizer.draw_instance_predictions(outputs["instances"]).save("result.png")
+
+`metadata` is any object with some of the attributes `thing_classes`, `thing_colors`, `stuff_classes`,
+`stuff_colors` (colours as RGB in [0, 255]), `keypoint_names`, `keypoint_connection_rules`; or None.
+
+Shapes: N objects, K keypoints, picture of H x W pixels.
+"""
+
+from collections.abc import Mapping, Sequence
+from enum import Enum, unique
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from detlib.structures import Instances
+from detlib.structures.panoptic import rgb_to_id
+from detlib.visualization.canvas import Canvas, change_brightness, default_color, jitter, rotated_corners
+from detlib.visualization.convert import (
+    annotated_boxes,
+    annotated_column,
+    annotated_keypoints,
+    mask_center,
+    object_extents,
+    read_png,
+    to_boxes,
+    to_keypoints,
+    to_numpy,
+)
+from detlib.visualization.image import VisImage
+from detlib.visualization.labels import create_text_labels
+from detlib.visualization.masks import GenericMask, to_generic_masks
+from detlib.visualization.panoptic import PanopticSegments
+
+__all__ = ["ColorMode", "GenericMask", "VisImage", "Visualizer"]
+
+_OFF_WHITE = (1.0, 1.0, 240.0 / 255)
+_RED = (1.0, 0.0, 0.0)
+
+
+@unique
+class ColorMode(Enum):
+    """How objects are coloured.
+
+    Attributes:
+        IMAGE: each object has its own colour.
+        SEGMENTATION: objects of a class have similar colours, those of `metadata.thing_colors`.
+        IMAGE_BW: as IMAGE, and the picture is grey outside the objects' masks.
+    """
+
+    IMAGE = 0
+    SEGMENTATION = 1
+    IMAGE_BW = 2
+
+
+class Visualizer(Canvas):
+    """Draws what a picture contains. Every method returns the VisImage drawn upon.
+
+    Colours follow the order of the objects, so the same input gives the same picture.
+
+    Args:
+        img_rgb: (H, W, 3) RGB picture in [0, 255].
+        metadata: names and colours of classes, see the top of the module.
+        scale: size of the result relative to the picture.
+        instance_mode: a ColorMode.
+        font_size_scale: factor on the font size, which follows the picture's size.
+    """
+
+    keypoint_threshold = 0.05
+
+    def __init__(self, img_rgb, metadata=None, scale=1.0, instance_mode=ColorMode.IMAGE, font_size_scale=1.0):
+        super().__init__(img_rgb, scale, font_size_scale)
+        self.metadata = SimpleNamespace() if metadata is None else metadata
+        self._instance_mode = ColorMode(instance_mode)
+
+    def draw_instance_predictions(
+        self,
+        predictions: Instances,
+        jittering: bool = True,
+        *,
+        show_labels: bool = True,
+        show_scores: bool = True,
+        font_size: float | None = None,
+        alpha: float | None = None,
+        class_colors: Mapping | Sequence | None = None,
+    ):
+        """Draws what a model predicts for a picture.
+
+        Args:
+            predictions: Instances with some of the fields "pred_boxes", "pred_classes", "scores",
+                "pred_masks", "pred_keypoints".
+            jittering: in the mode SEGMENTATION, whether the colours of a class vary a little.
+            show_labels: whether to write anything.
+            show_scores: whether to write scores.
+            font_size: in points for scale 1; by default it follows the sizes of picture and object.
+            alpha: opacity of masks; by default that of the mode.
+            class_colors: colour of each class, by class id or name; a list or a dict of all that matplotlib
+                understands. Classes that a dict lacks keep their usual colour.
+        """
+        predictions = predictions.to("cpu")
+        fields = predictions.get_fields()
+        boxes = fields.get("pred_boxes")
+        scores = fields["scores"].tolist() if "scores" in fields and show_scores else None
+        classes = fields["pred_classes"].tolist() if "pred_classes" in fields else None
+        masks = None
+        if "pred_masks" in fields:
+            masks = to_generic_masks(fields["pred_masks"], self.output.height, self.output.width)
+
+        mode_alpha = 0.5
+        if self._instance_mode == ColorMode.SEGMENTATION and self._class_rgb("thing", 0) is not None:
+            mode_alpha = 0.8
+        if self._instance_mode == ColorMode.IMAGE_BW:
+            self._grey_outside(masks)
+            mode_alpha = 0.3
+        labels = None
+        if show_labels:
+            labels = create_text_labels(classes, scores, getattr(self.metadata, "thing_classes", None))
+        return self.overlay_instances(
+            boxes=boxes,
+            labels=labels,
+            masks=masks,
+            keypoints=fields.get("pred_keypoints"),
+            assigned_colors=self._colors_of_objects(len(predictions), classes, class_colors, jittering),
+            alpha=mode_alpha if alpha is None else alpha,
+            font_size=font_size,
+        )
+
+    def draw_dataset_dict(
+        self,
+        dic: dict,
+        *,
+        show_labels: bool = True,
+        font_size: float | None = None,
+        alpha: float | None = None,
+        class_colors: Mapping | Sequence | None = None,
+    ):
+        """Draws the annotations of a picture: its segmentations, and its objects over them.
+
+        Args:
+            dic: in the standard dataset format, with some of "annotations", "sem_seg" or "sem_seg_file_name",
+                "pan_seg_file_name" with "segments_info".
+            show_labels, font_size, alpha, class_colors: as in `draw_instance_predictions`.
+        """
+        sem_seg = dic.get("sem_seg")
+        if sem_seg is None and "sem_seg_file_name" in dic:
+            sem_seg = read_png(dic["sem_seg_file_name"])
+        if sem_seg is not None:
+            self.draw_sem_seg(
+                sem_seg, area_threshold=0, alpha=0.5 if alpha is None else alpha, draw_text=show_labels
+            )
+        if "pan_seg_file_name" in dic:
+            ids = rgb_to_id(read_png(dic["pan_seg_file_name"], "RGB"))
+            self.draw_panoptic_seg(
+                torch.as_tensor(ids),
+                dic["segments_info"],
+                area_threshold=0,
+                alpha=0.7 if alpha is None else alpha,
+            )
+        annotations = dic.get("annotations") or []
+        if annotations:
+            classes = [int(annotation["category_id"]) for annotation in annotations]
+            crowd = [annotation.get("iscrowd", 0) for annotation in annotations]
+            names = getattr(self.metadata, "thing_classes", None)
+            self.overlay_instances(
+                boxes=annotated_boxes(annotations),
+                labels=create_text_labels(classes, None, names, crowd) if show_labels else None,
+                masks=annotated_column(annotations, "segmentation", []),
+                keypoints=annotated_keypoints(annotations),
+                assigned_colors=self._colors_of_objects(len(annotations), classes, class_colors, True),
+                alpha=0.5 if alpha is None else alpha,
+                font_size=font_size,
+            )
+        return self.output
+
+    def draw_sem_seg(
+        self, sem_seg, area_threshold=None, alpha=0.8, draw_text=True, edge_color=(1.0, 1.0, 240.0 / 255)
+    ):
+        """Draws a semantic segmentation.
+
+        Args:
+            sem_seg: (H, W) integer tensor or array of class ids; those beyond `metadata.stuff_classes` are
+                left out.
+            area_threshold: parts with fewer pixels are left out.
+            alpha: opacity.
+            draw_text: whether to write the names of classes.
+            edge_color: of outlines.
+        """
+        sem_seg = to_numpy(sem_seg)
+        names = getattr(self.metadata, "stuff_classes", None)
+        labels, areas = np.unique(sem_seg, return_counts=True)
+        for label in labels[np.argsort(-areas, kind="stable")].tolist():
+            if names is not None and not 0 <= label < len(names):
+                continue
+            self.draw_binary_mask(
+                sem_seg == label,
+                color=self._class_rgb("stuff", label) or default_color(label),
+                edge_color=edge_color,
+                text=(names[label] if names is not None else str(label)) if draw_text else None,
+                alpha=alpha,
+                area_threshold=area_threshold,
+            )
+        return self.output
+
+    def draw_panoptic_seg(self, panoptic_seg, segments_info, area_threshold=None, alpha=0.7):
+        """Draws a panoptic segmentation: stuff first, objects over it.
+
+        Args:
+            panoptic_seg: (H, W) integer tensor of segment ids.
+            segments_info: for each segment a dict with "id", "category_id", "isthing", perhaps "score"; None
+                if the ids tell category and instance by `metadata.label_divisor`.
+            area_threshold: parts of stuff with fewer pixels are left out.
+            alpha: opacity.
+        """
+        segments = PanopticSegments(to_numpy(panoptic_seg), segments_info, self.metadata)
+        if self._instance_mode == ColorMode.IMAGE_BW:
+            self.output.reset_image(_grey_outside(self.img, segments.non_empty_mask()))
+        stuff_names = getattr(self.metadata, "stuff_classes", None)
+        for mask, info in segments.stuff():
+            category = info["category_id"]
+            self.draw_binary_mask(
+                mask,
+                color=self._class_rgb("stuff", category) or default_color(category),
+                edge_color=_OFF_WHITE,
+                text=create_text_labels([category], None, stuff_names)[0],
+                alpha=alpha,
+                area_threshold=area_threshold,
+            )
+        things = list(segments.things())
+        if not things:
+            return self.output
+        masks, infos = zip(*things)
+        classes = [info["category_id"] for info in infos]
+        scores = [info["score"] for info in infos] if all("score" in info for info in infos) else None
+        crowd = [info.get("iscrowd", 0) for info in infos]
+        names = getattr(self.metadata, "thing_classes", None)
+        rgbs = [self._class_rgb("thing", category) for category in classes]
+        rng = np.random.default_rng(0)
+        return self.overlay_instances(
+            masks=list(masks),
+            labels=create_text_labels(classes, scores, names, crowd),
+            assigned_colors=[
+                default_color(i) if rgb is None else jitter(rgb, rng) for i, rgb in enumerate(rgbs)
+            ],
+            alpha=alpha,
+        )
+
+    draw_panoptic_seg_predictions = draw_panoptic_seg
+
+    def overlay_instances(
+        self,
+        *,
+        boxes=None,
+        labels=None,
+        masks=None,
+        keypoints=None,
+        assigned_colors=None,
+        alpha=0.5,
+        font_size: float | None = None,
+    ):
+        """Draws objects, large ones first, then their labels, so that no shape covers a label.
+
+        Args:
+            boxes: Boxes or (N, 4) array, x0, y0, x1, y1; RotatedBoxes or (N, 5) array, center x, center y,
+                width, height, angle in degrees counter-clockwise; or None.
+            labels: N texts, or None.
+            masks: PolygonMasks, BitMasks, (N, H, W) array, or a list of N polygon lists, run lengths or
+                (H, W) arrays; or None.
+            keypoints: Keypoints or (N, K, 3) array of x, y and score or visibility; or None.
+            assigned_colors: N colours; by default those of the colour map in turn.
+            alpha: opacity of masks.
+            font_size: in points for scale 1; by default it follows the sizes of picture and object.
+
+        Raises:
+            ValueError: if the numbers of boxes, labels, masks, keypoints and colours differ.
+        """
+        boxes = None if boxes is None else to_boxes(boxes)
+        masks = None if masks is None else to_generic_masks(masks, self.output.height, self.output.width)
+        keypoints = None if keypoints is None else to_keypoints(keypoints)
+        columns = {"boxes": boxes, "labels": labels, "masks": masks, "keypoints": keypoints}
+        columns["assigned_colors"] = assigned_colors
+        lengths = {name: len(column) for name, column in columns.items() if column is not None}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"The numbers of objects differ: {lengths}")
+        num_objects = next(iter(lengths.values()), 0)
+        if assigned_colors is None:
+            assigned_colors = [default_color(i) for i in range(num_objects)]
+
+        extents = object_extents(num_objects, boxes, masks, keypoints)
+        areas = np.prod(extents[:, 2:] - extents[:, :2], axis=1)
+        order = np.argsort(-areas, kind="stable").tolist()
+        for i in order:
+            if boxes is not None:
+                draw = self.draw_rotated_box_with_label if boxes.shape[1] == 5 else self.draw_box
+                draw(boxes[i], edge_color=assigned_colors[i])
+            if masks is not None and masks[i].polygons:
+                outlines = [p.reshape(-1, 2) for p in masks[i].polygons]
+                self._draw_outlines(outlines, assigned_colors[i], None, alpha)
+        if keypoints is not None:
+            for i in order:
+                self.draw_and_connect_keypoints(keypoints[i])
+        if labels is not None:
+            # Small objects have the fewest places for a label, so they choose first.
+            for i in reversed(order):
+                center = mask_center(masks[i]) if boxes is None and masks is not None else None
+                if boxes is not None and boxes.shape[1] == 5:
+                    center = tuple(rotated_corners(boxes[i])[0])  # those of its extent lie beside the box
+                self._label_object(labels[i], extents[i], assigned_colors[i], font_size, center)
+        return self.output
+
+    def overlay_rotated_instances(self, boxes=None, labels=None, assigned_colors=None):
+        """Draws rotated boxes, large ones first, then their labels; as `overlay_instances` does.
+
+        Args:
+            boxes: RotatedBoxes or (N, 5) array, center x, center y, width, height, angle in degrees
+                counter-clockwise; or None.
+            labels: N texts, or None.
+            assigned_colors: N colours; by default those of the colour map in turn.
+
+        Raises:
+            ValueError: if the boxes are no rotated ones, or the numbers of boxes, labels and colours differ.
+        """
+        if boxes is not None:
+            boxes = to_boxes(boxes)
+            if len(boxes) and boxes.shape[1] != 5:
+                raise ValueError(f"rotated boxes must have shape (N, 5), got {boxes.shape}")
+        return self.overlay_instances(boxes=boxes, labels=labels, assigned_colors=assigned_colors)
+
+    def _label_object(self, label, extent, color, font_size, center):
+        if font_size is None:
+            # Between 0.6 and 1 times the usual size, for objects of 2 % to 10 % of the picture's side.
+            side = np.sqrt(self.output.height * self.output.width)
+            ratio = (extent[3] - extent[1]) / side
+            font_size = np.clip((ratio - 0.02) / 0.08 + 1, 1.2, 2) * 0.5 * self._default_font_size
+        self._draw_label(
+            label, extent, font_size=font_size, color=change_brightness(color, 0.7), center=center
+        )
+
+    def draw_and_connect_keypoints(self, keypoints):
+        """Draws one object's keypoints, and lines between them where the metadata name them.
+
+        Args:
+            keypoints: (K, 3) array or tensor of x, y and score or visibility; those whose third number is not
+                above `keypoint_threshold` are left out.
+        """
+        names = getattr(self.metadata, "keypoint_names", None)
+        visible = {}
+        for index, (x, y, confidence) in enumerate(to_numpy(keypoints).tolist()):
+            if confidence > self.keypoint_threshold:
+                self.draw_circle((x, y), color=_RED)
+                if names:
+                    visible[names[index]] = np.array([x, y])
+        for first, second, color in getattr(self.metadata, "keypoint_connection_rules", None) or ():
+            if first in visible and second in visible:
+                self._connect(visible[first], visible[second], tuple(value / 255 for value in color))
+        # COCO's persons: a neck from the nose to the middle of the shoulders, a spine on to that of the hips.
+        if "left_shoulder" in visible and "right_shoulder" in visible:
+            shoulders = (visible["left_shoulder"] + visible["right_shoulder"]) / 2
+            if "nose" in visible:
+                self._connect(visible["nose"], shoulders, _RED)
+            if "left_hip" in visible and "right_hip" in visible:
+                self._connect(shoulders, (visible["left_hip"] + visible["right_hip"]) / 2, _RED)
+        return self.output
+
+    def _connect(self, start, end, color):
+        self.draw_line([start[0], end[0]], [start[1], end[1]], color=color)
+
+    def _class_rgb(self, kind: str, class_id: int):
+        """The colour that metadata give to a class, RGB in [0, 1], or None; kind is "thing" or "stuff"."""
+        colors = getattr(self.metadata, f"{kind}_colors", None)
+        if colors is None or not 0 <= class_id < len(colors):
+            return None
+        return tuple(value / 255 for value in colors[class_id])
+
+    def _colors_of_objects(self, num_objects, classes, class_colors, jittering):
+        colors = [default_color(i) for i in range(num_objects)]
+        if classes is None:
+            return colors
+        rng = np.random.default_rng(0)
+        names = getattr(self.metadata, "thing_classes", None) or ()
+        for i, class_id in enumerate(classes):
+            chosen = _chosen_color(class_colors, class_id, names)
+            rgb = self._class_rgb("thing", class_id)
+            if chosen is not None:
+                colors[i] = chosen
+            elif self._instance_mode == ColorMode.SEGMENTATION and rgb is not None:
+                colors[i] = jitter(rgb, rng) if jittering else rgb
+        return colors
+
+    def _grey_outside(self, masks: list[GenericMask] | None) -> None:
+        covered = np.zeros(self.img.shape[:2], dtype=bool)
+        for mask in masks or ():
+            covered |= mask.mask
+        self.output.reset_image(_grey_outside(self.img, covered))
+
+
+def _grey_outside(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The picture without colours where the mask is False."""
+    grey = np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2)
+    return np.where(mask[:, :, None], image, grey)
+
+
+def _chosen_color(class_colors, class_id: int, names: Sequence[str]):
+    if class_colors is None:
+        return None
+    if isinstance(class_colors, Mapping):
+        name = names[class_id] if 0 <= class_id < len(names) else None
+        return class_colors.get(class_id, class_colors.get(name))
+    if not 0 <= class_id < len(class_colors):
+        raise ValueError(f"class_colors has {len(class_colors)} colours and none for class {class_id}")
+    return class_colors[class_id]

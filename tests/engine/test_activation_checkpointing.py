@@ -1,0 +1,98 @@
+"""Activation checkpoints and compiled parts change neither results nor names."""
+
+import pytest
+import torch
+from torch import nn
+
+from detlib.engine.distributed.activation_checkpointing import (
+    add_activation_checkpoints,
+    find_backbone_blocks,
+)
+from detlib.engine.distributed.ddp import compile_parts
+from detlib.modeling import build_model
+from detlib.utils.events import EventStorage
+from tests.builders import tiny_cfg
+
+
+def _build(**overrides) -> nn.Module:
+    torch.manual_seed(0)
+    return build_model(tiny_cfg("unused", MODEL__RESNETS__NORM="BN", MODEL__FPN__NORM="BN", **overrides))
+
+
+def _step(model: nn.Module) -> tuple[dict, dict, dict]:
+    """Output of the backbone in training mode, gradients, and all buffers after it."""
+    model.train()
+    torch.manual_seed(1)
+    picture = torch.rand(2, 3, 64, 64)
+    with EventStorage():
+        out = model.backbone(picture)
+    # Weighted at random: the mean square of a normalised map is the same whatever the parameters are.
+    sum((x * torch.rand_like(x)).mean() for x in out.values()).backward()
+    return (
+        out,
+        {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
+        dict(model.named_buffers()),
+    )
+
+
+def _assert_same(one: dict, two: dict) -> None:
+    assert one.keys() == two.keys() and one
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+
+
+def test_blocks_computed_twice_give_the_same():
+    plain, saving = _build(), _build()
+    assert add_activation_checkpoints(saving) == 8  # R-18 has eight residual blocks
+    assert plain.state_dict().keys() == saving.state_dict().keys()
+    calls = []
+    saving.backbone.bottom_up.res3[0].conv1.register_forward_hook(lambda *_: calls.append(1))
+    for one, two in zip(_step(plain), _step(saving)):
+        _assert_same(one, two)
+    assert len(calls) == 2
+    saving.eval()
+    with torch.no_grad():
+        saving.backbone(torch.rand(1, 3, 64, 64))
+    assert len(calls) == 3
+
+
+def test_less_is_kept():
+    def kept(model):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            model.backbone(torch.rand(1, 3, 64, 64))
+        return sum(sizes)
+
+    plain, saving = _build().train(), _build().train()
+    add_activation_checkpoints(saving)
+    assert kept(saving) < 0.6 * kept(plain)
+
+
+def test_models_without_blocks_are_refused():
+    with pytest.raises(
+        ValueError, match="TRAIN.ACTIVATION_CHECKPOINT needs a model with a backbone of blocks"
+    ):
+        add_activation_checkpoints(nn.Linear(2, 2))
+    assert find_backbone_blocks(nn.Linear(2, 2)) == []
+
+
+@pytest.mark.parametrize(
+    "backend", ["eager", *(pytest.param(b, marks=pytest.mark.slow) for b in ("aot_eager", "inductor"))]
+)
+def test_compiled_parts_give_the_same(backend):
+    plain, compiled = _build(), _build()
+    names = compile_parts(compiled, backend=backend)
+    assert names == ["backbone", "proposal_generator.rpn_head", "roi_heads.box_head"]
+    assert plain.state_dict().keys() == compiled.state_dict().keys()
+    for one, two in zip(_step(plain), _step(compiled)):
+        assert one.keys() == two.keys()
+        for name in one:
+            spread = one[name].abs().max().item()
+            torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-4 * spread)
+
+
+def test_unknown_part_to_compile():
+    with pytest.raises(
+        ValueError, match="TRAIN.COMPILE.MODULES: the model has no part 'backbon'; near: backbone"
+    ):
+        compile_parts(_build(), ["backbon"])

@@ -1,0 +1,3 @@
+"""Tests of the report."""
+
+from tests.training_fixtures import one_thread, restore_loggers  # noqa: F401

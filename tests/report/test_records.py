@@ -1,0 +1,115 @@
+"""metrics.json: damaged lines, resumed runs, and which scalar is what."""
+
+import json
+import math
+
+import pytest
+
+from detlib.report.records import EvaluationName, parse_evaluation, read_records
+from tests.report.made import record
+
+
+def read(tmp_path, *lines):
+    path = tmp_path / "metrics.json"
+    path.write_text("".join(lines))
+    return read_records(str(path))
+
+
+def test_a_file_that_is_not_there_is_an_empty_one(tmp_path):
+    records = read_records(str(tmp_path / "metrics.json"))
+    assert records.by_iteration == {} and records.last_iteration == -1 and records.training_seconds() == 0
+
+
+def test_lines_cut_short_are_left_out(tmp_path):
+    cut = record(59)[:40]
+    records = read(tmp_path, record(19), cut + "\n", "17\n", '{"lr": 1}\n', "\n", record(39), cut)
+    assert list(records.by_iteration) == [19, 39]
+    assert records.skipped_lines == [2, 3, 4, 7]
+    assert records.series("total_loss") == ([19, 39], [2.0 / 20, 2.0 / 40])
+
+
+def test_of_a_resumed_run_the_later_lines_count(tmp_path):
+    first = [record(i, source=1) for i in (9, 19, 29, 39)]
+    # Resumed from iteration 20, with another period between lines; then killed, and resumed once more.
+    second = [record(i, source=2) for i in (24, 34, 44)]
+    third = [record(i, source=3) for i in (44, 54)]
+    records = read(tmp_path, *first, *second, *third)
+    assert records.series("source") == ([9, 19, 24, 34, 44, 54], [1, 1, 2, 2, 3, 3])
+    assert records.restarts == [24]
+
+
+def test_of_an_iteration_made_again_nothing_is_left(tmp_path):
+    first = [record(9), record(19, **{"bbox/AP": 1.0}), record(29)]
+    records = read(tmp_path, *first, record(19), record(29))
+    assert "bbox/AP" not in records.names and list(records.by_iteration) == [9, 19, 29]
+
+
+def test_lines_of_one_iteration_are_put_together(tmp_path):
+    records = read(tmp_path, record(19), json.dumps({"iteration": 19, "bbox/AP": 5.0, "lr": 0.5}) + "\n")
+    assert records.by_iteration[19]["bbox/AP"] == 5.0
+    assert records.by_iteration[19]["lr"] == 0.5 and records.by_iteration[19]["total_loss"] == 0.1
+
+
+def test_what_is_no_number_is_no_point_of_a_curve(tmp_path):
+    records = read(
+        tmp_path, record(0, total_loss=math.nan), record(1, total_loss=math.inf), record(2, note="text")
+    )
+    assert records.series("total_loss") == ([2], [2.0 / 3])
+    assert "note" not in records.names
+
+
+def test_time_is_that_of_all_iterations(tmp_path):
+    # 20 iterations of 0.5 s, 20 of 0.25 s.
+    records = read(tmp_path, record(19), record(39, time=0.25), '{"iteration": 40, "bbox/AP": 1.0}\n')
+    assert records.training_seconds() == pytest.approx(15.0)
+
+
+def test_which_scalar_is_what(tmp_path):
+    scalars = {
+        "loss_box_reg": 0.1,
+        "val/loss_cls": 0.2,
+        "val/coco:a/b.json@c/loss_cls": 0.2,
+        "validation_loss": 0.3,
+        "lr/backbone": 0.001,
+        "eta_seconds": 5.0,
+        "data_time": 0.1,
+        "mask_rcnn/accuracy": 0.9,
+        "stage0/roi_head/num_fg_samples": 1.0,
+        "bbox/AP": 1.0,
+        "bbox/AP-T-shirt": 2.0,
+        "coco:a/b.json@c/segm/AP": 3.0,
+        "ours/score": 4.0,
+    }
+    records = read(tmp_path, record(19, **scalars))
+    assert records.losses() == ["total_loss", "loss_box_reg", "loss_cls"]
+    assert records.validation_losses() == {
+        "loss_cls": ["val/coco:a/b.json@c/loss_cls", "val/loss_cls"],
+        "total_loss": ["validation_loss"],
+    }
+    assert records.learning_rates() == ["lr", "lr/backbone"]
+    assert records.evaluations() == {
+        "bbox": {"AP": "bbox/AP"},
+        "coco:a/b.json@c/segm": {"AP": "coco:a/b.json@c/segm/AP"},
+        "ours": {"score": "ours/score"},
+    }
+    assert records.per_class() == {"bbox": {"T-shirt": {"AP": 2.0}}}
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("bbox/AP50", ("", "bbox", "AP50", "")),
+        ("bbox_TTA/APl", ("", "bbox_TTA", "APl", "")),
+        ("bbox/AP-a/b-c", ("", "bbox", "AP", "a/b-c")),
+        ("shapes:val?num=4/sem_seg/mIoU", ("shapes:val?num=4", "sem_seg", "mIoU", "")),
+        ("sem_seg/min(IoU, B-Iou)-sky", ("", "sem_seg", "min(IoU, B-Iou)", "sky")),
+        ("panoptic_seg/PQ_th", ("", "panoptic_seg", "PQ_th", "")),
+    ],
+)
+def test_names_of_metrics(name, parts):
+    assert parse_evaluation(name) == EvaluationName(*parts)
+
+
+@pytest.mark.parametrize("name", ["lr", "time", "rpn/num_pos_anchors", "val/loss_cls", "val/total_loss"])
+def test_names_that_are_no_metrics(name):
+    assert parse_evaluation(name) is None
