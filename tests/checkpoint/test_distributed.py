@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -10,6 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 from detlib.checkpoint import DetectionCheckpointer
 from detlib.engine import launch
 from detlib.utils import comm
+
+pytestmark = pytest.mark.distributed
 
 
 def _model(seed: int) -> nn.Module:

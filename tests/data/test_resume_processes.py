@@ -12,6 +12,8 @@ from detlib.data import samplers as S
 from detlib.engine import launch
 from detlib.utils import comm
 
+pytestmark = pytest.mark.distributed
+
 # Groups of unequal size, so that processes draw unequally far for as many batches.
 RECORDS = [
     {"image_id": i, "width": 20 if i % 7 in (0, 3) else 10, "height": 15, "annotations": []}

@@ -12,6 +12,8 @@ from detlib.utils.events import EventStorage
 from tests.builders import tiny_cfg
 from tests.engine.training_runs import sample_repeatably
 
+pytestmark = pytest.mark.distributed
+
 _STEPS = 3
 
 

@@ -18,6 +18,8 @@ from detlib.utils.env import seed_all_rng
 from tests.builders import tiny_cfg
 from tests.engine.training_runs import sample_repeatably
 
+pytestmark = pytest.mark.distributed
+
 _UNEVEN = "shapes:val?num=3&size=64"  # of which the processes evaluate 2 and 1
 
 

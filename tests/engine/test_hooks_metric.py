@@ -174,6 +174,7 @@ def _stop_together(folder: str) -> None:
     assert comm.all_gather((trainer.iter, trainer.is_finished)) == [(8, True)] * 2
 
 
+@pytest.mark.distributed
 @pytest.mark.slow
 def test_two_processes_stop_at_the_same_step(tmp_path):
     launch(_stop_together, 2, dist_url="auto", args=(str(tmp_path),))

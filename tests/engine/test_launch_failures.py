@@ -16,6 +16,8 @@ from detlib.engine import ProcessFailedError, launch
 from detlib.engine.distributed.failures import Failure, describe_failure, is_communication_error
 from tests.engine import launching
 
+pytestmark = pytest.mark.distributed
+
 
 @pytest.fixture(autouse=True)
 def quick_start(monkeypatch):

@@ -9,6 +9,8 @@ from detlib.engine import launch
 from detlib.engine.distributed.environment import place_from_environment, restart_count
 from tests.engine import launching
 
+pytestmark = pytest.mark.distributed
+
 _TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "none",
     "RANK": "3",

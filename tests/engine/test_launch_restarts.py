@@ -14,6 +14,8 @@ from detlib.engine.distributed.restart import should_resume
 from detlib.engine.hooks import StopOnSignal
 from tests.engine import launching
 
+pytestmark = pytest.mark.distributed
+
 
 @pytest.fixture(autouse=True)
 def quick_start(monkeypatch):

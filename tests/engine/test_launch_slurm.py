@@ -12,6 +12,8 @@ from detlib.engine import default_argument_parser
 from detlib.engine.distributed.slurm import SlurmJob, submit, submit_script
 from tests.engine import launching
 
+pytestmark = pytest.mark.distributed
+
 _SCRIPT = """
 import sys
 from tests.engine import launching

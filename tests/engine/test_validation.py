@@ -177,6 +177,7 @@ def test_shares_of_processes_count_by_their_pictures(monkeypatch):
     assert validation_losses(model, [pictures[:1]]) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.distributed
 @pytest.mark.slow
 def test_two_processes_with_uneven_shares(tmp_path):
     launch(_uneven_shares, 2, dist_url="auto", args=(str(tmp_path / "losses"),))

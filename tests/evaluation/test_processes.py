@@ -19,6 +19,8 @@ from detlib.evaluation import (
 from detlib.structures import BitMasks, Boxes, BoxMode, Instances, PolygonMasks
 from detlib.utils import comm
 
+pytestmark = pytest.mark.distributed
+
 NAME = "shapes:val?num=9&size=64&task=panoptic"
 
 

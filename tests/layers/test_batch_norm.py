@@ -212,6 +212,7 @@ def sync_results(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pth") for rank in range(2)]
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("case", range(len(_SYNC_CASES)))
 def test_naive_sync_over_processes(case, sync_results):
     sizes, _ = _SYNC_CASES[case]

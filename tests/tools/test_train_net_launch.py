@@ -15,6 +15,8 @@ import pytest
 from detlib.engine import ProcessFailedError
 from tests.engine.launching import read_model, remaining_processes, training_cfg
 
+pytestmark = pytest.mark.distributed
+
 _SCRIPT = Path(__file__).parents[2] / "tools" / "train_net.py"
 _LAZY = "configs/Quickstart/fcos_R_18_FPN_shapes.py"
 _TORCHRUN = ("-m", "torch.distributed.run")

@@ -6,6 +6,8 @@ import torch.multiprocessing as mp
 
 from detlib.utils import comm
 
+pytestmark = pytest.mark.distributed
+
 
 def test_one_process():
     assert (comm.get_world_size(), comm.get_rank(), comm.get_local_rank(), comm.get_local_size()) == (
