@@ -1,7 +1,8 @@
-"""The package as it is built: backend, wheel contents, and the CI script."""
+"""The build backend, the contents of the wheel, and the CI script."""
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -39,7 +40,7 @@ def fake_cuda(directory, version):
     return directory
 
 
-def test_build_requirements_follow_what_will_be_compiled(backend, monkeypatch, tmp_path):
+def test_torch_is_a_build_requirement_only_when_something_is_compiled(backend, monkeypatch, tmp_path):
     def required():
         names = [backend.get_requires_for_build_wheel(), backend.get_requires_for_build_editable()]
         assert ("ninja" in names[0]) == ("ninja" in names[1])
@@ -54,16 +55,16 @@ def test_build_requirements_follow_what_will_be_compiled(backend, monkeypatch, t
     assert not required()
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("DETLIB_BUILD", "cpu")
-    assert required()  # asked for: to be built, or to fail
+    assert required()  # asked for, so a missing compiler must fail the build
 
 
-def test_wrong_mode_is_named(backend, monkeypatch):
+def test_unknown_build_mode_is_rejected(backend, monkeypatch):
     monkeypatch.setenv("DETLIB_BUILD", "gpu")
     with pytest.raises(ValueError, match="DETLIB_BUILD must be one of off, cpu, cuda or unset, got 'gpu'"):
         backend.will_compile()
 
 
-def test_cuda_is_compiled_where_it_fits(backend, monkeypatch, tmp_path):
+def test_cuda_is_compiled_when_the_toolkit_matches_torch(backend, monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nothing"))
     assert backend.use_cuda("13.0") == (False, "no CUDA operators (no CUDA toolkit found)")
     monkeypatch.setenv("CUDA_HOME", str(fake_cuda(tmp_path / "cuda", "13.0")))
@@ -80,7 +81,7 @@ def test_cuda_is_compiled_where_it_fits(backend, monkeypatch, tmp_path):
         backend.use_cuda("13.2")
 
 
-def test_nvcc_that_is_a_wrapper_outside_the_toolkit(backend, monkeypatch, tmp_path):
+def test_nvcc_wrapper_outside_the_toolkit_is_not_taken_for_it(backend, monkeypatch, tmp_path):
     toolkit = fake_cuda(tmp_path / "cuda", "13.0")
     monkeypatch.setenv("PATH", str(toolkit / "bin"))
     assert backend.cuda_home() == toolkit
@@ -89,8 +90,8 @@ def test_nvcc_that_is_a_wrapper_outside_the_toolkit(backend, monkeypatch, tmp_pa
     assert backend.cuda_home() in (None, Path("/usr/local/cuda"))
 
 
-def test_wheel_without_compiling_holds_package_and_configs(tmp_path):
-    """Built with torch unimportable: DETLIB_BUILD=off must not need it."""
+def test_wheel_built_without_torch_contains_package_and_configs(tmp_path):
+    """Build with torch unimportable: DETLIB_BUILD=off must not need it."""
     pytest.importorskip("setuptools", minversion="77")
     (tmp_path / "shadow" / "torch").mkdir(parents=True)
     (tmp_path / "shadow" / "torch" / "__init__.py").write_text("raise ImportError('torch was imported')")
@@ -108,7 +109,7 @@ def test_wheel_without_compiling_holds_package_and_configs(tmp_path):
     (wheel,) = tmp_path.glob("detlib-*-py3-none-any.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     missing = {str(path.relative_to(ROOT)) for path in (ROOT / "detlib").rglob("*.py")} - names
-    assert not missing
+    assert not missing and "detlib/py.typed" in names
     files = [path for path in (ROOT / "configs").rglob("*.*") if path.is_file()]
     assert {path.suffix for path in files} == {".py", ".yaml"}
     assert {f"detlib/{path.relative_to(ROOT)}" for path in files} <= names
@@ -117,7 +118,7 @@ def test_wheel_without_compiling_holds_package_and_configs(tmp_path):
 
 
 def find_configs_of_wheel(wheel, target):
-    """Let the model zoo of the unpacked wheel find its own configs, YAML and lazy ones."""
+    """Check that the model zoo of the unpacked wheel finds its own YAML and lazy configs."""
     zipfile.ZipFile(wheel).extractall(target)
     code = (
         "from detlib import model_zoo as zoo; print(zoo.get_config_file('Base-RCNN-FPN.yaml'));"
@@ -148,14 +149,24 @@ def test_setup_script_stays_small():
     assert len((ROOT / "setup.py").read_text().splitlines()) <= 60
 
 
+def broken_linter(directory):
+    """Return an interpreter whose environments have checkers that succeed, but for mypy."""
+    names = "".join(f"ln -s /bin/true $3/bin/{name}\n" for name in ("ruff", "codespell"))
+    tool = directory / "python_with_checkers"
+    python = f'mkdir -p "$3/bin"\nln -s {sys.executable} "$3/bin/python"\n'
+    tool.write_text(f"#!/bin/sh\n{python}{names}ln -s /bin/false $3/bin/mypy\n")
+    tool.chmod(0o755)
+    return tool
+
+
 def test_ci_runs_the_command_of_the_readme(tmp_path):
-    """With small commands in place of the README's: a fresh environment, the status, the closing line."""
+    """With small commands instead of the README's: a fresh environment, the status, the closing line."""
     (tmp_path / ".ci").mkdir()
     script = tmp_path / ".ci" / "run"
     script.write_text((ROOT / ".ci" / "run").read_text())
     script.chmod(0o755)
 
-    shortcut = tmp_path / "python"  # makes an "environment" with no pip, at once
+    shortcut = tmp_path / "python"  # makes an "environment" without pip
     shortcut.write_text(f'#!/bin/sh\nmkdir -p "$3/bin"\nln -s {sys.executable} "$3/bin/python"\n')
     shortcut.chmod(0o755)
 
@@ -174,6 +185,15 @@ def test_ci_runs_the_command_of_the_readme(tmp_path):
     assert run('echo "1 failed, 2 passed in 1s"; exit 1')[0] == 1
     assert run("false\necho '3 passed'")[0] == 1
     assert run("echo nothing ran")[0] == 1
+    status, lines = run("echo installing && echo '== 3 passed'")
+    assert status == 0 and "installing" in lines and lines[-1] == ".ci/run: == 3 passed"
+    assert lines.index("installing") < lines.index(".ci/run: === tests ===")
+    assert run("false && echo '3 passed'")[0] == 1
+    # A static check that fails fails the run, but the tests run nevertheless.
+    (tmp_path / "pyproject.toml").touch()
+    status, lines = run("echo '== 3 passed'", broken_linter(tmp_path))
+    assert status == 1 and ".ci/run: mypy failed" in lines and lines[-1] == ".ci/run: == 3 passed"
+    (tmp_path / "pyproject.toml").unlink()
     (tmp_path / "README.md").write_text("no command here")
     assert subprocess.run([script], capture_output=True).returncode == 1
 
@@ -182,3 +202,10 @@ def test_ci_runs_the_command_of_the_readme(tmp_path):
 def test_readme_marks_its_test_command():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert lines[lines.index("<!-- test command -->") + 1].startswith("```")
+
+
+def test_ci_and_pre_commit_run_the_same_checks():
+    script, hooks = (ROOT / ".ci" / "run").read_text(), (ROOT / ".pre-commit-config.yaml").read_text()
+    entries = [line.split(": ", 1)[1] for line in hooks.splitlines() if line.strip().startswith("entry:")]
+    checks = re.search(r"for check in (.*); do", script)[1]
+    assert re.findall(r'"([^"]*)"', checks) == [entry for entry in entries if "pytest" not in entry]
