@@ -9,7 +9,7 @@ from detlib.config import LazyConfig, instantiate
 from detlib.data import DetrDatasetMapper
 from detlib.data import transforms as T
 from detlib.structures import BoxMode
-from tests.configs.published_lazy import CONFIGS
+from tests.shipped_configs.published_lazy import CONFIGS
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 from detlib.config import LazyConfig
 from detlib.engine import LazyTrainer
 from detlib.utils.env import seed_all_rng
-from tests.configs.published_lazy import CONFIGS
+from tests.shipped_configs.published_lazy import CONFIGS
 
 
 def shapes_config(tmp_path, **train):

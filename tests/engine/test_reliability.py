@@ -24,7 +24,7 @@ _ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("number", [1, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_runs_end_as_others(number):
     env = {**os.environ, "PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1"}
-    script = _ROOT / "tests/engine/kill_series.py"
+    script = _ROOT / "tests/scripts/kill_and_resume.py"
     done = subprocess.run(
         [sys.executable, script, str(number)], cwd=_ROOT, env=env, capture_output=True, text=True
     )

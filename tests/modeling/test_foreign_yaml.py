@@ -10,7 +10,7 @@ from detlib import model_zoo
 from detlib.modeling import build_backbone, build_model
 from detlib.modeling.backbone import BACKBONE_REGISTRY
 from detlib.utils.events import EventStorage
-from tests.configs.published_lazy import training_items
+from tests.shipped_configs.published_lazy import training_items
 
 pytest.importorskip("timm")
 

@@ -10,7 +10,7 @@ from torch import nn
 from detlib.config import LazyConfig, get_config, instantiate, try_get_key
 from detlib.config._lazy_text import as_plain_data
 from detlib.data import DetrDatasetMapper
-from tests.configs.published_lazy import CONFIGS, DETR_LIKE, FILES, OWN, load
+from tests.shipped_configs.published_lazy import CONFIGS, DETR_LIKE, FILES, OWN, load
 
 RECIPES = [name for name in FILES if name.startswith(DETR_LIKE) and "/models/" not in name]
 EPOCHS = {"12ep": 90000, "24ep": 180000, "50ep": 375000, "300ep": 554400}

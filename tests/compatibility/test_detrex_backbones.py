@@ -13,7 +13,7 @@ from detlib.config import LazyConfig, instantiate
 from detlib.config._lazy_text import as_plain_data
 from detlib.layers import FrozenBatchNorm2d, ShapeSpec
 from detlib.modeling.backbone import ResNet, TimmBackbone, TorchvisionBackbone
-from tests.configs.published_lazy import CONFIGS
+from tests.shipped_configs.published_lazy import CONFIGS
 
 RESNET = """
 # config.py

@@ -11,7 +11,7 @@ from detlib.config import LazyConfig, get_cfg, instantiate
 from detlib.config._lazy_text import as_plain_data
 from detlib.modeling import build_model
 from detlib.utils.events import EventStorage
-from tests.configs.published_lazy import CONFIGS, HERE, NAMES, OWN, PUBLISHED, load, training_items
+from tests.shipped_configs.published_lazy import CONFIGS, HERE, NAMES, OWN, PUBLISHED, load, training_items
 
 STATES = json.loads(gzip.decompress((HERE / "zoo_states.json.gz").read_bytes()))
 TWINS = [

@@ -15,7 +15,7 @@ from detlib.config._lazy_text import as_plain_data
 from detlib.data import DatasetCatalog, DatasetMapper
 from detlib.layers import ShapeSpec
 from detlib.utils.registry import locate
-from tests.configs.published_lazy import (
+from tests.shipped_configs.published_lazy import (
     DETR_LIKE,
     FILES,
     NAMES,

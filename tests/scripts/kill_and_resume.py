@@ -1,6 +1,6 @@
 """Kills trainings at random moments, resumes them, and compares what they end with.
 
-    python tests/engine/kill_series.py 50
+    python tests/scripts/kill_and_resume.py 50
 
 Every run is a forked process, so that it costs its training alone. What it was doing when it was killed
 (training, saving, evaluating) is kept in shared memory. Prints one line and exits with 1 if a run that was
