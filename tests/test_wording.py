@@ -59,7 +59,8 @@ LATER = """
     detlib/model_zoo/ detlib/modeling/ detlib/ops/ detlib/report/ detlib/solver/ detlib/structures/
     detlib/utils/ detlib/visualization/ docs/data.md docs/differences.md docs/installation.md
     docs/model_zoo.md docs/performance.md docs/report.md docs/training docs/weights.md
-    tests/checkpoint/ tests/config tests/conformance/ tests/data/ tests/compatibility/ tests/scripts/ tests/shipped_configs/ tests/engine/
+    tests/checkpoint/ tests/config tests/conformance/ tests/data/ tests/engine/
+    tests/compatibility/ tests/scripts/ tests/shipped_configs/
     tests/evaluation/ tests/layers/ tests/model_zoo/ tests/modeling/ tests/ops/ tests/report/
     tests/solver/ tests/structures/ tests/test_ tests/tools/ tests/training_fixtures.py tests/utils/
     tests/visualization/
