@@ -90,7 +90,6 @@ MAX_SMALL_MODULES = 66
 CYCLES = [
     {"detlib.data.check.raw", "detlib.data.check.raw_voc", "detlib.data.check.raw_yolo"},
     {"detlib.data.convert", "detlib.data.convert_writers"},
-    {"detlib.report.detection_part", "detlib.report.writer"},
 ]
 
 # Packages that still use relative imports.

@@ -31,7 +31,7 @@ from detlib.engine import (
     launch,
 )
 from detlib.engine.checks import check_datasets, check_weights
-from detlib.engine.distributed.restart import should_resume
+from detlib.engine.distributed.environment import should_resume
 from detlib.engine.distributed.slurm import submit
 from detlib.engine.ema import load_for_inference
 from detlib.engine.pictures import write_prediction_pictures

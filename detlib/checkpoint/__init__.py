@@ -1,9 +1,8 @@
 """Saving and loading of models and training states."""
 
 from detlib.checkpoint.catalog import ModelCatalog
-from detlib.checkpoint.checkpointer import Checkpointer, IncompatibleKeys
+from detlib.checkpoint.checkpointer import Checkpointer, IncompatibleKeys, PeriodicCheckpointer
 from detlib.checkpoint.detection_checkpoint import DetectionCheckpointer
-from detlib.checkpoint.periodic import PeriodicCheckpointer
 
 __all__ = [
     "Checkpointer",

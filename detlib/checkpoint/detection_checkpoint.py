@@ -11,8 +11,7 @@ from torch import nn
 
 from detlib.checkpoint.checkpointer import Checkpointer, IncompatibleKeys, has_shape
 from detlib.checkpoint.conversions import Conversion, get_conversion
-from detlib.checkpoint.key_matching import match_by_longest_suffix
-from detlib.checkpoint.part_matching import match_part
+from detlib.checkpoint.key_matching import match_by_longest_suffix, match_part
 from detlib.utils import comm
 
 __all__ = ["DetectionCheckpointer"]

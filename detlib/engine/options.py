@@ -11,7 +11,7 @@ from typing import Any
 
 from detlib.config import CfgNode
 from detlib.engine.option_checks import check_options, key_of, warn_of_slips
-from detlib.utils.writers.names import check_writers
+from detlib.utils.writers import check_writers
 
 __all__ = ["RunOptions", "epochs_to_iterations", "set_iterations"]
 

@@ -7,7 +7,8 @@ import argparse
 import logging
 import sys
 
-from detlib.report.writer import make_report, reason_of
+from detlib.report.report import reason_of
+from detlib.report.writer import make_report
 from detlib.utils.logger import setup_logger
 
 

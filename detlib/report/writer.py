@@ -5,78 +5,25 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from detlib.report.class_table import metrics_class_table, to_csv
-from detlib.report.detection_part import add_detections
 from detlib.report.detection_plots import class_metric_figure
+from detlib.report.detection_section import add_detections
 from detlib.report.detections import find_predictions
-from detlib.report.page import Page
 from detlib.report.records import Records, read_records
+from detlib.report.report import Report, reason_of
 from detlib.report.run import dataset_names, read_config
 from detlib.report.summary import metrics_table, run_facts
 from detlib.report.training_plots import evaluation_figure, learning_rate_figure, losses_figure
-from detlib.utils.atomic_write import write_bytes_atomically
 from detlib.utils.file_io import PathManager, safe_name
 
-__all__ = ["Report", "make_report", "reason_of", "write_report"]
+__all__ = ["make_report", "write_report"]
 
 logger = logging.getLogger(__name__)
 
 _INSTANCE_TASKS = ("bbox", "segm", "keypoints")
-
-
-def reason_of(error: Exception) -> str:
-    """What an error says, in one line."""
-    message = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return f"{message}" if f"{message}" else type(error).__name__
-
-
-class Report:
-    """The folder and the page that the parts of a report go into.
-
-    Args:
-        output_dir: the run's output folder.
-
-    Attributes:
-        folder: ``OUTPUT_DIR/report``.
-        page: the page.
-    """
-
-    def __init__(self, output_dir: str) -> None:
-        self.output_dir = output_dir
-        self.folder = os.path.join(output_dir, "report")
-        PathManager.mkdirs(self.folder)
-        name = os.path.basename(os.path.abspath(output_dir))
-        self.page = Page(f"Training report: {name}")
-
-    def save(self, name: str, content: bytes) -> None:
-        """Writes a file of the report; its name may have a folder."""
-        path = os.path.join(self.folder, name)
-        PathManager.mkdirs(os.path.dirname(path))
-        write_bytes_atomically(path, lambda file: file.write(content))
-
-    def figure(self, name: str, picture: bytes, alt: str, caption: str) -> None:
-        """Writes a figure as a file and puts it into the page."""
-        self.save(name, picture)
-        self.page.figure(picture, alt, caption)
-
-    def attempt(self, what: str, make: Callable[[], Any]) -> bool:
-        """Makes a part; if that fails, page and log say why, and the others are made all the same.
-
-        Returns:
-            Whether it was made.
-        """
-        try:
-            make()
-            return True
-        except Exception as error:  # whatever it is, the rest of the report is worth having
-            expected = isinstance(error, (KeyError, OSError, ValueError))
-            reason = reason_of(error) if expected else f"{type(error).__name__}: {reason_of(error)}"
-            logger.warning("Report: no %s: %s", what, reason, exc_info=None if expected else error)
-            self.page.note(f"No {what}: {reason}")
-            return False
 
 
 def _add_training(report: Report, records: Records) -> None:

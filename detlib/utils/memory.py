@@ -1,17 +1,31 @@
-"""A second and third try for functions that ran out of GPU memory."""
+"""Peak memory, and retries of functions that run out of GPU memory."""
 
 import contextlib
 import functools
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["retry_if_cuda_oom"]
+__all__ = ["peak_memory", "retry_if_cuda_oom"]
 
 logger = logging.getLogger(__name__)
 R = TypeVar("R")
+
+
+def peak_memory() -> str:
+    """Return "max_mem: ..." in MiB: of CUDA tensors where CUDA is in use, else of the process."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return f"max_mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}M"
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return ""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB on Linux
+    return f"max_mem: {peak / unit:.0f}M (process)"
 
 
 @contextlib.contextmanager
@@ -21,13 +35,13 @@ def _catch_cuda_oom():
     except torch.cuda.OutOfMemoryError:
         pass  # the caller tries again
     except RuntimeError as error:
-        # Out of a compiled operator every error comes as a RuntimeError.
+        # Compiled operators raise every error as a RuntimeError.
         if "CUDA out of memory" not in str(error):
             raise
 
 
 def _to_cpu(value: Any) -> Any:
-    """Moves what can be moved (tensors, boxes, instances) off the GPU; containers one by one."""
+    """Move tensors, boxes and instances to the CPU, also those inside containers."""
     device = getattr(value, "device", None)
     if getattr(device, "type", None) == "cuda" and hasattr(value, "to"):
         return value.to(device="cpu")
@@ -39,11 +53,11 @@ def _to_cpu(value: Any) -> Any:
 
 
 def retry_if_cuda_oom(func: Callable[..., R]) -> Callable[..., R]:
-    """Wraps `func` so that CUDA running out of memory does not end the run.
+    """Wrap `func` so that running out of CUDA memory does not end the run.
 
-    It is called again with the CUDA cache emptied, and if that fails too, with its arguments on the CPU. The
-    result is then on the CPU as well: move it back if the next step needs it on the GPU. `func` should be
-    stateless and should take its large tensors as arguments. Arguments are moved in (nested) dicts, lists and
+    On failure, `func` is called again with the CUDA cache emptied; if that fails too, with its arguments on
+    the CPU. The result is then on the CPU as well: move it back if the GPU needs it. `func` should
+    be stateless and take its large tensors as arguments. Arguments are moved in (nested) dicts, lists and
     tuples, and wherever they have ``.device`` and ``.to``.
     """
 
@@ -55,7 +69,7 @@ def retry_if_cuda_oom(func: Callable[..., R]) -> Callable[..., R]:
         with _catch_cuda_oom():
             return func(*args, **kwargs)
         name = getattr(func, "__qualname__", repr(func))
-        logger.info("CUDA is out of memory in %s: it now runs on the CPU", name)
+        logger.info("CUDA is out of memory in %s: running it on the CPU", name)
         return func(*_to_cpu(args), **_to_cpu(kwargs))
 
     return wrapped

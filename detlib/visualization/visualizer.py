@@ -12,28 +12,24 @@ Shapes: N objects, K keypoints, picture of H x W pixels.
 from collections.abc import Mapping, Sequence
 from enum import Enum, unique
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
 
-from detlib.structures import Instances
+from detlib.structures import Boxes, BoxMode, Instances, Keypoints
 from detlib.structures.panoptic import rgb_to_id
-from detlib.visualization.canvas import Canvas, change_brightness, default_color, jitter, rotated_corners
-from detlib.visualization.convert import (
-    annotated_boxes,
-    annotated_column,
-    annotated_keypoints,
-    mask_center,
-    object_extents,
-    read_png,
-    to_boxes,
-    to_keypoints,
-    to_numpy,
+from detlib.utils.file_io import PathManager
+from detlib.visualization.canvas import (
+    Canvas,
+    VisImage,
+    change_brightness,
+    default_color,
+    jitter,
+    rotated_corners,
 )
-from detlib.visualization.image import VisImage
 from detlib.visualization.labels import create_text_labels
-from detlib.visualization.masks import GenericMask, to_generic_masks
-from detlib.visualization.panoptic import PanopticSegments
+from detlib.visualization.masks import GenericMask, PanopticSegments, to_generic_masks
 
 __all__ = ["ColorMode", "GenericMask", "VisImage", "Visualizer"]
 
@@ -146,13 +142,13 @@ class Visualizer(Canvas):
         """
         sem_seg = dic.get("sem_seg")
         if sem_seg is None and "sem_seg_file_name" in dic:
-            sem_seg = read_png(dic["sem_seg_file_name"])
+            sem_seg = _read_png(dic["sem_seg_file_name"])
         if sem_seg is not None:
             self.draw_sem_seg(
                 sem_seg, area_threshold=0, alpha=0.5 if alpha is None else alpha, draw_text=show_labels
             )
         if "pan_seg_file_name" in dic:
-            ids = rgb_to_id(read_png(dic["pan_seg_file_name"], "RGB"))
+            ids = rgb_to_id(_read_png(dic["pan_seg_file_name"], "RGB"))
             self.draw_panoptic_seg(
                 torch.as_tensor(ids),
                 dic["segments_info"],
@@ -165,10 +161,10 @@ class Visualizer(Canvas):
             crowd = [annotation.get("iscrowd", 0) for annotation in annotations]
             names = getattr(self.metadata, "thing_classes", None)
             self.overlay_instances(
-                boxes=annotated_boxes(annotations),
+                boxes=_annotated_boxes(annotations),
                 labels=create_text_labels(classes, None, names, crowd) if show_labels else None,
-                masks=annotated_column(annotations, "segmentation", []),
-                keypoints=annotated_keypoints(annotations),
+                masks=_annotated_column(annotations, "segmentation", []),
+                keypoints=_annotated_keypoints(annotations),
                 assigned_colors=self._colors_of_objects(len(annotations), classes, class_colors, True),
                 alpha=0.5 if alpha is None else alpha,
                 font_size=font_size,
@@ -188,7 +184,7 @@ class Visualizer(Canvas):
             draw_text: whether to write the names of classes.
             edge_color: of outlines.
         """
-        sem_seg = to_numpy(sem_seg)
+        sem_seg = _to_numpy(sem_seg)
         names = getattr(self.metadata, "stuff_classes", None)
         labels, areas = np.unique(sem_seg, return_counts=True)
         for label in labels[np.argsort(-areas, kind="stable")].tolist():
@@ -214,11 +210,11 @@ class Visualizer(Canvas):
             area_threshold: parts of stuff with fewer pixels are left out.
             alpha: opacity.
         """
-        segments = PanopticSegments(to_numpy(panoptic_seg), segments_info, self.metadata)
+        segments = PanopticSegments(_to_numpy(panoptic_seg), segments_info, self.metadata)
         if self._instance_mode == ColorMode.IMAGE_BW:
             self.output.reset_image(_grey_outside(self.img, segments.non_empty_mask()))
         stuff_names = getattr(self.metadata, "stuff_classes", None)
-        for mask, info in segments.stuff():
+        for mask, info in segments.semantic_masks():
             category = info["category_id"]
             self.draw_binary_mask(
                 mask,
@@ -228,7 +224,7 @@ class Visualizer(Canvas):
                 alpha=alpha,
                 area_threshold=area_threshold,
             )
-        things = list(segments.things())
+        things = list(segments.instance_masks())
         if not things:
             return self.output
         masks, infos = zip(*things)
@@ -276,9 +272,9 @@ class Visualizer(Canvas):
         Raises:
             ValueError: if the numbers of boxes, labels, masks, keypoints and colours differ.
         """
-        boxes = None if boxes is None else to_boxes(boxes)
+        boxes = None if boxes is None else _to_boxes(boxes)
         masks = None if masks is None else to_generic_masks(masks, self.output.height, self.output.width)
-        keypoints = None if keypoints is None else to_keypoints(keypoints)
+        keypoints = None if keypoints is None else _to_keypoints(keypoints)
         columns = {"boxes": boxes, "labels": labels, "masks": masks, "keypoints": keypoints}
         columns["assigned_colors"] = assigned_colors
         lengths = {name: len(column) for name, column in columns.items() if column is not None}
@@ -288,7 +284,7 @@ class Visualizer(Canvas):
         if assigned_colors is None:
             assigned_colors = [default_color(i) for i in range(num_objects)]
 
-        extents = object_extents(num_objects, boxes, masks, keypoints)
+        extents = _object_extents(num_objects, boxes, masks, keypoints)
         areas = np.prod(extents[:, 2:] - extents[:, :2], axis=1)
         order = np.argsort(-areas, kind="stable").tolist()
         for i in order:
@@ -304,7 +300,7 @@ class Visualizer(Canvas):
         if labels is not None:
             # Small objects have the fewest places for a label, so they choose first.
             for i in reversed(order):
-                center = mask_center(masks[i]) if boxes is None and masks is not None else None
+                center = _mask_center(masks[i]) if boxes is None and masks is not None else None
                 if boxes is not None and boxes.shape[1] == 5:
                     center = tuple(rotated_corners(boxes[i])[0])  # those of its extent lie beside the box
                 self._label_object(labels[i], extents[i], assigned_colors[i], font_size, center)
@@ -323,7 +319,7 @@ class Visualizer(Canvas):
             ValueError: if the boxes are no rotated ones, or the numbers of boxes, labels and colours differ.
         """
         if boxes is not None:
-            boxes = to_boxes(boxes)
+            boxes = _to_boxes(boxes)
             if len(boxes) and boxes.shape[1] != 5:
                 raise ValueError(f"rotated boxes must have shape (N, 5), got {boxes.shape}")
         return self.overlay_instances(boxes=boxes, labels=labels, assigned_colors=assigned_colors)
@@ -347,7 +343,7 @@ class Visualizer(Canvas):
         """
         names = getattr(self.metadata, "keypoint_names", None)
         visible = {}
-        for index, (x, y, confidence) in enumerate(to_numpy(keypoints).tolist()):
+        for index, (x, y, confidence) in enumerate(_to_numpy(keypoints).tolist()):
             if confidence > self.keypoint_threshold:
                 self.draw_circle((x, y), color=_RED)
                 if names:
@@ -411,3 +407,74 @@ def _chosen_color(class_colors, class_id: int, names: Sequence[str]):
     if not 0 <= class_id < len(class_colors):
         raise ValueError(f"class_colors has {len(class_colors)} colours and none for class {class_id}")
     return class_colors[class_id]
+
+
+def _to_numpy(array: Any) -> np.ndarray:
+    return array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else np.asarray(array)
+
+
+def _to_boxes(boxes: Any) -> np.ndarray:
+    """(N, 4), or (N, 5) for rotated boxes."""
+    boxes = _to_numpy(boxes.tensor if isinstance(boxes, Boxes) else boxes)
+    if boxes.size == 0:
+        return np.zeros((0, 4))
+    if boxes.ndim != 2 or boxes.shape[1] not in (4, 5):
+        raise ValueError(f"boxes must have shape (N, 4), or (N, 5) if they are rotated, got {boxes.shape}")
+    return boxes
+
+
+def _to_keypoints(keypoints: Any) -> np.ndarray:
+    return _to_numpy(keypoints.tensor if isinstance(keypoints, Keypoints) else keypoints)
+
+
+def _object_extents(num_objects, boxes, masks, keypoints) -> np.ndarray:
+    """(N, 4) x0, y0, x1, y1 around each object: its box, else its mask, else its keypoints."""
+    if boxes is not None:
+        is_rotated = boxes.shape[1] == 5
+        return BoxMode.convert(boxes, BoxMode.XYWHA_ABS, BoxMode.XYXY_ABS) if is_rotated else boxes
+    if masks is not None:
+        return np.array([mask.bbox() for mask in masks]).reshape(-1, 4)
+    if keypoints is not None:
+        return np.concatenate([keypoints[:, :, :2].min(axis=1), keypoints[:, :, :2].max(axis=1)], axis=1)
+    return np.zeros((num_objects, 4))
+
+
+def _mask_center(mask: GenericMask) -> tuple[float, float] | None:
+    """The median pixel of a mask, x and y."""
+    pixels = np.argwhere(mask.mask)
+    return tuple(np.median(pixels, axis=0)[::-1].tolist()) if len(pixels) else None
+
+
+def _annotated_column(annotations: list[dict], key: str, default: Any) -> list | None:
+    """The values of a key that some annotations have; None if none has it."""
+    if not any(key in annotation for annotation in annotations):
+        return None
+    return [annotation.get(key, default) for annotation in annotations]
+
+
+def _annotated_boxes(annotations: list[dict]) -> np.ndarray | None:
+    """(N, 4), or (N, 5) if one is rotated; None if one has no box."""
+    if not all("bbox" in annotation for annotation in annotations):
+        return None
+    is_rotated = any(annotation["bbox_mode"] == BoxMode.XYWHA_ABS for annotation in annotations)
+    mode = BoxMode.XYWHA_ABS if is_rotated else BoxMode.XYXY_ABS
+    boxes = [BoxMode.convert(list(a["bbox"]), a["bbox_mode"], mode) for a in annotations]
+    return np.array(boxes, dtype=np.float64)
+
+
+def _annotated_keypoints(annotations: list[dict]) -> np.ndarray | None:
+    lists = _annotated_column(annotations, "keypoints", ())
+    if lists is None:
+        return None
+    num_keypoints = max(len(keypoints) for keypoints in lists) // 3
+    # Objects without keypoints have them all invisible.
+    points = [np.asarray(k if len(k) else [0] * (3 * num_keypoints), dtype=np.float64) for k in lists]
+    return np.stack(points).reshape(len(annotations), num_keypoints, 3)
+
+
+def _read_png(path: str, mode: str | None = None) -> np.ndarray:
+    from PIL import Image
+
+    with PathManager.open(path, "rb") as file:
+        image = Image.open(file)
+        return np.asarray(image.convert(mode) if mode else image)

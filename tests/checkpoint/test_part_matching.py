@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 
 from detlib.checkpoint import DetectionCheckpointer
-from detlib.checkpoint.part_matching import match_part
+from detlib.checkpoint.key_matching import match_part
 from detlib.modeling.backbone import TimmBackbone, TorchvisionBackbone
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from detlib.engine import DefaultTrainer, HookBase, launch
-from detlib.engine.distributed.restart import should_resume
+from detlib.engine.distributed.environment import should_resume
 from detlib.engine.hooks import StopOnSignal
 from detlib.utils import comm
 from detlib.utils.env import seed_all_rng

@@ -12,7 +12,8 @@ from detlib.engine import DefaultTrainer, LazyTrainer, hooks, option_checks
 from detlib.engine.options import RunOptions
 from detlib.engine.setup import RUN_SETTINGS
 from detlib.utils import comm
-from detlib.utils.events import CommonMetricPrinter, CSVWriter, JSONWriter, TensorboardXWriter
+from detlib.utils.events import CommonMetricPrinter, JSONWriter, TensorboardXWriter
+from detlib.utils.writers import CSVWriter
 from tests.builders import tiny_cfg, tiny_lazy_config
 
 ALL = [

@@ -10,7 +10,7 @@ import torch
 
 from detlib.checkpoint import Checkpointer
 from detlib.engine import StopTraining, TrainerBase, interrupt, launch
-from detlib.engine.distributed.restart import should_resume
+from detlib.engine.distributed.environment import should_resume
 from detlib.engine.hooks import StopOnSignal
 from tests.engine import launching
 

@@ -7,9 +7,9 @@ import pytest
 
 from detlib.evaluation.rotated_iou import rotated_iou
 from detlib.report.detections import load_detections
+from detlib.report.images import rank_pictures
 from detlib.report.matching import confusion_matrix, f1_curve, match_classes, picture_scores
-from detlib.report.pictures import rank_pictures
-from tests.report.made import make_run, truth_and_results
+from tests.report.run_folder import make_run, truth_and_results
 
 
 def load(folder, truth, results):

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from detlib.report.records import EvaluationName, parse_evaluation, read_records
-from tests.report.made import record
+from tests.report.run_folder import record
 
 
 def read(tmp_path, *lines):

@@ -15,7 +15,7 @@ from detlib.report.__main__ import main
 from detlib.report.detection_plots import pr_curve, shown_classes
 from detlib.report.detections import find_predictions, load_detections
 from detlib.report.training_plots import smooth
-from tests.report.made import make_run, record, truth_and_results
+from tests.report.run_folder import make_run, record, truth_and_results
 from tests.report.test_page import check_page
 
 FIGURES = ("losses", "learning_rate", "evaluation", "pr_curves", "f1_curve", "confusion_matrix", "labels")

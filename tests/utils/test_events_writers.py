@@ -10,17 +10,8 @@ import types
 import pytest
 import torch
 
-from detlib.utils.events import (
-    WRITERS,
-    CSVWriter,
-    EventStorage,
-    EventWriter,
-    JSONWriter,
-    MLflowWriter,
-    TensorboardXWriter,
-    WandbWriter,
-)
-from detlib.utils.writers import build_writers
+from detlib.utils.events import EventStorage, EventWriter, JSONWriter, TensorboardXWriter
+from detlib.utils.writers import WRITERS, CSVWriter, MLflowWriter, WandbWriter, build_writers
 
 
 def _rows(path):

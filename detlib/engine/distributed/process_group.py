@@ -1,6 +1,7 @@
 """What a process does that is one of several: it joins the others, works, and leaves, or tells why not."""
 
 import datetime
+import json
 import os
 import threading
 import time
@@ -16,7 +17,6 @@ from torch.distributed import rendezvous
 from detlib.engine.distributed.environment import ProcessPlace
 from detlib.engine.distributed.failures import Failure, FailureBoard, ProcessFailedError, describe_failure
 from detlib.engine.distributed.interrupt import StopTraining
-from detlib.engine.distributed.rounds import agree_on_round
 from detlib.engine.distributed.watchdog import Watchdog, end_process, find_neighbours, write_error_file
 from detlib.utils import comm
 
@@ -141,7 +141,7 @@ def _join_store(place: ProcessPlace, timeout: datetime.timedelta) -> dist.Store:
             return dist.TCPStore(host, port, is_master=False, timeout=timeout)
         store = next(rendezvous(place.url, place.rank, place.world_size, timeout=timeout))[0]
         if place.launcher == "torchrun":
-            store = agree_on_round(store, place.rank, place.world_size, timeout.total_seconds())
+            store = _agree_on_round(store, place.rank, place.world_size, timeout.total_seconds())
         return store
     except Exception as e:
         raise RuntimeError(
@@ -230,3 +230,45 @@ class _Member:
             ) from e
         comm.create_local_process_group(local_size)
         comm.synchronize()
+
+
+def _agree_on_round(store: dist.Store, rank: int, world_size: int, timeout: float) -> dist.Store:
+    """Returns a part of the store that only the processes of this start use. All of them call it.
+
+    torchrun's store outlives restarts, with all that was written into it, and its counter of restarts may
+    differ between machines. So rank 0 draws a name, every process answers with one of its own, and rank 0
+    confirms these. Who has answered to the name of an earlier start is not confirmed, and asks again.
+
+    Args:
+        store: the store that all starts share.
+        rank: of this process.
+        world_size: number of processes.
+        timeout: seconds to wait for the others.
+
+    Raises:
+        RuntimeError: if some do not come, naming them in rank 0.
+    """
+    end = time.monotonic() + timeout
+    own = os.urandom(8).hex()
+    if rank == 0:
+        store.set("detlib_round", own)
+        answers = {f"detlib_answer/{own}/{r}": r for r in range(1, world_size)}
+        while missing := [r for key, r in answers.items() if not store.check([key])]:
+            _pause(end, f"processes {missing} of {world_size} have not come")
+        store.set(f"detlib_confirmed/{own}", json.dumps([store.get(key).decode() for key in answers]))
+        return dist.PrefixStore(own, store)
+    name = ""
+    while True:
+        if store.check(["detlib_round"]) and (latest := store.get("detlib_round").decode()) != name:
+            name = latest
+            store.set(f"detlib_answer/{name}/{rank}", own)
+        confirmed = f"detlib_confirmed/{name}"
+        if name and store.check([confirmed]) and own in json.loads(store.get(confirmed)):
+            return dist.PrefixStore(name, store)
+        _pause(end, "process 0 has not confirmed that all have come")
+
+
+def _pause(end: float, waiting_for: str) -> None:
+    if time.monotonic() > end:
+        raise RuntimeError(f"{waiting_for} in time (TRAIN.TIMEOUT)")
+    time.sleep(0.02)

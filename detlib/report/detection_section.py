@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,11 +14,9 @@ from detlib.evaluation.lvis_metrics import METRICS as LVIS_METRICS
 from detlib.report.class_table import Table, class_table, confusion_table, to_csv
 from detlib.report.detection_plots import confusion_figure, f1_figure, labels_figure, pr_figure
 from detlib.report.detections import Detections, load_detections
+from detlib.report.images import draw_comparison, encode_picture, picture_files, rank_pictures
 from detlib.report.matching import F1Curve, Matches, confusion_matrix, f1_curve, match_classes, picture_scores
-from detlib.report.pictures import draw_comparison, encode_picture, picture_files, rank_pictures
-
-if TYPE_CHECKING:
-    from detlib.report.writer import Report
+from detlib.report.report import Report
 
 __all__ = ["add_detections"]
 
