@@ -1,8 +1,8 @@
 """Data sets, loaders and transforms."""
 
 # Imported for their effect: the built-in names and the formats that the catalogs know.
-from . import datasets, formats, samplers, transforms
-from .build import (
+from detlib.data import datasets, formats, samplers, transforms
+from detlib.data.build import (
     build_batch_data_loader,
     build_detection_test_loader,
     build_detection_train_loader,
@@ -10,11 +10,10 @@ from .build import (
     load_proposals_into_dataset,
     print_instances_class_histogram,
 )
-from .catalog import DatasetCatalog, Metadata, MetadataCatalog
-from .common import DatasetFromList, MapDataset, ToIterableDataset
-from .dataset_mapper import DatasetMapper
-from .detr_dataset_mapper import DetrDatasetMapper
-from .panoptic_mapper import PanopticDatasetMapper
+from detlib.data.catalog import DatasetCatalog, Metadata, MetadataCatalog
+from detlib.data.common import DatasetFromList, MapDataset, ToIterableDataset
+from detlib.data.dataset_mapper import DatasetMapper, DetrDatasetMapper
+from detlib.data.panoptic_mapper import PanopticDatasetMapper
 
 __all__ = [
     "DatasetCatalog",

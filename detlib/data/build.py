@@ -1,41 +1,43 @@
-"""Data loaders for training and testing."""
+"""Datasets for training and testing, loaded, filtered and checked, and the data loaders over them."""
 
 import logging
 import sys
 from collections.abc import Callable, Sized
-from functools import partial
+from itertools import chain, zip_longest
 from typing import Any
 
+import numpy as np
 import torch
+from tabulate import tabulate
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Sampler
 
 from detlib.config import configurable
-from detlib.utils import comm
-from detlib.utils.env import seed_all_rng
-
-from .catalog import MetadataCatalog
-from .common import AspectRatioGroupedDataset, DatasetFromList, MapDataset
-from .dataset_dicts import (
-    check_category_ids,
-    filter_images_with_few_keypoints,
-    filter_images_with_only_crowd_annotations,
-    get_detection_dataset_dicts,
-    log_images_without_objects,
-    print_instances_class_histogram,
+from detlib.data.catalog import DatasetCatalog, MetadataCatalog
+from detlib.data.common import (
+    AspectRatioGroupedDataset,
+    DatasetFromList,
+    MapDataset,
+    PositionedSampler,
+    ResumableLoader,
+    aspect_ratio_group,
+    identity,
+    unmapped,
 )
-from .dataset_mapper import DatasetMapper
-from .detection_utils import check_metadata_consistency
-from .proposals import load_proposals_into_dataset
-from .resume import PlacedSampler, ResumableLoader
-from .samplers import (
+from detlib.data.dataset_mapper import DatasetMapper
+from detlib.data.detection_utils import as_names, check_metadata_consistency
+from detlib.data.proposals import load_proposals_into_dataset
+from detlib.data.samplers.distributed_sampler import (
     ClassAwareTrainingSampler,
+    EndlessSampler,
     InferenceSampler,
     MultiDatasetTrainingSampler,
     RandomSubsetTrainingSampler,
     RepeatFactorTrainingSampler,
     TrainingSampler,
 )
-from .samplers.stream import EndlessSampler
+from detlib.utils import comm
+from detlib.utils.env import seed_all_rng
+from detlib.utils.logger import log_first_n
 
 __all__ = [
     "build_batch_data_loader",
@@ -45,7 +47,7 @@ __all__ = [
     "filter_images_with_only_crowd_annotations",
     "get_detection_dataset_dicts",
     "load_proposals_into_dataset",
-    "pictures_per_epoch",
+    "images_per_epoch",
     "print_instances_class_histogram",
     "trivial_batch_collator",
     "worker_init_reset_seed",
@@ -54,13 +56,222 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
+def filter_images_with_only_crowd_annotations(dataset_dicts: list[dict]) -> list[dict]:
+    """Drop pictures without annotations, or with crowd regions only.
+
+    Args:
+        dataset_dicts: annotated dataset in the standard format.
+
+    Returns:
+        The pictures that stay, in a new list.
+    """
+    kept = [record for record in dataset_dicts if _has_objects(record)]
+    logger.info(
+        "DATALOADER.FILTER_EMPTY_ANNOTATIONS: dropped %d of %d images, those without objects; %d are left",
+        len(dataset_dicts) - len(kept),
+        len(dataset_dicts),
+        len(kept),
+    )
+    return kept
+
+
+def log_images_without_objects(dataset_dicts: list[dict]) -> None:
+    """Log how many pictures without objects, or with crowd regions only, are kept as negatives, if any."""
+    count = sum(not _has_objects(record) for record in dataset_dicts)
+    if count:
+        logger.info(
+            "DATALOADER.FILTER_EMPTY_ANNOTATIONS is False: kept %d of %d images that have no objects",
+            count,
+            len(dataset_dicts),
+        )
+
+
+def _has_objects(record: dict) -> bool:
+    return any(anno.get("iscrowd", 0) == 0 for anno in record.get("annotations", ()))
+
+
+def filter_images_with_few_keypoints(dataset_dicts: list[dict], min_keypoints_per_image: int) -> list[dict]:
+    """Drop pictures with fewer than ``min_keypoints_per_image`` labelled keypoints.
+
+    Args:
+        dataset_dicts: annotated dataset in the standard format.
+        min_keypoints_per_image: smallest number that stays.
+
+    Returns:
+        The pictures that stay, in a new list.
+    """
+
+    def count(record: dict) -> int:
+        points = (anno["keypoints"] for anno in record.get("annotations", ()) if "keypoints" in anno)
+        return sum(int((np.asarray(p)[2::3] > 0).sum()) for p in points)
+
+    kept = [record for record in dataset_dicts if count(record) >= min_keypoints_per_image]
+    logger.info(
+        "MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE: dropped %d of %d images, those with fewer than %d "
+        "keypoints; %d are left",
+        len(dataset_dicts) - len(kept),
+        len(dataset_dicts),
+        min_keypoints_per_image,
+        len(kept),
+    )
+    return kept
+
+
+def check_category_ids(dataset_dicts: list[dict], num_classes: int, source: str) -> None:
+    """Check that every category id is an int in [0, num_classes).
+
+    Args:
+        dataset_dicts: dataset in the standard format.
+        num_classes: number of classes.
+        source: what the number of classes comes from, for the message.
+
+    Raises:
+        ValueError: one is not; image and file are named.
+    """
+    legal = frozenset(range(num_classes))  # 1.0 and numpy's numbers are found in it as well
+    annotations = chain.from_iterable(record.get("annotations", ()) for record in dataset_dicts)
+    if legal.issuperset(anno.get("category_id") for anno in annotations):
+        return
+    for record in dataset_dicts:
+        for index, anno in enumerate(record.get("annotations", ())):
+            category_id = anno.get("category_id")
+            if category_id not in legal:
+                image = f"image {record.get('image_id')!r} (file {record.get('file_name')})"
+                raise ValueError(
+                    f"annotation {index} of {image}: category_id must be an int from 0 to {num_classes - 1} "
+                    f"({source}), got {category_id!r}"
+                )
+
+
+def print_instances_class_histogram(dataset_dicts: list[dict], class_names: list[str]) -> None:
+    """Log how many objects of each class there are; crowd regions do not count.
+
+    Args:
+        dataset_dicts: annotated dataset in the standard format.
+        class_names: the name of each category id.
+    """
+    check_category_ids(dataset_dicts, len(class_names), f"{len(class_names)} class names")
+    annotations = chain.from_iterable(record.get("annotations", ()) for record in dataset_dicts)
+    ids = [anno["category_id"] for anno in annotations if not anno.get("iscrowd", 0)]
+    counts = np.bincount(np.asarray(ids, dtype=np.int64), minlength=len(class_names))
+
+    def shorten(name: str) -> str:  # LVIS has names that would break the table
+        return name if len(name) <= 13 else name[:11] + ".."
+
+    cells = list(chain.from_iterable((shorten(name), int(n)) for name, n in zip(class_names, counts)))
+    if len(class_names) > 1:
+        cells += [None] * (-len(cells) % 6) if len(class_names) > 3 else []
+        cells += ["total", int(counts.sum())]
+    columns = min(6, len(cells))
+    rows = zip_longest(*[iter(cells)] * columns)
+    table = tabulate(
+        rows,
+        headers=(["category", "#instances"] * 3)[:columns],
+        tablefmt="pipe",
+        numalign="right",
+        stralign="center",
+    )
+    log_first_n(logging.INFO, f"Objects of all {len(class_names)} categories:\n{table}", key="message")
+
+
+def _load(names: list[str]) -> list:
+    """The datasets of these names; none of them empty."""
+    datasets = []
+    for name in names:
+        dataset = DatasetCatalog.get(name)
+        if not isinstance(dataset, IterableDataset) and len(dataset) == 0:
+            raise ValueError(f"dataset {name!r} is empty: it holds no image")
+        datasets.append(dataset)
+    return datasets
+
+
+def get_detection_dataset_dicts(
+    names: str | list[str],
+    filter_empty: bool = True,
+    min_keypoints: int = 0,
+    proposal_files: list[str] | None = None,
+    check_consistency: bool = True,
+) -> list[dict] | Dataset:
+    """Load datasets by name, check them, and drop the pictures that have nothing to train on.
+
+    Args:
+        names: registered names or addresses.
+        filter_empty: drop pictures without annotations other than crowd regions
+            (``DATALOADER.FILTER_EMPTY_ANNOTATIONS``).
+        min_keypoints: drop pictures with fewer labelled keypoints
+            (``MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE``); 0 for no such filter.
+        proposal_files: one file of precomputed proposals for each name, see
+            :func:`load_proposals_into_dataset`; None for none.
+        check_consistency: require that all datasets have the same ``thing_classes``.
+
+    Returns:
+        All pictures in one list; or, where the catalog gives torch Datasets, these as one dataset, as they
+        are.
+
+    Raises:
+        KeyError: a name is not known.
+        ValueError: a dataset is empty, or nothing is left of it; a category id has no class; the classes
+            differ; there are not as many files of proposals as names.
+    """
+    names = as_names(names)
+    if not names:
+        raise ValueError("no dataset is named; set DATASETS.TRAIN or DATASETS.TEST")
+    if proposal_files is not None and len(proposal_files) != len(names):
+        raise ValueError(
+            "there must be one file of proposals for each dataset (DATASETS.PROPOSAL_FILES_TRAIN for "
+            f"DATASETS.TRAIN, when MODEL.LOAD_PROPOSALS is True): got {list(proposal_files)} for {names}"
+        )
+    datasets = _load(names)
+    if any(isinstance(dataset, Dataset) for dataset in datasets):
+        if proposal_files:
+            raise ValueError("precomputed proposals are added to lists of dicts, not to torch Datasets")
+        return datasets[0] if len(datasets) == 1 else ConcatDataset(datasets)
+    if proposal_files:
+        datasets = [load_proposals_into_dataset(*pair) for pair in zip(datasets, proposal_files)]
+
+    for name, records in zip(names, datasets):
+        class_names = getattr(MetadataCatalog.get(name), "thing_classes", None)
+        if class_names is not None:
+            source = f"dataset {name!r} has {len(class_names)} thing_classes"
+            check_category_ids(records, len(class_names), source)
+
+    records = list(chain.from_iterable(datasets))
+    if any("annotations" in record for record in records):
+        records = _filter(records, names, filter_empty, min_keypoints)
+        if check_consistency:
+            check_metadata_consistency("thing_classes", names)
+        class_names = getattr(MetadataCatalog.get(names[0]), "thing_classes", None)
+        if check_consistency and class_names is not None:
+            print_instances_class_histogram(records, class_names)
+    return records
+
+
+def _filter(records: list[dict], names: list[str], filter_empty: bool, min_keypoints: int) -> list[dict]:
+    """Apply the two filters; an empty result is an error that names the key."""
+    quoted = ", ".join(repr(name) for name in names)
+    total = len(records)
+    if filter_empty:
+        records = filter_images_with_only_crowd_annotations(records)
+        if not records:
+            raise ValueError(
+                f"none of the {total} images of dataset {quoted} has an object, and "
+                "DATALOADER.FILTER_EMPTY_ANNOTATIONS is True, which drops such images; set it to False to "
+                "use them, or check the annotations"
+            )
+    if min_keypoints > 0:
+        total = len(records)
+        records = filter_images_with_few_keypoints(records, min_keypoints)
+        if not records:
+            raise ValueError(
+                f"none of the {total} images of dataset {quoted} has {min_keypoints} labelled keypoints "
+                "(MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE)"
+            )
+    return records
+
+
 def trivial_batch_collator(batch: list) -> list:
     """A batch is the list of its elements."""
     return batch
-
-
-def _as_is(element: Any) -> Any:
-    return element
 
 
 def worker_init_reset_seed(worker_id: int) -> None:
@@ -137,8 +348,10 @@ def build_batch_data_loader(
         raise ValueError("build_batch_data_loader: sampler must be None with an iterable dataset")
     if num_workers > 0:
         kwargs.update(prefetch_factor=prefetch_factor, persistent_workers=persistent_workers)
-    placed = PlacedSampler(sampler) if isinstance(sampler, EndlessSampler) else None
-    kwargs.update(num_workers=num_workers, pin_memory=pin_memory, sampler=placed or sampler)
+    positioned = None
+    if isinstance(sampler, EndlessSampler):
+        positioned = PositionedSampler(sampler, with_positions=isinstance(dataset, MapDataset))
+    kwargs.update(num_workers=num_workers, pin_memory=pin_memory, sampler=positioned or sampler)
     kwargs.setdefault("worker_init_fn", worker_init_reset_seed)
     if seed is not None:
         kwargs["generator"] = torch.Generator().manual_seed(seed)
@@ -148,38 +361,18 @@ def build_batch_data_loader(
         loader = DataLoader(
             dataset, batch_size=batch_size, drop_last=drop_last, collate_fn=collate_fn, **kwargs
         )
-        return ResumableLoader(loader, batch_size, placed)
+        return ResumableLoader(loader, batch_size, positioned)
     if not drop_last:
         raise ValueError("build_batch_data_loader: aspect_ratio_grouping needs drop_last=True")
-    if isinstance(dataset, MapDataset):  # a position is restored by the groups that indices have
-        dataset.keep_groups(_group_of)
-    elements = DataLoader(dataset, batch_size=None, collate_fn=_as_is, **kwargs)
+    if isinstance(dataset, MapDataset):  # a position is restored from the groups of the unmapped elements
+        dataset.keep_groups(aspect_ratio_group)
+    elements = DataLoader(dataset, batch_size=None, collate_fn=identity, **kwargs)
     batches = AspectRatioGroupedDataset(elements, batch_size)
     batches = batches if collate_fn is None else MapDataset(batches, collate_fn)
-    return ResumableLoader(batches, batch_size, placed, is_wide=partial(_is_wide, dataset))
+    return ResumableLoader(batches, batch_size, positioned, grouped_dataset=unmapped(dataset))
 
 
-def _is_wide(dataset: Dataset, index: int) -> bool:
-    """The group of an element, told from what a dataset is before it is mapped."""
-    while isinstance(dataset, MapDataset):
-        dataset = dataset._dataset
-    group = _group_of(dataset[int(index)])
-    if group is None:
-        raise ValueError(
-            "a loader with aspect_ratio_grouping can go on at a saved position only if the records have "
-            f"'width' and 'height'; element {int(index)} has none"
-        )
-    return group
-
-
-def _group_of(record: Any) -> bool | None:
-    """Whether a record's picture is wider than high; None where it does not say."""
-    if not isinstance(record, dict) or not {"width", "height"} <= set(record):
-        return None
-    return record["width"] > record["height"]
-
-
-def pictures_per_epoch(loader: Any) -> int | None:
+def images_per_epoch(loader: Any) -> int | None:
     """Number of elements that a loader of `build_batch_data_loader` draws from; None if that is not known."""
     while hasattr(loader, "dataset"):
         loader = loader.dataset
@@ -197,14 +390,10 @@ def _check_num_classes(cfg, dataset_dicts: list[dict]) -> None:
     for part in key.split("."):
         num_classes = num_classes[part]
     check_category_ids(dataset_dicts, num_classes, f"{key} is {num_classes}")
-    name = _as_names(cfg.DATASETS.TRAIN)[0]
+    name = as_names(cfg.DATASETS.TRAIN)[0]
     class_names = getattr(MetadataCatalog.get(name), "thing_classes", None)
     if class_names is not None and len(class_names) != num_classes:
         logger.warning("%s is %d, but dataset %r has %d classes", key, num_classes, name, len(class_names))
-
-
-def _as_names(names) -> list[str]:
-    return [names] if isinstance(names, str) else list(names)
 
 
 _SAMPLERS = (
@@ -242,7 +431,7 @@ def _build_train_sampler(cfg, dataset, parts: list | None = None) -> Sampler:
 
 def _load_train_sets(cfg) -> tuple[list | Dataset, list]:
     """The training data as one data set, and the data sets that it is made of where the sampler asks."""
-    names = _as_names(cfg.DATASETS.TRAIN)
+    names = as_names(cfg.DATASETS.TRAIN)
     options = {
         "filter_empty": cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
         "min_keypoints": cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
@@ -287,13 +476,13 @@ def _train_loader_from_config(cfg, mapper=None, *, dataset=None, sampler=None) -
         "dataset": dataset,
         "sampler": sampler,
         "mapper": mapper,
-        "total_batch_size": _pictures_per_pass(cfg.SOLVER),
+        "total_batch_size": _images_per_pass(cfg.SOLVER),
         "aspect_ratio_grouping": cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         "num_workers": cfg.DATALOADER.NUM_WORKERS,
     }
 
 
-def _pictures_per_pass(solver) -> int:
+def _images_per_pass(solver) -> int:
     """Pictures of one forward and backward pass over all processes."""
     if solver.ACCUM_STEPS < 1 or solver.IMS_PER_BATCH % solver.ACCUM_STEPS:
         raise ValueError(
@@ -351,11 +540,11 @@ def build_detection_train_loader(
 
 
 def _test_loader_from_config(cfg, dataset_name, mapper=None) -> dict:
-    names = _as_names(dataset_name)
+    names = as_names(dataset_name)
     proposal_files = None
     if cfg.MODEL.LOAD_PROPOSALS:
         # The files are listed in the order of the datasets.
-        files = dict(zip(_as_names(cfg.DATASETS.TEST), cfg.DATASETS.PROPOSAL_FILES_TEST))
+        files = dict(zip(as_names(cfg.DATASETS.TEST), cfg.DATASETS.PROPOSAL_FILES_TEST))
         proposal_files = [files[name] for name in names if name in files] or None
     dataset = get_detection_dataset_dicts(names, filter_empty=False, proposal_files=proposal_files)
     if mapper is None:

@@ -1,7 +1,14 @@
-"""Datasets made of other datasets, and the sharing of data between loader processes."""
+"""Datasets built from other datasets, and loaders whose position can be saved and restored.
+
+The position of a loader is the number of batches that the training run has taken: workers load ahead. The
+order is a function of the sampler's seed, and the random numbers of an element are a function of its position
+in that order, so a resumed run draws the same augmentations, on any number of workers.
+"""
 
 import copy
+import itertools
 import logging
+import operator
 import pickle
 import random
 from collections.abc import Callable, Iterator
@@ -11,12 +18,21 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
+from detlib.data.samplers.distributed_sampler import EndlessSampler, StreamPosition
 from detlib.utils.env import seeded
 from detlib.utils.serialize import PicklableWrapper
 
-from .resume import place_seed
-
-__all__ = ["AspectRatioGroupedDataset", "DatasetFromList", "MapDataset", "ToIterableDataset"]
+__all__ = [
+    "AspectRatioGroupedDataset",
+    "DatasetFromList",
+    "MapDataset",
+    "PositionedSampler",
+    "ResumableLoader",
+    "ToIterableDataset",
+    "aspect_ratio_group",
+    "identity",
+    "unmapped",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -97,65 +113,75 @@ def _apply(map_func: Callable, element: Any, *others: Callable) -> Any:
         raise
 
 
-# So often `MapDataset` looks for an element of the same group; then the group is taken to have no others.
-_MOST_DRAWS = 1000
+# After this many draws, MapDataset assumes that the group of an element has no other members.
+_MAX_DRAWS = 1000
 
 
 class MapDataset(Dataset):
     """A function applied to the elements of a dataset.
 
-    Where the function returns None, a map-style dataset gives another element, drawn at random, in its place,
-    and an iterable dataset skips the element. An exception of the function is never swallowed: it is passed
-    on with a note that names the element's file.
+    If the function returns None, a map-style dataset returns another element, drawn at random, instead, and
+    an iterable dataset skips the element. Exceptions of the function are passed on with a note that names the
+    element's file.
 
-    A function with a true attribute ``takes_others`` makes its result of several elements (as copy-paste
-    does): it is called with the element and a function that draws a further one at random.
+    A function with a true attribute ``takes_others`` builds its result from several elements (as copy-paste
+    does): it is called with the element and a function that draws another one at random.
 
-    Where indices know their place in a sampler's stream, as those of `build_batch_data_loader` do, all random
-    numbers follow from the place: they are the same on any number of workers, and in a resumed run.
+    Indexed by a `StreamPosition`, as the loaders of `build_batch_data_loader` do, all random numbers follow
+    from the position: they are the same on any number of workers, and in a resumed run.
     """
 
     def __new__(cls, dataset: Dataset, map_func: Callable):
+        # PyTorch tells iterable datasets by their type, and `MapDataset` of either type is a public name.
         if isinstance(dataset, IterableDataset):
             if getattr(map_func, "takes_others", False):
                 raise TypeError(
-                    f"MapDataset: {type(map_func).__name__} takes further elements at random, which an "
-                    f"iterable dataset ({type(dataset).__name__}) cannot give"
+                    f"MapDataset: {type(map_func).__name__} draws further elements at random, which an "
+                    f"iterable dataset ({type(dataset).__name__}) cannot provide"
                 )
             return _MapIterableDataset(dataset, map_func)
         return super().__new__(cls)
 
-    def __getnewargs__(self):
-        return self._dataset, self._map_func
-
     def __init__(self, dataset: Dataset, map_func: Callable):
         """
         Args:
-            dataset: a map-style or an iterable dataset; the result is of the same kind.
-            map_func: takes an element; may return None, see above.
+            dataset: a map-style or an iterable dataset; the result is of the same type.
+            map_func: function of an element; may return None, see above.
         """
         self._dataset = dataset
-        self._map_func = PicklableWrapper(map_func)
+        self._map_func = map_func
         self._others = (self._draw_element,) if getattr(map_func, "takes_others", False) else ()
         self._rng = random.Random(42)
-        self._refused: set[int] = set()
+        self._rejected: set[int] = set()
         self._group_of: Callable[[Any], Any] | None = None
+
+    def __getnewargs__(self):
+        return self._dataset, None
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_map_func": PicklableWrapper(self._map_func)}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, _map_func=state["_map_func"]._obj)
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def keep_groups(self, group_of: Callable[[Any], Any]) -> None:
-        """Let what is given in place of an element be one of its group, if such can be found.
+        """Prefer one from the same group when an element has to be replaced.
 
         Args:
-            group_of: the group of an element of the dataset, before the function is applied.
+            group_of: returns the group of an element of the dataset, before the function is applied.
         """
         self._group_of = group_of
 
-    def __getitem__(self, idx: int) -> Any:
-        seed = place_seed(idx)
+    def __getitem__(self, idx: int | StreamPosition) -> Any:
+        if not isinstance(idx, StreamPosition):
+            return self._load(int(idx), self._rng)
+        sequence = np.random.SeedSequence([idx.seed, idx.position])
+        seed = int(sequence.generate_state(1, np.uint64)[0])
         with seeded(seed):
-            return self._load(int(idx), self._rng if seed is None else random.Random(seed))
+            return self._load(idx.index, random.Random(seed))
 
     def _load(self, idx: int, rng: random.Random) -> Any:
         index = idx
@@ -163,32 +189,30 @@ class MapDataset(Dataset):
         while True:
             data = _apply(self._map_func, self._dataset[index], *self._others)
             if data is not None:
-                self._refused.discard(index)
+                self._rejected.discard(index)
                 return data
-            self._refused.add(index)
+            self._rejected.add(index)
             tries += 1
             if tries == 3:
-                logger.warning("The mapper returned None for 3 elements in a row, from index %d on", idx)
-            index = self._draw_other(idx, rng)
+                logger.warning("The mapper returned None for 3 elements in a row, starting at index %d", idx)
+            index = self._draw_replacement(idx, rng)
 
     def _draw_element(self) -> Any:
         return self._dataset[int(np.random.randint(len(self._dataset)))]
 
-    def _draw_other(self, idx: int, rng: random.Random) -> int:
+    def _draw_replacement(self, idx: int, rng: random.Random) -> int:
         size = len(self._dataset)
-        if len(self._refused) >= size:
+        if len(self._rejected) >= size:
             raise ValueError(
-                f"the mapper returned None for all {size} elements of the dataset (asked for index {idx})"
+                f"the mapper returned None for all {size} elements of the dataset (requested index {idx})"
             )
         group_of = self._group_of or (lambda element: None)
         group = group_of(self._dataset[idx])
-        drawn = 0
-        while True:
+        for draws in itertools.count(1):
             index = rng.randrange(size)
-            drawn += 1
-            if index in self._refused:
+            if index in self._rejected:
                 continue
-            if drawn > _MOST_DRAWS or group_of(self._dataset[index]) == group:
+            if draws > _MAX_DRAWS or group_of(self._dataset[index]) == group:
                 return index
 
 
@@ -240,6 +264,13 @@ class ToIterableDataset(IterableDataset):
                 yield self.dataset[index]
 
 
+def aspect_ratio_group(record: Any) -> bool | None:
+    """Return whether a record's image is wider than high; None if the record does not have its size."""
+    if not isinstance(record, dict) or not {"width", "height"} <= set(record):
+        return None
+    return record["width"] > record["height"]
+
+
 class AspectRatioGroupedDataset(IterableDataset):
     """Batches of pictures that are all wider than high, or all not, so that little padding is needed.
 
@@ -265,3 +296,153 @@ class AspectRatioGroupedDataset(IterableDataset):
             if len(group) == self.batch_size:
                 yield group.copy()
                 group.clear()
+
+
+def identity(element: Any) -> Any:
+    """Return ``element``: the ``collate_fn`` of a loader that yields single elements."""
+    return element
+
+
+def unmapped(dataset: Dataset) -> Dataset:
+    """Return the dataset that a chain of `MapDataset` starts from."""
+    while isinstance(dataset, MapDataset):
+        dataset = dataset._dataset
+    return dataset
+
+
+class PositionedSampler(Sampler):
+    """The indices of an endless sampler from a restored position on."""
+
+    def __init__(self, sampler: EndlessSampler, with_positions: bool):
+        """
+        Args:
+            sampler: the endless sampler.
+            with_positions: yield each index as a `StreamPosition`, as `MapDataset` takes them, or as an int.
+        """
+        self.sampler = sampler
+        self.with_positions = with_positions
+        self.pending: list[StreamPosition] = []
+        self.skip = 0
+
+    def __iter__(self) -> Iterator[StreamPosition | int]:
+        stream = itertools.chain(self.pending, self.sampler.iterate_from(self.skip))
+        return stream if self.with_positions else map(operator.attrgetter("index"), stream)
+
+
+class ResumableLoader(IterableDataset):
+    """Batches of a loader, with ``state_dict`` and ``load_state_dict``.
+
+    Each iteration begins at the restored position, or else at the start.
+    """
+
+    def __init__(
+        self,
+        loader: Any,
+        batch_size: int,
+        sampler: PositionedSampler | None,
+        grouped_dataset: Dataset | None = None,
+    ):
+        """
+        Args:
+            loader: an iterable of batches.
+            batch_size: number of elements of each batch, in this process.
+            sampler: the one that ``loader`` draws from; without it the position cannot be restored.
+            grouped_dataset: with grouping by aspect ratio, the dataset of records that the indices refer to.
+        """
+        self.dataset = loader
+        self.batch_size = batch_size
+        self._positioned = sampler
+        self._grouped_dataset = grouped_dataset
+        self._restored = 0
+        self._taken = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self._taken = self._restored
+        for batch in self.dataset:
+            self._taken += 1
+            yield batch
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def sampler(self) -> Sampler | None:
+        """The sampler that the loader was built with."""
+        if self._positioned is not None:
+            return self._positioned.sampler
+        loader = self.dataset
+        while not hasattr(loader, "sampler"):
+            loader = getattr(loader, "dataset", None) or getattr(loader, "_dataset", None)
+        return loader.sampler
+
+    def __getattr__(self, name: str) -> Any:
+        # Attributes of a DataLoader (num_workers, collate_fn, ...).
+        if name.startswith("__") or "dataset" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    def state_dict(self) -> dict:
+        """Return how many batches of which stream have been taken; the same in all processes."""
+        state = {"batches": self._taken, "batch_size": self.batch_size}
+        if self._positioned is not None:
+            state["world_size"] = self._positioned.sampler._world_size
+            state["sampler"] = self._positioned.sampler.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict) -> None:
+        """Let the next iteration resume after the batches that were taken when ``state`` was saved.
+
+        With another number of processes or another batch size, it resumes after the same number of images.
+
+        Args:
+            state: what `state_dict` returned, in any process of the earlier run.
+        """
+        positioned = self._positioned
+        if positioned is None or "sampler" not in state:
+            logger.warning("The data loader has no sampler with a position: data start from the beginning")
+            return
+        sampler = positioned.sampler
+        sampler.load_state_dict(state["sampler"])
+        positioned.pending, positioned.skip = [], 0
+        layout = self.batch_size, sampler._world_size
+        saved = state["batch_size"], state["world_size"]
+        if layout != saved:
+            sampler.start += state["batches"] * saved[0] * saved[1]
+            self._restored = self._taken = 0
+            return
+        self._restored = self._taken = state["batches"]
+        if self._grouped_dataset is None:
+            positioned.skip = state["batches"] * self.batch_size
+        else:
+            positioned.pending, positioned.skip = self._replay(sampler, state["batches"])
+
+    def _replay(self, sampler: EndlessSampler, batches: int) -> tuple[list[StreamPosition], int]:
+        """Follow the stream without loading until ``batches`` batches are full.
+
+        Returns:
+            The positions that wait for a batch by then, in order, and how many were drawn.
+        """
+        waiting: dict[bool, list[StreamPosition]] = {True: [], False: []}
+        groups: dict[int, bool] = {}
+        drawn = 0
+        stream = sampler.iterate_from(0)
+        while batches > 0:
+            entry = next(stream)
+            drawn += 1
+            if entry.index not in groups:
+                groups[entry.index] = self._is_wide(entry.index)
+            group = waiting[groups[entry.index]]
+            group.append(entry)
+            if len(group) == self.batch_size:
+                group.clear()
+                batches -= 1
+        return sorted(waiting[True] + waiting[False], key=operator.attrgetter("position")), drawn
+
+    def _is_wide(self, index: int) -> bool:
+        group = aspect_ratio_group(self._grouped_dataset[index])
+        if group is None:
+            raise ValueError(
+                "a loader with aspect_ratio_grouping can resume at a saved position only if the records have "
+                f"'width' and 'height'; element {index} has none"
+            )
+        return group

@@ -2,20 +2,22 @@
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from detlib.config import configurable
+from detlib.data import detection_utils as utils
+from detlib.data import transforms as T  # noqa: N812 (the name that mappers use)
+from detlib.data.multi_image_augmentation import (
+    MultiImageAugmentation,
+    Sample,
+    build_multi_image_augmentations,
+)
 from detlib.structures import BoxMode
 
-from . import detection_utils as utils
-from . import transforms as T  # noqa: N812 (the name that mappers use)
-from .annotations_together import transform_annotations_together
-from .mixing import CopyPaste, Mixing, Mosaic, Sample
-
-__all__ = ["DatasetMapper"]
+__all__ = ["DatasetMapper", "DetrDatasetMapper"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ class DatasetMapper:
         precomputed_proposal_topk: int | None = None,
         recompute_boxes: bool = False,
         rotated_boxes: bool | None = None,
-        mixing: list[Mixing] | tuple = (),
+        mixing: list[MultiImageAugmentation] | tuple = (),
         decoder: str = "pil",
     ):
         """
@@ -59,8 +61,8 @@ class DatasetMapper:
             rotated_boxes: whether models get RotatedBoxes; by default, those pictures with a rotated
                 annotation (BoxMode.XYWHA_ABS). If False, rotated annotations become the upright boxes around
                 them.
-            mixing: what makes one training picture of several, in order; see `detlib.data.mixing`. The mapper
-                then needs a `MapDataset` around it, which the loaders make.
+            mixing: the multi-image augmentations, in order; see `detlib.data.multi_image_augmentation`. The
+                mapper then needs a `MapDataset` around it, which the loaders add.
             decoder: see `detection_utils.read_image`.
         """
         if recompute_boxes and not use_instance_mask:
@@ -108,7 +110,7 @@ class DatasetMapper:
             "rotated_boxes": True if cfg.MODEL.ANCHOR_GENERATOR.NAME == "RotatedAnchorGenerator" else None,
         }
         if is_train:
-            ret["mixing"] = build_mixing(cfg)
+            ret["mixing"] = build_multi_image_augmentations(cfg)
         if cfg.MODEL.KEYPOINT_ON:
             ret["keypoint_hflip_indices"] = utils.create_keypoint_hflip_indices(cfg.DATASETS.TRAIN)
         if cfg.MODEL.LOAD_PROPOSALS:
@@ -147,7 +149,9 @@ class DatasetMapper:
                 annos.append({key: value for key, value in annotation.items() if key not in unused})
                 indices.append(index)
         flip = self.keypoint_hflip_indices
-        moved = transform_annotations_together(annos, transforms, image_shape, keypoint_hflip_indices=flip)
+        moved = utils.transform_annotations_batched(
+            annos, transforms, image_shape, keypoint_hflip_indices=flip
+        )
         if moved is not None:
             return moved
         for index, used in zip(indices, annos):
@@ -285,15 +289,53 @@ class DatasetMapper:
         return dataset_dict
 
 
-def build_mixing(cfg) -> list[Mixing]:
-    """The mixings of a config, in the order of application.
+class _Either(T.Augmentation):
+    """One of two lists of augmentations, with equal chances."""
 
-    Args:
-        cfg: reads ``INPUT.MOSAIC`` and ``INPUT.COPY_PASTE``.
+    def __init__(self, first: T.AugmentationList, second: T.AugmentationList):
+        super().__init__()
+        self.first, self.second = first, second
+
+    def __call__(self, aug_input) -> T.Transform:
+        return (self.first if np.random.rand() > 0.5 else self.second)(aug_input)
+
+    def __repr__(self) -> str:
+        return f"Either({self.first}, {self.second})"
+
+
+class DetrDatasetMapper(DatasetMapper):
+    """A `DatasetMapper` that crops every second training picture, as DETR (arXiv:2005.12872) was trained.
+
+    Half of the pictures, drawn at random, go through `augmentation`, the others through
+    `augmentation_with_crop`: a resize to a smaller side, a crop, and a resize to the side of training.
     """
-    mixing: list[Mixing] = []
-    if cfg.INPUT.MOSAIC.PROB > 0:
-        mixing.append(Mosaic(cfg.INPUT.MOSAIC.PROB, size=tuple(cfg.INPUT.MOSAIC.SIZE)))
-    if cfg.INPUT.COPY_PASTE.PROB > 0:
-        mixing.append(CopyPaste(cfg.INPUT.COPY_PASTE.PROB))
-    return mixing
+
+    def __init__(
+        self,
+        augmentation: Sequence[T.Augmentation | T.Transform],
+        augmentation_with_crop: Sequence[T.Augmentation | T.Transform] | None,
+        is_train: bool = True,
+        mask_on: bool = False,
+        img_format: str = "RGB",
+    ):
+        """
+        Args:
+            augmentation: Augmentations or Transforms to apply, in order.
+            augmentation_with_crop: the same for every second training picture; None for `augmentation`
+                there too.
+            is_train: whether the output is for training; for testing `augmentation` alone is applied and
+                annotations are left out.
+            mask_on: whether to keep instance masks.
+            img_format: see `detection_utils.read_image`.
+        """
+        self.augmentation = T.AugmentationList(list(augmentation))
+        self.augmentation_with_crop = None
+        both = [self.augmentation]
+        if augmentation_with_crop is not None:
+            self.augmentation_with_crop = T.AugmentationList(list(augmentation_with_crop))
+            if is_train:
+                both = [_Either(self.augmentation, self.augmentation_with_crop)]
+        super().__init__(
+            is_train=is_train, augmentations=both, image_format=img_format, use_instance_mask=mask_on
+        )
+        self.mask_on, self.img_format = mask_on, img_format

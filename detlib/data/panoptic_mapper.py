@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 
 from detlib.config import configurable
+from detlib.data import detection_utils as utils
+from detlib.data import transforms as T  # noqa: N812 (the name that mappers use)
+from detlib.data.dataset_mapper import DatasetMapper
+from detlib.data.multi_image_augmentation import IGNORED, Sample, box_of
 from detlib.structures import BoxMode
-
-from . import detection_utils as utils
-from . import transforms as T  # noqa: N812 (the name that mappers use)
-from .dataset_mapper import DatasetMapper
-from .mixing import IGNORED, Sample, box_of
 
 __all__ = ["PanopticDatasetMapper"]
 

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from fvcore.transforms.transform import Transform
 
-from detlib.structures import BoxMode
+from detlib.structures import Boxes, BoxMode, Instances, RotatedBoxes
 from detlib.utils.file_io import PathManager
 from detlib.utils.safe_pickle import load_plain_pickle
 
-__all__ = ["load_proposals_into_dataset"]
+__all__ = ["load_proposals_into_dataset", "transform_proposals"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,44 @@ def load_proposals_into_dataset(dataset_dicts: list[dict], proposal_file: str) -
         record["proposal_bbox_mode"] = mode
     logger.info("Loaded proposals of %d images from %s", len(dataset_dicts), proposal_file)
     return dataset_dicts
+
+
+def transform_proposals(
+    dataset_dict: dict,
+    image_shape: tuple[int, int],
+    transforms: Transform,
+    *,
+    proposal_topk: int,
+    min_box_size: float = 0,
+) -> None:
+    """Apply transforms to the precomputed proposals in a dataset dict, if it has any.
+
+    The fields "proposal_boxes" ((P, 4), or (P, 5) rotated ones), "proposal_bbox_mode" and
+    "proposal_objectness_logits" ((P,), falling) are replaced by "proposals", an Instances with
+    ``proposal_boxes`` and ``objectness_logits``.
+
+    Args:
+        dataset_dict: dict of one picture, changed in place.
+        image_shape: (height, width) of the transformed picture.
+        transforms: the transforms of the picture.
+        proposal_topk: keep this many of the best.
+        min_box_size: proposals of which a side is not longer than this are dropped.
+    """
+    if "proposal_boxes" not in dataset_dict:
+        return
+    boxes, mode = dataset_dict.pop("proposal_boxes"), dataset_dict.pop("proposal_bbox_mode")
+    if mode == BoxMode.XYWHA_ABS:
+        boxes = RotatedBoxes(torch.as_tensor(transforms.apply_rotated_box(boxes).astype(np.float32)))
+    else:
+        boxes = BoxMode.convert(boxes, mode, BoxMode.XYXY_ABS)
+        boxes = Boxes(torch.as_tensor(transforms.apply_box(boxes).astype(np.float32)))
+    logits = torch.as_tensor(np.array(dataset_dict.pop("proposal_objectness_logits"), dtype=np.float32))
+    boxes.clip(image_shape)
+    keep = boxes.nonempty(threshold=min_box_size)
+    proposals = Instances(image_shape)
+    proposals.proposal_boxes = boxes[keep][:proposal_topk]
+    proposals.objectness_logits = logits[keep][:proposal_topk]
+    dataset_dict["proposals"] = proposals
 
 
 def _read(proposal_file: str) -> tuple[Sequence, Sequence, Sequence, BoxMode]:

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from detlib.data.common import DatasetFromList
 from detlib.structures import BoxMode
-
-from .common import DatasetFromList
 
 __all__ = ["SharedMemory", "measure"]
 

@@ -16,7 +16,7 @@ from detlib.data import (
     build_detection_test_loader,
     build_detection_train_loader,
 )
-from detlib.data.build import pictures_per_epoch
+from detlib.data.build import images_per_epoch
 from detlib.engine.base_trainer import ConfigTrainer
 from detlib.engine.checks import as_names, check_datasets, check_num_classes, set_num_classes
 from detlib.engine.default_hooks import build_default_hooks
@@ -78,7 +78,7 @@ class DefaultTrainer(ConfigTrainer):
             GeneralizedRCNNWithTTA(cfg, model)  # to learn now, not at the end, if it has none for this model
         data_loader = self.build_train_loader(cfg)
         self._check_num_classes(cfg)
-        pictures = pictures_per_epoch(data_loader)
+        pictures = images_per_epoch(data_loader)
         cfg = set_iterations(cfg, pictures)
         options = RunOptions.from_cfg(cfg, pictures)
         model = self._prepare_model(model, options)

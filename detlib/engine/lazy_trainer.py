@@ -12,7 +12,7 @@ from torch import nn
 
 from detlib.config import instantiate
 from detlib.data import MetadataCatalog
-from detlib.data.build import pictures_per_epoch
+from detlib.data.build import images_per_epoch
 from detlib.engine.base_trainer import ConfigTrainer
 from detlib.engine.checks import as_names
 from detlib.engine.default_hooks import build_default_hooks
@@ -85,7 +85,7 @@ class LazyTrainer(ConfigTrainer):
         train = cfg.train
         data_loader = instantiate(self._train_loader_config())
         options = RunOptions.from_lazy(
-            train, cfg.dataloader.train.get("total_batch_size") or 0, pictures_per_epoch(data_loader)
+            train, cfg.dataloader.train.get("total_batch_size") or 0, images_per_epoch(data_loader)
         )
         model = self._prepare_model(self.build_model(cfg), options)
         model.train()

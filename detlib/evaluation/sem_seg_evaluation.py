@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from detlib.data.catalog import DatasetCatalog, MetadataCatalog
-from detlib.data.readers import read_label_map
+from detlib.data.image_io import read_label_map
 from detlib.ops import encode_rle
 from detlib.utils import comm
 from detlib.utils.file_io import PathManager

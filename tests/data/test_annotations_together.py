@@ -8,7 +8,7 @@ import pytest
 from detlib.data import DatasetMapper
 from detlib.data import detection_utils as utils
 from detlib.data import transforms as T
-from detlib.data.annotations_together import transform_annotations_together
+from detlib.data.detection_utils import transform_annotations_batched
 from detlib.structures import BoxMode
 
 SIZE, FLIP = (60, 80), [0, 2, 1]
@@ -75,7 +75,7 @@ def test_equal_to_one_by_one(chain, mode, as_arrays):
             for one in annotations(rng, mode=mode, as_arrays=as_arrays)
         ]
         before = copy.deepcopy(given)
-        found = transform_annotations_together(given, transforms, size, keypoint_hflip_indices=FLIP)
+        found = transform_annotations_batched(given, transforms, size, keypoint_hflip_indices=FLIP)
         expected = [
             utils.transform_instance_annotations(one, transforms, size, keypoint_hflip_indices=FLIP)
             for one in copy.deepcopy(given)
@@ -87,9 +87,9 @@ def test_equal_to_one_by_one(chain, mode, as_arrays):
 
 def test_no_annotations_and_no_polygons():
     transforms = T.TransformList(CHAINS["resize and flip"])
-    assert transform_annotations_together([], transforms, (101, 133)) == []
+    assert transform_annotations_batched([], transforms, (101, 133)) == []
     bare = annotations(np.random.default_rng(0), count=2, segmentation=[])
-    found = transform_annotations_together(bare, transforms, (101, 133), keypoint_hflip_indices=FLIP)
+    found = transform_annotations_batched(bare, transforms, (101, 133), keypoint_hflip_indices=FLIP)
     assert [one["segmentation"] for one in found] == [[], []]
 
 
@@ -98,7 +98,7 @@ def test_whole_numbers():
         np.random.default_rng(0), count=3, bbox=[3, 4, 10, 7], segmentation=[[1, 2, 9, 2, 9, 8]]
     )
     transforms = T.TransformList(CHAINS["resize and flip"])
-    found = transform_annotations_together(given, transforms, (101, 133), keypoint_hflip_indices=FLIP)
+    found = transform_annotations_batched(given, transforms, (101, 133), keypoint_hflip_indices=FLIP)
     one_by_one = [
         utils.transform_instance_annotations(dict(one), transforms, (101, 133), keypoint_hflip_indices=FLIP)
         for one in given
@@ -129,13 +129,13 @@ def test_other_sorts_are_left_alone(other):
     given = annotations(np.random.default_rng(1), count=3)
     given[1].update(OTHERS[other])
     transforms = T.TransformList(CHAINS["resize and flip"])
-    assert transform_annotations_together(given, transforms, (101, 133), keypoint_hflip_indices=FLIP) is None
+    assert transform_annotations_batched(given, transforms, (101, 133), keypoint_hflip_indices=FLIP) is None
 
 
 @pytest.mark.parametrize("step", [Own(80), T.RotationTransform(60, 80, 30)])
 def test_other_transforms_are_left_alone(step):
     given = annotations(np.random.default_rng(1))
-    assert transform_annotations_together(given, T.TransformList([step]), SIZE) is None
+    assert transform_annotations_batched(given, T.TransformList([step]), SIZE) is None
 
 
 def test_missing_keys_and_flips_are_left_alone():
@@ -143,10 +143,10 @@ def test_missing_keys_and_flips_are_left_alone():
     for key in ("bbox", "bbox_mode", "keypoints", "segmentation"):
         given = annotations(np.random.default_rng(1), count=3)
         del given[2][key]
-        assert transform_annotations_together(given, transforms, SIZE, keypoint_hflip_indices=FLIP) is None
+        assert transform_annotations_batched(given, transforms, SIZE, keypoint_hflip_indices=FLIP) is None
     given = annotations(np.random.default_rng(1), count=3)
-    assert transform_annotations_together(given, transforms, SIZE) is None
-    assert transform_annotations_together(given, transforms, SIZE, keypoint_hflip_indices=[0, 1]) is None
+    assert transform_annotations_batched(given, transforms, SIZE) is None
+    assert transform_annotations_batched(given, transforms, SIZE, keypoint_hflip_indices=[0, 1]) is None
 
 
 def test_mapper_takes_both_ways():

@@ -10,7 +10,7 @@ from detlib.config import get_cfg
 from detlib.data import MetadataCatalog
 from detlib.data import detection_utils as utils
 from detlib.data import transforms as T
-from detlib.data.readers import read_image_size
+from detlib.data.image_io import read_image_size
 from detlib.structures import BitMasks, Boxes, BoxMode, Instances, PolygonMasks
 
 

@@ -135,5 +135,5 @@ def test_a_sampler_of_the_users_begins_anew(caplog):
     next(batches)
     assert made.state_dict()["batches"] == 1
     made.load_state_dict(made.state_dict())
-    assert "begin anew" in caplog.text
+    assert "start from the beginning" in caplog.text
     assert next(iter(made))[0]["image_id"] == 0

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torchvision.transforms import v2
 
 from detlib.data import transforms as T
-from detlib.data.annotations import transform_instance_annotations, transform_proposals
+from detlib.data.detection_utils import transform_instance_annotations, transform_proposals
 from detlib.structures import BoxMode, polygons_to_bitmask
 
 HEIGHT, WIDTH = 60, 84

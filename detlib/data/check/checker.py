@@ -23,7 +23,7 @@ from detlib.data.check.annotation_checks import check_box, check_keypoints, chec
 from detlib.data.datasets.keypoint_names import check_keypoint_names
 from detlib.data.formats.base import FORMATS, ParsedURI
 from detlib.data.formats.findings import Finding, RawSet, raw_from_records
-from detlib.data.readers import stored_size, to_8_bits, upright_size
+from detlib.data.image_io import stored_size, to_8_bits, upright_size
 from detlib.utils.file_io import PathManager
 
 __all__ = ["Checked", "check_dataset", "read_raw"]

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from detlib.data.catalog import DatasetCatalog, MetadataCatalog
-from detlib.data.readers import read_image_size
+from detlib.data.image_io import read_image_size
 from detlib.structures import BoxMode
 from detlib.utils.file_io import PathManager
 from detlib.utils.suggest import suggest

@@ -17,7 +17,7 @@ from typing import Any
 from detlib.data.catalog import DatasetCatalog, MetadataCatalog
 from detlib.data.datasets.keypoint_names import left_right_pairs, warn_of_no_pairs
 from detlib.data.datasets.yolo_layout import YoloConfig, find_yolo_images, label_file_of, read_yolo_config
-from detlib.data.readers import read_image_size
+from detlib.data.image_io import read_image_size
 from detlib.structures import BoxMode
 from detlib.utils.file_io import PathManager
 

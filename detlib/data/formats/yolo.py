@@ -28,7 +28,7 @@ from detlib.data.datasets.yolo_layout import (
 from detlib.data.formats.base import EMPTY_BOXES, Candidate, Format, ParsedURI, register_format
 from detlib.data.formats.findings import RawSet, split_common_folder
 from detlib.data.formats.writing import ConversionSource, format_number, write_text
-from detlib.data.readers import check_image_size, read_image_size
+from detlib.data.image_io import check_image_size, read_image_size
 from detlib.utils.file_io import PathManager
 
 __all__ = ["YoloURI", "read_raw_yolo", "write_yolo"]

@@ -1,13 +1,14 @@
-"""Samplers: which pictures, in which order, and which of them in which process."""
+"""Samplers: which images, in which order, and which of them in which process."""
 
-from .balanced_sampler import ClassAwareTrainingSampler, MultiDatasetTrainingSampler
-from .distributed_sampler import (
+from detlib.data.samplers.distributed_sampler import (
+    ClassAwareTrainingSampler,
     InferenceSampler,
+    MultiDatasetTrainingSampler,
     RandomSubsetTrainingSampler,
     RepeatFactorTrainingSampler,
     TrainingSampler,
 )
-from .grouped_batch_sampler import GroupedBatchSampler
+from detlib.data.samplers.grouped_batch_sampler import GroupedBatchSampler
 
 __all__ = [
     "ClassAwareTrainingSampler",

@@ -1,29 +1,113 @@
-"""Samplers that know of several processes.
+"""Samplers: which images, in which order, and which of them in which process.
 
 For training, all processes follow one endless stream of indices, epoch after epoch, and each takes every n-th
-of it; so with a fixed seed a step sees the same pictures on any number of processes. The stream depends on
-the seed alone and can be entered at any position, which costs the drawing of the epochs before it and no
-loading.
+of it; so with a fixed seed a step sees the same images on any number of processes. The stream depends on the
+seed alone and can be entered at any position, which costs the drawing of the epochs before it and no loading.
 """
 
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import Sampler
 
 from detlib.utils import comm
 
-from .stream import EndlessSampler, check_size, resolve_seed
-
 __all__ = [
+    "ClassAwareTrainingSampler",
+    "EndlessSampler",
     "InferenceSampler",
+    "MultiDatasetTrainingSampler",
     "RandomSubsetTrainingSampler",
     "RepeatFactorTrainingSampler",
+    "StreamPosition",
     "TrainingSampler",
 ]
+
+
+def check_size(owner: str, size: int) -> None:
+    if not isinstance(size, int):
+        raise TypeError(f"{owner}: size must be an int, got {type(size).__name__}")
+    if size <= 0:
+        raise ValueError(f"{owner}: size must be positive, got {size}")
+
+
+def resolve_seed(seed: int | None) -> int:
+    """``seed``, or, for None or a negative one, a random seed that all processes share."""
+    return comm.shared_random_seed() if seed is None or seed < 0 else int(seed)
+
+
+class StreamPosition(NamedTuple):
+    """An index and its place in a sampler's stream, from which the random numbers of its element follow.
+
+    Attributes:
+        index: into the dataset.
+        seed: the stream's seed.
+        position: the index's number in the stream of all processes together.
+    """
+
+    index: int
+    seed: int
+    position: int
+
+
+class EndlessSampler(Sampler):
+    """An endless stream of indices, made of epochs, shared out between the processes.
+
+    Attributes:
+        start: position in the stream of all processes together at which iteration begins; set it before
+            iterating, to go on where an earlier run stopped.
+    """
+
+    def __init__(self, seed: int | None):
+        self._seed = resolve_seed(seed)
+        self._rank = comm.get_rank()
+        self._world_size = comm.get_world_size()
+        self.start = 0
+
+    def _draw_epoch(self, generator: torch.Generator) -> torch.Tensor:
+        """The (L,) int64 indices of the next epoch."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement _draw_epoch")
+
+    def _epochs(self, start: int) -> Iterator[list[int]]:
+        """Yield the indices of one epoch after the other, from position ``start`` of the stream on."""
+        generator = torch.Generator().manual_seed(self._seed)
+        skip = start
+        while True:
+            indices = self._draw_epoch(generator)
+            if skip < len(indices):
+                yield indices[skip:].tolist()
+            skip = max(skip - len(indices), 0)
+
+    def _local_stream(self, start: int) -> Iterator[int]:
+        stream = itertools.chain.from_iterable(self._epochs(start))
+        return itertools.islice(stream, self._rank, None, self._world_size)
+
+    def __iter__(self) -> Iterator[int]:
+        return self._local_stream(self.start)
+
+    def iterate_from(self, count: int) -> Iterator[StreamPosition]:
+        """Return the stream of this process without its first ``count`` indices, each with its position."""
+        begin = self.start + count * self._world_size
+        positions = itertools.count(begin + self._rank, self._world_size)
+        return map(StreamPosition, self._local_stream(begin), itertools.repeat(self._seed), positions)
+
+    def state_dict(self) -> dict[str, int]:
+        """The seed, also one that was drawn, and ``start``: with them another process gives the same stream.
+
+        How far a loader has come is known to the loader, which draws ahead; see
+        `detlib.data.common.ResumableLoader`.
+        """
+        return {"seed": self._seed, "start": self.start}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Take over the seed and the start of a saved sampler."""
+        if missing := {"seed", "start"} - set(state):
+            raise KeyError(f"{type(self).__name__}: the saved state lacks {sorted(missing)}")
+        self._seed, self.start = int(state["seed"]), int(state["start"])
 
 
 class TrainingSampler(EndlessSampler):
@@ -152,6 +236,90 @@ class RepeatFactorTrainingSampler(EndlessSampler):
         repeats = (self._whole + extra.float()).to(torch.int64)
         indices = torch.repeat_interleave(torch.arange(len(repeats)), repeats)
         return indices[torch.randperm(len(indices), generator=generator)] if self._shuffle else indices
+
+
+def _draw(elements: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+    """``count`` of ``elements`` in random order; none comes once more before all others have come."""
+    rounds = -(-count // len(elements))
+    orders = [torch.randperm(len(elements), generator=generator) for _ in range(rounds)]
+    return elements[torch.cat(orders)[:count]] if rounds else elements[:0]
+
+
+class ClassAwareTrainingSampler(EndlessSampler):
+    """Endless stream that draws each class equally often, and then a picture that shows it.
+
+    Paper: "Relay Backpropagation for Effective Learning of Deep Convolutional Neural Networks"
+    (https://arxiv.org/abs/1512.05830), section 4.1. An epoch is at least as long as the data set and has each
+    class the same number of times; pictures of a class come in turn. Pictures without objects never come.
+    """
+
+    def __init__(self, categories: Sequence[Sequence[int]], *, seed: int | None = None):
+        """
+        Args:
+            categories: the classes of the objects of each picture; repetitions do not count.
+            seed: see `TrainingSampler`.
+        """
+        pictures: dict[int, list[int]] = {}
+        for index, found in enumerate(categories):
+            for category in set(found):
+                pictures.setdefault(int(category), []).append(index)
+        if not pictures:
+            raise ValueError("ClassAwareTrainingSampler: no picture has an object")
+        super().__init__(seed)
+        self._pictures = [torch.tensor(pictures[category]) for category in sorted(pictures)]
+        self._rounds = -(-len(categories) // len(pictures))
+
+    @staticmethod
+    def categories_of(dataset_dicts: list[dict]) -> list[list[int]]:
+        """The classes of each picture's objects; crowd regions are left out."""
+        return [
+            [a["category_id"] for a in record.get("annotations", ()) if not a.get("iscrowd", 0)]
+            for record in dataset_dicts
+        ]
+
+    def _draw_epoch(self, generator: torch.Generator) -> torch.Tensor:
+        drawn = torch.stack([_draw(found, self._rounds, generator) for found in self._pictures])
+        order = [torch.randperm(len(drawn), generator=generator) for _ in range(self._rounds)]
+        return torch.cat([drawn[classes, turn] for turn, classes in enumerate(order)])
+
+
+class MultiDatasetTrainingSampler(EndlessSampler):
+    """Endless stream over several data sets, of each as much as its weight says.
+
+    An epoch is as long as the data sets together. Each has its share of it, rounded at random, and gives all
+    its pictures before it gives one again.
+    """
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float] = (), *, seed: int | None = None):
+        """
+        Args:
+            sizes: number of pictures of each data set, in the order in which they are concatenated.
+            weights: of each data set, not negative; only their ratios count. Equal ones when left out.
+            seed: see `TrainingSampler`.
+        """
+        sizes, weights = list(sizes), list(weights) or [1.0] * len(sizes)
+        if not sizes or min(sizes) <= 0:
+            raise ValueError(f"MultiDatasetTrainingSampler: sizes must all be positive, got {sizes}")
+        if len(weights) != len(sizes) or min(weights) < 0 or sum(weights) <= 0:
+            raise ValueError(
+                f"MultiDatasetTrainingSampler: weights (DATALOADER.DATASET_WEIGHTS) must be {len(sizes)} "
+                f"numbers, one for each data set, none negative and not all 0; got {weights}"
+            )
+        super().__init__(seed)
+        self._sets = torch.arange(sum(sizes)).split(sizes)
+        share = torch.tensor(weights, dtype=torch.float64)
+        self._bounds = (share / share.sum()).cumsum(0) * sum(sizes)
+
+    def _draw_epoch(self, generator: torch.Generator) -> torch.Tensor:
+        # One random offset rounds all bounds, so that each count is right on average and they add up.
+        total = sum(len(elements) for elements in self._sets)
+        offset = torch.rand((), generator=generator, dtype=torch.float64)
+        bounds = (self._bounds + offset).floor().long().clamp(max=total)
+        bounds[-1] = total
+        counts = torch.diff(bounds, prepend=torch.zeros(1, dtype=torch.long)).tolist()
+        parts = [_draw(elements, n, generator) for elements, n in zip(self._sets, counts)]
+        drawn = torch.cat(parts)
+        return drawn[torch.randperm(len(drawn), generator=generator)]
 
 
 class InferenceSampler(Sampler):

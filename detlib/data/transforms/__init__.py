@@ -11,7 +11,7 @@ from fvcore.transforms.transform import (
     VFlipTransform,
 )
 
-from .augmentation import (
+from detlib.data.transforms.augmentation import (
     AugInput,
     Augmentation,
     AugmentationList,
@@ -20,7 +20,7 @@ from .augmentation import (
     apply_augmentations,
     apply_transform_gens,
 )
-from .augmentation_impl import (
+from detlib.data.transforms.augmentation_impl import (
     FixedSizeCrop,
     MinIoURandomCrop,
     RandomApply,
@@ -39,8 +39,8 @@ from .augmentation_impl import (
     ResizeScale,
     ResizeShortestEdge,
 )
-from .torchvision_adapter import TorchvisionAugmentation, TorchvisionTransform
-from .transform import (
+from detlib.data.transforms.torchvision_adapter import TorchvisionAugmentation, TorchvisionTransform
+from detlib.data.transforms.transform import (
     ColorTransform,
     CropTransform,
     ExtentTransform,

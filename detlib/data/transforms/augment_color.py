@@ -3,8 +3,8 @@
 import numpy as np
 from fvcore.transforms.transform import BlendTransform, Transform, TransformList
 
-from .augmentation import Augmentation
-from .transform import ColorTransform
+from detlib.data.transforms.augmentation import Augmentation
+from detlib.data.transforms.transform import ColorTransform
 
 __all__ = ["RandomBrightness", "RandomColorJitter", "RandomContrast", "RandomLighting", "RandomSaturation"]
 

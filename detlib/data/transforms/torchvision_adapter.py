@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from fvcore.transforms.transform import Transform
 
+from detlib.data.transforms.augmentation import Augmentation
 from detlib.utils.env import seeded
-
-from .augmentation import Augmentation
 
 __all__ = ["TorchvisionAugmentation", "TorchvisionTransform"]
 

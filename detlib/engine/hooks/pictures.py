@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from detlib.data.readers import convert_image_to_rgb
+from detlib.data.image_io import convert_image_to_rgb
 from detlib.engine.pictures import draw_prediction
 from detlib.engine.train_loop import HookBase
 from detlib.evaluation import inference_context

@@ -6,7 +6,7 @@ import pytest
 
 from detlib.config import get_cfg
 from detlib.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
-from detlib.data.build import pictures_per_epoch
+from detlib.data.build import images_per_epoch
 from detlib.data.catalog import check_datasets_exist
 from detlib.data.datasets import load_roboflow, register_roboflow
 from detlib.data.detection_utils import read_image
@@ -137,5 +137,5 @@ def test_images_without_objects_are_counted(tmp_path, filter_empty, said, log):
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = filter_empty
     cfg.DATALOADER.NUM_WORKERS = 0
     loader = build_detection_train_loader(cfg)
-    assert pictures_per_epoch(loader) == 2 - filter_empty
+    assert images_per_epoch(loader) == 2 - filter_empty
     assert log.text.count("DATALOADER.FILTER_EMPTY_ANNOTATIONS") == 1 and said in log.text

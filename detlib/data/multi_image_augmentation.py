@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from fvcore.transforms.transform import TransformList
 
+from detlib.data.detection_utils import decode_rle, transform_instance_annotations
+from detlib.data.transforms import CropTransform, PadTransform, ResizeTransform
 from detlib.structures import BoxMode, polygons_to_bitmask
 
-from .annotations import decode_rle, transform_instance_annotations
-from .transforms import CropTransform, PadTransform, ResizeTransform
-
-__all__ = ["CopyPaste", "Mixing", "Mosaic", "Sample"]
+__all__ = ["CopyPaste", "Mosaic", "MultiImageAugmentation", "Sample", "build_multi_image_augmentations"]
 
 IGNORED = 255  # the label of semantic pixels that nothing is known of
 
@@ -36,7 +35,7 @@ class Sample:
     sem_seg: np.ndarray | None = None
 
 
-class Mixing:
+class MultiImageAugmentation:
     """Makes one sample of several.
 
     Attributes:
@@ -96,7 +95,7 @@ def _fit(array: np.ndarray, height: int, width: int, fill: int) -> np.ndarray:
     return np.pad(cropped, room, constant_values=fill)
 
 
-class CopyPaste(Mixing):
+class CopyPaste(MultiImageAugmentation):
     """Pastes a random subset of another picture's objects.
 
     Paper: "Simple Copy-Paste is a Strong Data Augmentation Method for Instance Segmentation"
@@ -192,7 +191,7 @@ class CopyPaste(Mixing):
         return True
 
 
-class Mosaic(Mixing):
+class Mosaic(MultiImageAugmentation):
     """Puts four pictures together around a random point (YOLOv4, https://arxiv.org/abs/2004.10934).
 
     Each picture is fitted into the whole canvas, aspect ratio kept, and shows that part of it which lies next
@@ -296,3 +295,17 @@ class Mosaic(Mixing):
         if segmentation is not None and len(segmentation) == 0:
             return False
         return x1 > x0 and y1 > y0 and (x1 - x0) * (y1 - y0) >= self.min_visible * before
+
+
+def build_multi_image_augmentations(cfg) -> list[MultiImageAugmentation]:
+    """Build the multi-image augmentations of a config, in the order of application.
+
+    Args:
+        cfg: reads ``INPUT.MOSAIC`` and ``INPUT.COPY_PASTE``.
+    """
+    mixing: list[MultiImageAugmentation] = []
+    if cfg.INPUT.MOSAIC.PROB > 0:
+        mixing.append(Mosaic(cfg.INPUT.MOSAIC.PROB, size=tuple(cfg.INPUT.MOSAIC.SIZE)))
+    if cfg.INPUT.COPY_PASTE.PROB > 0:
+        mixing.append(CopyPaste(cfg.INPUT.COPY_PASTE.PROB))
+    return mixing

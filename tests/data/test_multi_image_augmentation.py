@@ -10,7 +10,7 @@ from detlib.data import DatasetMapper
 from detlib.data import build as B
 from detlib.data import detection_utils as utils
 from detlib.data import transforms as T
-from detlib.data.mixing import CopyPaste, Mosaic, Sample
+from detlib.data.multi_image_augmentation import CopyPaste, Mosaic, Sample
 from detlib.data.samplers import TrainingSampler
 from detlib.structures import BoxMode
 
