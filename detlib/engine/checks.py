@@ -1,16 +1,27 @@
 """Checks of a config that save the user a late failure."""
 
+import functools
 import logging
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from torch import nn
+
 from detlib.config import CfgNode, get_cfg
 from detlib.data.catalog import MetadataCatalog, check_datasets_exist, is_dataset_uri
-from detlib.modeling import facts_of
+from detlib.data.detection_utils import get_fed_loss_cls_weights
+from detlib.modeling import FastRCNNOutputLayers, facts_of
 from detlib.utils.file_io import is_remote
 
-__all__ = ["as_names", "check_datasets", "check_num_classes", "check_weights", "set_num_classes"]
+__all__ = [
+    "as_names",
+    "check_datasets",
+    "check_num_classes",
+    "check_weights",
+    "set_class_weights",
+    "set_num_classes",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +132,22 @@ def set_num_classes(cfg: CfgNode) -> None:
         if entries and len(entries) != _get(cfg, key):
             _set(cfg, key, len(entries))
             logger.info("%s is set to %d, as dataset '%s' has them", key, len(entries), names[0])
+
+
+def set_class_weights(cfg: CfgNode, model: nn.Module) -> None:
+    """Give a model with a federated loss the class weights of the data that it is trained on.
+
+    The weights are read from the metadata of DATASETS.TRAIN when the loss is first computed.
+
+    Args:
+        cfg: the model's config.
+        model: the model; box predictors that have weights already keep them.
+    """
+    power = cfg.MODEL.ROI_BOX_HEAD.FED_LOSS_FREQ_WEIGHT_POWER
+    weights = functools.partial(get_fed_loss_cls_weights, cfg.DATASETS.TRAIN, power)
+    for module in model.modules():
+        if isinstance(module, FastRCNNOutputLayers):
+            module.provide_fed_loss_cls_weights(weights)
 
 
 def _get(cfg: CfgNode, key: str) -> Any:

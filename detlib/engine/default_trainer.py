@@ -18,7 +18,13 @@ from detlib.data import (
 )
 from detlib.data.build import images_per_epoch
 from detlib.engine.base_trainer import ConfigTrainer
-from detlib.engine.checks import as_names, check_datasets, check_num_classes, set_num_classes
+from detlib.engine.checks import (
+    as_names,
+    check_datasets,
+    check_num_classes,
+    set_class_weights,
+    set_num_classes,
+)
 from detlib.engine.default_hooks import build_default_hooks
 from detlib.engine.evaluators import default_evaluator
 from detlib.engine.options import RunOptions, set_iterations
@@ -74,6 +80,7 @@ class DefaultTrainer(ConfigTrainer):
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
 
         model = self.build_model(cfg)
+        set_class_weights(cfg, model)
         if cfg.TEST.AUG.ENABLED:
             GeneralizedRCNNWithTTA(cfg, model)  # to learn now, not at the end, if it has none for this model
         data_loader = self.build_train_loader(cfg)

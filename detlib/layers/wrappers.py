@@ -21,6 +21,7 @@ __all__ = [
     "conv_relu",
     "cross_entropy",
     "empty_input_loss_func_wrapper",
+    "for_convolutions",
     "interpolate",
     "move_device_like",
     "nonzero_tuple",
@@ -39,6 +40,21 @@ interpolate = F.interpolate
 def check_if_dynamo_compiling() -> bool:
     """Whether the caller runs inside `torch.compile` or `torch.export`."""
     return torch.compiler.is_compiling()
+
+
+# Device types whose convolutions and RoIAlign are faster in channels-last layout.
+CHANNELS_LAST_ON = ("cpu", "cuda")
+
+
+def for_convolutions(x: torch.Tensor) -> torch.Tensor:
+    """Return the same (N, C, H, W) values in the memory layout in which convolutions are fastest.
+
+    That is channels-last on a CPU and on CUDA. On other devices, and where it has that layout already, `x`
+    itself is returned.
+    """
+    if x.device.type not in CHANNELS_LAST_ON:
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def shapes_to_tensor(x: Sequence[int | torch.Tensor], device: torch.device | None = None) -> torch.Tensor:

@@ -21,6 +21,9 @@ __all__ = [
     "DefaultAnchorGenerator",
     "RotatedAnchorGenerator",
     "build_anchor_generator",
+    "check_rows",
+    "permute_to_N_HWA_K",
+    "same_on_all_levels",
 ]
 
 ANCHOR_GENERATOR_REGISTRY = Registry("ANCHOR_GENERATOR")
@@ -303,3 +306,52 @@ def build_anchor_generator(cfg, input_shape):
     """
     name = cfg.MODEL.ANCHOR_GENERATOR.NAME
     return ANCHOR_GENERATOR_REGISTRY.get(name, key="MODEL.ANCHOR_GENERATOR.NAME")(cfg, input_shape)
+
+
+def same_on_all_levels(values: list, what: str):
+    """The one value of a list: what a head that serves all levels needs to know of them.
+
+    Raises:
+        ValueError: the values differ; `what` names them.
+    """
+    if len(set(values)) != 1:
+        raise ValueError(
+            f"the head is shared by all levels, so {what} must be the same on each; got {list(values)}"
+        )
+    return values[0]
+
+
+def permute_to_N_HWA_K(tensor: torch.Tensor, K: int) -> torch.Tensor:
+    """Turn a convolution's output into one row for each anchor.
+
+    Args:
+        tensor: (N, A*K, H, W): K numbers for each of A anchors.
+        K: numbers for one anchor.
+
+    Returns:
+        (N, H*W*A, K) tensor; rows in the order of a contiguous (H, W, A) tensor, as the anchors are.
+
+    Raises:
+        ValueError: not four dimensions, or channels that are no multiple of K.
+    """
+    if tensor.dim() != 4 or tensor.shape[1] % K:
+        raise ValueError(f"expected (N, A*{K}, H, W), got the shape {tuple(tensor.shape)}")
+    n, channels, height, width = tensor.shape
+    tensor = tensor.view(n, channels // K, K, height, width).permute(0, 3, 4, 1, 2)
+    return tensor.reshape(n, height * width * (channels // K), K)
+
+
+def check_rows(anchors, predictions: list[torch.Tensor], remedy: str) -> None:
+    """Refuse predictions that do not fit the anchors.
+
+    Args:
+        anchors: L sets of anchors.
+        predictions: L tensors (N, R, K).
+        remedy: what to set so that they fit, for the message.
+
+    Raises:
+        ValueError: numbers of levels, or of rows on a level, that differ.
+    """
+    have, want = [p.shape[1] for p in predictions], [len(a) for a in anchors]
+    if have != want:
+        raise ValueError(f"the head predicts for {have} anchors by level, there are {want}: {remedy}")

@@ -19,6 +19,7 @@ __all__ = [
     "Box2BoxTransformRotated",
     "box2box_transform_for",
     "box_regression_loss",
+    "dense_box_regression_loss",
 ]
 
 # Growth by more than 1000/16 (a large picture's side over a small stride) is a network gone wrong.
@@ -303,4 +304,38 @@ def box_regression_loss(
         return _IOU_LOSSES[loss_type](pred_boxes, target_boxes, reduction="sum")
     raise ValueError(
         f"box loss type {loss_type!r}; legal are 'smooth_l1', {', '.join(map(repr, _IOU_LOSSES))}"
+    )
+
+
+def dense_box_regression_loss(
+    anchors,
+    box2box_transform,
+    pred_anchor_deltas: list[torch.Tensor],
+    gt_boxes: list[torch.Tensor],
+    fg_idxs: tuple[torch.Tensor, torch.Tensor],
+    box_reg_loss_type: str = "smooth_l1",
+    smooth_l1_beta: float = 0.0,
+) -> torch.Tensor:
+    """The summed box loss of the foreground anchors of a batch.
+
+    Args:
+        anchors: the boxes of all levels, R together.
+        box2box_transform: what relates deltas and boxes.
+        pred_anchor_deltas: L tensors (N, R_l, B).
+        gt_boxes: N tensors (R, B): each anchor's matched ground truth.
+        fg_idxs: two int64 tensors of one length: image in [0, N) and anchor in [0, R) of each foreground.
+        box_reg_loss_type: see `box_regression_loss`.
+        smooth_l1_beta: likewise.
+
+    Returns:
+        A scalar.
+    """
+    image_idxs, anchor_idxs = fg_idxs
+    return box_regression_loss(
+        box2box_transform,
+        anchors.tensor[anchor_idxs],
+        torch.cat(pred_anchor_deltas, dim=1)[image_idxs, anchor_idxs],
+        torch.stack(gt_boxes)[image_idxs, anchor_idxs],
+        box_reg_loss_type,
+        smooth_l1_beta,
     )

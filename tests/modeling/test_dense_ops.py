@@ -3,21 +3,18 @@
 import pytest
 import torch
 
-from detlib.modeling.box_regression import Box2BoxTransform
-from detlib.modeling.dense_ops import (
+from detlib.modeling.anchor_generator import check_rows, same_on_all_levels
+from detlib.modeling.box_regression import Box2BoxTransform, dense_box_regression_loss
+from detlib.modeling.meta_arch.dense_detector import (
     Candidates,
     best_candidates,
     candidates_from_logits,
     candidates_from_scores,
-    check_rows,
     decode_candidates,
-    decode_top_predictions,
-    dense_box_regression_loss,
     detections_per_image,
     permute_to_N_HWA_K,
-    same_on_all_levels,
-    top_per_level,
 )
+from detlib.modeling.proposal_generator.proposal_utils import decode_top_predictions, top_per_level
 from detlib.structures import Boxes
 from tests.builders import random_boxes
 

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss, generalized_box_iou_loss
 
 from detlib.config import get_cfg
+from detlib.engine import checks
 from detlib.layers import ShapeSpec
 from detlib.modeling.box_regression import Box2BoxTransform
 from detlib.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers, fast_rcnn_inference
@@ -267,7 +268,7 @@ def test_federated_loss_by_config(monkeypatch):
         calls.append((tuple(dataset_names), freq_weight_power))
         return torch.tensor([4.0, 0, 9, 0, 0]) ** freq_weight_power
 
-    monkeypatch.setattr("detlib.data.detection_utils.get_fed_loss_cls_weights", weights)
+    monkeypatch.setattr(checks, "get_fed_loss_cls_weights", weights)
     cfg = get_cfg()
     cfg.DATASETS.TRAIN = ("a", "b")
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = NUM_CLASSES
@@ -278,8 +279,11 @@ def test_federated_loss_by_config(monkeypatch):
         FastRCNNOutputLayers(cfg, ShapeSpec(channels=6))
     layers = FastRCNNOutputLayers(cfg, ShapeSpec(channels=6))
     layers.eval()(torch.zeros(2, 6))
-    assert not calls  # a model that only predicts needs no data sets
     logits, gt_classes = torch.randn(3, NUM_CLASSES + 1), torch.tensor([1, NUM_CLASSES, 1])
+    with pytest.raises(ValueError, match="USE_FED_LOSS.* provide_fed_loss_cls_weights"):
+        layers.sigmoid_cross_entropy_loss(logits, gt_classes)
+    checks.set_class_weights(cfg, torch.nn.Sequential(layers))
+    assert not calls  # a model that only predicts needs no datasets
     got = [layers.sigmoid_cross_entropy_loss(logits, gt_classes).item() for _ in range(2)]
     assert calls == [(("a", "b"), 0.25)]
     torch.testing.assert_close(layers.fed_loss_cls_weights, torch.tensor([4.0, 0, 9, 0, 0]) ** 0.25)

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from detlib.config import CfgNode, LazyConfig, configurable, get_cfg
-from detlib.engine import DefaultTrainer, LazyTrainer, wrapping
+from detlib.engine import DefaultTrainer, LazyTrainer
+from detlib.engine.distributed import ddp
 from detlib.evaluation import COCOEvaluator
 from detlib.modeling import (
     DETR,
@@ -99,7 +100,7 @@ def test_new_architecture_trains_and_evaluates_without_changes_elsewhere(one_box
     assert trainer.iter == 2 and not torch.equal(trainer.model.classifier.weight, before)
     assert results.keys() == {"bbox"} and 0 <= results["bbox"]["AP"] <= 100  # no semantic or panoptic metric
     assert isinstance(DefaultTrainer.build_evaluator(cfg, cfg.DATASETS.TEST[0]), COCOEvaluator)
-    assert wrapping.compile_parts(trainer.model, backend="eager") == ["backbone", "classifier"]
+    assert ddp.compile_parts(trainer.model, backend="eager") == ["backbone", "classifier"]
 
 
 def test_number_of_classes_of_a_new_architecture_is_compared_with_the_data(one_box, tmp_path):

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from detlib.layers import MultiScaleDeformableAttention, get_sine_pos_embed
-from detlib.modeling.dense_ops import gather_rows
 from detlib.modeling.detr.levels import Levels, cell_centres, flatten_levels, valid_ratio
 
 __all__ = ["DeformableDetrTransformer", "DeformableTransformer"]
@@ -239,7 +238,7 @@ class DeformableDetrTransformer(DeformableTransformer):
         if self.as_two_stage:
             _, enc_class, enc_boxes = self.propose(memory, levels)
             best = self.best_proposals(enc_class[..., 0])
-            proposals = gather_rows(enc_boxes, best).detach()
+            proposals = enc_boxes.take_along_dim(best[:, :, None], dim=1).detach()
             references = proposals.sigmoid()
             embedded = self.get_proposal_pos_embed(proposals, self.embed_dim // 2)
             query_pos, query = self.pos_trans_norm(self.pos_trans(embedded)).chunk(2, dim=2)

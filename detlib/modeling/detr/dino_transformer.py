@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from detlib.layers import MLP, get_sine_pos_embed
-from detlib.modeling.dense_ops import gather_rows
 from detlib.modeling.detr.deformable_layers import DeformableDecoder, DeformableDetrTransformerEncoder
 from detlib.modeling.detr.deformable_transformer import DeformableTransformer
 
@@ -137,8 +136,8 @@ class DINOTransformer(DeformableTransformer):
         memory, levels = self.encode(multi_level_feats, multi_level_masks, multi_level_pos_embeds)
         cells, logits, boxes = self.propose(memory, levels)
         best = self.best_proposals(logits.amax(dim=2))
-        enc_state = gather_rows(cells, best)
-        enc_reference = gather_rows(boxes, best).sigmoid()
+        enc_state = cells.take_along_dim(best[:, :, None], dim=1)
+        enc_reference = boxes.take_along_dim(best[:, :, None], dim=1).sigmoid()
         references = enc_reference.detach()
         if self.learnt_init_query:
             query = self.tgt_embed.weight.expand(len(memory), -1, -1)

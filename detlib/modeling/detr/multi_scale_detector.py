@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from detlib.layers import MLP
-from detlib.modeling.dense_ops import gather_rows
 from detlib.modeling.detr.checks import check_decoder, check_embed_dim, check_neck
 from detlib.modeling.detr.deformable_layers import refine_boxes
 from detlib.modeling.detr.detector import QueryDetector
@@ -129,4 +128,6 @@ class MultiScaleQueryDetector(QueryDetector):
         count = min(self.select_box_nums_for_evaluation, probabilities.shape[1])
         scores, index = probabilities.topk(count, dim=1)
         queries = index.div(num_classes, rounding_mode="floor")
-        return self._detections(gather_rows(box_pred, queries), scores, index % num_classes, image_sizes)
+        return self._detections(
+            box_pred.take_along_dim(queries[:, :, None], dim=1), scores, index % num_classes, image_sizes
+        )

@@ -11,7 +11,7 @@ from torch import nn
 
 from detlib.config import CfgNode
 from detlib.layers import move_device_like
-from detlib.modeling.layout import CHANNELS_LAST_ON, for_convolutions
+from detlib.layers.wrappers import CHANNELS_LAST_ON
 from detlib.modeling.postprocessing import detector_postprocess
 from detlib.structures import ImageList, Instances
 
@@ -175,7 +175,8 @@ class MetaArchitecture(nn.Module):
             getattr(self.backbone, "size_divisibility", 0),
             padding_constraints=dict(getattr(self.backbone, "padding_constraints", None) or {}),
         )
-        batch.tensor = for_convolutions(batch.tensor, self.channels_last_on)
+        if batch.device.type in self.channels_last_on:
+            batch.tensor = batch.tensor.contiguous(memory_format=torch.channels_last)
         return batch
 
     def take_ground_truth(

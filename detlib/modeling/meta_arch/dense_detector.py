@@ -4,28 +4,34 @@ Shape legend: N images, C channels, L feature levels, H and W one level's size, 
 anchors of one level (or of all), K classes.
 """
 
+import math
 from abc import ABCMeta, abstractmethod
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from detlib.config import CfgNode
+from detlib.modeling.anchor_generator import permute_to_N_HWA_K
 from detlib.modeling.backbone import Backbone
 from detlib.modeling.config_checks import check_features
-from detlib.modeling.dense_ops import (
-    best_candidates,
-    candidates_from_scores,
-    decode_candidates,
-    detections_per_image,
-    permute_to_N_HWA_K,
-)
 from detlib.modeling.focal_loss import focal_loss_sum
 from detlib.modeling.meta_arch.base import MetaArchitecture
 from detlib.structures import Boxes, ImageList, Instances
 from detlib.utils.events import get_event_storage, has_event_storage
 
-__all__ = ["DenseDetector"]
+__all__ = [
+    "Candidates",
+    "DenseDetector",
+    "best_candidates",
+    "candidates_from_logits",
+    "candidates_from_scores",
+    "decode_candidates",
+    "detections_per_image",
+    "permute_to_N_HWA_K",
+    "sigmoid_float32",
+]
 
 
 class DenseDetector(MetaArchitecture, metaclass=ABCMeta):
@@ -247,3 +253,140 @@ class DenseDetector(MetaArchitecture, metaclass=ABCMeta):
             self.inference_single_image(anchors, [x[i] for x in scores], [x[i] for x in deltas], size)
             for i, size in enumerate(image_sizes)
         ]
+
+
+class Candidates(NamedTuple):
+    """Predictions that score above a threshold: P of them, of all images of a batch, image by image."""
+
+    images: torch.Tensor
+    """(P,) int64 in [0, N), rising."""
+    rows: torch.Tensor
+    """(P,) int64 in [0, R): which anchor of the level."""
+    classes: torch.Tensor
+    """(P,) int64 in [0, K)."""
+    scores: torch.Tensor
+    """(P,) float32, or float64 where the predictions are."""
+
+
+def candidates_from_scores(scores: torch.Tensor, threshold: float) -> Candidates:
+    """The scores of one level, a (N, R, K) tensor, that are above `threshold`."""
+    # Most anchors have no class that does: to look for these first takes a third of the time.
+    images, rows = (scores.amax(dim=2) > threshold).nonzero(as_tuple=True)
+    chosen = scores[images, rows]
+    index, classes = (chosen > threshold).nonzero(as_tuple=True)
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    return Candidates(images[index], rows[index], classes, chosen[index, classes].to(dtype))
+
+
+def candidates_from_logits(
+    logits: torch.Tensor, threshold: float, quality_logits: torch.Tensor | None = None
+) -> Candidates:
+    """The predictions of one level that may score above a threshold, without the scores of the others.
+
+    Args:
+        logits: (N, R, K); the sigmoid of it is the score of a class.
+        threshold: what a score must exceed. A few that fall short of it are among the candidates:
+            `decode_candidates` drops them.
+        quality_logits: (N, R, 1); if given, its sigmoid is how well the box lies, and the score is the
+            geometric mean of both.
+
+    Returns:
+        Candidates: of this level, with their exact scores.
+    """
+    # A quality is at most 1, so that the class alone must score above the square.
+    least = threshold if quality_logits is None else threshold * abs(threshold)
+    if least <= 0:
+        least_logit = -math.inf
+    else:
+        least_logit = math.log(least / (1 - least)) if least < 1 else math.inf
+        least_logit -= 0.01 * (1 + abs(least_logit))  # how logits are rounded must not decide
+    found = candidates_from_scores(logits, least_logit)
+    scores = found.scores.sigmoid()
+    if quality_logits is not None:
+        quality = quality_logits[found.images, found.rows, 0].to(scores.dtype).sigmoid()
+        scores = (scores * quality).sqrt()
+    return found._replace(scores=scores)
+
+
+def best_candidates(candidates: Candidates, topk: int) -> Candidates:
+    """The `topk` best of each image; all where there are fewer."""
+    if len(candidates.scores) <= topk:
+        return candidates
+    chosen, start = [], 0
+    for count in torch.bincount(candidates.images).tolist():
+        scores = candidates.scores[start : start + count]
+        chosen.append(scores.topk(min(topk, count)).indices + start)
+        start += count
+    index = torch.cat(chosen)
+    return Candidates(*(x[index] for x in candidates))
+
+
+def decode_candidates(anchors, deltas, levels: list[Candidates], box2box_transform, threshold: float):
+    """Turn the chosen predictions of all levels into boxes, at once.
+
+    Args:
+        anchors: L sets of R boxes, the same for all images.
+        deltas: L tensors (N, R, B).
+        levels: L sets of candidates, P on all levels together.
+        box2box_transform: what relates deltas and boxes.
+        threshold: scores must be above it.
+
+    Returns:
+        boxes: (P, B) float32, in the anchors' frame; only those that are finite.
+        images: (P,) int64, the image of each.
+        classes: (P,) int64, its class.
+        scores: (P,) float32, its score.
+    """
+    chosen_anchors = torch.cat([a.tensor[c.rows] for a, c in zip(anchors, levels)])
+    chosen_deltas = torch.cat([d[c.images, c.rows] for d, c in zip(deltas, levels)])
+    boxes = box2box_transform.apply_deltas(chosen_deltas, chosen_anchors)
+    images, _, classes, scores = (torch.cat(field) for field in zip(*levels))
+    keep = (torch.isfinite(boxes).all(dim=1) & (scores > threshold)).nonzero().flatten()
+    return boxes[keep], images[keep], classes[keep], scores[keep]
+
+
+def detections_per_image(
+    boxes: torch.Tensor,
+    images: torch.Tensor,
+    classes: torch.Tensor,
+    scores: torch.Tensor,
+    image_sizes: list[tuple[int, int]],
+    box_type: type,
+    nms_thresh: float,
+    max_detections: int,
+) -> list[Instances]:
+    """Apply NMS within each class and image, and keep the best.
+
+    Args:
+        boxes: (P, B) boxes, in pixels of the pictures.
+        images: (P,) int64 in [0, N).
+        classes: (P,) int64.
+        scores: (P,) float.
+        image_sizes: N pairs (height, width) of the pictures before padding.
+        box_type: the class of the boxes, with `batched_nms`.
+        nms_thresh: IoU above which the worse of two boxes of a class is dropped.
+        max_detections: at most so many for an image; negative for all.
+
+    Returns:
+        list[Instances]: N with `pred_boxes` (not clipped), `scores` and `pred_classes`, by falling score.
+    """
+    order = images.argsort(stable=True)
+    counts = torch.bincount(images, minlength=len(image_sizes)).tolist()
+    parts = (x[order].split(counts) for x in (boxes, classes, scores))
+    results = []
+    for image_boxes, image_classes, image_scores, size in zip(*parts, image_sizes):
+        typed = box_type(image_boxes)
+        keep = typed.batched_nms(image_scores, image_classes, nms_thresh)
+        if max_detections >= 0:
+            keep = keep[:max_detections]
+        results.append(
+            Instances(
+                size, pred_boxes=typed[keep], scores=image_scores[keep], pred_classes=image_classes[keep]
+            )
+        )
+    return results
+
+
+def sigmoid_float32(logits: torch.Tensor) -> torch.Tensor:
+    """Probabilities in float32, or in float64 for logits of that: half precision would make scores tie."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()

@@ -14,13 +14,8 @@ from torch.nn import functional as F
 from detlib.layers.shape_spec import ShapeSpec
 from detlib.modeling.anchor_generator import DefaultAnchorGenerator
 from detlib.modeling.backbone import Backbone
-from detlib.modeling.box_regression import Box2BoxTransformLinear
-from detlib.modeling.dense_ops import (
-    candidates_from_logits,
-    dense_box_regression_loss,
-    sigmoid_float32,
-)
-from detlib.modeling.meta_arch.dense_detector import DenseDetector
+from detlib.modeling.box_regression import Box2BoxTransformLinear, dense_box_regression_loss
+from detlib.modeling.meta_arch.dense_detector import DenseDetector, candidates_from_logits, sigmoid_float32
 from detlib.modeling.meta_arch.retinanet import RetinaNetHead
 from detlib.structures import Boxes, ImageList, Instances, pairwise_point_box_distance
 

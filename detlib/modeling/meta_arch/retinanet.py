@@ -13,20 +13,13 @@ from torch import nn
 
 from detlib.config import CfgNode, configurable
 from detlib.layers import CycleBatchNormList, ShapeSpec, get_norm
-from detlib.modeling.anchor_generator import build_anchor_generator
+from detlib.modeling.anchor_generator import build_anchor_generator, check_rows, same_on_all_levels
 from detlib.modeling.backbone import Backbone, build_backbone
-from detlib.modeling.box_regression import BOX_LOSS_TYPES, Box2BoxTransform
+from detlib.modeling.box_regression import BOX_LOSS_TYPES, Box2BoxTransform, dense_box_regression_loss
 from detlib.modeling.config_checks import check_choice, check_count, check_features, check_norm, config_keys
-from detlib.modeling.dense_ops import (
-    candidates_from_logits,
-    check_rows,
-    dense_box_regression_loss,
-    same_on_all_levels,
-    sigmoid_float32,
-)
 from detlib.modeling.matcher import Matcher
 from detlib.modeling.meta_arch.build import META_ARCH_REGISTRY
-from detlib.modeling.meta_arch.dense_detector import DenseDetector
+from detlib.modeling.meta_arch.dense_detector import DenseDetector, candidates_from_logits, sigmoid_float32
 from detlib.modeling.sampling import label_boxes
 from detlib.structures import Boxes, ImageList, Instances
 

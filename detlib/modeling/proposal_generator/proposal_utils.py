@@ -8,18 +8,61 @@ import math
 
 import torch
 
-from detlib.modeling.dense_ops import gather_rows, top_per_level
 from detlib.structures import Boxes, Instances
 
 __all__ = [
     "add_ground_truth_to_proposals",
     "add_ground_truth_to_proposals_single_image",
+    "decode_top_predictions",
     "filter_and_nms",
     "find_top_rpn_proposals",
+    "top_per_level",
 ]
 
 # The objectness of ground truth among proposals: the logit of a probability next to 1.
 _GT_LOGIT = math.log((1.0 - 1e-10) / (1 - (1.0 - 1e-10)))
+
+
+def top_per_level(scores: list[torch.Tensor], topk: int):
+    """The best predictions of each level and image.
+
+    Args:
+        scores: L tensors (N, R).
+        topk: how many to choose on each level and image; all where there are fewer.
+
+    Returns:
+        top_scores: (N, T) float32, T the number chosen on all levels together; falling within a level.
+        indices: L tensors (N, T_l) int64 of rows of the level.
+        level_ids: (T,) int64, the level of each.
+    """
+    chosen = [s.topk(min(s.shape[1], topk), dim=1) for s in scores]
+    top_scores = torch.cat([c.values.float() for c in chosen], dim=1)
+    level_ids = torch.cat(
+        [torch.full((c.indices.shape[1],), i, device=top_scores.device) for i, c in enumerate(chosen)]
+    )
+    return top_scores, [c.indices for c in chosen], level_ids
+
+
+def decode_top_predictions(anchors, scores, deltas, box2box_transform, topk: int):
+    """Choose the best predictions of each level, and decode these only.
+
+    Args:
+        anchors: L sets of R boxes, the same for all images.
+        scores: L tensors (N, R).
+        deltas: L tensors (N, R, B).
+        box2box_transform: what relates deltas and boxes.
+        topk: how many to choose on each level and image.
+
+    Returns:
+        boxes: (N, T, B) float32, in the anchors' frame.
+        top_scores: (N, T) float32.
+        level_ids: (T,) int64.
+    """
+    top_scores, indices, level_ids = top_per_level(scores, topk)
+    top_deltas = torch.cat([d.take_along_dim(i[:, :, None], dim=1) for d, i in zip(deltas, indices)], dim=1)
+    top_anchors = torch.cat([a.tensor[i] for a, i in zip(anchors, indices)], dim=1)
+    boxes = box2box_transform.apply_deltas(top_deltas.flatten(0, 1), top_anchors.flatten(0, 1))
+    return boxes.view_as(top_anchors), top_scores, level_ids
 
 
 def find_top_rpn_proposals(
@@ -54,7 +97,7 @@ def find_top_rpn_proposals(
         FloatingPointError: in training, boxes or scores that are not finite.
     """
     scores, indices, level_ids = top_per_level(pred_objectness_logits, pre_nms_topk)
-    boxes = torch.cat([gather_rows(p, i) for p, i in zip(proposals, indices)], dim=1)
+    boxes = torch.cat([p.take_along_dim(i[:, :, None], dim=1) for p, i in zip(proposals, indices)], dim=1)
     return filter_and_nms(
         boxes, scores, level_ids, image_sizes, nms_thresh, post_nms_topk, min_box_size, training, box_type
     )

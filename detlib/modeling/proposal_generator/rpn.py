@@ -10,18 +10,17 @@ from torch.nn import functional as F
 
 from detlib.config import configurable
 from detlib.layers import Conv2d, ShapeSpec
-from detlib.modeling.anchor_generator import build_anchor_generator
-from detlib.modeling.box_regression import BOX_LOSS_TYPES, Box2BoxTransform, box2box_transform_for
-from detlib.modeling.config_checks import check_choice, check_features, config_keys, take_features
-from detlib.modeling.dense_ops import (
-    decode_top_predictions,
+from detlib.modeling.anchor_generator import build_anchor_generator, permute_to_N_HWA_K, same_on_all_levels
+from detlib.modeling.box_regression import (
+    BOX_LOSS_TYPES,
+    Box2BoxTransform,
+    box2box_transform_for,
     dense_box_regression_loss,
-    permute_to_N_HWA_K,
-    same_on_all_levels,
 )
+from detlib.modeling.config_checks import check_choice, check_features, config_keys
 from detlib.modeling.matcher import Matcher
 from detlib.modeling.proposal_generator.build import PROPOSAL_GENERATOR_REGISTRY
-from detlib.modeling.proposal_generator.proposal_utils import filter_and_nms
+from detlib.modeling.proposal_generator.proposal_utils import decode_top_predictions, filter_and_nms
 from detlib.modeling.sampling import label_and_sample
 from detlib.structures import Boxes, ImageList, Instances
 from detlib.utils.events import get_event_storage, has_event_storage
@@ -236,7 +235,9 @@ class RPN(nn.Module):
         Raises:
             ValueError: in training, no ground truth.
         """
-        features = take_features(features, self.in_features, "in_features of the RPN (MODEL.RPN.IN_FEATURES)")
+        if any(name not in features for name in self.in_features):
+            check_features(self.in_features, features, "in_features of the RPN (MODEL.RPN.IN_FEATURES)")
+        features = [features[name] for name in self.in_features]
         anchors = self.anchor_generator(features)
         logits, deltas = self.rpn_head(features)
         logits = [permute_to_N_HWA_K(x, 1).squeeze(2) for x in logits]

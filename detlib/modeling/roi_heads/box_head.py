@@ -5,10 +5,9 @@ import torch
 from torch import nn
 
 from detlib.config import CfgNode, configurable
-from detlib.layers import Conv2d, ShapeSpec, get_norm
+from detlib.layers import Conv2d, ShapeSpec, for_convolutions, get_norm
 from detlib.layers.fvcore_nn import weight_init
 from detlib.modeling.config_checks import check_norm
-from detlib.modeling.layout import for_convolutions
 from detlib.utils.registry import Registry
 
 __all__ = ["FastRCNNConvFCHead", "ROI_BOX_HEAD_REGISTRY", "build_box_head"]

@@ -12,15 +12,12 @@ from torch import nn
 from detlib.config import CfgNode, configurable
 from detlib.layers.shape_spec import ShapeSpec
 from detlib.modeling.box_regression import box2box_transform_for
-from detlib.modeling.config_checks import config_keys, take_features
+from detlib.modeling.config_checks import config_keys
 from detlib.modeling.matcher import Matcher
-from detlib.modeling.poolers import ROIPooler
-from detlib.modeling.roi_heads.base import ROI_HEADS_REGISTRY
+from detlib.modeling.poolers import ROIPooler, pooler_from_config
 from detlib.modeling.roi_heads.box_head import build_box_head
 from detlib.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers, fast_rcnn_inference
-from detlib.modeling.roi_heads.head_pooler import pooler_from_config
-from detlib.modeling.roi_heads.standard import BOX_IN_FEATURES, StandardROIHeads
-from detlib.modeling.roi_heads.training_stats import put_scalars, to_floats
+from detlib.modeling.roi_heads.roi_heads import ROI_HEADS_REGISTRY, StandardROIHeads
 from detlib.modeling.sampling import label_boxes
 from detlib.structures import Boxes, ImageList, Instances
 from detlib.utils.events import get_event_storage, has_event_storage
@@ -166,7 +163,7 @@ class CascadeROIHeads(StandardROIHeads):
     ) -> dict[str, torch.Tensor] | list[Instances]:
         """All stages: losses in training, which needs `targets`, else detections. Parts of models are run by
         this name, see the documentation on using models."""
-        maps = take_features(features, self.box_in_features, BOX_IN_FEATURES)
+        maps = self._select_maps(features, self.box_in_features)
         stages = []
         for k, predictor in enumerate(self.box_predictor):
             if k > 0:
@@ -251,12 +248,13 @@ class CascadeROIHeads(StandardROIHeads):
             return
         labels = [torch.cat([x.gt_classes for x in proposals]) for proposals in stages[1:]]
         num_images = len(stages[0])
-        for k, num_background in enumerate(to_floats(*((y == self.num_classes).sum() for y in labels)), 1):
-            put_scalars(
-                f"stage{k}/roi_head",
-                num_fg_samples=(len(labels[k - 1]) - num_background) / num_images,
-                num_bg_samples=num_background / num_images,
-            )
+        # Together, so that a GPU is waited for once.
+        counts = torch.stack([(y == self.num_classes).sum() for y in labels]).tolist()
+        storage = get_event_storage()
+        for k, (y, num_background) in enumerate(zip(labels, counts), 1):
+            prefix = f"stage{k}/roi_head"
+            storage.put_scalar(f"{prefix}/num_fg_samples", (len(y) - num_background) / num_images)
+            storage.put_scalar(f"{prefix}/num_bg_samples", num_background / num_images)
 
     def _detections(self, stages: Sequence[tuple]) -> list[Instances]:
         probs = [

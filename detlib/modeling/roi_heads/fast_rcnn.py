@@ -4,9 +4,8 @@ Shape legend: R regions of all images together, R_i those of one image, K classe
 B numbers of a box (4, or 5 for rotated boxes).
 """
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -21,13 +20,74 @@ from detlib.modeling.box_regression import (
     box_regression_loss,
 )
 from detlib.modeling.config_checks import check_choice, check_count, config_keys
-from detlib.modeling.roi_heads.box_inference import fast_rcnn_inference, fast_rcnn_inference_single_image
-from detlib.modeling.roi_heads.training_stats import put_scalars, to_floats
 from detlib.structures import Boxes, Instances
-from detlib.utils.events import has_event_storage
-from detlib.utils.registry import locate
+from detlib.utils.events import get_event_storage, has_event_storage
 
 __all__ = ["FastRCNNOutputLayers", "fast_rcnn_inference", "fast_rcnn_inference_single_image"]
+
+
+def fast_rcnn_inference(
+    boxes: list[torch.Tensor],
+    scores: list[torch.Tensor],
+    image_shapes: list[tuple[int, int]],
+    score_thresh: float,
+    nms_thresh: float,
+    topk_per_image: int,
+    box_type: type[Boxes] = Boxes,
+) -> tuple[list[Instances], list[torch.Tensor]]:
+    """Turn scored boxes into detections, image by image: see `fast_rcnn_inference_single_image`.
+
+    Args:
+        boxes: for each image (R_i, K * B), or (R_i, B) when boxes do not depend on the class; absolute
+            pixels.
+        scores: for each image (R_i, K + 1) probabilities, the background last.
+        image_shapes: (height, width) of each image.
+        score_thresh: only scores above it are kept.
+        nms_thresh: overlap above which the lower scoring of two boxes of a class is dropped.
+        topk_per_image: at most so many detections an image; negative for all.
+        box_type: what kind of boxes these are; it brings clipping and NMS.
+
+    Returns:
+        The detections of each image (`pred_boxes`, `scores`, `pred_classes`, by falling score), and for each
+        image the rows of `boxes` that they come from, (detections,) int64.
+    """
+    results = [
+        fast_rcnn_inference_single_image(
+            image_boxes, image_scores, shape, score_thresh, nms_thresh, topk_per_image, box_type
+        )
+        for image_boxes, image_scores, shape in zip(boxes, scores, image_shapes)
+    ]
+    return [r[0] for r in results], [r[1] for r in results]
+
+
+def fast_rcnn_inference_single_image(
+    boxes: torch.Tensor,
+    scores: torch.Tensor,
+    image_shape: tuple[int, int],
+    score_thresh: float,
+    nms_thresh: float,
+    topk_per_image: int,
+    box_type: type[Boxes] = Boxes,
+) -> tuple[Instances, torch.Tensor]:
+    """Threshold the scores, clip the boxes, apply NMS class by class and keep the best.
+
+    Regions with a box or score that is not finite are left out. Arguments and results are those of
+    `fast_rcnn_inference` for one image.
+    """
+    finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores).all(dim=1)
+    scores = scores[:, :-1]
+    boxes = boxes.unflatten(1, (-1, box_type.box_dim))  # (R_i, K or 1, B)
+    rows, classes = nonzero_tuple((scores > score_thresh) & finite[:, None])
+    candidates = box_type(boxes[rows, 0 if boxes.shape[1] == 1 else classes])
+    candidates.clip(image_shape)
+    scores = scores[rows, classes]
+    keep = candidates.batched_nms(scores, classes, nms_thresh)
+    if topk_per_image >= 0:
+        keep = keep[:topk_per_image]
+    result = Instances(
+        image_shape, pred_boxes=candidates[keep], scores=scores[keep], pred_classes=classes[keep]
+    )
+    return result, rows[keep]
 
 
 def _log_classification_stats(logits: torch.Tensor, gt_classes: torch.Tensor) -> None:
@@ -38,19 +98,15 @@ def _log_classification_stats(logits: torch.Tensor, gt_classes: torch.Tensor) ->
     predicted = logits.argmax(dim=1)
     right = predicted == gt_classes
     foreground = (gt_classes >= 0) & (gt_classes < background)
-    num_right, num_foreground, num_foreground_right, num_missed = to_floats(
-        right.sum(),
-        foreground.sum(),
-        (right & foreground).sum(),
-        (foreground & (predicted == background)).sum(),
-    )
-    put_scalars("fast_rcnn", cls_accuracy=num_right / gt_classes.numel())
+    counted = (right, foreground, right & foreground, foreground & (predicted == background))
+    # Together, so that a GPU is waited for once.
+    counts = torch.stack([mask.sum() for mask in counted]).tolist()
+    num_right, num_foreground, num_foreground_right, num_missed = counts
+    storage = get_event_storage()
+    storage.put_scalar("fast_rcnn/cls_accuracy", num_right / gt_classes.numel())
     if num_foreground > 0:
-        put_scalars(
-            "fast_rcnn",
-            fg_cls_accuracy=num_foreground_right / num_foreground,
-            false_negative=num_missed / num_foreground,
-        )
+        storage.put_scalar("fast_rcnn/fg_cls_accuracy", num_foreground_right / num_foreground)
+        storage.put_scalar("fast_rcnn/false_negative", num_missed / num_foreground)
 
 
 def _cat_gt_boxes(proposals: list[Instances]) -> torch.Tensor:
@@ -58,13 +114,13 @@ def _cat_gt_boxes(proposals: list[Instances]) -> torch.Tensor:
     return cat([(p.gt_boxes if p.has("gt_boxes") else p.proposal_boxes).tensor for p in proposals])
 
 
-def _weights_of_datasets(dataset_names: Sequence[str], freq_weight_power: float) -> torch.Tensor:
-    """Sampling weights of the classes from the data sets' metadata: image count ** power.
-
-    Found by its path when it is called, since models do not depend on data.
-    """
-    weights_of = locate("detlib.data.detection_utils.get_fed_loss_cls_weights")
-    return weights_of(dataset_names, freq_weight_power=freq_weight_power)
+def _weights_not_set() -> torch.Tensor:
+    """Stand in for the class weights of a model built from a config, which does not read its datasets."""
+    raise ValueError(
+        "FastRCNNOutputLayers: the federated loss (MODEL.ROI_BOX_HEAD.USE_FED_LOSS) has no class weights. "
+        "DefaultTrainer takes them from the training data; other training loops call "
+        "provide_fed_loss_cls_weights, for example with detlib.data.detection_utils.get_fed_loss_cls_weights."
+    )
 
 
 class FastRCNNOutputLayers(nn.Module):
@@ -151,6 +207,17 @@ class FastRCNNOutputLayers(nn.Module):
         else:
             self._set_fed_loss_weights(weights)
 
+    def provide_fed_loss_cls_weights(self, weights: Callable[[], torch.Tensor]) -> None:
+        """Set the class weights of the federated loss of a model that was built from a config.
+
+        Without a federated loss, and where weights were given to the constructor, nothing changes.
+
+        Args:
+            weights: a function that returns (K,) sampling weights, called when the loss is first computed.
+        """
+        if self.use_fed_loss and getattr(self, "_get_fed_loss_cls_weights", None) is _weights_not_set:
+            self._get_fed_loss_cls_weights = weights
+
     def _set_fed_loss_weights(self, weights: torch.Tensor | None) -> None:
         if weights is None or tuple(weights.shape) != (self.num_classes,):
             found = "none" if weights is None else f"shape {tuple(weights.shape)}"
@@ -181,9 +248,7 @@ class FastRCNNOutputLayers(nn.Module):
             "use_fed_loss": head.USE_FED_LOSS,
             "use_sigmoid_ce": head.USE_SIGMOID_CE,
             "fed_loss_num_classes": head.FED_LOSS_NUM_CLASSES,
-            "get_fed_loss_cls_weights": functools.partial(
-                _weights_of_datasets, cfg.DATASETS.TRAIN, head.FED_LOSS_FREQ_WEIGHT_POWER
-            ),
+            "get_fed_loss_cls_weights": _weights_not_set,
         }
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

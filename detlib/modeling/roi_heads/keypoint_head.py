@@ -9,10 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from detlib.config import CfgNode, configurable
-from detlib.layers import Conv2d, ConvTranspose2d, ShapeSpec, cat
+from detlib.layers import Conv2d, ConvTranspose2d, ShapeSpec, cat, for_convolutions
 from detlib.modeling.config_checks import check_count
-from detlib.modeling.layout import for_convolutions
-from detlib.modeling.roi_heads.training_stats import put_scalars
 from detlib.structures import Instances, Keypoints, heatmaps_to_keypoints
 from detlib.utils.events import get_event_storage, has_event_storage
 from detlib.utils.registry import Registry
@@ -73,7 +71,8 @@ def select_proposals_with_visible_keypoints(proposals: list[Instances]) -> list[
         learnable = (inside & (keypoints[..., 2] >= 1)).any(dim=1)
         selected.append(x[learnable.nonzero()[:, 0]])
     if has_event_storage() and selected:
-        put_scalars("keypoint_head", num_fg_samples=sum(len(x) for x in selected) / len(selected))
+        mean = sum(len(x) for x in selected) / len(selected)
+        get_event_storage().put_scalar("keypoint_head/num_fg_samples", mean)
     return selected
 
 

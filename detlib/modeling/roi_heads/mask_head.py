@@ -8,13 +8,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from detlib.config import CfgNode, configurable
-from detlib.layers import Conv2d, ConvTranspose2d, ShapeSpec, cat, get_norm
+from detlib.layers import Conv2d, ConvTranspose2d, ShapeSpec, cat, for_convolutions, get_norm
 from detlib.layers.fvcore_nn import weight_init
 from detlib.modeling.config_checks import check_norm
-from detlib.modeling.layout import for_convolutions
-from detlib.modeling.roi_heads.training_stats import put_scalars, to_floats
 from detlib.structures import Instances
-from detlib.utils.events import has_event_storage
+from detlib.utils.events import get_event_storage, has_event_storage
 from detlib.utils.registry import Registry
 
 __all__ = [
@@ -44,14 +42,15 @@ def _log_mask_stats(mask_logits: torch.Tensor, gt_masks: torch.Tensor) -> None:
     if not has_event_storage():
         return
     wrong = (mask_logits > 0) != gt_masks
-    num_wrong, num_positive, num_missed = to_floats(wrong.sum(), gt_masks.sum(), (wrong & gt_masks).sum())
-    num_pixels = gt_masks.numel()
-    put_scalars(
-        "mask_rcnn",
-        accuracy=1 - num_wrong / num_pixels,
-        false_positive=(num_wrong - num_missed) / max(num_pixels - num_positive, 1),
-        false_negative=num_missed / max(num_positive, 1),
+    # Together, so that a GPU is waited for once.
+    counts = torch.stack([wrong.sum(), gt_masks.sum(), (wrong & gt_masks).sum()]).tolist()
+    (num_wrong, num_positive, num_missed), num_pixels = counts, gt_masks.numel()
+    storage = get_event_storage()
+    storage.put_scalar("mask_rcnn/accuracy", 1 - num_wrong / num_pixels)
+    storage.put_scalar(
+        "mask_rcnn/false_positive", (num_wrong - num_missed) / max(num_pixels - num_positive, 1)
     )
+    storage.put_scalar("mask_rcnn/false_negative", num_missed / max(num_positive, 1))
 
 
 def mask_rcnn_loss(

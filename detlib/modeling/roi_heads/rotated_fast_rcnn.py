@@ -11,13 +11,12 @@ import torch
 from detlib.config import CfgNode, configurable
 from detlib.layers.shape_spec import ShapeSpec
 from detlib.modeling.box_regression import Box2BoxTransformRotated, check_loss_of_boxes
-from detlib.modeling.roi_heads.base import ROI_HEADS_REGISTRY
 from detlib.modeling.roi_heads.fast_rcnn import (
     FastRCNNOutputLayers,
     fast_rcnn_inference,
     fast_rcnn_inference_single_image,
 )
-from detlib.modeling.roi_heads.standard import StandardROIHeads
+from detlib.modeling.roi_heads.roi_heads import ROI_HEADS_REGISTRY, StandardROIHeads
 from detlib.structures import Instances, RotatedBoxes
 
 __all__ = [
