@@ -93,7 +93,7 @@ CYCLES = [
 ]
 
 # Packages that still use relative imports.
-RELATIVE_IMPORTS = ("data/", "evaluation/", "engine/report/", "report/", "utils/", "visualization/")
+RELATIVE_IMPORTS = ("data/", "evaluation/")
 
 # Files with strings that are the dotted path of something in detlib: why these are no hidden imports.
 DOTTED_STRINGS = {
