@@ -36,8 +36,7 @@ def convert_dataset(
         split: name of the split in the result.
         link: create symbolic links to the images instead of copies.
         masks: for formats where an object has either a box or a polygon: "polygons" writes polygons, "boxes"
-            writes boxes, "auto" writes polygons if that changes no box, that is, if each object has a polygon
-            with the extent of its box.
+            writes boxes, "auto" writes polygons only where their extent is the box, so that no box changes.
 
     Returns:
         The URI of the result.
