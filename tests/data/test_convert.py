@@ -184,7 +184,7 @@ def test_difficult_objects(tmp_path, log):
 )
 def test_classes_that_voc_cannot_tell_apart(tmp_path, names):
     content = coco_content(categories=[{"id": i, "name": n} for i, n in zip((3, 5, 7), names)])
-    with pytest.raises(ValueError, match="classes that VOC's files cannot tell apart"):
+    with pytest.raises(ValueError, match="classes that labels.txt cannot tell apart"):
         convert_dataset(write_coco(tmp_path / "start", content), "voc", f"{tmp_path}/voc")
     assert not (tmp_path / "voc").exists()
 

@@ -16,7 +16,14 @@ import yaml
 from detlib.utils.file_io import PathManager, is_remote
 from detlib.utils.suggest import suggest
 
-__all__ = ["IMAGE_SUFFIXES", "YoloConfig", "find_yolo_images", "label_file_of", "read_yolo_config"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "YoloConfig",
+    "find_yolo_images",
+    "join_path",
+    "label_file_of",
+    "read_yolo_config",
+]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".mpo", ".dng", ".pfm")
 
@@ -210,17 +217,17 @@ def _find(place: str, config: YoloConfig) -> str:
     if os.path.isabs(place) or is_remote(place):
         tried = [place]
     else:
-        tried = [_join(root, place) for root in config.roots]
+        tried = [join_path(root, place) for root in config.roots]
         if place.startswith("../"):  # Roboflow's exports mean the folder beside the file
-            tried += [_join(root, place[3:]) for root in config.roots]
+            tried += [join_path(root, place[3:]) for root in config.roots]
     for path in tried:
         if PathManager.exists(path):
             return path
     raise FileNotFoundError(f"{config.file}: {place!r} was not found. Looked for: {', '.join(tried)}.")
 
 
-def _join(folder: str, path: str) -> str:
-    """Joins, and resolves `./` and `../`, which object stores do not know."""
+def join_path(folder: str, path: str) -> str:
+    """Join a folder and a path, and resolve `./` and `../`, which object stores do not know."""
     joined = os.path.join(folder, path)
     scheme, mark, rest = joined.partition("://")
     return f"{scheme}://{os.path.normpath(rest)}" if mark else os.path.normpath(joined)
@@ -252,10 +259,10 @@ def _read_list(path: str, config: YoloConfig) -> list[str]:
         if os.path.isabs(line) or is_remote(line):
             found.append(line)
             continue
-        if not found or not PathManager.isfile(_join(used, line)):
-            there = (folder for folder in folders if PathManager.isfile(_join(folder, line)))
+        if not found or not PathManager.isfile(join_path(used, line)):
+            there = (folder for folder in folders if PathManager.isfile(join_path(folder, line)))
             used = next(there, used)
-        found.append(_join(used, line))
+        found.append(join_path(used, line))
     return found
 
 

@@ -26,7 +26,7 @@ from detlib.data.formats.base import (
     register_format,
 )
 from detlib.data.formats.findings import RawSet
-from detlib.data.formats.writing import ConversionSource, format_number, write_class_list, write_text
+from detlib.data.formats.writing import ConversionSource, format_number, write_text
 from detlib.utils.file_io import PathManager
 
 __all__ = ["VocURI", "read_raw_voc", "write_voc"]
@@ -211,9 +211,8 @@ def _read_objects(
 
 def write_voc(source: ConversionSource, out: str, masks: str) -> tuple[str, list[str]]:
     """Write OUT/Annotations, ImageSets/Main/SPLIT.txt and labels.txt; the images go to OUT/JPEGImages."""
-    classes = list(source.metadata.thing_classes)
-    _check_source(source, classes)
-    write_class_list(os.path.join(out, "labels.txt"), classes)
+    _check_names(source)
+    classes = source.write_class_list(os.path.join(out, "labels.txt"))
     paths = []
     for i, record in enumerate(source.dicts):
         objects = [_object_xml(source, annotation, classes) for annotation in record.get("annotations", ())]
@@ -231,8 +230,8 @@ def write_voc(source: ConversionSource, out: str, masks: str) -> tuple[str, list
     return f"voc:{out}@{source.split}", paths
 
 
-def _check_source(source: ConversionSource, classes: list[str]) -> None:
-    """Raise ValueError for what VOC's files cannot hold, before any is written."""
+def _check_names(source: ConversionSource) -> None:
+    """Raise ValueError for image names that the layout cannot hold."""
     if any(len(stem.split()) != 1 for stem in source.stems):
         raise ValueError(
             f"Dataset {source.name!r} has images with spaces in their names; VOC's lists of splits cannot "
@@ -244,13 +243,6 @@ def _check_source(source: ConversionSource, classes: list[str]) -> None:
         raise ValueError(
             f"Dataset {source.name!r} has images that end in {unknown}; in VOC's layout they must end in "
             f"{', '.join(IMAGE_SUFFIXES)}."
-        )
-    # An object names its class, and labels.txt has one class a line.
-    bad = [n for n in classes if not n.isprintable() or not n or n != n.strip() or classes.count(n) > 1]
-    if bad:
-        raise ValueError(
-            f"Dataset {source.name!r} has classes that VOC's files cannot tell apart, as their names are "
-            f"equal, empty, or have line breaks or surrounding spaces: {bad[:10]}."
         )
 
 

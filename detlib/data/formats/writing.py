@@ -12,7 +12,7 @@ from detlib.data.catalog import Metadata
 from detlib.structures import BoxMode
 from detlib.utils.file_io import PathManager
 
-__all__ = ["ConversionSource", "format_number", "write_class_list", "write_text"]
+__all__ = ["ConversionSource", "format_number", "write_text"]
 
 
 @dataclass
@@ -60,6 +60,31 @@ class ConversionSource:
             sum(bool(a.get("difficult")) and not a.get("iscrowd") for a in objects),
         )
 
+    def write_class_list(self, path: str) -> list[str]:
+        """Write the class names into a text file, one a line, and return them. Call this before other files.
+
+        Raises:
+            ValueError: The file cannot tell the names apart, or exists with other names from another split.
+        """
+        classes = list(self.metadata.thing_classes)
+        bad = [n for n in classes if not n.isprintable() or not n or n != n.strip() or classes.count(n) > 1]
+        if bad:
+            raise ValueError(
+                f"Dataset {self.name!r} has classes that {os.path.basename(path)} cannot tell apart: their "
+                f"names are equal, empty, or have line breaks or surrounding spaces: {bad[:10]}."
+            )
+        text = "\n".join(classes) + "\n"
+        if PathManager.isfile(path):
+            with PathManager.open(path, "rb") as file:
+                existing = file.read().decode("utf-8")
+            if existing != text:
+                raise ValueError(
+                    f"{path} lists other classes ({', '.join(existing.split())}) than this dataset has "
+                    f"({', '.join(classes)}); write into another folder."
+                )
+        write_text(path, text)
+        return classes
+
     def check_keypoint_counts(self) -> list[str] | None:
         """Return the keypoint names of the metadata, None if there are none.
 
@@ -89,21 +114,3 @@ def write_text(path: str, text: str) -> None:
 def format_number(value: float) -> str:
     """Return the shortest text that reads back as the same number."""
     return str(int(value)) if float(value).is_integer() else repr(float(value))
-
-
-def write_class_list(path: str, classes: list[str]) -> None:
-    """Write the class names, one a line.
-
-    Raises:
-        ValueError: The file exists, from another split, with other classes.
-    """
-    text = "\n".join(classes) + "\n"
-    if PathManager.isfile(path):
-        with PathManager.open(path, "rb") as file:
-            existing = file.read().decode("utf-8")
-        if existing != text:
-            raise ValueError(
-                f"{path} lists other classes ({', '.join(existing.split())}) than this dataset has "
-                f"({', '.join(text.split())}); write into another folder."
-            )
-    write_text(path, text)
