@@ -34,8 +34,8 @@ from detlib.engine.checks import check_datasets, check_weights
 from detlib.engine.distributed.environment import should_resume
 from detlib.engine.distributed.slurm import submit
 from detlib.engine.ema import load_for_inference
-from detlib.engine.pictures import write_prediction_pictures
-from detlib.engine.setup import run_setting
+from detlib.engine.hooks.visualization import write_prediction_images
+from detlib.engine.options import RunSettings
 from detlib.evaluation import verify_results
 from detlib.report import write_report
 from detlib.utils import comm
@@ -70,35 +70,36 @@ def main(args: Namespace) -> Mapping | None:
     """What every process does."""
     cfg = make_config(args)
     default_setup(cfg, args)
+    settings = RunSettings.from_config(cfg)
     is_yaml = isinstance(cfg, CfgNode)
     trainer_class = DefaultTrainer if is_yaml else LazyTrainer
     if args.eval_only:
         model = trainer_class.build_model(cfg)
-        last = DetectionCheckpointer(model, run_setting(cfg, "output_dir")).get_checkpoint_file()
-        weights = args.resume and last or run_setting(cfg, "weights")
+        last = DetectionCheckpointer(model, settings.output_dir).get_checkpoint_file()
+        weights = args.resume and last or settings.weights
         if not weights:
             logger.warning(
                 "--eval-only evaluates random weights: MODEL.WEIGHTS (train.init_checkpoint) names none%s",
                 ", and there is no checkpoint to resume from" if args.resume else "",
             )
-        load_for_inference(model, weights, use_average=run_setting(cfg, "use_average"))
+        load_for_inference(model, weights, use_average=settings.ema_decay > 0)
         results = trainer_class.test(cfg, model)
         if comm.is_main_process() and is_yaml and cfg.TEST.EXPECTED_RESULTS:
             verify_results(cfg, results)
-        write_prediction_pictures(cfg, model)
+        write_prediction_images(cfg, model)
     else:
-        resume = should_resume(args.resume, run_setting(cfg, "output_dir"))
+        resume = should_resume(args.resume, settings.output_dir)
         trainer = trainer_class(cfg)
         trainer.register_hooks([hooks.StopOnSignal(trainer.checkpointer)])
         trainer.resume_or_load(resume=resume)
         results = trainer.train()
         with trainer.weights_to_evaluate():
-            write_prediction_pictures(cfg, trainer.model)
+            write_prediction_images(cfg, trainer.model)
     if comm.is_main_process():
         log_results(results or {})
-        if run_setting(cfg, "report"):
-            write_report(run_setting(cfg, "output_dir"), cfg)
-        logger.info("All output is in %s", os.path.abspath(run_setting(cfg, "output_dir")))
+        if settings.report:
+            write_report(settings.output_dir, cfg)
+        logger.info("All output is in %s", os.path.abspath(settings.output_dir))
     return results
 
 
@@ -108,11 +109,11 @@ def fail(message: Any, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def run_as_job(args: Namespace, argv: list[str], cfg: CfgNode | Mapping[str, Any]) -> None:
+def run_as_job(args: Namespace, argv: list[str], settings: RunSettings) -> None:
     """Sends a job that runs the same command on the machines of a cluster."""
     argv = [argument for argument in argv if argument != "--slurm"]
-    folder = os.path.join(run_setting(cfg, "output_dir"), "slurm")
-    job = submit(__file__, argv, args, folder=folder, use_gpus=str(run_setting(cfg, "device")) != "cpu")
+    folder = os.path.join(settings.output_dir, "slurm")
+    job = submit(__file__, argv, args, folder=folder, use_gpus=settings.device != "cpu")
     print(f"Job {job.job_id} is sent; its logs go to {job.paths.folder}")
 
 
@@ -123,13 +124,11 @@ def run(argv: list[str] | None = None) -> None:
     try:
         # Before any process starts: a slip in the config should cost a second and read as one line.
         cfg = make_config(args)
-        timeout = run_setting(cfg, "timeout")
-        if not timeout > 0:
-            raise ValueError(f"TRAIN.TIMEOUT (train.timeout) is {timeout!r}; legal are seconds above 0")
+        settings = RunSettings.from_config(cfg)
         check_datasets(cfg, train=not args.eval_only)
         check_weights(cfg)
         if args.slurm:
-            return run_as_job(args, argv, cfg)
+            return run_as_job(args, argv, settings)
     except (ImportError, OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
         fail(error.args[0] if isinstance(error, KeyError) and error.args else error, 2)
     try:
@@ -140,7 +139,7 @@ def run(argv: list[str] | None = None) -> None:
             machine_rank=args.machine_rank,
             dist_url=args.dist_url,
             args=(args,),
-            timeout=datetime.timedelta(seconds=timeout),
+            timeout=datetime.timedelta(seconds=settings.timeout),
         )
     except ProcessFailedError as error:
         fail(error, 1)

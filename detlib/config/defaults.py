@@ -1,10 +1,11 @@
-"""Every config key with its default.
+"""Every config key with its default, but for those of `detlib.config.run_options`.
 
 Lengths are in pixels of the image that enters the model (after resizing) unless a comment says otherwise. IoU
 thresholds, scores and fractions are between 0 and 1.
 """
 
 from detlib.config.cfg_node import CfgNode
+from detlib.config.run_options import yaml_defaults
 
 __all__ = ["_C"]
 
@@ -12,18 +13,9 @@ __all__ = ["_C"]
 _RUN = {
     # Version of the names of the keys: raised when a key changes, see detlib.config.compat.
     "VERSION": 2,
-    # Where logs, metrics, checkpoints and predictions go.
-    "OUTPUT_DIR": "./output",
-    # Seed of all random numbers. Negative: a fresh one each run (it is logged). A fixed seed makes runs
-    # comparable; bitwise repetition also needs deterministic operators.
-    "SEED": -1,
-    # Whether cuDNN tries its algorithms for each input size. It pays when sizes vary little.
-    "CUDNN_BENCHMARK": False,
     # Precision of float32 matrix products, for torch.set_float32_matmul_precision: "", "highest", "high",
     # "medium". "" leaves torch's own setting.
     "FLOAT32_PRECISION": "",
-    # Iterations between pictures of ground truth and predictions in the event storage; 0: none.
-    "VIS_PERIOD": 0,
     # A number that code can read through `global_cfg` in short experiments; code that stays should not use
     # it.
     "GLOBAL": {"HACK": 1.0},
@@ -392,18 +384,9 @@ _DENSE_HEADS = {
 
 # Keys of the optimiser and its schedule: SOLVER. Iterations count optimiser steps from 0.
 _SOLVER = {
-    # Pictures in a batch, over all processes.
-    "IMS_PER_BATCH": 16,
     # With N > 0 the config is meant for N processes: started with another number, batch, learning rate and
     # schedule are scaled to it (see DefaultTrainer.auto_scale_workers). 0: never.
     "REFERENCE_WORLD_SIZE": 0,
-    "MAX_ITER": 40000,
-    # With a number above 0, training takes that many passes over the training data: MAX_ITER is set from it,
-    # and STEPS and WARMUP_ITERS are moved in proportion.
-    "MAX_EPOCHS": 0.0,
-    # Share each batch out over this many forward and backward passes before the one update, to save memory.
-    # IMS_PER_BATCH counts the pictures of the update.
-    "ACCUM_STEPS": 1,
     # A name of detlib.solver: WarmupMultiStepLR, WarmupCosineLR, WarmupStepWithFixedGammaLR.
     "LR_SCHEDULER_NAME": "WarmupMultiStepLR",
     "BASE_LR": 0.001,
@@ -448,38 +431,10 @@ _SOLVER = {
         "CLIP_VALUE": 1.0,
         "NORM_TYPE": 2.0,
     },
-    # Iterations between checkpoints; or epochs, passes over the training data, if that is above 0.
-    "CHECKPOINT_PERIOD": 5000,
-    "CHECKPOINT_EPOCHS": 0,
-    # How many periodic checkpoints to keep, the newest ones; 0 keeps all.
-    "CHECKPOINT_KEEP_LAST": 0,
-    # Write checkpoints while training goes on, from a copy in main memory.
-    "CHECKPOINT_ASYNC": False,
-    # Keep the best checkpoint too, as model_best.pth, by a metric of the evaluation such as "bbox/AP"; "":
-    # none. MODE says whether "max" or "min" is best.
-    "BEST_CHECKPOINT": {"METRIC": "", "MODE": "max"},
-    # End the training after PATIENCE evaluations in a row without a better METRIC ("": that of
-    # BEST_CHECKPOINT); 0: never.
-    "EARLY_STOP": {"PATIENCE": 0, "METRIC": "", "MODE": "max"},
-    # Automatic mixed precision: "float16", whose gradients are scaled, or "bfloat16". On the CPU always
-    # bfloat16.
-    "AMP": {"ENABLED": False, "PRECISION": "float16"},
-    # Exponential moving average of the weights. It is what evaluation uses, and is saved with the model.
-    "EMA": {"ENABLED": False, "DECAY": 0.9998},
-    # A loss that is infinite or NaN ends the training; with N > 0 its step is left out instead, up to N in a
-    # row.
-    "SKIP_NON_FINITE": 0,
 }
 
 # Keys of evaluation: TEST.
 _TEST = {
-    # Iterations between evaluations in training; 0: only at its end.
-    "EVAL_PERIOD": 0,
-    # Epochs, passes over the training data, between evaluations, if that is above 0.
-    "EVAL_EPOCHS": 0.0,
-    # Data sets with annotations on which each evaluation takes the losses too, as "val/loss_cls" and the
-    # like.
-    "VAL_LOSS": (),
     # Detections kept for each picture, best first.
     "DETECTIONS_PER_IMAGE": 100,
     # Results that a run must reach, as [task, metric, value, tolerance]: [["bbox", "AP", 38.5, 0.2]]. Used by
@@ -494,51 +449,12 @@ _TEST = {
         "MAX_SIZE": 4000,
         "FLIP": True,
     },
-    # Whether the statistics of BatchNorm are taken anew before each evaluation, over this many training
-    # batches.
-    "PRECISE_BN": {"ENABLED": False, "NUM_ITER": 200},
-}
-
-# Keys of how a training runs on its machines: TRAIN. None of them changes what is computed, but rounding.
-_TRAIN = {
-    # Several processes: "ddp" keeps the whole model in each; "fsdp" shares parameters, gradients and
-    # optimizer state out between them (PyTorch's fully_shard), for models that fill the memory.
-    "STRATEGY": "ddp",
-    # For DDP: promise that each step uses the same parameters; or search for those that a step did not use.
-    "STATIC_GRAPH": False,
-    "FIND_UNUSED_PARAMETERS": False,
-    # Seconds that a process waits for the others, in an operation with them or when they meet, before it
-    # gives up and the run ends, naming those that did not come.
-    "TIMEOUT": 1800,
-    # Compute the insides of the backbone's blocks again in the backward pass instead of keeping them.
-    "ACTIVATION_CHECKPOINT": False,
-    # torch.compile of parts of the model, by name; (): backbone and heads.
-    "COMPILE": {"ENABLED": False, "MODULES": (), "BACKEND": "inductor"},
-    # Write a trace of STEPS steps, after the first START of a run, into OUTPUT_DIR/profile, for
-    # chrome://tracing.
-    "PROFILE": {"ENABLED": False, "START": 20, "STEPS": 5},
-    # What metrics are written to: "console", "json", "tensorboard", "csv", "wandb", "mlflow".
-    "WRITERS": ("console", "json", "tensorboard", "csv"),
-    # Of the writer "wandb"; "": what its environment variables say.
-    "WANDB": {"PROJECT": "", "NAME": ""},
-    # Of the writer "mlflow"; "": what its environment variables say, or the folder OUTPUT_DIR/mlruns.
-    "MLFLOW": {"TRACKING_URI": "", "EXPERIMENT": "", "NAME": ""},
-    # Iterations between two lines.
-    "LOG_PERIOD": 20,
-    # Draw curves, tables and pictures of the run into OUTPUT_DIR/report at its end.
-    "REPORT": True,
 }
 
 _MODEL = {
     # Which model class of META_ARCH_REGISTRY to build: GeneralizedRCNN, ProposalNetwork, RetinaNet,
     # SemanticSegmentor, PanopticFPN.
     "META_ARCHITECTURE": "GeneralizedRCNN",
-    # Where the model lives: "auto" (cuda, else mps, else cpu), "cpu", "cuda", "cuda:1", "mps".
-    "DEVICE": "auto",
-    # Weights to start from: a file or an address that PathManager knows; "" for random weights.
-    "WEIGHTS": "",
-    # Parameters that are not trained, by name with * and ?: ["backbone.*", "*.norm.*"].
-    "FREEZE": [],
     # Whether R-CNN models predict masks, and whether they predict keypoints.
     "MASK_ON": False,
     "KEYPOINT_ON": False,
@@ -556,4 +472,13 @@ _MODEL = {
     **_DENSE_HEADS,
 }
 
-_C = CfgNode({**_RUN, **_DATA, "MODEL": _MODEL, "SOLVER": _SOLVER, "TEST": _TEST, "TRAIN": _TRAIN})
+_DEFAULTS = {**_RUN, **_DATA, "MODEL": _MODEL, "SOLVER": _SOLVER, "TEST": _TEST}
+# The options of a training run (OUTPUT_DIR, SOLVER.MAX_ITER, TRAIN.* and others) are declared elsewhere.
+for _key, _default in yaml_defaults().items():
+    *_parents, _name = _key.split(".")
+    _node = _DEFAULTS
+    for _parent in _parents:
+        _node = _node.setdefault(_parent, {})
+    _node[_name] = _default
+
+_C = CfgNode(_DEFAULTS)

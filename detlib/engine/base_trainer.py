@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import random
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,14 +24,16 @@ from detlib.engine.distributed.ddp import (
 )
 from detlib.engine.divergence import learning_rate_advice
 from detlib.engine.ema import EMA_ENTRY, WeightAverage
-from detlib.engine.options import RunOptions
+from detlib.engine.freezing import freeze_by_name
+from detlib.engine.options import RunSettings
 from detlib.engine.resume_state import gather_process_state, load_process_state
-from detlib.engine.setup import default_writers
-from detlib.engine.train_loop import AMPTrainer, SimpleTrainer, TrainerBase
+from detlib.engine.train_loop import AMPTrainer, HookBase, SimpleTrainer, TrainerBase
+from detlib.engine.validation import validation_results
+from detlib.layers.fvcore_nn import get_bn_modules
 from detlib.modeling import facts_of
-from detlib.modeling.freezing import freeze_by_name
 from detlib.utils import comm
 from detlib.utils.events import EventWriter
+from detlib.utils.writers import build_writers
 
 __all__ = ["ConfigTrainer"]
 
@@ -46,14 +49,14 @@ class ConfigTrainer(TrainerBase):
     process, so a resumed run draws the same numbers as an uninterrupted one.
 
     Attributes:
-        options: the settings of the run.
+        settings: the settings of the run.
         scheduler: the learning-rate schedule.
         checkpointer: the `DetectionCheckpointer`.
         output_dir: folder of checkpoints and logs.
         ema: the moving average of the weights, or None.
     """
 
-    options: RunOptions
+    settings: RunSettings
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,6 +64,7 @@ class ConfigTrainer(TrainerBase):
         self._all_save = False  # whether all processes have hooks that save
         self._restored: list[str] = []  # what was found in the checkpoint, for the log
         self._last_eval_results: Mapping | None = None
+        self._val_loss_loaders: Mapping[str, Iterable] | None = None  # built at the first evaluation
 
     @property
     def _trainer(self) -> SimpleTrainer:
@@ -71,23 +75,23 @@ class ConfigTrainer(TrainerBase):
         trainer.run_inside(self)
         self._inner = trainer
 
-    def _prepare_model(self, model: nn.Module, options: RunOptions) -> nn.Module:
-        """Change a model as the options say, before an optimizer is built for it.
+    def _prepare_model(self, model: nn.Module, settings: RunSettings) -> nn.Module:
+        """Change a model as the settings say, before an optimizer is built for it.
 
         Args:
             model: the model, on its device.
-            options: ``freeze``, ``activation_checkpoint``, ``compile*`` and ``strategy`` are used.
+            settings: ``freeze``, ``activation_checkpoint``, ``compile*`` and ``strategy`` are used.
 
         Raises:
             ValueError, RuntimeError: if an option does not fit the model or the processes.
         """
-        if options.freeze:
-            freeze_by_name(model, options.freeze)
-        if options.activation_checkpoint:
+        if settings.freeze:
+            freeze_by_name(model, settings.freeze)
+        if settings.activation_checkpoint:
             add_activation_checkpoints(model)
-        if options.compile:
-            compile_parts(model, options.compile_modules, options.compile_backend)
-        return shard_model(model) if options.strategy == "fsdp" else model
+        if settings.compile:
+            compile_parts(model, settings.compile_modules, settings.compile_backend)
+        return shard_model(model) if settings.strategy == "fsdp" else model
 
     def _set_parts(
         self,
@@ -95,7 +99,7 @@ class ConfigTrainer(TrainerBase):
         optimizer: torch.optim.Optimizer,
         data_loader: Iterable,
         scheduler,
-        options: RunOptions,
+        settings: RunSettings,
     ) -> None:
         """
         Args:
@@ -103,33 +107,33 @@ class ConfigTrainer(TrainerBase):
             optimizer: the optimizer of its parameters.
             data_loader: the endless loader of training batches.
             scheduler: the learning-rate schedule, a PyTorch scheduler.
-            options: the settings of the run.
+            settings: the settings of the run.
         """
-        self.options = options
-        self.ema = WeightAverage(model, options.ema_decay) if options.ema_decay else None
-        wrapped = model if options.strategy == "fsdp" else create_ddp_model(model, **options.ddp)
+        self.settings = settings
+        self.ema = WeightAverage(model, settings.ema_decay) if settings.ema_decay else None
+        wrapped = model if settings.strategy == "fsdp" else create_ddp_model(model, **settings.ddp_arguments)
         step_options = {
-            "accum_steps": options.accum_steps,
-            "skip_non_finite": options.skip_non_finite,
+            "accum_steps": settings.accum_steps,
+            "skip_non_finite": settings.skip_non_finite,
             "advice": learning_rate_advice(
-                optimizer, options.images_per_step, facts_of(model).reference_lr_per_image
+                optimizer, settings.images_per_step, facts_of(model).reference_lr_per_image
             ),
         }
-        if options.precision:
-            precision = getattr(torch, options.precision)
+        if settings.precision:
+            precision = getattr(torch, settings.precision)
             self._trainer = AMPTrainer(wrapped, data_loader, optimizer, precision=precision, **step_options)
         else:
             self._trainer = SimpleTrainer(wrapped, data_loader, optimizer, **step_options)
         self.scheduler = scheduler
         self.checkpointer = DetectionCheckpointer(
-            wrapped, options.output_dir, async_save=options.checkpoint_async, trainer=weakref.proxy(self)
+            wrapped, settings.output_dir, async_save=settings.checkpoint_async, trainer=weakref.proxy(self)
         )
         if self.ema is not None:
             self.checkpointer.add_checkpointable(EMA_ENTRY, self.ema)
-        self.max_iter = options.max_iter
-        self.output_dir = options.output_dir
+        self.max_iter = settings.max_iter
+        self.output_dir = settings.output_dir
         # The same in all processes; `seed_step` adds the rank.
-        self._seed = options.seed if options.seed >= 0 else comm.shared_random_seed()
+        self._seed = settings.seed if settings.seed >= 0 else comm.shared_random_seed()
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Resumes from the last checkpoint in the output folder, or else loads the config's weights.
@@ -137,10 +141,10 @@ class ConfigTrainer(TrainerBase):
         Args:
             resume: False loads the config's weights in any case, and starts at iteration 0.
         """
-        options = self.options
+        settings = self.settings
         has_checkpoint = resume and self.checkpointer.has_checkpoint()
         self._restored = []
-        self.checkpointer.resume_or_load(options.weights, resume=resume)
+        self.checkpointer.resume_or_load(settings.weights, resume=resume)
         if self._restored:
             # The checkpoint was saved after the step it is named by.
             self.start_iter = self.iter + 1
@@ -164,24 +168,165 @@ class ConfigTrainer(TrainerBase):
             elif resume:
                 logger.info(
                     "There was nothing to resume in %s: training starts at iteration 0 from %s",
-                    options.output_dir,
-                    options.weights or "random weights",
+                    settings.output_dir,
+                    settings.weights or "random weights",
                 )
-        if has_checkpoint and options.weights:
+        if has_checkpoint and settings.weights:
             logger.info(
                 "The weights to start from, %s, were not loaded: resuming goes on from the checkpoint. Leave "
                 "out --resume to start from them",
-                options.weights,
+                settings.weights,
             )
 
     def build_writers(self) -> list[EventWriter]:
         """The writers that the config names."""
-        options = self.options
-        return default_writers(self.output_dir, self.max_iter, options.writers, options.writer_params)
+        settings = self.settings
+        return build_writers(settings.writers, self.output_dir, self.max_iter, settings.writer_arguments)
 
-    def _keep_results(self, results: Mapping) -> None:
-        """Keeps the results of the last evaluation for `train` to return."""
+    def build_hooks(self) -> list[HookBase | None]:
+        """Build the hooks that the settings ask for.
+
+        The order matters: the checkpoint is saved before the evaluation, which may fail; the hooks that use
+        its results follow it; and the writers come last, to write what the other hooks have measured.
+
+        Returns:
+            The hooks; None entries are ignored.
+        """
+        settings = self.settings
+        result: list[HookBase | None] = [hooks.IterationTimer(), hooks.LRScheduler()]
+        if settings.profile_steps > 0:
+            folder = os.path.join(settings.output_dir, "profile")
+            result.append(hooks.StepsProfiler(settings.profile_start, settings.profile_steps, folder))
+        if settings.vis_period > 0:
+            result.append(
+                hooks.TrainingImages(
+                    settings.vis_period,
+                    settings.output_dir,
+                    image_format=self.image_format,
+                    metadata=self.train_metadata,
+                    model=self.model,
+                )
+            )
+        if settings.precise_bn_batches > 0 and get_bn_modules(self.model):
+            loader = self.build_precise_bn_loader()
+            batches = settings.precise_bn_batches
+            result.append(
+                hooks.PreciseBN(settings.eval_period, self.model, loader, batches, average=self.ema)
+            )
+        # On every process: all of them stop if the model has diverged. Only the main one writes files.
+        result.append(
+            hooks.PeriodicCheckpointer(
+                self.checkpointer,
+                settings.checkpoint_period,
+                max_to_keep=settings.checkpoint_keep or None,
+            )
+        )
+        result.append(
+            hooks.EvalHook(settings.eval_period, self.evaluate, repeat_after_stop=self.has_final_evaluation)
+        )
+        result += self._metric_hooks()
+        if settings.eval_period > 0:
+            result.append(hooks.MissedEvaluation(settings.eval_period, settings.output_dir))
+        if comm.is_main_process():
+            result.append(
+                hooks.PeriodicWriter(self.build_writers(), settings.log_period, settings.eval_period)
+            )
+        return result
+
+    def _metric_hooks(self) -> list[HookBase]:
+        settings = self.settings
+        result: list[HookBase] = []
+        if settings.best_metric:
+            result.append(
+                hooks.BestCheckpointer(
+                    settings.eval_period,
+                    self.checkpointer,
+                    settings.best_metric,
+                    settings.best_mode,
+                    on_all_processes=True,
+                )
+            )
+        if settings.early_stop_patience > 0:
+            if settings.eval_period <= 0:
+                logger.warning(
+                    "Early stopping (SOLVER.EARLY_STOP.PATIENCE, train.early_stop.patience) has no effect: "
+                    "there is no evaluation before the end of training. Set TEST.EVAL_PERIOD or "
+                    "TEST.EVAL_EPOCHS (train.eval_period, train.eval_epochs)"
+                )
+            result.append(
+                hooks.EarlyStopping(
+                    settings.eval_period,
+                    settings.early_stop_metric or settings.best_metric,
+                    settings.early_stop_patience,
+                    settings.early_stop_mode,
+                    settings.output_dir,
+                )
+            )
+        return result
+
+    # What the hooks ask for, which depends on the kind of config.
+
+    image_format: str = "BGR"
+    """Channel order of the training images."""
+    train_metadata: Any = None
+    """Metadata of the training data: names and colors of the classes."""
+    has_final_evaluation: bool = False
+    """Whether the evaluation after the last step does more than the earlier ones."""
+
+    def run_test(self) -> Mapping[str, Any] | None:
+        """Return the results of the model, as it is, on the test datasets."""
+        raise NotImplementedError(f"{type(self).__name__} must define run_test()")
+
+    def build_val_loss_loaders(self) -> Mapping[str, Iterable]:
+        """Build the loaders of the validation losses by name."""
+        return {}
+
+    def build_precise_bn_loader(self) -> Iterable:
+        """Build the loader of the batches for `hooks.PreciseBN`."""
+        raise NotImplementedError(f"{type(self).__name__} must define build_precise_bn_loader()")
+
+    def evaluate(self) -> Mapping[str, Any] | None:
+        """Evaluate the averaged weights if there are any, else the model's, and keep the results.
+
+        Returns:
+            The results of `run_test` and the validation losses, at least on the main process.
+        """
+        with self.weights_to_evaluate():
+            results = self.run_test()
+            if self._val_loss_loaders is None:
+                self._val_loss_loaders = self.build_val_loss_loaders()
+            if self._val_loss_loaders:
+                results = {**(results or {}), **validation_results(self.model, self._val_loss_loaders)}
         self._last_eval_results = results
+        return results
+
+    @property
+    def last_evaluation(self) -> int | None:
+        """Number of steps done at the last evaluation of this run; None before the first."""
+        done = [hook.evaluated for hook in self._hooks if isinstance(hook, hooks.EvalHook) and hook.evaluated]
+        return max(done, default=None)
+
+    def rerun_evaluation(self, iteration: int) -> bool:
+        """Run the evaluation after a step that an earlier run did, with the hooks that use its results.
+
+        Args:
+            iteration: number of the step.
+
+        Returns:
+            Whether there is an evaluation to run: False without an `EvalHook`.
+        """
+        kinds = hooks.EvalHook | hooks.BestCheckpointer | hooks.EarlyStopping
+        chosen = [hook for hook in self._hooks if isinstance(hook, kinds)]
+        if not any(isinstance(hook, hooks.EvalHook) for hook in chosen):
+            return False
+        logger.info("The evaluation after iteration %d was interrupted; running it now", iteration)
+        self.iter = self.storage.iter = iteration
+        try:
+            for hook in chosen:
+                hook.after_step()
+        finally:
+            self.iter = self.storage.iter = iteration + 1
+        return True
 
     @contextlib.contextmanager
     def weights_to_evaluate(self) -> Iterator[None]:
@@ -190,7 +335,7 @@ class ConfigTrainer(TrainerBase):
         All processes take part, and have the first one's buffers, as checkpoints do.
         """
         with contextlib.ExitStack() as stack:
-            if self.ema is not None and self.options.ema_for_eval:
+            if self.ema is not None:
                 stack.enter_context(self.ema.applied())
             stack.enter_context(first_process_buffers(self.checkpointer.model))
             stack.enter_context(whole_parameters(self.checkpointer.model))
@@ -240,7 +385,7 @@ class ConfigTrainer(TrainerBase):
         super().load_state_dict(state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
         restored = ["model", "optimizer", "schedule and hooks"]
-        if self.options.seed < 0 and "seed" in state_dict:
+        if self.settings.seed < 0 and "seed" in state_dict:
             self._seed = state_dict["seed"]
         restored.append(f"random numbers (seed {self._seed})")
         if "data_loader" in state_dict["_trainer"]:

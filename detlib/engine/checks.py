@@ -11,6 +11,7 @@ from torch import nn
 from detlib.config import CfgNode, get_cfg
 from detlib.data.catalog import MetadataCatalog, check_datasets_exist, is_dataset_uri
 from detlib.data.detection_utils import get_fed_loss_cls_weights
+from detlib.engine.options import RunSettings
 from detlib.modeling import FastRCNNOutputLayers, facts_of
 from detlib.utils.file_io import is_remote
 
@@ -172,10 +173,6 @@ def check_weights(cfg: CfgNode | Mapping[str, Any]) -> None:
     Raises:
         FileNotFoundError: naming the file.
     """
-    if isinstance(cfg, CfgNode):
-        key, path = "MODEL.WEIGHTS", cfg.MODEL.WEIGHTS
-    else:
-        key, path = "train.init_checkpoint", cfg.get("train", {}).get("init_checkpoint", "")
-    path = path.partition("?")[0]  # options of the checkpointer
+    path = RunSettings.from_config(cfg).weights.partition("?")[0]  # options of the checkpointer
     if path and not is_remote(path) and not os.path.isfile(path):
-        raise FileNotFoundError(f"{key}: the file {path} does not exist")
+        raise FileNotFoundError(f"MODEL.WEIGHTS (train.init_checkpoint): the file {path} does not exist")

@@ -12,6 +12,7 @@ from torch import nn
 from detlib.config import CfgNode
 from detlib.data import (
     DatasetMapper,
+    Metadata,
     MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
@@ -25,10 +26,8 @@ from detlib.engine.checks import (
     set_class_weights,
     set_num_classes,
 )
-from detlib.engine.default_hooks import build_default_hooks
 from detlib.engine.evaluators import default_evaluator
-from detlib.engine.options import RunOptions, set_iterations
-from detlib.engine.train_loop import HookBase
+from detlib.engine.options import RunSettings, set_iterations
 from detlib.evaluation import (
     DatasetEvaluator,
     inference_on_dataset,
@@ -85,13 +84,13 @@ class DefaultTrainer(ConfigTrainer):
             GeneralizedRCNNWithTTA(cfg, model)  # to learn now, not at the end, if it has none for this model
         data_loader = self.build_train_loader(cfg)
         self._check_num_classes(cfg)
-        pictures = images_per_epoch(data_loader)
-        cfg = set_iterations(cfg, pictures)
-        options = RunOptions.from_cfg(cfg, pictures)
-        model = self._prepare_model(model, options)
+        images = images_per_epoch(data_loader)
+        cfg = set_iterations(cfg, images)
+        settings = RunSettings.from_config(cfg).in_iterations(images)
+        model = self._prepare_model(model, settings)
         optimizer = self.build_optimizer(cfg, model)
         scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self._set_parts(model, optimizer, data_loader, scheduler, options)
+        self._set_parts(model, optimizer, data_loader, scheduler, settings)
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
@@ -101,40 +100,30 @@ class DefaultTrainer(ConfigTrainer):
         if type(self).build_evaluator.__func__ is DefaultTrainer.build_evaluator.__func__:
             check_num_classes(cfg, cfg.DATASETS.TEST)
 
-    def build_hooks(self) -> list[HookBase | None]:
-        """The hooks: those of `build_default_hooks`."""
+    @property
+    def image_format(self) -> str:
+        return self.cfg.INPUT.FORMAT
+
+    @property
+    def train_metadata(self) -> Metadata:
+        return MetadataCatalog.get(as_names(self.cfg.DATASETS.TRAIN)[0])
+
+    @property
+    def has_final_evaluation(self) -> bool:
+        return self.cfg.TEST.AUG.ENABLED
+
+    def run_test(self) -> Mapping[str, Any]:
+        """Evaluate on DATASETS.TEST; with test-time augmentation only at the end, as it takes much longer."""
         cfg = self.cfg
+        if cfg.TEST.AUG.ENABLED and not self._is_over:
+            cfg = _changed(cfg, ["TEST.AUG.ENABLED", False])
+        return self.test(cfg, self.model)
 
-        def evaluate() -> dict:
-            test_cfg = cfg
-            if cfg.TEST.AUG.ENABLED and not self._is_over:
-                # It takes many times as long, so it is for the end of the training.
-                test_cfg = cfg.clone()
-                test_cfg.defrost()
-                test_cfg.TEST.AUG.ENABLED = False
-            return self.test(test_cfg, self.model)
+    def build_val_loss_loaders(self) -> dict[str, Any]:
+        return {name: self.build_val_loss_loader(self.cfg, name) for name in self.settings.val_loss}
 
-        def val_loss_loaders() -> dict:
-            return {name: self.build_val_loss_loader(cfg, name) for name in self.options.val_loss}
-
-        def precise_bn_loader():
-            few_batches = cfg.clone()
-            few_batches.defrost()
-            few_batches.DATALOADER.NUM_WORKERS = 0
-            return self.build_train_loader(few_batches)
-
-        return build_default_hooks(
-            self,
-            self.options,
-            evaluate=evaluate,
-            keep_results=self._keep_results,
-            build_writers=self.build_writers,
-            val_loss_loaders=val_loss_loaders if self.options.val_loss else None,
-            precise_bn_loader=precise_bn_loader,
-            metadata=MetadataCatalog.get(as_names(cfg.DATASETS.TRAIN)[0]),
-            image_format=cfg.INPUT.FORMAT,
-            more_at_the_end=cfg.TEST.AUG.ENABLED,
-        )
+    def build_precise_bn_loader(self):
+        return self.build_train_loader(_changed(self.cfg, ["DATALOADER.NUM_WORKERS", 0]))
 
     def train(self) -> Mapping[str, Any] | None:
         """As `ConfigTrainer.train`; also holds the results against TEST.EXPECTED_RESULTS."""
@@ -234,9 +223,7 @@ class DefaultTrainer(ConfigTrainer):
     def _test_all_with_tta(cls, cfg: CfgNode, model: nn.Module, evaluators) -> dict[str, dict]:
         logger.info("Evaluation with test-time augmentation")
         model = GeneralizedRCNNWithTTA(cfg, model)
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.INPUT.MIN_SIZE_TEST = 0  # the views are made of the picture as it is
+        cfg = _changed(cfg, ["INPUT.MIN_SIZE_TEST", 0])  # the views are made from the original image
         cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "TTA")
         results = cls._test_all(cfg, model, evaluators)
         return {
@@ -326,3 +313,10 @@ class DefaultTrainer(ConfigTrainer):
         if frozen:
             cfg.freeze()
         return cfg
+
+
+def _changed(cfg: CfgNode, changes: list) -> CfgNode:
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.merge_from_list(changes)
+    return cfg

@@ -15,9 +15,7 @@ from detlib.data import MetadataCatalog
 from detlib.data.build import images_per_epoch
 from detlib.engine.base_trainer import ConfigTrainer
 from detlib.engine.checks import as_names
-from detlib.engine.default_hooks import build_default_hooks
-from detlib.engine.options import RunOptions
-from detlib.engine.setup import run_setting
+from detlib.engine.options import RunSettings, warn_about_unknown_entries
 from detlib.engine.train_loop import HookBase
 from detlib.evaluation import inference_on_dataset, print_csv_format
 from detlib.solver import LRMultiplier
@@ -84,16 +82,15 @@ class LazyTrainer(ConfigTrainer):
         self.cfg = cfg
         train = cfg.train
         data_loader = instantiate(self._train_loader_config())
-        options = RunOptions.from_lazy(
-            train, cfg.dataloader.train.get("total_batch_size") or 0, images_per_epoch(data_loader)
-        )
-        model = self._prepare_model(self.build_model(cfg), options)
+        warn_about_unknown_entries(train)
+        settings = RunSettings.from_config(cfg).in_iterations(images_per_epoch(data_loader))
+        model = self._prepare_model(self.build_model(cfg), settings)
         model.train()
         cfg.optimizer.params.model = model
         optimizer = instantiate(cfg.optimizer)
         del cfg.optimizer.params.model  # the config stays one that can be saved
         scheduler = LRMultiplier(optimizer, instantiate(cfg.lr_multiplier), train.max_iter)
-        self._set_parts(model, optimizer, data_loader, scheduler, options)
+        self._set_parts(model, optimizer, data_loader, scheduler, settings)
         self.register_hooks(self.build_hooks())
 
     def _train_loader_config(self):
@@ -114,7 +111,7 @@ class LazyTrainer(ConfigTrainer):
     @classmethod
     def build_model(cls, cfg: Mapping[str, Any]) -> nn.Module:
         """Builds the model on ``train.device``, or on the best device if there is no such one."""
-        device = run_setting(cfg, "device")
+        device = RunSettings.from_config(cfg).device
         try:
             device = resolve_device(device)
         except ValueError as e:
@@ -125,31 +122,31 @@ class LazyTrainer(ConfigTrainer):
         return model
 
     def build_hooks(self) -> list[HookBase | None]:
-        """The hooks: those of `build_default_hooks`, with the clipping of gradients after the schedule."""
-        cfg = self.cfg
-        clip = cfg.train.get("clip_grad", {})
-        train = cfg.dataloader.train
-        names = as_names(train.get("dataset", {}).get("names", ()))
-        return build_default_hooks(
-            self,
-            self.options,
-            evaluate=lambda: self.test(cfg, self.model),
-            keep_results=self._keep_results,
-            build_writers=self.build_writers,
-            val_loss_loaders=self._val_loss_loaders if "val_loss" in cfg.dataloader else None,
-            precise_bn_loader=lambda: instantiate(self._train_loader_config()),
-            metadata=MetadataCatalog.get(names[0]) if names else None,
-            image_format=train.get("mapper", {}).get("image_format", "BGR"),
-            extra_hooks=[
-                _ClipGradients(self.model, **clip.get("params", {})) if clip.get("enabled", False) else None
-            ],
-        )
+        """Build the hooks as `ConfigTrainer` does, with the clipping of gradients first."""
+        clip = self.settings.clip_grad
+        return [None if clip is None else _ClipGradients(self.model, **clip), *super().build_hooks()]
 
-    def _val_loss_loaders(self) -> dict[str, Any]:
-        """The loaders of ``dataloader.val_loss``, which is one or has several by name."""
-        node = self.cfg.dataloader.val_loss
+    @property
+    def image_format(self) -> str:
+        return self.cfg.dataloader.train.get("mapper", {}).get("image_format", "BGR")
+
+    @property
+    def train_metadata(self) -> Any:
+        names = as_names(self.cfg.dataloader.train.get("dataset", {}).get("names", ()))
+        return MetadataCatalog.get(names[0]) if names else None
+
+    def run_test(self) -> Mapping[str, Any]:
+        """Evaluate on ``dataloader.test``."""
+        return self.test(self.cfg, self.model)
+
+    def build_val_loss_loaders(self) -> dict[str, Any]:
+        """Build the loaders of ``dataloader.val_loss``: one loader, or several by name."""
+        node = self.cfg.dataloader.get("val_loss", {})
         nodes = {"val_loss": node} if "_target_" in node else node
         return {name: instantiate(loader) for name, loader in nodes.items()}
+
+    def build_precise_bn_loader(self):
+        return instantiate(self._train_loader_config())
 
     @classmethod
     def test(cls, cfg: Mapping[str, Any], model: nn.Module) -> dict:

@@ -1,279 +1,225 @@
-"""What a training is told about its steps and hooks, read from either kind of config.
+"""The settings of a training run, parsed once from a config of either kind.
 
-`RunOptions` is the one place where the keys of a YAML config and the entries of a lazy config's ``train``
-meet; the trainer and the hooks know no config.
+`detlib.config.run_options` declares the options; the trainers and their hooks use `RunSettings` and know no
+config.
 """
 
+import dataclasses
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import numbers
+import types
+import typing
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from detlib.config import CfgNode
-from detlib.engine.option_checks import check_options, key_of, warn_of_slips
+from detlib.config import CfgNode, try_get_key
+from detlib.config.run_options import Declaration, RunOptions, declarations
+from detlib.utils.suggest import suggest
 from detlib.utils.writers import check_writers
 
-__all__ = ["RunOptions", "epochs_to_iterations", "set_iterations"]
+__all__ = [
+    "RunSettings",
+    "epochs_to_iterations",
+    "option_table",
+    "set_iterations",
+    "warn_about_unknown_entries",
+]
 
 logger = logging.getLogger(__name__)
 
+_DECLARATIONS = declarations()
+
+_TYPE_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "a string",
+    tuple[str, ...]: "a list of strings",
+}
+
 
 @dataclass(kw_only=True)
-class RunOptions:
-    """How to train. The names of the keys in comments are those of a YAML config."""
-
-    max_iter: int
-    """The number of steps after which training ends."""
-    output_dir: str = "./output"
-    """Folder of checkpoints and logs."""
-    weights: str = ""
-    """What `resume_or_load` loads where it does not resume."""
-    seed: int = -1
-    """Of the steps' random numbers; negative draws one."""
-
-    accum_steps: int = 1
-    """Forward and backward passes for one update."""
-    precision: str = ""
-    """"float16" or "bfloat16" for mixed precision, "" for none."""
-    skip_non_finite: int = 0
-    """How many steps in a row may be left out because their loss is not finite; 0 ends the training."""
-    images_per_step: int = 0
-    """Pictures of one update over all processes, 0 if that is not known; for advice."""
-
-    freeze: tuple[str, ...] = ()
-    """Patterns of parameter names that are not trained."""
-    strategy: str = "ddp"
-    """"ddp" or "fsdp"."""
-    ddp: dict[str, Any] = field(default_factory=dict)
-    """Arguments of `create_ddp_model`."""
-    activation_checkpoint: bool = False
-    """Whether to compute the insides of backbone blocks twice instead of keeping them."""
-    compile: bool = False
-    """Whether to use torch.compile."""
-    compile_modules: tuple[str, ...] = ()
-    """Names of the modules to compile, () for backbone and heads."""
-    compile_backend: str = "inductor"
-    """As in `torch.compile`."""
-    ema_decay: float = 0.0
-    """Decay of the weights' moving average in (0, 1); 0 keeps none."""
-    ema_for_eval: bool = True
-    """Whether evaluation uses the average."""
-
-    checkpoint_period: int = 5000
-    """Steps between checkpoints."""
-    checkpoint_keep: int | None = None
-    """How many periodic checkpoints to keep; None keeps all."""
-    checkpoint_async: bool = False
-    """See `detlib.checkpoint.Checkpointer`."""
-    eval_period: int = 0
-    """Steps between evaluations; 0 for the end only."""
-    val_loss: tuple[str, ...] = ()
-    """Names of the data sets to take losses on at each evaluation."""
-    best_metric: str = ""
-    """Metric of the best checkpoint, "" for none."""
-    best_mode: str = "max"
-    """Whether more ("max") or less ("min") of it is better."""
-    early_stop_patience: int = 0
-    """Evaluations without progress after which training ends; 0 for never."""
-    early_stop_metric: str = ""
-    """Its metric, "" for `best_metric`."""
-    early_stop_mode: str = "max"
-    """As `best_mode`."""
-    precise_bn_batches: int = 0
-    """Batches to take BatchNorm's statistics of before each evaluation; 0 leaves them."""
-    log_period: int = 20
-    """Steps between two outputs of the writers."""
-    vis_period: int = 0
-    """Steps between drawings of training pictures; 0 for none."""
-    writers: tuple[str, ...] = ("console", "json", "tensorboard")
-    """Names of the writers."""
-    writer_params: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Arguments of writers, by their names."""
-    profile_start: int = 20
-    """First step to profile."""
-    profile_steps: int = 0
-    """How many to profile; 0 for none."""
+class RunSettings(RunOptions):
+    """The checked settings of a run. Each field is an option of `detlib.config.run_options.RunOptions`."""
 
     def __post_init__(self) -> None:
-        """
+        """Check all settings.
+
         Raises:
-            TypeError, ValueError: if an option is none of the legal ones, naming its config key.
+            TypeError, ValueError: naming the config key, the value and what is legal.
         """
+        if not self.early_stop_metric or self.early_stop_mode is None:
+            self.early_stop_mode = self.best_mode
+        for name, hint in typing.get_type_hints(type(self)).items():
+            _check(_DECLARATIONS[name], getattr(self, name), hint)
         check_writers(self.writers)
-        check_options(self)
-        if not 0.0 <= self.ema_decay < 1.0:
-            raise ValueError(f"{key_of('ema_decay')} lies in [0, 1), got {self.ema_decay}")
-        for option, metric, mode in (
-            ("best_mode", self.best_metric, self.best_mode),
-            ("early_stop_mode", self.early_stop_metric, self.early_stop_mode),
-        ):
-            if mode == "max" and "loss" in metric.rpartition("/")[2]:
+        for option, metric in (("best_mode", self.best_metric), ("early_stop_mode", self.early_stop_metric)):
+            if getattr(self, option) == "max" and "loss" in metric.rpartition("/")[2]:
                 raise ValueError(
-                    f"{key_of(option)} is 'max', but less is better of the metric '{metric}': set it to 'min'"
+                    f"{_DECLARATIONS[option].name} is 'max', but lower is better for the metric '{metric}': "
+                    "set it to 'min'"
                 )
         if self.early_stop_patience > 0 and not (self.early_stop_metric or self.best_metric):
             raise ValueError(
                 f"Early stopping after {self.early_stop_patience} evaluations needs a metric: set "
-                "SOLVER.EARLY_STOP.METRIC (train.early_stop.metric), for example to 'bbox/AP'"
+                f"{_DECLARATIONS['early_stop_metric'].name}, for example to 'bbox/AP'"
             )
+        if not self.timeout > 0:
+            raise ValueError(f"{_DECLARATIONS['timeout'].name} must be above 0 seconds, got {self.timeout!r}")
 
     @classmethod
-    def from_cfg(cls, cfg: CfgNode, pictures_per_epoch: int | None = None) -> "RunOptions":
-        """Reads a YAML config.
+    def from_config(cls, cfg: CfgNode | Mapping[str, Any]) -> "RunSettings":
+        """Read a config. Periods in epochs stay in epochs until `in_iterations` is called.
 
         Args:
-            cfg: the config, whose SOLVER.MAX_ITER holds.
-            pictures_per_epoch: number of training pictures, None if it is not known.
+            cfg: a CfgNode, or a lazy config with the node ``train``.
 
         Raises:
-            ValueError: if a key has no legal value, or is in epochs of an unknown length.
+            TypeError, ValueError: naming the config key, the value and what is legal.
         """
-        solver, test, train = cfg.SOLVER, cfg.TEST, cfg.TRAIN
-        best, early = solver.BEST_CHECKPOINT, solver.EARLY_STOP
+        is_yaml = isinstance(cfg, CfgNode)
+        hints = typing.get_type_hints(cls)
+        values: dict[str, Any] = {}
+        for name, declaration in _DECLARATIONS.items():
+            if is_yaml:
+                key, switch, default = declaration.yaml, declaration.yaml_switch, declaration.default
+            else:
+                key, switch, default = declaration.lazy, declaration.lazy_switch, declaration.lazy_default
+            if key is None or (switch and not try_get_key(cfg, switch, default=False)):
+                continue  # the field's own default
+            values[name] = _plain(try_get_key(cfg, key, default=default), hints[name])
+        if is_yaml:
+            if isinstance(values["val_loss"], str):
+                values["val_loss"] = (values["val_loss"],)
+        else:
+            values["images_per_step"] = values["images_per_step"] or 0
+            services = [name for name in ("wandb", "mlflow") if name in values]
+            if not isinstance(values["writers"], str):
+                values["writers"] += tuple(name for name in services if name not in values["writers"])
+        if values.get("fast_dev_run"):
+            values.update(max_iter=20, eval_period=10, eval_epochs=0, log_period=1)
+        return cls(**values)
 
-        def iterations(key: str, epochs: float, period: int) -> int:
-            return epochs_to_iterations(key, epochs, pictures_per_epoch, solver.IMS_PER_BATCH) or period
-
-        return cls(
-            max_iter=solver.MAX_ITER,
-            output_dir=cfg.OUTPUT_DIR,
-            weights=cfg.MODEL.WEIGHTS,
-            seed=cfg.SEED,
-            accum_steps=solver.ACCUM_STEPS,
-            precision=solver.AMP.PRECISION if solver.AMP.ENABLED else "",
-            skip_non_finite=solver.SKIP_NON_FINITE,
-            images_per_step=solver.IMS_PER_BATCH,
-            freeze=tuple(cfg.MODEL.FREEZE),
-            strategy=train.STRATEGY,
-            ddp={
-                "static_graph": train.STATIC_GRAPH,
-                "find_unused_parameters": train.FIND_UNUSED_PARAMETERS,
-            },
-            activation_checkpoint=train.ACTIVATION_CHECKPOINT,
-            compile=train.COMPILE.ENABLED,
-            compile_modules=tuple(train.COMPILE.MODULES),
-            compile_backend=train.COMPILE.BACKEND,
-            ema_decay=solver.EMA.DECAY if solver.EMA.ENABLED else 0.0,
-            checkpoint_period=iterations(
-                "SOLVER.CHECKPOINT_EPOCHS", solver.CHECKPOINT_EPOCHS, solver.CHECKPOINT_PERIOD
-            ),
-            checkpoint_keep=solver.CHECKPOINT_KEEP_LAST or None,
-            checkpoint_async=solver.CHECKPOINT_ASYNC,
-            eval_period=iterations("TEST.EVAL_EPOCHS", test.EVAL_EPOCHS, test.EVAL_PERIOD),
-            val_loss=(test.VAL_LOSS,) if isinstance(test.VAL_LOSS, str) else tuple(test.VAL_LOSS),
-            best_metric=best.METRIC,
-            best_mode=best.MODE,
-            early_stop_patience=early.PATIENCE,
-            early_stop_metric=early.METRIC,
-            early_stop_mode=early.MODE if early.METRIC else best.MODE,
-            precise_bn_batches=test.PRECISE_BN.NUM_ITER if test.PRECISE_BN.ENABLED else 0,
-            log_period=train.LOG_PERIOD,
-            vis_period=cfg.VIS_PERIOD,
-            writers=_as_given(train.WRITERS),
-            writer_params={
-                "wandb": _given(project=train.WANDB.PROJECT, name=train.WANDB.NAME),
-                "mlflow": _given(
-                    tracking_uri=train.MLFLOW.TRACKING_URI,
-                    experiment=train.MLFLOW.EXPERIMENT,
-                    run_name=train.MLFLOW.NAME,
-                ),
-            },
-            profile_start=train.PROFILE.START,
-            profile_steps=train.PROFILE.STEPS if train.PROFILE.ENABLED else 0,
-        )
-
-    @classmethod
-    def from_lazy(
-        cls, train: Mapping[str, Any], images_per_step: int = 0, pictures_per_epoch: int | None = None
-    ) -> "RunOptions":
-        """Reads the node ``train`` of a lazy config.
-
-        Besides what ``configs/common/train.py`` has, these may be there: ``seed``, ``accum_steps``,
-        ``amp.precision``, ``skip_non_finite``, ``freeze``, ``strategy``, ``activation_checkpoint``,
-        ``compile`` (``enabled``, ``modules``, ``backend``), ``model_ema`` (``enabled``, ``decay``),
-        ``best_checkpoint`` (``metric``, ``mode``), ``early_stop`` (``patience``, ``metric``, ``mode``),
-        ``eval_epochs``, ``precise_bn`` (``enabled``, ``num_iter``), ``vis_period``, ``writers``, ``wandb``
-        and ``mlflow`` (``enabled``, ``params`` for the writer) and ``profile`` (``enabled``, ``start``,
-        ``steps``), each as the key of that name in a YAML config. ``fast_dev_run.enabled`` makes a run of 20
-        steps with two evaluations, to see whether all parts of a recipe work.
+    def in_iterations(self, images_per_epoch: int | None) -> "RunSettings":
+        """Return the settings with all periods in iterations.
 
         Args:
-            train: the node.
-            images_per_step: pictures of one update, 0 if that is not known.
-            pictures_per_epoch: number of training pictures, None if it is not known.
+            images_per_epoch: number of training images, None if unknown.
 
         Raises:
-            TypeError, ValueError: if an entry has no legal value, or is in epochs of an unknown length.
+            ValueError: if a period is in epochs whose length is unknown.
         """
-        warn_of_slips(train)
-        amp, ema, best = train.get("amp", {}), train.get("model_ema", {}), train.get("best_checkpoint", {})
-        early, profile = train.get("early_stop", {}), train.get("profile", {})
-        compiling, checkpoints = train.get("compile", {}), train.get("checkpointer", {})
-        precise_bn = train.get("precise_bn", {})
-        writers = _as_given(train.get("writers", ("console", "json", "tensorboard", "csv")))
-        services = {name: train.get(name, {}) for name in ("wandb", "mlflow")}
-        if not isinstance(writers, str):
-            enabled = (name for name, service in services.items() if service.get("enabled", False))
-            writers += tuple(name for name in enabled if name not in writers)
-        eval_iterations = epochs_to_iterations(
-            "train.eval_epochs",
-            train.get("eval_epochs", 0),
-            pictures_per_epoch if images_per_step > 0 else None,
-            images_per_step,
-        )
-        is_trial = train.get("fast_dev_run", {}).get("enabled", False)
-        return cls(
-            max_iter=20 if is_trial else train.max_iter,
-            output_dir=train.output_dir,
-            weights=train.get("init_checkpoint", ""),
-            seed=train.get("seed", -1),
-            accum_steps=train.get("accum_steps", 1),
-            precision=amp.get("precision", "float16") if amp.get("enabled", False) else "",
-            skip_non_finite=train.get("skip_non_finite", 0),
-            images_per_step=images_per_step,
-            freeze=_as_given(train.get("freeze", ())),
-            strategy=train.get("strategy", "ddp"),
-            ddp=dict(train.get("ddp", {})),
-            activation_checkpoint=train.get("activation_checkpoint", False),
-            compile=compiling.get("enabled", False),
-            compile_modules=_as_given(compiling.get("modules", ())),
-            compile_backend=compiling.get("backend", "inductor"),
-            ema_decay=ema.get("decay", 0.999) if ema.get("enabled", False) else 0.0,
-            checkpoint_period=checkpoints.get("period", 5000),
-            checkpoint_keep=checkpoints.get("max_to_keep"),
-            checkpoint_async=checkpoints.get("async_save", False),
-            eval_period=10 if is_trial else eval_iterations or train.get("eval_period", 0),
-            best_metric=best.get("metric", ""),
-            best_mode=best.get("mode", "max"),
-            early_stop_patience=early.get("patience", 0),
-            early_stop_metric=early.get("metric", ""),
-            early_stop_mode=early.get("mode", best.get("mode", "max")),
-            precise_bn_batches=precise_bn.get("num_iter", 200) if precise_bn.get("enabled", False) else 0,
-            log_period=1 if is_trial else train.get("log_period", 20),
-            vis_period=train.get("vis_period", 0),
-            writers=writers,
-            writer_params={name: dict(service.get("params", {})) for name, service in services.items()},
-            profile_start=profile.get("start", 20),
-            profile_steps=profile.get("steps", 5) if profile.get("enabled", False) else 0,
-        )
+        periods = {}
+        for kind in ("checkpoint", "eval"):
+            period = epochs_to_iterations(
+                _DECLARATIONS[f"{kind}_epochs"].name,
+                getattr(self, f"{kind}_epochs"),
+                images_per_epoch if self.images_per_step > 0 else None,
+                self.images_per_step,
+            )
+            if period is not None:
+                periods[f"{kind}_period"] = period
+        return dataclasses.replace(self, **periods)
+
+    @property
+    def ddp_arguments(self) -> dict[str, Any]:
+        """Arguments of `create_ddp_model`."""
+        return {
+            "static_graph": self.static_graph,
+            "find_unused_parameters": self.find_unused_parameters,
+            **self.ddp,
+        }
+
+    @property
+    def writer_arguments(self) -> dict[str, dict[str, Any]]:
+        """Arguments of the writers by their names. Empty ones are left to the writer's default."""
+        wandb = {"project": self.wandb_project, "name": self.wandb_name, **(self.wandb or {})}
+        mlflow = {
+            "tracking_uri": self.mlflow_uri,
+            "experiment": self.mlflow_experiment,
+            "run_name": self.mlflow_name,
+            **(self.mlflow or {}),
+        }
+        return {
+            "wandb": {name: value for name, value in wandb.items() if value != ""},
+            "mlflow": {name: value for name, value in mlflow.items() if value != ""},
+        }
 
 
-def set_iterations(cfg: CfgNode, pictures_per_epoch: int | None) -> CfgNode:
-    """Sets SOLVER.MAX_ITER from SOLVER.MAX_EPOCHS, and moves STEPS and WARMUP_ITERS in proportion.
+def _plain(value: Any, hint: Any) -> Any:
+    """Turn the lists and nodes of a config into tuples and dicts; a wrong type stays, to be refused."""
+    if hint == tuple[str, ...] and isinstance(value, Iterable) and not isinstance(value, str | Mapping):
+        return tuple(value)
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _check(declaration: Declaration, value: Any, hint: Any) -> None:
+    if declaration.has_switch and value == declaration.off:
+        return
+    if isinstance(hint, types.UnionType):  # with None
+        if value is None:
+            return
+        hint = typing.get_args(hint)[0]
+    if hint in _TYPE_NAMES and not _is_a(value, hint):
+        raise TypeError(f"{declaration.name} must be {_TYPE_NAMES[hint]}, got {value!r}")
+    if declaration.choices and value not in declaration.choices:
+        raise ValueError(f"{declaration.name} must be one of {declaration.choices}, got {value!r}")
+    low, high = declaration.minimum, declaration.below
+    if high is not None and not low <= value < high:
+        raise ValueError(f"{declaration.name} must be in [{low}, {high}), got {value}")
+    if low is not None and value < low:
+        raise ValueError(f"{declaration.name} must be at least {low}, got {value}")
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    if kind in (int, float):
+        number = numbers.Integral if kind is int else numbers.Real
+        return isinstance(value, number) and not isinstance(value, bool)
+    if kind == tuple[str, ...]:
+        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+    return isinstance(value, kind)
+
+
+def warn_about_unknown_entries(train: Mapping[str, Any]) -> None:
+    """Warn about entries of a lazy config's ``train`` that are unknown and look like a known one.
+
+    Other unknown entries are left to the user's own scripts.
+    """
+    known: dict[str, set[str]] = {}
+    for declaration in _DECLARATIONS.values():
+        for key in filter(None, (declaration.lazy, declaration.lazy_switch)):
+            group, _, entry = key.removeprefix("train.").partition(".")
+            if key.startswith("train."):
+                known.setdefault(group, set()).update({entry} - {""})
+    for name, value in train.items():
+        _warn_if_misspelled(f"train.{name}", name, known)
+        if known.get(name) and isinstance(value, Mapping):
+            for entry in value:
+                _warn_if_misspelled(f"train.{name}.{entry}", entry, known[name])
+
+
+def _warn_if_misspelled(path: str, name: str, known: Collection[str]) -> None:
+    if name not in known and (hint := suggest(name, known)):
+        logger.warning("Unknown config entry %s is ignored.%s", path, hint)
+
+
+def set_iterations(cfg: CfgNode, images_per_epoch: int | None) -> CfgNode:
+    """Set SOLVER.MAX_ITER from SOLVER.MAX_EPOCHS, and move STEPS and WARMUP_ITERS in proportion.
 
     Args:
         cfg: the config, which is not changed.
-        pictures_per_epoch: number of training pictures, None if it is not known.
+        images_per_epoch: number of training images, None if unknown.
 
     Returns:
         `cfg` itself if MAX_EPOCHS is 0, else a changed copy.
 
     Raises:
-        ValueError: if the training data do not tell their length.
+        ValueError: if the length of the training data is unknown.
     """
     solver = cfg.SOLVER
     max_iter = epochs_to_iterations(
-        "SOLVER.MAX_EPOCHS", solver.MAX_EPOCHS, pictures_per_epoch, solver.IMS_PER_BATCH
+        "SOLVER.MAX_EPOCHS", solver.MAX_EPOCHS, images_per_epoch, solver.IMS_PER_BATCH
     )
     if max_iter is None:
         return cfg
@@ -284,9 +230,10 @@ def set_iterations(cfg: CfgNode, pictures_per_epoch: int | None) -> CfgNode:
     cfg.SOLVER.STEPS = tuple(round(step * scale) for step in solver.STEPS)
     cfg.SOLVER.WARMUP_ITERS = round(solver.WARMUP_ITERS * scale)
     logger.info(
-        "%g epochs of %d pictures are %d iterations of %d; the rate falls at %s, the warm-up takes %d",
+        "%g epochs of %d images are %d iterations of %d images; the learning rate drops at %s, the warm-up "
+        "takes %d",
         solver.MAX_EPOCHS,
-        pictures_per_epoch,
+        images_per_epoch,
         max_iter,
         solver.IMS_PER_BATCH,
         cfg.SOLVER.STEPS,
@@ -297,37 +244,55 @@ def set_iterations(cfg: CfgNode, pictures_per_epoch: int | None) -> CfgNode:
     return cfg
 
 
-def _as_given(names: Any) -> Any:
-    """Several names as a tuple; a single one stays, to be refused."""
-    return names if isinstance(names, str) else tuple(names)
-
-
-def _given(**kwargs: str) -> dict[str, str]:
-    """Without what is empty, which leaves the writer's default."""
-    return {name: value for name, value in kwargs.items() if value}
-
-
 def epochs_to_iterations(
-    key: str, epochs: float, pictures_per_epoch: int | None, images_per_step: int
+    key: str, epochs: float, images_per_epoch: int | None, images_per_step: int
 ) -> int | None:
-    """Iterations of so many passes over the training data; None for 0 epochs.
+    """Convert passes over the training data to iterations; None for 0 epochs.
 
     Args:
-        key: what the number is set by, for the message.
-        epochs: number of passes, which need not be whole.
-        pictures_per_epoch: number of training pictures, None if it is not known.
-        images_per_step: pictures of one update.
+        key: the config key of the number, for error messages.
+        epochs: number of passes, which may be a fraction.
+        images_per_epoch: number of training images, None if unknown.
+        images_per_step: number of images of one update.
 
     Raises:
-        TypeError: if `epochs` is no number.
-        ValueError: if the training data do not tell their length.
+        TypeError: if `epochs` is not a number.
+        ValueError: if the length of the training data is unknown.
     """
     if isinstance(epochs, bool) or not isinstance(epochs, int | float):
         raise TypeError(f"{key} must be a number, got {epochs!r}")
     if epochs <= 0:
         return None
-    if pictures_per_epoch is None:
+    if images_per_epoch is None:
         raise ValueError(
-            f"{key} = {epochs}: the training data do not tell their length; count in iterations instead."
+            f"{key} = {epochs}: the length of the training data is unknown; use iterations instead."
         )
-    return max(1, round(epochs * pictures_per_epoch / images_per_step))
+    return max(1, round(epochs * images_per_epoch / images_per_step))
+
+
+def option_table() -> str:
+    """Return the table of all options in ``docs/training.md`` (Markdown)."""
+    rows = ["| YAML key | lazy entry | default | meaning |", "|---|---|---|---|"]
+    for declaration in _DECLARATIONS.values():
+        keys = []
+        for key, switch in (
+            (declaration.yaml, declaration.yaml_switch),
+            (declaration.lazy, declaration.lazy_switch),
+        ):
+            names = [key, switch] if key and switch else [key] if key else []
+            keys.append(", ".join(f"`{name}`" for name in names))
+        rows.append(f"| {keys[0]} | {keys[1]} | {_shown_default(declaration)} | {declaration.doc} |")
+    return "\n".join(rows)
+
+
+def _shown_default(declaration: Declaration) -> str:
+    shown = []
+    for key, default in (
+        (declaration.yaml, declaration.default),
+        (declaration.lazy, declaration.lazy_default),
+    ):
+        if key and default not in ("", None, (), [], {}):
+            text = ", ".join(default) if isinstance(default, tuple) else str(default)
+            if text not in shown:
+                shown.append(text)
+    return ("off; " if declaration.has_switch else "") + " / ".join(shown)

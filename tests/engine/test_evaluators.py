@@ -6,7 +6,7 @@ from detlib.data import MetadataCatalog
 from detlib.engine import DefaultTrainer
 from detlib.engine.checks import check_num_classes
 from detlib.engine.evaluators import default_evaluator
-from detlib.engine.pictures import write_prediction_pictures
+from detlib.engine.hooks.visualization import write_prediction_images
 from detlib.evaluation import (
     CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
@@ -91,7 +91,7 @@ def test_a_model_is_trained_evaluated_and_drawn(tmp_path, model, tasks):
     results = trainer.train()
     assert results.keys() == tasks
     assert 0 <= results["sem_seg"]["mIoU"] <= 100
-    pictures = write_prediction_pictures(cfg, trainer.model)
+    pictures = write_prediction_images(cfg, trainer.model)
     assert len(pictures) == 3
     written = tmp_path / "inference" / "panoptic" / "predictions"
     assert written.exists() == (model == "PanopticFPN")

@@ -43,16 +43,16 @@ def test_colours_sizes_and_times(tmp_path, image_format):
     color = (200, 100, 20)
     given = color if image_format == "RGB" else color[::-1]
     samples = [_blank(given), _blank(given, height=96, width=48)]
-    hook = hooks.TrainingPictures(3, str(tmp_path), image_format=image_format)
+    hook = hooks.TrainingImages(3, str(tmp_path), image_format=image_format)
     trainer = _Gives([samples], hook)
     trainer.train(0, 7)
-    files = sorted(p.name for p in (tmp_path / "train_pictures").iterdir())
+    files = sorted(p.name for p in (tmp_path / "train_images").iterdir())
     assert files == ["iter_0000002.jpg", "iter_0000005.jpg"]
-    picture = _drawn(tmp_path / "train_pictures" / files[0])
+    picture = _drawn(tmp_path / "train_images" / files[0])
     assert abs(picture[100, 100] - color).max() <= 4 and abs(picture[600, 100] - color).max() <= 4
     assert picture[600, 400].min() > 250  # white beside the narrow one
     (name, image, iteration), second = trainer.storage._images
-    assert (name, iteration, second[2]) == ("train_pictures", 2, 5)
+    assert (name, iteration, second[2]) == ("train_images", 2, 5)
     assert image.shape == (3, *picture.shape[:2]) and image.dtype == np.uint8
     assert trainer.batch is None
 
@@ -73,8 +73,8 @@ def test_annotations_are_drawn_where_they_are(tmp_path, kind):
         sample = _blank(sem_seg=torch.zeros(64, 96, dtype=torch.int64))
     elif kind == "nothing":
         sample = _blank(instances=Instances((64, 96), gt_boxes=Boxes(torch.zeros(0, 4))))
-    _Gives([[sample]], hooks.TrainingPictures(1, str(tmp_path), image_format="RGB")).train(0, 1)
-    picture = _drawn(tmp_path / "train_pictures" / "iter_0000000.jpg").sum(axis=2) / 3
+    _Gives([[sample]], hooks.TrainingImages(1, str(tmp_path), image_format="RGB")).train(0, 1)
+    picture = _drawn(tmp_path / "train_images" / "iter_0000000.jpg").sum(axis=2) / 3
     scale = 512 / 96
     outline = picture[int(32 * scale), int(48 * scale) - 8 : int(48 * scale) + 9].max()
     inside = picture[
@@ -92,9 +92,9 @@ def test_predictions_stand_beside(tmp_path, name):
     model = build_architecture(name).train()
     modes = [m.training for m in model.modules()]
     # All predictions, so that there is something to see of a model that was not trained.
-    hook = hooks.TrainingPictures(1, str(tmp_path), model=model, min_score=0.0)
+    hook = hooks.TrainingImages(1, str(tmp_path), model=model, min_score=0.0)
     _Gives([architecture_batch(name)], hook).train(0, 1)
-    picture = _drawn(tmp_path / "train_pictures" / "iter_0000000.jpg")
+    picture = _drawn(tmp_path / "train_images" / "iter_0000000.jpg")
     assert picture.shape == (2 * 341 + 4, 2 * 512 + 4, 3)
     left, right = picture[:341, :512], picture[:341, 516:]
     assert (abs(left - right).max(axis=2) > 40).mean() > 0.005
@@ -102,18 +102,18 @@ def test_predictions_stand_beside(tmp_path, name):
 
 
 def test_limits(tmp_path):
-    hook = hooks.TrainingPictures(1, str(tmp_path), image_format="RGB", max_pictures=2, max_files=3)
+    hook = hooks.TrainingImages(1, str(tmp_path), image_format="RGB", max_images=2, max_files=3)
     _Gives([[_blank()] * 5], hook).train(0, 5)
-    files = sorted((tmp_path / "train_pictures").iterdir())
+    files = sorted((tmp_path / "train_images").iterdir())
     assert [p.name for p in files] == [f"iter_000000{k}.jpg" for k in (2, 3, 4)]
     assert _drawn(files[0]).shape[0] == 2 * 341 + 4
-    for name in ("period", "max_pictures", "max_files"):
+    for name in ("period", "max_images", "max_files"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-            hooks.TrainingPictures(**{"period": 1, "output_dir": "", name: 0})
+            hooks.TrainingImages(**{"period": 1, "output_dir": "", name: 0})
 
 
 def test_batches_of_another_kind_are_told_once(tmp_path, caplog):
-    hook = hooks.TrainingPictures(1, str(tmp_path), model=nn.Linear(1, 1))
+    hook = hooks.TrainingImages(1, str(tmp_path), model=nn.Linear(1, 1))
     with caplog.at_level(logging.WARNING, logger="detlib"):
         _Gives([torch.zeros(2)], hook).train(0, 3)
     assert caplog.text.count("not in the standard format") == 1 and not list(tmp_path.iterdir())

@@ -99,7 +99,7 @@ def test_it_is_made_as_if_nothing_had_happened(tmp_path, whole, whole_rows, capl
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="detlib"):
         trainer.train()
-    message = f"The evaluation after iteration {2 * fatal - 1} was cut off; it is made now"
+    message = f"The evaluation after iteration {2 * fatal - 1} was interrupted; running it now"
     assert caplog.text.count(message) == 1
     # The console has a line for steps only.
     lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("iter: ")]
@@ -261,4 +261,4 @@ def test_the_main_process_knows_what_was_made(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(comm, "all_gather", lambda data: [4] if data == hook._read() else gather(data))
     with caplog.at_level(logging.INFO, logger="detlib"):
         trainer.train()
-    assert hook._read() == 7 and "was cut off" not in caplog.text
+    assert hook._read() == 7 and "was interrupted" not in caplog.text

@@ -1,13 +1,17 @@
 """The hooks that come with detlib."""
 
-from detlib.engine.hooks.checkpoint import BestCheckpointer, PeriodicCheckpointer
-from detlib.engine.hooks.early_stop import EarlyStopping
-from detlib.engine.hooks.evaluation import EvalHook, PreciseBN
-from detlib.engine.hooks.general import CallbackHook, IterationTimer, LRScheduler, PeriodicWriter
-from detlib.engine.hooks.interrupt import StopOnSignal
-from detlib.engine.hooks.missed_evaluation import MissedEvaluation
-from detlib.engine.hooks.pictures import TrainingPictures
+from detlib.engine.hooks.evaluation import BestCheckpointer, EarlyStopping, MissedEvaluation, PreciseBN
+from detlib.engine.hooks.general import (
+    CallbackHook,
+    EvalHook,
+    IterationTimer,
+    LRScheduler,
+    PeriodicCheckpointer,
+    PeriodicWriter,
+    StopOnSignal,
+)
 from detlib.engine.hooks.profiling import AutogradProfiler, StepsProfiler, TorchMemoryStats, TorchProfiler
+from detlib.engine.hooks.visualization import TrainingImages
 from detlib.engine.train_loop import HookBase
 
 __all__ = [
@@ -27,5 +31,5 @@ __all__ = [
     "StopOnSignal",
     "TorchMemoryStats",
     "TorchProfiler",
-    "TrainingPictures",
+    "TrainingImages",
 ]

@@ -1,85 +1,29 @@
-"""Hooks that evaluate the model, or make it ready for that."""
+"""Hooks around evaluations: BatchNorm statistics, the best checkpoint, early stopping, missed evaluations."""
 
 import itertools
+import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+import math
+import os
+from collections.abc import Callable, Iterable
 
 from torch import nn
 
+from detlib.checkpoint import Checkpointer
+from detlib.checkpoint.formats import read_checkpoint
 from detlib.engine.ema import WeightAverage
+from detlib.engine.hooks.general import prepare_to_save, refuse_diverged
 from detlib.engine.train_loop import HookBase
-from detlib.evaluation.testing import flatten_results_dict
 from detlib.layers.fvcore_nn import get_bn_modules, update_bn_stats
 from detlib.utils import comm
+from detlib.utils.atomic_write import write_bytes_atomically
 from detlib.utils.events import EventStorage
+from detlib.utils.file_io import PathManager
+from detlib.utils.suggest import near_names
 
-__all__ = ["EvalHook", "PreciseBN"]
+__all__ = ["BestCheckpointer", "EarlyStopping", "MissedEvaluation", "PreciseBN"]
 
 logger = logging.getLogger(__name__)
-
-
-class EvalHook(HookBase):
-    """Calls an evaluation function every so many steps, and after the last one.
-
-    Every process calls it, and they wait for each other afterwards.
-
-    Attributes:
-        evaluated: the number of steps done at the last evaluation; None before the first.
-    """
-
-    def __init__(
-        self,
-        eval_period: int,
-        eval_function: Callable[[], Mapping],
-        eval_after_train: bool = True,
-        repeat_after_stop: bool = False,
-    ):
-        """
-        Args:
-            eval_period: steps between two evaluations; 0 evaluates after the last step only.
-            eval_function: takes nothing and returns a nested dict of numbers, or nothing.
-            eval_after_train: whether to evaluate after the last step.
-            repeat_after_stop: whether to do so also if training was stopped early by the evaluation of its
-                last step; for functions that do more at the end.
-        """
-        self._period = eval_period
-        self._func = eval_function
-        self._eval_after_train = eval_after_train
-        self._repeat_after_stop = repeat_after_stop
-        self.evaluated: int | None = None
-
-    def _do_eval(self) -> None:
-        results = self._func()
-        if results:
-            if not isinstance(results, Mapping):
-                raise TypeError(f"eval_function must return a dict of numbers, got {type(results).__name__}")
-            flat = {}
-            for name, value in flatten_results_dict(results).items():
-                try:
-                    flat[name] = float(value)
-                except (TypeError, ValueError) as e:
-                    raise ValueError(
-                        f"eval_function must return a nested dict of numbers; '{name}' is {value!r}"
-                    ) from e
-            self.trainer.storage.put_scalars(**flat, smoothing_hint=False)
-        # Evaluation takes the processes different times; steps must start together.
-        comm.synchronize()
-
-    def after_step(self) -> None:
-        done = self.trainer.iter + 1
-        # The evaluation after the last step is made in after_train.
-        if self._period > 0 and done % self._period == 0 and done != self.trainer.max_iter:
-            self._do_eval()
-            self.evaluated = done
-
-    def after_train(self) -> None:
-        # Not if training was cut short by an error.
-        if self._eval_after_train and self.trainer.is_finished:
-            if self._repeat_after_stop or self.evaluated != self.trainer.iter:
-                self._do_eval()
-                self.evaluated = self.trainer.iter
-        # The function usually holds the trainer, which holds this hook.
-        del self._func
 
 
 class PreciseBN(HookBase):
@@ -155,3 +99,329 @@ class PreciseBN(HookBase):
     def load_state_dict(self, state_dict: dict) -> None:
         if not self._disabled and hasattr(self._data_loader, "load_state_dict"):
             self._data_loader.load_state_dict(state_dict["data_loader"])
+
+
+class BestCheckpointer(HookBase):
+    """Saves the model whenever an evaluation gives a better metric than all before.
+
+    It goes after the `EvalHook` whose results it reads. What was best is known again after a resume.
+
+    Attributes:
+        best_metric, best_iter: the best so far and its iteration; None before the first.
+    """
+
+    def __init__(
+        self,
+        eval_period: int,
+        checkpointer: Checkpointer,
+        val_metric: str,
+        mode: str = "max",
+        file_prefix: str = "model_best",
+        on_all_processes: bool = False,
+    ) -> None:
+        """
+        Args:
+            eval_period: the period of the `EvalHook`.
+            checkpointer: what saves.
+            val_metric: name of the metric in the storage, such as "bbox/AP50" or "val/total_loss".
+            mode: "max" if more is better, "min" if less is.
+            file_prefix: name of the file, without ".pth".
+            on_all_processes: whether every process has this hook. The main process, which has the results,
+                then decides for all.
+
+        Raises:
+            ValueError: for another `mode`.
+        """
+        _check_mode(mode)
+        self._period = eval_period
+        self._val_metric = val_metric
+        self._mode = mode
+        self._checkpointer = checkpointer
+        self._file_prefix = file_prefix
+        self._on_all_processes = on_all_processes
+        self._judged: int | None = None  # iteration of the last evaluation that was looked at
+        self.best_metric: float | None = None
+        self.best_iter: int | None = None
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        # The evaluation after the last step is made in after_train.
+        if self._period > 0 and done % self._period == 0 and done != self.trainer.max_iter:
+            self._save_if_best(self._checkpointer.save)
+
+    def after_train(self) -> None:
+        if self.trainer.is_finished:
+            # The final checkpoint stays the last one, if there is one.
+            is_last = not self._checkpointer.has_checkpoint()
+            self._save_if_best(self._checkpointer.save if is_last else self._checkpointer.write)
+        # `PeriodicCheckpointer` has waited already, but for what was saved before this.
+        self._checkpointer.wait()
+
+    def _save_if_best(self, save: Callable) -> None:
+        best = self._new_best()
+        if self._on_all_processes:
+            best = comm.all_gather(best)[0]
+        if best is None:
+            return
+        self.best_metric, self.best_iter = best
+        refuse_diverged(self._checkpointer, self.best_iter)
+        prepare_to_save(self.trainer)
+        save(self._file_prefix, iteration=self.best_iter, best=self.state_dict())
+        logger.info(
+            "%s is %.5f, the best so far: saved %s", self._val_metric, self.best_metric, self._file_prefix
+        )
+
+    def _new_best(self) -> tuple[float, int] | None:
+        """Metric and iteration of the last evaluation, if it is new and the best."""
+        if self._on_all_processes and not comm.is_main_process():
+            return None
+        latest = self.trainer.storage.latest().get(self._val_metric)
+        if latest is None:
+            logger.warning(
+                "%s. So the best model is not saved.",
+                _explain_missing_metric(self._val_metric, self.trainer.storage),
+            )
+            return None
+        value, iteration = float(latest[0]), int(latest[1])
+        if iteration == self._judged:  # a training that was stopped early does not evaluate again
+            return None
+        self._judged = iteration
+        if _is_better(value, self.best_metric, self._mode):
+            return value, iteration
+        logger.info(
+            "%s is %.5f; the best stays %s at iteration %s",
+            self._val_metric,
+            value,
+            self.best_metric,
+            self.best_iter,
+        )
+        return None
+
+    def state_dict(self) -> dict:
+        return {"best_metric": self.best_metric, "best_iter": self.best_iter, "metric": self._val_metric}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Takes the better of the state and of the saved best file.
+
+        The file may know of a better one: checkpoints are saved before the evaluation of the same step.
+        """
+        states = [state_dict]
+        path = os.path.join(self._checkpointer.save_dir, f"{self._file_prefix}.pth")
+        if os.path.isfile(path):
+            states.append(read_checkpoint(path).get("best", {}))
+        for state in states:
+            value = state.get("best_metric")
+            if state.get("metric") == self._val_metric and value is not None:
+                if _is_better(value, self.best_metric, self._mode):
+                    self.best_metric, self.best_iter = value, state["best_iter"]
+
+
+class EarlyStopping(HookBase):
+    """Ends the training after some evaluations in a row without a better metric.
+
+    It goes after the `EvalHook` whose results it reads, on every process: the main process, which has the
+    results, decides for all. `TrainerBase.stop` says how training ends then.
+
+    What it has seen is in the checkpoints, and for those that are saved before the evaluation of the same
+    step in ``OUTPUT_DIR/early_stop.json`` too, so that a resumed training stops where an uninterrupted one
+    would. A training that was stopped is not trained further when it is resumed, unless with more patience.
+    """
+
+    def __init__(self, eval_period: int, metric: str, patience: int, mode: str = "max", output_dir: str = ""):
+        """
+        Args:
+            eval_period: the period of the `EvalHook`.
+            metric: name of the metric in the storage, such as "bbox/AP50" or "val/total_loss".
+            patience: number of evaluations without a better one after which to stop.
+            mode: "max" if more is better, "min" if less is.
+            output_dir: where to keep ``early_stop.json``; "" for nowhere.
+
+        Raises:
+            ValueError: for another `mode`, or a patience below 1.
+        """
+        _check_mode(mode)
+        if patience < 1:
+            raise ValueError(f"patience must be at least 1, got {patience}")
+        self._period = eval_period
+        self._metric = metric
+        self._patience = patience
+        self._mode = mode
+        self._path = os.path.join(output_dir, "early_stop.json") if output_dir else ""
+        # The metric by the number of steps done; a dict, as a resumed run may evaluate the same step again.
+        self._seen: dict[int, float] = {}
+
+    def before_train(self) -> None:
+        if self.trainer.start_iter == 0:
+            self._seen = {}
+            if self._path and comm.is_main_process() and PathManager.isfile(self._path):
+                PathManager.rm(self._path)  # of an earlier training
+        # The processes of other machines may not see the file.
+        self._seen = comm.all_gather(self._seen)[0]
+        if self._seen:
+            self._stop_if_due(
+                f"it had been stopped early before, as there was %s. To train further, set "
+                f"SOLVER.EARLY_STOP.PATIENCE (train.early_stop.patience) above {self._patience} or to 0"
+            )
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        # The evaluation after the last step is made in after_train.
+        if self._period > 0 and done % self._period == 0 and done != self.trainer.max_iter:
+            self._note(done)
+            self._stop_if_due("%s")
+
+    def after_train(self) -> None:
+        if self.trainer.is_finished and self.trainer.iter not in self._seen:
+            self._note(self.trainer.iter)
+
+    def _note(self, done: int) -> None:
+        """Takes down the metric of the evaluation after so many steps, on every process."""
+        value = None
+        if comm.is_main_process():
+            latest = self.trainer.storage.latest()
+            if self._metric in latest:
+                value = latest[self._metric][0]
+            else:
+                logger.warning(
+                    "%s. So training cannot be stopped early (SOLVER.EARLY_STOP.METRIC, "
+                    "train.early_stop.metric).",
+                    _explain_missing_metric(self._metric, self.trainer.storage),
+                )
+        value = comm.all_gather(value)[0]
+        if value is None:
+            return
+        self._seen[done] = value
+        if self._path and comm.is_main_process():
+            content = json.dumps(self._content()) + "\n"
+            PathManager.mkdirs(os.path.dirname(self._path))
+            write_bytes_atomically(self._path, lambda f: f.write(content.encode()))
+
+    def _stop_if_due(self, reason: str) -> None:
+        """Calls `stop` if the last evaluations were no better than one before, as "%s" in `reason` tells."""
+        best, best_done = None, 0
+        for done in sorted(self._seen):
+            if _is_better(self._seen[done], best, self._mode):
+                best, best_done = self._seen[done], done
+        since = sum(done > best_done for done in self._seen)
+        if since < self._patience:
+            return
+        was = "none that is finite" if best is None else f"{best:.5g} at iteration {best_done - 1}"
+        self.trainer.stop(reason % f"no better {self._metric} in {since} evaluations; the best was {was}")
+
+    def _content(self) -> dict:
+        return {"metric": self._metric, "seen": [[done, self._seen[done]] for done in sorted(self._seen)]}
+
+    def state_dict(self) -> dict:
+        return self._content() if self._seen else {}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Takes what was seen up to the checkpoint's step from the state and from the file.
+
+        The file knows of the evaluation of that step, before which checkpoints are saved.
+        """
+        states = [state_dict]
+        if self._path and PathManager.isfile(self._path):
+            with PathManager.open(self._path) as f:
+                states.append(json.load(f))
+        # By then the trainer's iteration is the checkpoint's.
+        until = self.trainer.iter + 1
+        for state in states:
+            if state.get("metric") == self._metric:
+                self._seen.update({done: value for done, value in state["seen"] if done <= until})
+
+
+class MissedEvaluation(HookBase):
+    """Runs the evaluation of the checkpoint's step on resume, if the earlier run was killed during it.
+
+    Checkpoints are saved before the evaluation of the same step. Without this hook, a resumed run would
+    continue without the results of that evaluation, and might keep another best checkpoint. The trainer needs
+    ``rerun_evaluation`` and ``last_evaluation`` (see `detlib.engine.ConfigTrainer`).
+
+    ``OUTPUT_DIR/last_evaluation`` holds the number of steps done at the last evaluation whose results are
+    written. The hook goes before the `PeriodicWriter`, on every process.
+    """
+
+    def __init__(self, eval_period: int, output_dir: str):
+        """
+        Args:
+            eval_period: the period of the `EvalHook`, at least 1.
+            output_dir: the folder of ``last_evaluation``.
+        """
+        self._period = eval_period
+        self._path = os.path.join(output_dir, "last_evaluation")
+        self._made = 0  # steps done at an evaluation whose results are being written
+
+    def before_train(self) -> None:
+        start = self.trainer.start_iter
+        if start == 0:
+            if comm.is_main_process() and PathManager.isfile(self._path):
+                PathManager.rm(self._path)  # of an earlier run
+            return
+        # The processes of other machines may not see the file.
+        made = comm.all_gather(self._read())[0]
+        if made > start:
+            # It belongs to steps that are done again; their new evaluation may be interrupted too.
+            self._made = start
+        # The evaluation after the last step runs in any case.
+        is_last = start >= self.trainer.max_iter or self.trainer.stopped_reason is not None
+        if made < start and start % self._period == 0 and not is_last:
+            if self.trainer.rerun_evaluation(start - 1):
+                self._made = start
+
+    def before_step(self) -> None:
+        if self._made:
+            self._write()
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done % self._period == 0 and done != self.trainer.max_iter:
+            self._made = done
+
+    def after_train(self) -> None:
+        done = self.trainer.iter
+        if self.trainer.last_evaluation == done:
+            self._made = done
+        if self._made:
+            self._write()
+
+    def _read(self) -> int:
+        if not PathManager.isfile(self._path):
+            return 0
+        with PathManager.open(self._path) as f:
+            text = f.read().strip()
+        return int(text) if text.isdecimal() else 0
+
+    def _write(self) -> None:
+        if comm.is_main_process():
+            PathManager.mkdirs(os.path.dirname(self._path))
+            write_bytes_atomically(self._path, lambda f: f.write(f"{self._made}\n".encode()))
+        self._made = 0
+
+
+def _check_mode(mode: str) -> None:
+    """
+    Raises:
+        ValueError: if `mode` is neither "max" nor "min".
+    """
+    if mode not in ("max", "min"):
+        raise ValueError(f"mode must be 'max' or 'min', got {mode!r}")
+
+
+def _is_better(value: float, than: float | None, mode: str) -> bool:
+    """Whether a metric is better than another; what is not finite never is, and None always worse."""
+    if not math.isfinite(value):
+        return False
+    if than is None:
+        return True
+    return value > than if mode == "max" else value < than
+
+
+def _explain_missing_metric(name: str, storage: EventStorage) -> str:
+    """What to say of a metric that is not in the storage: near names, and what is there."""
+    # The results of evaluations are not smoothed, as the models' own measurements are.
+    results = sorted(n for n, smoothed in storage.smoothing_hints().items() if not smoothed and "/" in n)
+    near = near_names(name, results) or near_names(name, storage.latest())
+    hint = f" Near names: {', '.join(near)}." if near else ""
+    return (
+        f"No metric '{name}' was put out by the evaluation.{hint} There are: {', '.join(results) or 'none'}"
+    )

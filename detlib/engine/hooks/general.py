@@ -1,20 +1,40 @@
-"""Hooks for callbacks, timing, output and the learning rate."""
+"""The hooks of every training run: timing, learning rate, checkpoints, evaluation, output, interruption."""
 
+import contextlib
 import datetime
 import logging
+import os
+import signal
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from fvcore.common.param_scheduler import ParamScheduler
 from fvcore.common.timer import Timer
 
-from detlib.engine.train_loop import HookBase
+from detlib.checkpoint import Checkpointer
+from detlib.checkpoint import PeriodicCheckpointer as _PeriodicCheckpointer
+from detlib.checkpoint.sharded import is_sharded
+from detlib.engine.distributed.interrupt import StopTraining, listen_for_stop, stop_requested
+from detlib.engine.divergence import find_non_finite_parameters
+from detlib.engine.train_loop import HookBase, TrainerBase
+from detlib.evaluation.testing import flatten_results_dict
 from detlib.solver import LRMultiplier
+from detlib.utils import comm
 from detlib.utils.events import EventWriter
 
-__all__ = ["CallbackHook", "IterationTimer", "LRScheduler", "PeriodicWriter"]
+__all__ = [
+    "CallbackHook",
+    "EvalHook",
+    "IterationTimer",
+    "LRScheduler",
+    "PeriodicCheckpointer",
+    "PeriodicWriter",
+    "StopOnSignal",
+    "prepare_to_save",
+    "refuse_diverged",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +131,191 @@ def _format_seconds(seconds: float) -> str:
     return str(datetime.timedelta(seconds=int(seconds)))
 
 
+class LRScheduler(HookBase):
+    """Steps a learning-rate schedule and puts the rate into the storage as "lr"."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer | None = None, scheduler=None):
+        """
+        Args:
+            optimizer: default: the trainer's ``optimizer``.
+            scheduler: a PyTorch scheduler, or a fvcore ParamScheduler, which becomes an `LRMultiplier`;
+                default: the trainer's ``scheduler``.
+        """
+        self._optimizer = optimizer
+        self._scheduler = scheduler
+
+    def before_train(self) -> None:
+        self._optimizer = self._optimizer or self.trainer.optimizer
+        if isinstance(self.scheduler, ParamScheduler):
+            self._scheduler = LRMultiplier(
+                self._optimizer, self.scheduler, self.trainer.max_iter, last_iter=self.trainer.iter - 1
+            )
+        self._best_param_group_id = LRScheduler.get_best_param_group_id(self._optimizer)
+
+    @staticmethod
+    def get_best_param_group_id(optimizer: torch.optim.Optimizer) -> int:
+        """The parameter group whose rate stands for all: the largest, or of the commonest rate if all have
+        one parameter."""
+        groups = optimizer.param_groups
+        largest = max(len(group["params"]) for group in groups)
+        if largest > 1:
+            return next(i for i, group in enumerate(groups) if len(group["params"]) == largest)
+        rates = [group["lr"] for group in groups]
+        return rates.index(Counter(rates).most_common(1)[0][0])
+
+    def after_step(self) -> None:
+        lr = self._optimizer.param_groups[self._best_param_group_id]["lr"]
+        self.trainer.storage.put_scalar("lr", lr, smoothing_hint=False)
+        self.scheduler.step()
+
+    @property
+    def scheduler(self):
+        return self._scheduler or self.trainer.scheduler
+
+    def state_dict(self) -> dict:
+        if isinstance(self.scheduler, torch.optim.lr_scheduler.LRScheduler):
+            return self.scheduler.state_dict()
+        return {}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        if isinstance(self.scheduler, torch.optim.lr_scheduler.LRScheduler):
+            self.scheduler.load_state_dict(state_dict)
+
+
+class PeriodicCheckpointer(_PeriodicCheckpointer, HookBase):
+    """`detlib.checkpoint.PeriodicCheckpointer` as a hook.
+
+    It refuses to save a model with infinite or NaN parameters, so that a training which diverged between
+    two looks at the losses leaves good checkpoints behind.
+    """
+
+    def before_train(self) -> None:
+        self.max_iter = self.trainer.max_iter
+
+    def after_step(self) -> None:
+        """Saves if it is time to.
+
+        Raises:
+            FloatingPointError: if parameters are not finite.
+        """
+        iteration = self.trainer.iter
+        is_periodic = self.period > 0 and (iteration + 1) % self.period == 0
+        if not is_periodic and (self.max_iter is None or iteration + 1 < self.max_iter):
+            return
+        refuse_diverged(self.checkpointer, iteration)
+        prepare_to_save(self.trainer)
+        self.step(iteration)
+
+    def after_train(self) -> None:
+        """Saves the final checkpoint if it is missing yet, and waits for what is saved in the background.
+
+        It is missing if the training was stopped early, or was cut off between its last periodic checkpoint
+        and the final one and then resumed with nothing left to train.
+
+        Raises:
+            FloatingPointError: if parameters are not finite.
+        """
+        trainer = self.trainer
+        last = trainer.iter - 1
+        was_stopped = trainer.start_iter <= last < trainer.max_iter - 1
+        had_nothing_to_do = 0 < trainer.start_iter == trainer.iter
+        if trainer.is_finished and (was_stopped or (had_nothing_to_do and self._lacks_final())):
+            refuse_diverged(self.checkpointer, last)
+            prepare_to_save(trainer)
+            self.checkpointer.save(f"{self.file_prefix}_final", iteration=last)
+        self.checkpointer.wait()
+
+    def _lacks_final(self) -> bool:
+        lacks = not self.path_manager.exists(
+            os.path.join(self.checkpointer.save_dir, f"{self.file_prefix}_final.pth")
+        )
+        # Where all processes have this hook, all take part in saving, or none: the first one decides.
+        all_save = is_sharded(self.checkpointer.model) or getattr(self.trainer, "_all_save", False)
+        return comm.all_gather(lacks)[0] if all_save else lacks
+
+
+def prepare_to_save(trainer: TrainerBase) -> None:
+    """Lets a trainer collect what the processes have for themselves, before a hook saves."""
+    prepare = getattr(trainer, "prepare_to_save", None)
+    if prepare is not None:
+        prepare()
+
+
+def refuse_diverged(checkpointer: Checkpointer, iteration: int) -> None:
+    bad = find_non_finite_parameters(checkpointer.model)
+    if bad:
+        listed = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        last = checkpointer.get_checkpoint_file() if checkpointer.save_dir else ""
+        raise FloatingPointError(
+            f"After iteration {iteration} the model has infinite or NaN parameters ({listed}), so no "
+            f"checkpoint was saved. The last good checkpoint: {last or 'none'}"
+        )
+
+
+class EvalHook(HookBase):
+    """Calls an evaluation function every so many steps, and after the last one.
+
+    Every process calls it, and they wait for each other afterwards.
+
+    Attributes:
+        evaluated: the number of steps done at the last evaluation; None before the first.
+    """
+
+    def __init__(
+        self,
+        eval_period: int,
+        eval_function: Callable[[], Mapping],
+        eval_after_train: bool = True,
+        repeat_after_stop: bool = False,
+    ):
+        """
+        Args:
+            eval_period: steps between two evaluations; 0 evaluates after the last step only.
+            eval_function: takes nothing and returns a nested dict of numbers, or nothing.
+            eval_after_train: whether to evaluate after the last step.
+            repeat_after_stop: whether to do so also if training was stopped early by the evaluation of its
+                last step; for functions that do more at the end.
+        """
+        self._period = eval_period
+        self._func = eval_function
+        self._eval_after_train = eval_after_train
+        self._repeat_after_stop = repeat_after_stop
+        self.evaluated: int | None = None
+
+    def _do_eval(self) -> None:
+        results = self._func()
+        if results:
+            if not isinstance(results, Mapping):
+                raise TypeError(f"eval_function must return a dict of numbers, got {type(results).__name__}")
+            flat = {}
+            for name, value in flatten_results_dict(results).items():
+                try:
+                    flat[name] = float(value)
+                except (TypeError, ValueError) as e:
+                    raise ValueError(
+                        f"eval_function must return a nested dict of numbers; '{name}' is {value!r}"
+                    ) from e
+            self.trainer.storage.put_scalars(**flat, smoothing_hint=False)
+        # Evaluation takes the processes different times; steps must start together.
+        comm.synchronize()
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        # The evaluation after the last step is made in after_train.
+        if self._period > 0 and done % self._period == 0 and done != self.trainer.max_iter:
+            self._do_eval()
+            self.evaluated = done
+
+    def after_train(self) -> None:
+        # Not if training was cut short by an error.
+        if self._eval_after_train and self.trainer.is_finished:
+            if self._repeat_after_stop or self.evaluated != self.trainer.iter:
+                self._do_eval()
+                self.evaluated = self.trainer.iter
+        # The function usually holds the trainer, which holds this hook.
+        del self._func
+
+
 class PeriodicWriter(HookBase):
     """Lets writers put out the storage every so many steps, at each evaluation and after the last step."""
 
@@ -165,52 +370,69 @@ class PeriodicWriter(HookBase):
             raise errors[0]
 
 
-class LRScheduler(HookBase):
-    """Steps a learning-rate schedule and puts the rate into the storage as "lr"."""
+class StopOnSignal(HookBase):
+    """On SIGTERM (Slurm, Kubernetes, spot machines) or Ctrl-C, saves a checkpoint after the step and stops.
 
-    def __init__(self, optimizer: torch.optim.Optimizer | None = None, scheduler=None):
+    One process that gets the signal is enough: all stop after the same step. It goes behind all hooks with
+    a state, so that the checkpoint has what they did in this step.
+    """
+
+    def __init__(self, checkpointer: Checkpointer, period: int = 1):
         """
         Args:
-            optimizer: default: the trainer's ``optimizer``.
-            scheduler: a PyTorch scheduler, or a fvcore ParamScheduler, which becomes an `LRMultiplier`;
-                default: the trainer's ``scheduler``.
+            checkpointer: what saves.
+            period: steps between two questions among the processes whether one was asked to stop.
+
+        Raises:
+            ValueError: if `period` is below 1.
         """
-        self._optimizer = optimizer
-        self._scheduler = scheduler
+        if period < 1:
+            raise ValueError(f"period must be at least 1, got {period}")
+        self._checkpointer = checkpointer
+        self._period = period
+        self._listening = contextlib.ExitStack()
 
     def before_train(self) -> None:
-        self._optimizer = self._optimizer or self.trainer.optimizer
-        if isinstance(self.scheduler, ParamScheduler):
-            self._scheduler = LRMultiplier(
-                self._optimizer, self.scheduler, self.trainer.max_iter, last_iter=self.trainer.iter - 1
-            )
-        self._best_param_group_id = LRScheduler.get_best_param_group_id(self._optimizer)
-
-    @staticmethod
-    def get_best_param_group_id(optimizer: torch.optim.Optimizer) -> int:
-        """The parameter group whose rate stands for all: the largest, or of the commonest rate if all have
-        one parameter."""
-        groups = optimizer.param_groups
-        largest = max(len(group["params"]) for group in groups)
-        if largest > 1:
-            return next(i for i, group in enumerate(groups) if len(group["params"]) == largest)
-        rates = [group["lr"] for group in groups]
-        return rates.index(Counter(rates).most_common(1)[0][0])
+        self._listening.enter_context(listen_for_stop())
 
     def after_step(self) -> None:
-        lr = self._optimizer.param_groups[self._best_param_group_id]["lr"]
-        self.trainer.storage.put_scalar("lr", lr, smoothing_hint=False)
-        self.scheduler.step()
+        """Saves and stops if a process was asked to.
 
-    @property
-    def scheduler(self):
-        return self._scheduler or self.trainer.scheduler
+        Raises:
+            StopTraining: in all processes.
+        """
+        iteration = self.trainer.iter
+        if (iteration + 1) % self._period != 0:
+            return
+        signum = stop_requested()
+        if not signum:
+            if self._is_last_step():
+                # What is left needs no step: a signal ends it as it ends any program.
+                self._listening.close()
+            return
+        name = f"model_{iteration:07d}"
+        # The first process knows: what it saves in the background, others may not see yet. All save, or none.
+        if not comm.all_gather(self._is_saved(iteration, name))[0]:
+            prepare_to_save(self.trainer)
+            self._checkpointer.save(name, iteration=iteration)
+        self._checkpointer.wait()
+        logger.warning(
+            "Stopped by %s after iteration %d, which is saved in %s; --resume goes on from there",
+            signal.Signals(signum).name,
+            iteration,
+            self._checkpointer.get_checkpoint_file(),
+        )
+        raise StopTraining(signum)
 
-    def state_dict(self) -> dict:
-        if isinstance(self.scheduler, torch.optim.lr_scheduler.LRScheduler):
-            return self.scheduler.state_dict()
-        return {}
+    def _is_saved(self, iteration: int, name: str) -> bool:
+        """Whether the step's checkpoint was due anyway, and is there."""
+        if not self._checkpointer.has_checkpoint():
+            return False
+        last = os.path.basename(self._checkpointer.get_checkpoint_file())
+        return last == f"{name}.pth" or (last == "model_final.pth" and self._is_last_step())
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        if isinstance(self.scheduler, torch.optim.lr_scheduler.LRScheduler):
-            self.scheduler.load_state_dict(state_dict)
+    def _is_last_step(self) -> bool:
+        return self.trainer.iter + 1 >= self.trainer.max_iter or self.trainer.stopped_reason is not None
+
+    def after_train(self) -> None:
+        self._listening.close()

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from detlib.engine.freezing import freeze_by_name
 from detlib.layers import FrozenBatchNorm2d
-from detlib.modeling.freezing import freeze_by_name
 from tests.builders import small_config
 from tests.modeling.architectures import architecture_batch, build_architecture
 
