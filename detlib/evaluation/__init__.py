@@ -1,14 +1,19 @@
 """Evaluation of models on data sets."""
 
-from .cityscapes_evaluation import CityscapesInstanceEvaluator, CityscapesSemSegEvaluator
-from .coco_evaluation import COCOEvaluator
-from .evaluator import DatasetEvaluator, DatasetEvaluators, inference_context, inference_on_dataset
-from .lvis_evaluation import LVISEvaluator
-from .panoptic_evaluation import COCOPanopticEvaluator
-from .pascal_voc_evaluation import PascalVOCDetectionEvaluator
-from .rotated_coco_evaluation import RotatedCOCOEvaluator
-from .sem_seg_evaluation import SemSegEvaluator
-from .testing import flatten_results_dict, print_csv_format, verify_results
+from detlib.evaluation.cityscapes_evaluation import CityscapesInstanceEvaluator, CityscapesSemSegEvaluator
+from detlib.evaluation.coco_evaluation import COCOEvaluator
+from detlib.evaluation.evaluator import (
+    DatasetEvaluator,
+    DatasetEvaluators,
+    inference_context,
+    inference_on_dataset,
+)
+from detlib.evaluation.lvis_evaluation import LVISEvaluator
+from detlib.evaluation.panoptic_evaluation import COCOPanopticEvaluator
+from detlib.evaluation.pascal_voc_evaluation import PascalVOCDetectionEvaluator
+from detlib.evaluation.rotated_coco_evaluation import RotatedCOCOEvaluator
+from detlib.evaluation.sem_seg_evaluation import SemSegEvaluator
+from detlib.evaluation.testing import flatten_results_dict, print_csv_format, verify_results
 
 __all__ = [
     "COCOEvaluator",

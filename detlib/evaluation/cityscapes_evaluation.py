@@ -19,13 +19,12 @@ import torch
 from detlib.data.catalog import MetadataCatalog
 from detlib.data.datasets.cityscapes import read_png
 from detlib.data.datasets.cityscapes_labels import CITYSCAPES_LABELS
+from detlib.evaluation.cityscapes_instance_ap import InstanceMatches, instance_average_precision
+from detlib.evaluation.evaluator import DatasetEvaluator
 from detlib.structures import ROIMasks
 from detlib.utils import comm
 from detlib.utils.file_io import PathManager
 from detlib.utils.logger import create_small_table
-
-from .cityscapes_instance_ap import InstanceMatches, instance_average_precision
-from .evaluator import DatasetEvaluator
 
 __all__ = ["CityscapesEvaluator", "CityscapesInstanceEvaluator", "CityscapesSemSegEvaluator"]
 

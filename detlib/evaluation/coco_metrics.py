@@ -1,6 +1,7 @@
 """COCO's average precision and recall (https://cocodataset.org/#detection-eval).
 
-T IoU thresholds, R recall thresholds, K categories, A area ranges, M limits of detections in a picture.
+T IoU thresholds, R recall thresholds, K categories, A area ranges, M limits of detections in an image.
+In overlaps: D detections, G ground truth objects, P keypoints of an object.
 """
 
 from __future__ import annotations
@@ -8,16 +9,31 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
-from .keypoint_similarity import make_keypoint_similarity
-from .rotated_iou import make_rotated_iou
+from detlib.ops import box_iou_rotated
+from detlib.structures import BoxMode
 
-__all__ = ["CocoScores", "METRICS", "evaluate_coco", "gc_paused", "make_coco_api", "mean_percent"]
+__all__ = [
+    "METRICS",
+    "CocoScores",
+    "are_rotated",
+    "evaluate_coco",
+    "gc_paused",
+    "keypoint_similarity",
+    "make_coco_api",
+    "make_keypoint_similarity",
+    "make_rotated_iou",
+    "mean_percent",
+    "rotated_iou",
+    "to_rotated",
+]
 
 METRICS = {
     "bbox": ("AP", "AP50", "AP75", "APs", "APm", "APl"),
@@ -147,6 +163,140 @@ def _areas(results: list[dict], task: str) -> list[float]:
     return (np.ptp(points[:, 0::3], axis=1) * np.ptp(points[:, 1::3], axis=1)).tolist()
 
 
+def are_rotated(annotations: Iterable[dict]) -> bool:
+    """Whether a box in COCO's format, of the ground truth or of results, is (x, y, width, height, angle)."""
+    return any(len(annotation.get("bbox") or ()) == 5 for annotation in annotations)
+
+
+def to_rotated(boxes: list[list[float]]) -> np.ndarray:
+    """(N, 5) float64 from boxes in COCO's format; upright ones, (x0, y0, width, height), get the angle 0."""
+    rows = [b if len(b) == 5 else BoxMode.convert(b, BoxMode.XYWH_ABS, BoxMode.XYWHA_ABS) for b in boxes]
+    return np.array(rows, dtype=np.float64).reshape(-1, 5)
+
+
+def rotated_iou(dt_boxes: np.ndarray, gt_boxes: np.ndarray, is_crowd: np.ndarray) -> np.ndarray:
+    """Overlaps as COCO defines them: of a crowd, it is the part of the detection that lies in it.
+
+    Args:
+        dt_boxes: (D, 5) float64.
+        gt_boxes: (G, 5) float64.
+        is_crowd: (G,) bool.
+
+    Returns:
+        (D, G) float64.
+    """
+    iou = box_iou_rotated(torch.from_numpy(dt_boxes), torch.from_numpy(gt_boxes)).numpy()
+    if not is_crowd.any():
+        return iou
+    dt_areas = (dt_boxes[:, 2] * dt_boxes[:, 3])[:, None]
+    gt_areas = gt_boxes[:, 2] * gt_boxes[:, 3]
+    intersection = iou * (dt_areas + gt_areas) / (1 + iou)
+    of_detection = np.divide(intersection, dt_areas, out=np.zeros_like(iou), where=dt_areas > 0)
+    return np.where(is_crowd, of_detection, iou)
+
+
+def make_rotated_iou(annotations: list[dict], results: list[dict], max_dets: int) -> Callable:
+    """Returns what takes the place of the method `computeIoU` of a back end.
+
+    Args:
+        annotations: the ground truth's, in COCO's format.
+        results: the predictions, likewise.
+        max_dets: so many detections of a picture and category count, the best first.
+
+    Returns:
+        A function of image id and category id. It gives (D, G) float64, the detections by falling score, or
+        an empty list where there are none of one kind.
+    """
+    gts, dts = by_image_and_category(annotations), by_image_and_category(results)
+
+    def compute(image_id: int, category_id: int) -> np.ndarray | list:
+        gt, dt = gts.get((image_id, category_id)), dts.get((image_id, category_id))
+        if not gt or not dt:
+            return []
+        order = np.argsort([-d["score"] for d in dt], kind="mergesort")[:max_dets]
+        return rotated_iou(
+            to_rotated([dt[i]["bbox"] for i in order]),
+            to_rotated([g["bbox"] for g in gt]),
+            np.array([bool(g.get("iscrowd", 0)) for g in gt]),
+        )
+
+    return compute
+
+
+def by_image_and_category(annotations: list[dict]) -> dict[tuple[int, int], list[dict]]:
+    """Annotations in COCO's format by the ids of image and category, in their order."""
+    groups = defaultdict(list)
+    for annotation in annotations:
+        groups[annotation["image_id"], annotation["category_id"]].append(annotation)
+    return groups
+
+
+def keypoint_similarity(
+    found: np.ndarray, truth: np.ndarray, boxes: np.ndarray, areas: np.ndarray, sigmas: np.ndarray
+) -> np.ndarray:
+    """COCO's object keypoint similarity (https://cocodataset.org/#keypoints-eval).
+
+    Objects without a labelled keypoint, which do not count, are compared by how far the keypoints lie outside
+    their box, taken three times as large.
+
+    Args:
+        found: (D, P, 3) float64, x, y and anything.
+        truth: (G, P, 3) float64, x, y and visibility.
+        boxes: (G, 4) float64, XYWH.
+        areas: (G,) float64.
+        sigmas: (P,) float64.
+
+    Returns:
+        (D, G) float64.
+    """
+    labeled = truth[:, :, 2] > 0
+    bare = ~labeled.any(axis=1)
+    offsets = found[:, None, :, :2] - truth[:, :, :2]
+    if bare.any():
+        low, high = boxes[bare, :2] - boxes[bare, 2:], boxes[bare, :2] + 2 * boxes[bare, 2:]
+        points = found[:, None, :, :2]
+        below, above = low[:, None] - points, points - high[:, None]
+        offsets[:, bare] = np.maximum(below, 0) + np.maximum(above, 0)
+    # In pycocotools' order, so that the last digits differ as seldom as can be.
+    distances = offsets[..., 0] ** 2 + offsets[..., 1] ** 2
+    similar = np.exp(-(distances / (2 * sigmas) ** 2 / (areas[:, None] + np.spacing(1)) / 2))
+    counted = labeled | bare[:, None]
+    return (similar * counted).sum(axis=2) / counted.sum(axis=1)
+
+
+def make_keypoint_similarity(
+    annotations: list[dict], results: list[dict], max_dets: int, sigmas: np.ndarray
+) -> Callable:
+    """Returns what takes the place of the method `computeOks` of a back end.
+
+    Args:
+        annotations: the ground truth's, in COCO's format.
+        results: the predictions, likewise.
+        max_dets: so many detections of a picture and category count, the best first.
+        sigmas: one number for each keypoint.
+
+    Returns:
+        A function of image id and category id. It gives (D, G) float64, the detections by falling score, or
+        an empty list where there are none of one kind.
+    """
+    gts, dts = by_image_and_category(annotations), by_image_and_category(results)
+    sigmas = np.asarray(sigmas, dtype=np.float64)
+
+    def stack(entries: list[dict]) -> np.ndarray:
+        return np.array([e["keypoints"] for e in entries], dtype=np.float64).reshape(len(entries), -1, 3)
+
+    def compute(image_id: int, category_id: int) -> np.ndarray | list:
+        gt, dt = gts.get((image_id, category_id)), dts.get((image_id, category_id))
+        if not gt or not dt:
+            return []
+        order = np.argsort([-d["score"] for d in dt], kind="mergesort")[:max_dets]
+        boxes = np.array([g["bbox"] for g in gt], dtype=np.float64)
+        areas = np.array([g["area"] for g in gt], dtype=np.float64)
+        return keypoint_similarity(stack([dt[i] for i in order]), stack(gt), boxes, areas, sigmas)
+
+    return compute
+
+
 def evaluate_coco(
     coco_gt: Any,
     results: list[dict],
@@ -172,7 +322,7 @@ def evaluate_coco(
         rotated: whether overlaps of boxes are those of rotated boxes; only for the task "bbox".
     """
     if fast:
-        from .fast_eval_api import COCOeval_opt as COCOeval
+        from detlib.evaluation.fast_eval_api import COCOeval_opt as COCOeval
     else:
         from pycocotools.cocoeval import COCOeval
     with contextlib.redirect_stdout(io.StringIO()), gc_paused():

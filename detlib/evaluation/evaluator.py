@@ -133,15 +133,15 @@ def inference_on_dataset(
     with mode, torch.no_grad():
         call("on_start")
         for inputs in data_loader:
-            progress.data_is_there()
+            progress.data_loaded()
             call("before_inference")
             outputs = model(inputs)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             call("after_inference")
-            progress.model_is_done()
+            progress.forward_done()
             evaluator.process(inputs, outputs)
-            progress.batch_is_done(len(inputs))
+            progress.batch_done(len(inputs))
         call("on_end")
     progress.finish()
     return evaluator.evaluate() or {}
@@ -170,13 +170,13 @@ class _Progress:
         self.seconds[what] += now - self._mark
         self._mark = now
 
-    def data_is_there(self) -> None:
+    def data_loaded(self) -> None:
         self._lap("data")
 
-    def model_is_done(self) -> None:
+    def forward_done(self) -> None:
         self._lap("model")
 
-    def batch_is_done(self, num_images: int) -> None:
+    def batch_done(self, num_images: int) -> None:
         self._lap("evaluator")
         self.batches += 1
         self.timed_batches += 1

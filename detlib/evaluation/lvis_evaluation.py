@@ -1,22 +1,41 @@
-"""The LVIS metric for boxes, masks and box proposals."""
+"""LVIS's metric (https://arxiv.org/abs/1908.03195) for boxes and masks, and the recall of box proposals.
+
+It is COCO's metric on a federated ground truth: each image was searched for some of the categories only.
+
+T IoU thresholds, R recall thresholds, K categories, A area ranges.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import io
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from .coco_evaluation import COCOEvaluator
-from .coco_json import GroundTruth, load_ground_truth
-from .lvis_metrics import METRICS, LvisScores, evaluate_lvis
+import numpy as np
 
-__all__ = ["LVISEvaluator"]
+from detlib.evaluation.coco_evaluation import COCOEvaluator
+from detlib.evaluation.coco_json import GroundTruth, load_ground_truth
+from detlib.evaluation.coco_metrics import METRICS as COCO_METRICS
+from detlib.evaluation.coco_metrics import CocoScores, mean_percent
+
+__all__ = ["METRICS", "LVISEvaluator", "LvisScores", "evaluate_lvis", "keep_best_per_image"]
+
+_BY_FREQUENCY = ("APr", "APc", "APf")
+
+METRICS = {task: (*COCO_METRICS[task], *_BY_FREQUENCY) for task in ("bbox", "segm")}
+
+_NUM_THRESHOLDS, _NUM_RECALLS = 10, 101
+_AREA_NAMES = ("all", "small", "medium", "large")
 
 
 class LVISEvaluator(COCOEvaluator):
     """Computes LVIS's average precision of instance predictions, or the average recall of box proposals.
 
-    See `detlib.evaluation.lvis_metrics` for what sets it apart from COCO's.
+    See `evaluate_lvis` for how it differs from COCO's.
 
     Args:
         dataset_name: a registered name; its metadata names the annotation file, in LVIS's format.
@@ -89,3 +108,146 @@ class LVISEvaluator(COCOEvaluator):
     def _class_names(self) -> None:
         """There are too many classes for a table of each."""
         return None
+
+
+@dataclass(frozen=True)
+class LvisScores(CocoScores):
+    """What LVIS's evaluation computes.
+
+    Attributes:
+        frequencies: of the K categories: "r", "c", "f", or "" where the file does not say.
+    """
+
+    frequencies: tuple[str, ...] = ()
+
+    def ap(self, metric: str) -> float:
+        """As `CocoScores.ap`; "APr", "APc" and "APf" are that of rare, common and frequent categories."""
+        if metric not in _BY_FREQUENCY:
+            return super().ap(metric)
+        chosen = np.array([frequency == metric[-1] for frequency in self.frequencies], dtype=bool)
+        return mean_percent(self.precision[:, :, chosen, 0, -1])
+
+
+def keep_best_per_image(results: list[dict], limit: int) -> list[dict]:
+    """Returns the results without those of a picture that come after its `limit` best, all classes together.
+
+    Of equal scores the earlier comes first. A negative limit keeps all.
+    """
+    by_image = defaultdict(list)
+    for result in results:
+        by_image[result["image_id"]].append(result)
+    kept = []
+    for found in by_image.values():
+        if 0 <= limit < len(found):
+            found = sorted(found, key=lambda result: -result["score"])[:limit]
+        kept += found
+    return kept
+
+
+def evaluate_lvis(
+    lvis: dict,
+    results: list[dict],
+    task: str,
+    *,
+    max_dets: int = 300,
+    img_ids: Sequence[int] | None = None,
+) -> LvisScores:
+    """Evaluates predictions by LVIS's metric.
+
+    In a picture, only categories count that are annotated in it or among its `neg_category_ids`. Of those in
+    `not_exhaustive_category_ids`, detections that match nothing are not held to be wrong.
+
+    The work is done by faster-coco-eval, category by category, on the pictures that matter to it: there are
+    millions of pairs of a picture and a category, nearly all of them empty.
+
+    Args:
+        lvis: ground truth in LVIS's format. Crowds are unknown to it; `iscrowd` is not looked at.
+        results: predictions in COCO's result format, with category ids.
+        task: "bbox" or "segm".
+        max_dets: so many detections of a picture count, the best first, all categories together; negative
+            for all.
+        img_ids: evaluate on these pictures only.
+    """
+    images = {image["id"]: image for image in lvis["images"]}
+    if img_ids is not None:
+        images = {i: images[i] for i in img_ids}
+    truth: dict[int, list[dict]] = defaultdict(list)
+    searched = {i: set(image.get("neg_category_ids") or ()) for i, image in images.items()}
+    for annotation in lvis["annotations"]:
+        if annotation["image_id"] in images:
+            truth[annotation["category_id"]].append({**annotation, "iscrowd": 0})
+            searched[annotation["image_id"]].add(annotation["category_id"])
+    found: dict[int, list[dict]] = defaultdict(list)
+    for result in keep_best_per_image(results, max_dets):
+        if result["category_id"] in searched.get(result["image_id"], ()):
+            found[result["category_id"]].append(result)
+
+    categories = sorted(lvis["categories"], key=lambda category: category["id"])
+    shape = (_NUM_THRESHOLDS, _NUM_RECALLS, len(categories), len(_AREA_NAMES), 1)
+    precision, recall = np.full(shape, -1.0), np.full((shape[0], *shape[2:]), -1.0)
+    for k, category in enumerate(categories):
+        category_id = category["id"]
+        if truth[category_id]:
+            precision[:, :, k], recall[:, k] = _evaluate_category(
+                category_id, truth[category_id], found[category_id], images, task
+            )
+    return LvisScores(
+        precision=precision,
+        recall=recall,
+        iou_thresholds=np.linspace(0.5, 0.95, _NUM_THRESHOLDS),
+        area_names=_AREA_NAMES,
+        max_dets=(max_dets,),
+        frequencies=tuple(category.get("frequency", "") for category in categories),
+    )
+
+
+def _evaluate_category(
+    category_id: int, truth: list[dict], found: list[dict], images: dict[int, dict], task: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns precision (T, R, A, 1) and recall (T, A, 1) of one category that has ground truth."""
+    from faster_coco_eval import COCO
+
+    from detlib.evaluation.fast_eval_api import COCOeval_opt
+
+    image_ids = sorted({a["image_id"] for a in truth} | {a["image_id"] for a in found})
+    facts = {
+        "info": {},
+        "categories": [{"id": category_id, "name": "", "frequency": "f"}],
+        "images": [
+            {
+                "id": i,
+                "height": images[i]["height"],
+                "width": images[i]["width"],
+                "neg_category_ids": [category_id],  # what does not count is left out already
+                "not_exhaustive_category_ids": [
+                    c for c in images[i].get("not_exhaustive_category_ids") or () if c == category_id
+                ],
+            }
+            for i in image_ids
+        ],
+    }
+    results = [_as_annotation(result, number, task) for number, result in enumerate(found, start=1)]
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval_opt(
+            COCO({**facts, "annotations": truth}),
+            COCO({**facts, "annotations": results}),
+            task,
+            lvis_style=True,
+        )
+        evaluation.params.maxDets = [max(1, len(found))]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return np.asarray(evaluation.eval["precision"])[:, :, 0], np.asarray(evaluation.eval["recall"])[:, 0]
+
+
+def _as_annotation(result: dict, number: int, task: str) -> dict:
+    """A result as an annotation: with an id, and with the area of its mask, or of its box for boxes."""
+    annotation = {"id": number, "iscrowd": 0} | {
+        key: result[key] for key in ("image_id", "category_id", "score")
+    }
+    if task == "bbox":
+        return annotation | {"bbox": result["bbox"], "area": result["bbox"][2] * result["bbox"][3]}
+    from pycocotools import mask as mask_utils
+
+    rle = result["segmentation"]
+    return annotation | {"segmentation": rle, "area": float(mask_utils.area(rle))}

@@ -15,12 +15,11 @@ from PIL import Image
 
 from detlib.data.catalog import DatasetCatalog, Metadata, MetadataCatalog
 from detlib.data.datasets.coco import read_coco_json
+from detlib.evaluation.evaluator import DatasetEvaluator
+from detlib.evaluation.panoptic_quality import PanopticStats, Segments
 from detlib.structures.panoptic import id_to_rgb, rgb_to_id
 from detlib.utils import comm
 from detlib.utils.file_io import PathManager
-
-from .evaluator import DatasetEvaluator
-from .panoptic_quality import PanopticStats, Segments
 
 __all__ = ["COCOPanopticEvaluator"]
 

@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 
 from detlib.data.catalog import DatasetCatalog, MetadataCatalog
+from detlib.evaluation.evaluator import DatasetEvaluator
 from detlib.structures import BoxMode
 from detlib.utils import comm
 from detlib.utils.logger import create_small_table
-
-from .evaluator import DatasetEvaluator
 
 __all__ = ["PascalVOCDetectionEvaluator", "voc_average_precision"]
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from detlib.evaluation.coco_evaluation import COCOEvaluator
+from detlib.evaluation.coco_json import instances_to_coco_json
 from detlib.structures import Instances
-
-from .coco_evaluation import COCOEvaluator
-from .coco_json import instances_to_coco_json
 
 __all__ = ["RotatedCOCOEvaluator"]
 

@@ -16,12 +16,11 @@ from PIL import Image
 
 from detlib.data.catalog import DatasetCatalog, MetadataCatalog
 from detlib.data.image_io import read_label_map
+from detlib.evaluation.evaluator import DatasetEvaluator
 from detlib.ops import encode_rle
 from detlib.utils import comm
 from detlib.utils.file_io import PathManager
 from detlib.utils.logger import create_small_table
-
-from .evaluator import DatasetEvaluator
 
 __all__ = ["SemSegEvaluator", "load_image_into_numpy_array"]
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from detlib.evaluation.coco_metrics import METRICS, CocoScores
-from detlib.evaluation.lvis_metrics import METRICS as LVIS_METRICS
+from detlib.evaluation.lvis_evaluation import METRICS as LVIS_METRICS
 from detlib.report.class_table import Table, class_table, confusion_table, to_csv
 from detlib.report.detection_plots import confusion_figure, f1_figure, labels_figure, pr_figure
 from detlib.report.detections import Detections, load_detections

@@ -17,9 +17,15 @@ import numpy as np
 
 from detlib.data.catalog import MetadataCatalog
 from detlib.evaluation.coco_json import GroundTruth, complete_ground_truth, load_ground_truth
-from detlib.evaluation.coco_metrics import CocoScores, evaluate_coco, gc_paused, make_coco_api
-from detlib.evaluation.lvis_metrics import evaluate_lvis, keep_best_per_image
-from detlib.evaluation.rotated_iou import are_rotated, to_rotated
+from detlib.evaluation.coco_metrics import (
+    CocoScores,
+    are_rotated,
+    evaluate_coco,
+    gc_paused,
+    make_coco_api,
+    to_rotated,
+)
+from detlib.evaluation.lvis_evaluation import evaluate_lvis, keep_best_per_image
 from detlib.report.run import max_dets, setting
 from detlib.utils.file_io import PathManager, safe_name
 

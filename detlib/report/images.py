@@ -56,7 +56,7 @@ def picture_files(found: Detections) -> dict[int, str]:
 
 def _boxes(rows: Sequence[dict], rotated: bool) -> np.ndarray:
     if rotated:
-        from detlib.evaluation.rotated_iou import to_rotated
+        from detlib.evaluation.coco_metrics import to_rotated
 
         return to_rotated([row["bbox"] for row in rows])
     boxes = np.array([row["bbox"] for row in rows], dtype=np.float64).reshape(-1, 4)

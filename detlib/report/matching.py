@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from detlib.evaluation.rotated_iou import rotated_iou
+from detlib.evaluation.coco_metrics import rotated_iou
 from detlib.report.detections import Detections
 
 __all__ = ["F1Curve", "Matches", "confusion_matrix", "f1_curve", "match_classes", "picture_scores"]

@@ -9,7 +9,7 @@ import torch
 import torchvision
 
 from detlib.evaluation import COCOEvaluator
-from detlib.evaluation.box_proposals import evaluate_box_proposals
+from detlib.evaluation.coco_evaluation import evaluate_box_proposals
 from detlib.evaluation.coco_json import complete_ground_truth
 from detlib.structures import Boxes, Instances
 

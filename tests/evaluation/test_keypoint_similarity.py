@@ -8,7 +8,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from detlib.evaluation.keypoint_similarity import make_keypoint_similarity
+from detlib.evaluation.coco_metrics import make_keypoint_similarity
 
 
 def make_objects(rng, count, num_keypoints, visible):

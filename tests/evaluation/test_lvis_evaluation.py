@@ -14,7 +14,7 @@ from detlib.data import DatasetCatalog, MetadataCatalog
 from detlib.data.datasets import register_lvis_instances
 from detlib.engine.evaluators import default_evaluator
 from detlib.evaluation import LVISEvaluator
-from detlib.evaluation.lvis_metrics import evaluate_lvis, keep_best_per_image
+from detlib.evaluation.lvis_evaluation import evaluate_lvis, keep_best_per_image
 from detlib.structures import Boxes, Instances
 
 SIZE = 140

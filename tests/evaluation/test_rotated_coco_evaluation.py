@@ -12,7 +12,7 @@ from detlib.data.datasets import register_coco_instances
 from detlib.engine import DefaultTrainer
 from detlib.evaluation import COCOEvaluator, RotatedCOCOEvaluator
 from detlib.evaluation.coco_json import instances_to_coco_json
-from detlib.evaluation.rotated_iou import rotated_iou
+from detlib.evaluation.coco_metrics import rotated_iou
 from detlib.structures import Boxes, BoxMode, Instances, RotatedBoxes
 
 SIZE = 160

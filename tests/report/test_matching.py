@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from detlib.evaluation.rotated_iou import rotated_iou
+from detlib.evaluation.coco_metrics import rotated_iou
 from detlib.report.detections import load_detections
 from detlib.report.images import rank_pictures
 from detlib.report.matching import confusion_matrix, f1_curve, match_classes, picture_scores
