@@ -10,13 +10,12 @@ from torch import nn
 
 from detlib.config import CfgNode, get_cfg
 from detlib.data.catalog import MetadataCatalog, check_datasets_exist, is_dataset_uri
-from detlib.data.detection_utils import get_fed_loss_cls_weights
+from detlib.data.detection_utils import as_names, get_fed_loss_cls_weights
 from detlib.engine.options import RunSettings
 from detlib.modeling import FastRCNNOutputLayers, facts_of
 from detlib.utils.file_io import is_remote
 
 __all__ = [
-    "as_names",
     "check_datasets",
     "check_num_classes",
     "check_weights",
@@ -25,11 +24,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-
-def as_names(names: str | Iterable[str]) -> tuple[str, ...]:
-    """Reads DATASETS.TRAIN and DATASETS.TEST, where a single name may stand without a tuple."""
-    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def check_datasets(cfg: CfgNode | Mapping[str, Any], *, train: bool = True) -> None:

@@ -18,9 +18,9 @@ from detlib.data import (
     build_detection_train_loader,
 )
 from detlib.data.build import images_per_epoch
+from detlib.data.detection_utils import as_names
 from detlib.engine.base_trainer import ConfigTrainer
 from detlib.engine.checks import (
-    as_names,
     check_datasets,
     check_num_classes,
     set_class_weights,

@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 from detlib.config import CfgNode
 from detlib.data.catalog import MetadataCatalog
-from detlib.engine.checks import as_names, check_num_classes
+from detlib.data.detection_utils import as_names
+from detlib.engine.checks import check_num_classes
 from detlib.evaluation import (
     CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,

@@ -13,8 +13,8 @@ from torch import nn
 from detlib.config import instantiate
 from detlib.data import MetadataCatalog
 from detlib.data.build import images_per_epoch
+from detlib.data.detection_utils import as_names
 from detlib.engine.base_trainer import ConfigTrainer
-from detlib.engine.checks import as_names
 from detlib.engine.options import RunSettings, warn_about_unknown_entries
 from detlib.engine.train_loop import HookBase
 from detlib.evaluation import inference_on_dataset, print_csv_format

@@ -12,9 +12,8 @@ from torch import nn
 
 from detlib.config import CfgNode, instantiate
 from detlib.data import MetadataCatalog, build_detection_test_loader
-from detlib.data.detection_utils import read_image
+from detlib.data.detection_utils import as_names, read_image
 from detlib.data.image_io import convert_image_to_rgb
-from detlib.engine.checks import as_names
 from detlib.engine.options import RunSettings
 from detlib.engine.train_loop import HookBase
 from detlib.evaluation import inference_context
