@@ -95,9 +95,9 @@ class DefaultTrainer(ConfigTrainer):
         self.register_hooks(self.build_hooks())
 
     def _check_num_classes(self, cfg: CfgNode) -> None:
-        """Loading the training data has told its classes; those of most test data are known as well."""
         check_num_classes(cfg, cfg.DATASETS.TRAIN)
-        if type(self).build_evaluator.__func__ is DefaultTrainer.build_evaluator.__func__:
+        # A custom evaluator may accept data with other classes.
+        if self.build_evaluator.__func__ is DefaultTrainer.build_evaluator.__func__:
             check_num_classes(cfg, cfg.DATASETS.TEST)
 
     @property

@@ -164,3 +164,11 @@ def test_early_stopping_without_evaluations_is_told(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="detlib"):
         DefaultTrainer(cfg)
     assert "no evaluation before the end of training. Set TEST.EVAL_PERIOD or TEST.EVAL_EPOCHS" in caplog.text
+
+
+def test_learning_rate_advice_uses_the_rate_of_the_model(tmp_path):
+    """0.02 for 16 images is the published rate of R-CNN models, 0.01 that of dense detectors such as FCOS."""
+    rcnn = DefaultTrainer(tiny_cfg(tmp_path, SOLVER__BASE_LR=0.02))
+    assert "use 0.02 for 16, which scales to 0.0025 here" in rcnn._trainer.advice
+    fcos = LazyTrainer(tiny_lazy_config(tmp_path, "optimizer.lr=0.0025"))
+    assert "use 0.01 for 16, which scales to 0.00125 here" in fcos._trainer.advice
