@@ -137,10 +137,15 @@ def torchvision_ops() -> tuple[ModuleType | None, str | None]:
         return None, f"{type(error).__name__}: {error}"
 
 
+def has_kernel(operator: str, device_type: str) -> bool:
+    """Return whether an operator, e.g. "torchvision::nms", has a kernel for "cpu" or "cuda" itself."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
+
+
 def has_native_kernel(name: str, device_type: str) -> bool:
     """Return whether the compiled extension has a kernel of operator `name` for "cpu" or "cuda"."""
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
+    return has_kernel(f"{NAMESPACE}::{name}", device_type)
 
 
 def implementation(name: str, device_type: str) -> str:

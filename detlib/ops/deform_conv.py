@@ -14,6 +14,7 @@ from detlib.ops._library import (
     check_positive,
     check_same_device,
     check_tensor,
+    has_kernel,
     in_layout_of,
     torchvision_ops,
 )
@@ -129,12 +130,11 @@ def _check_size(name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> N
 
 
 def _torchvision_serves(input: torch.Tensor) -> bool:
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(input.device.type)
-    if key is None or input.numel() == 0 or torchvision_ops()[0] is None:
+    if input.numel() == 0 or torchvision_ops()[0] is None:
         return False
     if input.is_cuda and torch.are_deterministic_algorithms_enabled():
-        return False  # its backward adds in any order
-    return torch._C._dispatch_has_kernel_for_dispatch_key("torchvision::deform_conv2d", key)
+        return False  # the backward of torchvision's kernel adds in any order
+    return has_kernel("torchvision::deform_conv2d", input.device.type)
 
 
 def reference_deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask):

@@ -20,7 +20,6 @@ from detlib.ops._library import (
 )
 
 _has_kernel = functools.cache(functools.partial(has_native_kernel, "frozen_batch_norm"))
-_tracer = getattr(torch._C, "_get_tracing_state", lambda: None)
 
 
 def frozen_batch_norm(
@@ -79,7 +78,7 @@ def is_fast(x: torch.Tensor) -> bool:
         and (x.is_cuda or x.dtype != torch.float16)
         and _has_kernel(x.device.type)
         and not torch.compiler.is_compiling()
-        and not _tracer()
+        and not torch.jit.is_tracing()
         and not in_transform()
     )
 
