@@ -15,19 +15,7 @@ __all__ = ["ASPP"]
 
 
 class ASPP(nn.Module):
-    """Parallel 1x1, dilated 3x3 and pooling branches, joined by a 1x1 convolution.
-
-    Args:
-        in_channels: number of input channels.
-        out_channels: number of channels of each branch and of the result.
-        dilations: dilation of each 3x3 branch.
-        norm: norm of the convolutions, in the forms that `get_norm` takes; "" gives them a bias instead.
-        activation: callable applied after each norm; copied for each convolution.
-        pool_kernel_size: window (height, width) of the pooling branch, which must divide the input's size;
-            None pools over the whole picture, without a norm (one pixel per picture has no statistics).
-        dropout: probability of dropping elements of the result in training.
-        use_depthwise_separable_conv: whether the 3x3 branches are depthwise separable.
-    """
+    """Parallel 1x1, dilated 3x3 and pooling branches, merged by a 1x1 convolution."""
 
     def __init__(
         self,
@@ -41,6 +29,20 @@ class ASPP(nn.Module):
         dropout: float = 0.0,
         use_depthwise_separable_conv=False,
     ):
+        """Build the module.
+
+        Args:
+            in_channels: number of input channels.
+            out_channels: number of channels of each branch and of the result.
+            dilations: dilation of each 3x3 branch.
+            norm: norm of the convolutions, in the forms that `get_norm` takes; "" gives them a bias instead.
+            activation: callable applied after each norm; copied for each convolution.
+            pool_kernel_size: window (height, width) of the pooling branch, which must divide the size of the
+                input; None pools over the entire image, without a norm (one pixel per image has no
+                statistics).
+            dropout: probability of zeroing an element of the result in training.
+            use_depthwise_separable_conv: whether the 3x3 branches are depthwise separable.
+        """
         super().__init__()
         self.pool_kernel_size = pool_kernel_size
         self.dropout = dropout
@@ -83,7 +85,7 @@ class ASPP(nn.Module):
         self.project = conv(len(self.convs) * out_channels, 1)
 
     def forward(self, x):
-        """Maps (N, in_channels, H, W) to (N, out_channels, H, W).
+        """Map (N, in_channels, H, W) to (N, out_channels, H, W).
 
         Raises:
             ValueError: if `pool_kernel_size` does not divide (H, W).

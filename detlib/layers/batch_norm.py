@@ -1,4 +1,4 @@
-"""Normalisation layers and the table of their config names (`get_norm`).
+"""Normalization layers, and `get_norm`, which builds them from their config names.
 
 Shapes: N images, C channels, H height, W width.
 """
@@ -27,13 +27,13 @@ _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 def _affine(x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """`x * scale + bias` with (C,) scale and bias, in the dtype of x (N, C, H, W)."""
-    # One pass over memory, and backward keeps `scale` alone.
+    """Return `x * scale + bias` for x (N, C, H, W) and scale and bias (C,), in the dtype of x."""
+    # One pass over memory; only `scale` is kept for backward.
     return torch.addcmul(bias.to(x.dtype).reshape(1, -1, 1, 1), x, scale.to(x.dtype).reshape(1, -1, 1, 1))
 
 
 class _BatchNormWithoutInput(torch.autograd.Function):
-    """Batch norm by constants, without keeping x: PyTorch would, for gradients of weight and bias."""
+    """Batch norm with constants that does not keep x, as PyTorch does for gradients of weight and bias."""
 
     generate_vmap_rule = True
 
@@ -49,29 +49,31 @@ class _BatchNormWithoutInput(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         var, weight = ctx.saved_tensors
-        # A linear map of x, so the gradient is the same map without its shift.
+        # The norm is linear in x up to a shift, so the gradient is the same norm without the shift.
         zero = torch.zeros_like(var)
         grad_x = F.batch_norm(grad, zero, var, weight, zero, training=False, eps=ctx.eps)
         return grad_x, None, None, None, None, None
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """Batch normalisation whose statistics and affine parameters are constants.
+    """Batch normalization with constant statistics and affine parameters.
 
     It computes `(x - running_mean) / sqrt(running_var + eps) * weight + bias` per channel. All four are (C,)
-    float32 buffers, so they are saved and loaded under the names of `torch.nn.BatchNorm2d` and no optimizer
-    ever sees them. A new module is the identity; one that was converted from a batch norm also keeps its
-    `num_batches_tracked`, so that the model's names do not depend on what is frozen.
-
-    Args:
-        num_features: number of channels C.
-        eps: added to the variance.
+    float32 buffers: they are saved and loaded under the names of `torch.nn.BatchNorm2d`, and optimizers do
+    not see them. A new module is the identity. A module converted from a batch norm keeps its
+    `num_batches_tracked`, so that the names in a checkpoint do not depend on what is frozen.
     """
 
     # Files written by version 1 (and files converted from Caffe2) lack the running statistics.
     _version = 3
 
     def __init__(self, num_features, eps=1e-5):
+        """Build the module.
+
+        Args:
+            num_features: number of channels C.
+            eps: added to the variance.
+        """
         super().__init__()
         self.num_features = num_features
         self.eps = eps
@@ -82,11 +84,11 @@ class FrozenBatchNorm2d(nn.Module):
         self.register_buffer("num_batches_tracked", None)
 
     def forward(self, x):
-        """Maps (N, C, H, W) to the same shape and dtype."""
+        """Map (N, C, H, W) to the same shape and dtype."""
         constants = (self.running_mean, self.running_var, self.weight, self.bias)
         if is_fast(x):
             return apply_frozen_batch_norm(x, None, *constants, self.eps, False)
-        # Compilers see for themselves that x need not be kept.
+        # Compilers find out on their own that x need not be kept.
         if x.requires_grad and not torch.compiler.is_compiling():
             return _BatchNormWithoutInput.apply(x, *constants, self.eps)
         return F.batch_norm(x, *constants, training=False, eps=self.eps)
@@ -96,7 +98,7 @@ class FrozenBatchNorm2d(nn.Module):
         if version is None or version < 2:
             state_dict.setdefault(prefix + "running_mean", torch.zeros_like(self.running_mean))
             state_dict.setdefault(prefix + "running_var", torch.ones_like(self.running_var))
-        if self.num_batches_tracked is not None:  # it counts for nothing here, so files may lack it
+        if self.num_batches_tracked is not None:  # unused here, so files may lack it
             state_dict.setdefault(prefix + "num_batches_tracked", self.num_batches_tracked)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
@@ -105,10 +107,10 @@ class FrozenBatchNorm2d(nn.Module):
 
     @classmethod
     def convert_frozen_batchnorm(cls, module):
-        """Replaces every BatchNorm2d and SyncBatchNorm in `module` by a frozen one of the same values.
+        """Replace every BatchNorm2d and SyncBatchNorm in `module` by a frozen one with the same values.
 
         Returns:
-            `module`, changed in place, or the new FrozenBatchNorm2d when `module` is itself a batch norm.
+            `module`, changed in place, or the new FrozenBatchNorm2d if `module` itself is a batch norm.
         """
         return _replace_modules(
             module, _BATCH_NORMS, lambda old: _copy_norm(old, cls(old.num_features, old.eps))
@@ -116,10 +118,10 @@ class FrozenBatchNorm2d(nn.Module):
 
     @classmethod
     def convert_frozenbatchnorm2d_to_batchnorm2d(cls, module: nn.Module) -> nn.Module:
-        """Replaces every FrozenBatchNorm2d in `module` by a trainable BatchNorm2d of the same values.
+        """Replace every FrozenBatchNorm2d in `module` by a trainable BatchNorm2d with the same values.
 
         Returns:
-            `module`, changed in place, or the new BatchNorm2d when `module` is itself a frozen one.
+            `module`, changed in place, or the new BatchNorm2d if `module` itself is a frozen norm.
         """
         return _replace_modules(
             module, (cls,), lambda old: _copy_norm(old, nn.BatchNorm2d(old.num_features, old.eps))
@@ -127,7 +129,7 @@ class FrozenBatchNorm2d(nn.Module):
 
 
 def _copy_norm(old: nn.Module, new: nn.Module) -> nn.Module:
-    """Copies affine parameters and running statistics, as far as `old` has them; keeps device and mode."""
+    """Copy the affine parameters and running statistics that `old` has; keep its device and mode."""
     with torch.no_grad():
         for name in ("weight", "bias", "running_mean", "running_var"):
             value = getattr(old, name)
@@ -158,39 +160,44 @@ class _AllReduceSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        # Each process's loss depends on every process's input.
+        # The loss of each process depends on the input of every process.
         grad = grad_output.clone()
         dist.all_reduce(grad)
         return grad
 
 
 def differentiable_all_reduce(input: torch.Tensor) -> torch.Tensor:
-    """Sum of `input` over all processes, with a gradient; the identity when there is one process."""
+    """Return the sum of `input` over all processes, with a gradient; `input` if there is one process."""
     if comm.get_world_size() == 1:
         return input
     return _AllReduceSum.apply(input)
 
 
 class NaiveSyncBatchNorm(nn.BatchNorm2d):
-    """Batch normalisation with statistics taken over all processes, written with differentiable all-reduce.
+    """Batch normalization with statistics over all processes, by a differentiable all-reduce.
 
-    Unlike `torch.nn.SyncBatchNorm` it works on the CPU and gives every picture the same weight whatever
-    its size. The running variance is the biased one.
-
-    Args:
-        stats_mode: "" averages the statistics of the processes with equal weights (each needs at least one
-            picture); "N" weights them by their number of pictures, which may be zero.
-        *args, **kwargs: the arguments of `torch.nn.BatchNorm2d`.
+    Unlike `torch.nn.SyncBatchNorm`, it works on the CPU and gives every image the same weight whatever its
+    size. The running variance is the biased estimate.
     """
 
     def __init__(self, *args, stats_mode="", **kwargs):
+        """Build the module.
+
+        Args:
+            stats_mode: "" averages the statistics of the processes with equal weights, and each needs at
+                least one image; "N" weights them by their number of images, which may be zero.
+            *args, **kwargs: arguments of `torch.nn.BatchNorm2d`.
+
+        Raises:
+            ValueError: `stats_mode` is unknown.
+        """
         super().__init__(*args, **kwargs)
         if stats_mode not in ("", "N"):
             raise ValueError(f'stats_mode must be "" or "N", got {stats_mode!r}')
         self._stats_mode = stats_mode
 
     def forward(self, input):
-        """Maps (N, C, H, W) to the same shape and dtype."""
+        """Map (N, C, H, W) to the same shape and dtype."""
         if comm.get_world_size() == 1 or not self.training:
             return super().forward(input)
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
@@ -206,14 +213,14 @@ class NaiveSyncBatchNorm(nn.BatchNorm2d):
         return _affine(x, scale, bias).to(input.dtype)
 
     def _global_statistics(self, x):
-        """Mean and mean of squares, (C,) each, over all processes, and the momentum of this update."""
+        """Return mean and mean of squares over all processes, (C,) each, and the momentum of this update."""
         num_images, num_channels = x.shape[:2]
         if num_images == 0:
             if self._stats_mode == "":
                 raise ValueError(
                     'NaiveSyncBatchNorm(stats_mode="") got an empty batch; use stats_mode="N" (naiveSyncBN_N)'
                 )
-            # The sum ties the zeros to the graph, so that backward's all-reduce runs on every process.
+            # The sum connects the zeros to the graph: the all-reduce of backward must run on every process.
             stats = x.new_zeros(2 * num_channels) + x.sum()
         else:
             stats = torch.cat([x.mean(dim=(0, 2, 3)), (x * x).mean(dim=(0, 2, 3))])
@@ -223,23 +230,25 @@ class NaiveSyncBatchNorm(nn.BatchNorm2d):
         stats = differentiable_all_reduce(torch.cat([stats * num_images, stats.new_tensor([num_images])]))
         total = stats[-1].detach()
         mean, mean_of_squares = (stats[:-1] / total.clamp(min=1)).split(num_channels)
-        # Without any picture the running statistics stay as they are.
+        # If no process has an image, the running statistics do not change.
         return mean, mean_of_squares, self.momentum * total.clamp(max=1)
 
 
 class CycleBatchNormList(nn.ModuleList):
-    """Several batch norms for one shared layer: call number k uses the norm k modulo length.
+    """Batch norms of a layer that is shared between feature levels: the k-th call uses norm k modulo length.
 
-    It serves heads that one pass applies to several feature levels in a fixed order, when each level should
-    have its own statistics while weight and bias are shared.
-
-    Args:
-        length: number of norms, i.e. of levels.
-        bn_class: class of the norms, called as `bn_class(**kwargs, affine=False)`.
-        **kwargs: arguments of `bn_class`, with `num_features`; `affine=False` leaves out weight and bias.
+    For heads that are applied to multiple feature levels in a fixed order: each level has its own statistics,
+    while weight and bias are shared.
     """
 
     def __init__(self, length: int, bn_class=nn.BatchNorm2d, **kwargs):
+        """Build the module.
+
+        Args:
+            length: number of norms, i.e. of levels.
+            bn_class: class of the norms, called as `bn_class(**kwargs, affine=False)`.
+            **kwargs: arguments of `bn_class`, including `num_features`; `affine=False` omits weight and bias.
+        """
         self._affine = kwargs.pop("affine", True)
         super().__init__([bn_class(**kwargs, affine=False) for _ in range(length)])
         if self._affine:
@@ -249,7 +258,7 @@ class CycleBatchNormList(nn.ModuleList):
         self._pos = 0
 
     def forward(self, x):
-        """Maps (N, C, H, W) to the same shape with the norm whose turn it is."""
+        """Map (N, C, H, W) to the same shape with the next norm."""
         out = self[self._pos](x)
         self._pos = (self._pos + 1) % len(self)
         return _affine(out, self.weight, self.bias) if self._affine else out
@@ -259,14 +268,15 @@ class CycleBatchNormList(nn.ModuleList):
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation over the channels of each pixel of a (N, C, H, W) map.
-
-    Args:
-        normalized_shape: number of channels C.
-        eps: added to the variance.
-    """
+    """Layer normalization over the channels of each pixel of an (N, C, H, W) feature map."""
 
     def __init__(self, normalized_shape, eps=1e-6):
+        """Build the module.
+
+        Args:
+            normalized_shape: number of channels C.
+            eps: added to the variance.
+        """
         super().__init__()
         self.weight = nn.Parameter(torch.ones(normalized_shape))
         self.bias = nn.Parameter(torch.zeros(normalized_shape))
@@ -274,10 +284,10 @@ class LayerNorm(nn.Module):
         self.normalized_shape = (normalized_shape,)
 
     def forward(self, x):
-        """Maps (N, C, H, W) to the same shape and dtype."""
-        centred = x - x.mean(dim=1, keepdim=True)
-        var = centred.square().mean(dim=1, keepdim=True)
-        return _affine(centred / torch.sqrt(var + self.eps), self.weight, self.bias)
+        """Map (N, C, H, W) to the same shape and dtype."""
+        centered = x - x.mean(dim=1, keepdim=True)
+        var = centered.square().mean(dim=1, keepdim=True)
+        return _affine(centered / torch.sqrt(var + self.eps), self.weight, self.bias)
 
 
 def _group_norm(num_channels: int) -> nn.GroupNorm:
@@ -301,12 +311,12 @@ _NORMS = {
 
 
 def get_norm(norm: str | Callable[[int], nn.Module] | None, out_channels: int) -> nn.Module | None:
-    """Builds a normalisation layer from its config name.
+    """Build a normalization layer from its config name.
 
     Args:
         norm: one of BN, SyncBN, nnSyncBN, naiveSyncBN, naiveSyncBN_N, FrozenBN, GN (32 groups), LN; or a
             callable that takes the number of channels; or None or "" for no norm.
-        out_channels: number of channels C of the (N, C, H, W) maps to normalise.
+        out_channels: number of channels C of the (N, C, H, W) maps to normalize.
 
     Returns:
         The layer, or None.

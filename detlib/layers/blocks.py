@@ -12,22 +12,24 @@ __all__ = ["CNNBlockBase", "DepthwiseSeparableConv2d"]
 class CNNBlockBase(nn.Module):
     """A block that maps (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride).
 
-    Backbones stack such blocks and read these three attributes to know the shape that results.
-
-    Args:
-        in_channels: number of input channels.
-        out_channels: number of output channels.
-        stride: input pixels per output pixel.
+    Backbones stack such blocks and compute the output shape from these three attributes.
     """
 
     def __init__(self, in_channels, out_channels, stride):
+        """Build the module.
+
+        Args:
+            in_channels: number of input channels.
+            out_channels: number of output channels.
+            stride: input pixels per output pixel.
+        """
         super().__init__()
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.stride = stride
 
     def freeze(self):
-        """Makes all parameters constant and turns batch norms into FrozenBatchNorm2d.
+        """Freeze all parameters and convert batch norms to FrozenBatchNorm2d.
 
         Returns:
             The block itself.
@@ -39,15 +41,7 @@ class CNNBlockBase(nn.Module):
 
 
 class DepthwiseSeparableConv2d(nn.Module):
-    """A convolution of each channel by itself followed by a 1x1 convolution across channels (Xception).
-
-    Args:
-        in_channels: number of input channels.
-        out_channels: number of output channels.
-        kernel_size, padding, dilation: of the depthwise convolution.
-        norm1, norm2: norm after the first and the second convolution, in the forms that `get_norm` takes.
-        activation1, activation2: callables after the first and the second norm, or None.
-    """
+    """A depthwise convolution followed by a 1x1 convolution (Xception, arXiv:1610.02357)."""
 
     def __init__(
         self,
@@ -62,6 +56,15 @@ class DepthwiseSeparableConv2d(nn.Module):
         norm2=None,
         activation2=None,
     ):
+        """Build the module.
+
+        Args:
+            in_channels: number of input channels.
+            out_channels: number of output channels.
+            kernel_size, padding, dilation: arguments of the depthwise convolution.
+            norm1, norm2: norm after the first and the second convolution, in the forms that `get_norm` takes.
+            activation1, activation2: callables applied after the first and the second norm, or None.
+        """
         super().__init__()
         self.depthwise = Conv2d(
             in_channels,
@@ -86,5 +89,5 @@ class DepthwiseSeparableConv2d(nn.Module):
         weight_init.c2_msra_fill(self.pointwise)
 
     def forward(self, x):
-        """Maps (N, in_channels, H, W) to (N, out_channels, H', W')."""
+        """Map (N, in_channels, H, W) to (N, out_channels, H', W')."""
         return self.pointwise(self.depthwise(x))

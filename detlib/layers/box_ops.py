@@ -1,6 +1,6 @@
-"""Boxes as plain tensors of centres and sizes, as DETR-like models predict them.
+"""Functions of boxes as plain tensors, for DETR-like models, which predict centers and sizes.
 
-The frame is free: fractions of a picture, or pixels. `detlib.structures.Boxes` are for corners in pixels.
+Coordinates may be fractions of the image or pixels. `detlib.structures.Boxes` holds corners in pixels.
 """
 
 import torch
@@ -14,18 +14,18 @@ __all__ = [
     "masks_to_boxes",
 ]
 
-# Areas below it count as nothing: boxes without area overlap with none, and nothing is divided by zero.
+# Lower bound of a divisor: boxes without area get an IoU of 0 instead of a division by zero.
 _SMALLEST_AREA = 1e-9
 
 
 def box_cxcywh_to_xyxy(bbox: torch.Tensor) -> torch.Tensor:
-    """(..., 4) centre x, centre y, width, height to (..., 4) x0, y0, x1, y1."""
-    centre, half = bbox[..., :2], bbox[..., 2:] / 2
-    return torch.cat([centre - half, centre + half], dim=-1)
+    """Convert (..., 4) center x, center y, width, height to (..., 4) x0, y0, x1, y1."""
+    center, half = bbox[..., :2], bbox[..., 2:] / 2
+    return torch.cat([center - half, center + half], dim=-1)
 
 
 def box_xyxy_to_cxcywh(bbox: torch.Tensor) -> torch.Tensor:
-    """(..., 4) x0, y0, x1, y1 to (..., 4) centre x, centre y, width, height."""
+    """Convert (..., 4) x0, y0, x1, y1 to (..., 4) center x, center y, width, height."""
     low, high = bbox[..., :2], bbox[..., 2:]
     return torch.cat([(low + high) / 2, high - low], dim=-1)
 
@@ -40,7 +40,7 @@ def _iou_and_union(boxes1: torch.Tensor, boxes2: torch.Tensor) -> tuple[torch.Te
 
 
 def broadcast_giou(boxes1: torch.Tensor, boxes2: torch.Tensor) -> torch.Tensor:
-    """Generalised IoU (arXiv:1902.09630) of boxes x0, y0, x1, y1 whose shapes, without the 4, broadcast."""
+    """Return the generalized IoU of boxes (..., 4), x0, y0, x1, y1, whose leading shapes broadcast."""
     iou, union = _iou_and_union(boxes1, boxes2)
     low = torch.minimum(boxes1[..., :2], boxes2[..., :2])
     high = torch.maximum(boxes1[..., 2:], boxes2[..., 2:])
@@ -49,7 +49,7 @@ def broadcast_giou(boxes1: torch.Tensor, boxes2: torch.Tensor) -> torch.Tensor:
 
 
 def box_iou(boxes1: torch.Tensor, boxes2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Intersection over union of each of (R, 4) with each of (M, 4) boxes x0, y0, x1, y1.
+    """Return the IoU of every pair of (R, 4) and (M, 4) boxes x0, y0, x1, y1.
 
     Returns:
         (R, M) IoU, and (R, M) areas of the unions.
@@ -58,27 +58,29 @@ def box_iou(boxes1: torch.Tensor, boxes2: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def generalized_box_iou(boxes1: torch.Tensor, boxes2: torch.Tensor) -> torch.Tensor:
-    """Generalised IoU (arXiv:1902.09630), in [-1, 1]: IoU, less the share of their hull that neither covers.
+    """Return the generalized IoU (arXiv:1902.09630) of every pair of boxes.
+
+    It is the IoU minus the fraction of the enclosing box that neither box covers.
 
     Args:
         boxes1: (R, 4), x0, y0, x1, y1 with x1 >= x0 and y1 >= y0.
-        boxes2: (M, 4) likewise.
+        boxes2: (M, 4), as `boxes1`.
 
     Returns:
-        (R, M).
+        (R, M) in [-1, 1].
     """
     return broadcast_giou(boxes1[:, None], boxes2[None])
 
 
 def masks_to_boxes(masks: torch.Tensor) -> torch.Tensor:
-    """The boxes around masks.
+    """Return the boxes around masks.
 
     Args:
-        masks: (R, H, W), of which everything but zero belongs to the object.
+        masks: (R, H, W); nonzero pixels belong to the object.
 
     Returns:
-        (R, 4) float32: x0, y0, x1, y1, the first and the last column and row of the object, in whole pixels;
-        zeros for empty masks.
+        (R, 4) float32: x0, y0, x1, y1, the first and the last column and row of the object in pixels; zeros
+        for empty masks.
     """
     if masks.numel() == 0:
         return torch.zeros((len(masks), 4), device=masks.device)
@@ -94,6 +96,6 @@ def masks_to_boxes(masks: torch.Tensor) -> torch.Tensor:
 
 
 def inverse_sigmoid(x: torch.Tensor, eps: float = 1e-3) -> torch.Tensor:
-    """The logit of a probability; x and 1 - x count as at least `eps`, which keeps it finite."""
+    """Return the logit of a probability. `x` and `1 - x` are clamped to at least `eps`, so it is finite."""
     x = x.clamp(0, 1)
     return (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()

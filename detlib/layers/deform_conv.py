@@ -1,5 +1,4 @@
-"""Deformable convolutions as modules (Dai et al., 2017, arXiv:1703.06211; Zhu et al., 2018,
-arXiv:1811.11168)."""
+"""Deformable convolution modules (arXiv:1703.06211) and their modulated form (arXiv:1811.11168)."""
 
 import torch
 from torch import nn
@@ -14,7 +13,7 @@ def _pair(value):
 
 
 class _DeformConvBase(nn.Module):
-    """Parameters, checks and the call of the operator, with or without factors of the taps."""
+    """Parameters, checks and the call of the operator, with or without a modulation mask."""
 
     def __init__(
         self,
@@ -30,6 +29,20 @@ class _DeformConvBase(nn.Module):
         norm=None,
         activation=None,
     ):
+        """Build the module.
+
+        Args:
+            in_channels, out_channels: number of input and output channels.
+            kernel_size, stride, padding, dilation: as in `torch.nn.Conv2d`, an int or (y, x).
+            groups: groups of the convolution.
+            deformable_groups: groups of input channels that have their own offsets.
+            bias: whether to add a learned bias to each output channel.
+            norm: module applied to the output, stored as the submodule `norm`, or None.
+            activation: callable applied after the norm, or None.
+
+        Raises:
+            ValueError: `groups` or `deformable_groups` does not divide the channels.
+        """
         super().__init__()
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
             if channels % groups:
@@ -79,30 +92,18 @@ class _DeformConvBase(nn.Module):
 
 
 class DeformConv(_DeformConvBase):
-    """Deformable convolution: each tap of the kernel reads where an offset moves it.
+    """Deformable convolution: an offset moves the position that each tap of the kernel reads.
 
-    Its parameters are `weight` and, if asked for, `bias`.
-
-    Args:
-        in_channels, out_channels: channels of input and output.
-        kernel_size, stride, padding, dilation: as `torch.nn.Conv2d`'s, an int or (y, x).
-        groups: groups of the convolution.
-        deformable_groups: groups of input channels with offsets of their own.
-        bias: whether a learnt number is added to each output channel.
-        norm: a module applied to the output, kept as the submodule `norm`, or None.
-        activation: a callable applied after the norm, or None.
-
-    Raises:
-        ValueError: `groups` or `deformable_groups` does not divide the channels.
+    Its parameters are `weight` and, on request, `bias`.
     """
 
     def forward(self, x, offset):
-        """Convolves.
+        """Apply the convolution, norm and activation.
 
         Args:
             x: (N, in_channels, H, W) floating point.
-            offset: (N, 2 * deformable_groups * kH * kW, H', W') in pixels of `x`: per group and tap, row by
-                row, first y, then x.
+            offset: (N, 2 * deformable_groups * kH * kW, H', W') in pixels of `x`: for each group and tap (in
+                row-major order) first y, then x.
 
         Returns:
             (N, out_channels, H', W').
@@ -111,12 +112,9 @@ class DeformConv(_DeformConvBase):
 
 
 class ModulatedDeformConv(_DeformConvBase):
-    """Deformable convolution version 2: each tap also has a factor.
+    """Deformable convolution version 2: a mask also scales each tap.
 
-    Its parameters are `weight` and `bias`. The arguments are `DeformConv`'s, but a bias is the default.
-
-    Raises:
-        ValueError: `groups` or `deformable_groups` does not divide the channels.
+    Its parameters are `weight` and `bias`. It takes the arguments of `DeformConv`, but has a bias by default.
     """
 
     def __init__(
@@ -148,17 +146,17 @@ class ModulatedDeformConv(_DeformConvBase):
         )
 
     def forward(self, x, offset, mask):
-        """Convolves.
+        """Apply the convolution, norm and activation.
 
         Args:
             x: (N, in_channels, H, W) floating point.
-            offset: (N, 2 * deformable_groups * kH * kW, H', W') in pixels of `x`: per group and tap, row by
-                row, first y, then x.
+            offset: (N, 2 * deformable_groups * kH * kW, H', W') in pixels of `x`: for each group and tap (in
+                row-major order) first y, then x.
             mask: (N, deformable_groups * kH * kW, H', W'), the factor of each tap.
 
         Returns:
             (N, out_channels, H', W').
         """
         if mask is None:
-            raise ValueError("mask must be a tensor; without one, use DeformConv")
+            raise ValueError("mask must be a tensor, got None; use DeformConv to convolve without a mask")
         return self._convolve(x, offset, mask)

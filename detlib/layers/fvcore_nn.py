@@ -1,4 +1,4 @@
-"""What detlib uses of `fvcore.nn`: initialization, losses and precise batch norm.
+"""The parts of `fvcore.nn` that detlib uses: initialization, losses and precise batch norm.
 
 Importing `fvcore.nn` compiles a function with `torch.jit`, which warns that it is deprecated. All of detlib
 imports it through this module, so that its users do not see a warning they can do nothing about.

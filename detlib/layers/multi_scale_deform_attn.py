@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention as a module (Zhu et al., Deformable DETR, 2020, arXiv:2010.04159)."""
+"""Multi-scale deformable attention module (Zhu et al., Deformable DETR, 2020, arXiv:2010.04159)."""
 
 import math
 
@@ -17,8 +17,10 @@ def multi_scale_deformable_attn_pytorch(
     sampling_locations: torch.Tensor,
     attention_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """`detlib.ops.ms_deform_attn` by `grid_sample` instead of the operator; slower, with the same arguments
-    (the beginnings of the levels follow from their shapes)."""
+    """Compute `detlib.ops.ms_deform_attn` with `grid_sample`; slower than the operator.
+
+    The arguments are those of the operator, except that the start of each level follows from the shapes.
+    """
     cells = value_spatial_shapes.prod(1)
     return reference_ms_deform_attn(
         value, value_spatial_shapes, cells.cumsum(0) - cells, sampling_locations, attention_weights
@@ -26,23 +28,11 @@ def multi_scale_deformable_attn_pytorch(
 
 
 class MultiScaleDeformableAttention(nn.Module):
-    """Attention of queries to a few learnt points around a reference, on each of several feature maps.
+    """Attention of queries to a few learned points around a reference point, on multiple feature maps.
 
     Shape legend: N images, Q queries, S cells of all levels together, L levels, C = `embed_dim`.
 
-    Its parts are the linear layers `sampling_offsets`, `attention_weights`, `value_proj` and `output_proj`.
-
-    Args:
-        embed_dim: C, channels of queries and values.
-        num_heads: heads, which divide C.
-        num_levels: L.
-        num_points: points that a head samples on each level.
-        img2col_step: has no effect; other implementations work through the images in parts.
-        dropout: probability that an output is zeroed before it is added to `identity`.
-        batch_first: whether the inputs are (N, Q, C); else (Q, N, C).
-
-    Raises:
-        ValueError: `num_heads` does not divide `embed_dim`.
+    The linear layers are `sampling_offsets`, `attention_weights`, `value_proj` and `output_proj`.
     """
 
     def __init__(
@@ -55,6 +45,20 @@ class MultiScaleDeformableAttention(nn.Module):
         dropout: float = 0.1,
         batch_first: bool = False,
     ):
+        """Build the module.
+
+        Args:
+            embed_dim: C, channels of queries and values.
+            num_heads: number of heads, which must divide C.
+            num_levels: L, number of levels.
+            num_points: points that each head samples on each level.
+            img2col_step: ignored; other implementations process the images in chunks of this size.
+            dropout: probability that an output is zeroed before it is added to `identity`.
+            batch_first: whether the inputs are (N, Q, C); else (Q, N, C).
+
+        Raises:
+            ValueError: `num_heads` does not divide `embed_dim`.
+        """
         super().__init__()
         if embed_dim % num_heads:
             raise ValueError(f"num_heads must divide embed_dim, got {num_heads} and {embed_dim}")
@@ -72,10 +76,10 @@ class MultiScaleDeformableAttention(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Sets the initial parameters of the paper's appendix A.4.
+        """Initialize the parameters as in appendix A.4 of the paper.
 
-        Offsets do not depend on the query: head m points into the direction m / num_heads of a full turn, and
-        its k-th point is k cells away, measured along the longer axis. All points weigh the same.
+        Offsets do not depend on the query: head m points in the direction of m / num_heads of a full turn,
+        and its k-th point is k cells away, measured along the longer axis. All points have the same weight.
         """
         angles = torch.arange(self.num_heads, dtype=torch.float32) * (2 * math.pi / self.num_heads)
         directions = torch.stack([angles.cos(), angles.sin()], -1)
@@ -104,24 +108,24 @@ class MultiScaleDeformableAttention(nn.Module):
         level_start_index: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """Attends.
+        """Compute the attention, and add it to `identity`.
 
         Args:
             query: (Q, N, C), or (N, Q, C) with `batch_first`.
-            key: has no effect; the points follow from the query.
+            key: ignored; the points follow from the query.
             value: (S, N, C) or (N, S, C), the cells of all levels; None for `query`.
-            identity: what the result is added to, of `query`'s shape; None for `query`.
-            query_pos: added to `query` first, of its shape, or None.
-            key_padding_mask: (N, S) bool, true for cells that are padding and count as zero, or None.
-            reference_points: (N, Q, L, 2), x and y as fractions of the padded picture, around which offsets
+            identity: added to the result, of the shape of `query`; None for `query`.
+            query_pos: added to `query` first, of the same shape, or None.
+            key_padding_mask: (N, S) bool, true for padding cells, whose values are set to zero, or None.
+            reference_points: (N, Q, L, 2), x and y as fractions of the padded image, around which offsets
                 count in cells; or (N, Q, L, 4), boxes as cx, cy, w, h, where `num_points` offsets of one
                 reach the border.
             spatial_shapes: (L, 2) integers, height and width of each level.
-            level_start_index: (L,) integers, where each level begins among the S cells.
-            **kwargs: have no effect.
+            level_start_index: (L,) integers, index of the first cell of each level among the S cells.
+            **kwargs: ignored.
 
         Returns:
-            A tensor of `query`'s shape.
+            A tensor of the shape of `query`.
 
         Raises:
             ValueError: an argument is missing or its shape does not fit; the message names it.
@@ -152,7 +156,7 @@ class MultiScaleDeformableAttention(nn.Module):
         }
         for name, tensor in given.items():
             if tensor is None:
-                raise ValueError(f"{name} must be given")
+                raise ValueError(f"{name} must be a tensor, got None")
         if reference_points.dim() != 4 or reference_points.shape[-1] not in (2, 4):
             raise ValueError(
                 f"reference_points must have shape (N, Q, L, 2) or (N, Q, L, 4),"
@@ -163,18 +167,21 @@ class MultiScaleDeformableAttention(nn.Module):
             ("spatial_shapes", spatial_shapes.shape[0]),
         ):
             if size != self.num_levels:
-                raise ValueError(f"{name} must be of num_levels = {self.num_levels} levels, got {size}")
+                raise ValueError(f"{name} must have num_levels = {self.num_levels} levels, got {size}")
 
     def _points(self, query, reference_points, spatial_shapes):
-        """Where the queries (N, Q, C) sample, (N, Q, heads, L, points, 2), and the weights, without the 2."""
+        """Return the sampling locations of queries (N, Q, C) and their weights.
+
+        The locations have shape (N, Q, heads, L, points, 2), the weights (N, Q, heads, L, points).
+        """
         sizes = (self.num_heads, self.num_levels, self.num_points)
         offsets = self.sampling_offsets(query).unflatten(2, (*sizes, 2))
         weights = self.attention_weights(query).unflatten(2, (self.num_heads, -1)).softmax(-1)
-        # In float32 under autocast too: half precision cannot tell the cells of a large map apart.
+        # float32 under autocast too: half precision is too coarse for the cells of a large feature map.
         offsets = offsets.to(torch.promote_types(offsets.dtype, reference_points.dtype))
-        centres = reference_points[:, :, None, :, None, :2]
+        centers = reference_points[:, :, None, :, None, :2]
         if reference_points.shape[-1] == 2:
             scale = 1 / spatial_shapes.flip(1).to(offsets.dtype)[:, None]
         else:
             scale = reference_points[:, :, None, :, None, 2:] * (0.5 / self.num_points)
-        return centres + offsets * scale, weights.unflatten(3, sizes[1:])
+        return centers + offsets * scale, weights.unflatten(3, sizes[1:])

@@ -1,4 +1,4 @@
-"""Non-maximum suppression, handed on from `detlib.ops`."""
+"""Non-maximum suppression, re-exported from `detlib.ops`."""
 
 from detlib.ops import batched_nms, batched_nms_rotated, nms, nms_rotated
 

@@ -1,4 +1,4 @@
-"""Where a cell or a query lies, written as a vector: sines of the coordinates, or learnt rows and columns.
+"""Position embeddings of cells and queries: sines of the coordinates, or learned rows and columns.
 
 The sines are those of "Attention Is All You Need" (arXiv:1706.03762) in two dimensions, as in DETR
 (arXiv:2005.12872). Shape legend: N images, H x W cells of a feature map, Q queries, F `num_pos_feats`.
@@ -13,15 +13,16 @@ __all__ = ["PositionEmbeddingLearned", "PositionEmbeddingSine", "get_sine_pos_em
 
 
 def sine_features(x: torch.Tensor, num_feats: int, temperature: float) -> torch.Tensor:
-    """Sines and cosines of falling frequencies.
+    """Return sines and cosines of decreasing frequencies.
 
     Args:
-        x: (...) floating point angles.
-        num_feats: how many features, F, even.
+        x: (...) floating point angles in radians.
+        num_feats: F, number of features, even.
         temperature: the last frequencies are about 1 / `temperature`.
 
     Returns:
-        (..., F), of `x`'s dtype: sin(x), cos(x), sin(x / t), cos(x / t), and so on, t = temperature**(2 / F).
+        (..., F), of the dtype of `x`: sin(x), cos(x), sin(x / t), cos(x / t), and so on, with
+        t = temperature**(2 / F).
     """
     steps = torch.arange(num_feats // 2, dtype=x.dtype, device=x.device)
     angles = x[..., None] / temperature ** (2 * steps / num_feats)
@@ -30,7 +31,7 @@ def sine_features(x: torch.Tensor, num_feats: int, temperature: float) -> torch.
 
 def _check_num_feats(num_pos_feats: int) -> None:
     if num_pos_feats < 2 or num_pos_feats % 2:
-        raise ValueError(f"num_pos_feats must be even, for a cosine to each sine, got {num_pos_feats}")
+        raise ValueError(f"num_pos_feats must be even and positive, got {num_pos_feats}")
 
 
 def get_sine_pos_embed(
@@ -39,17 +40,17 @@ def get_sine_pos_embed(
     temperature: int = 10000,
     exchange_xy: bool = True,
 ) -> torch.Tensor:
-    """Embeds points or boxes.
+    """Return the sine embeddings of points or boxes.
 
     Args:
-        pos_tensor: (..., D) floating point, such as (N, Q, 2) for x, y or (N, Q, 4) for cx, cy, w, h, as
-            fractions of the picture.
+        pos_tensor: (..., D) floating point, e.g. (N, Q, 2) for x, y or (N, Q, 4) for cx, cy, w, h, as
+            fractions of the image.
         num_pos_feats: F, features of one coordinate, even.
         temperature: the last frequencies are about 1 / `temperature`.
         exchange_xy: whether the features of y come before those of x.
 
     Returns:
-        (..., D * F), of `pos_tensor`'s dtype.
+        (..., D * F), of the dtype of `pos_tensor`.
 
     Raises:
         ValueError: `num_pos_feats` is odd.
@@ -61,19 +62,7 @@ def get_sine_pos_embed(
 
 
 class PositionEmbeddingSine(nn.Module):
-    """Sines of a cell's row and column, counted within the picture.
-
-    Args:
-        num_pos_feats: F, features of each axis, even; 2 F in all.
-        temperature: the last frequencies are about 1 / `temperature`.
-        scale: what the largest coordinate becomes with `normalize`.
-        eps: keeps the division of `normalize` finite.
-        offset: added to the coordinates, which count from 1, with `normalize`.
-        normalize: whether coordinates are divided by the picture's size.
-
-    Raises:
-        ValueError: `num_pos_feats` is odd.
-    """
+    """Sine embeddings of the row and column of each cell, counted inside the image (without padding)."""
 
     def __init__(
         self,
@@ -84,6 +73,19 @@ class PositionEmbeddingSine(nn.Module):
         offset: float = 0.0,
         normalize: bool = False,
     ):
+        """Build the module.
+
+        Args:
+            num_pos_feats: F, features of each axis, even; 2 F in total.
+            temperature: the last frequencies are about 1 / `temperature`.
+            scale: the largest coordinate if `normalize` is true.
+            eps: added to the divisor if `normalize` is true.
+            offset: added to the coordinates, which start at 1, if `normalize` is true.
+            normalize: whether coordinates are divided by the size of the image.
+
+        Raises:
+            ValueError: `num_pos_feats` is odd.
+        """
         super().__init__()
         _check_num_feats(num_pos_feats)
         self.num_pos_feats = num_pos_feats
@@ -94,11 +96,11 @@ class PositionEmbeddingSine(nn.Module):
         self.offset = offset
 
     def forward(self, mask: torch.Tensor, **kwargs) -> torch.Tensor:
-        """Embeds the cells of a batch.
+        """Return the embeddings of the cells of a batch.
 
         Args:
-            mask: (N, H, W) bool, true for cells of the padding.
-            **kwargs: have no effect.
+            mask: (N, H, W) bool, true for padding cells.
+            **kwargs: ignored.
 
         Returns:
             (N, 2 F, H, W) float32: the features of the row, then those of the column.
@@ -118,15 +120,16 @@ class PositionEmbeddingSine(nn.Module):
 
 
 class PositionEmbeddingLearned(nn.Module):
-    """A learnt vector for each row and each column. Its parts are `row_embed` and `col_embed`.
-
-    Args:
-        num_pos_feats: F, features of each axis; 2 F in all.
-        row_num_embed: how many rows a map may have.
-        col_num_embed: how many columns.
-    """
+    """A learned vector for each row and each column, the embeddings `row_embed` and `col_embed`."""
 
     def __init__(self, num_pos_feats: int = 256, row_num_embed: int = 50, col_num_embed: int = 50):
+        """Build the module.
+
+        Args:
+            num_pos_feats: F, features of each axis; 2 F in total.
+            row_num_embed: largest number of rows of a feature map.
+            col_num_embed: largest number of columns.
+        """
         super().__init__()
         self.row_embed = nn.Embedding(row_num_embed, num_pos_feats)
         self.col_embed = nn.Embedding(col_num_embed, num_pos_feats)
@@ -136,27 +139,27 @@ class PositionEmbeddingLearned(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """Draws the vectors from [0, 1)."""
+        """Draw the vectors uniformly from [0, 1)."""
         nn.init.uniform_(self.row_embed.weight)
         nn.init.uniform_(self.col_embed.weight)
 
     def forward(self, mask: torch.Tensor) -> torch.Tensor:
-        """Embeds the cells of a batch.
+        """Return the embeddings of the cells of a batch.
 
         Args:
-            mask: (N, H, W), of which the shape counts.
+            mask: (N, H, W); only the shape matters.
 
         Returns:
             (N, 2 F, H, W): the features of the column, then those of the row.
 
         Raises:
-            ValueError: the map has more rows or columns than there are vectors.
+            ValueError: the feature map has more rows or columns than there are vectors.
         """
         batch, height, width = mask.shape
         if height > self.row_num_embed or width > self.col_num_embed:
             raise ValueError(
-                f"a map of {height} x {width} cells needs as many row_num_embed and col_num_embed, which are "
-                f"{self.row_num_embed} and {self.col_num_embed}"
+                f"row_num_embed and col_num_embed must be at least {height} and {width}, the size of the "
+                f"feature map, got {self.row_num_embed} and {self.col_num_embed}"
             )
         columns = self.col_embed.weight[:width].expand(height, -1, -1)
         rows = self.row_embed.weight[:height, None].expand(-1, width, -1)

@@ -1,4 +1,4 @@
-"""RoIAlign of rotated boxes as a module."""
+"""RoIAlign module for rotated boxes."""
 
 from torch import nn
 
@@ -8,33 +8,37 @@ __all__ = ["ROIAlignRotated", "roi_align_rotated"]
 
 
 class ROIAlignRotated(nn.Module):
-    """Crops rotated regions of a feature map to one size by averaging bilinear samples.
+    """RoIAlign of rotated boxes: pools rotated regions of a feature map to a fixed size.
 
-    Pixel i covers [i, i + 1], as with `ROIAlign(aligned=True)`.
-
-    Args:
-        output_size: (height, width) of the result, or one int for both.
-        spatial_scale: factor from box coordinates to pixels of the feature map, 1 / stride.
-        sampling_ratio: samples per bin along each axis; 0 takes as many as the bin has pixels, rounded up.
+    Pixel i covers [i, i + 1], as in `ROIAlign(aligned=True)`.
     """
 
     def __init__(self, output_size, spatial_scale, sampling_ratio):
+        """Build the module.
+
+        Args:
+            output_size: (height, width) of the result, or one int for both.
+            spatial_scale: factor from box coordinates to pixels of the feature map, 1 / stride.
+            sampling_ratio: samples per bin along each axis; 0 for the size of the bin in pixels, rounded up.
+        """
         super().__init__()
         self.output_size = output_size
         self.spatial_scale = spatial_scale
         self.sampling_ratio = sampling_ratio
 
     def forward(self, input, rois):
-        """Crops.
+        """Pool the regions.
 
         Args:
             input: (N, C, H, W) feature map.
-            rois: (R, 6), each row the index of its picture in the batch, then centre x, centre y, width,
-                height in pixels and the angle in degrees, counter-clockwise; float32 also for feature maps of
-                lower precision.
+            rois: (R, 6), index of the image in the batch, then center x, center y, width, height in pixels
+                and the angle in degrees, counter-clockwise; float32 also for feature maps of lower precision.
 
         Returns:
-            (R, C, *output_size) tensor of input's dtype.
+            (R, C, *output_size) tensor of the dtype of `input`.
+
+        Raises:
+            ValueError: `rois` has a different shape.
         """
         if rois.dim() != 2 or rois.size(1) != 6:
             raise ValueError(f"rois must have shape (R, 6), got {tuple(rois.shape)}")

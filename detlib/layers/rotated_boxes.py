@@ -1,4 +1,4 @@
-"""Intersection over union of rotated boxes, handed on from `detlib.ops`."""
+"""Intersection over union of rotated boxes."""
 
 import torch
 
@@ -8,11 +8,11 @@ __all__ = ["pairwise_iou_rotated"]
 
 
 def pairwise_iou_rotated(boxes1: torch.Tensor, boxes2: torch.Tensor) -> torch.Tensor:
-    """Intersection over union of each of N rotated boxes with each of M.
+    """Return the IoU of every pair of N and M rotated boxes.
 
     Args:
-        boxes1: (N, 5) centre x, centre y, width, height in pixels and angle in degrees, counter-clockwise.
-        boxes2: (M, 5) likewise.
+        boxes1: (N, 5) center x, center y, width, height in pixels and angle in degrees, counter-clockwise.
+        boxes2: (M, 5), as `boxes1`.
 
     Returns:
         (N, M) in [0, 1].

@@ -1,4 +1,4 @@
-"""ShapeSpec: what a module needs to know of a feature map to be built on it."""
+"""ShapeSpec: the shape of a feature map, as far as it is known when a model is built."""
 
 from dataclasses import dataclass
 
@@ -9,14 +9,14 @@ __all__ = ["ShapeSpec"]
 class ShapeSpec:
     """The shape of a feature map, as far as it is known when a model is built.
 
-    Backbones describe their outputs with it (`{"p2": ShapeSpec(channels=256, stride=4)}`) and the modules
-    on top of them take it as the `input_shape` argument.
+    Backbones describe their outputs by it, e.g. `{"p2": ShapeSpec(channels=256, stride=4)}`, and modules on
+    top of them take it as the argument `input_shape`.
 
     Attributes:
         channels: number of channels.
-        height: height in pixels of the map itself.
-        width: width in pixels of the map itself.
-        stride: input image pixels per pixel of the map.
+        height: height of the feature map in its own pixels.
+        width: width of the feature map in its own pixels.
+        stride: input image pixels per pixel of the feature map.
     """
 
     channels: int | None = None

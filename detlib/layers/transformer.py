@@ -14,19 +14,7 @@ _OPERATIONS = {"self_attn", "norm", "cross_attn", "ffn"}
 
 
 class MultiheadAttention(nn.Module):
-    """`torch.nn.MultiheadAttention`, kept as `attn`, of embedded queries and keys, added to an identity.
-
-    Args:
-        embed_dim: channels.
-        num_heads: heads, which divide `embed_dim`.
-        attn_drop: probability that an attention weight is zeroed.
-        proj_drop: probability that an output is zeroed before it is added.
-        batch_first: whether tensors are (N, Q, C); else (Q, N, C).
-        **kwargs: further arguments of `torch.nn.MultiheadAttention`.
-
-    Raises:
-        ValueError: `num_heads` does not divide `embed_dim`.
-    """
+    """`torch.nn.MultiheadAttention` (the submodule `attn`) with position embeddings and a residual."""
 
     def __init__(
         self,
@@ -37,6 +25,19 @@ class MultiheadAttention(nn.Module):
         batch_first: bool = False,
         **kwargs,
     ):
+        """Build the module.
+
+        Args:
+            embed_dim: number of channels.
+            num_heads: number of heads, which must divide `embed_dim`.
+            attn_drop: probability that an attention weight is zeroed.
+            proj_drop: probability that an output is zeroed before it is added to `identity`.
+            batch_first: whether tensors are (N, Q, C); else (Q, N, C).
+            **kwargs: further arguments of `torch.nn.MultiheadAttention`.
+
+        Raises:
+            ValueError: `num_heads` does not divide `embed_dim`.
+        """
         super().__init__()
         if num_heads < 1 or embed_dim % num_heads:
             raise ValueError(f"num_heads must divide embed_dim, got {num_heads} and {embed_dim}")
@@ -60,21 +61,22 @@ class MultiheadAttention(nn.Module):
         key_padding_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """Attends.
+        """Compute the attention, and add it to `identity`.
 
         Args:
             query: (Q, N, C), or (N, Q, C) with `batch_first`.
-            key: likewise, of K keys; None for `query`.
-            value: of `key`'s shape; None for `key`.
-            identity: what the result is added to, of `query`'s shape; None for `query`.
-            query_pos: added to `query`, of its shape, or None.
-            key_pos: added to `key`; None for `query_pos` if that has `key`'s shape.
-            attn_mask: (Q, K) bool, true where a query must not see a key; or floats that are added; or None.
-            key_padding_mask: (N, K) bool, true for keys that none may see, or None.
-            **kwargs: have no effect.
+            key: (K, N, C), or (N, K, C) with `batch_first`; None for `query`.
+            value: of the shape of `key`; None for `key`.
+            identity: added to the result, of the shape of `query`; None for `query`.
+            query_pos: added to `query`, of the same shape, or None.
+            key_pos: added to `key`; None for `query_pos` if its shape is that of `key`.
+            attn_mask: (Q, K) bool, true where a query must not see a key; or floats that are added to the
+                attention logits; or None.
+            key_padding_mask: (N, K) bool, true for keys that no query may see, or None.
+            **kwargs: ignored.
 
         Returns:
-            A tensor of `query`'s shape.
+            A tensor of the shape of `query`.
         """
         key = query if key is None else key
         value = key if value is None else value
@@ -87,25 +89,26 @@ class MultiheadAttention(nn.Module):
             value=value,
             attn_mask=attn_mask,
             key_padding_mask=key_padding_mask,
-            need_weights=False,  # they would keep PyTorch from its fused kernels
+            need_weights=False,  # PyTorch's fused kernels do not return weights
         )[0]
         return identity + self.proj_drop(out)
 
 
 class MLP(nn.Module):
-    """Linear layers, the `layers`, with ReLU between them.
-
-    Args:
-        input_dim: channels that go in.
-        hidden_dim: channels in between.
-        output_dim: channels that come out.
-        num_layers: how many linear layers, at least 1.
-
-    Raises:
-        ValueError: `num_layers` is below 1.
-    """
+    """A multilayer perceptron: linear layers, the submodule `layers`, with ReLU between them."""
 
     def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int):
+        """Build the module.
+
+        Args:
+            input_dim: number of input channels.
+            hidden_dim: number of hidden channels.
+            output_dim: number of output channels.
+            num_layers: number of linear layers, at least 1.
+
+        Raises:
+            ValueError: `num_layers` is below 1.
+        """
         super().__init__()
         if num_layers < 1:
             raise ValueError(f"MLP's num_layers must be at least 1, got {num_layers}")
@@ -114,29 +117,16 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims, dims[1:]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps (..., input_dim) to (..., output_dim)."""
+        """Map (..., input_dim) to (..., output_dim)."""
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x)
 
 
 class FFN(nn.Module):
-    """Linear layers with an activation and dropout, whose result is added to what went in.
+    """A feed-forward network with a residual connection: linear layers with activation and dropout.
 
-    The parameters are `layers.I.0` of all but the last linear layer, and `layers.I` of that.
-
-    Args:
-        embed_dim: channels that go in.
-        feedforward_dim: channels in between.
-        output_dim: channels that come out; None for `embed_dim`.
-        num_fcs: how many linear layers, at least 2.
-        activation: a module, which is copied; None for ReLU.
-        ffn_drop: probability that a value is zeroed, after each linear layer.
-        fc_bias: whether the linear layers have biases.
-        add_identity: whether the result is added to the identity.
-
-    Raises:
-        ValueError: `num_fcs` is below 2, or there is something to add whose channels do not fit.
+    The linear layers are `layers.I.0`, except for the last one, which is `layers.I`.
     """
 
     def __init__(
@@ -150,6 +140,21 @@ class FFN(nn.Module):
         fc_bias: bool = True,
         add_identity: bool = True,
     ):
+        """Build the module.
+
+        Args:
+            embed_dim: number of input channels.
+            feedforward_dim: number of hidden channels.
+            output_dim: number of output channels; None for `embed_dim`.
+            num_fcs: number of linear layers, at least 2.
+            activation: module that is copied for each hidden layer; None for ReLU.
+            ffn_drop: probability that a value is zeroed after each linear layer.
+            fc_bias: whether the linear layers have biases.
+            add_identity: whether to add the identity to the result.
+
+        Raises:
+            ValueError: `num_fcs` is below 2, or `output_dim` is not `embed_dim` though the identity is added.
+        """
         super().__init__()
         output_dim = embed_dim if output_dim is None else output_dim
         if num_fcs < 2:
@@ -172,9 +177,9 @@ class FFN(nn.Module):
         self.layers = nn.Sequential(*hidden, last, nn.Dropout(ffn_drop))
 
     def forward(self, x: torch.Tensor, identity: torch.Tensor | None = None) -> torch.Tensor:
-        """Maps (..., embed_dim) to (..., output_dim); `identity` is what that is added to, None for `x`."""
-        # In rows, as the result of a linear layer on more dimensions is a view: an activation that works in
-        # place on one makes autograd copy the gradient twice.
+        """Map (..., embed_dim) to (..., output_dim), and add `identity`, which is `x` if None."""
+        # Flatten to rows: for more dimensions a linear layer returns a view, and an in-place activation of a
+        # view makes autograd copy the gradient twice.
         out = self.layers(x.reshape(-1, x.shape[-1]))
         out = out.reshape(*x.shape[:-1], out.shape[-1])
         if not self.add_identity:
@@ -185,18 +190,8 @@ class FFN(nn.Module):
 class BaseTransformerLayer(nn.Module):
     """Attention, feed-forward and norm layers in any order.
 
-    Its parts are `attentions`, `ffns` and `norms`, each in the order of use. If `operation_order` begins with
-    "norm", residual connections go around the norms too (pre-norm).
-
-    Args:
-        attn: one attention module for each "self_attn" and "cross_attn" in order; or one of which each gets a
-            copy. They take the arguments of `detlib.layers.MultiheadAttention.forward`.
-        ffn: the feed-forward module; each "ffn" gets a copy.
-        norm: the norm; each "norm" gets a copy.
-        operation_order: any of "self_attn", "cross_attn", "ffn" and "norm", in order.
-
-    Raises:
-        ValueError: an unknown operation, or another number of attention modules than `operation_order` has.
+    The submodules are `attentions`, `ffns` and `norms`, each in the order of use. If `operation_order` starts
+    with "norm", residual connections also bypass the norms (pre-norm).
     """
 
     def __init__(
@@ -206,6 +201,18 @@ class BaseTransformerLayer(nn.Module):
         norm: nn.Module,
         operation_order: Sequence[str] | None = None,
     ):
+        """Build the module.
+
+        Args:
+            attn: one attention module for each "self_attn" and "cross_attn", in order; or one module, copied
+                for each. They take the arguments of `detlib.layers.MultiheadAttention.forward`.
+            ffn: feed-forward module, copied for each "ffn".
+            norm: norm, copied for each "norm".
+            operation_order: sequence of "self_attn", "cross_attn", "ffn" and "norm".
+
+        Raises:
+            ValueError: an operation is unknown, or the number of attention modules does not fit.
+        """
         super().__init__()
         order = tuple(operation_order or ())
         if not order or not set(order) <= _OPERATIONS:
@@ -214,7 +221,7 @@ class BaseTransformerLayer(nn.Module):
         if isinstance(attn, nn.Module):
             attn = [copy.deepcopy(attn) for _ in range(num_attn)]
         if len(attn) != num_attn:
-            raise ValueError(f"attn must be {num_attn} modules, as operation_order {order}, got {len(attn)}")
+            raise ValueError(f"attn must be {num_attn} modules for operation_order {order}, got {len(attn)}")
         self.operation_order = order
         self.pre_norm = order[0] == "norm"
         self.attentions = nn.ModuleList(attn)
@@ -234,24 +241,24 @@ class BaseTransformerLayer(nn.Module):
         key_padding_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """Applies the operations.
+        """Apply the operations.
 
         Args:
-            query: (N, Q, C), or whatever layout the attention modules take.
-            key, value: of the cross attention, (N, K, C).
-            query_pos: position embedding of the queries, of `query`'s shape, or None.
-            key_pos: that of the keys, of `key`'s shape, or None.
-            attn_masks: a mask for each attention module; or one for all; or None. True where a query must
+            query: (N, Q, C), or the layout that the attention modules expect.
+            key, value: (N, K, C), keys and values of the cross attention.
+            query_pos: position embedding of the queries, of the shape of `query`, or None.
+            key_pos: position embedding of the keys, of the shape of `key`, or None.
+            attn_masks: one mask for each attention module, or one for all, or None. True where a query must
                 not see a key.
-            query_key_padding_mask: (N, Q) bool, true for queries that no other may see.
-            key_padding_mask: (N, K) bool, true for keys that none may see.
-            **kwargs: for the attention modules.
+            query_key_padding_mask: (N, Q) bool, true for queries that no other query may see.
+            key_padding_mask: (N, K) bool, true for keys that no query may see.
+            **kwargs: further arguments of the attention modules.
 
         Returns:
-            A tensor of `query`'s shape.
+            A tensor of the shape of `query`.
 
         Raises:
-            ValueError: another number of masks than attention modules.
+            ValueError: the number of masks is not that of the attention modules.
         """
         if attn_masks is None or isinstance(attn_masks, torch.Tensor):
             attn_masks = [attn_masks] * len(self.attentions)
@@ -285,22 +292,24 @@ class BaseTransformerLayer(nn.Module):
 
 
 class TransformerLayerSequence(nn.Module):
-    """Layers, one after the other: `layers`.
+    """A sequence of transformer layers, the submodule `layers`.
 
     Attributes:
-        post_norm_layer: applied to what the last layer gives, or None.
-        use_checkpoint: whether the inner activations of a layer are computed again in the backward pass, to
-            save memory.
-
-    Args:
-        transformer_layers: one layer, of which `num_layers` copies are made, or a list of `num_layers`.
-        num_layers: how many layers.
-
-    Raises:
-        ValueError: another number of layers than `num_layers`.
+        post_norm_layer: module applied to the output of the last layer, or None.
+        use_checkpoint: whether activation checkpointing is used: activations inside a layer are recomputed in
+            the backward pass, which saves memory.
     """
 
     def __init__(self, transformer_layers=None, num_layers: int | None = None):
+        """Build the module.
+
+        Args:
+            transformer_layers: one layer, which is copied `num_layers` times, or a list of layers.
+            num_layers: number of layers; None for the length of the list.
+
+        Raises:
+            ValueError: the list does not have `num_layers` layers.
+        """
         super().__init__()
         if isinstance(transformer_layers, nn.Module) and not isinstance(transformer_layers, nn.ModuleList):
             transformer_layers = [copy.deepcopy(transformer_layers) for _ in range(num_layers)]
@@ -316,7 +325,7 @@ class TransformerLayerSequence(nn.Module):
         self.use_checkpoint = False
 
     def run_layer(self, index: int, *args, **kwargs) -> torch.Tensor:
-        """Applies layer `index`, with its activations kept or not."""
+        """Apply layer `index`, with activation checkpointing if that is enabled."""
         layer = self.layers[index]
         if self.use_checkpoint and self.training and torch.is_grad_enabled():
             return checkpoint(layer, *args, use_reentrant=False, **kwargs)
@@ -334,7 +343,7 @@ class TransformerLayerSequence(nn.Module):
         key_padding_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """Applies all layers; arguments and result are those of `BaseTransformerLayer.forward`."""
+        """Apply all layers. Arguments and result are those of `BaseTransformerLayer.forward`."""
         given = (query_pos, key_pos, attn_masks, query_key_padding_mask, key_padding_mask)
         for index in range(self.num_layers):
             query = self.run_layer(index, query, key, value, *given, **kwargs)

@@ -1,4 +1,4 @@
-"""Small functions and modules that the rest of the library builds on instead of their torch.nn originals."""
+"""Convolutions with norm and activation, and small extensions of torch functions."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ __all__ = [
 
 _has_global_hooks = getattr(nn.modules.module, "_has_any_global_hook", lambda: False)
 
-# Names that users import from here; torch itself handles empty batches in all of them.
+# detectron2's names; torch handles empty batches in all of them.
 BatchNorm2d = nn.BatchNorm2d
 ConvTranspose2d = nn.ConvTranspose2d
 Linear = nn.Linear
@@ -38,7 +38,7 @@ interpolate = F.interpolate
 
 
 def check_if_dynamo_compiling() -> bool:
-    """Whether the caller runs inside `torch.compile` or `torch.export`."""
+    """Return whether the caller runs inside `torch.compile` or `torch.export`."""
     return torch.compiler.is_compiling()
 
 
@@ -58,11 +58,11 @@ def for_convolutions(x: torch.Tensor) -> torch.Tensor:
 
 
 def shapes_to_tensor(x: Sequence[int | torch.Tensor], device: torch.device | None = None) -> torch.Tensor:
-    """Turns a list of sizes into an int64 tensor; sizes may be ints or 0-dimensional integer tensors.
+    """Convert a list of sizes to an integer tensor.
 
     Args:
-        x: S sizes.
-        device: device of the result; by default that of the sizes when they are tensors, else the CPU.
+        x: S sizes, ints or 0-dimensional integer tensors.
+        device: device of the result; None for the device of the sizes if they are tensors, else the CPU.
 
     Returns:
         (S,) integer tensor.
@@ -75,20 +75,20 @@ def shapes_to_tensor(x: Sequence[int | torch.Tensor], device: torch.device | Non
 
 
 def cat(tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
-    """`torch.cat` that hands a single tensor back as it is, without a copy."""
+    """Concatenate tensors like `torch.cat`, but return a single tensor without a copy."""
     if not isinstance(tensors, (list, tuple)):
         raise TypeError(f"cat() takes a list or tuple of tensors, got {type(tensors).__name__}")
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
 def empty_input_loss_func_wrapper(loss_func: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Makes a loss give zero, not NaN, when it averages over no samples.
+    """Make a loss return zero, not NaN, if it averages over no samples.
 
-    The zero is computed from `input`, so that it still has a graph: under DistributedDataParallel every
-    process must produce a gradient for every parameter, those without a single sample included.
+    The zero is computed from `input`, so that it still requires grad: under DistributedDataParallel every
+    process must produce a gradient for every parameter, even without a single sample.
 
     Args:
-        loss_func: function `(input, target, *, reduction, **kwargs)` with torch's meaning of the arguments.
+        loss_func: function `(input, target, *, reduction, **kwargs)`, with arguments as in torch.
     """
 
     @functools.wraps(loss_func)
@@ -97,7 +97,7 @@ def empty_input_loss_func_wrapper(loss_func: Callable[..., torch.Tensor]) -> Cal
             return input.sum() * 0.0
         return loss_func(input, target, reduction=reduction, **kwargs)
 
-    # The wrapper's own signature (keyword-only reduction) is what callers may rely on.
+    # Show the signature of the wrapper: `reduction` is keyword-only.
     del wrapped.__wrapped__
     return wrapped
 
@@ -106,15 +106,16 @@ cross_entropy = empty_input_loss_func_wrapper(F.cross_entropy)
 
 
 class Conv2d(nn.Conv2d):
-    """`torch.nn.Conv2d` followed by an optional norm and an optional activation.
-
-    Args:
-        norm: a module applied to the output, kept as the submodule `norm`, or None.
-        activation: a callable applied after the norm, or None.
-        *args, **kwargs: the arguments of `torch.nn.Conv2d`.
-    """
+    """`torch.nn.Conv2d` followed by an optional norm and an optional activation."""
 
     def __init__(self, *args, **kwargs):
+        """Build the module.
+
+        Args:
+            norm: module applied to the output, stored as the submodule `norm`, or None.
+            activation: callable applied after the norm, or None.
+            *args, **kwargs: arguments of `torch.nn.Conv2d`.
+        """
         norm = kwargs.pop("norm", None)
         activation = kwargs.pop("activation", None)
         super().__init__(*args, **kwargs)
@@ -122,7 +123,7 @@ class Conv2d(nn.Conv2d):
         self.activation = activation
 
     def forward(self, x):
-        """Maps (N, C_in, H, W) to (N, C_out, H', W')."""
+        """Map (N, C_in, H, W) to (N, C_out, H', W')."""
         x = self._conv_forward(x, self.weight, self.bias)
         if self.norm is not None:
             x = self.norm(x)
@@ -132,16 +133,10 @@ class Conv2d(nn.Conv2d):
 
 
 class ConvNormAct(nn.Module):
-    """A convolution, then an optional norm, then an optional activation.
+    """A convolution followed by an optional norm and an optional activation.
 
-    Its parameters are `conv.*` and `norm.*`. It differs from `detlib.layers.Conv2d`, whose own parameters are
-    those of the convolution; checkpoints of DETR-like models have these names.
-
-    Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: those of
-            `torch.nn.Conv2d`; padding is none by default, the bias is there by default.
-        norm_layer: a module for (N, out_channels, H', W') maps, or None.
-        activation: a module, or None.
+    Its parameters are `conv.*` and `norm.*`, as in checkpoints of DETR-like models. In contrast,
+    `detlib.layers.Conv2d` is itself the convolution.
     """
 
     def __init__(
@@ -157,6 +152,14 @@ class ConvNormAct(nn.Module):
         norm_layer: nn.Module | None = None,
         activation: nn.Module | None = None,
     ):
+        """Build the module.
+
+        Args:
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: arguments of
+                `torch.nn.Conv2d`.
+            norm_layer: module applied to the (N, out_channels, H', W') output, or None.
+            activation: module applied after the norm, or None.
+        """
         super().__init__()
         self.conv = nn.Conv2d(
             in_channels,
@@ -172,7 +175,7 @@ class ConvNormAct(nn.Module):
         self.activation = activation
 
     def forward(self, x):
-        """Maps (N, in_channels, H, W) to (N, out_channels, H', W')."""
+        """Map (N, in_channels, H, W) to (N, out_channels, H', W')."""
         x = self.conv(x)
         if self.norm is not None:
             x = self.norm(x)
@@ -182,10 +185,10 @@ class ConvNormAct(nn.Module):
 
 
 def conv_relu(conv: nn.Module, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-    """Compute `relu(conv(x) + residual)`.
+    """Compute `relu(conv(x) + residual)`, the end of a branch of a residual block.
 
-    What comes behind the convolution is one pass over memory where the norm of a `Conv2d` is frozen. It is
-    not joined where somebody listens to the convolution or its norm by a hook, or has changed either.
+    If `conv` is a `Conv2d` with a frozen norm, then norm, sum and ReLU are one pass over memory. They are not
+    fused if the convolution or its norm has hooks or is patched.
 
     Args:
         conv: maps (N, C_in, H, W) to (N, C, H', W'): a `Conv2d` with its norm, or any other module.
@@ -213,7 +216,7 @@ def _relu(out: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
 
 
 def _is_plain(conv: nn.Module) -> bool:
-    """Whether nobody sees that neither module is called."""
+    """Return whether the modules can be bypassed, since nothing observes or changes their calls."""
     return (
         type(conv) is Conv2d
         and type(conv.norm) is FrozenBatchNorm2d
@@ -232,10 +235,10 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 def nonzero_tuple(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Indices of the non-zero elements, one int64 tensor per dimension; a scalar counts as one element."""
+    """Return the indices of nonzero elements, one int64 tensor per dimension; a scalar is one element."""
     return torch.atleast_1d(x).nonzero(as_tuple=True)
 
 
 def move_device_like(src: torch.Tensor, dst: torch.Tensor) -> torch.Tensor:
-    """Moves `src` to the device of `dst`."""
+    """Return `src` on the device of `dst`."""
     return src.to(dst.device)

@@ -1,5 +1,4 @@
-"""Bilinear interpolation by plain indexing: slow, but deterministic on every device and differentiable
-twice."""
+"""Bilinear interpolation by indexing: slow, but deterministic on every device and twice differentiable."""
 
 import torch
 
@@ -12,16 +11,16 @@ def sample_bilinear(
     x: torch.Tensor,
     start: int | torch.Tensor = 0,
 ) -> torch.Tensor:
-    """Interpolate maps at points; what lies beyond a map counts as zero.
+    """Interpolate feature maps at points. Cells outside a feature map are zero.
 
     Args:
-        rows: (B, S, C) floating point, the cells of maps, each row by row.
-        height, width: cells along the two axes; ints, or integer tensors that broadcast to `y`.
-        y, x: (B, ...) of `rows`' dtype, points in cells; (0, 0) is the centre of the first cell.
-        start: where the map begins among the S cells, as `height`.
+        rows: (B, S, C) floating point, the cells of feature maps in row-major order.
+        height, width: number of cells along the two axes; ints, or integer tensors that broadcast to `y`.
+        y, x: (B, ...) of the dtype of `rows`, points in cells; (0, 0) is the center of the first cell.
+        start: index of the first cell of the feature map among the S cells, of the type of `height`.
 
     Returns:
-        (B, ..., C). A point that is not finite gives nan.
+        (B, ..., C); nan for a point that is not finite.
     """
     if rows.shape[1] == 0:
         return ((y + x) * 0)[..., None].expand(*y.shape, rows.shape[2])

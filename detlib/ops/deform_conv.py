@@ -30,24 +30,25 @@ def deform_conv2d(
     dilation: int | tuple[int, int] = 1,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Convolve with a kernel whose taps are each moved by an offset, and with `mask` also weighted.
+    """Convolve with a kernel whose taps are moved by offsets and, with `mask`, scaled.
 
-    The tap of kernel row i and column j at output (y, x) reads the input, bilinearly and with zeros beyond
-    it, at row `y * stride - padding + i * dilation + offset_y` and the column alike. Gradients flow to all
-    tensors. float16 and bfloat16 are computed in float32, under autocast too.
+    At output (y, x), the tap of kernel row i reads the input at row
+    `y * stride - padding + i * dilation + offset_y`; columns likewise. The input is interpolated bilinearly
+    and zero outside. All tensors are differentiable. float16 and bfloat16 are computed in float32, under
+    autocast too.
 
-    Runs torchvision's kernel on the CPU and on CUDA, and a formula in plain PyTorch where torchvision is
-    missing, for empty tensors, and on CUDA with `torch.use_deterministic_algorithms(True)`.
+    torchvision's kernel runs on the CPU and on CUDA. Plain PyTorch replaces it where torchvision is missing,
+    for empty tensors, and on CUDA with `torch.use_deterministic_algorithms(True)`.
 
     Args:
         input: (N, C, H, W) floating point.
-        offset: (N, 2 * G * kH * kW, H', W') floating point, in pixels of the input: for each group and each
-            tap, row by row, first y, then x.
+        offset: (N, 2 * G * kH * kW, H', W') floating point, in pixels of the input: for each group and tap
+            (in row-major order) first y, then x.
         weight: (O, C / groups, kH, kW) floating point; the groups of the convolution follow from its shape.
         bias: (O,) floating point, or None.
-        stride: step between outputs, in input pixels; an int, or one for y and one for x.
-        padding: zeros around the input.
-        dilation: step between taps.
+        stride: step between outputs in input pixels; an int, or a pair for y and x.
+        padding: zero padding of the input on each side; an int or a pair.
+        dilation: step between taps in input pixels; an int or a pair.
         mask: (N, G * kH * kW, H', W') floating point, the factor of each tap (version 2), or None.
 
     Returns:
@@ -55,7 +56,7 @@ def deform_conv2d(
         1` and W' likewise; in channels-last layout if `input` is.
 
     Raises:
-        TypeError: an argument is no tensor.
+        TypeError: an argument is not a tensor.
         ValueError: a shape, dtype or device does not fit; the message names the argument.
     """
     stride, padding, dilation = (
@@ -68,7 +69,7 @@ def deform_conv2d(
     with torch.autocast(input.device.type, enabled=False):
         run = torchvision_ops()[0].deform_conv2d if _torchvision_serves(input) else reference_deform_conv2d
         output = run(*tensors[:4], stride, padding, dilation, tensors[4])
-    # As other convolutions do, so that those that follow are fast too.
+    # Like other convolutions, keep the layout: the next one is fast only if it does not have to convert.
     return in_layout_of(input, output.to(input.dtype))
 
 
@@ -138,8 +139,10 @@ def _torchvision_serves(input: torch.Tensor) -> bool:
 
 
 def reference_deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask):
-    """Deformable convolution in plain PyTorch: samples of every tap, then a matrix product. Arguments as
-    `deform_conv2d`'s, of one dtype, with pairs of ints."""
+    """Compute `deform_conv2d` in plain PyTorch: sample every tap, then multiply matrices.
+
+    The tensors must have the same dtype; stride, padding and dilation are pairs.
+    """
     (num_images, channels, height, width), (num_outputs, group_channels, *kernel) = input.shape, weight.shape
     size, taps = offset.shape[2:], kernel[0] * kernel[1]
     groups, offset_groups = channels // group_channels, offset.shape[1] // (2 * taps)

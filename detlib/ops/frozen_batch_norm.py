@@ -1,4 +1,4 @@
-"""Batch normalisation by constants, and with it the sum and the ReLU that follow in a residual network.
+"""Batch normalization with constants, fused with the sum and the ReLU that follow in a residual network.
 
 Shapes: N images, C channels, H height, W width.
 """
@@ -33,23 +33,23 @@ def frozen_batch_norm(
     residual: torch.Tensor | None = None,
     relu: bool = False,
 ) -> torch.Tensor:
-    """Compute `(x - mean) / sqrt(var + eps) * weight + bias + residual`, and its ReLU if asked.
+    """Compute `(x - mean) / sqrt(var + eps) * weight + bias + residual`, and optionally its ReLU.
 
-    It is differentiable in `x` and `residual`, any number of times; `x` is not kept for that. Reduced
-    precision is computed in float32 and rounded once.
+    It is differentiable in `x` and `residual`, any number of times, without keeping `x`. Reduced precision is
+    computed in float32 and rounded once.
 
     Args:
         x: (N, C, H, W) floating point, contiguous or channels-last; other layouts are copied.
         mean, var, weight, bias: (C,) floating point constants.
         eps: added to the variance.
-        residual: (N, C, H, W) in the dtype of x, added to the normalised map.
-        relu: whether negative results become 0.
+        residual: (N, C, H, W) in the dtype of x, added to the normalized feature map; or None.
+        relu: whether to apply ReLU to the sum.
 
     Returns:
         (N, C, H, W) in the dtype and layout of x.
 
     Raises:
-        TypeError: an argument is no tensor.
+        TypeError: an argument is not a tensor.
         ValueError: a shape, dtype or device does not fit; the message names the argument.
     """
     check_tensor("x", x, "(N, C, H, W)")
@@ -67,11 +67,10 @@ def frozen_batch_norm(
 
 
 def is_fast(x: torch.Tensor) -> bool:
-    """Whether the compiled kernel of x's device is there and faster than PyTorch's operators in turn.
+    """Return whether a compiled kernel exists for x and is faster than separate PyTorch operators.
 
-    On the CPU it converts float16 number by number.
-    Compilers and tracers shall see those, which they join by themselves; so shall transforms, which have
-    rules for those alone.
+    It is not for float16 on the CPU, which it converts one number at a time. Compilers and tracers get the
+    separate operators, which they fuse on their own, and so do transforms, which have rules for them.
     """
     return (
         x.dim() == 4
@@ -84,7 +83,7 @@ def is_fast(x: torch.Tensor) -> bool:
 
 
 def reference_frozen_batch_norm(x, residual, mean, var, weight, bias, eps, relu):
-    """The formula of `frozen_batch_norm` in plain PyTorch, on any device."""
+    """Compute `frozen_batch_norm` in plain PyTorch, on any device."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     constants = (constant.to(dtype) for constant in (mean, var, weight, bias))
     y = F.batch_norm(x.to(dtype), *constants, training=False, eps=eps)
@@ -94,7 +93,7 @@ def reference_frozen_batch_norm(x, residual, mean, var, weight, bias, eps, relu)
 
 
 def reference_frozen_batch_norm_backward(grad, output, var, weight, eps, with_residual):
-    """The formula of its gradients in plain PyTorch, on any device; differentiable in `grad`."""
+    """Compute its gradients in plain PyTorch, on any device; differentiable in `grad`."""
     dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
     if output is not None:
         grad = in_layout_of(output, grad.masked_fill(output <= 0, 0))
@@ -120,7 +119,7 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, grad):
     output, var, weight = ctx.saved_tensors
-    # If gradients are on, the gradient's own gradient is asked for.
+    # Gradients are enabled here only for double backward.
     backward = reference_frozen_batch_norm_backward if torch.is_grad_enabled() else _operator_backward
     masks = output is not None
     grad = grad.contiguous(memory_format=ctx.layout)
@@ -139,8 +138,10 @@ apply_frozen_batch_norm = define(
     backward=_backward,
     save=_save,
 )
-"""`frozen_batch_norm` without checks, which take the host as long as a small map takes a GPU. Arguments: x,
-residual or None, mean, var, weight, bias, eps, relu."""
+"""`frozen_batch_norm` without argument checks, which take as long on the host as a small map on a GPU.
+
+Arguments: x, residual or None, mean, var, weight, bias, eps, relu.
+"""
 
 _operator_backward = define(
     "frozen_batch_norm_backward",

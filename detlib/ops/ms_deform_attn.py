@@ -17,7 +17,7 @@ _SHAPES = {
     "sampling_locations": "(N, Q, M, L, P, 2)",
     "attention_weights": "(N, Q, M, L, P)",
 }
-# Dimensions that must agree: the tensor and dimension that say how many, and those that follow.
+# Dimensions that must be equal, by letter: (tensor, dimension), the first one defines the size.
 _AGREEING = {
     "N": (("value", 0), ("sampling_locations", 0), ("attention_weights", 0)),
     "M": (("value", 2), ("sampling_locations", 2), ("attention_weights", 2)),
@@ -39,31 +39,32 @@ def ms_deform_attn(
     sampling_locations: torch.Tensor,
     attention_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """Sum weighted samples of several feature maps, the core of multi-scale deformable attention.
+    """Sum weighted samples of multiple feature maps, the core of multi-scale deformable attention.
 
-    Head m of query q gives the sum over levels l and points p of `attention_weights[n, q, m, l, p]` times the
-    bilinear sample of head m of level l at `sampling_locations[n, q, m, l, p]`. Cells beyond the map count as
-    zero. Gradients flow to `value`, `sampling_locations` and `attention_weights`; double backward works.
+    The result of head m of query q is the sum over levels l and points p of
+    `attention_weights[n, q, m, l, p]` times the bilinear sample of head m of level l at
+    `sampling_locations[n, q, m, l, p]`. Cells outside a feature map are zero. `value`, `sampling_locations`
+    and `attention_weights` are differentiable, twice.
 
     Args:
-        value: (N, S, M, D) floating point, the cells of all levels, level after level, each row by row.
+        value: (N, S, M, D) floating point, the cells of all levels in order, each level in row-major order.
             float16 and bfloat16 are summed in float32.
-        spatial_shapes: (L, 2) integers, height and width of each level; they sum up to S cells.
-        level_start_index: (L,) integers, where each level begins among the S cells.
+        spatial_shapes: (L, 2) integers, height and width of each level, with S cells in total.
+        level_start_index: (L,) integers, index of the first cell of each level among the S cells.
         sampling_locations: (N, Q, M, L, P, 2) floating point, x and y as fractions of the level's width and
-            height: (0, 0) is the map's top left corner, (1, 1) its bottom right one, and the centre of the
-            first cell is (0.5 / width, 0.5 / height). The dtype may differ from `value`: keep float32
-            locations for float16 values. A location or weight that is not finite gives nan.
-        attention_weights: (N, Q, M, L, P) floating point of any dtype, as a rule the softmax over L x P.
+            height: (0, 0) is the top left corner of the feature map, (1, 1) its bottom right corner, and
+            (0.5 / width, 0.5 / height) the center of the first cell. The dtype may differ from `value`: keep
+            float32 locations for float16 values. A location or weight that is not finite gives nan.
+        attention_weights: (N, Q, M, L, P) floating point of any dtype, usually the softmax over L x P.
 
     Returns:
-        (N, Q, M * D), contiguous, of `value`'s dtype.
+        (N, Q, M * D), contiguous, of the dtype of `value`.
 
     Raises:
-        TypeError: an argument is no tensor.
-        ValueError: a shape, dtype or device does not fit; the message names the argument. On CUDA the numbers
-            in `spatial_shapes` and `level_start_index` are not compared with S, which would wait for the
-            device; a level that does not lie within the S cells gives nan there.
+        TypeError: an argument is not a tensor.
+        ValueError: a shape, dtype or device does not fit; the message names the argument. On CUDA the values
+            of `spatial_shapes` and `level_start_index` are not compared with S, which would synchronize; a
+            level that is not inside the S cells gives nan there.
     """
     arguments = {
         "value": value,
@@ -84,14 +85,14 @@ def _check(arguments: dict[str, torch.Tensor]) -> None:
             raise ValueError(f"{name} must be integers, got {tensor.dtype}")
         check_same_device(name, tensor, "value", arguments["value"])
     if torch.compiler.is_compiling():
-        return  # sizes and values may be unknown there
+        return  # sizes and values may be unknown
     for letter, places in _AGREEING.items():
         first, *others = places
         expected = arguments[first[0]].shape[first[1]]
         for name, dimension in others:
             if arguments[name].shape[dimension] != expected:
                 raise ValueError(
-                    f"{name} must have shape {_SHAPES[name]} with {letter} = {expected} as {first[0]} has,"
+                    f"{name} must have shape {_SHAPES[name]} with {letter} = {expected}, as {first[0]},"
                     f" got {tuple(arguments[name].shape)}"
                 )
     if arguments["value"].device.type == "cpu":
@@ -106,11 +107,11 @@ def _check_levels(arguments: dict[str, torch.Tensor]) -> None:
         total += height * width
     if min((min(shape) for shape in shapes), default=0) < 0 or total != arguments["value"].shape[1]:
         raise ValueError(
-            f"spatial_shapes must sum up to the {arguments['value'].shape[1]} cells of value, got {shapes}"
+            f"spatial_shapes must add up to the {arguments['value'].shape[1]} cells of value, got {shapes}"
         )
     if arguments["level_start_index"].tolist() != starts:
         raise ValueError(
-            f"level_start_index must be {starts}, as spatial_shapes say,"
+            f"level_start_index must be {starts} for these spatial_shapes,"
             f" got {arguments['level_start_index'].tolist()}"
         )
 
@@ -120,8 +121,10 @@ def _compute_dtype(value: torch.Tensor) -> torch.dtype:
 
 
 def _levels(value, spatial_shapes, level_start_index, sampling_locations, attention_weights):
-    """Yield of each level that has cells: index, first cell, height, width; locations (N * M, Q, P, 2) and
-    weights (N * M, Q, P) in the dtype of the sums."""
+    """Yield index, first cell, height, width, locations and weights of each level that has cells.
+
+    Locations (N * M, Q, P, 2) and weights (N * M, Q, P) have the dtype of the sums.
+    """
     dtype = _compute_dtype(value)
     locations = sampling_locations.to(dtype).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)
     weights = attention_weights.to(dtype).permute(3, 0, 2, 1, 4).flatten(1, 2)
@@ -132,10 +135,10 @@ def _levels(value, spatial_shapes, level_start_index, sampling_locations, attent
 
 
 def _map_and_grid(value, start, height, width, locations):
-    """A level as maps (N * M, D, height, width), and where to sample them, in `grid_sample`'s frame."""
+    """Return a level as feature maps (N * M, D, height, width), and the grid for `grid_sample`."""
     cells = value[:, start : start + height * width].to(locations.dtype)
     maps = cells.permute(0, 2, 3, 1).reshape(-1, value.shape[3], height, width)
-    # Beyond -1 and 2 no sample reaches the map, and larger numbers do not fit into an index.
+    # Below -1 and above 2 no sample reaches the map, and larger numbers would overflow an index.
     return maps, 2 * locations.nan_to_num(-1, 2, -1).clamp(-1, 2) - 1
 
 
@@ -144,10 +147,10 @@ def _is_empty(value, attention_weights):
 
 
 def reference_ms_deform_attn(value, spatial_shapes, level_start_index, sampling_locations, attention_weights):
-    """The operator in plain PyTorch, with `grid_sample`. Arguments as the operator's."""
+    """Compute the operator in plain PyTorch, with `grid_sample`."""
     dtype = _compute_dtype(value)
     num_images, num_queries, num_heads = attention_weights.shape[:3]
-    # Zero, or nan where a location or weight is not finite.
+    # Zero, or nan if a location or weight is not finite.
     output = (sampling_locations.to(dtype) * 0).sum((3, 4, 5)) + (attention_weights.to(dtype) * 0).sum((3, 4))
     output = output.permute(0, 2, 1)[:, :, None].expand(-1, -1, value.shape[3], -1)
     if not _is_empty(value, attention_weights):
@@ -163,7 +166,7 @@ def reference_ms_deform_attn(value, spatial_shapes, level_start_index, sampling_
 def reference_ms_deform_attn_backward(
     grad, value, spatial_shapes, level_start_index, sampling_locations, attention_weights
 ):
-    """Gradients of `reference_ms_deform_attn` with respect to values, locations and weights."""
+    """Compute the gradients of values, locations and weights in plain PyTorch, with `grid_sample`."""
     dtype = _compute_dtype(value)
     grad_value = value.new_zeros(value.shape, dtype=dtype)
     grad_locations = sampling_locations.new_zeros(sampling_locations.shape, dtype=dtype)
@@ -191,7 +194,7 @@ def reference_ms_deform_attn_backward(
 
 
 def _indexed_ms_deform_attn(value, spatial_shapes, level_start_index, sampling_locations, attention_weights):
-    """The operator by indexing: for second derivatives, and for CUDA where sums must have one order."""
+    """Compute the operator by indexing, for second derivatives and for deterministic sums on CUDA."""
     dtype = _compute_dtype(value)
     rows = value.to(dtype).transpose(1, 2).flatten(0, 1)
     heights, widths = spatial_shapes[:, 0, None, None], spatial_shapes[:, 1, None, None]
@@ -204,7 +207,7 @@ def _indexed_ms_deform_attn(value, spatial_shapes, level_start_index, sampling_l
 
 
 def _indexed_backward(grad, value, spatial_shapes, level_start_index, locations, weights, create_graph=False):
-    """Gradients of values, locations and weights by way of `_indexed_ms_deform_attn`."""
+    """Return the gradients of values, locations and weights through `_indexed_ms_deform_attn`."""
     with torch.enable_grad():
         inputs = [value, locations, weights]
         if not create_graph:

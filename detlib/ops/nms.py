@@ -1,4 +1,4 @@
-"""Non-maximum suppression of axis-aligned boxes, plain and per class.
+"""Non-maximum suppression of axis-aligned boxes, over all boxes or per category.
 
 Shape legend: N boxes, K kept boxes.
 """
@@ -9,11 +9,10 @@ from detlib.ops._library import check_nms_arguments, define, torchvision_ops
 
 
 def nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torch.Tensor:
-    """Keep the boxes that no better box overlaps by more than a threshold.
+    """Apply non-maximum suppression: drop boxes that overlap a box of higher score.
 
-    Boxes are visited by falling score (equal scores: in input order). A box is dropped when its intersection
-    over union with a box kept before exceeds `iou_threshold`; a box of no area overlaps nothing. Not
-    differentiable.
+    Boxes are visited in descending score order, and in input order for equal scores. A box is dropped if its
+    IoU with a kept box exceeds `iou_threshold`. A box without area overlaps nothing. Not differentiable.
 
     Args:
         boxes: (N, 4) floating point, absolute `x1, y1, x2, y2` with `x1 <= x2` and `y1 <= y2`. Reduced
@@ -22,10 +21,10 @@ def nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torc
         iou_threshold: in [0, 1].
 
     Returns:
-        (K,) int64: indices of the kept boxes, by falling score.
+        (K,) int64: indices of the kept boxes, in descending score order.
 
     Raises:
-        TypeError: an argument is no tensor.
+        TypeError: an argument is not a tensor.
         ValueError: a shape, dtype, device or the threshold does not fit; the message names the argument.
     """
     check_nms_arguments(boxes, scores, iou_threshold, box_dim=4)
@@ -35,22 +34,22 @@ def nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torc
 def batched_nms(
     boxes: torch.Tensor, scores: torch.Tensor, idxs: torch.Tensor, iou_threshold: float
 ) -> torch.Tensor:
-    """Non-maximum suppression within each category: boxes of different `idxs` never suppress each other.
+    """Apply non-maximum suppression to each category: boxes of different `idxs` never suppress each other.
 
-    Categories are compared as such, not by shifting the boxes apart, so coordinates keep their precision
-    however many categories there are.
+    Categories are compared directly, not by shifting the boxes apart, so coordinates keep their precision for
+    any number of categories.
 
     Args:
         boxes: (N, 4) floating point, absolute `x1, y1, x2, y2`, as for `nms`.
         scores: (N,) floating point.
-        idxs: (N,) the category of each box: integers, booleans or whole floats, of any value.
+        idxs: (N,) category of each box: integers, booleans or integral floats, of any value.
         iou_threshold: in [0, 1].
 
     Returns:
-        (K,) int64: indices of the kept boxes of all categories, by falling score.
+        (K,) int64: indices of the kept boxes of all categories, in descending score order.
 
     Raises:
-        TypeError: an argument is no tensor.
+        TypeError: an argument is not a tensor.
         ValueError: a shape, dtype, device or the threshold does not fit; the message names the argument.
     """
     check_nms_arguments(boxes, scores, iou_threshold, box_dim=4, idxs=idxs)
@@ -60,7 +59,7 @@ def batched_nms(
 def reference_nms(
     boxes: torch.Tensor, scores: torch.Tensor, idxs: torch.Tensor | None, iou_threshold: float
 ) -> torch.Tensor:
-    """NMS in plain PyTorch, one kept box at a time; `idxs` of None means one category."""
+    """Compute NMS in plain PyTorch, one kept box at a time. `idxs` of None means one category."""
     boxes = _at_least_float32(boxes)
     order = scores.sort(descending=True, stable=True).indices
     kept = []
@@ -75,7 +74,7 @@ def reference_nms(
 
 
 def _iou_with(box: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """IoU of one box (1, 4) with `others` (N, 4); nan where both have no area."""
+    """Return the IoU of one box (1, 4) with N others (N, 4); nan if both have no area."""
     top_left = torch.maximum(box[:, :2], others[:, :2])
     bottom_right = torch.minimum(box[:, 2:], others[:, 2:])
     intersection = (bottom_right - top_left).clamp(min=0).prod(dim=1)
@@ -93,7 +92,7 @@ def _fallback_nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: floa
     if torchvision is None:
         return reference_nms(boxes, scores, None, iou_threshold)
     boxes = _at_least_float32(boxes)
-    # torchvision wants one dtype for both: scores are replaced by their rank, which no rounding can tie.
+    # torchvision needs the same dtype for both: scores are replaced by their rank, which rounding cannot tie.
     order = scores.sort(descending=True, stable=True).indices
     rank = torch.arange(len(order), 0, -1, dtype=boxes.dtype, device=boxes.device)
     if len(order) >= 1 << 24:

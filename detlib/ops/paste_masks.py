@@ -1,11 +1,11 @@
-"""Pasting of masks that are predicted within boxes into pictures (He et al., Mask R-CNN, 2017).
+"""Pasting of masks that are predicted in boxes into images (He et al., Mask R-CNN, 2017).
 
-Shape legend: R masks of Hm x Wm cells, pictures of H x W pixels.
+Shape legend: R masks of Hm x Wm cells, images of H x W pixels.
 
-A mask is stretched over its box. The value of a pixel is the mask, read bilinearly at the pixel's centre:
-cell centres hold the mask's values, and over the cell's width around the mask it fades to zero, as in
-`torch.nn.functional.grid_sample(align_corners=False)`. Values are blended along x first, then along y, in an
-order of operations that all kernels keep to, so that they agree on which pixels reach a threshold.
+A mask is stretched over its box. The value of a pixel is the mask, interpolated bilinearly at the center of
+the pixel. The mask's values are at the centers of its cells, and outside the mask they fade to zero over the
+width of a cell, as in `torch.nn.functional.grid_sample(align_corners=False)`. All kernels interpolate along x
+first, then along y, with the same order of operations, so that they agree on which pixels reach a threshold.
 """
 
 from collections.abc import Iterator
@@ -19,25 +19,25 @@ from detlib.ops.rle import fake_rles, reference_encode_rle, split_rles
 def paste_masks(
     masks: torch.Tensor, boxes: torch.Tensor, image_size: tuple[int, int], threshold: float = 0.5
 ) -> torch.Tensor:
-    """Stretch each mask over its box and set it into an otherwise empty picture.
+    """Stretch each mask over its box and paste it into an empty image.
 
-    Computed in float64 if masks or boxes are, else in float32. A box without area, or one that is not
-    finite, stays empty. Not differentiable.
+    Computed in float64 if masks or boxes are, else in float32. A box that has no area or is not finite gives
+    an empty image. Not differentiable.
 
     Args:
         masks: (R, Hm, Wm) floating point probabilities.
-        boxes: (R, 4) floating point, absolute `x1, y1, x2, y2` in pixels of the picture; they may reach
-            beyond it. The dtype may differ from `masks`.
+        boxes: (R, 4) floating point, absolute `x1, y1, x2, y2` in pixels of the image; they may extend beyond
+            the image. The dtype may differ from `masks`.
         image_size: (H, W).
-        threshold: pixels at or above it are set, of those that the mask reaches. If negative, the result is
-            soft.
+        threshold: a pixel that the mask covers is set if its value is at least this. If negative, the result
+            is soft.
 
     Returns:
-        (R, H, W) bool, or for a negative threshold (R, H, W) uint8: values times 255, rounded down, values
-        outside [0, 1] cut off.
+        (R, H, W) bool; for a negative threshold (R, H, W) uint8: values clipped to [0, 1], times 255, rounded
+        down.
 
     Raises:
-        TypeError: masks or boxes is no tensor.
+        TypeError: an argument is not a tensor.
         ValueError: a shape, dtype or device does not fit; the message names the argument.
     """
     height, width = _check_arguments(masks, boxes, image_size)
@@ -47,19 +47,19 @@ def paste_masks(
 def paste_masks_to_rle(
     masks: torch.Tensor, boxes: torch.Tensor, image_size: tuple[int, int], threshold: float = 0.5
 ) -> list[dict]:
-    """Paste masks and encode them as COCO's compressed run lengths, without ever making the pictures.
+    """Paste masks and encode them as COCO's compressed run lengths, without creating the images.
 
     Args:
         masks: (R, Hm, Wm) floating point probabilities, as for `paste_masks`.
-        boxes: (R, 4) floating point, absolute `x1, y1, x2, y2` in pixels of the picture.
+        boxes: (R, 4) floating point, absolute `x1, y1, x2, y2` in pixels of the image.
         image_size: (H, W).
-        threshold: pixels at or above it are set, of those that the mask reaches; not negative.
+        threshold: a pixel that the mask covers is set if its value is at least this; not negative.
 
     Returns:
         One `{"size": [H, W], "counts": bytes}` for each mask, equal to `encode_rle(paste_masks(...))`.
 
     Raises:
-        TypeError: masks or boxes is no tensor.
+        TypeError: an argument is not a tensor.
         ValueError: a shape, dtype, device or the threshold does not fit; the message names the argument.
     """
     height, width = _check_arguments(masks, boxes, image_size)
@@ -74,20 +74,20 @@ def _check_arguments(masks: torch.Tensor, boxes: torch.Tensor, image_size: tuple
     check_tensor("boxes", boxes, "(R, 4)")
     check_same_length("boxes", boxes, "masks", masks)
     if len(image_size) != 2 or any(isinstance(size, int) and size < 0 for size in image_size):
-        raise ValueError(f"image_size must be (height, width), none below 0, got {tuple(image_size)}")
+        raise ValueError(f"image_size must be (height, width), not negative, got {tuple(image_size)}")
     return tuple(image_size)
 
 
 def _positions(low: torch.Tensor, high: torch.Tensor, cells: int, pixels: int) -> torch.Tensor:
-    """Where pixel centres lie along one axis of the masks, (R, pixels); cell i has its centre at i."""
+    """Return the positions of pixel centers along one axis of the masks, (R, pixels); cell i is at i."""
     centers = torch.arange(pixels, dtype=low.dtype, device=low.device) + 0.5
-    # By way of [-1, 1], for detectron2's rounding.
+    # Normalize to [-1, 1] first, for the same rounding as detectron2.
     normalized = (centers - low[:, None]) / (high - low)[:, None] * 2 - 1
     return ((normalized + 1) * cells - 1) / 2
 
 
 def _span(positions: torch.Tensor, cells: int, valid: torch.Tensor) -> list[tuple[int, int]]:
-    """First and one-past-last pixel that each mask reaches."""
+    """Return the first and one-past-last pixel that each mask covers."""
     reached = (positions > -1) & (positions < cells) & valid[:, None]
     if reached.shape[1] == 0:
         return [(0, 0)] * len(reached)
@@ -98,7 +98,7 @@ def _span(positions: torch.Tensor, cells: int, valid: torch.Tensor) -> list[tupl
 def _pasted_regions(
     masks: torch.Tensor, boxes: torch.Tensor, height: int, width: int
 ) -> Iterator[tuple[int, slice, slice, torch.Tensor]]:
-    """Yield for each mask that reaches a pixel: index, rows, columns, and the values of these pixels."""
+    """Yield index, rows, columns, and pixel values of each mask that covers a pixel."""
     is_double = torch.float64 in (masks.dtype, boxes.dtype)
     dtype = torch.float64 if is_double else torch.float32
     (_, mask_height, mask_width), boxes = masks.shape, boxes.to(dtype)
@@ -110,14 +110,14 @@ def _pasted_regions(
     for index, ((top, bottom), (left, right)) in enumerate(spans):
         if top < bottom and left < right:
             rows, columns = slice(top, bottom), slice(left, right)
-            # One cell of nothing on each side.
+            # One zero cell on each side.
             cells = torch.nn.functional.pad(masks[index].to(dtype), (1, 1, 1, 1))
             values = _blend(cells.T, x[index, columns]).T
             yield index, rows, columns, _blend(values, y[index, rows])
 
 
 def _blend(cells: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Interpolate between the rows of `cells`, of which the first is at position -1."""
+    """Interpolate between the rows of `cells`; the first row is at position -1."""
     before = positions.floor()
     fraction, before = (positions - before)[:, None], before.long() + 1
     first, second = cells[before], cells[before + 1]
@@ -125,19 +125,19 @@ def _blend(cells: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 
 def reference_paste_masks(masks, boxes, height, width, threshold):
-    """Pasting in plain PyTorch, one mask at a time and only where it reaches. Arguments as the operator's."""
+    """Compute `paste_masks` in plain PyTorch, one mask at a time and only the pixels that it covers."""
     dtype = torch.bool if threshold >= 0 else torch.uint8
-    pictures = torch.zeros(len(masks), height, width, dtype=dtype, device=masks.device)
+    images = torch.zeros(len(masks), height, width, dtype=dtype, device=masks.device)
     for index, rows, columns, values in _pasted_regions(masks, boxes, height, width):
         if threshold >= 0:
-            pictures[index, rows, columns] = values >= threshold
+            images[index, rows, columns] = values >= threshold
         else:
-            pictures[index, rows, columns] = (values * 255).nan_to_num(0).clamp(0, 255).byte()
-    return pictures
+            images[index, rows, columns] = (values * 255).nan_to_num(0).clamp(0, 255).byte()
+    return images
 
 
 def reference_paste_masks_to_rle(masks, boxes, height, width, threshold):
-    """Pasting and encoding in plain PyTorch, one picture at a time. Arguments as the operator's."""
+    """Compute `paste_masks_to_rle` in plain PyTorch, one image at a time."""
     parts = [
         reference_encode_rle(reference_paste_masks(mask[None], box[None], height, width, max(threshold, 0.0)))
         for mask, box in zip(masks, boxes)
@@ -148,7 +148,7 @@ def reference_paste_masks_to_rle(masks, boxes, height, width, threshold):
 
 def _fallback_paste_masks_to_rle(masks, boxes, height, width, threshold):
     if masks.device.type != "cpu":
-        # Masks within boxes are small, and run lengths are formed best where they are needed.
+        # Masks in boxes are small to copy, and run lengths are needed on the CPU.
         return _paste_masks_to_rle(masks.cpu(), boxes.cpu(), height, width, threshold)
     return reference_paste_masks_to_rle(masks, boxes, height, width, threshold)
 

@@ -1,7 +1,7 @@
-"""Resizing of 8-bit pictures, to the last bit as Pillow does it (`PIL.Image.Image.resize`).
+"""Resizing of 8-bit images, bit-exact to Pillow (`PIL.Image.Image.resize`).
 
-The filter is separable and widens with the scale where the picture shrinks. Its weights are rounded to 22
-binary digits; the picture is filtered along one axis, rounded to bytes, and then filtered along the other.
+The filter is separable, and wider by the scale when it shrinks the image. Its weights are rounded to 22
+binary digits. The image is filtered along one axis, rounded to bytes, and then filtered along the other.
 """
 
 import torch
@@ -15,10 +15,10 @@ BILINEAR, BICUBIC = 2, 3  # as in PIL.Image.Resampling
 def resize_image(
     image: torch.Tensor, size: tuple[int, int], filter: int = BILINEAR, vertical_first: bool = False
 ) -> torch.Tensor:
-    """Resize a picture.
+    """Resize an image.
 
     Args:
-        image: (H, W, C) uint8, not empty, of any memory layout; channels are independent of each other.
+        image: (H, W, C) uint8, not empty, of any memory layout; channels are resized independently.
         size: (height, width) of the result, positive.
         filter: 2 (bilinear) or 3 (bicubic, with a = -1/2), as in `PIL.Image.Resampling`.
         vertical_first: filter along y before x.
@@ -27,7 +27,7 @@ def resize_image(
         (C, height, width) uint8, contiguous.
 
     Raises:
-        TypeError: image is no tensor.
+        TypeError: image is not a tensor.
         ValueError: a shape, dtype, size or the filter does not fit; the message names the argument.
     """
     if not isinstance(image, torch.Tensor):
@@ -54,7 +54,7 @@ def _kernel(x: torch.Tensor, filter: int) -> torch.Tensor:
 
 
 def _weights(source: int, target: int, filter: int) -> torch.Tensor:
-    """(target, source) float64 of whole numbers: the weights times 2 ** 22."""
+    """Return the weights times 2 ** 22 as integral float64, (target, source)."""
     scale = source / target
     widening = max(scale, 1.0)
     reach = (1.0 if filter == BILINEAR else 2.0) * widening
@@ -70,7 +70,7 @@ def _weights(source: int, target: int, filter: int) -> torch.Tensor:
 
 
 def _filter(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """``weights`` (T, S) times ``values`` (C, S, L), rounded to [0, 255]; sums stay exact in float64."""
+    """Return `weights` (T, S) times `values` (C, S, L), rounded to [0, 255]; sums are exact in float64."""
     sums = weights @ values + 2 ** (DIGITS - 1)
     return (sums / 2**DIGITS).floor().clamp(0, 255)
 
@@ -78,7 +78,7 @@ def _filter(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 def reference_resize_image(
     image: torch.Tensor, height: int, width: int, filter: int, vertical_first: bool
 ) -> torch.Tensor:
-    """The formula of `resize_image` in plain PyTorch, on any device."""
+    """Compute `resize_image` in plain PyTorch, on any device."""
     values = image.permute(2, 0, 1).to(torch.float64)
     axes = ((1, height), (2, width))
     for axis, size in axes if vertical_first else axes[::-1]:

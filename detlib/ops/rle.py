@@ -1,6 +1,6 @@
-"""Run-length encoding of masks as the COCO API compresses it.
+"""Run-length encoding of masks in COCO's compressed form.
 
-Shape legend: R masks, H and W of the picture, B bytes of all strings.
+Shape legend: R masks, H and W of the image, B bytes of all strings.
 """
 
 import torch
@@ -9,11 +9,11 @@ from detlib.ops._library import check_tensor, define
 
 
 def encode_rle(masks: torch.Tensor) -> list[dict]:
-    """Encode masks as COCO's compressed run lengths, byte for byte what `pycocotools.mask.encode` gives.
+    """Encode masks as COCO's compressed run lengths, byte for byte like `pycocotools.mask.encode`.
 
-    A mask's pixels are taken column by column; the lengths of the runs of zeros and ones in turn, beginning
-    with zeros, are written five bits a character, from the fourth on as the difference to the last but one
-    (https://github.com/cocodataset/cocoapi, `maskApi`). Not differentiable.
+    The pixels are read column by column. The lengths of alternating runs of zeros and ones, starting with
+    zeros, are written with five bits per character; from the fourth on, each is written as the difference to
+    the length two before (https://github.com/cocodataset/cocoapi, `maskApi`). Not differentiable.
 
     Args:
         masks: (R, H, W) bool, on any device.
@@ -22,8 +22,8 @@ def encode_rle(masks: torch.Tensor) -> list[dict]:
         One `{"size": [H, W], "counts": bytes}` for each mask.
 
     Raises:
-        TypeError: masks is no tensor.
-        ValueError: its shape or dtype does not fit.
+        TypeError: `masks` is not a tensor.
+        ValueError: the shape or dtype of `masks` does not fit.
     """
     check_tensor("masks", masks, "(R, H, W)", floating=False)
     if masks.dtype != torch.bool:
@@ -32,7 +32,7 @@ def encode_rle(masks: torch.Tensor) -> list[dict]:
 
 
 def split_rles(text: torch.Tensor, lengths: torch.Tensor, height: int, width: int) -> list[dict]:
-    """Cut what the encoding operators return, (B,) uint8 and (R,) int64 on the CPU, into COCO's dicts."""
+    """Split the strings of all masks, (B,) uint8, by their lengths, (R,) int64, into COCO's dicts."""
     text = text.numpy().tobytes()
     rles, begin = [], 0
     for length in lengths.tolist():
@@ -42,14 +42,14 @@ def split_rles(text: torch.Tensor, lengths: torch.Tensor, height: int, width: in
 
 
 def reference_encode_rle(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The strings of all masks, (B,) uint8, and their lengths, (R,) int64, on the CPU, in plain PyTorch."""
+    """Compute the strings of all masks, (B,) uint8, and their lengths, (R,) int64, in plain PyTorch."""
     texts = [_compress(_run_lengths(mask)) for mask in masks]
     lengths = torch.tensor([len(text) for text in texts], dtype=torch.int64)
     return torch.cat([torch.empty(0, dtype=torch.uint8), *texts]), lengths
 
 
 def _run_lengths(mask: torch.Tensor) -> torch.Tensor:
-    """Lengths of the runs of zeros and ones in turn, (runs,) int64 on the CPU, of a (H, W) bool mask."""
+    """Return the lengths of alternating runs of zeros and ones of an (H, W) bool mask, (runs,) int64, CPU."""
     pixels = torch.nn.functional.pad(mask.T.reshape(-1).byte(), (1, 0))
     changes = pixels.diff().nonzero()[:, 0].cpu()
     ends = torch.cat([changes, torch.tensor([mask.numel()])])
@@ -57,7 +57,7 @@ def _run_lengths(mask: torch.Tensor) -> torch.Tensor:
 
 
 def _compress(lengths: torch.Tensor) -> torch.Tensor:
-    """Run lengths, (runs,) int64, as characters, (bytes,) uint8."""
+    """Convert run lengths, (runs,) int64, to characters, (bytes,) uint8."""
     rest = lengths.clone()
     rest[3:] -= lengths[1:-2]
     groups, used = [], []
@@ -78,7 +78,7 @@ def _fallback_encode_rle(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 
 def fake_rles(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The shapes that encoding operators return."""
+    """Return empty results of an encoding operator."""
     size = torch.library.get_ctx().new_dynamic_size()
     text = torch.empty(size, dtype=torch.uint8, device="cpu")
     return text, torch.empty(masks.shape[0], dtype=torch.int64, device="cpu")

@@ -3,10 +3,10 @@
 Shape legend: N images, C channels, H and W of the feature map, K boxes, P and Q bins of a box (height,
 width).
 
-For one box the average over a bin's regular sampling grid is separable: with `rows` (P, H) and `columns` (Q,
-W) the weights that bins give to map rows and columns, `output = rows @ map @ columns.T` for every channel,
-and the gradient of the map is `rows.T @ gradient @ columns`. The reference below and the compiled CPU kernel
-both work this way.
+The average over the regular sampling grid of a bin is separable. Let `rows` (P, H) and `columns` (Q, W) be
+the weights that the bins of a box give to rows and columns of the feature map. Then
+`output = rows @ map @ columns.T` for every channel, and the gradient of the map is
+`rows.T @ gradient @ columns`. The reference below and the compiled CPU kernel both use this.
 """
 
 from collections.abc import Sequence
@@ -33,32 +33,32 @@ def roi_align(
     sampling_ratio: int = -1,
     aligned: bool = False,
 ) -> torch.Tensor:
-    """Pool every box of a feature map to a fixed size, RoIAlign.
+    """Pool every box of a feature map to a fixed size by RoIAlign.
 
-    A box is cut into P x Q bins; the value of a bin is the mean of bilinear samples on a regular grid inside
-    it. Samples more than one cell outside the map count as zero. Gradients flow to `input`, not to `boxes`;
-    double backward works, as the operator is linear in `input`.
+    A box is divided into P x Q bins. The value of a bin is the mean of bilinear samples on a regular grid
+    inside it. Samples more than one cell outside the feature map are zero. `input` is differentiable, also
+    twice, since the operator is linear in it; `boxes` are not.
 
     Args:
         input: (N, C, H, W) floating point. float16 and bfloat16 are summed in float32.
-        boxes: (K, 5) floating point, `batch_index, x1, y1, x2, y2`, with `0 <= batch_index < N` and
-            coordinates in units where the map's cell has side `1 / spatial_scale` (pixels, as a rule); or one
-            (K_i, 4) tensor of `x1, y1, x2, y2` for each image. The dtype may differ from `input`: keep
-            float32 boxes for float16 maps, whose precision is too small for coordinates. A box that is not
-            finite gives nan.
+        boxes: (K, 5) floating point, `batch_index, x1, y1, x2, y2`, with `0 <= batch_index < N`; or one
+            (K_i, 4) tensor of `x1, y1, x2, y2` for each image. A cell of the feature map has side
+            `1 / spatial_scale` in the units of the boxes, usually pixels. The dtype may differ from `input`:
+            keep float32 boxes for float16 feature maps, since float16 is too coarse for coordinates. A box
+            that is not finite gives nan.
         output_size: P and Q, or one int for both.
-        spatial_scale: factor from box coordinates to map cells, e.g. 1/16.
-        sampling_ratio: samples per bin along each axis; with 0 or less, `ceil(box side in cells / bins)`,
-            chosen for each box and axis.
-        aligned: True puts cell centres at half-integers (Detectron2's "ROIAlignV2"), so boxes are shifted by
-            half a cell; False is Detectron1's convention, where a box also covers at least one cell.
+        spatial_scale: factor from box coordinates to cells of the feature map, e.g. 1/16.
+        sampling_ratio: samples per bin along each axis; with 0 or less, `ceil(box side in cells / bins)` for
+            each box and axis.
+        aligned: True puts cell centers at half-integers (detectron2's "ROIAlignV2"), so boxes are shifted by
+            half a cell. False is Detectron's convention, where a box also covers at least one cell.
 
     Returns:
-        (K, C, P, Q) of `input`'s dtype, in channels-last layout if `input` is, else contiguous. The gradient
-        of `input` has `input`'s layout too.
+        (K, C, P, Q) of the dtype of `input`, in channels-last layout if `input` is, else contiguous. The
+        gradient of `input` has the layout of `input` too.
 
     Raises:
-        TypeError: an argument is no tensor.
+        TypeError: an argument is not a tensor.
         ValueError: a shape, dtype or device does not fit; the message names the argument.
     """
     check_tensor("input", input, "(N, C, H, W)")
@@ -76,7 +76,7 @@ def roi_align(
 
 def _with_batch_index(boxes: Sequence[torch.Tensor], input: torch.Tensor) -> torch.Tensor:
     if len(boxes) != input.shape[0]:
-        raise ValueError(f"boxes must hold one tensor per image, got {len(boxes)} for {len(input)} images")
+        raise ValueError(f"boxes must have one tensor per image, got {len(boxes)} for {len(input)} images")
     for index, image_boxes in enumerate(boxes):
         check_tensor(f"boxes[{index}]", image_boxes, "(K, 4)")
     numbered = [torch.nn.functional.pad(b, (1, 0), value=float(index)) for index, b in enumerate(boxes)]
@@ -90,12 +90,12 @@ def _compute_dtype(input: torch.Tensor) -> torch.dtype:
 def _axis_weights(
     start: torch.Tensor, extent: torch.Tensor, num_bins: int, size: int, sampling_ratio: int
 ) -> torch.Tensor:
-    """Weights (K, num_bins, size) that each bin gives to the cells along one axis of the map.
+    """Return the weights that each bin gives to the cells along one axis, (K, num_bins, size).
 
     Args:
-        start, extent: (K,) where the boxes begin and how long they are, in cells, finite.
-        num_bins: bins along the axis.
-        size: cells along the axis.
+        start, extent: (K,) start and length of the boxes in cells, finite.
+        num_bins: number of bins along the axis.
+        size: number of cells along the axis.
         sampling_ratio: samples per bin; 0 for `ceil(extent / num_bins)`.
     """
     bin_size = extent / num_bins
@@ -104,11 +104,11 @@ def _axis_weights(
     step = bin_size / count.clamp(min=1)
     bins = torch.arange(num_bins, dtype=start.dtype, device=start.device)
     bin_start = start[:, None] + bins * bin_size[:, None]
-    # Only samples within [-1, size] matter; a huge box has far more of them outside, which are never formed.
+    # Only samples in [-1, size] matter. A huge box has many more samples outside; skip them.
     forward = step.clamp(min=1e-12)
     first = ((-1 - bin_start) / forward[:, None]).floor().sub(1).clamp(min=0)
     in_range = torch.minimum(((size + 2) / forward).ceil() + 3, count)
-    # A box whose second corner comes first, with a fixed number of samples: all are formed.
+    # An inverted box with a fixed number of samples: keep all samples.
     backward = step < 0
     first, in_range = first.masked_fill(backward[:, None], 0), torch.where(backward, count, in_range)
     most = int(in_range.max()) if count.numel() else 0
@@ -127,7 +127,7 @@ def _axis_weights(
 
 
 def _span(weights: torch.Tensor) -> list[tuple[int, int]]:
-    """First and one-past-last cell along the axis that any bin of each box uses."""
+    """Return the first and one-past-last cell that any bin of each box uses along the axis."""
     used = (weights != 0).any(dim=1).long()
     size = used.shape[1]
     begin = torch.where(used.any(dim=1), used.argmax(dim=1), 0)
@@ -136,7 +136,7 @@ def _span(weights: torch.Tensor) -> list[tuple[int, int]]:
 
 
 def _box_weights(boxes, dtype, spatial_scale, pooled, size, sampling_ratio, aligned):
-    """Yield per box: index, image, map rows, map columns, and (P, rows) and (Q, columns) weights.
+    """Yield index, image, map rows, map columns and weights (P, rows), (Q, columns) of each box.
 
     The weights are None for a box that is not finite.
     """
@@ -156,7 +156,7 @@ def _box_weights(boxes, dtype, spatial_scale, pooled, size, sampling_ratio, alig
 
 
 def reference_roi_align(input, boxes, spatial_scale, pooled_height, pooled_width, sampling_ratio, aligned):
-    """RoIAlign in plain PyTorch: two small matrix products per box. Arguments as the operator's."""
+    """Compute `roi_align` in plain PyTorch, by two small matrix products per box."""
     dtype = _compute_dtype(input)
     output = input.new_zeros((len(boxes), input.shape[1], pooled_height, pooled_width), dtype=dtype)
     if output.numel() and input.numel():
@@ -177,8 +177,7 @@ def reference_roi_align_backward(
     grad, boxes, spatial_scale, pooled_height, pooled_width, batch_size, channels, height, width,
     sampling_ratio, aligned, deterministic=False,
 ):  # fmt: skip
-    """Gradient of `reference_roi_align` with respect to the map, (N, C, H, W). Box by box, so
-    deterministic."""
+    """Compute the gradient of the feature map, (N, C, H, W), box by box and so deterministically."""
     dtype = _compute_dtype(grad)
     grad_input = grad.new_zeros((batch_size, channels, height, width), dtype=dtype)
     if grad.numel() and grad_input.numel():
@@ -202,8 +201,10 @@ def _check_images(boxes: torch.Tensor, num_images: int) -> None:
 
 
 def _fallback_is_reference(boxes: torch.Tensor, deterministic: bool = False) -> bool:
-    """torchvision's kernels fail on inverted boxes and those that are not finite; on CUDA they add in any
-    order."""
+    """Return whether torchvision cannot be used.
+
+    Its kernels fail on boxes that are inverted or not finite, and on CUDA they add in any order.
+    """
     if torchvision_ops()[0] is None or (deterministic and boxes.device.type == "cuda"):
         return True
     return not bool((boxes.isfinite().all(dim=1) & (boxes[:, 3:] >= boxes[:, 1:3]).all(dim=1)).all())
@@ -259,7 +260,7 @@ def _save_forward(ctx, inputs, output):
 def _backward(ctx, grad):
     (boxes,) = ctx.saved_tensors
     scale, height, width, *sampling = ctx.scalars
-    # The kernels answer in the layout of `grad`, and a gradient should have that of `input`.
+    # The kernels return the layout of `grad`, but the gradient must have the layout of `input`.
     grad = grad.contiguous(memory_format=ctx.layout)
     grad_input = _apply_backward(
         grad, boxes, scale, height, width, *ctx.input_size, *sampling,
@@ -275,7 +276,7 @@ def _save_backward(ctx, inputs, output):
 
 
 def _double_backward(ctx, grad_grad_input):
-    # The backward is linear in `grad`; its transpose is the forward again.
+    # The backward is linear in `grad`; its transpose is the forward.
     (boxes,) = ctx.saved_tensors
     return (torch.ops.detlib.roi_align(grad_grad_input, boxes, *ctx.scalars), *[None] * 11)
 

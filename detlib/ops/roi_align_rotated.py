@@ -21,27 +21,27 @@ def roi_align_rotated(
 ) -> torch.Tensor:
     """Pool every rotated box of a feature map to a fixed size.
 
-    A box is cut into P x Q bins along its own axes; the value of a bin is the mean of bilinear samples on a
-    regular grid inside it. Samples more than one cell outside the map count as zero. Centres of cells lie at
-    half-integers, so boxes are shifted by half a cell, as in `roi_align(aligned=True)`. Gradients flow to
-    `input`, not to `boxes`; double backward works, as the operator is linear in `input`.
+    A box is divided into P x Q bins along its own axes. The value of a bin is the mean of bilinear samples on
+    a regular grid inside it. Samples more than one cell outside the feature map are zero. Cell centers are at
+    half-integers, so boxes are shifted by half a cell, as in `roi_align(aligned=True)`. `input` is
+    differentiable, also twice, since the operator is linear in it; `boxes` are not.
 
     Args:
         input: (N, C, H, W) floating point. float16 and bfloat16 are summed in float32.
         boxes: (K, 6) floating point, `batch_index, center x, center y, width, height, angle`, with
-            `0 <= batch_index < N`, lengths in units where the map's cell has side `1 / spatial_scale`
-            (pixels, as a rule), and the angle in degrees, counter-clockwise. The dtype may differ from
-            `input`: keep float32 boxes for float16 maps. A box that is not finite gives nan.
+            `0 <= batch_index < N` and the angle in degrees, counter-clockwise. A cell of the feature map has
+            side `1 / spatial_scale` in the units of the boxes, usually pixels. The dtype may differ from
+            `input`: keep float32 boxes for float16 feature maps. A box that is not finite gives nan.
         output_size: P and Q, or one int for both.
-        spatial_scale: factor from box lengths to map cells, e.g. 1/16.
-        sampling_ratio: samples per bin along each axis; with 0 or less, `ceil(box side in cells / bins)`,
-            chosen for each box and axis, so that a box of no or negative size gives 0.
+        spatial_scale: factor from box coordinates to cells of the feature map, e.g. 1/16.
+        sampling_ratio: samples per bin along each axis; with 0 or less, `ceil(box side in cells / bins)` for
+            each box and axis, so that a box of zero or negative size gives 0.
 
     Returns:
-        (K, C, P, Q), contiguous, of `input`'s dtype.
+        (K, C, P, Q), contiguous, of the dtype of `input`.
 
     Raises:
-        TypeError: an argument is no tensor.
+        TypeError: an argument is not a tensor.
         ValueError: a shape, dtype or device does not fit; the message names the argument.
     """
     check_tensor("input", input, "(N, C, H, W)")
@@ -60,17 +60,17 @@ def _compute_dtype(input: torch.Tensor) -> torch.dtype:
 
 
 def _positions(extent: torch.Tensor, num_bins: int, sampling_ratio: int, middle: float, radius: float):
-    """Samples of a box along one of its axes, as far as they lie within `radius` of the map's middle.
+    """Return the samples of a box along one of its axes that are within `radius` of the map's center.
 
     Args:
         extent: () side of the box in cells.
-        num_bins: bins along the axis.
+        num_bins: number of bins along the axis.
         sampling_ratio: samples per bin; 0 for `ceil(extent / num_bins)`.
-        middle: where the middle of the map lies along the axis, from the centre of the box.
-        radius: of a circle around the whole map, in cells.
+        middle: position of the map's center along the axis, from the center of the box.
+        radius: radius of a circle around the entire map, in cells.
 
     Returns:
-        positions (S',) from the centre of the box, their bins (S',), and the samples per bin.
+        positions (S',) from the center of the box, their bins (S',), and the number of samples per bin.
     """
     bin_size = extent / num_bins
     count = sampling_ratio if sampling_ratio > 0 else max(math.ceil(float(bin_size)), 0)
@@ -90,10 +90,10 @@ def _positions(extent: torch.Tensor, num_bins: int, sampling_ratio: int, middle:
 
 
 def _taps(box: torch.Tensor, spatial_scale: float, pooled: tuple[int, int], size, sampling_ratio: int):
-    """Cells that one box reads: bins, cells (of the flattened map) and weights, each (T,).
+    """Return the cells that one box reads: bins, cells (of the flattened map) and weights, (T,) each.
 
     Args:
-        box: (5,) finite, centre, sides and angle.
+        box: (5,) finite, center, sides and angle.
         size: H and W.
     """
     height, width = size
@@ -122,7 +122,7 @@ def _taps(box: torch.Tensor, spatial_scale: float, pooled: tuple[int, int], size
 
 
 def _taps_of_boxes(boxes, dtype, spatial_scale, pooled, size, sampling_ratio):
-    """Yield per box its index, image and taps; None in place of taps for a box that is not finite."""
+    """Yield index, image and taps of each box; the taps are None for a box that is not finite."""
     boxes = boxes.to(dtype)
     finite = boxes.isfinite().all(dim=1).tolist()
     images = boxes[:, 0].nan_to_num(0).long().tolist()
@@ -132,7 +132,7 @@ def _taps_of_boxes(boxes, dtype, spatial_scale, pooled, size, sampling_ratio):
 
 
 def reference_roi_align_rotated(input, boxes, spatial_scale, pooled_height, pooled_width, sampling_ratio):
-    """RoIAlign of rotated boxes in plain PyTorch, box by box. Arguments as the operator's."""
+    """Compute `roi_align_rotated` in plain PyTorch, box by box."""
     dtype, pooled = _compute_dtype(input), (pooled_height, pooled_width)
     output = input.new_zeros((len(boxes), input.shape[1], pooled_height * pooled_width), dtype=dtype)
     if output.numel() and input.numel():
@@ -160,7 +160,7 @@ def reference_roi_align_rotated_backward(
     width,
     sampling_ratio,
 ):
-    """Gradient of `reference_roi_align_rotated` with respect to the map, (N, C, H, W)."""
+    """Compute the gradient of the feature map, (N, C, H, W), box by box and so deterministically."""
     dtype, pooled, size = _compute_dtype(grad), (pooled_height, pooled_width), (height, width)
     grad_input = grad.new_zeros((batch_size, channels, height * width), dtype=dtype)
     if grad.numel() and grad_input.numel():
@@ -224,7 +224,7 @@ def _save_backward(ctx, inputs, output):
 
 
 def _double_backward(ctx, grad_grad_input):
-    # The backward is linear in `grad`; its transpose is the forward again.
+    # The backward is linear in `grad`; its transpose is the forward.
     (boxes,) = ctx.saved_tensors
     return (torch.ops.detlib.roi_align_rotated(grad_grad_input, boxes, *ctx.scalars), *[None] * 9)
 

@@ -1,14 +1,14 @@
 """Rotated boxes: intersection over union and non-maximum suppression.
 
-A box is `center x, center y, width, height, angle` with the angle in degrees, in image coordinates (y points
-down): its width lies along (cos, -sin) of the angle, so positive angles turn counter-clockwise.
+A box is `center x, center y, width, height, angle` with the angle in degrees. In image coordinates (y points
+down) the width is measured along (cos, -sin) of the angle, so positive angles are counter-clockwise.
 
 Shape legend: N and M boxes, K kept boxes, P pairs of boxes.
 
-In the frame of one box, where it is `|x| <= W, |y| <= H`, the area of its intersection with another convex
-shape is the integral over x of the shape's upper edge minus its lower edge, both clamped to [-H, H]. For a
-rotated box that is a sum over four straight edges, each in closed form, so no case of touching or coinciding
-edges is special. The reference below and the compiled kernels all work this way, in double precision.
+Let one box be `|x| <= W, |y| <= H` in its own frame. The area of its intersection with another convex shape
+is the integral over x of the upper edge of the shape minus its lower edge, both clamped to [-H, H]. For a
+rotated box this is a sum over four straight edges, each in closed form, so touching or coinciding edges need
+no special case. The reference below and the compiled kernels compute it in double precision.
 """
 
 import math
@@ -21,21 +21,21 @@ _PAIRS_AT_ONCE = 1 << 18
 
 
 def box_iou_rotated(boxes1: torch.Tensor, boxes2: torch.Tensor) -> torch.Tensor:
-    """Intersection over union of each of N rotated boxes with each of M.
+    """Return the intersection over union of every pair of N and M rotated boxes.
 
-    Computed in double precision. A box that is not finite, or whose width or height is not positive, overlaps
+    Computed in double precision. A box that is not finite, or has no positive width and height, overlaps
     nothing. Not differentiable.
 
     Args:
         boxes1: (N, 5) floating point, `center x, center y, width, height` in absolute pixels and the angle in
             degrees, counter-clockwise.
-        boxes2: (M, 5) floating point, likewise.
+        boxes2: (M, 5) floating point, as `boxes1`.
 
     Returns:
         (N, M) in [0, 1]; float64 if one of the inputs is, else float32.
 
     Raises:
-        TypeError: an argument is no tensor.
+        TypeError: an argument is not a tensor.
         ValueError: a shape, dtype or device does not fit; the message names the argument.
     """
     check_tensor("boxes1", boxes1, "(N, 5)")
@@ -45,9 +45,9 @@ def box_iou_rotated(boxes1: torch.Tensor, boxes2: torch.Tensor) -> torch.Tensor:
 
 
 def nms_rotated(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torch.Tensor:
-    """Keep the rotated boxes that no better box overlaps by more than a threshold.
+    """Apply non-maximum suppression to rotated boxes: drop boxes that overlap a box of higher score.
 
-    As `nms`, with the intersection over union of `box_iou_rotated`. Not differentiable.
+    It is `nms` with the IoU of `box_iou_rotated`. Not differentiable.
 
     Args:
         boxes: (N, 5) floating point, as for `box_iou_rotated`.
@@ -55,10 +55,10 @@ def nms_rotated(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float)
         iou_threshold: in [0, 1]; a box is dropped if its IoU with a kept box exceeds it.
 
     Returns:
-        (K,) int64: indices of the kept boxes, by falling score (equal scores: in input order).
+        (K,) int64: indices of the kept boxes, in descending score order, and in input order for equal scores.
 
     Raises:
-        TypeError: an argument is no tensor.
+        TypeError: an argument is not a tensor.
         ValueError: a shape, dtype, device or the threshold does not fit; the message names the argument.
     """
     check_nms_arguments(boxes, scores, iou_threshold, box_dim=5)
@@ -68,21 +68,21 @@ def nms_rotated(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float)
 def batched_nms_rotated(
     boxes: torch.Tensor, scores: torch.Tensor, idxs: torch.Tensor, iou_threshold: float
 ) -> torch.Tensor:
-    """`nms_rotated` within each category: boxes of different `idxs` never suppress each other.
+    """Apply `nms_rotated` to each category: boxes of different `idxs` never suppress each other.
 
-    Categories are compared as such, not by shifting the boxes apart.
+    Categories are compared directly, not by shifting the boxes apart.
 
     Args:
         boxes: (N, 5) floating point, as for `box_iou_rotated`.
         scores: (N,) floating point.
-        idxs: (N,) the category of each box: integers, booleans or whole floats, of any value.
+        idxs: (N,) category of each box: integers, booleans or integral floats, of any value.
         iou_threshold: in [0, 1].
 
     Returns:
-        (K,) int64: indices of the kept boxes of all categories, by falling score.
+        (K,) int64: indices of the kept boxes of all categories, in descending score order.
 
     Raises:
-        TypeError: an argument is no tensor.
+        TypeError: an argument is not a tensor.
         ValueError: a shape, dtype, device or the threshold does not fit; the message names the argument.
     """
     check_nms_arguments(boxes, scores, iou_threshold, box_dim=5, idxs=idxs)
@@ -90,11 +90,11 @@ def batched_nms_rotated(
 
 
 def _prepare(boxes: torch.Tensor) -> torch.Tensor:
-    """(N, 7) center, half width and height, cosine, sine, and the radius of the circle through the corners.
+    """Return center, half width and height, cosine, sine, and radius of the circumscribed circle, (N, 7).
 
     The radius is nan for a box that overlaps nothing.
     """
-    # Apple's GPUs have no float64.
+    # Apple GPUs do not support float64.
     boxes = boxes.to(torch.float32 if boxes.device.type == "mps" else torch.float64)
     radians = boxes[:, 4].fmod(360) * (math.pi / 180)
     half = boxes[:, 2:4] / 2
@@ -106,13 +106,13 @@ def _prepare(boxes: torch.Tensor) -> torch.Tensor:
 
 
 def _circles_meet(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Whether the circles around prepared boxes meet; shapes (..., 7) broadcast."""
+    """Return whether the circles around prepared boxes meet; shapes (..., 7) broadcast."""
     shift = second[..., :2] - first[..., :2]
     return shift.square().sum(dim=-1) < (first[..., 6] + second[..., 6]).square()
 
 
 def _area_under_edge(x0, y0, x1, slope, run, half, top):
-    """Integral of clamp(y, 0, top) dx along the part of an edge within |x| <= half; all (P,).
+    """Return the integral of clamp(y, 0, top) dx along the part of an edge in |x| <= half; all (P,).
 
     The edge starts at (x0, y0) and ends at x1; `slope` is dy/dx and `run` dx/dy, 0 where not finite.
     """
@@ -129,7 +129,7 @@ def _area_under_edge(x0, y0, x1, slope, run, half, top):
 
 
 def _iou_of_pairs(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """(P,) IoU of the i-th of P prepared boxes with the i-th of P others, none with a radius of nan."""
+    """Return the IoU of P pairs of prepared boxes, (P,); no radius may be nan."""
     ax, ay, aw, ah, ac, asine, _ = first.unbind(dim=1)
     bx, by, bw, bh, bc, bsine, _ = second.unbind(dim=1)
     cosine, sine = ac * bc + asine * bsine, bsine * ac - bc * asine
@@ -160,7 +160,7 @@ def _iou_dtype(boxes1: torch.Tensor, boxes2: torch.Tensor) -> torch.dtype:
 
 
 def reference_box_iou_rotated(boxes1: torch.Tensor, boxes2: torch.Tensor) -> torch.Tensor:
-    """`box_iou_rotated` in plain PyTorch."""
+    """Compute `box_iou_rotated` in plain PyTorch."""
     output = boxes1.new_zeros((len(boxes1), len(boxes2)), dtype=_iou_dtype(boxes1, boxes2))
     first, second = _prepare(boxes1), _prepare(boxes2)
     rows_at_once = max(1, _PAIRS_AT_ONCE // max(1, len(second)))
@@ -174,7 +174,7 @@ def reference_box_iou_rotated(boxes1: torch.Tensor, boxes2: torch.Tensor) -> tor
 def reference_nms_rotated(
     boxes: torch.Tensor, scores: torch.Tensor, idxs: torch.Tensor | None, iou_threshold: float
 ) -> torch.Tensor:
-    """NMS in plain PyTorch, one kept box at a time; `idxs` of None means one category."""
+    """Compute NMS in plain PyTorch, one kept box at a time. `idxs` of None means one category."""
     boxes = _prepare(boxes)
     order = scores.sort(descending=True, stable=True).indices
     kept = []

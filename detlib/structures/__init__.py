@@ -1,4 +1,4 @@
-"""Boxes, masks, keypoints and the containers that hold them per picture and per batch."""
+"""Boxes, masks, keypoints, and containers of them for an image and for a batch."""
 
 from detlib.structures.boxes import (
     Boxes,

@@ -1,7 +1,7 @@
 """Axis-aligned boxes: the `Boxes` type, its functions and `BoxMode`.
 
-Shapes: N, M numbers of boxes. Boxes are rows x0, y0, x1, y1 in absolute pixels of a picture whose top left
-corner is (0, 0), so that pixel (i, j) covers [j, j + 1] x [i, i + 1].
+Shapes: N, M numbers of boxes. Boxes are rows x0, y0, x1, y1 in absolute pixels of an image whose top left
+corner is (0, 0): pixel (row i, column j) covers [j, j + 1] x [i, i + 1].
 """
 
 from collections.abc import Iterator
@@ -26,14 +26,14 @@ __all__ = [
 
 @unique
 class BoxMode(IntEnum):
-    """Names of box formats, as integers that dataset files may carry.
+    """Box formats. They are integers, so that dataset files can store them.
 
     Attributes:
         XYXY_ABS: x0, y0, x1, y1 in absolute pixels.
         XYWH_ABS: x0, y0, width, height in absolute pixels (COCO).
-        XYXY_REL: x0, y0, x1, y1 as fractions of the picture's size; cannot be converted.
-        XYWH_REL: x0, y0, width, height as fractions of the picture's size; cannot be converted.
-        XYWHA_ABS: centre x, centre y, width, height in absolute pixels, counter-clockwise angle in degrees.
+        XYXY_REL: x0, y0, x1, y1 as fractions of the image's size; cannot be converted.
+        XYWH_REL: x0, y0, width, height as fractions of the image's size; cannot be converted.
+        XYWHA_ABS: center x, center y, width, height in absolute pixels, counter-clockwise angle in degrees.
     """
 
     XYXY_ABS = 0
@@ -48,17 +48,17 @@ class BoxMode(IntEnum):
         from_mode: "BoxMode",
         to_mode: "BoxMode",
     ) -> list[float] | tuple[float, ...] | torch.Tensor | np.ndarray:
-        """Rewrites boxes in another format.
+        """Convert boxes to another format.
 
-        A rotated box becomes the smallest upright box around it.
+        A rotated box becomes the smallest axis-aligned box around it.
 
         Args:
             box: one box as a list or tuple, or an array or tensor (..., 4), (..., 5) for XYWHA_ABS.
             from_mode: the format of `box`.
-            to_mode: the format wanted.
+            to_mode: the format of the result.
 
         Returns:
-            The same type as `box`, with the same dtype; `box` itself when the formats agree.
+            The converted boxes, of the same type and dtype as `box`; `box` itself if the formats are equal.
 
         Raises:
             ValueError: for a relative format, or a box of the wrong length.
@@ -69,8 +69,8 @@ class BoxMode(IntEnum):
         for mode in (from_mode, to_mode):
             if mode in (BoxMode.XYXY_REL, BoxMode.XYWH_REL):
                 raise ValueError(
-                    f"BoxMode.{mode.name} cannot be converted, since the picture's size is unknown here; "
-                    "multiply by it and use an absolute mode"
+                    f"BoxMode.{mode.name} cannot be converted, since the image size is unknown here; "
+                    "multiply by the image size and use an absolute mode"
                 )
         array = box if isinstance(box, torch.Tensor) else torch.as_tensor(np.asarray(box))
         length = 5 if from_mode == BoxMode.XYWHA_ABS else 4
@@ -109,8 +109,8 @@ def _xywha_to_xyxy(boxes: torch.Tensor) -> torch.Tensor:
     cos, sin = torch.deg2rad(angle).cos().abs(), torch.deg2rad(angle).sin().abs()
     half_w = (cos * width + sin * height) / 2
     half_h = (cos * height + sin * width) / 2
-    upright = [center_x - half_w, center_y - half_h, center_x + half_w, center_y + half_h]
-    return torch.stack(upright, dim=-1).to(boxes.dtype)
+    corners = [center_x - half_w, center_y - half_h, center_x + half_w, center_y + half_h]
+    return torch.stack(corners, dim=-1).to(boxes.dtype)
 
 
 def _xywha_to_xywh(boxes: torch.Tensor) -> torch.Tensor:
@@ -132,24 +132,26 @@ class Boxes:
 
     It supports `len()`, indexing, iteration (over (4,) tensors), `to()` and `cat()`.
 
-    Args:
-        tensor: (N, 4) tensor, array or nested list of absolute xyxy pixels; anything empty gives N = 0.
-
     Attributes:
         tensor: (N, 4) float32.
-
-    Raises:
-        ValueError: if the shape is not (N, 4).
     """
 
     box_dim = 4
 
     def __init__(self, tensor: torch.Tensor):
+        """Create the boxes.
+
+        Args:
+            tensor: (N, 4) tensor, array or nested list of absolute xyxy pixels; anything empty gives N = 0.
+
+        Raises:
+            ValueError: if the shape is not (N, 4).
+        """
         if not isinstance(tensor, torch.Tensor):
             tensor = torch.as_tensor(np.asarray(tensor, dtype=np.float32))
         tensor = tensor.to(torch.float32)
         if tensor.numel() == 0:
-            # The reshape keeps the graph, which losses of empty predictions need.
+            # Reshaping keeps the autograd graph, which losses of empty predictions need.
             tensor = tensor.reshape((-1, self.box_dim))
         if tensor.dim() != 2 or tensor.size(-1) != self.box_dim:
             raise ValueError(
@@ -158,11 +160,11 @@ class Boxes:
         self.tensor = tensor
 
     def clone(self) -> "Boxes":
-        """A copy with its own memory."""
+        """Return a copy with its own memory."""
         return type(self)(self.tensor.clone())
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Boxes":
-        """The same boxes on another device."""
+        """Return the boxes on another device."""
         return type(self)(self.tensor.to(device=device, non_blocking=non_blocking))
 
     @property
@@ -170,14 +172,14 @@ class Boxes:
         return self.tensor.device
 
     def area(self) -> torch.Tensor:
-        """(N,) areas in square pixels."""
+        """Return the areas in square pixels, (N,)."""
         return (self.tensor[:, 2] - self.tensor[:, 0]) * (self.tensor[:, 3] - self.tensor[:, 1])
 
     def clip(self, box_size: tuple[int, int]) -> None:
-        """Moves all coordinates into [0, width] x [0, height], in place.
+        """Clip all coordinates to [0, width] x [0, height], in place.
 
         Args:
-            box_size: (height, width) of the picture.
+            box_size: (height, width) of the image.
 
         Raises:
             ValueError: if a coordinate is infinite or NaN.
@@ -190,7 +192,7 @@ class Boxes:
         )
 
     def _check_finite(self) -> None:
-        # A graph being traced cannot branch on values.
+        # A traced graph cannot branch on values.
         if torch.compiler.is_compiling():
             return
         finite = torch.isfinite(self.tensor)
@@ -199,13 +201,13 @@ class Boxes:
             raise ValueError(f"{bad} of {len(self)} boxes have coordinates that are infinite or NaN")
 
     def nonempty(self, threshold: float = 0.0) -> torch.Tensor:
-        """(N,) bool: which boxes are wider and higher than `threshold` pixels."""
+        """Return which boxes are wider and higher than `threshold` pixels, (N,) bool."""
         widths = self.tensor[:, 2] - self.tensor[:, 0]
         heights = self.tensor[:, 3] - self.tensor[:, 1]
         return (widths > threshold) & (heights > threshold)
 
     def __getitem__(self, item: int | slice | torch.Tensor) -> "Boxes":
-        """Selects boxes by an index (giving N = 1), a slice, an integer or a boolean vector.
+        """Select boxes by an index (giving N = 1), a slice, an integer vector or a boolean vector.
 
         Slices share memory with the original.
         """
@@ -225,11 +227,11 @@ class Boxes:
         return f"{type(self).__name__}({self.tensor})"
 
     def inside_box(self, box_size: tuple[int, int], boundary_threshold: int = 0) -> torch.Tensor:
-        """Which boxes lie in the picture.
+        """Return which boxes are inside the image.
 
         Args:
-            box_size: (height, width) of the picture.
-            boundary_threshold: pixels by which a box may reach beyond the picture.
+            box_size: (height, width) of the image.
+            boundary_threshold: number of pixels by which a box may extend beyond the image.
 
         Returns:
             (N,) bool.
@@ -240,20 +242,20 @@ class Boxes:
         return inside_low & (x1 < width + boundary_threshold) & (y1 < height + boundary_threshold)
 
     def get_centers(self) -> torch.Tensor:
-        """(N, 2) centres x, y."""
+        """Return the centers x, y, (N, 2)."""
         return (self.tensor[:, :2] + self.tensor[:, 2:]) / 2
 
     def scale(self, scale_x: float, scale_y: float) -> None:
-        """Multiplies x coordinates by `scale_x` and y coordinates by `scale_y`, in place."""
+        """Multiply x coordinates by `scale_x` and y coordinates by `scale_y`, in place."""
         self.tensor[:, 0::2] *= scale_x
         self.tensor[:, 1::2] *= scale_y
 
     def pairwise_iou(self, other: "Boxes") -> torch.Tensor:
-        """(N, M) intersection over union with the boxes of another object of the same type."""
+        """Return the IoU of every pair with the M boxes of another object of the same type, (N, M)."""
         return pairwise_iou(self, other)
 
     def batched_nms(self, scores: torch.Tensor, idxs: torch.Tensor, iou_threshold: float) -> torch.Tensor:
-        """Non-maximum suppression within each group.
+        """Apply non-maximum suppression to each group separately.
 
         Args:
             scores: (N,) float.
@@ -261,13 +263,13 @@ class Boxes:
             iou_threshold: a box is dropped if its IoU with a kept box of its group exceeds this.
 
         Returns:
-            (K,) int64 indices of the boxes kept, by falling score.
+            (K,) int64 indices of the kept boxes, in descending score order.
         """
         return batched_nms(self.tensor, scores, idxs, iou_threshold)
 
     @classmethod
     def cat(cls, boxes_list: list["Boxes"]) -> "Boxes":
-        """Joins lists of boxes into one, with its own memory."""
+        """Concatenate lists of boxes into one, with its own memory."""
         if not isinstance(boxes_list, (list, tuple)):
             raise TypeError(f"{cls.__name__}.cat takes a list, got {type(boxes_list).__name__}")
         if len(boxes_list) == 0:
@@ -280,38 +282,38 @@ class Boxes:
         return cls(torch.cat([boxes.tensor for boxes in boxes_list], dim=0))
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        """Yields each box as a (4,) tensor."""
+        """Yield each box as a (4,) tensor."""
         yield from self.tensor
 
 
 def _spans(low1, high1, low2, high2):
-    """Length of the overlap of intervals along one axis, 0 where they are apart."""
+    """Return the length of the overlap of intervals along one axis, 0 where they are disjoint."""
     return torch.minimum(high1, high2).sub_(torch.maximum(low1, low2)).clamp_(min=0)
 
 
 def pairwise_intersection(boxes1: Boxes, boxes2: Boxes) -> torch.Tensor:
-    """(N, M) areas in square pixels that each of N boxes shares with each of M boxes."""
-    # One axis after the other and in place: N x M may be millions, and the time goes into touching memory.
+    """Return the intersection of every pair of N and M boxes, (N, M), in square pixels."""
+    # One axis after the other and in place: N x M may be millions, and memory access takes the time.
     x0, y0, x1, y1 = boxes1.tensor.t().contiguous()[:, :, None].unbind(dim=0)
     u0, v0, u1, v1 = boxes2.tensor.t().contiguous()[:, None, :].unbind(dim=0)
     return _spans(x0, x1, u0, u1).mul_(_spans(y0, y1, v0, v1))
 
 
 def pairwise_iou(boxes1: Boxes, boxes2: Boxes) -> torch.Tensor:
-    """(N, M) intersection over union of each of N boxes with each of M boxes; 0 where they do not overlap."""
+    """Return the IoU of every pair of N and M boxes, (N, M); 0 where they do not overlap."""
     inter = pairwise_intersection(boxes1, boxes2)
     union = (boxes1.area()[:, None] + boxes2.area()).sub_(inter)
     return _ratio(inter, union)
 
 
 def pairwise_ioa(boxes1: Boxes, boxes2: Boxes) -> torch.Tensor:
-    """(N, M) areas that N boxes share with M boxes, as a fraction of the area of the box in `boxes2`."""
+    """Return the intersection of every pair of N and M boxes over the area of the box in `boxes2`, (N, M)."""
     inter = pairwise_intersection(boxes1, boxes2)
     return _ratio(inter, boxes2.area().expand_as(inter))
 
 
 def matched_pairwise_iou(boxes1: Boxes, boxes2: Boxes) -> torch.Tensor:
-    """(N,) intersection over union of the i-th box of one list with the i-th of the other.
+    """Return the IoU of the i-th box of one list with the i-th box of the other, (N,).
 
     Raises:
         ValueError: if the lists have different lengths.
@@ -325,19 +327,19 @@ def matched_pairwise_iou(boxes1: Boxes, boxes2: Boxes) -> torch.Tensor:
 
 
 def _ratio(inter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """inter / whole, and 0 (not NaN) where nothing is shared."""
+    """Return `inter / whole`, and 0 (not NaN) where the intersection is empty."""
     return torch.where(inter > 0, inter / whole, inter.new_zeros(()))
 
 
 def pairwise_point_box_distance(points: torch.Tensor, boxes: Boxes):
-    """Distances from points to the four sides of boxes.
+    """Return the distances from points to the four sides of boxes.
 
     Args:
-        points: (N, 2) float, x and y.
+        points: (N, 2) float, x and y in absolute pixels.
         boxes: M boxes.
 
     Returns:
-        (N, M, 4) signed distances to the left, top, right and bottom side; all positive inside the box.
+        (N, M, 4) signed distances to the left, top, right and bottom side, all positive inside the box.
     """
     x, y = points[:, :, None].unbind(dim=1)
     x0, y0, x1, y1 = boxes.tensor[None].unbind(dim=2)

@@ -1,4 +1,4 @@
-"""ImageList: pictures of different sizes in one padded tensor."""
+"""ImageList: images of different sizes in one padded tensor."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,18 +10,20 @@ __all__ = ["ImageList"]
 
 
 class ImageList:
-    """A batch of pictures, padded at the right and at the bottom to a common size.
-
-    Args:
-        tensor: (N, H, W) or (N, C_1, ..., C_K, H, W) padded pictures.
-        image_sizes: (height, width) of each picture without padding.
+    """A batch of images, padded at the right and at the bottom to a common size.
 
     Attributes:
-        tensor: as given.
-        image_sizes: list of N (height, width) tuples.
+        tensor: (N, H, W) or (N, C_1, ..., C_K, H, W) padded images.
+        image_sizes: list of N (height, width) tuples, the sizes without padding.
     """
 
     def __init__(self, tensor: torch.Tensor, image_sizes: list[tuple[int, int]]):
+        """Create the batch from padded images; `from_tensors` pads them.
+
+        Args:
+            tensor: (N, H, W) or (N, C_1, ..., C_K, H, W) padded images.
+            image_sizes: (height, width) of each image without padding.
+        """
         self.tensor = tensor
         self.image_sizes = image_sizes
 
@@ -29,12 +31,12 @@ class ImageList:
         return len(self.image_sizes)
 
     def __getitem__(self, idx: int | slice) -> torch.Tensor:
-        """The picture `idx` without its padding, (H, W) or (C_1, ..., C_K, H, W); a view of the batch."""
+        """Return image `idx` without padding, (H, W) or (C_1, ..., C_K, H, W), as a view of the batch."""
         height, width = self.image_sizes[idx]
         return self.tensor[idx, ..., :height, :width]
 
     def to(self, *args: Any, **kwargs: Any) -> "ImageList":
-        """The same batch with the tensor moved or cast."""
+        """Return the batch with the tensor moved or cast."""
         return ImageList(self.tensor.to(*args, **kwargs), self.image_sizes)
 
     @property
@@ -48,21 +50,22 @@ class ImageList:
         pad_value: float = 0.0,
         padding_constraints: dict[str, int] | None = None,
     ) -> "ImageList":
-        """Pads pictures to the size of the largest and stacks them.
+        """Pad images to the size of the largest and stack them.
 
         Args:
-            tensors: N pictures (H_i, W_i) or (C_1, ..., C_K, H_i, W_i), alike in all but height and width.
+            tensors: N images (H_i, W_i) or (C_1, ..., C_K, H_i, W_i) that only differ in height and width.
             size_divisibility: if above 1, the common height and width are rounded up to a multiple of it.
             pad_value: value of the padding.
-            padding_constraints: what a backbone demands. "square_size": common height and width, if above 0;
-                "size_divisibility": takes the place of the argument of that name.
+            padding_constraints: requirements of the backbone. "square_size": common height and width, if
+                above 0; "size_divisibility": replaces the argument of that name.
 
         Raises:
-            ValueError: for an empty list, pictures that differ in more than height and width, or a picture
+            TypeError: if an element is not a tensor.
+            ValueError: for an empty list, images that differ in more than height and width, or an image
                 larger than "square_size".
         """
         if len(tensors) == 0:
-            raise ValueError("ImageList.from_tensors needs at least one picture")
+            raise ValueError("ImageList.from_tensors needs at least one image")
         for tensor in tensors:
             if not isinstance(tensor, torch.Tensor):
                 raise TypeError(
@@ -70,7 +73,7 @@ class ImageList:
                 )
             if tensor.shape[:-2] != tensors[0].shape[:-2] or tensor.dim() < 2:
                 raise ValueError(
-                    "All pictures must agree in all dimensions but the last two, "
+                    "Images must have the same shape except for the last two dimensions, "
                     f"got {tuple(tensors[0].shape)} and {tuple(tensor.shape)}"
                 )
         image_sizes = [(tensor.shape[-2], tensor.shape[-1]) for tensor in tensors]
@@ -97,7 +100,7 @@ def _common_size(
     if square_size > 0:
         if max(largest) > square_size:
             raise ValueError(
-                f"A picture of {largest} (height, width) does not fit into square_size {square_size}"
+                f"An image of {largest} (height, width) does not fit into square_size {square_size}"
             )
         size = (square_size, square_size)
     if divisor > 1:

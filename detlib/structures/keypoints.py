@@ -1,4 +1,4 @@
-"""Keypoints, and their form as one-hot heatmaps.
+"""Keypoints, their one-hot heatmaps, and keypoints from predicted heatmaps.
 
 Shapes: N objects, K keypoints each, R regions of interest, S side of a heatmap.
 """
@@ -16,17 +16,19 @@ __all__ = ["Keypoints", "heatmaps_to_keypoints"]
 class Keypoints:
     """The keypoints of N objects in one (N, K, 3) float32 tensor.
 
-    Each keypoint is x, y in absolute pixels (not rounded) and a visibility as in COCO: 0 not labelled,
-    1 labelled but hidden, 2 labelled and visible.
-
-    Args:
-        keypoints: (N, K, 3) tensor, array or nested list.
+    Each keypoint is x, y in absolute pixels (not rounded) and COCO's visibility: 0 not labeled, 1 labeled but
+    hidden, 2 labeled and visible.
 
     Attributes:
         tensor: (N, K, 3) float32.
     """
 
     def __init__(self, keypoints: torch.Tensor | np.ndarray | list[list[float]]):
+        """Create the keypoints.
+
+        Args:
+            keypoints: (N, K, 3) tensor, array or nested list.
+        """
         if not isinstance(keypoints, torch.Tensor):
             keypoints = torch.as_tensor(np.asarray(keypoints, dtype=np.float32))
         if keypoints.dim() != 3 or keypoints.shape[2] != 3:
@@ -37,7 +39,7 @@ class Keypoints:
         return self.tensor.shape[0]
 
     def to(self, *args: Any, **kwargs: Any) -> "Keypoints":
-        """The same keypoints on another device."""
+        """Return the keypoints on another device."""
         return type(self)(self.tensor.to(*args, **kwargs))
 
     @property
@@ -45,35 +47,37 @@ class Keypoints:
         return self.tensor.device
 
     def to_heatmap(self, boxes: torch.Tensor, heatmap_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Places each object's keypoints in a grid of S x S cells over a box (Mask R-CNN, section 5).
+        """Return the cell of each keypoint in a grid of S x S cells over a box (Mask R-CNN, section 5).
 
         Args:
             boxes: (N, 4) absolute xyxy pixels, one per object.
-            heatmap_size: S.
+            heatmap_size: side S of the grid.
 
         Returns:
-            cells: (N, K) int64, the cell of each keypoint as row * S + column; 0 for invalid ones.
-            valid: (N, K) int64, 1 where a keypoint is labelled and lies in the box, else 0.
+            cells: (N, K) int64, the cell of each keypoint as row * S + column; 0 for invalid keypoints.
+            valid: (N, K) int64, 1 where a keypoint is labeled and inside the box, else 0.
         """
         if len(boxes) != len(self):
-            raise ValueError(f"to_heatmap needs a box per object: {len(boxes)} boxes, {len(self)} objects")
+            raise ValueError(
+                f"to_heatmap needs one box per object, got {len(boxes)} boxes and {len(self)} objects"
+            )
         low, high = boxes[:, None, :2], boxes[:, None, 2:]
         points = self.tensor[..., :2]
         cells = ((points - low) * (heatmap_size / (high - low))).floor().long()
-        # The right and bottom border belong to the last cell.
+        # Points on the right and bottom border belong to the last cell.
         cells = torch.where(points == high, heatmap_size - 1, cells)
         inside = ((cells >= 0) & (cells < heatmap_size)).all(dim=2)
         valid = (inside & (self.tensor[..., 2] > 0)).long()
         return (cells[..., 1] * heatmap_size + cells[..., 0]) * valid, valid
 
     def __getitem__(self, item: int | slice | torch.Tensor) -> "Keypoints":
-        """Selects objects by an index (giving N = 1), a slice, an integer or a boolean vector."""
+        """Select objects by an index (giving N = 1), a slice, an integer vector or a boolean vector."""
         if isinstance(item, Integral):
             return type(self)(self.tensor[item][None])
         return type(self)(self.tensor[item])
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        """Yields the (K, 3) keypoints of each object."""
+        """Yield the (K, 3) keypoints of each object."""
         yield from self.tensor
 
     def __repr__(self) -> str:
@@ -81,7 +85,7 @@ class Keypoints:
 
     @staticmethod
     def cat(keypoints_list: list["Keypoints"]) -> "Keypoints":
-        """Joins the objects of several Keypoints with the same K."""
+        """Concatenate several Keypoints with the same K."""
         if len(keypoints_list) == 0:
             raise ValueError("Keypoints.cat needs at least one Keypoints")
         for keypoints in keypoints_list:
@@ -90,14 +94,14 @@ class Keypoints:
         return Keypoints(torch.cat([keypoints.tensor for keypoints in keypoints_list], dim=0))
 
 
-# How many enlarged pixels `heatmaps_to_keypoints` holds at once: a CPU works in its cache, a GPU wants few
-# large calls. An object that is larger is worked off alone.
+# Largest number of enlarged pixels that `heatmaps_to_keypoints` processes in one call. On the CPU they must
+# fit into the cache; a GPU is faster with few large calls. A larger object is processed alone.
 _MAX_PIXELS_CPU = 2**19
 _MAX_PIXELS = 2**27
 
 
 def _cubic_weights(distance: torch.Tensor) -> torch.Tensor:
-    """The cubic convolution kernel (Keys 1981) with a = -0.75, which bicubic resizing of images uses."""
+    """Return the cubic convolution kernel (Keys, 1981) with a = -0.75, as bicubic image resizing uses it."""
     a = -0.75
     near = ((a + 2) * distance - (a + 3)) * distance * distance + 1
     far = a * (((distance - 5) * distance + 8) * distance - 4)
@@ -105,15 +109,15 @@ def _cubic_weights(distance: torch.Tensor) -> torch.Tensor:
 
 
 def _enlarging_matrices(sizes: torch.Tensor, count: int, side: int) -> torch.Tensor:
-    """Matrices that enlarge S values to some pixels, pixel centres at half integers, borders repeated.
+    """Return matrices that enlarge S values to more pixels; centers at half-integers, borders repeated.
 
     Args:
-        sizes: (R,) number of pixels of each, as floats.
-        count: rows of each matrix, at least the largest size. Rows behind a size repeat its last pixel.
+        sizes: (R,) number of pixels of each object, as floats.
+        count: rows of each matrix, at least the largest size. Rows past a size repeat its last pixel.
         side: S.
 
     Returns:
-        (R, count, S), the type of `sizes`.
+        (R, count, S) of the dtype of `sizes`.
     """
     pixel = torch.arange(count, device=sizes.device, dtype=sizes.dtype)
     pixel = torch.minimum(pixel, sizes[:, None] - 1)
@@ -126,8 +130,10 @@ def _enlarging_matrices(sizes: torch.Tensor, count: int, side: int) -> torch.Ten
 
 
 def _group_by_size(sizes: list[tuple[int, int]], max_pixels: int) -> list[list[int]]:
-    """Parts objects of (height, width) into groups of like area with at most `max_pixels` when all are
-    padded to the largest."""
+    """Split objects of (height, width) into groups of similar area.
+
+    A group has at most `max_pixels` if all its objects are padded to the largest.
+    """
     groups: list[list[int]] = []
     height = width = 0
     for i in sorted(range(len(sizes)), key=lambda i: sizes[i][0] * sizes[i][1]):
@@ -140,15 +146,15 @@ def _group_by_size(sizes: list[tuple[int, int]], max_pixels: int) -> list[list[i
 
 
 def _find_peaks(maps: torch.Tensor, pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The highest pixel of heatmaps enlarged to their objects' sizes.
+    """Return the highest pixel of heatmaps that are enlarged to the sizes of their objects.
 
     Args:
         maps: (R, K, S, S) float.
-        pixels: (R, 2) width and height of each, as floats.
+        pixels: (R, 2) width and height of each object, as floats.
         height, width: the largest of these.
 
     Returns:
-        (R, K, 4): column and row of the peak (the first where several are equal), the logit there, and its
+        (R, K, 4): column and row of the peak (the first if several are equal), the logit there, and its
         probability among the S x S cells.
     """
     num_objects, num_keypoints, side, _ = maps.shape
@@ -162,27 +168,27 @@ def _find_peaks(maps: torch.Tensor, pixels: torch.Tensor, height: int, width: in
     logits, rows = enlarged.amax(dim=3).max(dim=1)
     best_rows = enlarged.gather(1, rows[:, None, :, None].expand(-1, -1, -1, width))[:, 0]
     columns = best_rows.argmax(dim=2)
-    # exp(logit) / sum of exp over the cells, with the largest logit taken out of both.
+    # exp(logit) / sum of exp over the cells; the largest logit is subtracted from both to prevent overflow.
     probs = 1.0 / (maps.flatten(2) - logits[..., None]).exp_().sum(dim=2)
     return torch.stack([columns, rows, logits, probs], dim=2)
 
 
 @torch.no_grad()
 def heatmaps_to_keypoints(maps: torch.Tensor, rois: torch.Tensor) -> torch.Tensor:
-    """Finds keypoints in predicted heatmaps.
+    """Find keypoints in predicted heatmaps.
 
-    Each heatmap is enlarged (bicubic) to the size of its region in pixels of the picture, and the keypoint
-    is the centre of the highest pixel.
+    Each heatmap is enlarged (bicubic) to the size of its region in image pixels. The keypoint is the center
+    of the highest pixel.
 
     Args:
         maps: (R, K, S, S) logits.
         rois: (R, 4) absolute xyxy pixels of the regions that the maps cover.
 
     Returns:
-        (R, K, 4): x, y in absolute pixels, the logit there, and its probability, the softmax taken over the
-        S x S cells. float32, or float64 if the maps are.
+        (R, K, 4): x, y in absolute pixels, the logit there, and its probability (softmax over the S x S
+        cells). float64 if the maps are, else float32.
     """
-    # Half precision can neither tell cells apart nor hold pixels.
+    # Half precision is too coarse for cells and for pixel coordinates.
     maps = maps if maps.dtype == torch.float64 else maps.float()
     rois = rois.to(maps.dtype)
     sizes = (rois[:, 2:] - rois[:, :2]).clamp(min=1)
@@ -197,8 +203,8 @@ def heatmaps_to_keypoints(maps: torch.Tensor, rois: torch.Tensor) -> torch.Tenso
             width = max(heights_widths[i][1] for i in group)
             index = torch.tensor(group).to(maps.device, non_blocking=True)
             peaks[index] = _find_peaks(maps[index], pixels[index], height, width)
-    # Of equal pixels a GPU may find any, so also one that repeats the last of a map smaller than its group's.
-    # The enlarged map has whole pixels, the region has not.
+    # Of equal pixels a GPU may return any, also padding that repeats the last pixel of a smaller map.
+    # The enlarged map has an integer number of pixels; the region's size may be fractional.
     centers = torch.minimum(peaks[..., :2], pixels[:, None] - 1) + 0.5
     points = centers * (sizes / pixels)[:, None] + rois[:, None, :2]
     return torch.cat([points, peaks[..., 2:]], dim=2)

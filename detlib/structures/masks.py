@@ -1,4 +1,4 @@
-"""Masks of objects: as bits of an image, as polygons, and as small soft masks in boxes.
+"""Masks of objects: bit masks, polygons, and the small soft masks that mask heads predict.
 
 Shapes: N objects, image of H x W pixels, M side of a cropped mask. A polygon is a flat vector x0, y0, x1, y1,
 ... of absolute pixels. pycocotools rasterizes polygons.
@@ -31,17 +31,17 @@ _MAX_FLOATS = 2**26
 
 
 def polygon_area(x, y):
-    """Area of the polygon with the corner coordinates `x` and `y`, (V,) each (shoelace formula)."""
+    """Return the area of a polygon with the corners `x` and `y`, (V,) each, by the shoelace formula."""
     return 0.5 * np.abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1)))
 
 
 def polygons_to_bitmask(polygons: list[np.ndarray], height: int, width: int) -> np.ndarray:
-    """Rasterises the union of polygons as COCO does.
+    """Rasterize the union of polygons as COCO does.
 
     Args:
-        polygons: flat coordinate vectors of at least 6 numbers; none gives an empty mask.
-        height: of the mask.
-        width: of the mask.
+        polygons: flat coordinate vectors of at least 6 numbers; an empty list gives an empty mask.
+        height: height of the mask in pixels.
+        width: width of the mask in pixels.
 
     Returns:
         (height, width) bool array.
@@ -57,10 +57,10 @@ def polygons_to_bitmask(polygons: list[np.ndarray], height: int, width: int) -> 
 def rasterize_polygons_within_box(
     polygons: list[np.ndarray], box: np.ndarray, mask_size: int
 ) -> torch.Tensor:
-    """Rasterises the part of polygons within a box, stretched to a square mask.
+    """Rasterize the part of polygons that is inside a box, as a square mask.
 
-    The polygons are moved and scaled first and rasterised at the mask's resolution, which keeps what a
-    mask of the whole picture would lose.
+    The polygons are moved and scaled first and rasterized at the mask's resolution. This keeps detail that
+    a mask of the entire image would lose.
 
     Args:
         polygons: flat coordinate vectors of one object.
@@ -71,7 +71,7 @@ def rasterize_polygons_within_box(
         (M, M) bool tensor.
     """
     x0, y0, x1, y1 = np.asarray(box, dtype=np.float64)
-    # Boxes of (nearly) no size would make the scale infinite.
+    # Boxes of zero width or height would make the scale infinite.
     scale = mask_size / np.maximum([x1 - x0, y1 - y0], 0.1)
     moved = [((polygon.reshape(-1, 2) - (x0, y0)) * scale).ravel() for polygon in polygons]
     return torch.from_numpy(polygons_to_bitmask(moved, mask_size, mask_size))
@@ -80,15 +80,17 @@ def rasterize_polygons_within_box(
 class BitMasks:
     """The masks of N objects in one (N, H, W) bool tensor.
 
-    Args:
-        tensor: (N, H, W) tensor or array; what is not zero counts as the object.
-
     Attributes:
         tensor: (N, H, W) bool.
         image_size: (H, W).
     """
 
     def __init__(self, tensor: torch.Tensor | np.ndarray):
+        """Create the masks.
+
+        Args:
+            tensor: (N, H, W) tensor or array; nonzero pixels belong to the object.
+        """
         tensor = torch.as_tensor(tensor).to(torch.bool)
         if tensor.dim() != 3:
             raise ValueError(f"BitMasks takes a tensor of shape (N, H, W), got {tuple(tensor.shape)}")
@@ -96,7 +98,7 @@ class BitMasks:
         self.tensor = tensor
 
     def to(self, *args: Any, **kwargs: Any) -> "BitMasks":
-        """The same masks on another device."""
+        """Return the masks on another device."""
         return BitMasks(self.tensor.to(*args, **kwargs))
 
     @property
@@ -104,7 +106,7 @@ class BitMasks:
         return self.tensor.device
 
     def __getitem__(self, item: int | slice | torch.Tensor) -> "BitMasks":
-        """Selects objects by an index (giving N = 1), a slice, an integer or a boolean vector.
+        """Select objects by an index (giving N = 1), a slice, an integer vector or a boolean vector.
 
         Slices share memory with the original.
         """
@@ -116,7 +118,7 @@ class BitMasks:
         return BitMasks(selected)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        """Yields each mask as a (H, W) tensor."""
+        """Yield each mask as a (H, W) tensor."""
         yield from self.tensor
 
     def __repr__(self) -> str:
@@ -126,19 +128,19 @@ class BitMasks:
         return self.tensor.shape[0]
 
     def nonempty(self) -> torch.Tensor:
-        """(N,) bool: which masks have a pixel set."""
+        """Return which masks have at least one pixel set, (N,) bool."""
         return _any(self.tensor, (1, 2))
 
     @staticmethod
     def from_polygon_masks(
         polygon_masks: "PolygonMasks | list[list[np.ndarray]]", height: int, width: int
     ) -> "BitMasks":
-        """Rasterises polygons.
+        """Rasterize polygons.
 
         Args:
-            polygon_masks: polygons in pixels of the picture.
-            height: of the picture.
-            width: of the picture.
+            polygon_masks: polygons in absolute pixels.
+            height: height of the image.
+            width: width of the image.
         """
         if not isinstance(polygon_masks, PolygonMasks):
             polygon_masks = PolygonMasks(polygon_masks)
@@ -149,18 +151,18 @@ class BitMasks:
 
     @staticmethod
     def from_roi_masks(roi_masks: "ROIMasks", height: int, width: int) -> "BitMasks":
-        """Pastes masks that are given within boxes covering the whole picture.
+        """Resize masks that cover the entire image to its size.
 
         Args:
-            roi_masks: masks whose boxes are the picture's frame.
-            height: of the picture.
-            width: of the picture.
+            roi_masks: masks whose box is the image.
+            height: height of the image.
+            width: width of the image.
         """
         frames = torch.tensor([[0.0, 0.0, width, height]], device=roi_masks.device).expand(len(roi_masks), 4)
         return roi_masks.to_bitmasks(frames, height, width)
 
     def crop_and_resize(self, boxes: torch.Tensor, mask_size: int) -> torch.Tensor:
-        """Crops each object's mask to a box and resizes it, by averaging (RoIAlign) and a threshold at 0.5.
+        """Crop each mask to a box and resize it, by RoIAlign and a threshold of 0.5.
 
         Args:
             boxes: (N, 4) absolute xyxy pixels, one per object.
@@ -171,11 +173,11 @@ class BitMasks:
         """
         if len(boxes) != len(self):
             raise ValueError(
-                f"crop_and_resize needs a box per object: {len(boxes)} boxes, {len(self)} objects"
+                f"crop_and_resize needs one box per object, got {len(boxes)} boxes and {len(self)} objects"
             )
         boxes = boxes.to(self.tensor.device, torch.float32)
         crops = torch.empty(len(self), mask_size, mask_size, dtype=torch.bool, device=self.tensor.device)
-        # RoIAlign takes floating point, four times the memory of masks: one buffer serves some at a time.
+        # RoIAlign needs floating point, four times the memory of bool: convert a few masks at a time.
         chunk_size = min(max(1, _MAX_FLOATS // max(1, self.image_size.numel())), len(self))
         buffer = torch.empty(chunk_size, 1, *self.image_size, device=self.tensor.device)
         indices = torch.arange(chunk_size, device=boxes.device, dtype=boxes.dtype)
@@ -189,18 +191,18 @@ class BitMasks:
         return crops
 
     def get_bounding_boxes(self) -> Boxes:
-        """The smallest box around each mask; zeros for an empty mask."""
+        """Return the smallest box around each mask; zeros for an empty mask."""
         x0, x1 = _extent(_any(self.tensor, 1))
         y0, y1 = _extent(_any(self.tensor, 2))
         return Boxes(torch.stack([x0, y0, x1, y1], dim=1))
 
     def area(self) -> torch.Tensor:
-        """(N,) int64: number of pixels set."""
+        """Return the number of pixels set, (N,) int64."""
         return self.tensor.flatten(1).sum(dim=1)
 
     @staticmethod
     def cat(bitmasks_list: list["BitMasks"]) -> "BitMasks":
-        """Joins the objects of several BitMasks of one picture size."""
+        """Concatenate several BitMasks of the same image size."""
         if len(bitmasks_list) == 0:
             raise ValueError("BitMasks.cat needs at least one BitMasks")
         for masks in bitmasks_list:
@@ -210,12 +212,12 @@ class BitMasks:
 
 
 def _any(masks: torch.Tensor, dim: int | tuple[int, int]) -> torch.Tensor:
-    """`masks.any(dim)` for bool tensors, ten times as fast on the CPU."""
+    """Return `masks.any(dim)` of a bool tensor, ten times as fast on the CPU."""
     return masks.view(torch.uint8).amax(dim=dim).bool()
 
 
 def _extent(occupied: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """First and one past the last True in each row of an (N, L) tensor; 0 and 0 in rows without any."""
+    """Return the first and one past the last True of each row of an (N, L) tensor; 0 and 0 without any."""
     length = occupied.shape[1]
     positions = torch.arange(length, device=occupied.device)
     first = torch.where(occupied, positions, length).amin(dim=1)
@@ -226,21 +228,21 @@ def _extent(occupied: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class PolygonMasks:
     """The masks of N objects, each the union of polygons.
 
-    The polygons are float64 arrays in main memory whatever `to()` is asked for.
-
-    Args:
-        polygons: for each object a list of its polygons, each a flat vector x0, y0, x1, y1, ... of absolute
-            pixels (tensor, array or list).
-
     Attributes:
-        polygons: list of N lists of float64 arrays.
-
-    Raises:
-        ValueError: if the nesting is wrong, or a polygon has fewer than 6 or an odd number of coordinates;
-            the message names object and polygon.
+        polygons: list of N lists of float64 arrays. They stay on the CPU.
     """
 
     def __init__(self, polygons: list[list[torch.Tensor | np.ndarray]]):
+        """Check the polygons and convert them to arrays.
+
+        Args:
+            polygons: for each object a list of its polygons; each is a flat vector x0, y0, x1, y1, ... of
+                absolute pixels (tensor, array or list).
+
+        Raises:
+            ValueError: if the nesting is wrong, or a polygon has fewer than 6 or an odd number of
+                coordinates; the message names object and polygon.
+        """
         if not isinstance(polygons, (list, tuple)):
             raise ValueError(
                 f"PolygonMasks takes a list of polygons for each object, got {type(polygons).__name__}"
@@ -256,7 +258,7 @@ class PolygonMasks:
         return masks
 
     def to(self, *args: Any, **kwargs: Any) -> "PolygonMasks":
-        """The object itself: polygons stay on the CPU."""
+        """Return the object itself: polygons stay on the CPU."""
         return self
 
     @property
@@ -264,7 +266,7 @@ class PolygonMasks:
         return torch.device("cpu")
 
     def get_bounding_boxes(self) -> Boxes:
-        """The smallest box around the polygons of each object; zeros for an object without polygons."""
+        """Return the smallest box around the polygons of each object; zeros for one without polygons."""
         boxes = torch.zeros(len(self), 4)
         for box, polygons in zip(boxes, self.polygons):
             if polygons:
@@ -274,11 +276,11 @@ class PolygonMasks:
         return Boxes(boxes)
 
     def nonempty(self) -> torch.Tensor:
-        """(N,) bool: which objects have a polygon."""
+        """Return which objects have a polygon, (N,) bool."""
         return torch.tensor([len(polygons) > 0 for polygons in self.polygons], dtype=torch.bool)
 
     def __getitem__(self, item: int | slice | list[int] | torch.Tensor) -> "PolygonMasks":
-        """Selects objects by an index (giving N = 1), a slice, a list, an integer or a boolean vector."""
+        """Select objects by an index (giving N = 1), a slice, a list, or an integer or boolean vector."""
         if isinstance(item, Integral):
             return self._from_checked([self.polygons[item]])
         if isinstance(item, slice):
@@ -294,7 +296,7 @@ class PolygonMasks:
         return self._from_checked([self.polygons[i] for i in positions.tolist()])
 
     def __iter__(self) -> Iterator[list[np.ndarray]]:
-        """Yields the list of polygons of each object."""
+        """Yield the list of polygons of each object."""
         return iter(self.polygons)
 
     def __repr__(self) -> str:
@@ -304,7 +306,7 @@ class PolygonMasks:
         return len(self.polygons)
 
     def crop_and_resize(self, boxes: torch.Tensor, mask_size: int) -> torch.Tensor:
-        """Crops each object's mask to a box and rasterises it at one size.
+        """Crop each mask to a box and rasterize it at a fixed size.
 
         Args:
             boxes: (N, 4) absolute xyxy pixels, one per object.
@@ -315,7 +317,7 @@ class PolygonMasks:
         """
         if len(boxes) != len(self):
             raise ValueError(
-                f"crop_and_resize needs a box per object: {len(boxes)} boxes, {len(self)} objects"
+                f"crop_and_resize needs one box per object, got {len(boxes)} boxes and {len(self)} objects"
             )
         if len(self) == 0:
             return torch.empty(0, mask_size, mask_size, dtype=torch.bool, device=boxes.device)
@@ -326,13 +328,13 @@ class PolygonMasks:
         return torch.stack(crops).to(boxes.device)
 
     def area(self):
-        """(N,) float64: sum of the areas of each object's polygons, overlaps counted twice."""
+        """Return the sum of the areas of each object's polygons, (N,) float64; overlaps count twice."""
         areas = [sum(polygon_area(p[0::2], p[1::2]) for p in polygons) for polygons in self.polygons]
         return torch.tensor(areas, dtype=torch.float64)
 
     @staticmethod
     def cat(polymasks_list: list["PolygonMasks"]) -> "PolygonMasks":
-        """Joins the objects of several PolygonMasks; an empty list gives none."""
+        """Concatenate several PolygonMasks; an empty list gives no objects."""
         for masks in polymasks_list:
             if not isinstance(masks, PolygonMasks):
                 raise TypeError(f"PolygonMasks.cat takes a list of PolygonMasks, got {type(masks).__name__}")
@@ -342,11 +344,11 @@ class PolygonMasks:
 
 
 def _to_polygons(polygons: Any, index: int) -> list[np.ndarray]:
-    """Checks the polygons of object `index` and makes them float64 arrays."""
+    """Check the polygons of object `index` and convert them to float64 arrays."""
     if not isinstance(polygons, (list, tuple)):
         raise ValueError(
             f"Object {index}: polygons must be a list of coordinate vectors, got {type(polygons).__name__}. "
-            "An object with one polygon needs a list of one."
+            "An object with one polygon needs a list with one element."
         )
     converted = []
     for k, polygon in enumerate(polygons):
@@ -359,7 +361,7 @@ def _to_polygons(polygons: Any, index: int) -> list[np.ndarray]:
             )
         if len(array) % 2 != 0 or len(array) < 6:
             raise ValueError(
-                f"Object {index}, polygon {k}: a polygon has an even number of coordinates, 6 or more, "
+                f"Object {index}, polygon {k}: a polygon needs an even number of coordinates, at least 6, "
                 f"got {len(array)}"
             )
         converted.append(array)
@@ -369,20 +371,22 @@ def _to_polygons(polygons: Any, index: int) -> list[np.ndarray]:
 class ROIMasks:
     """The masks of N objects, each M x M pixels stretched over the object's box.
 
-    Args:
-        tensor: (N, M, M) mask values in [0, 1].
-
     Attributes:
-        tensor: as given.
+        tensor: (N, M, M) mask values in [0, 1].
     """
 
     def __init__(self, tensor: torch.Tensor):
+        """Create the masks.
+
+        Args:
+            tensor: (N, M, M) mask values in [0, 1].
+        """
         if tensor.dim() != 3:
             raise ValueError(f"ROIMasks takes a tensor of shape (N, M, M), got {tuple(tensor.shape)}")
         self.tensor = tensor
 
     def to(self, device: torch.device) -> "ROIMasks":
-        """The same masks on another device."""
+        """Return the masks on another device."""
         return ROIMasks(self.tensor.to(device))
 
     @property
@@ -393,7 +397,7 @@ class ROIMasks:
         return self.tensor.shape[0]
 
     def __getitem__(self, item: slice | torch.Tensor) -> "ROIMasks":
-        """Selects objects by an index (giving N = 1), a slice, an integer or a boolean vector."""
+        """Select objects by an index (giving N = 1), a slice, an integer vector or a boolean vector."""
         if isinstance(item, Integral):
             return ROIMasks(self.tensor[item][None])
         selected = self.tensor[item]
@@ -405,13 +409,13 @@ class ROIMasks:
         return f"{type(self).__name__}(num_instances={len(self.tensor)})"
 
     def to_bitmasks(self, boxes: torch.Tensor | Boxes, height, width, threshold=0.5) -> BitMasks:
-        """Pastes the masks into pictures.
+        """Paste the masks into images.
 
         Args:
             boxes: (N, 4) absolute xyxy pixels, tensor or Boxes.
-            height: of the picture.
-            width: of the picture.
-            threshold: mask value from which a pixel belongs to the object.
+            height: height of the images.
+            width: width of the images.
+            threshold: a pixel belongs to the object if its mask value is at least this.
         """
         boxes = boxes.tensor if isinstance(boxes, Boxes) else boxes
         paste = retry_if_cuda_oom(paste_masks_in_image)

@@ -1,8 +1,8 @@
 """Rotated boxes: the `RotatedBoxes` type and their intersection over union.
 
-Shapes: N, M numbers of boxes. Boxes are rows of centre x, centre y, width, height in absolute pixels and the
-angle in degrees, counter-clockwise: the width lies along (cos, -sin) and the height along (sin, cos) of the
-angle, with y pointing down.
+Shapes: N, M numbers of boxes. Boxes are rows of center x, center y, width, height in absolute pixels and the
+angle in degrees, counter-clockwise. The width is measured along (cos, -sin) and the height along (sin, cos)
+of the angle, with y pointing down.
 """
 
 import math
@@ -17,40 +17,35 @@ __all__ = ["RotatedBoxes", "pairwise_iou"]
 
 
 class RotatedBoxes(Boxes):
-    """A list of rotated boxes in one (N, 5) float32 tensor, used as `Boxes` is.
+    """A list of rotated boxes in one (N, 5) float32 tensor, with the interface of `Boxes`.
 
-    Boxes (x, y, w, h, a), (x, y, w, h, a + 180) and (x, y, h, w, a + 90) cover the same area, but what they
-    hold is turned: the angle says where its upper side is.
-
-    Args:
-        tensor: (N, 5) tensor, array or nested list; anything empty gives N = 0.
+    Boxes (x, y, w, h, a), (x, y, w, h, a + 180) and (x, y, h, w, a + 90) cover the same area, but their
+    content has another orientation: the angle tells which side is up. The constructor takes an (N, 5) tensor,
+    array or nested list.
 
     Attributes:
         tensor: (N, 5) float32.
-
-    Raises:
-        ValueError: if the shape is not (N, 5).
     """
 
     box_dim = 5
 
     def area(self) -> torch.Tensor:
-        """(N,) areas in square pixels."""
+        """Return the areas in square pixels, (N,)."""
         return self.tensor[:, 2] * self.tensor[:, 3]
 
     def normalize_angles(self) -> None:
-        """Brings all angles into [-180, 180) degrees."""
+        """Normalize all angles to [-180, 180) degrees, in place."""
         angles = (self.tensor[:, 4] + 180.0) % 360.0 - 180.0
         self.tensor = torch.cat((self.tensor[:, :4], angles[:, None]), dim=1)
 
     def clip(self, box_size: tuple[int, int], clip_angle_threshold: float = 1.0) -> None:
-        """Cuts boxes that are (nearly) upright at the borders of the picture, and normalizes all angles.
+        """Clip (nearly) axis-aligned boxes to the image, and normalize all angles, in place.
 
-        Other boxes stay as they are: what a picture leaves of them is no rotated box.
+        Other boxes are not clipped: their intersection with the image is not a rotated box.
 
         Args:
-            box_size: (height, width) of the picture.
-            clip_angle_threshold: boxes turned by at most this many degrees are cut.
+            box_size: (height, width) of the image.
+            clip_angle_threshold: boxes rotated by at most this many degrees are clipped.
 
         Raises:
             ValueError: if a number is infinite or NaN.
@@ -75,15 +70,15 @@ class RotatedBoxes(Boxes):
         self.tensor = torch.where((angle.abs() <= clip_angle_threshold)[:, None], clipped, self.tensor)
 
     def nonempty(self, threshold: float = 0.0) -> torch.Tensor:
-        """(N,) bool: which boxes are wider and higher than `threshold` pixels."""
+        """Return which boxes are wider and higher than `threshold` pixels, (N,) bool."""
         return (self.tensor[:, 2:4] > threshold).all(dim=1)
 
     def inside_box(self, box_size: tuple[int, int], boundary_threshold: int = 0) -> torch.Tensor:
-        """Which boxes have their centre in the picture.
+        """Return which boxes have their center inside the image.
 
         Args:
-            box_size: (height, width) of the picture.
-            boundary_threshold: pixels by which a centre may lie beyond the picture.
+            box_size: (height, width) of the image.
+            boundary_threshold: number of pixels by which a center may be outside the image.
 
         Returns:
             (N,) bool.
@@ -94,14 +89,14 @@ class RotatedBoxes(Boxes):
         return inside_low & (x < width + boundary_threshold) & (y < height + boundary_threshold)
 
     def get_centers(self) -> torch.Tensor:
-        """(N, 2) centres x, y."""
+        """Return the centers x, y, (N, 2)."""
         return self.tensor[:, :2]
 
     def scale(self, scale_x: float, scale_y: float) -> None:
-        """Scales the picture under the boxes by two factors, in place.
+        """Scale the image that the boxes are on by two factors, in place.
 
-        Unequal factors make a rectangle a parallelogram. The result is a rectangle with the same centre, with
-        sides as long as those of the parallelogram and turned as its height is.
+        Different factors turn a rectangle into a parallelogram. The result is the rectangle with the same
+        center and side lengths, and with the direction of the parallelogram's height.
         """
         radians = self.tensor[:, 4] * (math.pi / 180)
         cosine, sine = radians.cos(), radians.sin()
@@ -112,14 +107,14 @@ class RotatedBoxes(Boxes):
         self.tensor[:, 4] = torch.atan2(scale_x * sine, scale_y * cosine) * (180 / math.pi)
 
     def pairwise_iou(self, other: "RotatedBoxes") -> torch.Tensor:
-        """(N, M) intersection over union with the boxes of another object of the same type."""
+        """Return the IoU of every pair with the M boxes of another object of the same type, (N, M)."""
         return pairwise_iou(self, other)
 
     def batched_nms(self, scores: torch.Tensor, idxs: torch.Tensor, iou_threshold: float) -> torch.Tensor:
-        """Non-maximum suppression within each group; arguments and result as for `Boxes.batched_nms`."""
+        """Apply non-maximum suppression to each group separately; see `Boxes.batched_nms`."""
         return batched_nms_rotated(self.tensor, scores, idxs, iou_threshold)
 
 
 def pairwise_iou(boxes1: RotatedBoxes, boxes2: RotatedBoxes) -> torch.Tensor:
-    """(N, M) intersection over union of each of N rotated boxes with each of M; 0 where they are apart."""
+    """Return the IoU of every pair of N and M rotated boxes, (N, M); 0 where they do not overlap."""
     return pairwise_iou_rotated(boxes1.tensor, boxes2.tensor)

@@ -218,7 +218,7 @@ def test_naive_sync_over_processes(case, sync_results):
     sizes, _ = _SYNC_CASES[case]
     outputs = [results[case] for results in sync_results]
 
-    # One process with all pictures must give the same.
+    # One process with all images must give the same.
     torch.manual_seed(0)
     norm = nn.BatchNorm2d(4)
     nn.init.normal_(norm.weight)

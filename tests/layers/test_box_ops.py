@@ -1,4 +1,4 @@
-"""Boxes as centres and sizes, against torchvision and loops."""
+"""Boxes as centers and sizes, against torchvision and loops."""
 
 import pytest
 import torch

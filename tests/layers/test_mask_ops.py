@@ -11,10 +11,10 @@ from tests.builders import random_boxes
 
 
 def slow_paste(mask, box, height, width):
-    """Bilinear sampling of a mask, zero outside it, at pixel centres: one picture, plain Python."""
+    """Bilinear sampling of a mask, zero outside it, at pixel centers: one image, plain Python."""
     size = len(mask)
     x0, y0, x1, y1 = box
-    picture = torch.zeros(height, width, dtype=torch.float64)
+    image = torch.zeros(height, width, dtype=torch.float64)
     for i in range(height):
         for j in range(width):
             v = (i + 0.5 - y0) / (y1 - y0) * size - 0.5
@@ -23,8 +23,8 @@ def slow_paste(mask, box, height, width):
             for row in (top, top + 1):
                 for column in (left, left + 1):
                     if 0 <= row < size and 0 <= column < size:
-                        picture[i, j] += (1 - abs(v - row)) * (1 - abs(u - column)) * mask[row][column]
-    return picture
+                        image[i, j] += (1 - abs(v - row)) * (1 - abs(u - column)) * mask[row][column]
+    return image
 
 
 def make_case():

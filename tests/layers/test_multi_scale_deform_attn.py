@@ -127,7 +127,7 @@ def test_initial_parameters():
         assert not module.get_parameter(name).any()
     bound = math.sqrt(6 / 512)
     assert 0.9 * bound < module.value_proj.weight.abs().max() <= bound
-    # Eight heads point to the eight neighbours, and the points of a head lie 1 to 4 cells away.
+    # Eight heads point to the eight neighbors, and the points of a head lie 1 to 4 cells away.
     directions = [(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]
     expected = torch.tensor(directions)[:, None, None] * torch.arange(1, 5)[:, None]
     offsets = module.sampling_offsets.bias.view(8, 4, 4, 2)
@@ -176,19 +176,19 @@ def test_exports_for_any_number_of_queries():
 @pytest.mark.parametrize(
     "change,message",
     [
-        ({"reference_points": None}, "reference_points must be given"),
-        ({"spatial_shapes": None}, "spatial_shapes must be given"),
-        ({"level_start_index": None}, "level_start_index must be given"),
+        ({"reference_points": None}, "reference_points must be a tensor"),
+        ({"spatial_shapes": None}, "spatial_shapes must be a tensor"),
+        ({"level_start_index": None}, "level_start_index must be a tensor"),
         (
             {"reference_points": torch.rand(2, 5, 2, 3)},
             r"reference_points must have shape .* got \(2, 5, 2, 3\)",
         ),
         (
             {"reference_points": torch.rand(2, 5, 1, 2)},
-            "reference_points must be of num_levels = 2 levels, got 1",
+            "reference_points must have num_levels = 2 levels, got 1",
         ),
-        ({"spatial_shapes": SHAPES[:1]}, "spatial_shapes must be of num_levels = 2 levels, got 1"),
-        ({"value": torch.rand(2, 29, 16)}, "spatial_shapes must sum up to the 29 cells of value"),
+        ({"spatial_shapes": SHAPES[:1]}, "spatial_shapes must have num_levels = 2 levels, got 1"),
+        ({"value": torch.rand(2, 29, 16)}, "spatial_shapes must add up to the 29 cells of value"),
     ],
 )
 def test_wrong_arguments_are_named(change, message):

@@ -78,5 +78,5 @@ def test_mistakes():
         get_sine_pos_embed(torch.rand(2, 2), 7)
     with pytest.raises(ValueError, match=r"mask must be \(N, H, W\) bool, got \(2, 3\)"):
         PositionEmbeddingSine()(torch.zeros(2, 3, dtype=torch.bool))
-    with pytest.raises(ValueError, match="a map of 3 x 9 cells.* are 4 and 5"):
+    with pytest.raises(ValueError, match="must be at least 3 and 9.*got 4 and 5"):
         PositionEmbeddingLearned(3, 4, 5)(torch.zeros(1, 3, 9))

@@ -1,4 +1,4 @@
-"""Batch normalisation by constants with sum and ReLU, against its formula written out."""
+"""Batch normalization by constants with sum and ReLU, against its formula written out."""
 
 import itertools
 

@@ -75,7 +75,7 @@ def test_one_sample_worked_out_by_hand():
         locations.view(1, 4, 1, 1, 1, 2),
         torch.full((1, 4, 1, 1, 1), 2.0),
     )
-    # Centre of the upper middle cell; between four cells; a quarter of the corner cell; beyond the map.
+    # Center of the upper middle cell; between four cells; a quarter of the corner cell; beyond the map.
     torch.testing.assert_close(output.flatten(), torch.tensor([4.0, 6.0, 0.5, 0.0]))
 
 
@@ -248,22 +248,22 @@ def test_parallel_runs_are_the_same_and_right():
 WRONG = [
     ("value", lambda t: t[0], r"value must have shape \(N, S, M, D\), got \(42, 3, 5\)"),
     ("value", lambda t: t.long(), "value must be floating point, got torch.int64"),
-    ("value", lambda t: t[:, 1:], "spatial_shapes must sum up to the 41 cells of value, got"),
-    ("value", lambda t: t[:1], r"sampling_locations must have shape .* with N = 1 as value has"),
+    ("value", lambda t: t[:, 1:], "spatial_shapes must add up to the 41 cells of value, got"),
+    ("value", lambda t: t[:1], r"sampling_locations must have shape .* with N = 1, as value"),
     ("spatial_shapes", lambda t: t.float(), "spatial_shapes must be integers, got torch.float32"),
     ("spatial_shapes", lambda t: t.flatten(), r"spatial_shapes must have shape \(L, 2\), got \(6,\)"),
-    ("spatial_shapes", lambda t: -t, "spatial_shapes must sum up to the 42 cells"),
-    ("spatial_shapes", lambda t: t[:2], "level_start_index must have shape .* with L = 2 as spatial_shapes"),
-    ("level_start_index", lambda t: t + 1, r"level_start_index must be \[0, 35, 41\], .* got \[1, 36, 42\]"),
+    ("spatial_shapes", lambda t: -t, "spatial_shapes must add up to the 42 cells"),
+    ("spatial_shapes", lambda t: t[:2], "level_start_index must have shape .* with L = 2, as spatial_shapes"),
+    ("level_start_index", lambda t: t + 1, r"level_start_index must be \[0, 35, 41\].*, got \[1, 36, 42\]"),
     ("level_start_index", lambda t: t[:2], r"level_start_index must have shape \(L\) with L = 3"),
     ("sampling_locations", lambda t: t[..., :1], "sampling_locations must have shape .*, got"),
     (
         "sampling_locations",
         lambda t: t[:, :, 1:],
-        "sampling_locations must have shape .* with M = 3 as value",
+        "sampling_locations must have shape .* with M = 3, as value",
     ),
     ("sampling_locations", lambda t: t.to("meta"), "sampling_locations is on meta, but value is on cpu"),
-    ("attention_weights", lambda t: t[:, 1:], "attention_weights must have shape .* with Q = 6 as sampling"),
+    ("attention_weights", lambda t: t[:, 1:], "attention_weights must have shape .* with Q = 6, as sampling"),
     ("attention_weights", lambda t: t[..., 1:], "attention_weights must have shape .* with P = 2"),
     ("attention_weights", lambda t: t.bool(), "attention_weights must be floating point, got torch.bool"),
 ]

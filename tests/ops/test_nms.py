@@ -8,7 +8,7 @@ from tests.builders import random_boxes, random_scores, slow_iou
 
 
 def slow_nms(boxes, scores, threshold, idxs=None):
-    """The definition in Python floats: greedy, by falling score."""
+    """The definition in Python floats: greedy, in descending score order."""
     boxes, scores = boxes.double().tolist(), scores.double().tolist()
     categories = [0] * len(boxes) if idxs is None else idxs.tolist()
     kept = []

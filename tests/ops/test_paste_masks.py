@@ -15,15 +15,15 @@ from detlib.ops.rle import reference_encode_rle
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
-def random_case(seed, count=12, size=(9, 13), picture=(50, 60), dtype=torch.float32):
-    """Masks and boxes, some of which reach beyond the picture, lie outside, or have whole coordinates."""
+def random_case(seed, count=12, size=(9, 13), image=(50, 60), dtype=torch.float32):
+    """Masks and boxes, some of which reach beyond the image, lie outside, or have whole coordinates."""
     generator = torch.Generator().manual_seed(seed)
     masks = torch.rand(count, *size, generator=generator)
-    low = torch.rand(count, 2, generator=generator) * (max(picture) + 30) - 30
+    low = torch.rand(count, 2, generator=generator) * (max(image) + 30) - 30
     boxes = torch.cat([low, low + torch.rand(count, 2, generator=generator) * 70], 1)
     boxes[::3] = boxes[::3].round()
     masks[::4] = masks[::4].round()
-    boxes[-1] = torch.tensor([-10.0, -10, picture[1] + 10, picture[0] + 10])
+    boxes[-1] = torch.tensor([-10.0, -10, image[1] + 10, image[0] + 10])
     return masks.to(dtype), boxes
 
 
@@ -37,8 +37,8 @@ def sampled(masks, boxes, height, width):
     return F.grid_sample(masks[:, None], grid, align_corners=False)[:, 0]
 
 
-def by_pycocotools(pictures):
-    return [mask_utils.encode(np.asfortranarray(picture.numpy().astype(np.uint8))) for picture in pictures]
+def by_pycocotools(images):
+    return [mask_utils.encode(np.asfortranarray(image.numpy().astype(np.uint8))) for image in images]
 
 
 def as_bytes(strings):
@@ -76,12 +76,12 @@ def test_equals_the_reference_bit_by_bit(dtype, box_dtype):
                 assert as_bytes(strings) == [rle["counts"] for rle in rles]
 
 
-@pytest.mark.parametrize("size,picture", [((28, 28), (97, 301)), ((5, 3), (300, 40)), ((56, 56), (31, 33))])
-def test_paste_to_rle_equals_pycocotools(size, picture):
-    masks, boxes = random_case(7, 40, size, picture)
+@pytest.mark.parametrize("size,image", [((28, 28), (97, 301)), ((5, 3), (300, 40)), ((56, 56), (31, 33))])
+def test_paste_to_rle_equals_pycocotools(size, image):
+    masks, boxes = random_case(7, 40, size, image)
     for threshold in (0.1, 0.5, 0.7):
-        pasted = paste_masks(masks, boxes, picture, threshold)
-        assert paste_masks_to_rle(masks, boxes, picture, threshold) == by_pycocotools(pasted)
+        pasted = paste_masks(masks, boxes, image, threshold)
+        assert paste_masks_to_rle(masks, boxes, image, threshold) == by_pycocotools(pasted)
 
 
 def test_full_masks_and_constants_at_the_threshold():
@@ -127,15 +127,15 @@ def test_huge_boxes_and_many_cells():
 
 
 @pytest.mark.parametrize(
-    "count,size,picture", [(0, (28, 28), (4, 5)), (2, (0, 3), (4, 5)), (2, (3, 3), (0, 5))]
+    "count,size,image", [(0, (28, 28), (4, 5)), (2, (0, 3), (4, 5)), (2, (3, 3), (0, 5))]
 )
-def test_empty(count, size, picture):
+def test_empty(count, size, image):
     masks, boxes = torch.ones(count, *size), torch.tensor([[0.0, 0, 4, 4]]).repeat(count, 1)
     for paste in (paste_masks, lambda m, b, p, t: reference_paste_masks(m, b, *p, t)):
-        pasted = paste(masks, boxes, picture, 0.0)
-        assert pasted.shape == (count, *picture) and not pasted.any()
-    assert paste_masks_to_rle(masks, boxes, picture) == by_pycocotools(torch.zeros(count, *picture))
-    text, lengths = reference_paste_masks_to_rle(masks, boxes, *picture, 0.5)
+        pasted = paste(masks, boxes, image, 0.0)
+        assert pasted.shape == (count, *image) and not pasted.any()
+    assert paste_masks_to_rle(masks, boxes, image) == by_pycocotools(torch.zeros(count, *image))
+    text, lengths = reference_paste_masks_to_rle(masks, boxes, *image, 0.5)
     assert text.dtype == torch.uint8 and lengths.dtype == torch.int64 and len(lengths) == count
 
 
@@ -195,7 +195,7 @@ def test_encode_rle_equals_pycocotools(shape):
         ({"boxes": torch.zeros(2, 4).long()}, "boxes must be floating point, got torch.int64"),
         ({"boxes": torch.zeros(3, 4)}, "boxes must have one entry per entry of masks, got 3 and 2"),
         ({"boxes": torch.zeros(2, 4, device="meta")}, "boxes is on meta, but masks is on cpu"),
-        ({"image_size": (-1, 5)}, r"image_size must be \(height, width\), none below 0, got \(-1, 5\)"),
+        ({"image_size": (-1, 5)}, r"image_size must be \(height, width\), not negative, got \(-1, 5\)"),
         ({"image_size": (1, 2, 3)}, r"image_size must be \(height, width\)"),
     ],
 )

@@ -215,7 +215,7 @@ def test_backward_is_the_same_on_every_run(layout):
         ({"boxes": torch.zeros(4, 4)}, r"boxes must have shape \(K, 5\), got \(4, 4\)"),
         ({"boxes": torch.zeros(4, 5, dtype=torch.int32)}, "boxes must be floating point, got torch.int32"),
         ({"boxes": torch.zeros(4, 5, device="meta")}, "boxes is on meta, but input is on cpu"),
-        ({"boxes": [torch.zeros(1, 4)]}, "boxes must hold one tensor per image, got 1 for 2 images"),
+        ({"boxes": [torch.zeros(1, 4)]}, "boxes must have one tensor per image, got 1 for 2 images"),
         ({"boxes": [torch.zeros(1, 4), torch.zeros(1, 5)]}, r"boxes\[1\] must have shape \(K, 4\)"),
         ({"output_size": (7, 7, 7)}, "output_size must be an int or a pair"),
         ({"output_size": 0}, "output_size must be at least 1, got 0"),

@@ -24,7 +24,7 @@ def test_padding(divisor, size):
         assert (batch.tensor[i][:, padding] == 7.0).all()
 
 
-def test_single_picture():
+def test_single_image_is_padded():
     image = make_images()[0]
     batch = ImageList.from_tensors([image], 32, pad_value=3.0)
     assert batch.tensor.shape == (1, 3, 32, 32) and torch.equal(batch[0], image)
@@ -61,4 +61,4 @@ def test_errors():
     with pytest.raises(ValueError, match=r"\(3, 4, 4\) and \(1, 4, 4\)"):
         ImageList.from_tensors([torch.zeros(3, 4, 4), torch.zeros(1, 4, 4)])
     with pytest.raises(TypeError, match="got str"):
-        ImageList.from_tensors(["picture"])
+        ImageList.from_tensors(["image"])

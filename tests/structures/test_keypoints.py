@@ -36,7 +36,7 @@ def test_to_heatmap_against_slow_formula():
             assert valid[n, k] == int(inside)
             assert cells[n, k] == (row * 14 + column if inside else 0)
     assert valid[0, 0] == 1 and cells[0, 0] == 14 * 14 - 1 and valid[1, 0] == 0
-    with pytest.raises(ValueError, match="1 boxes, 6 objects"):
+    with pytest.raises(ValueError, match="1 boxes and 6 objects"):
         Keypoints(points).to_heatmap(boxes[:1], 14)
 
 

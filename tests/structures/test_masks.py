@@ -68,7 +68,7 @@ class TestPolygonMasks:
         [
             (SQUARE, "list of polygons for each object, got ndarray"),
             ([[SQUARE], SQUARE], "Object 1: polygons must be a list of coordinate vectors, got ndarray"),
-            ([[SQUARE], [TRIANGLE, SQUARE[:4]]], "Object 1, polygon 1: .* 6 or more, got 4"),
+            ([[SQUARE], [TRIANGLE, SQUARE[:4]]], "Object 1, polygon 1: .* at least 6, got 4"),
             ([[SQUARE[:7]]], "Object 0, polygon 0: .* got 7"),
             ([[SQUARE.reshape(4, 2)]], r"Object 0, polygon 0: .* got shape \(4, 2\)"),
         ],
@@ -105,7 +105,7 @@ class TestPolygonMasks:
         assert PolygonMasks([]).crop_and_resize(torch.zeros(0, 4), 7).shape == (0, 7, 7)
         flat = rasterize_polygons_within_box([SQUARE], np.array([12.0, 25.0, 12.0, 30.0]), 7)
         assert flat.shape == (7, 7), "a box of no width must not divide by zero"
-        with pytest.raises(ValueError, match="2 boxes, 3 objects"):
+        with pytest.raises(ValueError, match="2 boxes and 3 objects"):
             make_polygons().crop_and_resize(torch.zeros(2, 4), 7)
         # The polygons themselves stay as they are.
         masks = make_polygons()
@@ -173,7 +173,7 @@ class TestBitMasks:
         soft = torchvision.ops.roi_align(masks.tensor[:, None].float(), rois, 28, 1.0, 0, aligned=True)[:, 0]
         decided = (soft - 0.5).abs() > 1e-5
         assert torch.equal(crops[decided], (soft >= 0.5)[decided]) and decided.float().mean() > 0.9
-        with pytest.raises(ValueError, match="2 boxes, 3 objects"):
+        with pytest.raises(ValueError, match="2 boxes and 3 objects"):
             masks.crop_and_resize(boxes[:2], 28)
 
     def test_crops_in_chunks_are_the_same(self, monkeypatch):
@@ -201,7 +201,7 @@ class TestROIMasks:
             assert pasted.get_bounding_boxes().tensor.tolist() == boxes.tolist()
             assert pasted.area().tolist() == [48, 16]
 
-    def test_from_roi_masks_covers_the_picture(self):
+    def test_from_roi_masks_covers_the_image(self):
         full = BitMasks.from_roi_masks(ROIMasks(torch.ones(1, 4, 4)), 6, 8)
         assert full.tensor.all()
 
