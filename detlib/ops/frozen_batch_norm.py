@@ -19,6 +19,7 @@ from detlib.ops._library import (
     new_map,
 )
 
+_tracing_state = getattr(torch._C, "_get_tracing_state", lambda: None)
 _has_kernel = functools.cache(functools.partial(has_native_kernel, "frozen_batch_norm"))
 
 
@@ -77,7 +78,7 @@ def is_fast(x: torch.Tensor) -> bool:
         and (x.is_cuda or x.dtype != torch.float16)
         and _has_kernel(x.device.type)
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not _tracing_state()
         and not in_transform()
     )
 
