@@ -167,8 +167,8 @@ class _GridAnchorGenerator(nn.Module):
         levels = []
         for feature, stride, cell in zip(features, self.strides, self.cell_anchors):
             points = grid_points(feature.shape[-2:], stride, self.offset, cell.device)
-            levels.append(self.box_type((self._shifts(points)[:, None, :] + cell).view(-1, self.box_dim)))
-        return levels
+            levels.append((self._shifts(points)[:, None, :] + cell).view(-1, self.box_dim))
+        return [self.box_type(anchors) for anchors in levels]
 
     @staticmethod
     def _shifts(points: torch.Tensor) -> torch.Tensor:

@@ -64,7 +64,7 @@ def convert_boxes_to_pooler_format(box_lists: list[Boxes]) -> torch.Tensor:
         (R, 1 + B): column 0 is the index of the image, the rest the box (absolute xyxy pixels for `Boxes`).
     """
     boxes = cat([x.tensor for x in box_lists])
-    images = cat([boxes.new_full((len(x), 1), i) for i, x in enumerate(box_lists)])
+    images = cat([boxes.new_full((x.tensor.shape[0], 1), i) for i, x in enumerate(box_lists)])
     return cat([images, boxes], dim=1)
 
 

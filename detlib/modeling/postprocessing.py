@@ -38,27 +38,27 @@ def detector_postprocess(
     output_height, output_width = _check_output_size("detector_postprocess", output_height, output_width)
     scale_x = output_width / results.image_size[1]
     scale_y = output_height / results.image_size[0]
-    out = Instances((output_height, output_width), **results.get_fields())
+    fields = dict(results.get_fields())
 
-    name = next((n for n in ("pred_boxes", "proposal_boxes") if out.has(n)), None)
+    name = next((n for n in ("pred_boxes", "proposal_boxes") if n in fields), None)
     if name is None:
         raise ValueError(
             "detector_postprocess: the results have neither 'pred_boxes' nor 'proposal_boxes', only "
-            f"{sorted(results.get_fields())}."
+            f"{sorted(fields)}."
         )
-    boxes = out.get(name).clone()
+    boxes = fields[name].clone()
     boxes.scale(scale_x, scale_y)
-    boxes.clip(out.image_size)
-    out.set(name, boxes)
-    if out.has("pred_keypoints"):
-        keypoints = out.pred_keypoints.clone()
+    boxes.clip((output_height, output_width))
+    fields[name] = boxes
+    if "pred_keypoints" in fields:
+        keypoints = fields["pred_keypoints"].clone()
         keypoints[:, :, 0] *= scale_x
         keypoints[:, :, 1] *= scale_y
-        out.pred_keypoints = keypoints
-    out = out[boxes.nonempty()]
+        fields["pred_keypoints"] = keypoints
+    out = Instances((output_height, output_width), **fields)[boxes.nonempty()]
 
-    if out.has("pred_masks"):
-        masks = out.pred_masks
+    masks = out.get_fields().get("pred_masks")
+    if masks is not None:
         if not isinstance(masks, ROIMasks):
             masks = ROIMasks(masks[:, 0])
         out.pred_masks = masks.to_bitmasks(out.pred_boxes, output_height, output_width, mask_threshold).tensor

@@ -67,7 +67,8 @@ def label_boxes(boxes, gt_boxes, matcher, *, gt_classes: torch.Tensor | None = N
     Raises:
         ValueError: boxes and ground truth of different types.
     """
-    if not len(gt_boxes):
+    num_gt = gt_boxes.tensor.shape[0]
+    if num_gt == 0:
         gt_boxes = type(boxes)(boxes.tensor[:0])  # a picture without objects may not know which type they had
     if boxes.box_dim != gt_boxes.box_dim:
         raise ValueError(
@@ -81,7 +82,7 @@ def label_boxes(boxes, gt_boxes, matcher, *, gt_classes: torch.Tensor | None = N
     match_labels = match_labels.to(torch.int64)
     if gt_classes is None:
         labels = match_labels.clone()
-    elif len(gt_boxes):
+    elif num_gt:
         labels = gt_classes[matched_idxs]
         labels = torch.where(match_labels == -1, match_labels, labels)
     else:

@@ -199,7 +199,7 @@ class MetaArchitecture(nn.Module):
             instances = item.get("instances")
             if num_classes is None or not isinstance(instances, Instances):
                 continue
-            labels = instances.gt_classes if instances.has("gt_classes") else None
+            labels = instances.get_fields().get("gt_classes")
             if labels is None or labels.device.type != "cpu" or len(labels) == 0:
                 continue
             if not 0 <= labels.min() <= labels.max() < num_classes:
@@ -227,7 +227,8 @@ class MetaArchitecture(nn.Module):
                     f"{why} needs {key!r}, an Instances, in every dict; {describe_item(batched_inputs, i)} "
                     f"has {found} there."
                 )
-        return [item[key].to(self.device) for item in batched_inputs]
+        device = self.device
+        return [item[key].to(device) for item in batched_inputs]
 
     @staticmethod
     def scale_to_output_size(

@@ -141,11 +141,14 @@ def filter_and_nms(
     if training:
         _check_finite(finite)
     boxes = boxes.masked_fill(~finite[:, :, None], 0.0)  # boxes without area, which are dropped
-    clipped = [box_type(image_boxes) for image_boxes in boxes]
-    for image_boxes, size in zip(clipped, image_sizes):
-        image_boxes.clip(size)
-    keep = torch.stack([b.nonempty(threshold=min_box_size) for b in clipped]) & finite
-    boxes = torch.stack([b.tensor for b in clipped])
+    clipped, nonempty = [], []
+    for image_boxes, size in zip(boxes, image_sizes):
+        typed = box_type(image_boxes)
+        typed.clip(size)
+        nonempty.append(typed.nonempty(threshold=min_box_size))
+        clipped.append(typed.tensor)
+    keep = torch.stack(nonempty) & finite
+    boxes = torch.stack(clipped)
     image_idxs, box_idxs = keep.nonzero(as_tuple=True)
     candidates = box_type(boxes[image_idxs, box_idxs])
     scores = scores[image_idxs, box_idxs]
@@ -158,10 +161,8 @@ def filter_and_nms(
     results = []
     for image_best, size in zip(best[order].split(counts), image_sizes):
         image_best = image_best[:post_nms_topk]
-        proposals = Instances(size)
-        proposals.proposal_boxes = candidates[image_best]
-        proposals.objectness_logits = scores[image_best]
-        results.append(proposals)
+        kept_boxes, kept_scores = candidates[image_best], scores[image_best]
+        results.append(Instances(size, proposal_boxes=kept_boxes, objectness_logits=kept_scores))
     return results
 
 
@@ -199,16 +200,15 @@ def add_ground_truth_to_proposals_single_image(gt, proposals: Instances) -> Inst
     """
     if not isinstance(gt, Instances):
         gt = Instances(proposals.image_size, gt_boxes=gt)
-    device = proposals.objectness_logits.device
-    added = Instances(proposals.image_size)
+    gt_fields, added, num_gt = gt.get_fields(), {}, len(gt)
     for name, value in proposals.get_fields().items():
         if name == "proposal_boxes":
-            # A picture without objects may not know which type they had.
-            added.proposal_boxes = gt.gt_boxes.to(device) if len(gt) else value[:0]
+            # An image without objects may not know which type they had.
+            added[name] = gt_fields["gt_boxes"].to(value.device) if num_gt else value[:0]
         elif name == "objectness_logits":
-            added.objectness_logits = value.new_full((len(gt),), _GT_LOGIT)
-        elif gt.has(name):
-            added.set(name, gt.get(name))
+            added[name] = value.new_full((num_gt,), _GT_LOGIT)
+        elif name in gt_fields:
+            added[name] = gt_fields[name]
         else:
             raise ValueError(f"proposals have the field {name!r}, which the ground truth lacks")
-    return Instances.cat([proposals, added])
+    return Instances.cat([proposals, Instances(proposals.image_size, **added)])

@@ -271,9 +271,10 @@ class RPN(nn.Module):
             ignore = None
             if self.anchor_boundary_thresh >= 0:
                 ignore = ~anchors.inside_box(gt.image_size, self.anchor_boundary_thresh)
+            gt_boxes = gt.gt_boxes
             sample = label_and_sample(
                 anchors,
-                gt.gt_boxes,
+                gt_boxes,
                 self.anchor_matcher,
                 num_samples=self.batch_size_per_image,
                 positive_fraction=self.positive_fraction,
@@ -284,8 +285,8 @@ class RPN(nn.Module):
             labels[sample.fg_idxs] = 1
             labels[sample.bg_idxs] = 0
             gt_labels.append(labels)
-            if len(gt.gt_boxes):
-                matched_gt_boxes.append(gt.gt_boxes.tensor[sample.matched_idxs])
+            if gt_boxes.tensor.shape[0]:
+                matched_gt_boxes.append(gt_boxes.tensor[sample.matched_idxs])
             else:
                 matched_gt_boxes.append(torch.zeros_like(anchors.tensor))
         return gt_labels, matched_gt_boxes

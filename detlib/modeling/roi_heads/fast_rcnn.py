@@ -109,11 +109,6 @@ def _log_classification_stats(logits: torch.Tensor, gt_classes: torch.Tensor) ->
         storage.put_scalar("fast_rcnn/false_negative", num_missed / num_foreground)
 
 
-def _cat_gt_boxes(proposals: list[Instances]) -> torch.Tensor:
-    """(R, B); the images without objects have no true boxes, and their regions need none."""
-    return cat([(p.gt_boxes if p.has("gt_boxes") else p.proposal_boxes).tensor for p in proposals])
-
-
 def _weights_not_set() -> torch.Tensor:
     """Stand in for the class weights of a model built from a config, which does not read its datasets."""
     raise ValueError(
@@ -279,9 +274,11 @@ class FastRCNNOutputLayers(nn.Module):
         logits, deltas = predictions
         logits = logits.float()
         if proposals:
-            gt_classes = cat([p.gt_classes for p in proposals])
-            proposal_boxes = cat([p.proposal_boxes.tensor for p in proposals])
-            gt_boxes = _cat_gt_boxes(proposals)
+            fields = [p.get_fields() for p in proposals]
+            gt_classes = cat([f["gt_classes"] for f in fields])
+            proposal_boxes = cat([f["proposal_boxes"].tensor for f in fields])
+            # Images without objects have no ground-truth boxes, and their regions need none.
+            gt_boxes = cat([f.get("gt_boxes", f["proposal_boxes"]).tensor for f in fields])
         else:
             gt_classes = torch.empty(0, dtype=torch.int64, device=logits.device)
             proposal_boxes = gt_boxes = logits.new_empty((0, self.box_dim))
@@ -419,9 +416,9 @@ class FastRCNNOutputLayers(nn.Module):
         """For each image (R_i, K * B), or (R_i, B): regions with the deltas applied, absolute pixels."""
         if not proposals:
             return ()
-        proposal_boxes = cat([p.proposal_boxes.tensor for p in proposals])
-        boxes = self.box2box_transform.apply_deltas(predictions[1], proposal_boxes)
-        return boxes.split([len(p) for p in proposals])
+        boxes = [p.proposal_boxes.tensor for p in proposals]
+        sizes = [len(image_boxes) for image_boxes in boxes]
+        return self.box2box_transform.apply_deltas(predictions[1], cat(boxes)).split(sizes)
 
     def predict_probs(
         self, predictions: tuple[torch.Tensor, torch.Tensor], proposals: list[Instances]

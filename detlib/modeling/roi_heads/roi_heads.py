@@ -63,11 +63,15 @@ def select_foreground_proposals(
     Returns:
         N `Instances`, and for each a (R_i,) bool tensor that says which regions they are.
     """
+    selected, masks = [], []
     for x in proposals:
-        if not x.has("gt_classes"):
+        gt_classes = x.get_fields().get("gt_classes")
+        if gt_classes is None:
             raise ValueError("select_foreground_proposals needs proposals with 'gt_classes'.")
-    masks = [(x.gt_classes != -1) & (x.gt_classes != bg_label) for x in proposals]
-    return [x[mask.nonzero()[:, 0]] for x, mask in zip(proposals, masks)], masks
+        mask = (gt_classes != -1) & (gt_classes != bg_label)
+        selected.append(x[mask.nonzero()[:, 0]])
+        masks.append(mask)
+    return selected, masks
 
 
 class ROIHeads(nn.Module):
@@ -141,14 +145,14 @@ class ROIHeads(nn.Module):
                 gt_classes=targets_per_image.gt_classes,
             )
             sampled_idxs = torch.cat([sample.fg_idxs, sample.bg_idxs])
-            sampled = proposals_per_image[sampled_idxs]
-            sampled.gt_classes = sample.labels[sampled_idxs]
+            fields = proposals_per_image[sampled_idxs].get_fields()
+            fields["gt_classes"] = sample.labels[sampled_idxs]
             if len(targets_per_image) > 0:
                 matched = sample.matched_idxs[sampled_idxs]
                 for name, value in targets_per_image.get_fields().items():
-                    if name.startswith("gt_") and not sampled.has(name):
-                        sampled.set(name, value[matched])
-            sampled_proposals.append(sampled)
+                    if name.startswith("gt_") and name not in fields:
+                        fields[name] = value[matched]
+            sampled_proposals.append(Instances(proposals_per_image.image_size, **fields))
         self._log_sample_stats(sampled_proposals)
         return sampled_proposals
 
