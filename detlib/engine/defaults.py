@@ -13,7 +13,8 @@ import torch
 from detlib.config import CfgNode, LazyConfig
 from detlib.data import Metadata, MetadataCatalog
 from detlib.data import transforms as T
-from detlib.engine.checks import as_names, set_num_classes
+from detlib.data.detection_utils import as_names
+from detlib.engine.checks import set_num_classes
 from detlib.engine.default_trainer import DefaultTrainer
 from detlib.engine.distributed.ddp import create_ddp_model
 from detlib.engine.distributed.slurm import add_slurm_arguments

@@ -277,7 +277,7 @@ def test_annotations_to_instances_refuses():
     with pytest.raises(ValueError, match="'segmentation' is missing in instance 1"):
         utils.annotations_to_instances(mixed, (20, 30), "bitmask")
     uneven = [make_annotation(keypoints=np.zeros((count, 3))) for count in (2, 3)]
-    with pytest.raises(ValueError, match=r"instances have \[2, 3\] keypoints; all must have as many"):
+    with pytest.raises(ValueError, match=r"instances have \[2, 3\] keypoints; all must have the same number"):
         utils.annotations_to_instances(uneven, (20, 30))
 
 
