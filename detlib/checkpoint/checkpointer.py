@@ -305,10 +305,6 @@ class PeriodicCheckpointer:
         self.path_manager = checkpointer.path_manager
         self.recent_checkpoints: list[str] = []
 
-    def is_due(self, iteration: int) -> bool:
-        """Whether `step` would save anything after `iteration` (counted from 0)."""
-        return self._is_periodic(iteration) or self._is_final(iteration)
-
     def step(self, iteration: int, **kwargs: Any) -> None:
         """Saves if it is time to.
 

@@ -1,8 +1,8 @@
-"""Keeping parts of a model as they are."""
+"""Freeze parts of a model by parameter name."""
 
 import fnmatch
-import functools
 import logging
+import types
 from collections.abc import Iterable
 
 from torch import nn
@@ -18,23 +18,22 @@ _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 def freeze_by_name(model: nn.Module, patterns: Iterable[str]) -> int:
-    """Takes parameters out of the training, by their names.
+    """Freeze parameters by name. Call it before the optimizer is built.
 
-    The statistics of BatchNorm layers all of whose parameters are frozen stay as they are as well, whatever
-    mode the model is in; such layers become `FrozenBatchNorm2d`. No name changes. To be called before the
-    optimizer is built.
+    BatchNorm layers whose parameters are all frozen keep their running statistics too, also in training mode;
+    they become `FrozenBatchNorm2d`. Parameter names do not change.
 
     Args:
         model: changed in place.
-        patterns: names of parameters, with ``*`` for anything and ``?`` for a letter, or of modules, with all
-            that is in them: "backbone.bottom_up", "*.norm.*", "roi_heads.box_head.fc1.weight".
+        patterns: names of parameters, or of modules with everything in them. ``*`` matches anything and ``?``
+            one character: "backbone.bottom_up", "*.norm.*", "roi_heads.box_head.fc?.weight".
 
     Returns:
-        The number of values in the parameters that are frozen by it.
+        The number of elements of the parameters that this call has frozen.
 
     Raises:
-        TypeError: if a single pattern came instead of several.
-        ValueError: if a pattern fits no parameter; near names are listed.
+        TypeError: if `patterns` is a single string.
+        ValueError: if a pattern matches no parameter; similar names are listed.
     """
     if isinstance(patterns, str):
         raise TypeError(f"MODEL.FREEZE (train.freeze) must be a list of patterns, got {patterns!r}")
@@ -42,21 +41,21 @@ def freeze_by_name(model: nn.Module, patterns: Iterable[str]) -> int:
     if not patterns:
         return 0
     parameters = dict(model.named_parameters())
-    # What is frozen already, such as the first blocks of a ResNet, may be named as well.
+    # A pattern may also match what is frozen already, such as the first blocks of a ResNet.
     norms = {n: m for n, m in model.named_modules() if isinstance(m, FrozenBatchNorm2d)}
     constants = {f"{n}.{key}" for n in norms for key in ("weight", "bias")}
     frozen: set[str] = set()
     for pattern in patterns:
-        fitting = [name for name in [*parameters, *constants] if _fits(name, pattern)]
-        if not fitting:
+        matching = [name for name in [*parameters, *constants] if _matches(name, pattern)]
+        if not matching:
             modules = [name for name, _ in model.named_modules() if name]
             near = near_names(pattern, [*modules, *parameters])
-            hint = f" Near names: {', '.join(near)}." if near else ""
+            hint = f" Similar names: {', '.join(near)}." if near else ""
             raise ValueError(
-                f"MODEL.FREEZE (train.freeze): no parameter fits {pattern!r}.{hint} Patterns are whole names "
-                "of parameters or modules, with * and ?."
+                f"MODEL.FREEZE (train.freeze): no parameter matches {pattern!r}.{hint} A pattern is the full "
+                "name of a parameter or module, with * and ? as wildcards."
             )
-        frozen.update(fitting)
+        frozen.update(matching)
 
     newly = [name for name in frozen if name in parameters and parameters[name].requires_grad]
     count = sum(parameters[name].numel() for name in newly)
@@ -64,7 +63,7 @@ def freeze_by_name(model: nn.Module, patterns: Iterable[str]) -> int:
         parameters[name].requires_grad_(False)
     num_norms = _freeze_norms(model, frozen, patterns)
     logger.info(
-        "Froze %d of %d parameters (%d of %d values), among them those of %d BatchNorm layers",
+        "Froze %d of %d parameters (%d of %d elements) and the statistics of %d BatchNorm layers",
         len(newly),
         len(parameters),
         count,
@@ -74,14 +73,14 @@ def freeze_by_name(model: nn.Module, patterns: Iterable[str]) -> int:
     return count
 
 
-def _fits(name: str, pattern: str) -> bool:
+def _matches(name: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
 
 
 def _freeze_norms(model: nn.Module, frozen: set[str], patterns: list[str]) -> int:
-    """Makes constants of the BatchNorm layers whose parameters are all frozen, and returns their number.
+    """Freeze the statistics of BatchNorm layers whose parameters are all frozen, and return their number.
 
-    Of a layer without parameters, as RetinaNet's heads have, the names of its statistics count.
+    A layer without parameters, as in RetinaNet's heads, is matched by the names of its statistics.
     """
     count = 0
     for name, module in list(model.named_modules()):
@@ -91,9 +90,9 @@ def _freeze_norms(model: nn.Module, frozen: set[str], patterns: list[str]) -> in
         if own and own <= frozen and name:
             parent, _, key = name.rpartition(".")
             setattr(model.get_submodule(parent), key, FrozenBatchNorm2d.convert_frozen_batchnorm(module))
-        elif not own and any(_fits(f"{name}.running_mean", pattern) for pattern in patterns):
-            # A FrozenBatchNorm2d would have more names.
-            module.__class__ = _always_in_eval(type(module))
+        elif not own and any(_matches(f"{name}.running_mean", pattern) for pattern in patterns):
+            # A FrozenBatchNorm2d would add parameter names.
+            module.train = types.MethodType(_stay_in_eval, module)
             module.eval()
         else:
             continue
@@ -101,13 +100,6 @@ def _freeze_norms(model: nn.Module, frozen: set[str], patterns: list[str]) -> in
     return count
 
 
-class _AlwaysInEval:
-    """Comes before a layer's class, so that ``model.train()`` leaves it in eval mode."""
-
-    def train(self, mode: bool = True):
-        return super().train(False)
-
-
-@functools.cache
-def _always_in_eval(cls: type[nn.Module]) -> type[nn.Module]:
-    return cls if issubclass(cls, _AlwaysInEval) else type(cls.__name__, (_AlwaysInEval, cls), {})
+def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
+    """Replace ``module.train``, so that ``model.train()`` leaves a layer in eval mode."""
+    return type(module).train(module, False)

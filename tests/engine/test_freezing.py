@@ -28,26 +28,26 @@ def _small() -> nn.Module:
         (["*"], {f"{m}.{k}" for m in ("stem.0", "head.0", "head.2") for k in ("weight", "bias")}, 2),
     ],
 )
-def test_patterns(patterns, frozen, norms):
+def test_patterns_freeze_parameters_and_the_norms_they_cover(patterns, frozen, norms):
     model = _small()
     names = list(model.state_dict())
     total = sum(p.numel() for p in model.parameters())
     count = freeze_by_name(model, patterns)
     assert {name for name, p in model.named_parameters() if not p.requires_grad} == frozen
     assert sum(isinstance(m, FrozenBatchNorm2d) for m in model.modules()) == norms
-    # The one without parameters.
+    # The norm without parameters.
     assert model.train().stem[2].training == (not {"stem", "*"} & set(patterns))
     assert list(model.state_dict()) == names
     assert count == total - sum(p.numel() for p in model.parameters() if p.requires_grad)
-    # What is frozen already may be named again.
+    # Frozen parameters may be named again.
     assert freeze_by_name(model, patterns) == 0
 
 
-def test_what_is_frozen_stays_as_it_is_and_the_rest_is_trained(caplog):
+def test_frozen_parameters_and_statistics_do_not_change_in_a_step(caplog):
     model = build_architecture("retinanet_bn")
     with caplog.at_level(logging.INFO, logger="detlib"):
         freeze_by_name(model, ["backbone.bottom_up", "head.cls_subnet"])
-    assert "Froze 64 of 88 parameters" in caplog.text and "those of 5 BatchNorm layers" in caplog.text
+    assert "Froze 64 of 88 parameters" in caplog.text and "statistics of 5 BatchNorm layers" in caplog.text
     before = {k: v.clone() for k, v in model.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
     model.train()
@@ -58,11 +58,11 @@ def test_what_is_frozen_stays_as_it_is_and_the_rest_is_trained(caplog):
     assert any("running_mean" in k for k in changed)  # of the box tower
 
 
-def test_patterns_that_fit_nothing():
+def test_a_pattern_without_match_raises_an_error_with_similar_names():
     model = build_architecture("retinanet")
-    with pytest.raises(ValueError, match=r"no parameter fits 'backbone.botom_up'.*backbone.bottom_up"):
+    with pytest.raises(ValueError, match=r"no parameter matches 'backbone.botom_up'.*backbone.bottom_up"):
         freeze_by_name(model, ["backbone.botom_up"])
-    with pytest.raises(ValueError, match="MODEL.FREEZE .train.freeze.: no parameter fits 'x.\\*'"):
+    with pytest.raises(ValueError, match="MODEL.FREEZE .train.freeze.: no parameter matches 'x.\\*'"):
         freeze_by_name(model, ["head", "x.*"])
     assert all(p.requires_grad for p in model.parameters())
     with pytest.raises(TypeError, match="list of patterns, got 'head'"):

@@ -91,7 +91,7 @@ def test_the_reason_names_the_best(tmp_path):
     trainer = _Course(tmp_path, [1, 3.25, 2, 3, 9], patience=2)
     assert trainer.stopped_reason == "no better bbox/AP in 2 evaluations; the best was 3.25 at iteration 3"
     trainer = _Course(tmp_path / "nan", [float("nan")] * 5, patience=2)
-    assert trainer.stopped_reason.endswith("the best was none that is finite")
+    assert trainer.stopped_reason.endswith("the best was never finite")
 
 
 @pytest.mark.parametrize("cut", [3, 4, 5, 6, 7])
@@ -122,7 +122,7 @@ def test_a_stopped_training_is_not_trained_further_by_a_resume(tmp_path, caplog)
     with caplog.at_level(logging.INFO, logger="detlib"):
         again = _Course(tmp_path, values, patience=2, resume=True)
     assert again.iter == again.start_iter == 8 and again.evaluated == [8]
-    assert "it had been stopped early before, as there was no better bbox/AP in 2 evaluations" in caplog.text
+    assert "the run was stopped early before: no better bbox/AP in 2 evaluations" in caplog.text
     assert "SOLVER.EARLY_STOP.PATIENCE (train.early_stop.patience) above 2 or to 0" in caplog.text
     assert (tmp_path / "model_final.pth").read_bytes() == before
     # With more patience it goes on: the 9 after ten steps is the best.
@@ -141,7 +141,7 @@ def test_an_unknown_metric_is_told_with_near_names_and_stops_nothing(tmp_path, c
     with caplog.at_level(logging.WARNING, logger="detlib"):
         trainer = _Course(tmp_path, [1, 1, 1], patience=1, metric="bbox/PA", end=6)
     assert trainer.iter == 6
-    assert "No metric 'bbox/PA' was put out by the evaluation. Near names: bbox/AP." in caplog.text
+    assert "The evaluation has no metric 'bbox/PA'. Similar names: bbox/AP." in caplog.text
     assert "training cannot be stopped early (SOLVER.EARLY_STOP.METRIC" in caplog.text
 
 

@@ -27,10 +27,10 @@ logger = logging.getLogger(__name__)
 
 
 class PreciseBN(HookBase):
-    """Computes the statistics of BatchNorm layers anew over many batches, before each evaluation.
+    """Recomputes the statistics of BatchNorm layers over many batches before each evaluation.
 
-    Training keeps a moving average of them, of models that have changed since. See "Rethinking 'Batch' in
-    BatchNorm" (https://arxiv.org/abs/2105.07576). It goes before the `EvalHook`.
+    The moving averages of training mix statistics of older weights. See "Rethinking 'Batch' in BatchNorm"
+    (https://arxiv.org/abs/2105.07576). The hook goes before the `EvalHook`.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class PreciseBN(HookBase):
     ):
         """
         Args:
-            period: steps between two computations; 0 for after the last step only.
-            model: layers in training mode are computed; without any this does nothing.
-            data_loader: gives the batches.
+            period: number of steps between two computations; 0 for after the last step only.
+            model: its BatchNorm layers in training mode are updated; without any, the hook does nothing.
+            data_loader: yields the batches.
             num_iter: number of batches.
-            average: the average of the weights, if that is what is evaluated; its statistics are computed
-                as well, over as many batches.
+            average: the average of the weights, if that is evaluated; its statistics are computed too, over
+                as many batches.
         """
         self._average = average
         self._disabled = not get_bn_modules(model)
@@ -67,7 +67,7 @@ class PreciseBN(HookBase):
             self.update_stats()
 
     def update_stats(self) -> None:
-        """Computes the statistics and puts them into the model."""
+        """Compute the statistics of the model, and of the average of its weights if there is one."""
         if self._disabled:
             return
         if self._data_iter is None:
@@ -78,20 +78,19 @@ class PreciseBN(HookBase):
                 self._compute()
 
     def _compute(self) -> None:
-        """Puts the statistics of the weights that the model has now into it."""
         logger.info("Computing precise BatchNorm statistics over %d batches", self._num_iter)
         layers = get_bn_modules(self._model)
         held = [(layer.running_mean, layer.running_var) for layer in layers]
-        # A storage of its own, as these batches are none of the training's.
+        # A separate storage: these batches are not training steps.
         with EventStorage():
             update_bn_stats(self._model, itertools.islice(self._data_iter, self._num_iter), self._num_iter)
         for layer, (mean, var) in zip(layers, held):
-            # fvcore puts new tensors there, but the average of the weights holds the former ones.
+            # fvcore assigns new tensors, but the average of the weights refers to the old ones.
             layer.running_mean = mean.copy_(layer.running_mean)
             layer.running_var = var.copy_(layer.running_var)
 
     def state_dict(self) -> dict:
-        """The position in the data, as another part of them gives other statistics."""
+        """Return the position in the data, because other batches give other statistics."""
         if self._disabled or not hasattr(self._data_loader, "state_dict"):
             return {}
         return {"data_loader": self._data_loader.state_dict()}
@@ -102,12 +101,12 @@ class PreciseBN(HookBase):
 
 
 class BestCheckpointer(HookBase):
-    """Saves the model whenever an evaluation gives a better metric than all before.
+    """Saves the model whenever an evaluation gives a better metric than all earlier ones.
 
-    It goes after the `EvalHook` whose results it reads. What was best is known again after a resume.
+    It goes after the `EvalHook` whose results it reads. A resumed run remembers the best value.
 
     Attributes:
-        best_metric, best_iter: the best so far and its iteration; None before the first.
+        best_metric, best_iter: the best value so far and its iteration; None before the first.
     """
 
     def __init__(
@@ -122,9 +121,9 @@ class BestCheckpointer(HookBase):
         """
         Args:
             eval_period: the period of the `EvalHook`.
-            checkpointer: what saves.
+            checkpointer: saves the model.
             val_metric: name of the metric in the storage, such as "bbox/AP50" or "val/total_loss".
-            mode: "max" if more is better, "min" if less is.
+            mode: "max" if higher is better, "min" if lower is better.
             file_prefix: name of the file, without ".pth".
             on_all_processes: whether every process has this hook. The main process, which has the results,
                 then decides for all.
@@ -139,22 +138,22 @@ class BestCheckpointer(HookBase):
         self._checkpointer = checkpointer
         self._file_prefix = file_prefix
         self._on_all_processes = on_all_processes
-        self._judged: int | None = None  # iteration of the last evaluation that was looked at
+        self._judged: int | None = None  # iteration of the last evaluation that was compared
         self.best_metric: float | None = None
         self.best_iter: int | None = None
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
-        # The evaluation after the last step is made in after_train.
+        # The evaluation after the last step runs in after_train.
         if self._period > 0 and done % self._period == 0 and done != self.trainer.max_iter:
             self._save_if_best(self._checkpointer.save)
 
     def after_train(self) -> None:
         if self.trainer.is_finished:
-            # The final checkpoint stays the last one, if there is one.
+            # "last_checkpoint" keeps naming the final checkpoint, if there is one.
             is_last = not self._checkpointer.has_checkpoint()
             self._save_if_best(self._checkpointer.save if is_last else self._checkpointer.write)
-        # `PeriodicCheckpointer` has waited already, but for what was saved before this.
+        # `PeriodicCheckpointer` has waited only for what was saved before this.
         self._checkpointer.wait()
 
     def _save_if_best(self, save: Callable) -> None:
@@ -172,24 +171,24 @@ class BestCheckpointer(HookBase):
         )
 
     def _new_best(self) -> tuple[float, int] | None:
-        """Metric and iteration of the last evaluation, if it is new and the best."""
+        """Return metric and iteration of the last evaluation if it is new and the best, else None."""
         if self._on_all_processes and not comm.is_main_process():
             return None
         latest = self.trainer.storage.latest().get(self._val_metric)
         if latest is None:
             logger.warning(
-                "%s. So the best model is not saved.",
+                "%s. The best model is not saved.",
                 _explain_missing_metric(self._val_metric, self.trainer.storage),
             )
             return None
         value, iteration = float(latest[0]), int(latest[1])
-        if iteration == self._judged:  # a training that was stopped early does not evaluate again
+        if iteration == self._judged:  # a run that was stopped early does not evaluate again
             return None
         self._judged = iteration
         if _is_better(value, self.best_metric, self._mode):
             return value, iteration
         logger.info(
-            "%s is %.5f; the best stays %s at iteration %s",
+            "%s is %.5f; the best is still %s at iteration %s",
             self._val_metric,
             value,
             self.best_metric,
@@ -201,9 +200,9 @@ class BestCheckpointer(HookBase):
         return {"best_metric": self.best_metric, "best_iter": self.best_iter, "metric": self._val_metric}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Takes the better of the state and of the saved best file.
+        """Restore the best value from the state or from the saved best model, whichever is better.
 
-        The file may know of a better one: checkpoints are saved before the evaluation of the same step.
+        The file may have the better one: checkpoints are saved before the evaluation of the same step.
         """
         states = [state_dict]
         path = os.path.join(self._checkpointer.save_dir, f"{self._file_prefix}.pth")
@@ -217,14 +216,14 @@ class BestCheckpointer(HookBase):
 
 
 class EarlyStopping(HookBase):
-    """Ends the training after some evaluations in a row without a better metric.
+    """Ends training after `patience` evaluations in a row without a better metric, see `TrainerBase.stop`.
 
     It goes after the `EvalHook` whose results it reads, on every process: the main process, which has the
-    results, decides for all. `TrainerBase.stop` says how training ends then.
+    results, decides for all.
 
-    What it has seen is in the checkpoints, and for those that are saved before the evaluation of the same
-    step in ``OUTPUT_DIR/early_stop.json`` too, so that a resumed training stops where an uninterrupted one
-    would. A training that was stopped is not trained further when it is resumed, unless with more patience.
+    The metrics are kept in the checkpoints and, because these are saved before the evaluation of the same
+    step, in ``OUTPUT_DIR/early_stop.json``. So a resumed run stops where an uninterrupted one would. A stopped
+    run does not train further on resume, unless `patience` is larger.
     """
 
     def __init__(self, eval_period: int, metric: str, patience: int, mode: str = "max", output_dir: str = ""):
@@ -232,9 +231,9 @@ class EarlyStopping(HookBase):
         Args:
             eval_period: the period of the `EvalHook`.
             metric: name of the metric in the storage, such as "bbox/AP50" or "val/total_loss".
-            patience: number of evaluations without a better one after which to stop.
-            mode: "max" if more is better, "min" if less is.
-            output_dir: where to keep ``early_stop.json``; "" for nowhere.
+            patience: number of evaluations without improvement after which to stop.
+            mode: "max" if higher is better, "min" if lower is better.
+            output_dir: folder of ``early_stop.json``; "" does not write it.
 
         Raises:
             ValueError: for another `mode`, or a patience below 1.
@@ -247,25 +246,25 @@ class EarlyStopping(HookBase):
         self._patience = patience
         self._mode = mode
         self._path = os.path.join(output_dir, "early_stop.json") if output_dir else ""
-        # The metric by the number of steps done; a dict, as a resumed run may evaluate the same step again.
+        # Metric by number of steps done: a dict, because a resumed run may evaluate the same step again.
         self._seen: dict[int, float] = {}
 
     def before_train(self) -> None:
         if self.trainer.start_iter == 0:
             self._seen = {}
             if self._path and comm.is_main_process() and PathManager.isfile(self._path):
-                PathManager.rm(self._path)  # of an earlier training
-        # The processes of other machines may not see the file.
+                PathManager.rm(self._path)  # of an earlier run
+        # Processes on other machines may not see the file.
         self._seen = comm.all_gather(self._seen)[0]
         if self._seen:
             self._stop_if_due(
-                f"it had been stopped early before, as there was %s. To train further, set "
+                f"the run was stopped early before: %s. To train further, set "
                 f"SOLVER.EARLY_STOP.PATIENCE (train.early_stop.patience) above {self._patience} or to 0"
             )
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
-        # The evaluation after the last step is made in after_train.
+        # The evaluation after the last step runs in after_train.
         if self._period > 0 and done % self._period == 0 and done != self.trainer.max_iter:
             self._note(done)
             self._stop_if_due("%s")
@@ -275,7 +274,7 @@ class EarlyStopping(HookBase):
             self._note(self.trainer.iter)
 
     def _note(self, done: int) -> None:
-        """Takes down the metric of the evaluation after so many steps, on every process."""
+        """Record the metric of the evaluation after `done` steps, on every process."""
         value = None
         if comm.is_main_process():
             latest = self.trainer.storage.latest()
@@ -283,7 +282,7 @@ class EarlyStopping(HookBase):
                 value = latest[self._metric][0]
             else:
                 logger.warning(
-                    "%s. So training cannot be stopped early (SOLVER.EARLY_STOP.METRIC, "
+                    "%s. Training cannot be stopped early (SOLVER.EARLY_STOP.METRIC, "
                     "train.early_stop.metric).",
                     _explain_missing_metric(self._metric, self.trainer.storage),
                 )
@@ -297,7 +296,7 @@ class EarlyStopping(HookBase):
             write_bytes_atomically(self._path, lambda f: f.write(content.encode()))
 
     def _stop_if_due(self, reason: str) -> None:
-        """Calls `stop` if the last evaluations were no better than one before, as "%s" in `reason` tells."""
+        """Call `stop` if the last `patience` evaluations brought no improvement; "%s" in `reason` says so."""
         best, best_done = None, 0
         for done in sorted(self._seen):
             if _is_better(self._seen[done], best, self._mode):
@@ -305,7 +304,7 @@ class EarlyStopping(HookBase):
         since = sum(done > best_done for done in self._seen)
         if since < self._patience:
             return
-        was = "none that is finite" if best is None else f"{best:.5g} at iteration {best_done - 1}"
+        was = "never finite" if best is None else f"{best:.5g} at iteration {best_done - 1}"
         self.trainer.stop(reason % f"no better {self._metric} in {since} evaluations; the best was {was}")
 
     def _content(self) -> dict:
@@ -315,15 +314,15 @@ class EarlyStopping(HookBase):
         return self._content() if self._seen else {}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Takes what was seen up to the checkpoint's step from the state and from the file.
+        """Restore the metrics up to the checkpoint's step from the state and the file.
 
-        The file knows of the evaluation of that step, before which checkpoints are saved.
+        Only the file has the metric of that step: the checkpoint was saved before its evaluation.
         """
         states = [state_dict]
         if self._path and PathManager.isfile(self._path):
             with PathManager.open(self._path) as f:
                 states.append(json.load(f))
-        # By then the trainer's iteration is the checkpoint's.
+        # The trainer's iteration is the checkpoint's by now.
         until = self.trainer.iter + 1
         for state in states:
             if state.get("metric") == self._metric:
@@ -357,7 +356,7 @@ class MissedEvaluation(HookBase):
             if comm.is_main_process() and PathManager.isfile(self._path):
                 PathManager.rm(self._path)  # of an earlier run
             return
-        # The processes of other machines may not see the file.
+        # Processes on other machines may not see the file.
         made = comm.all_gather(self._read())[0]
         if made > start:
             # It belongs to steps that are done again; their new evaluation may be interrupted too.
@@ -408,7 +407,7 @@ def _check_mode(mode: str) -> None:
 
 
 def _is_better(value: float, than: float | None, mode: str) -> bool:
-    """Whether a metric is better than another; what is not finite never is, and None always worse."""
+    """Return whether a metric is better than another. NaN and infinity never are; anything beats None."""
     if not math.isfinite(value):
         return False
     if than is None:
@@ -417,11 +416,9 @@ def _is_better(value: float, than: float | None, mode: str) -> bool:
 
 
 def _explain_missing_metric(name: str, storage: EventStorage) -> str:
-    """What to say of a metric that is not in the storage: near names, and what is there."""
-    # The results of evaluations are not smoothed, as the models' own measurements are.
+    """Return a message about a metric that is not in the storage, with similar and existing names."""
+    # Results of evaluations are not smoothed; measurements of the model during training are.
     results = sorted(n for n, smoothed in storage.smoothing_hints().items() if not smoothed and "/" in n)
     near = near_names(name, results) or near_names(name, storage.latest())
-    hint = f" Near names: {', '.join(near)}." if near else ""
-    return (
-        f"No metric '{name}' was put out by the evaluation.{hint} There are: {', '.join(results) or 'none'}"
-    )
+    hint = f" Similar names: {', '.join(near)}." if near else ""
+    return f"The evaluation has no metric '{name}'.{hint} It has: {', '.join(results) or 'none'}"

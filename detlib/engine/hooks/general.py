@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 class CallbackHook(HookBase):
-    """Calls functions of your own, each with the trainer as its argument."""
+    """Calls functions at the points of the loop, each with the trainer as its argument."""
 
     def __init__(
         self,
@@ -76,15 +76,15 @@ class CallbackHook(HookBase):
 
 
 class IterationTimer(HookBase):
-    """Puts the seconds of each step into the storage as "time", and logs the totals at the end.
+    """Stores the seconds of each step as "time", and logs the totals at the end.
 
-    Time in hooks counts in the totals only, those hooks excepted that come before this one.
+    The time of the hooks after this one is part of the total, not of the step.
     """
 
     def __init__(self, warmup_iter: int = 3):
         """
         Args:
-            warmup_iter: number of first steps that are not counted, as they are slower than the others.
+            warmup_iter: number of steps at the start that are not counted, because they are slower.
         """
         self._warmup_iter = warmup_iter
         self._step_timer = Timer()
@@ -132,14 +132,14 @@ def _format_seconds(seconds: float) -> str:
 
 
 class LRScheduler(HookBase):
-    """Steps a learning-rate schedule and puts the rate into the storage as "lr"."""
+    """Steps a learning-rate schedule and stores the learning rate as "lr"."""
 
     def __init__(self, optimizer: torch.optim.Optimizer | None = None, scheduler=None):
         """
         Args:
-            optimizer: default: the trainer's ``optimizer``.
-            scheduler: a PyTorch scheduler, or a fvcore ParamScheduler, which becomes an `LRMultiplier`;
-                default: the trainer's ``scheduler``.
+            optimizer: the optimizer; None for the trainer's.
+            scheduler: a PyTorch scheduler, or a fvcore ParamScheduler, which becomes an `LRMultiplier`; None
+                for the trainer's.
         """
         self._optimizer = optimizer
         self._scheduler = scheduler
@@ -154,8 +154,10 @@ class LRScheduler(HookBase):
 
     @staticmethod
     def get_best_param_group_id(optimizer: torch.optim.Optimizer) -> int:
-        """The parameter group whose rate stands for all: the largest, or of the commonest rate if all have
-        one parameter."""
+        """Return the index of the parameter group whose learning rate is reported.
+
+        It is the largest group, or one with the most common rate if each group has a single parameter.
+        """
         groups = optimizer.param_groups
         largest = max(len(group["params"]) for group in groups)
         if largest > 1:
@@ -185,15 +187,15 @@ class LRScheduler(HookBase):
 class PeriodicCheckpointer(_PeriodicCheckpointer, HookBase):
     """`detlib.checkpoint.PeriodicCheckpointer` as a hook.
 
-    It refuses to save a model with infinite or NaN parameters, so that a training which diverged between
-    two looks at the losses leaves good checkpoints behind.
+    It refuses to save a model with infinite or NaN parameters, so a run that diverges between two readings of
+    the losses does not overwrite good checkpoints.
     """
 
     def before_train(self) -> None:
         self.max_iter = self.trainer.max_iter
 
     def after_step(self) -> None:
-        """Saves if it is time to.
+        """Save a checkpoint if one is due.
 
         Raises:
             FloatingPointError: if parameters are not finite.
@@ -207,10 +209,10 @@ class PeriodicCheckpointer(_PeriodicCheckpointer, HookBase):
         self.step(iteration)
 
     def after_train(self) -> None:
-        """Saves the final checkpoint if it is missing yet, and waits for what is saved in the background.
+        """Save the final checkpoint if it is missing, and wait for checkpoints saved in the background.
 
-        It is missing if the training was stopped early, or was cut off between its last periodic checkpoint
-        and the final one and then resumed with nothing left to train.
+        It is missing if the run was stopped early, or if it was interrupted between its last periodic
+        checkpoint and the final one and then resumed with nothing left to train.
 
         Raises:
             FloatingPointError: if parameters are not finite.
@@ -229,19 +231,23 @@ class PeriodicCheckpointer(_PeriodicCheckpointer, HookBase):
         lacks = not self.path_manager.exists(
             os.path.join(self.checkpointer.save_dir, f"{self.file_prefix}_final.pth")
         )
-        # Where all processes have this hook, all take part in saving, or none: the first one decides.
+        # If all processes have this hook, all of them save or none does: the main process decides.
         all_save = is_sharded(self.checkpointer.model) or getattr(self.trainer, "_all_save", False)
         return comm.all_gather(lacks)[0] if all_save else lacks
 
 
 def prepare_to_save(trainer: TrainerBase) -> None:
-    """Lets a trainer collect what the processes have for themselves, before a hook saves."""
+    """Let a trainer collect the state that each process keeps. Called before a checkpoint is saved."""
     prepare = getattr(trainer, "prepare_to_save", None)
     if prepare is not None:
         prepare()
 
 
 def refuse_diverged(checkpointer: Checkpointer, iteration: int) -> None:
+    """
+    Raises:
+        FloatingPointError: if the model has infinite or NaN parameters.
+    """
     bad = find_non_finite_parameters(checkpointer.model)
     if bad:
         listed = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
@@ -253,12 +259,12 @@ def refuse_diverged(checkpointer: Checkpointer, iteration: int) -> None:
 
 
 class EvalHook(HookBase):
-    """Calls an evaluation function every so many steps, and after the last one.
+    """Calls an evaluation function every `eval_period` steps and after the last step.
 
     Every process calls it, and they wait for each other afterwards.
 
     Attributes:
-        evaluated: the number of steps done at the last evaluation; None before the first.
+        evaluated: number of steps done at the last evaluation; None before the first.
     """
 
     def __init__(
@@ -270,11 +276,11 @@ class EvalHook(HookBase):
     ):
         """
         Args:
-            eval_period: steps between two evaluations; 0 evaluates after the last step only.
-            eval_function: takes nothing and returns a nested dict of numbers, or nothing.
+            eval_period: number of steps between two evaluations; 0 evaluates after the last step only.
+            eval_function: takes no arguments and returns a nested dict of numbers, or None.
             eval_after_train: whether to evaluate after the last step.
-            repeat_after_stop: whether to do so also if training was stopped early by the evaluation of its
-                last step; for functions that do more at the end.
+            repeat_after_stop: whether to evaluate again if training was stopped early by the evaluation of
+                its last step; for functions that do more at the end.
         """
         self._period = eval_period
         self._func = eval_function
@@ -296,18 +302,18 @@ class EvalHook(HookBase):
                         f"eval_function must return a nested dict of numbers; '{name}' is {value!r}"
                     ) from e
             self.trainer.storage.put_scalars(**flat, smoothing_hint=False)
-        # Evaluation takes the processes different times; steps must start together.
+        # Evaluation takes a different time in each process; steps must start together.
         comm.synchronize()
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
-        # The evaluation after the last step is made in after_train.
+        # The evaluation after the last step runs in after_train.
         if self._period > 0 and done % self._period == 0 and done != self.trainer.max_iter:
             self._do_eval()
             self.evaluated = done
 
     def after_train(self) -> None:
-        # Not if training was cut short by an error.
+        # Not after an error.
         if self._eval_after_train and self.trainer.is_finished:
             if self._repeat_after_stop or self.evaluated != self.trainer.iter:
                 self._do_eval()
@@ -317,18 +323,18 @@ class EvalHook(HookBase):
 
 
 class PeriodicWriter(HookBase):
-    """Lets writers put out the storage every so many steps, at each evaluation and after the last step."""
+    """Calls each writer every `period` steps, at each evaluation and after the last step."""
 
     def __init__(self, writers: list[EventWriter], period: int = 20, eval_period: int = 0):
         """
         Args:
-            writers: what writes.
-            period: steps between two calls.
-            eval_period: the period of the `EvalHook`, whose results are put out in the same step: the next
-                ones would replace them. 0 for none.
+            writers: the writers.
+            period: number of steps between two calls.
+            eval_period: the period of the `EvalHook`, whose results are written in the same step, before the
+                next ones replace them. 0 for none.
 
         Raises:
-            TypeError: if one of `writers` is no EventWriter.
+            TypeError: if one of `writers` is not an EventWriter.
         """
         for writer in writers:
             if not isinstance(writer, EventWriter):
@@ -340,7 +346,7 @@ class PeriodicWriter(HookBase):
     def before_train(self) -> None:
         for writer in self._writers:
             writer.start()
-        if self.trainer.storage.latest():  # of an evaluation that was made up: the next would replace it
+        if self.trainer.storage.latest():  # results of a missed evaluation: the next would replace them
             self._write()
 
     def after_step(self) -> None:
@@ -354,7 +360,7 @@ class PeriodicWriter(HookBase):
     def _write(self) -> None:
         for writer in self._writers:
             writer.write()
-        # Without a writer that takes them they would only be in the way.
+        # No writer may have taken them.
         self.trainer.storage.clear_images()
         self.trainer.storage.clear_histograms()
 
@@ -363,7 +369,7 @@ class PeriodicWriter(HookBase):
         for writer in self._writers:
             try:
                 writer.finish()
-            except Exception as error:  # the others are to be closed all the same
+            except Exception as error:  # the other writers must still be closed
                 logger.error("%s failed at the end", type(writer).__name__, exc_info=error)
                 errors.append(error)
         if errors:
@@ -371,17 +377,19 @@ class PeriodicWriter(HookBase):
 
 
 class StopOnSignal(HookBase):
-    """On SIGTERM (Slurm, Kubernetes, spot machines) or Ctrl-C, saves a checkpoint after the step and stops.
+    """Saves a checkpoint after the current step and stops, on SIGTERM or Ctrl-C.
 
-    One process that gets the signal is enough: all stop after the same step. It goes behind all hooks with
-    a state, so that the checkpoint has what they did in this step.
+    Slurm, Kubernetes and spot machines send SIGTERM some time before the end.
+
+    It is enough if one process gets the signal: all stop after the same step. The hook goes after all hooks
+    with a state, so that the checkpoint includes what they did in this step.
     """
 
     def __init__(self, checkpointer: Checkpointer, period: int = 1):
         """
         Args:
-            checkpointer: what saves.
-            period: steps between two questions among the processes whether one was asked to stop.
+            checkpointer: saves the checkpoint.
+            period: number of steps between two checks for a stop request in any process.
 
         Raises:
             ValueError: if `period` is below 1.
@@ -396,7 +404,7 @@ class StopOnSignal(HookBase):
         self._listening.enter_context(listen_for_stop())
 
     def after_step(self) -> None:
-        """Saves and stops if a process was asked to.
+        """Save and stop if a process got a signal.
 
         Raises:
             StopTraining: in all processes.
@@ -407,17 +415,17 @@ class StopOnSignal(HookBase):
         signum = stop_requested()
         if not signum:
             if self._is_last_step():
-                # What is left needs no step: a signal ends it as it ends any program.
+                # No step is left: from here a signal ends the program as usual.
                 self._listening.close()
             return
         name = f"model_{iteration:07d}"
-        # The first process knows: what it saves in the background, others may not see yet. All save, or none.
+        # The main process decides for all: the others may not see yet what it saves in the background.
         if not comm.all_gather(self._is_saved(iteration, name))[0]:
             prepare_to_save(self.trainer)
             self._checkpointer.save(name, iteration=iteration)
         self._checkpointer.wait()
         logger.warning(
-            "Stopped by %s after iteration %d, which is saved in %s; --resume goes on from there",
+            "Stopped by %s after iteration %d, which is saved in %s; --resume continues from there",
             signal.Signals(signum).name,
             iteration,
             self._checkpointer.get_checkpoint_file(),
@@ -425,7 +433,7 @@ class StopOnSignal(HookBase):
         raise StopTraining(signum)
 
     def _is_saved(self, iteration: int, name: str) -> bool:
-        """Whether the step's checkpoint was due anyway, and is there."""
+        """Return whether this step's checkpoint has been saved already."""
         if not self._checkpointer.has_checkpoint():
             return False
         last = os.path.basename(self._checkpointer.get_checkpoint_file())
