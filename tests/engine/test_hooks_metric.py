@@ -142,7 +142,7 @@ def test_an_unknown_metric_is_told_with_near_names_and_stops_nothing(tmp_path, c
         trainer = _Course(tmp_path, [1, 1, 1], patience=1, metric="bbox/PA", end=6)
     assert trainer.iter == 6
     assert "The evaluation has no metric 'bbox/PA'. Similar names: bbox/AP." in caplog.text
-    assert "training cannot be stopped early (SOLVER.EARLY_STOP.METRIC" in caplog.text
+    assert "Training cannot be stopped early (SOLVER.EARLY_STOP.METRIC" in caplog.text
 
 
 def test_the_main_process_decides(tmp_path, monkeypatch):

@@ -222,8 +222,8 @@ class EarlyStopping(HookBase):
     results, decides for all.
 
     The metrics are kept in the checkpoints and, because these are saved before the evaluation of the same
-    step, in ``OUTPUT_DIR/early_stop.json``. So a resumed run stops where an uninterrupted one would. A stopped
-    run does not train further on resume, unless `patience` is larger.
+    step, in ``OUTPUT_DIR/early_stop.json``. So a resumed run stops where an uninterrupted one would. A run
+    that was stopped does not train further on resume, unless `patience` is larger.
     """
 
     def __init__(self, eval_period: int, metric: str, patience: int, mode: str = "max", output_dir: str = ""):

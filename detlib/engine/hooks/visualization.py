@@ -35,11 +35,11 @@ _MIN_PREDICTION_LONG_SIDE = 640
 
 
 class TrainingImages(HookBase):
-    """Draws the pictures of a batch with the truth, as the model sees them, every so many steps.
+    """Draws the images of a batch with their ground truth every `period` steps, as the model sees them.
 
-    That is: after all augmentation, with boxes (rotated ones too), masks, keypoints and semantic maps. Beside
-    each picture stands the same one with what the model predicts for it by now. They go to
-    ``OUTPUT_DIR/train_images/iter_0000499.jpg`` and as "train_images" into the storage, for TensorBoard.
+    Images are drawn after all augmentations, with boxes, rotated boxes, masks, keypoints and semantic
+    segmentation, next to the current predictions of the model. The drawings are written to
+    ``OUTPUT_DIR/train_images/iter_0000499.jpg`` and stored as "train_images" for TensorBoard.
     """
 
     def __init__(
@@ -57,18 +57,19 @@ class TrainingImages(HookBase):
     ):
         """
         Args:
-            period: steps between two drawings.
+            period: number of steps between two drawings.
             output_dir: the output folder.
-            image_format: of the pictures in a batch, see `detlib.data.detection_utils.read_image`.
-            metadata: names and colours of classes, see `Visualizer`; None for none.
-            model: what predicts; None leaves predictions out. Every process predicts, as models whose parts
-                are spread over the processes need that; the main process draws.
-            max_images: pictures of a batch at most.
-            max_files: the last so many files are kept.
-            min_score, max_instances: which predictions to draw.
+            image_format: format of the images in a batch, see `detlib.data.detection_utils.read_image`.
+            metadata: names and colors of the classes, see `Visualizer`; None for none.
+            model: the model that predicts; None draws no predictions. All processes predict, because a
+                sharded model needs all of them; the main process draws.
+            max_images: maximum number of images of a batch.
+            max_files: number of files to keep, the newest ones.
+            min_score: instances with a lower score are not drawn.
+            max_instances: maximum number of instances of an image, in descending score order.
 
         Raises:
-            ValueError: if one of the numbers is below 1.
+            ValueError: if `period`, `max_images` or `max_files` is below 1.
         """
         for name, value in (("period", period), ("max_images", max_images), ("max_files", max_files)):
             if value < 1:
@@ -82,7 +83,7 @@ class TrainingImages(HookBase):
         self._max_files = max_files
         self._min_score = min_score
         self._max_instances = max_instances
-        self._is_told = False
+        self._has_warned = False
 
     def before_step(self) -> None:
         if (self.trainer.iter + 1) % self._period == 0:
@@ -93,16 +94,16 @@ class TrainingImages(HookBase):
             return
         samples = _samples(self.trainer.batch)[: self._max_images]
         if not samples:
-            if not self._is_told:
-                logger.warning("No training pictures are drawn: the batches are not in the standard format")
-                self._is_told = True
+            if not self._has_warned:
+                logger.warning("Training images are not drawn: the batches are not in the standard format")
+                self._has_warned = True
             return
         predictions = self._predict(samples)
         if not comm.is_main_process():
             return
-        picture = _stack([self._draw(s, p) for s, p in zip(samples, predictions)])
-        self.trainer.storage.put_image("train_images", picture.transpose(2, 0, 1))
-        self._save(picture)
+        drawing = _stack([self._draw(s, p) for s, p in zip(samples, predictions)])
+        self.trainer.storage.put_image("train_images", drawing.transpose(2, 0, 1))
+        self._save(drawing)
 
     def _predict(self, samples: list[Mapping[str, Any]]) -> list[Mapping[str, Any] | None]:
         if self._model is None:
@@ -110,34 +111,34 @@ class TrainingImages(HookBase):
         inputs = []
         for sample in samples:
             height, width = sample["image"].shape[-2:]
-            # Without the truth, and in the size of the picture that was trained on.
+            # Without the ground truth, and in the size of the training image.
             kept = {key: sample[key] for key in ("image", "proposals") if key in sample}
             inputs.append({**kept, "height": height, "width": width})
         with inference_context(self._model), torch.no_grad():
             return list(self._model(inputs))
 
     def _draw(self, sample: Mapping[str, Any], prediction: Mapping[str, Any] | None) -> np.ndarray:
-        """The picture with the truth, and to its right with the prediction; (H, W, 3) uint8 RGB."""
-        picture = _to_rgb(sample["image"], self._image_format)
-        scale = _TRAINING_LONG_SIDE / max(picture.shape[:2])
-        # What a model without a semantic head is given of that kind, it does not look at.
+        """Return the ground truth and, to its right, the prediction; (H, W, 3) uint8 RGB."""
+        image = _to_rgb(sample["image"], self._image_format)
+        scale = _TRAINING_LONG_SIDE / max(image.shape[:2])
+        # Models without a semantic head ignore `sem_seg`; do not draw it.
         is_semantic = "instances" not in sample or hasattr(self._model, "sem_seg_head")
-        drawn = [_draw_truth(Visualizer(picture, self._metadata, scale=scale), sample, is_semantic)]
+        drawn = [_draw_ground_truth(Visualizer(image, self._metadata, scale=scale), sample, is_semantic)]
         if prediction is not None:
-            visualizer = Visualizer(picture, self._metadata, scale=scale)
+            visualizer = Visualizer(image, self._metadata, scale=scale)
             drawn.append(draw_prediction(visualizer, prediction, self._min_score, self._max_instances))
         images = [d.get_image() for d in drawn]
         gap = np.full((images[0].shape[0], _GAP, 3), 255, np.uint8)
         return np.concatenate([images[0], *(part for image in images[1:] for part in (gap, image))], axis=1)
 
-    def _save(self, picture: np.ndarray) -> None:
+    def _save(self, drawing: np.ndarray) -> None:
         from PIL import Image
 
         PathManager.mkdirs(self._folder)
         path = os.path.join(self._folder, f"iter_{self.trainer.iter:07d}.jpg")
         with PathManager.open(path, "wb") as f:
-            Image.fromarray(picture).save(f, format="JPEG", quality=90)
-        # Those of a run before count as well; what lies at an address is not listed, and stays.
+            Image.fromarray(drawing).save(f, format="JPEG", quality=90)
+        # Files of an earlier run count too. Remote files are not listed, and stay.
         for old in sorted(glob.glob(os.path.join(glob.escape(self._folder), "iter_*.jpg")))[
             : -self._max_files
         ]:
@@ -145,35 +146,37 @@ class TrainingImages(HookBase):
 
 
 def _samples(batch: Any) -> list[Mapping[str, Any]]:
-    """The dicts of a batch in the standard format; [] of another."""
+    """Return the dicts of a batch in the standard format; [] for another batch."""
     if not isinstance(batch, list | tuple):
         return []
     return [d for d in batch if isinstance(d, Mapping) and isinstance(d.get("image"), torch.Tensor)]
 
 
 def _to_rgb(image: torch.Tensor, image_format: str) -> np.ndarray:
-    """(C, H, W) as (H, W, 3) uint8 RGB."""
-    picture = convert_image_to_rgb(image.detach().cpu().permute(1, 2, 0), image_format)
-    return np.ascontiguousarray(picture.clip(0, 255).astype(np.uint8))
+    """Convert an image (C, H, W) to (H, W, 3) uint8 RGB."""
+    rgb = convert_image_to_rgb(image.detach().cpu().permute(1, 2, 0), image_format)
+    return np.ascontiguousarray(rgb.clip(0, 255).astype(np.uint8))
 
 
-def _draw_truth(visualizer: Visualizer, sample: Mapping[str, Any], is_semantic: bool):
-    """Draws what is annotated on a picture, the semantic map if asked for. Returns the `VisImage`."""
+def _draw_ground_truth(visualizer: Visualizer, sample: Mapping[str, Any], is_semantic: bool):
+    """Draw the annotations of an image, with `sem_seg` if `is_semantic`. Return the `VisImage`."""
     output = visualizer.get_output()
     if is_semantic and "sem_seg" in sample:
         output = visualizer.draw_sem_seg(sample["sem_seg"].cpu(), draw_text="instances" not in sample)
     if "instances" in sample:
-        truth = sample["instances"].to("cpu")
-        fields = truth.get_fields()
-        # The visualizer draws predictions; annotations have the same fields by other names.
+        annotated = sample["instances"].to("cpu")
+        fields = annotated.get_fields()
+        # The visualizer draws predictions; annotations have the same fields with another prefix.
         names = ("boxes", "classes", "masks", "keypoints")
         renamed = {f"pred_{name}": fields[f"gt_{name}"] for name in names if f"gt_{name}" in fields}
-        output = visualizer.draw_instance_predictions(Instances(truth.image_size, **renamed), jittering=False)
+        output = visualizer.draw_instance_predictions(
+            Instances(annotated.image_size, **renamed), jittering=False
+        )
     return output
 
 
 def _stack(images: list[np.ndarray]) -> np.ndarray:
-    """Puts pictures below each other, on white."""
+    """Stack images vertically on a white background."""
     width = max(image.shape[1] for image in images)
     rows = []
     for image in images:
@@ -187,14 +190,14 @@ def write_prediction_images(
     max_images: int = 8,
     min_score: float | None = None,
 ) -> list[str]:
-    """Draws a model's predictions on pictures spread evenly over the first data set to test on.
+    """Draw a model's predictions on images spread evenly over the first test dataset.
 
     Args:
-        cfg: a config of either kind: its output folder, test data and image format are used; of a YAML
-            config with TEST.AUG.ENABLED, so is TEST.AUG.
-        model: the model; its mode is as before afterwards.
-        max_images: how many pictures at most.
-        min_score: instances that score less are not drawn; None for the model's `default_score_threshold`.
+        cfg: a config of either kind. Its output folder, test data and image format are used, and TEST.AUG of
+            a YAML config.
+        model: the model; its mode does not change.
+        max_images: maximum number of images.
+        min_score: instances with a lower score are not drawn; None for the model's `default_score_threshold`.
 
     Returns:
         Paths of the files, ``OUTPUT_DIR/predictions/*.png``; empty on processes other than the main one.
@@ -219,16 +222,16 @@ def write_prediction_images(
             sample = dataset[index]
             with torch.no_grad():
                 prediction = model([sample])[0]
-            stem = os.path.splitext(os.path.basename(str(sample.get("file_name", "picture"))))[0]
+            stem = os.path.splitext(os.path.basename(str(sample.get("file_name", "image"))))[0]
             path = os.path.join(folder, f"{index:05d}_{stem}.png")
             _draw_prediction_image(sample, prediction, metadata, min_score, input_format).save(path)
             paths.append(path)
-    logger.info("Pictures of predictions are in %s", folder)
+    logger.info("Drawings of predictions are in %s", folder)
     return paths
 
 
 def _test_data(cfg: CfgNode | Mapping[str, Any]) -> tuple[str, Any, str] | None:
-    """Name, mapped data set and image format of the first data set to test on; None if there is none."""
+    """Return name, mapped dataset and image format of the first test dataset; None if there is none."""
     if isinstance(cfg, CfgNode):
         names = as_names(cfg.DATASETS.TEST)
         if not names:
@@ -244,25 +247,24 @@ def _test_data(cfg: CfgNode | Mapping[str, Any]) -> tuple[str, Any, str] | None:
 def _draw_prediction_image(
     sample: Mapping[str, Any], prediction: Mapping[str, Any], metadata: Any, min_score: float, fmt: str
 ):
-    """Draws one prediction on its picture, in the picture's own size or larger."""
-    picture = _image_rgb(sample, fmt)
-    visualizer = Visualizer(
-        picture, metadata, scale=max(1.0, _MIN_PREDICTION_LONG_SIDE / max(picture.shape[:2]))
-    )
+    """Draw one prediction on its image, in the image's own size or larger."""
+    image = _image_rgb(sample, fmt)
+    scale = max(1.0, _MIN_PREDICTION_LONG_SIDE / max(image.shape[:2]))
+    visualizer = Visualizer(image, metadata, scale=scale)
     return draw_prediction(visualizer, prediction, min_score)
 
 
 def draw_prediction(
     visualizer: Visualizer, prediction: Mapping[str, Any], min_score: float, max_instances: int | None = None
 ):
-    """Draws what a model has returned for a picture.
+    """Draw a model's output for an image.
 
     Args:
-        visualizer: of the picture, in the size of the prediction.
-        prediction: one of the dicts that models return: with "panoptic_seg", "instances", "proposals" or
-            "sem_seg", of which the first counts.
-        min_score: instances that score less are not drawn.
-        max_instances: how many to draw at most, best first; None for all.
+        visualizer: the visualizer of the image, in the size of the prediction.
+        prediction: a dict that a model returned. The first of "panoptic_seg", "instances", "proposals" and
+            "sem_seg" that it has is drawn.
+        min_score: instances with a lower score are not drawn.
+        max_instances: maximum number of instances, in descending score order; None for all.
 
     Returns:
         The `VisImage`.
@@ -283,11 +285,11 @@ def draw_prediction(
 
 
 def _image_rgb(sample: Mapping[str, Any], fmt: str) -> np.ndarray:
-    """The picture (H, W, 3) uint8 as the file has it, or else as the model sees it."""
+    """Return the image (H, W, 3) uint8 RGB of the file, or else the model's input."""
     if os.path.isfile(sample.get("file_name", "")):
         return read_image(sample["file_name"], "RGB")
     image = sample["image"].to(torch.float32)[None]
     size = (sample.get("height", image.shape[2]), sample.get("width", image.shape[3]))
     image = torch.nn.functional.interpolate(image, size, mode="bilinear", align_corners=False)[0]
-    picture = image.clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
-    return np.ascontiguousarray(picture[:, :, ::-1] if fmt == "BGR" else picture)
+    array = image.clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+    return np.ascontiguousarray(array[:, :, ::-1] if fmt == "BGR" else array)
