@@ -76,7 +76,7 @@ SMALL = 100  # lines
 MAX_SMALL_MODULES = 27
 
 # Packages that still use relative imports.
-RELATIVE_IMPORTS = ("evaluation/",)
+RELATIVE_IMPORTS = ()
 
 # Files with strings that are the dotted path of something in detlib: why these are no hidden imports.
 DOTTED_STRINGS = {
