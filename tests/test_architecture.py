@@ -75,9 +75,6 @@ LONG_FUNCTIONS = {
 SMALL = 100  # lines
 MAX_SMALL_MODULES = 27
 
-# Packages that still use relative imports.
-RELATIVE_IMPORTS = ()
-
 # Files with strings that are the dotted path of something in detlib: why these are no hidden imports.
 DOTTED_STRINGS = {
     "config/_lazy_text.py": "the name of a function in the Python text that it writes",
@@ -260,7 +257,7 @@ def test_imports_are_absolute():
         f"detlib/{place(path)}:{node.lineno}"
         for path in FILES
         for node in ast.walk(parse(path))
-        if isinstance(node, ast.ImportFrom) and node.level and not place(path).startswith(RELATIVE_IMPORTS)
+        if isinstance(node, ast.ImportFrom) and node.level
     ]
     assert not found, "relative imports:\n" + "\n".join(found)
 

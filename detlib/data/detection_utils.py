@@ -448,8 +448,8 @@ def filter_empty_instances(
         return_mask: also return which instances are kept.
 
     Returns:
-        The remaining Instances (``instances`` itself if none is dropped); with ``return_mask``, a pair of them
-        and an (R,) bool tensor.
+        The remaining Instances (``instances`` itself if none is dropped); with ``return_mask``, a pair of
+        them and an (R,) bool tensor.
     """
     if not (by_box or by_mask):
         raise ValueError("filter_empty_instances: at least one of by_box and by_mask must be True")
