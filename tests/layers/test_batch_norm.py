@@ -22,7 +22,7 @@ def make_frozen(num_features=5):
 
 class TestFrozenBatchNorm:
     @pytest.mark.parametrize("needs_grad", [False, True])
-    def test_formula(self, needs_grad):
+    def test_forward_matches_the_formula(self, needs_grad):
         norm = make_frozen()
         x = torch.randn(2, 5, 4, 3, requires_grad=needs_grad)
         y = norm(x)
@@ -34,25 +34,25 @@ class TestFrozenBatchNorm:
             scale = norm.weight / (norm.running_var + 1e-3).sqrt()
             torch.testing.assert_close(x.grad, scale[None, :, None, None].expand_as(x))
 
-    def test_gradients_and_their_gradients(self):
+    def test_gradcheck_and_gradgradcheck(self):
         norm = make_frozen().double()
         x = torch.randn(2, 5, 2, 3, dtype=torch.float64, requires_grad=True)
         assert torch.autograd.gradcheck(norm, x) and torch.autograd.gradgradcheck(norm, x)
 
-    def test_keeps_nothing_of_the_size_of_its_input(self):
+    def test_backward_does_not_keep_the_input(self):
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
             y = make_frozen()(torch.randn(2, 5, 4, 3, requires_grad=True))
         assert y.requires_grad and kept == [(5,), (5,)]
 
     @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-    def test_keeps_the_layout(self, memory_format):
+    def test_output_keeps_the_memory_format(self, memory_format):
         x = torch.randn(2, 5, 4, 3).contiguous(memory_format=memory_format).requires_grad_()
         y = make_frozen()(x)
         y.backward(torch.ones_like(y))
         assert y.stride() == x.grad.stride() == x.stride()
 
-    def test_new_one_is_the_identity_and_has_no_parameters(self):
+    def test_new_norm_is_the_identity_without_parameters(self):
         norm = FrozenBatchNorm2d(3)
         x = torch.randn(2, 3, 4, 4)
         torch.testing.assert_close(norm(x), x)
@@ -61,25 +61,25 @@ class TestFrozenBatchNorm:
         assert "num_features=3" in repr(norm)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    def test_keeps_low_precision(self, dtype):
+    def test_output_keeps_half_precision(self, dtype):
         x = torch.randn(2, 5, 4, 3).to(dtype)
         for needs_grad in (False, True):
             y = make_frozen()(x.clone().requires_grad_(needs_grad))
             assert y.dtype == dtype
             torch.testing.assert_close(y.float(), make_frozen()(x.float()), rtol=0.02, atol=0.05)
 
-    def test_loads_files_without_running_statistics(self):
+    def test_loads_version_1_files_without_running_statistics(self):
         norm = make_frozen()
         norm.load_state_dict({"weight": torch.full((5,), 2.0), "bias": torch.full((5,), 3.0)})
         assert norm.weight.tolist() == [2] * 5 and norm.running_mean.tolist() == [0] * 5
         assert norm.running_var.tolist() == [1] * 5
-        # A file of the present version must be complete.
+        # A file of the current version must be complete.
         state = norm.state_dict()
         del state["running_var"]
         with pytest.raises(RuntimeError, match="running_var"):
             norm.load_state_dict(state)
 
-    def test_conversion_both_ways(self):
+    def test_converts_from_and_to_batch_norm(self):
         torch.manual_seed(0)
         model = nn.Sequential(
             nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, eps=1e-3), nn.Sequential(nn.SyncBatchNorm(4))
@@ -108,7 +108,7 @@ class TestFrozenBatchNorm:
         assert model[1].num_batches_tracked == 7
         torch.testing.assert_close(model.eval()(x), expected)
 
-    def test_converts_a_norm_itself_and_one_without_affine(self):
+    def test_converts_a_bare_norm_and_a_norm_without_affine(self):
         norm = nn.BatchNorm2d(3, affine=False)
         norm.running_mean.fill_(2.0)
         frozen = FrozenBatchNorm2d.convert_frozen_batchnorm(norm)
@@ -116,7 +116,7 @@ class TestFrozenBatchNorm:
         assert frozen.running_mean.tolist() == [2, 2, 2]
 
 
-def test_layer_norm_is_over_channels():
+def test_layer_norm_normalizes_over_channels():
     norm = LayerNorm(6)
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
@@ -139,25 +139,25 @@ class TestGetNorm:
             ("LN", LayerNorm),
         ],
     )
-    def test_names(self, name, kind):
+    def test_config_name_builds_the_layer(self, name, kind):
         norm = get_norm(name, 64)
         assert type(norm) is kind
         assert norm(torch.randn(2, 64, 3, 3)).shape == (2, 64, 3, 3)
         if name == "GN":
             assert norm.num_groups == 32
 
-    def test_none_and_callables(self):
+    def test_accepts_none_and_callables(self):
         assert get_norm("", 8) is None and get_norm(None, 8) is None
         assert get_norm(lambda channels: nn.GroupNorm(4, channels), 8).num_groups == 4
 
-    def test_unknown_name_lists_the_legal_ones(self):
+    def test_unknown_name_lists_legal_names(self):
         with pytest.raises(
             ValueError, match=r"Unknown norm 'FrozenBn'\. Legal: BN, .*Did you mean 'FrozenBN'"
         ):
             get_norm("FrozenBn", 8)
 
 
-def test_cycle_batch_norm_list():
+def test_cycle_batch_norm_list_uses_one_norm_per_level():
     norms = CycleBatchNormList(2, num_features=3)
     norms.weight.data.fill_(2.0)
     norms.bias.data.fill_(1.0)
@@ -171,7 +171,7 @@ def test_cycle_batch_norm_list():
     assert list(plain.parameters()) == [] and plain(first).shape == first.shape
 
 
-def test_naive_sync_in_one_process_is_batch_norm():
+def test_naive_sync_batch_norm_in_one_process_is_batch_norm():
     x = torch.randn(3, 4, 5, 5)
     ours, plain = NaiveSyncBatchNorm(4), nn.BatchNorm2d(4)
     assert torch.equal(ours(x), plain(x)) and torch.equal(ours.running_var, plain.running_var)
@@ -206,7 +206,7 @@ def _run_sync_norm(rank, sizes, stats_mode):
 
 @pytest.fixture(scope="module")
 def sync_results(tmp_path_factory):
-    """What each of two processes gets, case by case."""
+    """Results of each of two processes, by case."""
     folder = tmp_path_factory.mktemp("sync")
     mp.spawn(_run_sync_norms, (folder,), nprocs=2)
     return [torch.load(folder / f"{rank}.pth") for rank in range(2)]
@@ -214,11 +214,11 @@ def sync_results(tmp_path_factory):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", range(len(_SYNC_CASES)))
-def test_naive_sync_over_processes(case, sync_results):
+def test_naive_sync_batch_norm_over_two_processes_matches_one_process(case, sync_results):
     sizes, _ = _SYNC_CASES[case]
     outputs = [results[case] for results in sync_results]
 
-    # One process with all images must give the same.
+    # One process with all images must give the same result.
     torch.manual_seed(0)
     norm = nn.BatchNorm2d(4)
     nn.init.normal_(norm.weight)
@@ -235,7 +235,7 @@ def test_naive_sync_over_processes(case, sync_results):
         torch.testing.assert_close(output[4], 0.9 + 0.1 * var, rtol=1e-4, atol=1e-5)
 
 
-def test_naive_sync_refuses_an_empty_batch_in_plain_mode(monkeypatch):
+def test_naive_sync_batch_norm_rejects_an_empty_batch_in_plain_mode(monkeypatch):
     monkeypatch.setattr("detlib.layers.batch_norm.comm.get_world_size", lambda: 2)
     with pytest.raises(ValueError, match="naiveSyncBN_N"):
         NaiveSyncBatchNorm(4)(torch.zeros(0, 4, 2, 2))

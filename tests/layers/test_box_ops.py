@@ -1,4 +1,4 @@
-"""Boxes as centers and sizes, against torchvision and loops."""
+"""Functions of boxes as plain tensors, against torchvision."""
 
 import pytest
 import torch
@@ -15,14 +15,14 @@ from detlib.layers import (
 from tests.builders import random_boxes
 
 
-def test_formats():
+def test_box_format_conversions():
     boxes = random_boxes(5, (1, 1), min_side=0, seed=0, dtype=torch.float64)
     torch.testing.assert_close(box_xyxy_to_cxcywh(boxes), tv.box_convert(boxes, "xyxy", "cxcywh"))
     torch.testing.assert_close(box_cxcywh_to_xyxy(boxes), tv.box_convert(boxes, "cxcywh", "xyxy"))
     torch.testing.assert_close(box_cxcywh_to_xyxy(box_xyxy_to_cxcywh(boxes)[None])[0], boxes)
 
 
-def test_overlaps():
+def test_iou_and_giou_match_torchvision():
     a, b = (
         random_boxes(6, (1, 1), min_side=0, seed=1, dtype=torch.float64),
         random_boxes(4, (1, 1), min_side=0, seed=2, dtype=torch.float64),
@@ -34,7 +34,7 @@ def test_overlaps():
     torch.testing.assert_close(generalized_box_iou(a, b), tv.generalized_box_iou(a, b))
 
 
-def test_boxes_without_area():
+def test_boxes_without_area_have_finite_giou_and_gradient():
     point = torch.tensor([[0.3, 0.3, 0.3, 0.3]], requires_grad=True)
     giou = generalized_box_iou(point, torch.tensor([[0.3, 0.3, 0.3, 0.3], [0.1, 0.1, 0.2, 0.2]]))
     assert giou.isfinite().all() and giou[0, 1] < -0.5
@@ -42,7 +42,7 @@ def test_boxes_without_area():
     assert point.grad.isfinite().all()
 
 
-def test_masks():
+def test_masks_to_boxes_matches_torchvision():
     masks = torch.zeros(3, 6, 7, dtype=torch.bool)
     masks[0, 2:4, 1:6] = True
     masks[1, 5, 0] = True
@@ -52,7 +52,7 @@ def test_masks():
     assert masks_to_boxes(masks[:0]).shape == (0, 4)
 
 
-def test_inverse_sigmoid():
+def test_inverse_sigmoid_is_finite_at_0_and_1():
     x = torch.tensor([0.0, 1e-5, 0.2, 0.5, 0.9, 1.0, 1.5], dtype=torch.float64)
     found = inverse_sigmoid(x)
     torch.testing.assert_close(found[2:5], torch.logit(x[2:5]))

@@ -1,4 +1,4 @@
-"""A convolution with its norm, a sum and a ReLU in one pass, and when they stay apart."""
+"""Fusion of a frozen norm, sum and ReLU after a convolution, and when they are not fused."""
 
 import copy
 import warnings
@@ -24,7 +24,7 @@ def make_conv(norm=FrozenBatchNorm2d, **kwargs):
 
 @pytest.fixture
 def joined(monkeypatch):
-    """Counts how often norm, sum and ReLU were one operator."""
+    """Count how often norm, sum and ReLU were fused."""
     calls = []
     apply = wrappers.apply_frozen_batch_norm
     monkeypatch.setattr(wrappers, "apply_frozen_batch_norm", lambda *args: calls.append(1) or apply(*args))
@@ -40,7 +40,7 @@ def plain(conv, x, residual=None):
 
 
 @pytest.mark.parametrize("with_residual", [False, True])
-def test_joined_equals_apart(joined, with_residual):
+def test_fused_equals_separate_operators(joined, with_residual):
     conv, x = make_conv(), torch.randn(2, 3, 6, 5, requires_grad=True)
     residual = torch.randn(2, 8, 6, 5, requires_grad=True) if with_residual else None
     inputs = [t for t in (x, conv.weight, residual) if t is not None]
@@ -68,7 +68,7 @@ def _hook(*args):
         lambda conv: nn.modules.module.register_module_forward_hook(_hook),
     ],
 )
-def test_hooks_see_what_they_always_saw(joined, watch):
+def test_hooks_prevent_fusion(joined, watch):
     conv, x = make_conv(), torch.randn(1, 3, 4, 4, requires_grad=True)
     handle = watch(conv)
     try:
@@ -80,7 +80,7 @@ def test_hooks_see_what_they_always_saw(joined, watch):
     assert joined == [1]
 
 
-def test_the_output_of_a_convolution_with_a_hook_is_not_that_of_the_block(joined):
+def test_forward_hook_sees_the_output_of_the_convolution(joined):
     conv, x, residual, seen = make_conv(), torch.randn(1, 3, 4, 4), torch.randn(1, 8, 4, 4), []
     conv.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
     y = conv_relu(conv, x, residual)
@@ -88,7 +88,7 @@ def test_the_output_of_a_convolution_with_a_hook_is_not_that_of_the_block(joined
     assert (seen[0] < 0).any()
 
 
-def test_changed_modules_are_called(joined):
+def test_patched_modules_are_called(joined):
     class Doubled(FrozenBatchNorm2d):
         def forward(self, x):
             return 2 * super().forward(x)
@@ -107,7 +107,7 @@ def test_changed_modules_are_called(joined):
     assert conv_relu(nn.Identity(), x).equal(F.relu(x)) and joined == []
 
 
-def test_autocast(joined):
+def test_autocast_returns_reduced_precision(joined):
     conv, x, residual = make_conv(), torch.randn(1, 3, 4, 4), torch.randn(1, 8, 4, 4)
     with torch.autocast("cpu", torch.bfloat16):
         y = conv_relu(conv, x, residual)
@@ -115,7 +115,7 @@ def test_autocast(joined):
     torch.testing.assert_close(y.float(), plain(conv, x, residual), rtol=0.05, atol=0.05)
 
 
-def test_compilers_and_tracers_see_pytorch_s_operators():
+def test_compilers_and_tracers_see_torch_operators():
     conv, x = make_conv(), torch.randn(1, 3, 4, 4)
 
     class Model(nn.Module):

@@ -1,4 +1,4 @@
-"""The deformable convolutions as modules."""
+"""The deformable convolution modules."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from detlib.layers import DeformConv, ModulatedDeformConv
 from detlib.ops import deform_conv2d
 
 
-def test_parameters():
+def test_parameter_names_and_shapes():
     assert {n: tuple(p.shape) for n, p in DeformConv(4, 6, 3, groups=2).named_parameters()} == {
         "weight": (6, 2, 3, 3)
     }
@@ -25,7 +25,7 @@ def test_parameters():
     assert DeformConv(4, 6, 3, bias=True).bias.shape == (6,)
 
 
-def test_values_norm_and_activation():
+def test_values_with_norm_and_activation():
     torch.manual_seed(0)
     settings = {"stride": 2, "padding": (1, 2), "dilation": 2, "groups": 2}
     x, norm = torch.randn(2, 4, 9, 8), nn.BatchNorm2d(6).eval()

@@ -36,7 +36,7 @@ def test_iou_losses_against_slow_formulas():
 
 
 class TestASPP:
-    def test_formula_with_global_pooling(self):
+    def test_global_pooling_matches_the_formula(self):
         torch.manual_seed(0)
         layer = ASPP(4, 6, [2, 3, 4], norm="", activation=F.relu).eval()
         x = torch.randn(2, 4, 8, 10)
@@ -48,7 +48,7 @@ class TestASPP:
         expected = F.relu(F.conv2d(torch.cat(branches, 1), layer.project.weight, layer.project.bias))
         torch.testing.assert_close(layer(x), expected)
 
-    def test_names_and_biases(self):
+    def test_parameter_names_and_biases(self):
         layer = ASPP(4, 32, [2, 3, 4], norm="GN", activation=nn.ReLU())
         names = set(layer.state_dict())
         assert {"convs.0.weight", "convs.0.norm.weight", "convs.4.1.bias", "project.norm.bias"} <= names
@@ -60,7 +60,7 @@ class TestASPP:
         with pytest.raises(ValueError, match=r"\(4, 5\) must divide the size \(9, 10\)"):
             windowed(torch.randn(1, 4, 9, 10))
 
-    def test_depthwise_and_dropout(self):
+    def test_depthwise_branches_and_dropout(self):
         torch.manual_seed(0)
         layer = ASPP(
             32, 32, [2, 3, 4], norm="GN", activation=F.relu, dropout=0.5, use_depthwise_separable_conv=True

@@ -11,7 +11,7 @@ from tests.builders import random_boxes
 
 
 def slow_paste(mask, box, height, width):
-    """Bilinear sampling of a mask, zero outside it, at pixel centers: one image, plain Python."""
+    """Sample a mask bilinearly at pixel centers, zero outside, in plain Python."""
     size = len(mask)
     x0, y0, x1, y1 = box
     image = torch.zeros(height, width, dtype=torch.float64)
@@ -35,7 +35,7 @@ def make_case():
     return masks, boxes
 
 
-def test_against_slow_formula():
+def test_paste_matches_slow_formula():
     masks, boxes = make_case()
     pasted = paste_masks_in_image(masks, boxes, (24, 30), threshold=0.5)
     soft = paste_masks_in_image(masks, boxes, (24, 30), threshold=-1)
@@ -48,14 +48,14 @@ def test_against_slow_formula():
     assert pasted.any()
 
 
-def test_against_numbers_of_detectron2():
+def test_paste_matches_detectron2():
     case = np.load(Path(__file__).with_name("paste_masks.npz"))
     masks, boxes = torch.tensor(case["masks"]), torch.tensor(case["boxes"])
     pasted = paste_masks_in_image(masks, boxes, case["pasted"].shape[1:])
     assert np.array_equal(pasted.numpy(), case["pasted"]) and pasted.any()
 
 
-def test_boxes_object_threshold_and_low_precision():
+def test_accepts_boxes_object_threshold_and_half_precision():
     masks, boxes = make_case()
     at_half = paste_masks_in_image(masks, Boxes(boxes), (24, 30), 0.5)
     assert torch.equal(at_half, paste_masks_in_image(masks, boxes, (24, 30)))
@@ -66,14 +66,14 @@ def test_boxes_object_threshold_and_low_precision():
     assert torch.equal(filled, paste_masks_in_image(torch.ones_like(masks), boxes.round(), (24, 30)))
 
 
-def test_outside_degenerate_and_empty():
+def test_boxes_outside_without_area_and_no_masks():
     masks = torch.ones(3, 5, 5)
     boxes = torch.tensor([[100.0, 100.0, 120.0, 120.0], [-30.0, -30.0, -20.0, -20.0], [5.0, 5.0, 5.0, 9.0]])
     assert not paste_masks_in_image(masks, boxes, (24, 30)).any()
     assert paste_masks_in_image(masks[:0], boxes[:0], (24, 30)).shape == (0, 24, 30)
 
 
-def test_errors():
+def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match=r"\(N, M, M\), got \(2, 3, 4\)"):
         paste_masks_in_image(torch.zeros(2, 3, 4), torch.zeros(2, 4), (5, 5))
     with pytest.raises(ValueError, match=r"shape \(2, 4\), got \(3, 4\)"):
@@ -82,7 +82,7 @@ def test_errors():
         paste_masks_in_image(torch.zeros(1, 3, 3), torch.tensor([[0, 0, math.nan, 1]]), (5, 5))
 
 
-def test_export():
+def test_paste_can_be_exported():
     class Paste(torch.nn.Module):
         def forward(self, masks, boxes):
             return paste_masks_in_image(masks, boxes, (24, 30))

@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention as a module."""
+"""The multi-scale deformable attention module."""
 
 import math
 
@@ -36,7 +36,7 @@ def inputs(num_coordinates=2, queries=5):
 
 
 def slow_attention(module, query, value, query_pos, reference_points, spatial_shapes, level_start_index):
-    """The module, one query and head after the other, by the formula of the paper."""
+    """Compute the module query by query and head by head, by the formula of the paper."""
     heads, levels, points = module.num_heads, module.num_levels, module.num_points
     size = module.embed_dim // heads
     projected = module.value_proj(value)
@@ -69,7 +69,7 @@ def slow_attention(module, query, value, query_pos, reference_points, spatial_sh
 
 @pytest.mark.parametrize("num_coordinates", [2, 4])
 @torch.no_grad()
-def test_values_are_the_formula(num_coordinates):
+def test_forward_matches_the_formula(num_coordinates):
     module, given = attention(), inputs(num_coordinates)
     expected = slow_attention(module, **given)
     torch.testing.assert_close(module(**given), expected)
@@ -79,7 +79,7 @@ def test_values_are_the_formula(num_coordinates):
 
 
 @torch.no_grad()
-def test_optional_arguments():
+def test_optional_arguments_have_defaults():
     module, given = attention(), inputs(queries=30)
     given["value"] = None
     itself = module(**given)
@@ -93,7 +93,7 @@ def test_optional_arguments():
 
 
 @torch.no_grad()
-def test_padding_counts_as_zero():
+def test_padding_cells_are_zero():
     module, given = attention(), inputs()
     torch.nn.init.normal_(module.value_proj.bias)
     mask = torch.zeros(2, 30, dtype=torch.bool)
@@ -105,7 +105,7 @@ def test_padding_counts_as_zero():
     assert torch.equal(padded[0], module(**given)[0]) and not torch.allclose(padded[1], module(**given)[1])
 
 
-def test_initial_parameters():
+def test_initial_parameters_match_the_paper():
     module = MultiScaleDeformableAttention()
     assert {name: tuple(p.shape) for name, p in module.named_parameters()} == {
         "sampling_offsets.weight": (256, 256),
@@ -127,14 +127,14 @@ def test_initial_parameters():
         assert not module.get_parameter(name).any()
     bound = math.sqrt(6 / 512)
     assert 0.9 * bound < module.value_proj.weight.abs().max() <= bound
-    # Eight heads point to the eight neighbors, and the points of a head lie 1 to 4 cells away.
+    # Eight heads point to the eight neighbors, and the points of a head are 1 to 4 cells away.
     directions = [(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]
     expected = torch.tensor(directions)[:, None, None] * torch.arange(1, 5)[:, None]
     offsets = module.sampling_offsets.bias.view(8, 4, 4, 2)
     torch.testing.assert_close(offsets, expected.expand(8, 4, 4, 2).float(), atol=1e-5, rtol=0)
 
 
-def test_function_in_plain_pytorch():
+def test_plain_pytorch_function_matches_the_operator():
     torch.manual_seed(0)
     value, locations = torch.randn(2, 30, 4, 8), torch.rand(2, 5, 4, 2, 3, 2)
     weights = torch.rand(2, 5, 4, 2, 3)
@@ -144,7 +144,7 @@ def test_function_in_plain_pytorch():
     )
 
 
-def test_autocast_keeps_locations_precise():
+def test_autocast_keeps_float32_locations():
     module, given = attention(), inputs()
     plain = module(**given)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -155,7 +155,7 @@ def test_autocast_keeps_locations_precise():
 
 
 @pytest.mark.parametrize("num_coordinates", [2, 4])
-def test_exports_with_the_operator(num_coordinates):
+def test_exported_graph_contains_the_operator(num_coordinates):
     module, given = attention(), inputs(num_coordinates)
     exported = torch.export.export(module, (), given)
     assert "detlib.ms_deform_attn.default" in {str(node.target) for node in exported.graph.nodes}
@@ -196,6 +196,6 @@ def test_wrong_arguments_are_named(change, message):
         attention()(**inputs() | change)
 
 
-def test_heads_must_divide_the_channels():
+def test_num_heads_must_divide_embed_dim():
     with pytest.raises(ValueError, match="num_heads must divide embed_dim, got 3 and 256"):
         MultiScaleDeformableAttention(num_heads=3)

@@ -9,7 +9,7 @@ from detlib.layers import PositionEmbeddingLearned, PositionEmbeddingSine, get_s
 
 
 def slow_sine(value, num_feats, temperature):
-    """The features of one number."""
+    """Return the features of one number."""
     out = []
     for i in range(num_feats):
         angle = value / temperature ** (2 * (i // 2) / num_feats)
@@ -18,7 +18,7 @@ def slow_sine(value, num_feats, temperature):
 
 
 @pytest.mark.parametrize("normalize, offset", [(True, -0.5), (True, 0.0), (False, 0.0)])
-def test_sine_of_cells(normalize, offset):
+def test_sine_embedding_of_cells_matches_the_formula(normalize, offset):
     mask = torch.zeros(2, 4, 5, dtype=torch.bool)
     mask[1, 3:] = True
     mask[1, :, 2:] = True
@@ -45,7 +45,7 @@ def test_sine_of_cells(normalize, offset):
 
 
 @pytest.mark.parametrize("exchange_xy", [True, False])
-def test_sine_of_boxes(exchange_xy):
+def test_sine_embedding_of_boxes_matches_the_formula(exchange_xy):
     boxes = torch.rand(2, 3, 4, dtype=torch.float64)
     found = get_sine_pos_embed(boxes, num_pos_feats=8, temperature=100, exchange_xy=exchange_xy)
     assert found.shape == (2, 3, 32) and found.dtype == torch.float64
@@ -55,13 +55,13 @@ def test_sine_of_boxes(exchange_xy):
     torch.testing.assert_close(found[1, 2], torch.tensor(want, dtype=torch.float64))
 
 
-def test_sine_of_points_and_single_numbers():
+def test_sine_embedding_of_points_and_scalars():
     points = torch.rand(5, 2)
     assert get_sine_pos_embed(points, 16).shape == (5, 32)
     torch.testing.assert_close(get_sine_pos_embed(points, 16)[:, 16:], get_sine_pos_embed(points[:, :1], 16))
 
 
-def test_learned():
+def test_learned_embedding_concatenates_columns_and_rows():
     module = PositionEmbeddingLearned(num_pos_feats=3, row_num_embed=4, col_num_embed=5)
     assert set(module.state_dict()) == {"row_embed.weight", "col_embed.weight"}
     found = module(torch.zeros(2, 4, 5, dtype=torch.bool))
@@ -71,7 +71,7 @@ def test_learned():
     assert 0 <= module.row_embed.weight.min() and module.row_embed.weight.max() < 1
 
 
-def test_mistakes():
+def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="num_pos_feats must be even.*got 5"):
         PositionEmbeddingSine(num_pos_feats=5)
     with pytest.raises(ValueError, match="num_pos_feats must be even.*got 7"):

@@ -1,4 +1,4 @@
-"""Attention, feed-forward and whole transformer layers against slow formulas."""
+"""Attention, feed-forward and transformer layers against slow formulas."""
 
 import math
 
@@ -22,7 +22,7 @@ def seed():
 
 
 def slow_attention(attn, query, key, value, blocked):
-    """Query by query and head by head; (Q, C), (K, C), (K, C), and which (Q, K) pairs count for nothing."""
+    """Attend query by query and head by head: (Q, C), (K, C), (K, C), and which (Q, K) pairs are masked."""
     dim, heads = attn.embed_dim, attn.num_heads
     size = dim // heads
     w, b = attn.in_proj_weight, attn.in_proj_bias
@@ -43,7 +43,7 @@ def slow_attention(attn, query, key, value, blocked):
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_attention(batch_first):
+def test_attention_matches_slow_formula(batch_first):
     module = MultiheadAttention(8, 2, batch_first=batch_first).double()
     nn.init.normal_(module.attn.in_proj_bias)
     nn.init.normal_(module.attn.out_proj.bias)
@@ -68,7 +68,7 @@ def test_attention(batch_first):
         torch.testing.assert_close(found[i], query[i] + want)
 
 
-def test_self_attention_takes_the_queries_positions():
+def test_self_attention_uses_query_pos_for_keys():
     module = MultiheadAttention(8, 2, batch_first=True).double()
     x, pos, identity = torch.rand(3, 1, 4, 8, dtype=torch.float64)
     want = slow_attention(module.attn, (x + pos)[0], (x + pos)[0], x[0], torch.zeros(4, 4, dtype=torch.bool))
@@ -76,7 +76,7 @@ def test_self_attention_takes_the_queries_positions():
     torch.testing.assert_close(found[0], identity[0] + want)
 
 
-def test_mlp_and_ffn():
+def test_mlp_and_ffn_match_their_formulas():
     mlp = MLP(3, 5, 2, 3)
     assert [tuple(layer.weight.shape) for layer in mlp.layers] == [(5, 3), (5, 5), (2, 5)]
     x = torch.randn(4, 3)
@@ -102,7 +102,7 @@ ORDERS = {
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_layers(order):
+def test_layer_applies_the_operation_order(order):
     layer = BaseTransformerLayer(
         attn=MultiheadAttention(8, 2, batch_first=True),
         ffn=FFN(8, 16),
@@ -132,7 +132,7 @@ def test_layers(order):
     torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
 
 
-def test_masks_of_a_layer():
+def test_layer_passes_one_mask_to_each_attention():
     layer = BaseTransformerLayer(
         [MultiheadAttention(8, 2, batch_first=True) for _ in range(2)],
         FFN(8, 16),
@@ -155,7 +155,7 @@ def test_masks_of_a_layer():
     torch.testing.assert_close(c[:, :2], d[:, :2])
 
 
-def test_sequences():
+def test_layer_sequence_applies_all_layers():
     layer = BaseTransformerLayer(
         MultiheadAttention(8, 2, batch_first=True),
         FFN(8, 16),
@@ -193,6 +193,6 @@ def test_sequences():
         (lambda: TransformerLayerSequence([nn.Linear(2, 2)], 2), "num_layers is 2, but there are 1"),
     ],
 )
-def test_mistakes(make, message):
+def test_wrong_arguments_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -1,4 +1,4 @@
-"""The CUDA kernels against the CPU ones."""
+"""CUDA kernels against CPU kernels."""
 
 import pytest
 import torch
@@ -34,19 +34,19 @@ def boxes_and_scores(count, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 1000, 5000])
-def test_nms(count, dtype):
+def test_nms_matches_cpu(count, dtype):
     boxes, scores = boxes_and_scores(count, dtype)
     for threshold in (0.3, 0.7):
         kept = nms(boxes.cuda(), scores.cuda(), threshold)
         assert torch.equal(kept.cpu(), nms(boxes, scores, threshold))
-        # One category, few, or about as many as there are boxes: from 1024 boxes on these are grouped.
+        # One, few, or about as many categories as boxes; from 1024 boxes on they are grouped.
         for num_categories in (1, 5, 700):
             idxs = torch.arange(count) * 7919 % num_categories - 2
             kept = batched_nms(boxes.cuda(), scores.cuda(), idxs.cuda(), threshold)
             assert torch.equal(kept.cpu(), batched_nms(boxes, scores, idxs, threshold))
 
 
-def test_nms_of_many_boxes():
+def test_nms_of_many_boxes_matches_cpu():
     boxes, scores = boxes_and_scores(40000)
     boxes *= 4
     idxs = torch.randint(80, (40000,), generator=torch.Generator().manual_seed(0))
@@ -58,7 +58,7 @@ def test_nms_of_many_boxes():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("sampling_ratio,aligned,size", [(0, True, 7), (2, False, 14), (0, False, (3, 9))])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_roi_align(dtype, sampling_ratio, aligned, size, layout):
+def test_roi_align_matches_cpu(dtype, sampling_ratio, aligned, size, layout):
     generator = torch.Generator().manual_seed(0)
     maps = torch.rand(2, 5, 30, 41, generator=generator).to(dtype).to(memory_format=layout)
     boxes, _ = boxes_and_scores(200)
@@ -83,7 +83,7 @@ def test_roi_align(dtype, sampling_ratio, aligned, size, layout):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("relu", [False, True])
-def test_frozen_batch_norm(dtype, size, layout, with_residual, relu):
+def test_frozen_batch_norm_matches_cpu(dtype, size, layout, with_residual, relu):
     generator = torch.Generator().manual_seed(0)
     x, residual, grad = torch.randn(3, *size, generator=generator).to(dtype)
     mean, weight, bias = torch.randn(3, size[1], generator=generator)
@@ -105,13 +105,13 @@ def test_frozen_batch_norm(dtype, size, layout, with_residual, relu):
         torch.testing.assert_close(theirs, ours, atol=tolerance, rtol=tolerance)
 
 
-def test_frozen_batch_norm_of_a_map_that_is_not_aligned():
+def test_frozen_batch_norm_of_an_unaligned_map():
     x = torch.randn(2 * 8 * 5 * 4 + 1).cuda()[1:].view(2, 8, 5, 4)
     constants = torch.rand(4, 8).cuda().unbind()
     torch.testing.assert_close(frozen_batch_norm(x, *constants), frozen_batch_norm(x.clone(), *constants))
 
 
-def test_other_stream_and_boxes_that_are_not_finite():
+def test_roi_align_on_another_stream_and_of_nonfinite_boxes():
     maps, boxes = (
         torch.rand(1, 3, 20, 20).cuda(),
         torch.tensor([[0, 1.0, 2, 9, 8], [0, torch.nan, 0, 1, 1]]).cuda(),
@@ -129,7 +129,7 @@ def test_other_stream_and_boxes_that_are_not_finite():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("sampling_ratio,channels,size", [(0, 3, 7), (2, 19, (3, 9))])
-def test_deterministic_backward(dtype, layout, sampling_ratio, channels, size):
+def test_roi_align_deterministic_backward(dtype, layout, sampling_ratio, channels, size):
     generator = torch.Generator().manual_seed(0)
     maps = torch.rand(2, channels, 37, 20, generator=generator).to(dtype).to(memory_format=layout)
     boxes = boxes_and_scores(300)[0] / 8 - 2
@@ -153,7 +153,7 @@ def test_deterministic_backward(dtype, layout, sampling_ratio, channels, size):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.5, -1.0])
-def test_paste_masks(dtype, threshold):
+def test_paste_masks_matches_cpu(dtype, threshold):
     masks = torch.rand(70, 9, 13, generator=torch.Generator().manual_seed(0)).to(dtype)
     boxes = boxes_and_scores(70)[0] - 20
     boxes[5:7] = torch.tensor([[4.0, 3, 4, 9], [torch.nan, 0, 5, 5]])
@@ -167,7 +167,7 @@ def test_paste_masks(dtype, threshold):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("channels", [1, 5, 16, 32, 40, 64])
-def test_ms_deform_attn(dtype, channels):
+def test_ms_deform_attn_matches_cpu(dtype, channels):
     generator = torch.Generator().manual_seed(0)
     spatial_shapes = torch.tensor([[9, 13], [5, 7], [0, 3], [1, 1]])
     cells = spatial_shapes.prod(1)
@@ -208,7 +208,7 @@ def test_ms_deform_attn_deterministic_backward():
     torch.testing.assert_close(grads[0], expected, atol=1e-3, rtol=1e-3)
 
 
-def test_ms_deform_attn_never_reads_levels_that_do_not_lie_within_the_values():
+def test_ms_deform_attn_does_not_read_levels_outside_the_values():
     value, spatial_shapes, starts, locations, weights = attention_on_gpu()
     for shape, start in (([1000, 1000], 0), ([10, 10], 1), ([10, 10], -5), ([-10, -10], 0)):
         spatial_shapes[0], starts[0] = torch.tensor(shape), start
@@ -219,7 +219,7 @@ def test_ms_deform_attn_never_reads_levels_that_do_not_lie_within_the_values():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_deform_conv2d(dtype, deterministic):
+def test_deform_conv2d_matches_cpu(dtype, deterministic):
     generator = torch.Generator().manual_seed(0)
     sizes = ((2, 6, 9, 11), (2, 36, 9, 11), (4, 3, 3, 3), (4,), (2, 18, 9, 11))
     tensors = [torch.randn(size, generator=generator).to(dtype) for size in sizes]

@@ -42,7 +42,7 @@ def arguments(kernel, stride, padding, dilation, groups, offset_groups, modulate
 
 
 def slow_deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask):
-    """The definition: every tap of every output on its own."""
+    """Compute the definition, tap by tap."""
     (num_images, channels, height, width), (num_outputs, group_channels, kh, kw) = input.shape, weight.shape
     groups, offset_groups = channels // group_channels, offset.shape[1] // (2 * kh * kw)
     offset = offset.unflatten(1, (offset_groups, kh, kw, 2))
@@ -67,7 +67,7 @@ def slow_deform_conv2d(input, offset, weight, bias, stride, padding, dilation, m
 
 @pytest.mark.parametrize("modulated", [False, True])
 @pytest.mark.parametrize("setting", SETTINGS[1:])
-def test_values_are_the_definition(setting, modulated):
+def test_values_match_the_definition(setting, modulated):
     given = arguments(*setting, modulated, num_images=1)
     expected = slow_deform_conv2d(**given)
     torch.testing.assert_close(deform_conv2d(**given), expected)
@@ -75,7 +75,7 @@ def test_values_are_the_definition(setting, modulated):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_without_offsets_it_is_a_convolution(setting):
+def test_zero_offsets_give_a_convolution(setting):
     given = arguments(*setting)
     given["offset"].zero_()
     given["mask"].fill_(1)
@@ -83,7 +83,7 @@ def test_without_offsets_it_is_a_convolution(setting):
     torch.testing.assert_close(deform_conv2d(**given), expected)
 
 
-def test_scalars_are_pairs():
+def test_scalar_arguments_mean_pairs():
     given = arguments((2, 2), (2, 2), (1, 1), (2, 2), 1, 1)
     expected = deform_conv2d(**given)
     assert torch.equal(deform_conv2d(**given | {"stride": 2, "padding": 1, "dilation": 2}), expected)
@@ -117,7 +117,7 @@ def test_gradcheck():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dtypes_and_layouts(dtype):
+def test_output_keeps_dtype_and_layout(dtype):
     given = arguments(*SETTINGS[1])
     tensors = {name: value.to(dtype) for name, value in given.items() if isinstance(value, torch.Tensor)}
     exact = given | {name: value.double() for name, value in tensors.items()}
@@ -147,7 +147,7 @@ def test_autocast_keeps_dtype_and_precision():
 
 
 @pytest.mark.parametrize("modulated", [False, True])
-def test_empty_batch(modulated):
+def test_empty_batch_has_gradients(modulated):
     given = arguments(*SETTINGS[1], modulated, num_images=0)
     output = deform_conv2d(**given)
     assert output.shape == (0, 12, *given["offset"].shape[2:])
@@ -157,14 +157,14 @@ def test_empty_batch(modulated):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_without_torchvision(setting, monkeypatch):
+def test_reference_replaces_missing_torchvision(setting, monkeypatch):
     given = arguments(*setting)
     expected = deform_conv2d(**given)
     monkeypatch.setattr("detlib.ops.deform_conv.torchvision_ops", lambda: (None, "broken"))
     torch.testing.assert_close(deform_conv2d(**given), expected)
 
 
-def test_exports():
+def test_can_be_exported():
     given = arguments(*SETTINGS[0])
 
     class Convolve(torch.nn.Module):
@@ -200,7 +200,7 @@ def test_wrong_arguments_are_named(name, change, message):
         deform_conv2d(**given | {name: change(given[name])})
 
 
-def test_the_kernel_is_torchvisions_where_it_loads(monkeypatch):
+def test_torchvision_kernel_is_used_if_available(monkeypatch):
     torchvision = pytest.importorskip("torchvision")
     given, calls = arguments(*SETTINGS[0]), []
     kernel = torchvision.ops.deform_conv2d

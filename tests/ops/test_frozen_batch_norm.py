@@ -1,4 +1,4 @@
-"""Batch normalization by constants with sum and ReLU, against its formula written out."""
+"""Batch normalization with constants, sum and ReLU, against the formula."""
 
 import itertools
 
@@ -26,7 +26,7 @@ def maps(size, dtype=torch.float64, layout="contiguous"):
 
 
 def formula(x, mean, var, weight, bias, eps, residual, relu):
-    """Of one channel after the other, in float64."""
+    """Compute the formula channel by channel, in float64."""
     planes = []
     for c in range(x.shape[1]):
         y = (x[:, c].double() - mean[c]) / (var[c] + eps) ** 0.5 * weight[c] + bias[c]
@@ -38,7 +38,7 @@ def formula(x, mean, var, weight, bias, eps, residual, relu):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", [(2, 5, 4, 3), (3, 64, 6, 5), (1, 1, 7, 9), (2, 8, 1, 1), (1, 33, 40, 2)])
 @pytest.mark.parametrize("with_residual,relu", OPTIONS)
-def test_values_and_gradients(size, layout, with_residual, relu):
+def test_values_and_gradients_match_the_formula(size, layout, with_residual, relu):
     x, residual, grad = maps(size, layout=layout)
     parts = constants(size[1])
     inputs = [t.detach().requires_grad_() for t in ([x, residual] if with_residual else [x])]
@@ -55,7 +55,7 @@ def test_values_and_gradients(size, layout, with_residual, relu):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("constants_dtype", [torch.float32, None])
-def test_lower_precision_is_rounded_once(dtype, constants_dtype):
+def test_reduced_precision_is_rounded_once(dtype, constants_dtype):
     x, residual, grad = maps((2, 19, 5, 6), dtype, "channels_last")
     parts = constants(19, constants_dtype or dtype)
     x.requires_grad_()
@@ -69,8 +69,8 @@ def test_lower_precision_is_rounded_once(dtype, constants_dtype):
     torch.testing.assert_close(found.double(), wanted.double(), rtol=epsilon, atol=4e-6)
 
 
-def test_float32_equals_pytorch_to_the_last_bit():
-    """So no stored feature changes. Where the processor multiplies and adds at once, as PyTorch then does."""
+def test_float32_is_bit_equal_to_pytorch():
+    """Stored features do not change, on processors with fused multiply-add, which PyTorch uses too."""
     multiplies_and_adds = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     if not multiplies_and_adds or not _library.has_native_kernel("frozen_batch_norm", "cpu"):
         pytest.skip("for compiled kernels on x86 with AVX2")
@@ -81,7 +81,7 @@ def test_float32_equals_pytorch_to_the_last_bit():
 
 
 @pytest.mark.parametrize("with_residual,relu", OPTIONS)
-def test_gradients_of_gradients(with_residual, relu):
+def test_gradgradcheck(with_residual, relu):
     x, residual, _ = maps((1, 3, 2, 2))
     parts = constants(3)
 
@@ -92,7 +92,7 @@ def test_gradients_of_gradients(with_residual, relu):
     assert torch.autograd.gradcheck(function, inputs) and torch.autograd.gradgradcheck(function, inputs)
 
 
-def test_other_layouts_and_empty_maps():
+def test_other_layouts_and_empty_maps_are_accepted():
     x, residual, _ = maps((2, 6, 4, 5))
     parts = constants(6)
     expected = formula(x, *parts, 1e-5, residual, True)
@@ -109,7 +109,7 @@ def test_other_layouts_and_empty_maps():
 
 
 @pytest.mark.parametrize("with_residual,relu", OPTIONS)
-def test_gradients_lie_as_the_map_does(with_residual, relu):
+def test_gradients_keep_the_layout_of_the_map(with_residual, relu):
     x, residual, grad = maps((2, 6, 4, 5), layout="channels_last")
     inputs = [t.requires_grad_() for t in ([x, residual] if with_residual else [x])]
     y = frozen_batch_norm(x, *constants(6), residual=residual if with_residual else None, relu=relu)
@@ -121,13 +121,13 @@ def test_gradients_lie_as_the_map_does(with_residual, relu):
     assert all(torch.equal(a, b) and a.stride() == x.stride() for a, b in zip(expanded, ones, strict=True))
 
 
-def test_what_is_no_number_stays():
+def test_nan_is_propagated():
     x = torch.full((1, 2, 2, 3), float("nan"))
     assert frozen_batch_norm(x, *constants(2, torch.float32), relu=True).isnan().all()
 
 
 @pytest.mark.parametrize("with_residual,relu", OPTIONS)
-def test_backward_equals_its_formula(with_residual, relu):
+def test_backward_operator_matches_its_reference(with_residual, relu):
     output, _, grad = maps((2, 5, 4, 3), layout="channels_last")
     _, var, weight, _ = constants(5)
     args = (grad, output if relu else None, var, weight, 1e-2, with_residual)
@@ -136,7 +136,7 @@ def test_backward_equals_its_formula(with_residual, relu):
     assert found[1].shape == (grad.shape if with_residual else (0,))
 
 
-def test_bad_arguments_are_named():
+def test_wrong_arguments_are_named():
     x, residual, _ = maps((2, 5, 4, 3))
     mean, var, weight, bias = constants(5)
     with pytest.raises(ValueError, match=r"x must have shape \(N, C, H, W\), got \(5, 4, 3\)"):

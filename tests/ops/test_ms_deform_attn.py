@@ -19,7 +19,7 @@ SHAPES = ((5, 7), (3, 2), (1, 1))
 
 
 def inputs(channels=5, num_images=2, heads=3, queries=6, points=2, shapes=SHAPES, dtype=torch.float64):
-    """Arguments of the operator; a third of the locations are outside the maps or near their borders."""
+    """Return arguments of the operator; a third of the locations are outside the maps or near a border."""
     generator = torch.Generator().manual_seed(channels)
 
     def random(*size):
@@ -34,7 +34,7 @@ def inputs(channels=5, num_images=2, heads=3, queries=6, points=2, shapes=SHAPES
 
 
 def slow_ms_deform_attn(value, spatial_shapes, level_start_index, locations, weights):
-    """The definition in double precision, one corner of one sample after the other."""
+    """Compute the definition in double precision, corner by corner of each sample."""
     value, locations, weights = value.double(), locations.double(), weights.double()
     num_images, queries, heads, levels, points = weights.shape
     output = torch.zeros(num_images, queries, heads, value.shape[3], dtype=torch.float64)
@@ -56,8 +56,8 @@ def backward(grad, *arguments):
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4, 8, 16, 31, 32, 40, 64])
-def test_values_are_the_definition(channels):
-    """Channel counts below, at and between the widths of vectors take different loops."""
+def test_values_match_the_definition(channels):
+    """Channel counts below, at and between vector widths use different loops."""
     arguments = inputs(channels)
     expected = slow_ms_deform_attn(*arguments)
     torch.testing.assert_close(ms_deform_attn(*arguments), expected)
@@ -65,7 +65,7 @@ def test_values_are_the_definition(channels):
     torch.testing.assert_close(_indexed_ms_deform_attn(*arguments), expected)
 
 
-def test_one_sample_worked_out_by_hand():
+def test_samples_computed_by_hand():
     value = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).view(1, 6, 1, 1)  # a map of 2 rows and 3 columns
     locations = torch.tensor([[0.5, 0.25], [1 / 3, 0.5], [0.0, 0.0], [1.2, 0.5]])  # x, y
     output = ms_deform_attn(
@@ -75,12 +75,12 @@ def test_one_sample_worked_out_by_hand():
         locations.view(1, 4, 1, 1, 1, 2),
         torch.full((1, 4, 1, 1, 1), 2.0),
     )
-    # Center of the upper middle cell; between four cells; a quarter of the corner cell; beyond the map.
+    # Center of the upper middle cell; between four cells; a quarter of the corner cell; outside the map.
     torch.testing.assert_close(output.flatten(), torch.tensor([4.0, 6.0, 0.5, 0.0]))
 
 
 @pytest.mark.parametrize("channels", [3, 8, 32, 37])
-def test_backward_is_the_gradient_of_the_definition(channels):
+def test_backward_matches_the_gradient_of_the_definition(channels):
     arguments = inputs(channels)
     output = slow_ms_deform_attn(*arguments)
     grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -108,8 +108,8 @@ def test_backward_is_the_gradient_of_the_definition(channels):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dtypes(dtype):
-    """Values of low precision go with locations of high precision, and each gradient has its own dtype."""
+def test_dtypes_of_values_locations_and_gradients(dtype):
+    """Reduced-precision values work with float32 locations, and each gradient has its own dtype."""
     arguments = inputs(32)
     value, shapes, starts, locations, weights = arguments
     locations = locations.to(torch.float64 if dtype == torch.float64 else torch.float32)
@@ -128,7 +128,7 @@ def test_dtypes(dtype):
             torch.testing.assert_close(ours.double(), theirs, atol=4 * tolerance, rtol=4 * tolerance)
 
 
-def test_low_precision_is_summed_in_float32():
+def test_reduced_precision_is_summed_in_float32():
     value, shapes, starts, locations, weights = inputs(16, points=8, dtype=torch.float32)
     value = value.bfloat16()
     got = ms_deform_attn(value, shapes, starts, locations, weights)
@@ -136,7 +136,7 @@ def test_low_precision_is_summed_in_float32():
     assert torch.equal(got, wanted.bfloat16())
 
 
-def test_gradients_of_first_and_second_order():
+def test_gradcheck_and_gradgradcheck():
     value, shapes, starts, locations, weights = inputs(2, 1, 2, 2, 1, ((3, 2), (1, 1)))
     leaves = [tensor.requires_grad_() for tensor in (value, locations, weights)]
 
@@ -147,7 +147,7 @@ def test_gradients_of_first_and_second_order():
     assert torch.autograd.gradgradcheck(attend, leaves, fast_mode=True)
 
 
-def test_gradients_of_some_inputs_only():
+def test_gradients_of_a_subset_of_inputs():
     value, shapes, starts, locations, weights = inputs()
     value.requires_grad_()
     ms_deform_attn(value, shapes, starts, locations, weights).sum().backward()
@@ -156,7 +156,7 @@ def test_gradients_of_some_inputs_only():
     torch.testing.assert_close(value.grad, expected[0])
 
 
-def test_layouts_agree():
+def test_noncontiguous_inputs_give_the_same_values():
     arguments = inputs(8)
     expected = ms_deform_attn(*arguments)
     grad = torch.randn(expected.shape, dtype=torch.float64)
@@ -184,7 +184,7 @@ def test_layouts_agree():
         {"shapes": ((0, 3), (2, 0))},
     ],
 )  # fmt: skip
-def test_empty_inputs(change):
+def test_empty_inputs_are_accepted(change):
     arguments = inputs(**change)
     value, _, _, locations, weights = arguments
     leaves = [tensor.requires_grad_() for tensor in (value, locations, weights)]
@@ -195,7 +195,7 @@ def test_empty_inputs(change):
     assert all(torch.equal(leaf.grad, torch.zeros_like(leaf)) for leaf in leaves)
 
 
-def test_a_level_without_cells_counts_as_zero():
+def test_level_without_cells_is_zero():
     arguments = inputs(8, shapes=((5, 7), (0, 4), (3, 2)))
     expected = slow_ms_deform_attn(*arguments)
     torch.testing.assert_close(ms_deform_attn(*arguments), expected)
@@ -209,7 +209,7 @@ def test_a_level_without_cells_counts_as_zero():
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf, 1e30, -1e30])
 @pytest.mark.parametrize("argument", [3, 4])
-def test_numbers_that_are_not_finite_or_huge(argument, number):
+def test_nonfinite_and_huge_values(argument, number):
     arguments = inputs(8, dtype=torch.float32)
     expected = ms_deform_attn(*arguments)
     arguments[argument][0, 2, 1, 0, 0] = number
@@ -231,7 +231,7 @@ def test_numbers_that_are_not_finite_or_huge(argument, number):
         assert all(g.isfinite().all() for g in grads)
 
 
-def test_parallel_runs_are_the_same_and_right():
+def test_parallel_runs_are_deterministic():
     shapes = ((20, 30), (10, 15), (5, 8), (3, 4))
     arguments = inputs(32, 2, 8, 700, 4, shapes, torch.float32)
     output = ms_deform_attn(*arguments)
@@ -278,7 +278,7 @@ def test_wrong_arguments_are_named(name, change, message):
         ms_deform_attn(**arguments)
 
 
-def test_no_tensor_is_named():
+def test_argument_that_is_not_a_tensor_is_named():
     arguments = list(inputs())
     arguments[1] = SHAPES
     with pytest.raises(TypeError, match="spatial_shapes must be a tensor"):

@@ -8,7 +8,7 @@ from tests.builders import random_boxes, random_scores, slow_iou
 
 
 def slow_nms(boxes, scores, threshold, idxs=None):
-    """The definition in Python floats: greedy, in descending score order."""
+    """Compute NMS in Python floats: greedy, in descending score order."""
     boxes, scores = boxes.double().tolist(), scores.double().tolist()
     categories = [0] * len(boxes) if idxs is None else idxs.tolist()
     kept = []
@@ -25,13 +25,13 @@ def boxes_and_scores(count, seed=0, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.7, 1.0])
-def test_nms_is_the_greedy_definition(dtype, threshold):
+def test_nms_matches_the_greedy_definition(dtype, threshold):
     boxes, scores = boxes_and_scores(150, dtype=dtype)
     assert nms(boxes, scores, threshold).tolist() == slow_nms(boxes, scores, threshold)
 
 
 @pytest.mark.parametrize("count", [1, 17, 1500])
-def test_nms_equals_torchvision(count):
+def test_nms_matches_torchvision(count):
     torchvision = pytest.importorskip("torchvision")
     boxes, scores = boxes_and_scores(count, seed=count)
     for threshold in (0.3, 0.5, 0.7):
@@ -39,13 +39,13 @@ def test_nms_equals_torchvision(count):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
-def test_batched_nms_separates_categories(dtype):
+def test_batched_nms_does_not_suppress_across_categories(dtype):
     boxes, scores = boxes_and_scores(300, seed=3, dtype=dtype)
     idxs = torch.arange(300) % 5 - 2
     assert batched_nms(boxes, scores, idxs, 0.3).tolist() == slow_nms(boxes, scores, 0.3, idxs)
 
 
-def test_categories_may_be_many_far_apart_or_floats():
+def test_category_values_may_be_large_negative_or_float():
     boxes, scores = boxes_and_scores(300, seed=4)
     idxs = torch.arange(300) % 7
     expected = slow_nms(boxes, scores, 0.4, idxs)
@@ -54,15 +54,15 @@ def test_categories_may_be_many_far_apart_or_floats():
     assert batched_nms(boxes, scores, idxs > 3, 0.4).tolist() == slow_nms(boxes, scores, 0.4, idxs > 3)
 
 
-def test_many_categories_do_not_cost_precision():
-    """Moving categories apart by coordinates would round these boxes: the IoU is barely above 0.7."""
+def test_many_categories_keep_coordinate_precision():
+    """Shifting categories apart would round these boxes, whose IoU is barely above 0.7."""
     box = torch.tensor([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 7.001]])
     boxes, idxs = box.repeat(20000, 1) + 1000, torch.arange(20000).repeat_interleave(2)
     scores = torch.arange(40000, 0, -1).float()
     assert torch.equal(batched_nms(boxes, scores, idxs, 0.7), torch.arange(0, 40000, 2))
 
 
-def test_equal_scores_keep_input_order_and_the_threshold_itself_is_no_overlap():
+def test_equal_scores_keep_input_order_and_threshold_is_exclusive():
     boxes = torch.tensor([[0.0, 0, 2, 2], [0, 0, 2, 1], [5, 5, 6, 6], [0, 0, 2, 2]])
     scores = torch.ones(4)
     assert nms(boxes, scores, 0.5).tolist() == [0, 1, 2]  # the IoU of 0 and 1 is 0.5
@@ -74,14 +74,14 @@ def test_boxes_without_area_overlap_nothing():
     assert nms(boxes, torch.tensor([0.9, 0.8, 0.7]), 0.0).tolist() == [0, 1, 2]
 
 
-def test_layouts_and_mixed_dtypes():
+def test_noncontiguous_inputs_and_mixed_dtypes():
     boxes, scores = boxes_and_scores(120, seed=5)
     expected = nms(boxes, scores, 0.5)
     assert torch.equal(nms(boxes.T.contiguous().T, scores.repeat_interleave(2)[::2], 0.5), expected)
     assert torch.equal(nms(boxes, scores.double(), 0.5), expected)
 
 
-def test_empty():
+def test_no_boxes_give_no_indices():
     kept = nms(torch.zeros(0, 4), torch.zeros(0), 0.5)
     assert kept.shape == (0,) and kept.dtype == torch.int64
     assert batched_nms(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64), 0.5).shape == (

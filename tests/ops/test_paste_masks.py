@@ -16,7 +16,7 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
 def random_case(seed, count=12, size=(9, 13), image=(50, 60), dtype=torch.float32):
-    """Masks and boxes, some of which reach beyond the image, lie outside, or have whole coordinates."""
+    """Return masks and boxes: partly or fully outside the image, and with integer coordinates."""
     generator = torch.Generator().manual_seed(seed)
     masks = torch.rand(count, *size, generator=generator)
     low = torch.rand(count, 2, generator=generator) * (max(image) + 30) - 30
@@ -28,7 +28,7 @@ def random_case(seed, count=12, size=(9, 13), image=(50, 60), dtype=torch.float3
 
 
 def sampled(masks, boxes, height, width):
-    """The value of every pixel by grid_sample, float64."""
+    """Compute every pixel with grid_sample in float64."""
     masks, boxes = masks.double(), boxes.double()
     x0, y0, x1, y1 = boxes[:, :, None].unbind(1)
     y = (torch.arange(height) + 0.5 - y0) / (y1 - y0) * 2 - 1
@@ -48,7 +48,7 @@ def as_bytes(strings):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threshold", [0.2, 0.5, 0.9])
-def test_paste_is_bilinear_sampling(dtype, threshold):
+def test_paste_matches_grid_sample(dtype, threshold):
     masks, boxes = random_case(0, dtype=dtype)
     values = sampled(masks, boxes, 50, 60)
     pasted = paste_masks(masks, boxes, (50, 60), threshold)
@@ -62,7 +62,7 @@ def test_paste_is_bilinear_sampling(dtype, threshold):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("box_dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_equals_the_reference_bit_by_bit(dtype, box_dtype):
+def test_kernel_is_bit_equal_to_the_reference(dtype, box_dtype):
     for seed in range(4):
         masks, boxes = random_case(seed, size=(1 + seed, 7 - seed), dtype=dtype)
         boxes = boxes.to(box_dtype)
@@ -77,14 +77,14 @@ def test_equals_the_reference_bit_by_bit(dtype, box_dtype):
 
 
 @pytest.mark.parametrize("size,image", [((28, 28), (97, 301)), ((5, 3), (300, 40)), ((56, 56), (31, 33))])
-def test_paste_to_rle_equals_pycocotools(size, image):
+def test_paste_to_rle_matches_pycocotools(size, image):
     masks, boxes = random_case(7, 40, size, image)
     for threshold in (0.1, 0.5, 0.7):
         pasted = paste_masks(masks, boxes, image, threshold)
         assert paste_masks_to_rle(masks, boxes, image, threshold) == by_pycocotools(pasted)
 
 
-def test_full_masks_and_constants_at_the_threshold():
+def test_full_masks_and_values_equal_to_the_threshold():
     boxes = torch.tensor([[0.0, 0, 7, 5], [-40, -30, 60, 50], [0.3, -20, 3.3, 40]])
     masks = torch.full((3, 4, 4), 0.5)
     pasted = paste_masks(masks, boxes, (5, 7), 0.5)
@@ -95,7 +95,7 @@ def test_full_masks_and_constants_at_the_threshold():
     assert not paste_masks(-masks, boxes, (5, 7), -1.0).any()
 
 
-def test_boxes_without_area_outside_or_not_finite_stay_empty():
+def test_boxes_without_area_outside_or_nonfinite_give_empty_images():
     inf, nan = math.inf, math.nan
     boxes = torch.tensor(
         [[3.0, 3, 3, 9], [9, 2, 4, 8], [200, 3, 220, 9], [-30, 3, -20, 9], [nan, 0, 9, 9], [0, -inf, 9, inf]]
@@ -107,7 +107,7 @@ def test_boxes_without_area_outside_or_not_finite_stay_empty():
     assert not reference_paste_masks(masks, boxes, 20, 30, 0.5).any()
 
 
-def test_masks_that_are_not_finite_spoil_only_their_neighbourhood():
+def test_nonfinite_mask_values_only_affect_neighboring_pixels():
     masks, boxes = random_case(2, 3, (6, 6))
     boxes[:] = torch.tensor([1.5, 2, 45, 48])
     expected = paste_masks(masks, boxes, (50, 60))
@@ -118,7 +118,7 @@ def test_masks_that_are_not_finite_spoil_only_their_neighbourhood():
     assert torch.equal(got[0, :, 40:], expected[0, :, 40:]) and got.any(dim=(1, 2)).all()
 
 
-def test_huge_boxes_and_many_cells():
+def test_huge_boxes_and_large_masks():
     boxes = torch.tensor([[-1e7, -1e7, 1e7, 1e7], [-1e30, 0, 1e30, 50], [10.0, 10.0, 10.001, 10.001]])
     masks = torch.rand(3, 40, 50, generator=torch.Generator().manual_seed(1))
     pasted = paste_masks(masks, boxes, (50, 60), 0.4)
@@ -129,7 +129,7 @@ def test_huge_boxes_and_many_cells():
 @pytest.mark.parametrize(
     "count,size,image", [(0, (28, 28), (4, 5)), (2, (0, 3), (4, 5)), (2, (3, 3), (0, 5))]
 )
-def test_empty(count, size, image):
+def test_empty_inputs_are_accepted(count, size, image):
     masks, boxes = torch.ones(count, *size), torch.tensor([[0.0, 0, 4, 4]]).repeat(count, 1)
     for paste in (paste_masks, lambda m, b, p, t: reference_paste_masks(m, b, *p, t)):
         pasted = paste(masks, boxes, image, 0.0)
@@ -139,7 +139,7 @@ def test_empty(count, size, image):
     assert text.dtype == torch.uint8 and lengths.dtype == torch.int64 and len(lengths) == count
 
 
-def test_layouts_and_threads():
+def test_noncontiguous_inputs_and_threads_give_the_same_images():
     masks, boxes = random_case(3, 60)
     expected = paste_masks(masks, boxes, (50, 60))
     strided = masks.permute(2, 0, 1).contiguous().permute(1, 2, 0)
@@ -159,7 +159,7 @@ def test_layouts_and_threads():
         torch.set_num_threads(threads)
 
 
-def test_autocast_and_tracing():
+def test_autocast_and_export_give_the_same_images():
     masks, boxes = random_case(4)
     expected = paste_masks(masks, boxes, (50, 60))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -173,7 +173,7 @@ def test_autocast_and_tracing():
 @pytest.mark.parametrize(
     "shape", [(0, 3), (3, 0), (0, 0), (1, 1), (1, 70), (70, 1), (40, 131), (33, 64), (600, 700)]
 )
-def test_encode_rle_equals_pycocotools(shape):
+def test_encode_rle_matches_pycocotools(shape):
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(shape, generator=generator)
     bands = torch.arange(shape[0])[:, None] // 300 + torch.arange(shape[1]) // 7
@@ -206,7 +206,7 @@ def test_wrong_arguments_are_named(change, message):
             operator(**(arguments | change))
 
 
-def test_more_wrong_arguments():
+def test_wrong_threshold_and_mask_dtype_are_named():
     with pytest.raises(ValueError, match="threshold must not be negative, got -1"):
         paste_masks_to_rle(torch.zeros(2, 3, 3), torch.zeros(2, 4), (5, 5), -1)
     with pytest.raises(ValueError, match=r"masks must have shape \(R, H, W\), got \(5, 5\)"):

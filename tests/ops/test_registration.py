@@ -1,4 +1,4 @@
-"""The operators as PyTorch sees them: schemas, tracing, autocast, and what stands in for compiled kernels."""
+"""Registration of operators: schemas, tracing, autocast, and fallbacks for compiled kernels."""
 
 import os
 import subprocess
@@ -60,20 +60,20 @@ def samples():
 
 
 @pytest.mark.parametrize("name", _library.OPERATORS)
-def test_opcheck(name):
+def test_operator_passes_opcheck(name):
     operator = getattr(torch.ops.detlib, name).default
     assert set(torch.library.opcheck(operator, samples()[name]).values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("name", ["roi_align", "roi_align_backward"])
-def test_opcheck_of_channels_last(name):
+def test_operator_passes_opcheck_in_channels_last(name):
     values, *rest = samples()[name]
     values = values.detach().to(memory_format=torch.channels_last).requires_grad_()
     results = torch.library.opcheck(getattr(torch.ops.detlib, name).default, (values, *rest))
     assert set(results.values()) == {"SUCCESS"}
 
 
-def test_compiled_graph_has_the_operator_in_it():
+def test_exported_graph_contains_the_operators():
     maps, rois, scale, height, width, ratio, aligned = samples()["roi_align"]
     boxes, scores, idxs, threshold = samples()["batched_nms"]
 
@@ -135,7 +135,7 @@ assert nms(boxes[:0], scores[:0], 0.5).shape == (0,)
 
 
 @pytest.mark.parametrize("hide_torchvision,served_by", [(False, "torchvision"), (True, "PyTorch reference")])
-def test_fallbacks_give_the_same_values(hide_torchvision, served_by, tmp_path):
+def test_fallbacks_match_native_kernels(hide_torchvision, served_by, tmp_path):
     if not hide_torchvision:
         pytest.importorskip("torchvision")
     values = {name: getattr(torch.ops.detlib, name)(*arguments) for name, arguments in samples().items()}
@@ -152,13 +152,13 @@ def test_fallbacks_give_the_same_values(hide_torchvision, served_by, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_native_kernels_serve_the_cpu_where_built():
+def test_every_operator_has_a_cpu_kernel_if_built():
     if _library.native_load_error:
         pytest.skip(f"compiled operators: {_library.native_load_error}")
     assert all(_library.implementation(name, "cpu") == "native" for name in _library.OPERATORS)
 
 
-def test_broken_extension_is_reported_and_does_without(monkeypatch):
+def test_broken_extension_warns_and_is_ignored(monkeypatch):
     def broken(name):
         raise ImportError("undefined symbol: aoti_torch_example")
 

@@ -11,7 +11,7 @@ from tests.ops.cases import DTYPES, TOLERANCE, bilinear, feature_map, rois
 
 
 def slow_roi_align(input, boxes, output_size, spatial_scale, sampling_ratio, aligned):
-    """The definition in double precision, every sample of a bin on its own."""
+    """Compute the definition in double precision, sample by sample."""
     input, (bins_y, bins_x) = input.double(), output_size
     output = []
     shift = 0.5 if aligned else 0.0
@@ -37,7 +37,7 @@ def slow_roi_align(input, boxes, output_size, spatial_scale, sampling_ratio, ali
 @pytest.mark.parametrize("aligned", [False, True])
 @pytest.mark.parametrize("sampling_ratio", [-1, 0, 1, 3])
 @pytest.mark.parametrize("output_size", [(7, 7), (3, 5), (14, 14), (1, 1), (9, 20)])
-def test_values_are_the_definition(output_size, sampling_ratio, aligned):
+def test_values_match_the_definition(output_size, sampling_ratio, aligned):
     input, boxes = feature_map(torch.float64), rois(torch.float64)
     expected = slow_roi_align(input, boxes, output_size, 0.25, sampling_ratio, aligned)
     torch.testing.assert_close(roi_align(input, boxes, output_size, 0.25, sampling_ratio, aligned), expected)
@@ -47,8 +47,8 @@ def test_values_are_the_definition(output_size, sampling_ratio, aligned):
 
 @pytest.mark.parametrize("width", [1, 3, 7, 8, 9, 33])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_map_widths_and_dtypes(dtype, width):
-    """Narrow maps and those that end within a vector take other paths in the kernel."""
+def test_narrow_maps_and_dtypes(dtype, width):
+    """Maps that are narrow or end inside a vector use other paths of the kernel."""
     input, boxes = feature_map(dtype, (2, 5, 12, width)), rois()
     got = roi_align(input, boxes, (7, 7), 0.25, 0, True)
     assert got.dtype == dtype and got.is_contiguous()
@@ -60,7 +60,7 @@ def test_map_widths_and_dtypes(dtype, width):
 @pytest.mark.parametrize(
     "sampling_ratio,aligned,size", [(0, True, (7, 7)), (2, False, (14, 14)), (0, False, (3, 9))]
 )
-def test_backward_is_the_gradient_of_the_definition(dtype, sampling_ratio, aligned, size):
+def test_backward_matches_the_gradient_of_the_definition(dtype, sampling_ratio, aligned, size):
     shape, boxes = (2, 3, 12, 17), rois()
     grad = torch.randn(len(boxes), 3, *size, generator=torch.Generator().manual_seed(1)).to(dtype)
     scalars = (0.25, *size, *shape, sampling_ratio, aligned)
@@ -76,7 +76,7 @@ def test_backward_is_the_gradient_of_the_definition(dtype, sampling_ratio, align
 
 
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
-def test_equals_torchvision_at_real_size(sampling_ratio):
+def test_matches_torchvision_at_real_size(sampling_ratio):
     torchvision = pytest.importorskip("torchvision")
     generator = torch.Generator().manual_seed(0)
     input = torch.randn(2, 8, 50, 67, generator=generator, requires_grad=True)
@@ -92,7 +92,7 @@ def test_equals_torchvision_at_real_size(sampling_ratio):
     )
 
 
-def test_gradients_of_first_and_second_order():
+def test_gradcheck_and_gradgradcheck():
     input = feature_map(torch.float64, (2, 1, 4, 9)).requires_grad_()
     boxes = rois(torch.float64)[:4]
 
@@ -103,7 +103,7 @@ def test_gradients_of_first_and_second_order():
     assert torch.autograd.gradgradcheck(pooled, input)
 
 
-def test_layouts_agree():
+def test_noncontiguous_inputs_give_the_same_values():
     input, boxes = feature_map(), rois()
     expected = roi_align(input, boxes, 7, 0.25, 0, True)
     sliced = torch.stack([input, -input], 2)[:, :, 0]
@@ -121,8 +121,8 @@ def test_layouts_agree():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels", [2, 9, 37, 300])
 @pytest.mark.parametrize("sampling_ratio,aligned,size", [(0, True, (7, 7)), (2, False, (3, 20))])
-def test_channels_last(dtype, channels, sampling_ratio, aligned, size):
-    """Numbers of channels that fill vectors, leave a rest, and need more than one block."""
+def test_channels_last_matches_contiguous(dtype, channels, sampling_ratio, aligned, size):
+    """Channel counts that fill vectors, leave a remainder, and need several blocks."""
     shape, boxes = (2, channels, 12, 17), rois()
     input = feature_map(dtype, shape).to(memory_format=torch.channels_last).requires_grad_()
     got = roi_align(input, boxes, size, 0.25, sampling_ratio, aligned)
@@ -148,7 +148,7 @@ def test_gradient_has_the_layout_of_the_input():
     assert torch.autograd.grad(pooled, input, grad)[0].is_contiguous()
 
 
-def test_channels_last_gradients_of_first_and_second_order():
+def test_channels_last_gradcheck_and_gradgradcheck():
     input = feature_map(torch.float64, (2, 2, 4, 5)).to(memory_format=torch.channels_last).requires_grad_()
     boxes = rois(torch.float64)[:4]
 
@@ -159,7 +159,7 @@ def test_channels_last_gradients_of_first_and_second_order():
     assert torch.autograd.gradgradcheck(pooled, input)
 
 
-def test_boxes_per_image_and_box_precision():
+def test_accepts_one_box_tensor_per_image_and_float32_boxes():
     input, boxes = feature_map(), rois()
     listed = [boxes[boxes[:, 0] == i][:, 1:] for i in range(2)]
     order = torch.cat([(boxes[:, 0] == i).nonzero().squeeze(1) for i in range(2)])
@@ -168,7 +168,7 @@ def test_boxes_per_image_and_box_precision():
     assert torch.equal(half, roi_align(input.half().float(), boxes + 0.01, 5, 0.25).half())
 
 
-def test_empty_inputs():
+def test_empty_inputs_are_accepted():
     assert roi_align(feature_map(), torch.zeros(0, 5), 7).shape == (0, 3, 7, 7)
     assert roi_align(torch.zeros(1, 0, 4, 4), torch.zeros(2, 5), 7).shape == (2, 0, 7, 7)
     assert torch.equal(roi_align(torch.zeros(1, 2, 0, 4), torch.ones(2, 5), 7), torch.zeros(2, 2, 7, 7))
@@ -178,7 +178,7 @@ def test_empty_inputs():
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_boxes_that_are_not_finite_or_huge(layout):
+def test_nonfinite_and_huge_boxes(layout):
     input, boxes = feature_map().to(memory_format=layout), rois()[:3]
     expected = roi_align(input, boxes, 7, 0.25, 0, True)
     boxes = torch.cat(
@@ -194,7 +194,7 @@ def test_boxes_that_are_not_finite_or_huge(layout):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_backward_is_the_same_on_every_run(layout):
+def test_backward_is_deterministic(layout):
     boxes = torch.cat([torch.zeros(200, 1), torch.rand(200, 4) * 40], 1)
     boxes[:, 3:] += boxes[:, 1:3]
     grad = torch.randn(200, 16, 7, 7).to(memory_format=layout)

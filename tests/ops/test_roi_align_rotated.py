@@ -1,4 +1,4 @@
-"""RoIAlign of rotated boxes against the definition, sample by sample, and detectron2's numbers."""
+"""RoIAlign of rotated boxes against the definition, sample by sample, and detectron2."""
 
 import math
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.ops.cases import DTYPES, TOLERANCE, bilinear, feature_map, rotated_ro
 
 
 def slow_roi_align_rotated(input, boxes, output_size, spatial_scale, sampling_ratio):
-    """The definition in double precision, every sample of a bin on its own."""
+    """Compute the definition in double precision, sample by sample."""
     input, (bins_y, bins_x) = input.double(), output_size
     output = []
     for image, *numbers, angle in boxes.double().tolist():
@@ -31,7 +31,7 @@ def slow_roi_align_rotated(input, boxes, output_size, spatial_scale, sampling_ra
     return torch.stack(output)
 
 
-def test_values_of_detectron2():
+def test_values_match_detectron2():
     """At spatial scale 1/4; gradients of the sum of the outputs, and of the sum of their squares."""
     with np.load(Path(__file__).with_name("rotated.npz")) as arrays:
         facts = {name: torch.from_numpy(arrays[name]) for name in arrays}
@@ -46,7 +46,7 @@ def test_values_of_detectron2():
 @pytest.mark.parametrize("sampling_ratio", [-1, 0, 1, 3])
 @pytest.mark.parametrize("spatial_scale", [0.25, 0.4])
 @pytest.mark.parametrize("output_size", [(7, 7), (3, 5), (14, 14), (1, 1), (9, 20)])
-def test_values_are_the_definition(output_size, spatial_scale, sampling_ratio):
+def test_values_match_the_definition(output_size, spatial_scale, sampling_ratio):
     input, boxes = feature_map(torch.float64), rotated_rois(torch.float64)
     scalars = (output_size, spatial_scale, sampling_ratio)
     expected = slow_roi_align_rotated(input, boxes, *scalars)
@@ -57,8 +57,8 @@ def test_values_are_the_definition(output_size, spatial_scale, sampling_ratio):
 
 @pytest.mark.parametrize("channels", [1, 3, 8, 67])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_channels_and_dtypes(dtype, channels):
-    """The kernel takes channels in vectors, whole and padded ones."""
+def test_channel_counts_and_dtypes(dtype, channels):
+    """The kernel processes channels in vectors, and pads the last one."""
     input, boxes = feature_map(dtype, (2, channels, 12, 17)), rotated_rois()
     got = roi_align_rotated(input, boxes, (7, 7), 0.25, 2)
     assert got.dtype == dtype and got.is_contiguous()
@@ -68,7 +68,7 @@ def test_channels_and_dtypes(dtype, channels):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sampling_ratio,size", [(0, (7, 7)), (2, (14, 14)), (0, (3, 9))])
-def test_backward_is_the_gradient_of_the_definition(dtype, sampling_ratio, size):
+def test_backward_matches_the_gradient_of_the_definition(dtype, sampling_ratio, size):
     shape, boxes = (2, 11, 12, 17), rotated_rois()
     grad = torch.randn(len(boxes), 11, *size, generator=torch.Generator().manual_seed(1)).to(dtype)
     scalars = (0.25, *size, *shape, sampling_ratio)
@@ -83,7 +83,7 @@ def test_backward_is_the_gradient_of_the_definition(dtype, sampling_ratio, size)
     torch.testing.assert_close(reference, expected)
 
 
-def test_without_rotation_it_is_roi_align():
+def test_zero_angle_matches_roi_align():
     input = feature_map(torch.float64)
     boxes = torch.tensor([[0.0, 30, 20, 25, 15, 0], [1, 12, 9, 40, 30, 0]], dtype=torch.float64)
     half = boxes[:, 3:5] / 2
@@ -93,12 +93,12 @@ def test_without_rotation_it_is_roi_align():
         roi_align(input, upright, (4, 5), 0.25, 0, True),
     )
     torch.testing.assert_close(got, expected)
-    # A quarter turn counter-clockwise: the first row of bins is the left side of the map, from below.
+    # A quarter turn counter-clockwise: the first row of bins is the left side of the map, bottom to top.
     turned = boxes[:, [0, 1, 2, 4, 3, 5]] + torch.tensor([0, 0, 0, 0, 0, 90], dtype=torch.float64)
     torch.testing.assert_close(roi_align_rotated(input, turned, (5, 4), 0.25, 0), expected.rot90(-1, (2, 3)))
 
 
-def test_gradients_of_first_and_second_order():
+def test_gradcheck_and_gradgradcheck():
     input = feature_map(torch.float64, (2, 1, 4, 9)).requires_grad_()
     boxes = rotated_rois(torch.float64)[:4].requires_grad_()
 
@@ -109,7 +109,7 @@ def test_gradients_of_first_and_second_order():
     assert torch.autograd.gradgradcheck(pooled, input)
 
 
-def test_layouts_agree():
+def test_noncontiguous_inputs_give_the_same_values():
     input, boxes = feature_map(size=(2, 16, 12, 17)), rotated_rois()
     expected = roi_align_rotated(input, boxes, 7, 0.25, 0)
     for other in (input.to(memory_format=torch.channels_last), torch.stack([input, -input], 2)[:, :, 0]):
@@ -127,7 +127,7 @@ def test_layouts_agree():
     assert torch.equal(backward(strided, boxes, *scalars), backward(grad, boxes, *scalars))
 
 
-def test_reduced_precision_keeps_the_boxes():
+def test_reduced_precision_keeps_float32_boxes():
     input, boxes = feature_map(), rotated_rois() + 0.01
     boxes[:, 0] = 0
     half = roi_align_rotated(input.half(), boxes, 5, 0.25)
@@ -139,7 +139,7 @@ def test_reduced_precision_keeps_the_boxes():
         assert roi_align_rotated(input, boxes, 5, 0.25).dtype == torch.float32
 
 
-def test_empty_inputs():
+def test_empty_inputs_are_accepted():
     assert roi_align_rotated(feature_map(), torch.zeros(0, 6), 7).shape == (0, 3, 7, 7)
     assert roi_align_rotated(torch.zeros(1, 0, 4, 4), torch.zeros(2, 6), 7).shape == (2, 0, 7, 7)
     assert torch.equal(
@@ -151,7 +151,7 @@ def test_empty_inputs():
 
 
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
-def test_boxes_that_are_not_finite_huge_or_inverted(sampling_ratio):
+def test_nonfinite_huge_and_inverted_boxes(sampling_ratio):
     input, boxes = feature_map(), rotated_rois()[:3]
     expected = roi_align_rotated(input, boxes, 7, 0.25, sampling_ratio)
     others = [
@@ -172,7 +172,7 @@ def test_boxes_that_are_not_finite_huge_or_inverted(sampling_ratio):
     )
 
 
-def test_huge_boxes_skip_no_sample_on_the_map():
+def test_huge_boxes_use_every_sample_on_the_map():
     input = feature_map(torch.float64)
     boxes = torch.tensor([[0.0, 30, 20, 1500, 900, 35], [1, -300, 200, 1100, 800, 130]], dtype=torch.float64)
     expected = slow_roi_align_rotated(input, boxes, (3, 4), 0.25, 0)
@@ -180,7 +180,7 @@ def test_huge_boxes_skip_no_sample_on_the_map():
     torch.testing.assert_close(roi_align_rotated(input, boxes, (3, 4), 0.25, 0), expected)
 
 
-def test_backward_is_the_same_on_every_run():
+def test_backward_is_deterministic():
     boxes = torch.cat([torch.zeros(60, 1), torch.rand(60, 4) * 40, torch.rand(60, 1) * 360], 1)
     grad = torch.randn(60, 16, 7, 7)
     first, second = (

@@ -1,4 +1,4 @@
-"""Rotated IoU and NMS against polygon clipping, detectron2's numbers and hand-made cases."""
+"""Rotated IoU and NMS against polygon clipping, detectron2 and handmade cases."""
 
 import math
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.ops.cases import DTYPES, rotated_boxes_and_scores
 
 @pytest.fixture(scope="module")
 def facts():
-    """What detectron2 computed; see test_values_of_detectron2."""
+    """Boxes and results computed by detectron2."""
     with np.load(Path(__file__).with_name("rotated.npz")) as arrays:
         return {name: torch.from_numpy(arrays[name]) for name in arrays}
 
@@ -36,7 +36,7 @@ def area(polygon):
 
 
 def clip(polygon, a, b):
-    """What of a polygon lies to the left of the line from a to b (Sutherland and Hodgman, 1974)."""
+    """Clip a polygon to the left of the line from a to b (Sutherland and Hodgman, 1974)."""
 
     def side(p):
         return (b[0] - a[0]) * (p[1] - a[1]) - (b[1] - a[1]) * (p[0] - a[0])
@@ -52,7 +52,7 @@ def clip(polygon, a, b):
 
 
 def slow_rotated_iou(first, second):
-    """The definition in Python floats."""
+    """Compute the IoU by polygon clipping in Python floats."""
     polygon, other = corners(first), corners(second)
     for a, b in zip(other, other[1:] + other[:1]):
         polygon = clip(polygon, a, b)
@@ -76,12 +76,12 @@ def slow_nms(boxes, scores, threshold, idxs=None):
 
 
 class TestIoU:
-    def test_values_of_detectron2(self, facts):
+    def test_values_match_detectron2(self, facts):
         boxes = facts["boxes"]
         torch.testing.assert_close(box_iou_rotated(boxes, boxes[:20]), facts["iou"], atol=1e-5, rtol=1e-5)
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_is_the_definition(self, dtype):
+    def test_matches_polygon_clipping(self, dtype):
         boxes, _ = rotated_boxes_and_scores(61, dtype=dtype)
         got = box_iou_rotated(boxes[:40], boxes[21:])
         assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -119,14 +119,14 @@ class TestIoU:
         turned = torch.tensor([[5.0, 5, 2, 4, 90], [5, 5, 2, 4, -90], [5, 5, 4, 2, 180], [5, 5, 4, 2, 3600]])
         assert box_iou_rotated(boxes[4:], turned)[0].tolist() == pytest.approx([1.0] * 4)
 
-    def test_identical_boxes(self):
+    def test_identical_boxes_have_iou_1(self):
         for scale in (1e-18, 1e-6, 1.0, 1e6, 1e15):
             boxes = rotated_boxes_and_scores(50)[0] * torch.tensor([scale, scale, scale, scale, 1])
             iou = box_iou_rotated(boxes, boxes).diagonal()
             assert torch.equal(iou, torch.ones(50))
 
     @pytest.mark.parametrize("angle", [0.0, 30.0, 45.0, 90.0, -123.4])
-    def test_touching_boxes_share_nothing(self, angle):
+    def test_touching_boxes_have_zero_iou(self, angle):
         radians = math.radians(angle)
         x, y = 10 * math.cos(radians), -10 * math.sin(radians)
         boxes = torch.tensor(
@@ -137,20 +137,20 @@ class TestIoU:
         half[1, :2] = (boxes[0, :2] + boxes[1, :2]) / 2
         assert box_iou_rotated(half, half)[0, 1].item() == pytest.approx(1 / 3)
 
-    def test_disjoint_boxes_that_detectron2_once_gave_an_iou(self):
-        """Its issue 1207, as reported and simplified, and long boxes side by side."""
+    def test_disjoint_boxes_of_detectron2_issue_1207_have_zero_iou(self):
+        """The boxes of the issue, simplified ones, and long boxes side by side."""
         first = torch.tensor([[160.0, 153, 230, 23, -37], [3, 3, 8, 2, -45], [190, 122, 230, 21, -37]])
         second = torch.tensor([[190.0, 127, 80, 21, -46], [6, 0, 8, 2, -45], [160, 153, 230, 23, -37]])
         assert not box_iou_rotated(first, second).diagonal().any()
         assert not box_iou_rotated(second.double(), first.double()).diagonal().any()
 
-    def test_separated_boxes_have_exactly_none(self):
+    def test_separated_boxes_have_exactly_zero_iou(self):
         boxes, _ = rotated_boxes_and_scores(400, span=150)
         iou = box_iou_rotated(boxes, boxes)
         expected = slow_rotated_ious(boxes, boxes[:60])
         assert torch.equal(iou[:, :60] > 0, expected > 1e-12)
 
-    def test_thin_boxes_and_far_away(self):
+    def test_thin_boxes_and_large_coordinates(self):
         thin = torch.tensor(
             [[0.0, 0, 10000, 0.01, 30], [0, 0, 10000, 0.01, 30.0001], [3, 4, 0.02, 9000, 100]]
         )
@@ -182,7 +182,7 @@ class TestIoU:
         assert not box_iou_rotated(bad, good).any() and not box_iou_rotated(bad, bad).any()
         assert not reference_box_iou_rotated(bad, good).any()
 
-    def test_empty_layouts_and_mixed_dtypes(self):
+    def test_empty_and_noncontiguous_inputs_and_mixed_dtypes(self):
         boxes, _ = rotated_boxes_and_scores(10)
         empty = boxes[:0]
         assert box_iou_rotated(empty, boxes).shape == (0, 10)
@@ -194,7 +194,7 @@ class TestIoU:
         assert mixed.dtype == torch.float64 and torch.equal(mixed.float(), expected)
         assert not box_iou_rotated(boxes.requires_grad_(), boxes).requires_grad
 
-    def test_many_boxes_run_in_parallel_alike(self):
+    def test_parallel_runs_are_deterministic(self):
         boxes, _ = rotated_boxes_and_scores(700, span=300)
         whole = box_iou_rotated(boxes, boxes)
         assert torch.equal(whole, torch.cat([box_iou_rotated(part, boxes) for part in boxes.split(7)]))
@@ -219,7 +219,7 @@ class TestIoU:
 
 
 class TestNMS:
-    def test_values_of_detectron2(self, facts):
+    def test_values_match_detectron2(self, facts):
         boxes, scores = facts["boxes"], facts["scores"]
         assert torch.equal(nms_rotated(boxes, scores, 0.3), facts["nms_0.3"])
         assert torch.equal(nms_rotated(boxes, scores, 0.6), facts["nms_0.6"])
@@ -227,7 +227,7 @@ class TestNMS:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.7, 1.0])
-    def test_is_the_greedy_definition(self, dtype, threshold):
+    def test_matches_the_greedy_definition(self, dtype, threshold):
         boxes, scores = rotated_boxes_and_scores(80, dtype=dtype)
         expected = slow_nms(boxes, scores, threshold)
         assert nms_rotated(boxes, scores, threshold).tolist() == expected
@@ -238,7 +238,7 @@ class TestNMS:
             assert batched_nms_rotated(boxes, scores, other, threshold).tolist() == expected
         assert reference_nms_rotated(boxes, scores, idxs, threshold).tolist() == expected
 
-    def test_equals_nms_of_upright_boxes(self):
+    def test_zero_angle_matches_axis_aligned_nms(self):
         boxes, scores = rotated_boxes_and_scores(600, span=130, dtype=torch.float64)
         boxes[:, 4] = 0
         upright = torch.cat([boxes[:, :2] - boxes[:, 2:4] / 2, boxes[:, :2] + boxes[:, 2:4] / 2], 1)
@@ -247,7 +247,7 @@ class TestNMS:
             batched_nms_rotated(boxes, scores, idxs, 0.5), batched_nms(upright, scores, idxs, 0.5)
         )
 
-    def test_ties_layouts_and_empty(self):
+    def test_equal_scores_noncontiguous_and_empty_inputs(self):
         boxes = torch.tensor([[1.0, 1, 2, 2, 0], [1, 0.5, 2, 1, 0], [9, 9, 1, 1, 0], [1, 1, 2, 2, 90]])
         scores = torch.ones(4)
         assert nms_rotated(boxes, scores, 0.5).tolist() == [0, 1, 2]  # the IoU of 0 and 1 is 0.5
@@ -286,7 +286,7 @@ class TestNMS:
             batched_nms_rotated(**(arguments | change))
 
 
-def test_compiled_graph_has_the_operators_in_it():
+def test_exported_graph_contains_the_operators():
     boxes, scores = rotated_boxes_and_scores(20)
 
     class Select(torch.nn.Module):
@@ -299,7 +299,7 @@ def test_compiled_graph_has_the_operators_in_it():
     assert torch.equal(exported.module()(boxes, scores), Select()(boxes, scores))
 
 
-def test_autocast_changes_nothing():
+def test_autocast_does_not_change_results():
     boxes, scores = rotated_boxes_and_scores(40)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         iou, kept = box_iou_rotated(boxes, boxes), nms_rotated(boxes, scores, 0.3)

@@ -1,4 +1,4 @@
-"""The CUDA kernels of rotated boxes against the CPU ones."""
+"""CUDA kernels of rotated boxes against CPU kernels."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def native():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [0, 1, 63, 300])
-def test_iou(dtype, count):
+def test_iou_matches_cpu(dtype, count):
     boxes, _ = rotated_boxes_and_scores(count, dtype=dtype)
     boxes[::7, 2] = 0
     boxes[3::11, 0] = torch.nan
@@ -28,7 +28,7 @@ def test_iou(dtype, count):
     assert torch.equal(got.cpu() > 0, expected > 0)
 
 
-def test_disjoint_boxes_share_nothing():
+def test_disjoint_boxes_have_zero_iou():
     first = torch.tensor([[160.0, 153, 230, 23, -37], [3, 3, 8, 2, -45]]).cuda()
     second = torch.tensor([[190.0, 127, 80, 21, -46], [6, 0, 8, 2, -45]]).cuda()
     assert not box_iou_rotated(first, second).diagonal().any()
@@ -36,7 +36,7 @@ def test_disjoint_boxes_share_nothing():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 1000, 5000])
-def test_nms(count, dtype):
+def test_nms_matches_cpu(count, dtype):
     boxes, scores = rotated_boxes_and_scores(count, span=count**0.5 * 10, dtype=dtype)
     idxs = torch.arange(count) * 7919 % 20
     for threshold in (0.3, 0.7):
@@ -49,7 +49,7 @@ def test_nms(count, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sampling_ratio,size", [(0, 7), (2, 14), (0, (3, 9))])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_roi_align_rotated(dtype, sampling_ratio, size, layout):
+def test_roi_align_rotated_matches_cpu(dtype, sampling_ratio, size, layout):
     generator = torch.Generator().manual_seed(0)
     maps = torch.rand(2, 5, 12, 17, generator=generator).to(dtype).to(memory_format=layout)
     boxes = torch.cat([rotated_rois(), torch.tensor([[0, 20, 20, 1e6, 1e6, 30]])])
@@ -65,7 +65,7 @@ def test_roi_align_rotated(dtype, sampling_ratio, size, layout):
         torch.testing.assert_close(theirs, ours, atol=tolerance, rtol=tolerance)
 
 
-def test_deterministic_backward_and_boxes_that_are_not_finite():
+def test_deterministic_backward_and_nonfinite_boxes():
     maps = torch.rand(1, 3, 20, 20).cuda().requires_grad_()
     boxes = torch.nn.functional.pad(rotated_boxes_and_scores(100, span=20)[0], (1, 0)).cuda()
     boxes[5, 2] = torch.nan
@@ -80,7 +80,7 @@ def test_deterministic_backward_and_boxes_that_are_not_finite():
 
 
 @pytest.mark.parametrize("name", ["scores", "idxs"])
-def test_devices_must_agree(name):
+def test_devices_must_be_the_same(name):
     boxes, scores = rotated_boxes_and_scores(5)
     arguments = {"boxes": boxes.cuda(), "scores": scores.cuda(), "idxs": scores.cuda(), "iou_threshold": 0.5}
     with pytest.raises(ValueError, match=f"{name} is on cpu, but boxes is on cuda"):

@@ -37,11 +37,11 @@ class TestBoxes:
         assert Boxes(torch.zeros(1, 4, dtype=torch.float64)).tensor.dtype == torch.float32
 
     @pytest.mark.parametrize("shape", [(4,), (2, 5), (1, 2, 4)])
-    def test_wrong_shape_is_named(self, shape):
+    def test_wrong_shape_is_reported(self, shape):
         with pytest.raises(ValueError, match=r"shape \(N, 4\), got \("):
             Boxes(torch.zeros(shape))
 
-    def test_empty_boxes_keep_the_graph(self):
+    def test_empty_boxes_keep_the_autograd_graph(self):
         source = torch.zeros(0, requires_grad=True)
         Boxes(source).tensor.sum().backward()
         assert source.grad is not None
@@ -53,13 +53,13 @@ class TestBoxes:
         assert boxes.nonempty().tolist() == [True, False, True]
         assert boxes.nonempty(threshold=2).tolist() == [True, False, False]
 
-    def test_clip(self):
+    def test_clip_to_the_image(self):
         boxes = Boxes([[-5, -6, 30, 40], [1, 2, 3, 4]])
         boxes.clip((10, 20))
         assert boxes.tensor.tolist() == [[0, 0, 20, 10], [1, 2, 3, 4]]
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-    def test_clip_refuses_what_is_not_finite(self, bad):
+    def test_clip_rejects_nonfinite_coordinates(self, bad):
         with pytest.raises(ValueError, match="1 of 2 boxes .* infinite or NaN"):
             Boxes([[0, 0, bad, 1], [0, 0, 1, 1]]).clip((10, 10))
 
@@ -73,7 +73,7 @@ class TestBoxes:
         boxes.scale(2, 10)
         assert boxes.tensor.tolist() == [[2, 20, 6, 40]]
 
-    def test_indexing(self):
+    def test_indexing_by_int_slice_and_vector(self):
         boxes = Boxes(random_boxes(5))
         for index, rows in [
             (1, [1]),
@@ -108,7 +108,7 @@ class TestBoxes:
         assert boxes.to("cpu").device == torch.device("cpu")
         assert "Boxes(tensor(" in repr(boxes)
 
-    def test_batched_nms_keeps_groups_apart(self):
+    def test_batched_nms_does_not_suppress_across_groups(self):
         boxes = Boxes([[0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 8], [50, 50, 60, 60]])
         scores = torch.tensor([0.5, 0.9, 0.7, 0.1])
         assert boxes.batched_nms(scores, torch.tensor([0, 0, 1, 0]), 0.5).tolist() == [1, 2, 3]
@@ -122,7 +122,7 @@ class TestPairwise:
         self.a[1] = torch.tensor([200.0, 200.0, 200.0, 200.0])
         self.b[4] = torch.tensor([200.0, 200.0, 200.0, 200.0])
 
-    def test_against_slow_formulas(self):
+    def test_matches_slow_formulas(self):
         boxes1, boxes2 = Boxes(self.a), Boxes(self.b)
         inter, iou, ioa = (f(boxes1, boxes2) for f in (pairwise_intersection, pairwise_iou, pairwise_ioa))
         for i, first in enumerate(self.a.tolist()):
@@ -135,11 +135,11 @@ class TestPairwise:
                     shared / slow_area(second) if shared else 0, abs=1e-5
                 )
 
-    def test_against_torchvision(self):
+    def test_matches_torchvision(self):
         expected = torchvision.ops.box_iou(self.a[2:], self.b[:4])
         torch.testing.assert_close(Boxes(self.a[2:]).pairwise_iou(Boxes(self.b[:4])), expected)
 
-    def test_matched(self):
+    def test_matched_pairwise_iou_compares_row_by_row(self):
         boxes1, boxes2 = Boxes(self.a[:5]), Boxes(self.b)
         torch.testing.assert_close(
             matched_pairwise_iou(boxes1, boxes2), pairwise_iou(boxes1, boxes2).diagonal()
@@ -147,24 +147,24 @@ class TestPairwise:
         with pytest.raises(ValueError, match="got 7 and 5"):
             matched_pairwise_iou(Boxes(self.a), boxes2)
 
-    def test_empty(self):
+    def test_empty_inputs_give_empty_results(self):
         assert pairwise_iou(Boxes([]), Boxes(self.b)).shape == (0, 5)
         assert pairwise_ioa(Boxes(self.a), Boxes([])).shape == (7, 0)
 
-    def test_gradients(self):
+    def test_pairwise_iou_has_gradients(self):
         a = self.a[2:4].double().requires_grad_()
         iou = pairwise_iou(Boxes(a), Boxes(self.b[:2]))
         iou.sum().backward()
         assert torch.isfinite(a.grad).all() and a.grad.abs().sum() > 0
 
-    def test_point_box_distance(self):
+    def test_point_box_distance_is_signed(self):
         points = torch.tensor([[1.0, 2.0], [30.0, 5.0]])
         distances = pairwise_point_box_distance(points, Boxes([[0, 0, 10, 20], [5, 5, 6, 6]]))
         assert distances.tolist() == [[[1, 2, 9, 18], [-4, -3, 5, 4]], [[30, 5, -20, 15], [25, 0, -24, 1]]]
 
 
 class TestBoxMode:
-    def test_values_are_those_of_dataset_files(self):
+    def test_integer_values_are_fixed(self):
         assert [(m.name, m.value) for m in BoxMode] == [
             ("XYXY_ABS", 0),
             ("XYWH_ABS", 1),
@@ -174,7 +174,7 @@ class TestBoxMode:
         ]
 
     @pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor])
-    def test_upright_formats_and_types(self, kind):
+    def test_axis_aligned_formats_keep_the_type(self, kind):
         box = kind([5.0, 6.0, 15.0, 26.0])
         xywh = BoxMode.convert(box, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
         assert type(xywh) is type(box)
@@ -187,7 +187,7 @@ class TestBoxMode:
         box = [1, 2, 3, 4]
         assert BoxMode.convert(box, BoxMode.XYXY_ABS, BoxMode.XYXY_ABS) is box
 
-    def test_input_stays_untouched_and_dtype_is_kept(self):
+    def test_convert_does_not_change_the_input_or_dtype(self):
         for boxes in (torch.tensor([[1, 2, 5, 9]]), np.array([[1, 2, 5, 9]], dtype=np.float32)):
             converted = BoxMode.convert(boxes, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
             assert converted.dtype == boxes.dtype
@@ -195,7 +195,7 @@ class TestBoxMode:
         assert BoxMode.convert([1, 2, 5, 9], BoxMode.XYXY_ABS, BoxMode.XYWH_ABS) == [1, 2, 4, 7]
 
     @pytest.mark.parametrize("angle", [0, 30, 90, 137, -45, 180])
-    def test_rotated_to_upright_encloses_the_corners(self, angle):
+    def test_rotated_box_becomes_its_enclosing_box(self, angle):
         cx, cy, w, h = 50.0, 40.0, 20.0, 10.0
         theta = math.radians(angle)
         # Counter-clockwise on the screen, where y points down.
@@ -210,7 +210,7 @@ class TestBoxMode:
         xywh = BoxMode.convert([cx, cy, w, h, angle], BoxMode.XYWHA_ABS, BoxMode.XYWH_ABS)
         assert xywh == pytest.approx([min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)])
 
-    def test_errors(self):
+    def test_relative_modes_and_wrong_lengths_are_rejected(self):
         with pytest.raises(ValueError, match="XYXY_REL"):
             BoxMode.convert([0, 0, 1, 1], BoxMode.XYXY_REL, BoxMode.XYXY_ABS)
         with pytest.raises(ValueError, match=r"XYWH_ABS has 4 numbers, got shape \(5,\)"):

@@ -12,7 +12,7 @@ def make_images():
 @pytest.mark.parametrize(
     "divisor, size", [(0, (25, 31)), (1, (25, 31)), (8, (32, 32)), (16, (32, 32)), (5, (25, 35))]
 )
-def test_padding(divisor, size):
+def test_padded_size_and_values(divisor, size):
     images = make_images()
     batch = ImageList.from_tensors(images, divisor, pad_value=7.0)
     assert batch.tensor.shape == (2, 3, *size) and len(batch) == 2
@@ -31,7 +31,7 @@ def test_single_image_is_padded():
     assert (batch.tensor[0, :, 20:] == 3).all() and (batch.tensor[0, :, :, 31:] == 3).all()
 
 
-def test_padding_constraints():
+def test_padding_constraints_of_a_backbone():
     images = make_images()
     assert ImageList.from_tensors(images, 8, padding_constraints={"square_size": 64}).tensor.shape[-2:] == (
         64,
@@ -47,7 +47,7 @@ def test_padding_constraints():
         ImageList.from_tensors(images, padding_constraints={"square_size": 30})
 
 
-def test_dtype_and_dimensions():
+def test_keeps_dtype_and_extra_dimensions():
     masks = [torch.ones(4, 5, dtype=torch.uint8), torch.ones(6, 3, dtype=torch.uint8)]
     batch = ImageList.from_tensors(masks, pad_value=255)
     assert batch.tensor.dtype == torch.uint8 and batch.tensor.shape == (2, 6, 5)
@@ -55,7 +55,7 @@ def test_dtype_and_dimensions():
     assert batch.to(torch.float32).tensor.dtype == torch.float32
 
 
-def test_errors():
+def test_wrong_images_are_reported():
     with pytest.raises(ValueError, match="at least one"):
         ImageList.from_tensors([])
     with pytest.raises(ValueError, match=r"\(3, 4, 4\) and \(1, 4, 4\)"):

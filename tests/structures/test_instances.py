@@ -19,7 +19,7 @@ def make_instances(num=4, seed=0):
     )
 
 
-def test_fields():
+def test_fields_are_attributes():
     instances = Instances((10, 20))
     assert len(instances) == 0 and instances.image_size == (10, 20)
     instances.scores = torch.tensor([0.1, 0.2])
@@ -34,19 +34,19 @@ def test_fields():
     assert not instances.has("_private") and instances._private == "anything"
 
 
-def test_sole_field_may_change_length():
+def test_only_field_may_change_length():
     instances = Instances((10, 20), scores=torch.zeros(2))
     instances.scores = torch.zeros(3)
     assert len(instances) == 3
 
 
-def test_unequal_length_names_field_and_lengths():
+def test_unequal_length_error_names_field_and_lengths():
     instances = Instances((10, 20), scores=torch.zeros(2))
     with pytest.raises(ValueError, match=r"'labels' has 3 entries, other fields differ \(scores: 2\)"):
         instances.labels = [1, 2, 3]
 
 
-def test_missing_field():
+def test_missing_field_error_lists_fields():
     instances = Instances((10, 20), scores=torch.zeros(2))
     with pytest.raises(AttributeError, match="no field 'boxes'. Fields: scores"):
         _ = instances.boxes
@@ -71,7 +71,7 @@ def test_missing_field():
         (torch.zeros(4, dtype=torch.bool), []),
     ],
 )
-def test_indexing(item, rows):
+def test_indexing_selects_all_fields(item, rows):
     instances = make_instances()
     selected = instances[item]
     assert len(selected) == len(rows)
@@ -84,14 +84,14 @@ def test_indexing(item, rows):
     assert selected.image_size == (100, 120)
 
 
-def test_index_out_of_range_and_iteration():
+def test_index_out_of_range_raises_and_iteration_stops():
     instances = make_instances()
     with pytest.raises(IndexError, match="4 is out of range for 4"):
         instances[4]
     assert [single.gt_classes.item() for single in instances] == [0, 1, 2, 3]
 
 
-def test_cat():
+def test_cat_concatenates_all_fields():
     first, second = make_instances(2), make_instances(3, seed=1)
     joined = Instances.cat([first, second])
     assert len(joined) == 5
@@ -102,7 +102,7 @@ def test_cat():
     assert_instances_allclose(joined[:2], first)
 
 
-def test_cat_errors():
+def test_cat_rejects_different_sizes_and_fields():
     first = make_instances(2)
     with pytest.raises(ValueError, match=r"Image sizes differ: \(100, 120\) and \(5, 5\)"):
         Instances.cat([first, Instances((5, 5))])
@@ -117,13 +117,13 @@ def test_cat_errors():
         Instances.cat([odd, odd])
 
 
-def test_to_moves_what_can_be_moved():
+def test_to_moves_fields_that_have_to():
     moved = make_instances().to("meta")
     assert moved.gt_boxes.device.type == "meta" and moved.gt_classes.device.type == "meta"
     assert moved.gt_masks.device.type == "cpu" and moved.names[0] == "object0"
 
 
-def test_pickle_and_copy():
+def test_pickle_and_deepcopy_keep_fields():
     instances = make_instances()
     for twin in (pickle.loads(pickle.dumps(instances)), copy.deepcopy(instances)):
         assert torch.equal(twin.gt_boxes.tensor, instances.gt_boxes.tensor)

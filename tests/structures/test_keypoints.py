@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from detlib.structures import Keypoints, heatmaps_to_keypoints
 
 
-def test_container():
+def test_indexing_cat_and_len():
     keypoints = Keypoints([[[1, 2, 2], [3, 4, 0]], [[5, 6, 1], [7, 8, 2]]])
     assert keypoints.tensor.shape == (2, 2, 3) and keypoints.tensor.dtype == torch.float32
     assert keypoints[0].tensor.tolist() == [[[1, 2, 2], [3, 4, 0]]]
@@ -18,7 +18,7 @@ def test_container():
         Keypoints(torch.zeros(2, 2))
 
 
-def test_to_heatmap_against_slow_formula():
+def test_to_heatmap_matches_slow_formula():
     generator = torch.Generator().manual_seed(0)
     points = torch.rand(6, 5, 3, generator=generator) * torch.tensor([60.0, 60.0, 3.0])
     points[..., 2].floor_()
@@ -40,7 +40,7 @@ def test_to_heatmap_against_slow_formula():
         Keypoints(points).to_heatmap(boxes[:1], 14)
 
 
-def test_heatmaps_to_keypoints_against_slow_formula():
+def test_heatmaps_to_keypoints_matches_slow_formula():
     generator = torch.Generator().manual_seed(1)
     maps = torch.randn(3, 4, 7, 7, generator=generator) * 3
     rois = torch.tensor([[2.0, 3.0, 30.4, 20.7], [0.0, 0.0, 5.0, 9.0], [10.0, 10.0, 10.2, 10.1]])
@@ -65,7 +65,7 @@ def test_heatmaps_to_keypoints_against_slow_formula():
             assert result[r, k].tolist() == pytest.approx(expected, rel=1e-4)
 
 
-def test_heatmaps_to_keypoints_finds_the_peak_and_takes_no_objects():
+def test_heatmaps_to_keypoints_finds_the_peak_and_accepts_no_objects():
     maps = torch.full((1, 1, 8, 8), -5.0)
     maps[0, 0, 2, 6] = 10.0
     x, y, _, probability = heatmaps_to_keypoints(maps, torch.tensor([[100.0, 200.0, 180.0, 280.0]]))[
@@ -76,7 +76,7 @@ def test_heatmaps_to_keypoints_finds_the_peak_and_takes_no_objects():
 
 
 def enlarged_one_by_one(maps, rois):
-    """Keypoints as `heatmaps_to_keypoints` gives them, by torch's own enlargement of one object at a time."""
+    """Compute `heatmaps_to_keypoints` with torch's bicubic interpolation, one object at a time."""
     out = torch.zeros(*maps.shape[:2], 4)
     for r, (x0, y0, x1, y1) in enumerate(rois.tolist()):
         size = torch.tensor([max(x1 - x0, 1), max(y1 - y0, 1)])
@@ -92,7 +92,7 @@ def enlarged_one_by_one(maps, rois):
 
 
 @pytest.mark.parametrize("max_pixels", [1, 20_000, 10**9])
-def test_heatmaps_to_keypoints_in_groups_of_any_size(monkeypatch, max_pixels):
+def test_heatmaps_to_keypoints_does_not_depend_on_group_size(monkeypatch, max_pixels):
     monkeypatch.setattr("detlib.structures.keypoints._MAX_PIXELS_CPU", max_pixels)
     generator = torch.Generator().manual_seed(2)
     maps = torch.randn(30, 3, 9, 9, generator=generator) * 2
@@ -102,7 +102,7 @@ def test_heatmaps_to_keypoints_in_groups_of_any_size(monkeypatch, max_pixels):
     torch.testing.assert_close(heatmaps_to_keypoints(maps, rois), want, rtol=1e-4, atol=1e-4)
 
 
-def test_heatmaps_to_keypoints_keeps_its_precision_in_mixed_precision():
+def test_heatmaps_to_keypoints_is_exact_under_autocast():
     generator = torch.Generator().manual_seed(3)
     maps = torch.randn(5, 3, 14, 14, generator=generator).to(torch.bfloat16)
     rois = torch.tensor([[10.0, 20, 310, 420]]).repeat(5, 1)

@@ -18,7 +18,7 @@ def make_polygons():
 
 
 class TestPolygonMasks:
-    def test_area(self):
+    def test_area_by_shoelace_formula(self):
         assert polygon_area(SQUARE[0::2], SQUARE[1::2]) == 600
         areas = make_polygons().area()
         circle = 0.5 * 24 * 15**2 * np.sin(2 * np.pi / 24)
@@ -45,13 +45,13 @@ class TestPolygonMasks:
             (np.array([False, True, False]), [1]),
         ],
     )
-    def test_indexing(self, item, rows):
+    def test_indexing_by_int_list_and_vector(self, item, rows):
         masks = make_polygons()
         selected = masks[item]
         assert len(selected) == len(rows)
         assert all(polygons is masks.polygons[i] for polygons, i in zip(selected, rows))
 
-    def test_bad_indices(self):
+    def test_wrong_index_types_are_rejected(self):
         with pytest.raises(TypeError, match="float32"):
             make_polygons()[torch.tensor([0.5])]
         with pytest.raises(IndexError):
@@ -77,7 +77,7 @@ class TestPolygonMasks:
         with pytest.raises(ValueError, match=message):
             PolygonMasks(polygons)
 
-    def test_cat(self):
+    def test_cat_concatenates_objects(self):
         masks = make_polygons()
         joined = PolygonMasks.cat([masks, masks[1]])
         assert len(joined) == 4 and joined.polygons[3] is masks.polygons[1]
@@ -85,7 +85,7 @@ class TestPolygonMasks:
         with pytest.raises(TypeError, match="got list"):
             PolygonMasks.cat([masks, [[SQUARE]]])
 
-    def test_crop_and_resize_against_pycocotools(self):
+    def test_crop_and_resize_matches_pycocotools(self):
         masks = make_polygons()
         boxes = torch.tensor([[5.0, 15.0, 35.5, 40.0], [45.0, 5.0, 90.0, 80.0], [0.0, 0.0, 10.0, 10.0]])
         crops = masks.crop_and_resize(boxes, 14)
@@ -101,19 +101,19 @@ class TestPolygonMasks:
             np.testing.assert_array_equal(crop, expected)
         assert crops[0].any() and crops[1].any() and not crops[2].any()
 
-    def test_crop_and_resize_edge_cases(self):
+    def test_crop_and_resize_of_no_objects_and_flat_boxes(self):
         assert PolygonMasks([]).crop_and_resize(torch.zeros(0, 4), 7).shape == (0, 7, 7)
         flat = rasterize_polygons_within_box([SQUARE], np.array([12.0, 25.0, 12.0, 30.0]), 7)
         assert flat.shape == (7, 7), "a box of no width must not divide by zero"
         with pytest.raises(ValueError, match="2 boxes and 3 objects"):
             make_polygons().crop_and_resize(torch.zeros(2, 4), 7)
-        # The polygons themselves stay as they are.
+        # The polygons must not change.
         masks = make_polygons()
         masks.crop_and_resize(torch.tensor([[5.0, 15.0, 35.5, 40.0]] * 3), 7)
         assert np.array_equal(masks.polygons[0][0], SQUARE)
 
 
-def test_polygons_to_bitmask():
+def test_polygons_to_bitmask_fills_the_union():
     mask = polygons_to_bitmask([SQUARE, TRIANGLE], 64, 80)
     assert mask.shape == (64, 80) and mask.dtype == bool
     expected = np.zeros((64, 80), dtype=bool)
@@ -124,7 +124,7 @@ def test_polygons_to_bitmask():
 
 
 class TestBitMasks:
-    def test_from_polygons_and_boxes(self):
+    def test_from_polygon_masks_and_bounding_boxes(self):
         masks = BitMasks.from_polygon_masks([[SQUARE], [TRIANGLE, CIRCLE], []], 80, 100)
         assert masks.tensor.shape == (3, 80, 100) and masks.tensor.dtype == torch.bool
         assert masks.image_size == (80, 100)
@@ -138,7 +138,7 @@ class TestBitMasks:
         assert masks.area().tolist() == [int(m.sum()) for m in masks.tensor]
         assert masks.area()[0] == 600
 
-    def test_indexing_iteration_cat(self):
+    def test_indexing_iteration_and_cat(self):
         tensor = torch.rand(4, 6, 7, generator=torch.Generator().manual_seed(0)) > 0.5
         masks = BitMasks(tensor)
         for item, rows in [
@@ -156,16 +156,16 @@ class TestBitMasks:
         with pytest.raises(ValueError, match=r"\(N, H, W\), got \(6, 7\)"):
             BitMasks(tensor[0])
 
-    def test_uint8_arrays(self):
+    def test_accepts_uint8_arrays(self):
         masks = BitMasks(np.full((1, 2, 2), 255, dtype=np.uint8))
         assert masks.tensor.all() and masks.to("cpu").device.type == "cpu"
 
-    def test_no_objects(self):
+    def test_no_objects_give_empty_results(self):
         masks = BitMasks(torch.zeros(0, 5, 6))
         assert len(masks.get_bounding_boxes()) == 0 and len(masks.nonempty()) == 0
         assert masks.crop_and_resize(torch.zeros(0, 4), 7).shape == (0, 7, 7)
 
-    def test_crop_and_resize_against_torchvision(self):
+    def test_crop_and_resize_matches_torchvision(self):
         masks = BitMasks.from_polygon_masks([[SQUARE], [TRIANGLE, CIRCLE], [CIRCLE]], 80, 100)
         boxes = random_boxes(3, (80, 100), min_side=5, seed=4)
         crops = masks.crop_and_resize(boxes, 28)
@@ -176,14 +176,14 @@ class TestBitMasks:
         with pytest.raises(ValueError, match="2 boxes and 3 objects"):
             masks.crop_and_resize(boxes[:2], 28)
 
-    def test_crops_in_chunks_are_the_same(self, monkeypatch):
+    def test_crop_and_resize_in_chunks_gives_the_same_masks(self, monkeypatch):
         masks = BitMasks.from_polygon_masks([[SQUARE], [TRIANGLE, CIRCLE], [CIRCLE]], 80, 100)
         boxes = torch.tensor([[8.0, 15.0, 40.0, 55.0], [38.0, 8.0, 90.0, 78.0], [50.0, 40.0, 80.0, 70.0]])
         expected = masks.crop_and_resize(boxes, 28)
         monkeypatch.setattr("detlib.structures.masks._MAX_FLOATS", 2 * 80 * 100)
         assert torch.equal(masks.crop_and_resize(boxes, 28), expected) and expected.any(dim=(1, 2)).all()
 
-    def test_agrees_with_polygons(self):
+    def test_crops_agree_with_polygon_masks(self):
         boxes = torch.tensor([[8.0, 15.0, 40.0, 55.0], [38.0, 8.0, 90.0, 78.0]])
         polygons = PolygonMasks([[SQUARE], [TRIANGLE, CIRCLE]])
         bits = BitMasks.from_polygon_masks(polygons, 80, 100)
@@ -192,7 +192,7 @@ class TestBitMasks:
 
 
 class TestROIMasks:
-    def test_to_bitmasks(self):
+    def test_to_bitmasks_pastes_into_the_boxes(self):
         masks = ROIMasks(torch.ones(2, 4, 4))
         boxes = torch.tensor([[2.0, 3.0, 10.0, 9.0], [0.0, 0.0, 4.0, 4.0]])
         for given in (boxes, Boxes(boxes)):
@@ -205,7 +205,7 @@ class TestROIMasks:
         full = BitMasks.from_roi_masks(ROIMasks(torch.ones(1, 4, 4)), 6, 8)
         assert full.tensor.all()
 
-    def test_container(self):
+    def test_indexing_and_len(self):
         masks = ROIMasks(torch.rand(3, 4, 4))
         assert len(masks[1]) == 1 and len(masks[torch.tensor([True, False, True])]) == 2
         assert len(masks.to("meta")) == 3

@@ -12,7 +12,7 @@ from tests.builders import random_rotated_boxes
 
 
 def corners(box):
-    """(4, 2) corners x, y of one box."""
+    """Return the corners x, y of one box, (4, 2)."""
     x, y, width, height, angle = box.double().tolist()
     cosine, sine = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     along_width = np.array([cosine, -sine]) * width / 2
@@ -34,12 +34,12 @@ def test_empty_inputs_give_no_boxes(empty):
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 4), (1, 2, 5)])
-def test_wrong_shape_is_named(shape):
+def test_wrong_shape_is_reported(shape):
     with pytest.raises(ValueError, match=r"RotatedBoxes needs shape \(N, 5\), got \("):
         RotatedBoxes(torch.zeros(shape))
 
 
-def test_is_a_box_type():
+def test_has_the_interface_of_boxes():
     boxes = RotatedBoxes(random_rotated_boxes(6))
     assert isinstance(boxes, Boxes) and boxes.box_dim == 5
     for other in (boxes[1], boxes[:2], boxes[torch.arange(6) > 2], boxes.clone(), boxes.to("cpu")):
@@ -68,7 +68,7 @@ def test_area_centers_nonempty_inside():
     assert boxes.inside_box((30, 40), boundary_threshold=2).tolist() == [True] * 4
 
 
-def test_normalize_angles():
+def test_normalize_angles_to_half_open_range():
     angles = [0, 180, -180, 179, 190, -190, 360, 540, -725]
     boxes = RotatedBoxes([[1, 2, 3, 4, angle] for angle in angles])
     boxes.normalize_angles()
@@ -76,7 +76,7 @@ def test_normalize_angles():
     assert boxes.tensor[:, :4].tolist() == [[1, 2, 3, 4]] * 9
 
 
-def test_clip_cuts_upright_boxes_only():
+def test_clip_changes_axis_aligned_boxes_only():
     boxes = RotatedBoxes(
         [
             [5, 5, 20, 6, 0.5],
@@ -98,7 +98,7 @@ def test_clip_cuts_upright_boxes_only():
     assert wide.tensor[1].tolist() == [7.5, 5, 15, 6, 2]
 
 
-def test_clip_refuses_what_is_not_finite():
+def test_clip_rejects_nonfinite_values():
     with pytest.raises(ValueError, match="1 of 2 boxes .* infinite or NaN"):
         RotatedBoxes([[0, 0, math.nan, 1, 0], [0, 0, 1, 1, 0]]).clip((10, 10))
 
@@ -112,7 +112,7 @@ def test_equal_factors_scale_the_corners(factor):
         np.testing.assert_allclose(corners(box), np.array(old) * factor, rtol=1e-4, atol=1e-4)
 
 
-def test_unequal_factors_keep_the_lengths_of_the_sides_and_the_direction_of_the_height():
+def test_unequal_factors_keep_side_lengths_and_direction_of_height():
     boxes = RotatedBoxes(random_rotated_boxes(6))
     before = [corners(box) for box in boxes]
     boxes.scale(2.0, 0.7)
@@ -124,7 +124,7 @@ def test_unequal_factors_keep_the_lengths_of_the_sides_and_the_direction_of_the_
         np.testing.assert_allclose(new[2] - new[1], old[2] - old[1], rtol=1e-3, atol=1e-3)
 
 
-def test_iou_and_nms_are_those_of_the_operators():
+def test_iou_and_nms_match_the_operators():
     boxes, others = RotatedBoxes(random_rotated_boxes(6)), RotatedBoxes(random_rotated_boxes(5, seed=1))
     expected = pairwise_iou_rotated(boxes.tensor, others.tensor)
     assert expected.max() > 0.1
@@ -140,7 +140,7 @@ def test_iou_and_nms_are_those_of_the_operators():
     )
 
 
-def test_roi_align_rotated_module():
+def test_roi_align_rotated_module_matches_the_operator():
     maps = torch.rand(1, 2, 20, 20)
     rois = torch.nn.functional.pad(random_rotated_boxes(6), (1, 0))
     layer = ROIAlignRotated((4, 5), spatial_scale=0.5, sampling_ratio=2)
