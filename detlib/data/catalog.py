@@ -52,22 +52,23 @@ def register_uri_scheme(scheme: str, parse: Callable[[str], DatasetURI]) -> None
 
 
 class _DatasetCatalog(UserDict):
-    """Maps names to functions that return a data set as a list of dicts in the standard format.
+    """Names of datasets and the functions that load them, as a list of dicts in the standard format.
 
-    The functions run when `get` is called, not before, and each time that it is called.
+    Nothing is cached: each call of `get` runs the function.
     """
 
     def register(self, name: str, func: Callable[[], list[dict]], *, overwrite: bool = False) -> None:
-        """Registers a data set.
+        """Register a dataset.
 
         Args:
-            name: the name, as it stands in `cfg.DATASETS`.
-            func: takes no argument and returns `list[dict]`, the same each time that it is called.
-            overwrite: replace what `name` stands for already, say when a notebook's cell runs again.
+            name: the name to use in `cfg.DATASETS`.
+            func: takes no argument and returns `list[dict]`, the same on each call.
+            overwrite: replace a dataset that is already registered under `name`, for example when a notebook
+                cell runs again.
 
         Raises:
-            TypeError: `func` cannot be called.
-            ValueError: the name is taken and `overwrite` is not set.
+            TypeError: `func` is not callable.
+            ValueError: The name is taken and `overwrite` is False.
         """
         if not callable(func):
             raise TypeError(
@@ -76,8 +77,8 @@ class _DatasetCatalog(UserDict):
             )
         if name in self and not overwrite:
             raise ValueError(
-                f"Dataset {name!r} is registered already. Choose another name, or pass overwrite=True to "
-                "replace it (as when a notebook's cell runs again)."
+                f"Dataset {name!r} is already registered. Choose another name, or pass overwrite=True to "
+                "replace it (for example when a notebook cell runs again)."
             )
         self[name] = func
 
@@ -93,7 +94,7 @@ class _DatasetCatalog(UserDict):
         return self[name]() if name in self else parse_dataset_uri(name).load()
 
     def remove(self, name: str) -> None:
-        """Forgets `name`. Raises KeyError if it is not registered."""
+        """Remove `name`. Raise KeyError if it is not registered."""
         if name not in self:
             raise KeyError(_unknown_dataset(name))
         del self[name]
@@ -104,15 +105,15 @@ class _DatasetCatalog(UserDict):
     __str__ = __repr__
 
     def list(self) -> list[str]:
-        """Returns the registered names."""
+        """Return the registered names."""
         return [*self]
 
 
 class Metadata(types.SimpleNamespace):
-    """What is known about a data set, as attributes: `thing_classes`, `evaluator_type`, `json_file`.
+    """The metadata of a dataset, as attributes: `thing_classes`, `evaluator_type`, `json_file`.
 
-    An attribute may be set once; setting it again is accepted only with an equal value, since parts of the
-    program that have read the first one would go on with it.
+    An attribute can be set only once, except to an equal value: parts of the program may have read the first
+    value and would keep it.
     """
 
     name: str = "N/A"
@@ -131,25 +132,25 @@ class Metadata(types.SimpleNamespace):
         if key in known and not _equal(known[key], value):
             catalog = f"MetadataCatalog.get({self.name!r})"
             raise ValueError(
-                f"Metadata {key!r} of dataset {self.name!r} is set already, to {_shorten(known[key])}; the "
+                f"Metadata {key!r} of dataset {self.name!r} is already set to {_shorten(known[key])}; the "
                 f"new value {_shorten(value)} differs. Replace it with {catalog}.set(overwrite=True, "
-                f"{key}=...), or forget all of it with MetadataCatalog.remove({self.name!r})."
+                f"{key}=...), or remove all metadata with MetadataCatalog.remove({self.name!r})."
             )
         super().__setattr__(key, value)
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns all attributes as a dict, which may be changed without changing the metadata."""
+        """Return a copy of all attributes as a dict."""
         return dict(self.__dict__)
 
     def set(self, *, overwrite: bool = False, **kwargs: Any) -> Metadata:
-        """Sets attributes, and returns the metadata itself so that calls can be chained.
+        """Set attributes and return `self`, so that calls can be chained.
 
         Args:
-            overwrite: accept values that differ from those set before.
+            overwrite: accept values that differ from earlier ones.
             **kwargs: the attributes.
 
         Raises:
-            ValueError: an attribute has another value already and `overwrite` is not set.
+            ValueError: An attribute already has another value and `overwrite` is False.
         """
         if overwrite:
             self.__dict__.update(kwargs)
@@ -158,12 +159,12 @@ class Metadata(types.SimpleNamespace):
         return self
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Returns attribute `key`, or `default` where it is not set."""
+        """Return attribute `key`, or `default` if it is not set."""
         return self.__dict__.get(key, default)
 
 
 class _MetadataCatalog(UserDict):
-    """Maps names to `Metadata`. There is one `Metadata` for a name, made when it is first asked for."""
+    """Names of datasets and their `Metadata`. The first call of `get` creates the `Metadata` of a name."""
 
     def get(self, name: str) -> Metadata:
         """Return the metadata of `name`; if nothing was set before, it has the name only.
@@ -181,9 +182,9 @@ class _MetadataCatalog(UserDict):
         return self[name]
 
     def remove(self, name: str) -> None:
-        """Forgets the metadata of `name`. Raises KeyError if there is none."""
+        """Remove the metadata of `name`. Raise KeyError if there are none."""
         if name not in self:
-            raise KeyError(f"There is no metadata of a dataset {name!r}.{suggest(name, self)}")
+            raise KeyError(f"There are no metadata for dataset {name!r}.{suggest(name, self)}")
         del self[name]
 
     def __repr__(self) -> str:
@@ -192,7 +193,7 @@ class _MetadataCatalog(UserDict):
     __str__ = __repr__
 
     def list(self) -> list[str]:
-        """Returns the names that metadata exists of."""
+        """Return the names that have metadata."""
         return [*self]
 
 
@@ -266,7 +267,7 @@ def _unknown_dataset(name: str) -> str:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """Whether two metadata values are equal; arrays of the same content are."""
+    """Whether two metadata values are equal. Arrays are compared by shape and content."""
     same = a == b
     return bool(same.all()) and a.shape == b.shape if hasattr(same, "all") else bool(same)
 

@@ -36,7 +36,7 @@ def test_register_get_list_remove(registered):
 
 def test_registering_twice(registered):
     registered("catalog_test_twice", lambda: [1])
-    with pytest.raises(ValueError, match="'catalog_test_twice' is registered already.*overwrite=True"):
+    with pytest.raises(ValueError, match="'catalog_test_twice' is already registered.*overwrite=True"):
         DatasetCatalog.register("catalog_test_twice", lambda: [2])
     DatasetCatalog.register("catalog_test_twice", lambda: [2], overwrite=True)
     assert DatasetCatalog.get("catalog_test_twice") == [2]

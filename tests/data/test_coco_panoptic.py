@@ -74,7 +74,7 @@ def test_panoptic_dicts(folder):
     assert metadata.evaluator_type == "coco_panoptic_seg" and metadata.ignore_label == 255
     assert metadata.label_divisor == 1000 and metadata.json_file == paths[3]
     assert (metadata.image_root, metadata.panoptic_root, metadata.panoptic_json) == tuple(paths[:3])
-    with pytest.raises(ValueError, match="registered already"):
+    with pytest.raises(ValueError, match="already registered"):
         register_coco_panoptic(NAME, META, *paths)
     register_coco_panoptic(NAME, META, *paths[:3], overwrite=True)
     assert MetadataCatalog.get(NAME).json_file is None
@@ -145,12 +145,12 @@ class TestLoadSemSeg:
             load_sem_seg(stuff, images, image_ext="bmp")
         for path in (folder / "images").iterdir():
             path.rename(path.with_stem("x" + path.stem))
-        with pytest.raises(ValueError, match="the first are 'a' and 'xa'"):
+        with pytest.raises(ValueError, match="the first names are 'a' and 'xa'"):
             load_sem_seg(stuff, images)
 
 
 def test_merging_needs_partners():
-    with pytest.raises(ValueError, match="1 of 2 pictures have no label map, such as 'b'"):
+    with pytest.raises(ValueError, match="1 of 2 images have no label map, for example 'b'"):
         merge_to_panoptic([{"file_name": "a"}, {"file_name": "b"}], [{"file_name": "a"}])
     with pytest.raises(ValueError, match="sem_seg_dicts is empty"):
         merge_to_panoptic([], [])
@@ -159,7 +159,7 @@ def test_merging_needs_partners():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda x: x["annotations"][0].update(image_id=77), "no image of id 77.*'b.png'"),
+        (lambda x: x["annotations"][0].update(image_id=77), "'b.png' belongs to image id 77"),
         (
             lambda x: x["annotations"][1]["segments_info"][0].update(category_id=8),
             "'a.png' has the category id 8",

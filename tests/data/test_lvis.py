@@ -125,7 +125,7 @@ def test_given_classes(write):
     assert DatasetCatalog.get(NAME)[1]["annotations"][0]["category_id"] == 2
     register_lvis_instances(NAME, {"thing_classes": ["a", "b"]}, path, "/pictures", overwrite=True)
     with pytest.raises(
-        ValueError, match=r"lvis\.json: category ids \[3\] are none of the 2 classes .*'lvis_test'"
+        ValueError, match=r"lvis\.json: category ids \[3\] are not among the 2 classes .*'lvis_test'"
     ):
         DatasetCatalog.get(NAME)
 
@@ -156,7 +156,7 @@ def test_errors(write, tmp_path):
         load_lvis_json(write(lvis), "/pictures")
     lvis = make_lvis()
     lvis["annotations"][0]["bbox"] = [1, 2, 0, 8]
-    with pytest.raises(ValueError, match="box of no area"):
+    with pytest.raises(ValueError, match="box without area"):
         load_lvis_json(write(lvis), "/pictures")
     assert load_lvis_json(write(lvis), "/pictures", empty_boxes="drop")[1]["annotations"] == []
     with pytest.raises(ValueError, match="empty_boxes must be"):

@@ -101,9 +101,9 @@ def test_box_of_one_pixel(folder, caplog, monkeypatch):
     [
         (
             xml(("owll", (1, 1, 4, 4))),
-            "'owll', which is none of the 3 classes: crow, owl, wren. Did you mean 'owl'",
+            "'owll' of an object is not one of the 3 classes: crow, owl, wren. Did you mean 'owl'",
         ),
-        (xml(("owl", (5, 1, 4, 4))), "'owl' has a box of no area"),
+        (xml(("owl", (5, 1, 4, 4))), "'owl' has a box without area"),
         (xml(("owl", (1, "x", 4, 4))), "'owl' has the box .*'x'"),
         ("<annotation><object><name>owl</name></object></annotation>", "'owl' has the box .*None"),
         (xml(size="<size><width>4px</width><height>3</height></size>"), "the size is"),
@@ -124,13 +124,13 @@ def test_what_is_missing(folder):
     with pytest.raises(ValueError, match="voc:DIR@SPLIT"):
         check_datasets_exist(f"voc:{folder}")
     (folder / "ImageSets/Main/train.txt").write_text("b\nz\n")
-    with pytest.raises(FileNotFoundError, match="no picture 'z'.*train.txt"):
+    with pytest.raises(FileNotFoundError, match="no image 'z'.*train.txt"):
         load_voc_instances(str(folder), "train", CLASSES)
     (folder / "Annotations/c.xml").unlink()
     with pytest.raises(FileNotFoundError, match="c.xml"):
         load_voc_instances(str(folder), "val", CLASSES)
     (folder / "ImageSets/Main/val.txt").write_text("\n")
-    with pytest.raises(ValueError, match="val.txt' lists no pictures"):
+    with pytest.raises(ValueError, match="val.txt' lists no images"):
         load_voc_instances(str(folder), "val", CLASSES)
 
 
@@ -157,7 +157,7 @@ def test_lists_of_a_windows_editor(folder):
     assert find_voc_class_names(str(folder)) == ["wren", "owl", "crow"]
     assert [r["image_id"] for r in DatasetCatalog.get(f"voc:{folder}@train")] == ["a", "b"]
     (folder / "labels.txt").write_bytes("größe\n".encode("latin-1"))
-    with pytest.raises(ValueError, match="labels.txt' is not text in UTF-8"):
+    with pytest.raises(ValueError, match="labels.txt' is not UTF-8 text"):
         find_voc_class_names(str(folder))
     assert "bad-file" in {f.kind for f in check_dataset(f"voc:{folder}@train").findings}
 
@@ -168,7 +168,7 @@ def test_names_with_spaces(folder):
     (folder / "ImageSets/Main/val.txt").write_text("my bird 1\na  -1\n")
     assert [r["image_id"] for r in load_voc_instances(str(folder), "val", CLASSES)] == ["my bird 1", "a"]
     (folder / "ImageSets/Main/val.txt").write_text("my fish\n")
-    with pytest.raises(FileNotFoundError, match="no picture 'my fish'"):
+    with pytest.raises(FileNotFoundError, match="no image 'my fish'"):
         load_voc_instances(str(folder), "val", CLASSES)
 
 
@@ -176,7 +176,7 @@ def test_what_is_listed_twice_is_taken_once(folder, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("detlib"), "propagate", True)
     (folder / "ImageSets/Main/train.txt").write_text("b\na\nb\n")
     assert [r["image_id"] for r in load_voc_instances(str(folder), "train", CLASSES)] == ["b", "a"]
-    assert "lists 1 pictures again: left out" in caplog.text
+    assert "lists 1 images again: left out" in caplog.text
     (folder / "labels.txt").write_text("owl\ncrow\nowl\nwren\n")
     assert find_voc_class_names(str(folder)) == ["owl", "crow", "wren"]
     assert "lists ['owl'] more than once" in caplog.text

@@ -76,7 +76,7 @@ def test_ade20k_errors(tmp_path):
         prepare_ade20k(str(tmp_path))
     base, _ = make_ade20k(tmp_path, 1)
     save(base / "annotations" / "training" / "0.png", [[3, 151]])
-    with pytest.raises(ValueError, match=r"training/0.png is no label map .*151"):
+    with pytest.raises(ValueError, match=r"training/0.png is not a label map .*151"):
         prepare_ade20k(str(tmp_path), workers=1)
     with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
         prepare_ade20k(str(tmp_path), workers=0)
@@ -136,7 +136,7 @@ def test_coco_stuff_errors(tmp_path):
     segments = content["annotations"][0]["segments_info"]
     lost = segments.pop()
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"has segments \[5\], which its annotation does not name"):
+    with pytest.raises(ValueError, match=r"has segments \[5\], which its annotation does not list"):
         prepare_coco_stuff(str(tmp_path), workers=1)
     segments.append({**lost, "category_id": 12})
     path.write_text(json.dumps(content))
@@ -181,10 +181,10 @@ def test_cityscapes_equals_cityscapesscripts(tmp_path, workers):
 
 
 def test_cityscapes_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match="Cityscapes' fine annotations .*gtFine"):
+    with pytest.raises(FileNotFoundError, match="Cityscapes' fine annotations, .*gtFine"):
         prepare_cityscapes(str(tmp_path))
     (tmp_path / "cityscapes" / "gtFine").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match="none of train, val and test"):
+    with pytest.raises(FileNotFoundError, match="none of the folders train, val and test"):
         prepare_cityscapes(str(tmp_path))
     _, gt_dir = cityscapes_tree.write(tmp_path / "cityscapes")
     stem = f"{gt_dir}/aachen/aachen_000000_000019_gtFine_"
@@ -277,7 +277,7 @@ def test_command(tmp_path, capsys):
     assert main(["ade20k", "--root", str(tmp_path), "--workers", "1"]) == 0
     assert "ade20k: 2 files written below" in capsys.readouterr().out
     assert main(["coco-stuff", "--root", str(tmp_path)]) == 2
-    assert "error: None of COCO's panoptic annotations is there" in capsys.readouterr().err
+    assert "error: None of COCO's panoptic annotations exists" in capsys.readouterr().err
     tool = runpy.run_path(str(ROOT / "tools" / "prepare_data.py"))
     with pytest.raises(SystemExit, match="0"):
         tool["main"](["--help"])

@@ -157,7 +157,7 @@ def test_coco_files_and_addresses(rotated_set, tmp_path):
     assert [a["category_id"] for a in again["annotations"]] == [9, 4, 4]
 
 
-@pytest.mark.parametrize("box, words", [([1, 2, 3, 0, 5], "no area"), ([1, 2, 3, 4, 5, 6], "center x")])
+@pytest.mark.parametrize("box, words", [([1, 2, 3, 0, 5], "without area"), ([1, 2, 3, 4, 5, 6], "center x")])
 def test_bad_boxes_in_files(rotated_set, tmp_path, box, words):
     content = json.loads(rotated_set.read_text())
     content["annotations"][0]["bbox"] = box

@@ -133,7 +133,7 @@ def test_list_of_a_windows_editor(tmp_path):
     write(f"{tmp_path}/train.txt", "\ufeffimages/train/b.jpg\r\nimages/train/a.jpg\r\n")
     assert [r["image_id"] for r in load_yolo(f"{tmp_path}/data.yaml", "train")] == ["b", "a"]
     write(f"{tmp_path}/train.txt", "images/train/für.jpg".encode("latin-1"))
-    with pytest.raises(ValueError, match="train.txt' is not text in UTF-8"):
+    with pytest.raises(ValueError, match="train.txt' is not UTF-8 text"):
         load_yolo(f"{tmp_path}/data.yaml", "train")
 
 
@@ -158,7 +158,7 @@ def test_register(tmp_path, log):
     register_yolo("yolo_test", f"{tmp_path}/data.yaml", "val", empty_boxes="drop", overwrite=True)
     assert len(DatasetCatalog.get("yolo_test")[0]["annotations"]) == 1
     assert "left out 1 objects whose box has no area" in log.text
-    assert "left out 1 lines that stand twice" in log.text
+    assert "left out 1 duplicate lines" in log.text
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
-"""Looking at boxes, masks and keypoints of one annotation, and mending them where that can be done.
+"""Checks and repairs of the box, mask and keypoints of one annotation.
 
-Each function takes the annotation, a copy that it may change, and returns None if nothing of it can be kept.
+Each function takes a copy of the annotation, repairs it in place where possible, and returns it, or None if
+it cannot be kept.
 """
 
 from __future__ import annotations
@@ -13,26 +14,27 @@ from detlib.data.datasets.coco_rle import rle_runs
 
 __all__ = ["check_box", "check_keypoints", "check_segmentation"]
 
-Size = tuple[float, float] | None  # width and height of the picture, where they are known
+Size = tuple[float, float] | None  # width and height of the image, if known
 Report = Callable[..., None]  # kind, detail, action
 
 _DROP = "annotation dropped"
-_TOLERANCE = 1.0  # pixels that a box or polygon may stick out without a word: COCO's own do
+# Boxes and polygons may extend beyond the image by this many pixels without a finding: those of COCO do.
+_TOLERANCE = 1.0
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a number; True and False are none."""
+    """Whether a value is an int or a float, and not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_box(annotation: dict, size: Size, report: Report) -> dict | None:
-    """Looks at `bbox`: (x, y, width, height), or (center x, center y, width, height, angle)."""
+    """Check `bbox`: (x, y, width, height), or (center x, center y, width, height, angle)."""
     if annotation.get("bbox") is None:
         extent = _polygon_extent(annotation.get("segmentation"))
         if extent is None:
             report("annotation-broken", "there is no 'bbox'", _DROP)
             return None
-        report("annotation-broken", "there is no 'bbox'", "box taken from the polygons")
+        report("annotation-broken", "there is no 'bbox'", "box set to the extent of the polygons")
         annotation["bbox"] = [extent[0], extent[1], extent[2] - extent[0], extent[3] - extent[1]]
     box = annotation["bbox"]
     if not isinstance(box, list) or len(box) not in (4, 5) or not all(map(is_number, box)):
@@ -48,33 +50,33 @@ def check_box(annotation: dict, size: Size, report: Report) -> dict | None:
         report("box-below-one-pixel", f"the bbox is {box}")
     if size is None:
         return annotation
-    return _check_place(annotation, size, report)
+    return _compare_box_with_image(annotation, size, report)
 
 
-def _check_place(annotation: dict, size: tuple[float, float], report: Report) -> dict | None:
-    """Compares a good box with the picture."""
+def _compare_box_with_image(annotation: dict, size: tuple[float, float], report: Report) -> dict | None:
+    """Compare a valid box with the size of the image."""
     box, (width, height) = annotation["bbox"], size
-    said = f"the bbox is {box}, the picture {width} x {height}"
+    detail = f"the bbox is {box}, the image {width} x {height}"
     if len(box) == 5:
         if 0 <= box[0] <= width and 0 <= box[1] <= height:
             return annotation
-        report("box-outside", said, _DROP)
+        report("box-outside", detail, _DROP)
         return None
     x0, y0, x1, y1 = box[0], box[1], box[0] + box[2], box[1] + box[3]
     inside = [max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)]
     if not (inside[2] > inside[0] and inside[3] > inside[1]):
-        report("box-outside", said, _DROP)
+        report("box-outside", detail, _DROP)
         return None
     if inside != [x0, y0, x1, y1]:
         clipped = [inside[0], inside[1], inside[2] - inside[0], inside[3] - inside[1]]
         if max(-x0, -y0, x1 - width, y1 - height) > _TOLERANCE:
-            report("box-sticks-out", said, f"box clipped to {clipped}")
+            report("box-sticks-out", detail, f"box clipped to {clipped}")
         annotation["bbox"] = clipped
     return annotation
 
 
 def check_segmentation(annotation: dict, size: Size, report: Report) -> dict | None:
-    """Looks at `segmentation`: a list of polygons (x0, y0, x1, y1, ...), or an RLE mask."""
+    """Check `segmentation`: a list of polygons (x0, y0, x1, y1, ...), or an RLE mask."""
     segmentation = annotation.get("segmentation")
     if segmentation is None or segmentation in ([], {}):
         annotation.pop("segmentation", None)
@@ -82,7 +84,7 @@ def check_segmentation(annotation: dict, size: Size, report: Report) -> dict | N
     if isinstance(segmentation, dict):
         return _check_rle(annotation, size, report)
     if not isinstance(segmentation, list) or not all(isinstance(p, list) for p in segmentation):
-        report("bad-segmentation", f"it is a {type(segmentation).__name__}", _DROP)
+        report("bad-segmentation", f"the segmentation is a {type(segmentation).__name__}", _DROP)
         return None
     kept = []
     for polygon in segmentation:
@@ -99,7 +101,7 @@ def check_segmentation(annotation: dict, size: Size, report: Report) -> dict | N
 
 
 def _polygon_fault(polygon: list) -> tuple[str, str]:
-    """Returns the kind of a polygon's fault and what it is; empty where there is none."""
+    """Return kind and detail of a polygon's fault; empty if there is none."""
     shown = f"{polygon[:8]}{'...' if len(polygon) > 8 else ''}"
     if not all(is_number(value) and math.isfinite(value) for value in polygon):
         return "polygon-not-finite", shown
@@ -113,7 +115,7 @@ def _polygon_fault(polygon: list) -> tuple[str, str]:
 
 
 def _on_one_line(polygon: list) -> bool:
-    """Whether all points are on one line. The area does not tell: one that crosses itself may have 0."""
+    """Whether all points are on one line. The area is no test: a polygon that crosses itself may have 0."""
     x0, y0 = polygon[:2]
     offsets = [(x - x0, y - y0) for x, y in zip(polygon[0::2], polygon[1::2])]
     far = max(offsets, key=lambda offset: offset[0] ** 2 + offset[1] ** 2)
@@ -121,17 +123,19 @@ def _on_one_line(polygon: list) -> bool:
 
 
 def _clip_polygon(polygon: list, size: tuple[float, float], report: Report) -> list:
-    """Moves points that are outside onto the picture's edge."""
+    """Move points outside the image to its edge."""
     clipped = [min(max(value, 0), size[i % 2]) for i, value in enumerate(polygon)]
     if max(abs(a - b) for a, b in zip(polygon, clipped)) <= _TOLERANCE:
         return polygon
     extent = _polygon_extent([polygon])
-    report("polygon-sticks-out", f"it spans {extent}, the picture {size}", "polygon clipped")
+    report(
+        "polygon-sticks-out", f"its extent is {extent}, the image {size[0]} x {size[1]}", "polygon clipped"
+    )
     return polygon if _polygon_fault(clipped)[0] else clipped
 
 
 def _polygon_extent(segmentation: Any) -> list[float] | None:
-    """(x0, y0, x1, y1) of all good polygons; None where there is none."""
+    """Return the extent [x0, y0, x1, y1] of all valid polygons, or None if there are none."""
     if not isinstance(segmentation, list):
         return None
     good = [p for p in segmentation if isinstance(p, list) and not _polygon_fault(p)[0]]
@@ -147,7 +151,9 @@ def _compare_with_box(annotation: dict, report: Report) -> None:
     corners = [box[0], box[1], box[0] + box[2], box[1] + box[3]]
     off = max(abs(a - b) for a, b in zip(corners, extent))
     if off > max(5.0, 0.1 * max(box[2], box[3])):
-        report("mask-box-mismatch", f"the box is {corners}, the polygons span {extent} (x0, y0, x1, y1)")
+        report(
+            "mask-box-mismatch", f"the box is {corners}, the extent of the polygons {extent} (x0, y0, x1, y1)"
+        )
 
 
 def _check_rle(annotation: dict, size: Size, report: Report) -> dict | None:
@@ -163,13 +169,13 @@ def _check_rle(annotation: dict, size: Size, report: Report) -> dict | None:
         )
         return None
     if not runs[1::2].any():
-        report("rle-empty", "no pixel is set", _DROP)
+        report("rle-empty", "the mask has no pixels", _DROP)
         return None
     return annotation
 
 
 def check_keypoints(annotation: dict, size: Size, wanted: int | None, report: Report) -> dict | None:
-    """Looks at `keypoints`, x, y, visibility of each, flat; `wanted` is how many the category names."""
+    """Check `keypoints`, a flat list of x, y, visibility. `wanted` is the number that the category names."""
     keypoints = annotation.get("keypoints")
     if keypoints is None or keypoints == []:
         return annotation
@@ -184,16 +190,16 @@ def check_keypoints(annotation: dict, size: Size, wanted: int | None, report: Re
     keypoints = annotation["keypoints"] = list(keypoints)
     odd = sorted({v for v in keypoints[2::3] if v not in (0, 1, 2)})
     if odd:
-        report("keypoint-visibility", f"{odd[:5]}", "2 for values above 0, else 0")
+        report("keypoint-visibility", f"it is {odd[:5]}", "set to 2 for values above 0, else to 0")
         keypoints[2::3] = [v if v in (0, 1, 2) else 2 * (v > 0) for v in keypoints[2::3]]
     if size is not None:
         _check_inside(keypoints, size, report)
-    labelled = sum(v > 0 for v in keypoints[2::3])
-    if annotation.get("num_keypoints", labelled) != labelled:
+    labeled = sum(v > 0 for v in keypoints[2::3])
+    if annotation.get("num_keypoints", labeled) != labeled:
         report(
-            "keypoint-count", f"it is {annotation['num_keypoints']!r}, labelled are {labelled}", "set right"
+            "keypoint-count", f"it is {annotation['num_keypoints']!r}, but {labeled} are labeled", "corrected"
         )
-    annotation["num_keypoints"] = labelled
+    annotation["num_keypoints"] = labeled
     return annotation
 
 
@@ -203,5 +209,9 @@ def _check_inside(keypoints: list, size: tuple[float, float], report: Report) ->
         if visibility > 0 and not (
             -_TOLERANCE <= x <= size[0] + _TOLERANCE and -_TOLERANCE <= y <= size[1] + _TOLERANCE
         ):
-            report("keypoint-outside", f"number {i // 3} is at ({x}, {y}), the picture {size}", "unlabelled")
+            report(
+                "keypoint-outside",
+                f"keypoint {i // 3} is at ({x}, {y}), the image is {size[0]} x {size[1]}",
+                "marked as not labeled",
+            )
             keypoints[i : i + 3] = [0, 0, 0]

@@ -204,7 +204,9 @@ class _Checker:
             try:
                 check_keypoint_names(category.get("keypoints") or [])
             except ValueError as error:
-                self.raw.report("category-broken", f"{name!r}: {error}", action="its keypoints dropped")
+                self.raw.report(
+                    "category-broken", f"{name!r}: {error}", action="keypoints of the category dropped"
+                )
                 category = {key: value for key, value in category.items() if key != "keypoints"}
             if number in self.categories:
                 detail = f"id {number} is {self.categories[number]['name']!r} and {name!r}"
@@ -223,8 +225,8 @@ class _Checker:
                 self.raw.report("image-broken", f"{detail} has no id or no file name", action=_DROP_IMAGE)
                 continue
             name, key = str(image["file_name"]), _key(image["id"])
-            id_is_good = isinstance(image["id"], int | str) and not isinstance(image["id"], bool)
-            if not isinstance(image["file_name"], str) or not id_is_good:
+            id_is_valid = isinstance(image["id"], int | str) and not isinstance(image["id"], bool)
+            if not isinstance(image["file_name"], str) or not id_is_valid:
                 detail = f"the id is {image['id']!r}, the file name {image['file_name']!r}"
                 self.raw.report("image-wrong-type", detail, image=name, action=_DROP_IMAGE)
                 self.all_images.add(key)
@@ -238,7 +240,9 @@ class _Checker:
             files[name] = key
             self.images[key] = dict(image)
         if len({type(key) for key in self.images}) > 1:
-            self.raw.report("mixed-image-ids", "numbers and strings", action="strings throughout")
+            self.raw.report(
+                "mixed-image-ids", "some are numbers, others strings", action="all ids turned into strings"
+            )
             for image in self.images.values():
                 image["id"] = str(image["id"])
 
@@ -366,7 +370,7 @@ class _Checker:
             while fresh in ids:
                 fresh += 1
             if annotation.get("id") is not None:
-                report("duplicate-annotation-id", f"id {key!r}", f"id {fresh} instead")
+                report("duplicate-annotation-id", f"id {key!r}", f"id {fresh} used instead")
             annotation["id"] = key = fresh
         ids.add(key)
 
@@ -374,26 +378,26 @@ class _Checker:
         crowd = annotation.setdefault("iscrowd", 0)
         if crowd not in (0, 1):
             annotation["iscrowd"] = int(crowd is not None and crowd not in ("0", "", "false", "False"))
-            report("bad-iscrowd", f"iscrowd is {crowd!r}", f"{annotation['iscrowd']} instead")
+            report("bad-iscrowd", f"iscrowd is {crowd!r}", f"set to {annotation['iscrowd']}")
 
     def _check_area(self, annotation: dict, report: Any) -> None:
         box_area = annotation["bbox"][2] * annotation["bbox"][3]
         area = annotation.setdefault("area", box_area)
         if not is_number(area) or not math.isfinite(area) or area <= 0:
-            report("bad-area", f"the area is {area!r}", "area of the box instead")
+            report("bad-area", f"the area is {area!r}", "set to the area of the box")
             annotation["area"] = box_area
 
     def _check_together(self) -> None:
         """Check what concerns all annotations of an image."""
-        of_image: defaultdict[Any, list[dict]] = defaultdict(list)
+        by_image: defaultdict[Any, list[dict]] = defaultdict(list)
         for annotation in self.annotations:
-            of_image[_key(annotation["image_id"])].append(annotation)
+            by_image[_key(annotation["image_id"])].append(annotation)
         for image in self.images.values():
-            mine, name = of_image[_key(image["id"])], image["file_name"]
-            if not mine:
-                self.raw.report("empty-image", "it has no objects", image=name)
+            objects, name = by_image[_key(image["id"])], image["file_name"]
+            if not objects:
+                self.raw.report("empty-image", "the image has no objects", image=name)
             for kind, key in (("mixed-masks", "segmentation"), ("mixed-keypoints", "keypoints")):
-                having = Counter(bool(annotation.get(key)) for annotation in mine)
+                having = Counter(bool(annotation.get(key)) for annotation in objects)
                 if len(having) > 1:
-                    detail = f"{having[True]} of {len(mine)} objects have {key}"
+                    detail = f"{having[True]} of {len(objects)} objects have {key}"
                     self.raw.report(kind, detail, image=name)

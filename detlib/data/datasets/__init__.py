@@ -1,4 +1,4 @@
-"""Readers and writers of data set formats, and the built-in data sets."""
+"""Loaders and registration functions of dataset formats, and the built-in datasets."""
 
 from detlib.data.datasets import builtin
 from detlib.data.datasets.coco import (

@@ -1,7 +1,7 @@
-"""The data sets that have names from the start: the same names and places as in detectron2.
+"""The built-in datasets, with the names and paths of detectron2.
 
-They lie below one folder: `$DETLIB_DATASETS`, else `$DETECTRON2_DATASETS`, else `./datasets`. The variable is
-read when detlib.data is imported.
+They are stored below one folder: `$DETLIB_DATASETS`, else `$DETECTRON2_DATASETS`, else `./datasets`. The
+variable is read when detlib.data is imported.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
 
 _ROOT_VARIABLES = ("DETLIB_DATASETS", "DETECTRON2_DATASETS")
 
-# Metadata, name -> (folder of the pictures, annotation file).
+# Metadata name -> dataset name -> (image folder, annotation file).
 _COCO: dict[str, dict[str, tuple[str, str]]] = {
     "coco": {
         "coco_2014_train": ("train2014", "instances_train2014"),
@@ -57,14 +57,14 @@ _COCO: dict[str, dict[str, tuple[str, str]]] = {
     },
 }
 
-# The set with the pictures and instances -> folder of the segment ids, panoptic annotations, folder of stuff.
+# Dataset with images and instances -> (folder of segment ids, panoptic annotations, folder of stuff maps).
 COCO_PANOPTIC_FILES = {
     "coco_2017_train": ("panoptic_train2017", "panoptic_train2017", "panoptic_stuff_train2017"),
     "coco_2017_val": ("panoptic_val2017", "panoptic_val2017", "panoptic_stuff_val2017"),
     "coco_2017_val_100": ("panoptic_val2017_100", "panoptic_val2017_100", "panoptic_stuff_val2017_100"),
 }
 
-# Name -> annotation file. The pictures are COCO's; the annotations name the folder of each.
+# Name -> annotation file. The images are COCO's; the annotations state their folder.
 _LVIS = {
     "lvis_v1_train": "lvis_v1_train",
     "lvis_v1_val": "lvis_v1_val",
@@ -86,20 +86,24 @@ _ADE20K = {"ade20k_sem_seg_train": "training", "ade20k_sem_seg_val": "validation
 _VOC_SPLITS = {"2007": ("trainval", "train", "val", "test"), "2012": ("trainval", "train", "val")}
 
 
-def _check_exists(name: str, path: str, made_by: str | None = None) -> None:
-    """Raises FileNotFoundError, which names the command of `detlib.data.prepare` that makes the file."""
+def _check_exists(name: str, path: str, prepared_by: str | None = None) -> None:
+    """Raise FileNotFoundError if a path does not exist; the message names the command that prepares it."""
     if not PathManager.exists(path):
-        hint = f" It is made of the download by `python -m detlib.data.prepare {made_by}`." if made_by else ""
+        hint = (
+            f" Derive it from the download by `python -m detlib.data.prepare {prepared_by}`."
+            if prepared_by
+            else ""
+        )
         raise FileNotFoundError(
-            f"Dataset {name!r} needs {path!r}, which does not exist. The built-in data sets are looked for "
-            f"below the folder that the environment variable {_ROOT_VARIABLES[0]} names "
-            f"({_ROOT_VARIABLES[1]} works too), or else below './datasets'.{hint}"
+            f"Dataset {name!r} needs {path!r}, which does not exist. Built-in datasets are stored below the "
+            f"folder given by the environment variable {_ROOT_VARIABLES[0]} (or {_ROOT_VARIABLES[1]}), by "
+            f"default below './datasets'.{hint}"
         )
 
 
 @dataclass(frozen=True)
 class _BuiltinCoco:
-    """Loads one of COCO's own sets."""
+    """Loads one of COCO's own datasets."""
 
     name: str
     json_file: str
@@ -110,13 +114,13 @@ class _BuiltinCoco:
 
     def __call__(self) -> list[dict]:
         self.check()
-        # COCO's own training set has two boxes without an area.
+        # COCO's own training set has two boxes without area.
         return load_coco_json(self.json_file, self.image_root, self.name, empty_boxes="drop")
 
 
 @dataclass(frozen=True)
 class _BuiltinLvis:
-    """Loads one of LVIS's own sets."""
+    """Loads one of LVIS's own datasets."""
 
     name: str
     json_file: str
@@ -132,15 +136,15 @@ class _BuiltinLvis:
 
 @dataclass(frozen=True)
 class _Checked:
-    """Loads what was registered already, after looking for the file or folder that it needs."""
+    """Checks that a file or folder exists, then calls the loading function."""
 
     name: str
     path: str
     load: Callable[[], list[dict]]
-    made_by: str | None = None
+    prepared_by: str | None = None
 
     def check(self) -> None:
-        _check_exists(self.name, self.path, self.made_by)
+        _check_exists(self.name, self.path, self.prepared_by)
 
     def __call__(self) -> list[dict]:
         self.check()
@@ -149,7 +153,7 @@ class _Checked:
 
 @dataclass(frozen=True)
 class _BuiltinVoc:
-    """Loads one of Pascal VOC's own sets."""
+    """Loads one of Pascal VOC's own datasets."""
 
     name: str
     dirname: str
@@ -164,10 +168,10 @@ class _BuiltinVoc:
 
 
 def register_all_coco(root: str) -> None:
-    """Registers COCO 2014 and 2017 below `root`/coco: instances, persons' keypoints, panoptic segments."""
-    for kind, sets in _COCO.items():
-        metadata: dict[str, Any] = _get_builtin_metadata(kind)
-        for name, (folder, file_name) in sets.items():
+    """Register COCO 2014 and 2017 below `root`/coco: instances, person keypoints, panoptic segments."""
+    for metadata_name, datasets in _COCO.items():
+        metadata: dict[str, Any] = _get_builtin_metadata(metadata_name)
+        for name, (folder, file_name) in datasets.items():
             image_root = os.path.join(root, "coco", folder)
             json_file = os.path.join(root, "coco", "annotations", file_name + ".json")
             DatasetCatalog.register(name, _BuiltinCoco(name, json_file, image_root))
@@ -180,7 +184,7 @@ def register_all_coco(root: str) -> None:
 
 
 def _register_coco_panoptic(root: str, instances_name: str) -> None:
-    """Registers the three panoptic forms of one of COCO's sets, after that with instances."""
+    """Register the three panoptic variants of a COCO dataset, whose instances are already registered."""
     instances = MetadataCatalog.get(instances_name)
     folder, file_name, stuff_folder = COCO_PANOPTIC_FILES[instances_name]
     panoptic_root = os.path.join(root, "coco", folder)
@@ -205,17 +209,17 @@ def _register_coco_panoptic(root: str, instances_name: str) -> None:
         instances.json_file,
         empty_boxes="drop",
     )
-    for suffix, path, made_by in (
+    for suffix, path, prepared_by in (
         ("", panoptic_json, None),
         ("_separated", sem_seg_root, "coco-stuff"),
         ("_stuffonly", sem_seg_root, "coco-stuff"),
     ):
         full = name + suffix
-        DatasetCatalog.register(full, _Checked(full, path, DatasetCatalog[full], made_by), overwrite=True)
+        DatasetCatalog.register(full, _Checked(full, path, DatasetCatalog[full], prepared_by), overwrite=True)
 
 
 def register_all_lvis(root: str) -> None:
-    """Registers LVIS v1 and v0.5: annotations below `root`/lvis, pictures below `root`/coco."""
+    """Register LVIS v1 and v0.5: annotations below `root`/lvis, images below `root`/coco."""
     image_root = os.path.join(root, "coco/")
     for name, file_name in _LVIS.items():
         json_file = os.path.join(root, "lvis", file_name + ".json")
@@ -229,7 +233,7 @@ def register_all_lvis(root: str) -> None:
 
 
 def register_all_pascal_voc(root: str) -> None:
-    """Registers Pascal VOC 2007 and 2012 below `root`/VOC2007 and `root`/VOC2012."""
+    """Register Pascal VOC 2007 and 2012 below `root`/VOC2007 and `root`/VOC2012."""
     for year, splits in _VOC_SPLITS.items():
         dirname = os.path.join(root, f"VOC{year}")
         for split in splits:
@@ -245,30 +249,30 @@ def register_all_pascal_voc(root: str) -> None:
 
 
 def register_all_cityscapes(root: str) -> None:
-    """Registers Cityscapes' fine annotations below `root`/cityscapes: instances and label maps."""
+    """Register Cityscapes' fine annotations below `root`/cityscapes: instances and label maps."""
     metadata = _get_builtin_metadata("cityscapes")
     for split in _CITYSCAPES_SPLITS:
         image_dir = os.path.join(root, f"cityscapes/leftImg8bit/{split}/")
         gt_dir = os.path.join(root, f"cityscapes/gtFine/{split}/")
-        places = {"image_dir": image_dir, "gt_dir": gt_dir}
+        folders = {"image_dir": image_dir, "gt_dir": gt_dir}
 
         name = f"cityscapes_fine_instance_seg_{split}"
         load = functools.partial(load_cityscapes_instances, image_dir, gt_dir)
         DatasetCatalog.register(name, _Checked(name, gt_dir, load))
-        MetadataCatalog.get(name).set(**places, evaluator_type="cityscapes_instance", **metadata)
+        MetadataCatalog.get(name).set(**folders, evaluator_type="cityscapes_instance", **metadata)
 
         name = f"cityscapes_fine_sem_seg_{split}"
         load = functools.partial(load_cityscapes_semantic, image_dir, gt_dir)
         DatasetCatalog.register(name, _Checked(name, gt_dir, load))
         MetadataCatalog.get(name).set(
-            **places, evaluator_type="cityscapes_sem_seg", ignore_label=255, **metadata
+            **folders, evaluator_type="cityscapes_sem_seg", ignore_label=255, **metadata
         )
 
 
 def register_all_ade20k(root: str) -> None:
-    """Registers ADE20K's label maps of 150 classes below `root`/ADEChallengeData2016.
+    """Register ADE20K's label maps of 150 classes below `root`/ADEChallengeData2016.
 
-    The label maps have classes from 0, and 255 for none; those of the download have classes from 1.
+    The label maps have classes from 0, and 255 for no label. Those of the download have classes from 1.
     """
     for name, folder in _ADE20K.items():
         image_root = os.path.join(root, "ADEChallengeData2016", "images", folder)
@@ -284,11 +288,11 @@ def register_all_ade20k(root: str) -> None:
         )
 
 
-def _check_when_loaded(names: Iterable[str], key: str, made_by: str) -> None:
-    """Lets registered data sets look for the file or folder under `key` of their metadata first."""
+def _check_when_loaded(names: Iterable[str], key: str, prepared_by: str) -> None:
+    """Make registered datasets check the file or folder under `key` of their metadata before loading."""
     for name in names:
         path = getattr(MetadataCatalog.get(name), key)
-        DatasetCatalog.register(name, _Checked(name, path, DatasetCatalog[name], made_by), overwrite=True)
+        DatasetCatalog.register(name, _Checked(name, path, DatasetCatalog[name], prepared_by), overwrite=True)
 
 
 def _root() -> str:

@@ -1,4 +1,4 @@
-"""What is known beforehand about COCO, Cityscapes and ADE20K: classes, ids, colours, a person's keypoints."""
+"""Metadata of COCO, Cityscapes and ADE20K: classes, ids, colors, person keypoints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = [
     "KEYPOINT_CONNECTION_RULES",
 ]
 
-# Each entry is the id, the name and the colour. The ids have gaps.
+# Each entry has id, name and color. The ids have gaps.
 _COCO_THINGS = """
 1 person #dc143c, 2 bicycle #770b20, 3 car #00008e, 4 motorcycle #0000e6, 5 airplane #6a00e4,
 6 bus #003c64, 7 train #005064, 8 truck #000046, 9 boat #0000c0, 10 traffic light #faaa1e,
@@ -53,7 +53,7 @@ _COCO_STUFF = """
 200 rug-merged #fa8dff
 """
 
-# The 150 classes of the scene parsing challenge; a class may have several names, with commas between them.
+# The 150 classes of the scene parsing challenge. A class may have several names, separated by commas.
 _ADE20K = """
 wall; building; sky; floor; tree; ceiling; road, route; bed; window; grass; cabinet; sidewalk, pavement;
 person; earth, ground; door; table; mountain, mount; plant; curtain; chair; car; water; painting, picture;
@@ -101,7 +101,7 @@ CITYSCAPES_CATEGORIES = [
     if not label.ignored
 ]
 
-# detectron2 has one name with a space at its end; names are compared, so it stays.
+# detectron2 has one name with a trailing space. It is kept, since names are compared.
 ADE20K_SEM_SEG_CATEGORIES = [
     name + " " if name == "window" else name for name in _ADE20K.strip().replace("\n", " ").split("; ")
 ]
@@ -117,7 +117,7 @@ COCO_PERSON_KEYPOINT_FLIP_MAP = tuple(
     (name, name.replace("left", "right")) for name in COCO_PERSON_KEYPOINT_NAMES if name.startswith("left")
 )
 
-# Pairs of keypoints that are drawn as a line, and its colour.
+# Pairs of keypoints that are connected by a line, and its color.
 KEYPOINT_CONNECTION_RULES = (
     ("left_ear", "left_eye", (102, 204, 255)),
     ("right_ear", "right_eye", (51, 153, 255)),
@@ -145,7 +145,7 @@ def _things(things: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _stuff() -> dict[str, Any]:
-    """Metadata of label maps of stuff, in which class 0 stands for all things together."""
+    """Return the metadata of label maps of stuff, in which class 0 stands for any thing."""
     stuff = [category for category in COCO_CATEGORIES if not category["isthing"]]
     names = [category["name"].replace("-other", "").replace("-merged", "") for category in stuff]
     return {
@@ -156,7 +156,7 @@ def _stuff() -> dict[str, Any]:
 
 
 def _cityscapes() -> dict[str, Any]:
-    """Things for instances, and all classes as stuff for label maps."""
+    """Return things for instances, and all classes as stuff for label maps."""
     return {
         "thing_classes": [c["name"] for c in CITYSCAPES_CATEGORIES if c["isthing"]],
         "stuff_classes": [c["name"] for c in CITYSCAPES_CATEGORIES],
@@ -164,7 +164,7 @@ def _cityscapes() -> dict[str, Any]:
 
 
 def _cityscapes_panoptic() -> dict[str, Any]:
-    """All classes in one list, by their training ids."""
+    """Return all classes in one list, by training id."""
     classes = [category["name"] for category in CITYSCAPES_CATEGORIES]
     colors = [category["color"] for category in CITYSCAPES_CATEGORIES]
     return {
@@ -182,12 +182,15 @@ def _cityscapes_panoptic() -> dict[str, Any]:
 
 
 def _get_builtin_metadata(name: str) -> dict[str, Any]:
-    """Returns the metadata that the built-in data sets of a kind share.
+    """Return the metadata that built-in datasets share.
 
     Args:
-        name: "coco", "coco_person", or the two forms of panoptic data: "coco_panoptic_standard", with all
-            categories in one list, and "coco_panoptic_separated", with things apart from stuff; "cityscapes",
-            "cityscapes_panoptic", "ade20k_sem_seg".
+        name: "coco", "coco_person", "coco_panoptic_standard" (all categories in one list),
+            "coco_panoptic_separated" (things and stuff in two lists), "cityscapes", "cityscapes_panoptic" or
+            "ade20k_sem_seg".
+
+    Raises:
+        KeyError: The name is unknown.
     """
     things = [category for category in COCO_CATEGORIES if category["isthing"]]
     if name == "coco":
@@ -220,6 +223,6 @@ def _get_builtin_metadata(name: str) -> dict[str, Any]:
     if name == "ade20k_sem_seg":
         return {"stuff_classes": list(ADE20K_SEM_SEG_CATEGORIES)}
     raise KeyError(
-        f"There is no built-in metadata {name!r}, only 'coco', 'coco_person', 'coco_panoptic_standard', "
+        f"There are no built-in metadata {name!r}, only 'coco', 'coco_person', 'coco_panoptic_standard', "
         "'coco_panoptic_separated', 'cityscapes', 'cityscapes_panoptic' and 'ade20k_sem_seg'."
     )

@@ -2,9 +2,9 @@
 
 IMAGE_DIR/CITY/NAME_leftImg8bit.png
 GT_DIR/CITY/NAME_gtFine_polygons.json         objects from the farthest to the nearest
-GT_DIR/CITY/NAME_gtFine_instanceIds.png       16 bits: label * 1000 + number; label, of stuff and groups
+GT_DIR/CITY/NAME_gtFine_instanceIds.png       16 bits: label * 1000 + number; for stuff and groups label
 GT_DIR/CITY/NAME_gtFine_labelIds.png
-GT_DIR/CITY/NAME_gtFine_labelTrainIds.png     made by `write_train_ids`
+GT_DIR/CITY/NAME_gtFine_labelTrainIds.png     written by `write_train_ids`
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ logger = logging.getLogger(__name__)
 
 _IMAGE_SUFFIX = "_leftImg8bit.png"
 _IGNORED_TRAIN_ID = 255
-# Polygons run through the centres of the outermost pixels, which belong to the object.
+# Polygons connect the centers of the outermost pixels, which belong to the object.
 _HALF_PIXEL = 0.5
 
-# Contiguous ids of the classes with instances, by their names and by their ids in the files.
+# Contiguous ids of the classes with instances, by name and by id in the files.
 _THINGS = [label for label in CITYSCAPES_LABELS if label.has_instances and not label.ignored]
 _CLASS_BY_NAME = {label.name: i for i, label in enumerate(_THINGS)}
 _CLASS_BY_ID = {label.id: i for i, label in enumerate(_THINGS)}
 
 
 def find_cityscapes_files(image_dir: str, gt_dir: str) -> list[tuple[str, str]]:
-    """Lists the pictures of a split.
+    """List the images of a split.
 
     Returns:
-        Pairs, in the order of cities and names: the picture's path, and what the paths of its annotations
-        begin with, up to and with "_gtFine_".
+        Pairs, sorted by city and name: the path of the image, and the prefix of the paths of its annotations,
+        up to and including "_gtFine_".
 
     Raises:
-        FileNotFoundError: there is no such folder, or it has no pictures.
+        FileNotFoundError: The folder does not exist, or has no images.
     """
     if not PathManager.isdir(image_dir):
-        raise FileNotFoundError(f"Cityscapes: the folder of pictures {image_dir!r} does not exist.")
+        raise FileNotFoundError(f"Cityscapes: the image folder {image_dir!r} does not exist.")
     found = []
     for city in sorted(PathManager.ls(image_dir)):
         folder = os.path.join(image_dir, city)
@@ -65,34 +65,34 @@ def find_cityscapes_files(image_dir: str, gt_dir: str) -> list[tuple[str, str]]:
                 stem = name.removesuffix(_IMAGE_SUFFIX) + "_gtFine_"
                 found.append((os.path.join(folder, name), os.path.join(gt_dir, city, stem)))
     if not found:
-        raise FileNotFoundError(f"Cityscapes: there is no CITY/*{_IMAGE_SUFFIX} in {image_dir!r}.")
+        raise FileNotFoundError(f"Cityscapes: {image_dir!r} has no CITY/*{_IMAGE_SUFFIX}.")
     return found
 
 
 def load_cityscapes_instances(
     image_dir: str, gt_dir: str, from_json: bool = True, to_polygons: bool = True
 ) -> list[dict]:
-    """Loads the objects of a Cityscapes split as dicts in the standard format.
+    """Load the objects of a Cityscapes split as dicts in the standard format.
 
-    Classes are the eight with instances that count, from 0. Groups of objects that are not told apart are
-    crowds. Of each object there is what nearer ones leave visible, maybe in several parts.
+    The classes are the eight evaluated classes with instances, from 0. Groups of objects without single
+    annotations are crowds. The mask of an object is its visible part, which may be disconnected.
 
     Args:
-        image_dir: folder of the pictures, say `cityscapes/leftImg8bit/train`.
-        gt_dir: folder of the annotations, say `cityscapes/gtFine/train`.
-        from_json: read the polygons, which needs the package shapely (`pip install 'detlib[cityscapes]'`);
-            else the PNGs of instance ids, which needs none.
-        to_polygons: masks are polygons, without the holes that objects in front make; else RLE, for which
-            `from_json` must be False.
+        image_dir: folder of the images, for example `cityscapes/leftImg8bit/train`.
+        gt_dir: folder of the annotations, for example `cityscapes/gtFine/train`.
+        from_json: read the polygons, which needs the package shapely (`pip install 'detlib[cityscapes]'`). If
+            False, read the PNGs of instance ids, which needs no package.
+        to_polygons: return masks as polygons, without the holes due to objects in front. If False, return
+            RLE masks; `from_json` must be False.
 
     Raises:
-        FileNotFoundError: a folder or file does not exist.
-        ValueError: the arguments do not go together, or a file is malformed.
+        FileNotFoundError: A folder or file does not exist.
+        ValueError: The arguments are incompatible, or a file is malformed.
         ModuleNotFoundError: shapely is not installed.
     """
     if from_json and not to_polygons:
         raise ValueError(
-            "load_cityscapes_instances: from_json=True gives polygons; for to_polygons=False set "
+            "load_cityscapes_instances: from_json=True returns polygons; for to_polygons=False set "
             "from_json=False."
         )
     records = []
@@ -107,23 +107,23 @@ def load_cityscapes_instances(
 
 
 def load_cityscapes_semantic(image_dir: str, gt_dir: str) -> list[dict]:
-    """Loads the label maps of a Cityscapes split as dicts in the standard format.
+    """Load the label maps of a Cityscapes split as dicts in the standard format.
 
     Args:
-        image_dir: folder of the pictures.
+        image_dir: folder of the images.
         gt_dir: folder of the annotations, with the PNGs of training ids (see `write_train_ids`).
 
     Raises:
-        FileNotFoundError: a folder or file does not exist.
+        FileNotFoundError: A folder or file does not exist.
     """
     records = []
     for image_file, stem in find_cityscapes_files(image_dir, gt_dir):
         labels = stem + "labelTrainIds.png"
         if not PathManager.isfile(labels):
             raise FileNotFoundError(
-                f"Cityscapes: {labels!r} does not exist. The download has no maps of training ids: make them "
-                f"with `python -m detlib.data.datasets.cityscapes {gt_dir}` (or all that Cityscapes needs "
-                "with `python -m detlib.data.prepare cityscapes`)."
+                f"Cityscapes: {labels!r} does not exist. It is not part of the download; create it "
+                f"by `python -m detlib.data.datasets.cityscapes {gt_dir}` (or all files for Cityscapes "
+                "by `python -m detlib.data.prepare cityscapes`)."
             )
         with PathManager.open(labels, "rb") as file, Image.open(file) as image:
             width, height = image.size
@@ -135,7 +135,7 @@ def load_cityscapes_semantic(image_dir: str, gt_dir: str) -> list[dict]:
 
 
 def to_train_ids(labels: np.ndarray) -> np.ndarray:
-    """Turns an (H, W) array of label ids into uint8 training ids, 255 where a label does not count."""
+    """Convert an (H, W) array of label ids to uint8 training ids, with 255 for ignored labels."""
     train_ids = np.full(256, _IGNORED_TRAIN_ID, np.uint8)
     for label in CITYSCAPES_LABELS:
         if not label.ignored:
@@ -144,10 +144,10 @@ def to_train_ids(labels: np.ndarray) -> np.ndarray:
 
 
 def write_train_ids(gt_dir: str) -> int:
-    """Writes a `labelTrainIds` PNG beside each `labelIds` PNG in the cities' folders of `gt_dir`.
+    """Write a `labelTrainIds` PNG next to each `labelIds` PNG in the city folders of `gt_dir`.
 
     Returns:
-        How many were written.
+        The number of files written.
     """
     written = 0
     for city in sorted(PathManager.ls(gt_dir)):
@@ -163,7 +163,7 @@ def write_train_ids(gt_dir: str) -> int:
 
 
 def read_png(path: str) -> np.ndarray:
-    """Reads a PNG of ids, (H, W). Raises FileNotFoundError if there is none."""
+    """Read a PNG of ids, (H, W). Raise FileNotFoundError if it does not exist."""
     if not PathManager.isfile(path):
         raise FileNotFoundError(f"Cityscapes: the annotation {path!r} does not exist.")
     with PathManager.open(path, "rb") as file, Image.open(file) as image:
@@ -171,7 +171,7 @@ def read_png(path: str) -> np.ndarray:
 
 
 def _record_from_polygons(json_file: str) -> dict[str, Any]:
-    """Size and annotations of a picture from its file of polygons."""
+    """Return size and annotations of an image from its polygon file."""
     if not PathManager.isfile(json_file):
         raise FileNotFoundError(f"Cityscapes: the annotation {json_file!r} does not exist.")
     with PathManager.open(json_file) as file:
@@ -184,16 +184,16 @@ def _record_from_polygons(json_file: str) -> dict[str, Any]:
 
 
 def _visible_parts(objects: list[dict], json_file: str) -> list[dict]:
-    """The annotations of all objects that count, from the nearest to the farthest."""
+    """Return the annotations of all objects that are not ignored, from the nearest to the farthest."""
     shapely = _import_shapely()
     drawn = []
-    for entry in reversed(objects):  # the last one is in front of all others
+    for entry in reversed(objects):  # the last object is in front of all others
         if entry.get("deleted"):
             continue
         try:
             label, is_group = cityscapes_label(entry["label"])
         except KeyError as error:
-            raise ValueError(f"{json_file}: Cityscapes has no label {entry['label']!r}.") from error
+            raise ValueError(f"{json_file}: unknown label {entry['label']!r}.") from error
         if label.id < 0:
             continue
         if len(entry["polygon"]) < 3:
@@ -238,7 +238,7 @@ def _import_shapely() -> Any:
 
 
 def _record_from_instance_ids(png_file: str, to_polygons: bool) -> dict[str, Any]:
-    """Size and annotations of a picture from its PNG of instance ids."""
+    """Return size and annotations of an image from its PNG of instance ids."""
     ids = read_png(png_file)
     annotations = []
     for instance_id in np.unique(ids).tolist():
@@ -265,7 +265,7 @@ def _record_from_instance_ids(png_file: str, to_polygons: bool) -> dict[str, Any
 
 
 def _outlines(mask: np.ndarray) -> list[list[float]]:
-    """The outer outlines of a mask (H, W) as polygons through the centres of the outermost pixels."""
+    """Return the outer contours of a mask (H, W) as polygons through the centers of the outermost pixels."""
     import cv2
 
     contours = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[-2]
@@ -273,7 +273,7 @@ def _outlines(mask: np.ndarray) -> list[list[float]]:
 
 
 def _main() -> None:
-    """Makes the maps of training ids of the folders that the command line names."""
+    """Write the maps of training ids in the folders given on the command line."""
     import sys
 
     for gt_dir in sys.argv[1:]:

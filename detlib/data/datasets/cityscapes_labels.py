@@ -1,4 +1,4 @@
-"""The labels of Cityscapes (https://www.cityscapes-dataset.com): also those that do not count."""
+"""The labels of Cityscapes (https://www.cityscapes-dataset.com), including those ignored in evaluation."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ class CityscapesLabel:
     """One label.
 
     Attributes:
-        name: as in the files of polygons; groups of objects are there called name + "group".
-        id: as in the `labelIds` PNGs, and in the `instanceIds` PNGs as id * 1000 + number, or as it is for
-            stuff and for groups. Below 0: is in no PNG.
-        train_id: as in the `labelTrainIds` PNGs; None for labels that do not count.
-        category: the group of labels to which it belongs.
-        has_instances: whether objects are told apart.
+        name: as in the polygon files, where a group of objects is called name + "group".
+        id: as in the `labelIds` PNGs. The `instanceIds` PNGs have id * 1000 + number for instances, and id
+            for stuff and groups. Negative ids are in no PNG.
+        train_id: as in the `labelTrainIds` PNGs; None for labels ignored in evaluation.
+        category: the supercategory.
+        has_instances: whether single objects are annotated.
         color: red, green, blue.
     """
 
@@ -30,11 +30,11 @@ class CityscapesLabel:
 
     @property
     def ignored(self) -> bool:
-        """Whether predictions are not asked for; what lies on its pixels is not held against them."""
+        """Whether the evaluation ignores the label and its pixels."""
         return self.train_id is None
 
 
-# Each category has its labels: id, name, training id or "-", colour; "*" marks those with instances.
+# Labels by category: id, name, training id or "-", color. "*" marks labels with instances.
 _TABLE = {
     "void": """0 unlabeled - #000000, 1 ego vehicle - #000000, 2 rectification border - #000000,
         3 out of roi - #000000, 4 static - #000000, 5 dynamic - #6f4a00, 6 ground - #510051""",
@@ -77,13 +77,13 @@ _BY_NAME = {label.name: label for label in CITYSCAPES_LABELS}
 
 
 def cityscapes_label(name: str) -> tuple[CityscapesLabel, bool]:
-    """Finds what a file of polygons calls `name`.
+    """Find a label by its name in a polygon file.
 
     Returns:
-        The label, and whether `name` means a group of its objects that are not told apart.
+        The label, and whether the name stands for a group of its objects without single annotations.
 
     Raises:
-        KeyError: there is no such label.
+        KeyError: The label is unknown.
     """
     if name in _BY_NAME:
         return _BY_NAME[name], False

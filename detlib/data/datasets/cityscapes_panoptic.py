@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 _SPLITS = ("train", "val")
 _PREPARE = (
-    "Make the panoptic annotations with `python -m detlib.data.prepare cityscapes` (or cityscapesscripts' "
+    "Create the panoptic annotations with `python -m detlib.data.prepare cityscapes` (or cityscapesscripts' "
     "csCreatePanopticImgs)."
 )
 
@@ -30,19 +30,19 @@ _PREPARE = (
 def get_cityscapes_panoptic_files(
     image_dir: str, gt_dir: str, json_info: dict[str, Any]
 ) -> list[tuple[str, str, list[dict]]]:
-    """Finds the annotations of all pictures of a split.
+    """Find the annotations of all images of a split.
 
     Args:
-        image_dir: folder of the pictures.
+        image_dir: folder of the images.
         gt_dir: folder of the PNGs of segment ids.
         json_info: content of the annotation file.
 
     Returns:
-        For each picture its path, the path of its PNG, and its segments as in the file.
+        For each image its path, the path of its PNG, and its segments as in the file.
 
     Raises:
-        FileNotFoundError: a folder does not exist, or has no pictures.
-        ValueError: a picture has no annotation.
+        FileNotFoundError: A folder does not exist, or has no images.
+        ValueError: An image has no annotation.
     """
     annotations = {annotation["image_id"]: annotation for annotation in json_info["annotations"]}
     files = []
@@ -50,7 +50,7 @@ def get_cityscapes_panoptic_files(
         image_id = _image_id(image_file)
         if image_id not in annotations:
             raise ValueError(
-                f"Cityscapes: there is no panoptic annotation of {image_file!r} (id {image_id!r}). {_PREPARE}"
+                f"Cityscapes: {image_file!r} (id {image_id!r}) has no panoptic annotation. {_PREPARE}"
             )
         annotation = annotations[image_id]
         files.append((image_file, os.path.join(gt_dir, annotation["file_name"]), annotation["segments_info"]))
@@ -60,21 +60,21 @@ def get_cityscapes_panoptic_files(
 def load_cityscapes_panoptic(
     image_dir: str, gt_dir: str, gt_json: str, meta: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Loads the panoptic annotations of a Cityscapes split as dicts in the standard format.
+    """Load the panoptic annotations of a Cityscapes split as dicts in the standard format.
 
     Args:
-        image_dir: folder of the pictures, say `cityscapes/leftImg8bit/train`.
-        gt_dir: folder of the PNGs of segment ids, say `cityscapes/gtFine/cityscapes_panoptic_train`.
+        image_dir: folder of the images, for example `cityscapes/leftImg8bit/train`.
+        gt_dir: folder of the PNGs of segment ids, for example `cityscapes/gtFine/cityscapes_panoptic_train`.
         gt_json: path of the annotation file.
         meta: has `thing_dataset_id_to_contiguous_id` and `stuff_dataset_id_to_contiguous_id`.
 
     Returns:
-        Dicts of "file_name", "image_id", "sem_seg_file_name" (the map of training ids), "pan_seg_file_name"
-        and "segments_info", with training ids as "category_id".
+        Dicts with "file_name", "image_id", "sem_seg_file_name" (the map of training ids),
+        "pan_seg_file_name" and "segments_info", with training ids as "category_id".
 
     Raises:
-        FileNotFoundError: a file or folder does not exist.
-        ValueError: a picture has no annotation, or a segment has a category that `meta` does not know.
+        FileNotFoundError: A file or folder does not exist.
+        ValueError: An image has no annotation, or a segment has a category that `meta` does not have.
     """
     if not PathManager.isfile(gt_json):
         raise FileNotFoundError(f"Annotation file {gt_json!r} does not exist. {_PREPARE}")
@@ -87,8 +87,8 @@ def load_cityscapes_panoptic(
         unknown = [x["category_id"] for x in segments if x["category_id"] not in contiguous]
         if unknown:
             raise ValueError(
-                f"{gt_json}: segments of {label_file!r} have the category ids {unknown}, which the metadata "
-                "does not know. Ids are those of labelIds (made without --use-train-id)."
+                f"{gt_json}: segments of {label_file!r} have the category ids {unknown}, which the "
+                "metadata do not have. They must be ids of labelIds (created without --use-train-id)."
             )
         labels = image_file.replace("_leftImg8bit.png", "_gtFine_labelTrainIds.png")
         records.append(
@@ -108,7 +108,7 @@ def load_cityscapes_panoptic(
 
 
 def register_all_cityscapes_panoptic(root: str) -> None:
-    """Registers Cityscapes' panoptic annotations below `root`/cityscapes."""
+    """Register Cityscapes' panoptic annotations below `root`/cityscapes."""
     metadata = _get_builtin_metadata("cityscapes_panoptic")
     for split in _SPLITS:
         name = f"cityscapes_fine_panoptic_{split}"
@@ -136,5 +136,5 @@ def _register(name: str, image_dir: str, gt_dir: str, gt_json: str, metadata: di
 
 
 def _image_id(image_file: str) -> str:
-    """City, sequence and frame, joined as in the names of the files."""
+    """Return city, sequence and frame, joined as in the file names."""
     return os.path.basename(image_file).removesuffix("_leftImg8bit.png")

@@ -1,4 +1,4 @@
-"""Data sets in COCO's instance format (https://cocodataset.org/#format-data)."""
+"""Datasets in COCO's instance format (https://cocodataset.org/#format-data), and label maps of images."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def register_coco_instances(
     empty_boxes: str = "error",
     overwrite: bool = False,
 ) -> None:
-    """Registers a data set in COCO's instance format for detection, instance segmentation or keypoints.
+    """Register a dataset in COCO's instance format for detection, instance segmentation or keypoints.
 
     Args:
-        name: the name, as it will stand in `cfg.DATASETS`.
-        metadata: more attributes for the data set's metadata; may be empty.
+        name: the name to use in `cfg.DATASETS`.
+        metadata: additional attributes for the metadata of the dataset; may be empty.
         json_file: path of the annotations.
         image_root: folder that the file names in the annotations are relative to.
         empty_boxes: see `load_coco_json`.
-        overwrite: replace what `name` stands for already.
+        overwrite: replace a dataset that is already registered under `name`.
     """
     for argument, value in (("name", name), ("json_file", json_file), ("image_root", image_root)):
         if not isinstance(value, str | os.PathLike):
@@ -67,18 +67,18 @@ def register_coco_instances(
 
 
 def read_coco_json(json_file: str) -> dict:
-    """Reads an annotation file and checks that it has the parts of one.
+    """Read an annotation file and check that it has images and categories.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not JSON, or lacks images or categories.
+        FileNotFoundError: The file does not exist.
+        ValueError: It is not JSON, or has no images or no categories.
     """
     path = PathManager.get_local_path(json_file)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"Annotation file {json_file!r} does not exist.")
     with open(path, "rb") as file:
         try:
-            coco = json.loads(file.read())  # of bytes it takes UTF-16 and marks of byte order, too
+            coco = json.loads(file.read())  # from bytes, it also reads UTF-16 and byte order marks
         except ValueError as error:
             raise ValueError(f"Annotation file {json_file!r} is not valid JSON: {error}") from error
     if not isinstance(coco, dict):
@@ -106,33 +106,33 @@ def load_coco_json(
     *,
     empty_boxes: str = "error",
 ) -> list[dict]:
-    """Loads annotations in COCO's instance format as dicts in the standard format.
+    """Load annotations in COCO's instance format as dicts in the standard format.
 
-    With `dataset_name`, the categories become `thing_classes` in the order of their ids and the annotations'
-    `category_id` is the index into them; the mapping stands in the metadata, as
-    `thing_dataset_id_to_contiguous_id`, and in the log. Without, ids stay as they are in the file.
+    With `dataset_name`, the categories become `thing_classes`, sorted by id, and the `category_id` of an
+    annotation is the index into them. The mapping is stored in the metadata, as
+    `thing_dataset_id_to_contiguous_id`, and logged. Without `dataset_name`, the ids of the file are kept.
 
-    Boxes stay (x, y, width, height) in pixels; those of five numbers are rotated ones, (center x, center y,
-    width, height, angle) with the angle in degrees counter-clockwise, and have the mode XYWHA_ABS. Keypoints
-    are moved by half a pixel: COCO counts whole pixels from 0, detlib measures from the picture's corner.
-    Polygons of fewer than three points or of no extent are left out, and with a warning the annotations that
-    have no other.
+    Boxes stay (x, y, width, height) in pixels. A box of five numbers is rotated: (center x, center y, width,
+    height, angle) with the angle in degrees counter-clockwise; its mode is XYWHA_ABS. Keypoints are moved by
+    half a pixel: COCO stores pixel indices, detlib measures from the corner of the image. Polygons with fewer
+    than three points or without extent are left out. Annotations with no other polygon are left out with a
+    warning.
 
     Args:
         json_file: path of the annotations. `annotations` itself may be missing (test sets), and so may
             `iscrowd`, `area`, `id` and `info`.
         image_root: folder that the file names in the annotations are relative to.
-        dataset_name: the data set whose metadata is filled.
-        extra_annotation_keys: keys of the annotations that are to be kept beside the standard ones.
-        empty_boxes: what to do about a box without an area: "error", or "drop" for leaving out the annotation
-            with a warning. COCO's own training set has two of them.
+        dataset_name: the dataset whose metadata are filled.
+        extra_annotation_keys: keys of the annotations to keep in addition to the standard keys.
+        empty_boxes: how to treat a box without area: "error", or "drop" to leave out the annotation with a
+            warning. COCO's own training set has two such boxes.
 
     Returns:
         One dict for each image, sorted by image id.
 
     Raises:
-        FileNotFoundError: there is no such annotation file.
-        ValueError: the file is no annotation file or has an error; the message names file, image and
+        FileNotFoundError: The annotation file does not exist.
+        ValueError: The file is not an annotation file, or has an error; the message names file, image and
             annotation.
     """
     if empty_boxes not in ("error", "drop"):
@@ -156,7 +156,7 @@ def load_coco_content(
     *,
     empty_boxes: str = "error",
 ) -> list[dict]:
-    """`load_coco_json` for content that was read before; `json_file` is for the messages."""
+    """Load annotations as `load_coco_json` does, from content already read; `json_file` is for messages."""
     id_map = None
     if dataset_name is not None:
         thing_classes, id_map = read_categories(coco["categories"], json_file)
@@ -169,24 +169,28 @@ def load_coco_content(
 
 
 def read_categories(categories: list[dict], json_file: str) -> tuple[list[str], dict[int, int]]:
-    """Returns the category names in the order of their ids, and the map from id to index in that list."""
+    """Return the category names sorted by id, and the map from id to index in that list."""
     for category in categories:
         if "id" not in category or "name" not in category:
             raise ValueError(f"{json_file}: category {category!r} has no 'id' or no 'name'.")
         if type(category["id"]) is not int or not isinstance(category["name"], str):
             raise ValueError(
-                f"{json_file}: category {category!r} must have a whole number as 'id' and a string as 'name'."
+                f"{json_file}: category {category!r} must have an integer as 'id' and a string as 'name'."
             )
     categories = sorted(categories, key=lambda category: category["id"])
     id_map = {category["id"]: i for i, category in enumerate(categories)}
     if len(id_map) < len(categories):
         twice = next(i for i, n in Counter(category["id"] for category in categories).items() if n > 1)
         names = [category["name"] for category in categories if category["id"] == twice]
-        raise ValueError(f"{json_file}: category id {twice} is given to {len(names)} categories: {names}.")
+        raise ValueError(f"{json_file}: {len(names)} categories have the same id {twice}: {names}.")
     names = [category["name"] for category in categories]
     if len(set(names)) < len(names):
         twice = [name for name, n in Counter(names).items() if n > 1]
-        logger.warning("%s: several categories have one name: %s; they stay apart", json_file, twice)
+        logger.warning(
+            "%s: several categories have the same name, %s; they are kept as separate classes",
+            json_file,
+            twice,
+        )
     return names, id_map
 
 
@@ -200,35 +204,35 @@ def _log_mapping(json_file: str, thing_classes: list[str], id_map: dict[int, int
 
 
 def load_sem_seg(gt_root: str, image_root: str, gt_ext: str = "png", image_ext: str = "jpg") -> list[dict]:
-    """Pairs the pictures of a folder with the label maps of another that have the same name.
+    """Pair the images of a folder with the label maps of another folder that have the same name.
 
     Args:
-        gt_root: folder of the label maps: pictures whose pixel values are class indices.
-        image_root: folder of the pictures.
+        gt_root: folder of the label maps: images whose pixel values are class indices.
+        image_root: folder of the images.
         gt_ext: extension of the label maps.
-        image_ext: extension of the pictures.
+        image_ext: extension of the images.
 
     Returns:
-        Dicts in the standard format, sorted by name, with "file_name" and "sem_seg_file_name". Pictures
-        without a label map and label maps without a picture are left out, with a warning.
+        Dicts in the standard format, sorted by name, with "file_name" and "sem_seg_file_name". Images without
+        a label map and label maps without an image are left out with a warning.
 
     Raises:
-        FileNotFoundError: a folder does not exist, or holds no file of its extension.
-        ValueError: no name is in both.
+        FileNotFoundError: A folder does not exist, or has no file with its extension.
+        ValueError: No name is in both folders.
     """
     images = _files_by_name(image_root, image_ext, "image_root")
     labels = _files_by_name(gt_root, gt_ext, "gt_root")
     names = sorted(images.keys() & labels.keys())
     if not names:
         raise ValueError(
-            f"load_sem_seg: no label map in {gt_root!r} has the name of a picture in {image_root!r}; the "
-            f"first are {min(labels)!r} and {min(images)!r}."
+            f"load_sem_seg: no label map in {gt_root!r} has the name of an image in {image_root!r}; the "
+            f"first names are {min(labels)!r} and {min(images)!r}."
         )
-    alone = len(images) + len(labels) - 2 * len(names)
-    if alone:
+    unpaired = len(images) + len(labels) - 2 * len(names)
+    if unpaired:
         logger.warning(
-            "%d files in %s or %s have no partner of the same name; %d pairs are used.",
-            alone,
+            "%d files in %s or %s have no counterpart with the same name; %d pairs are used.",
+            unpaired,
             image_root,
             gt_root,
             len(names),
@@ -238,7 +242,7 @@ def load_sem_seg(gt_root: str, image_root: str, gt_ext: str = "png", image_ext: 
 
 
 def _files_by_name(folder: str, extension: str, argument: str) -> dict[str, str]:
-    """Returns the paths of a folder's files with an extension, by their names without it."""
+    """Return the paths of all files with an extension, by name without extension."""
     if not PathManager.isdir(folder):
         raise FileNotFoundError(f"load_sem_seg: the folder {folder!r} ({argument}) does not exist.")
     suffix = "." + extension.lstrip(".")
@@ -253,19 +257,19 @@ def _files_by_name(folder: str, extension: str, argument: str) -> dict[str, str]
 
 
 def convert_to_coco_json(dataset_name: str, output_file: str, allow_cached: bool = True) -> None:
-    """Writes a data set into `output_file` in COCO's annotation format.
+    """Write a dataset into `output_file` in COCO's annotation format.
 
     Args:
         dataset_name: a registered name or a dataset URI; its dicts must be in the standard format.
-        output_file: path of the file. Its folder is made if need be.
-        allow_cached: leave a file alone that has exactly this content. What is there already is never taken
-            for up to date without comparing.
+        output_file: path of the file. Its folder is created if needed.
+        allow_cached: do not write the file again if it already has exactly this content. An existing file is
+            always compared.
     """
     text = json.dumps(convert_to_coco_dict(dataset_name))
     if allow_cached and PathManager.isfile(output_file):
         with PathManager.open(output_file) as file:
             if file.read() == text:
-                logger.info("%s holds dataset %r already.", output_file, dataset_name)
+                logger.info("%s already has the content of dataset %r.", output_file, dataset_name)
                 return
     folder = os.path.dirname(output_file)
     if folder:
@@ -276,22 +280,22 @@ def convert_to_coco_json(dataset_name: str, output_file: str, allow_cached: bool
 
 
 def convert_to_coco_dict(dataset_name: str) -> dict[str, Any]:
-    """Converts a data set from the standard dicts to the content of a COCO annotation file.
+    """Convert a dataset from the standard dicts to the content of a COCO annotation file.
 
-    Boxes become (x, y, width, height), rotated ones stay (center x, center y, width, height, angle).
+    Boxes become (x, y, width, height); rotated boxes stay (center x, center y, width, height, angle).
     Keypoints become pixel indices (moved back by half a pixel). Class indices become the category ids of the
-    original data set if its metadata has `thing_dataset_id_to_contiguous_id`. Areas are those of the masks,
-    or of the boxes where there is no mask.
+    original dataset if its metadata have `thing_dataset_id_to_contiguous_id`. Areas are those of the masks,
+    or of the boxes of objects without a mask.
 
     Args:
         dataset_name: a registered name or a dataset URI.
 
     Returns:
-        A dict with `info`, `licenses`, `images`, `categories` and, unless no image dict has any,
+        A dict with `info`, `licenses`, `images`, `categories` and, if any image dict has annotations,
         `annotations`, numbered from 1.
 
     Raises:
-        ValueError: a dict lacks its size or an annotation its box; the message names the image.
+        ValueError: A dict has no size, or an annotation no box; the message names the image.
     """
     dicts = DatasetCatalog.get(dataset_name)
     metadata = MetadataCatalog.get(dataset_name)
@@ -325,7 +329,7 @@ def convert_to_coco_dict(dataset_name: str) -> dict[str, Any]:
 
 
 def _category_ids(metadata: Metadata) -> dict[int, int]:
-    """Returns the map from class index to category id; empty where they are the same."""
+    """Return the map from class index to category id; empty if they are equal."""
     id_map = metadata.get("thing_dataset_id_to_contiguous_id") or {}
     return {index: category_id for category_id, index in id_map.items()}
 
@@ -333,7 +337,7 @@ def _category_ids(metadata: Metadata) -> dict[int, int]:
 def _convert_annotation(
     annotation: dict, size: tuple[int, int], category_ids: dict[int, int], where: str
 ) -> dict[str, Any]:
-    """Converts one annotation. `size` is the picture's (height, width), `where` begins the error messages."""
+    """Convert one annotation. `size` is the image's (height, width), `where` the start of error messages."""
     for key in ("bbox", "bbox_mode", "category_id"):
         if annotation.get(key) is None:
             raise ValueError(f"{where}: annotation {_shorten(annotation)} has no {key!r}.")
@@ -360,7 +364,7 @@ def _convert_annotation(
 
 
 def _convert_segmentation(segmentation: Any, size: tuple[int, int]) -> tuple[Any, float]:
-    """Returns polygons, or an RLE mask as JSON can hold it, and the area in pixels."""
+    """Return polygons, or an RLE mask that JSON can hold, and the area in pixels."""
     if isinstance(segmentation, dict):
         from pycocotools import mask as mask_utils
 
@@ -375,7 +379,7 @@ def _convert_segmentation(segmentation: Any, size: tuple[int, int]) -> tuple[Any
 
 
 def _polygon_area(polygon: np.ndarray) -> float:
-    """Returns the area inside a flat (x0, y0, x1, y1, ...) polygon, by the shoelace formula."""
+    """Return the area of a flat polygon (x0, y0, x1, y1, ...), by the shoelace formula."""
     x, y = polygon[0::2], polygon[1::2]
     return float(abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2)
 

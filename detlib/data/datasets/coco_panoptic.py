@@ -1,6 +1,6 @@
-"""Data sets in COCO's panoptic format (https://cocodataset.org/#format-data), whole or in two parts.
+"""Datasets in COCO's panoptic format (https://cocodataset.org/#format-data).
 
-The format has one PNG of segment ids for each picture, and a JSON file that says what the segments are.
+The format has one PNG of segment ids for each image, and a JSON file that describes the segments.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ logger = logging.getLogger(__name__)
 
 
 def load_coco_panoptic_json(json_file: str, image_dir: str, gt_dir: str, meta: dict[str, Any]) -> list[dict]:
-    """Loads annotations in COCO's panoptic format as dicts in the standard format.
+    """Load annotations in COCO's panoptic format as dicts in the standard format.
 
     Args:
         json_file: path of the annotations.
-        image_dir: folder of the pictures.
+        image_dir: folder of the images.
         gt_dir: folder of the PNGs of segment ids.
         meta: has `thing_dataset_id_to_contiguous_id` and `stuff_dataset_id_to_contiguous_id`.
 
     Returns:
-        One dict for each annotation, in the file's order: "file_name", "image_id", "height" and "width" where
-        the file has them, "pan_seg_file_name" and "segments_info", whose entries have "category_id" as a
-        contiguous id, and "isthing".
+        One dict for each annotation, in the order of the file, with "file_name", "image_id",
+        "pan_seg_file_name", "segments_info", and "height" and "width" if the file has them. The entries of
+        "segments_info" have "category_id" as a contiguous id, and "isthing".
 
     Raises:
-        FileNotFoundError: there is no such annotation file.
-        ValueError: the file is none, or a segment has a category that `meta` does not know.
+        FileNotFoundError: The annotation file does not exist.
+        ValueError: The file is malformed, or a segment has a category that `meta` does not have.
     """
     coco = read_coco_json(json_file)
     images = {image["id"]: image for image in coco["images"]}
@@ -50,8 +50,8 @@ def load_coco_panoptic_json(json_file: str, image_dir: str, gt_dir: str, meta: d
         image = images.get(annotation["image_id"])
         if image is None:
             raise ValueError(
-                f"{json_file}: there is no image of id {annotation['image_id']!r}, which the annotation of "
-                f"{annotation['file_name']!r} names."
+                f"{json_file}: the annotation of {annotation['file_name']!r} belongs to image id "
+                f"{annotation['image_id']!r}, which is not listed."
             )
         name = image.get("file_name") or os.path.splitext(annotation["file_name"])[0] + ".jpg"
         where = f"{json_file}: segment of {annotation['file_name']!r}"
@@ -66,10 +66,10 @@ def load_coco_panoptic_json(json_file: str, image_dir: str, gt_dir: str, meta: d
         )
     if not dicts:
         raise ValueError(f"Annotation file {json_file!r} has no annotations.")
-    alone = len(images.keys() - {record["image_id"] for record in dicts})
-    if alone:
+    unannotated = len(images.keys() - {record["image_id"] for record in dicts})
+    if unannotated:
         logger.warning(
-            "%s: left out %d of %d images, which have no annotation.", json_file, alone, len(images)
+            "%s: left out %d of %d images, which have no annotation.", json_file, unannotated, len(images)
         )
     logger.info("Loaded %d images in COCO's panoptic format from %s", len(dicts), json_file)
     return dicts
@@ -87,17 +87,17 @@ def _with_contiguous_id(segment: dict, meta: dict[str, Any], where: str) -> dict
 
 
 def merge_to_panoptic(detection_dicts: list[dict], sem_seg_dicts: list[dict]) -> list[dict]:
-    """Joins dicts of the same pictures with instances and with label maps.
+    """Merge dicts with instances and dicts with label maps of the same images.
 
     Args:
-        detection_dicts: with "file_name" and "annotations"; all of them come back.
-        sem_seg_dicts: with "file_name" and "sem_seg_file_name".
+        detection_dicts: have "file_name" and "annotations"; all of them are returned.
+        sem_seg_dicts: have "file_name" and "sem_seg_file_name".
 
     Returns:
         New dicts with the entries of both, in the order of `detection_dicts`.
 
     Raises:
-        ValueError: there is nothing to join, or a picture has no label map.
+        ValueError: There is nothing to merge, or an image has no label map.
     """
     if not sem_seg_dicts:
         raise ValueError("merge_to_panoptic: sem_seg_dicts is empty.")
@@ -105,8 +105,8 @@ def merge_to_panoptic(detection_dicts: list[dict], sem_seg_dicts: list[dict]) ->
     missing = [record["file_name"] for record in detection_dicts if record["file_name"] not in labels]
     if missing:
         raise ValueError(
-            f"merge_to_panoptic: {len(missing)} of {len(detection_dicts)} pictures have no label map, such "
-            f"as {missing[0]!r}."
+            f"merge_to_panoptic: {len(missing)} of {len(detection_dicts)} images have no label map, for "
+            f"example {missing[0]!r}."
         )
     return [{**record, **labels[record["file_name"]]} for record in detection_dicts]
 
@@ -121,17 +121,17 @@ def register_coco_panoptic(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Registers a data set in COCO's panoptic format; its dicts are `load_coco_panoptic_json`'s.
+    """Register a dataset in COCO's panoptic format; `load_coco_panoptic_json` loads it.
 
     Args:
-        name: the name, as it will stand in `cfg.DATASETS`.
-        metadata: attributes for the data set's metadata; with `thing_dataset_id_to_contiguous_id` and
-            `stuff_dataset_id_to_contiguous_id`.
-        image_root: folder of the pictures.
+        name: the name to use in `cfg.DATASETS`.
+        metadata: attributes for the metadata of the dataset, including `thing_dataset_id_to_contiguous_id`
+            and `stuff_dataset_id_to_contiguous_id`.
+        image_root: folder of the images.
         panoptic_root: folder of the PNGs of segment ids.
         panoptic_json: path of the panoptic annotations.
-        instances_json: path of the same pictures' annotations of instances, for the COCO metric.
-        overwrite: replace what `name` stands for already.
+        instances_json: path of the instance annotations of the same images, for the COCO metric.
+        overwrite: replace a dataset that is already registered under `name`.
     """
 
     def load() -> list[dict]:
@@ -161,21 +161,21 @@ def register_coco_panoptic_separated(
     empty_boxes: str = "error",
     overwrite: bool = False,
 ) -> None:
-    """Registers a panoptic data set with things as instances and stuff as label maps, for Panoptic FPN.
+    """Register a panoptic dataset with things as instances and stuff as label maps, for Panoptic FPN.
 
-    There are two names: `name`_separated has "annotations" and "sem_seg_file_name", `name`_stuffonly only the
-    latter. In the label maps 0 stands for all things together, and 255 for no label.
+    It is registered under two names: `name`_separated has "annotations" and "sem_seg_file_name",
+    `name`_stuffonly has only the latter. In the label maps, 0 means any thing and 255 no label.
 
     Args:
-        name: the names' beginning.
-        metadata: attributes for the data sets' metadata.
-        image_root: folder of the pictures.
+        name: prefix of the names.
+        metadata: attributes for the metadata of both.
+        image_root: folder of the images.
         panoptic_root: folder of the PNGs of segment ids.
         panoptic_json: path of the panoptic annotations.
         sem_seg_root: folder of the label maps.
-        instances_json: path of the annotations of instances.
+        instances_json: path of the instance annotations.
         empty_boxes: see `load_coco_json`.
-        overwrite: replace what the names stand for already.
+        overwrite: replace datasets that are already registered under the names.
     """
     separated, stuff_only = name + "_separated", name + "_stuffonly"
 

@@ -1,4 +1,4 @@
-"""From the content of a COCO annotation file to dicts in the standard format, with what is wrong refused."""
+"""Conversion of a COCO annotation file to dicts in the standard format. The first fault is an error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class CocoReader:
-    """Turns the content of one annotation file into standard dicts. Knows the file's name for its errors."""
+    """Converts the content of one annotation file to dicts in the standard format."""
 
     KEPT_KEYS = ("iscrowd", "bbox", "keypoints", "category_id")
 
@@ -30,6 +30,16 @@ class CocoReader:
         extra_keys: tuple[str, ...],
         empty_boxes: str,
     ) -> None:
+        """Prepare the conversion.
+
+        Args:
+            json_file: path of the file, for messages.
+            image_root: folder that file names are relative to.
+            coco: content of the file.
+            id_map: class index of each category id; None to keep the ids.
+            extra_keys: keys of the annotations to keep in addition to the standard keys.
+            empty_boxes: "error" or "drop", see `load_coco_json`.
+        """
         self.json_file = json_file
         self.image_root = image_root
         self.coco = coco
@@ -45,7 +55,7 @@ class CocoReader:
         self.dropped: Counter[str] = Counter()
 
     def read(self) -> list[dict]:
-        """Returns the standard dicts, sorted by image id."""
+        """Return the dicts, sorted by image id."""
         records = {}
         for image in self.coco["images"]:
             record = self._image(image)
@@ -74,11 +84,11 @@ class CocoReader:
         return [records[i] for i in sorted(records)]
 
     def _check_ids(self, records: dict) -> None:
-        kinds = {type(image_id).__name__ for image_id in records}
-        if len(kinds) > 1 or not kinds <= {"int", "str"}:
+        types = {type(image_id).__name__ for image_id in records}
+        if len(types) > 1 or not types <= {"int", "str"}:
             raise ValueError(
-                f"{self.json_file}: image ids must all be whole numbers, or all strings; there are "
-                f"{' and '.join(sorted(kinds))}."
+                f"{self.json_file}: image ids must be all integers or all strings; there are "
+                f"{' and '.join(sorted(types))}."
             )
 
     def _image(self, image: dict) -> dict:
@@ -91,13 +101,13 @@ class CocoReader:
         if not isinstance(image["file_name"], str) or not isinstance(image["id"], int | float | str):
             raise ValueError(
                 f"{self.json_file}: image {image['file_name']!r} has the id {image['id']!r}; the file name "
-                "must be a string, the id a whole number or a string."
+                "must be a string, the id an integer or a string."
             )
         sizes = image["height"], image["width"]
         if not all(_is_number(size) and size > 0 and float(size).is_integer() for size in sizes):
             raise ValueError(
                 f"{self.json_file}: image {image['file_name']!r} has width {image['width']!r} and height "
-                f"{image['height']!r}; both must be whole numbers above 0."
+                f"{image['height']!r}; both must be integers above 0."
             )
         return {
             "file_name": os.path.join(self.image_root, image["file_name"]),
@@ -108,10 +118,10 @@ class CocoReader:
         }
 
     def _annotation(self, record: dict, annotation: dict) -> dict | None:
-        """Returns the annotation in the standard format, or None if it is left out."""
-        read = {key: annotation[key] for key in self.keys if key in annotation}
-        if read.setdefault("iscrowd", 0) not in (0, 1):
-            raise self._error(record, annotation, f"has iscrowd {read['iscrowd']!r}; it must be 0 or 1")
+        """Return the annotation in the standard format, or None if it is left out."""
+        result = {key: annotation[key] for key in self.keys if key in annotation}
+        if result.setdefault("iscrowd", 0) not in (0, 1):
+            raise self._error(record, annotation, f"has iscrowd {result['iscrowd']!r}; it must be 0 or 1")
         category_id = annotation.get("category_id")
         if _key(category_id) not in self.category_ids:
             legal = sorted(self.category_ids)
@@ -122,26 +132,26 @@ class CocoReader:
                 f"categories (ids {legal[0]} to {legal[-1]})",
             )
         if self.id_map is not None:
-            read["category_id"] = self.id_map[category_id]
+            result["category_id"] = self.id_map[category_id]
         if not self._box_is_good(record, annotation):
             self.dropped["annotations whose box has no area"] += 1
             return None
-        read["bbox_mode"] = BoxMode.XYWH_ABS if len(read["bbox"]) == 4 else BoxMode.XYWHA_ABS
+        result["bbox_mode"] = BoxMode.XYWH_ABS if len(result["bbox"]) == 4 else BoxMode.XYWHA_ABS
         if annotation.get("segmentation"):
-            read["segmentation"] = self._segmentation(record, annotation)
-            if not read["segmentation"]:
+            result["segmentation"] = self._segmentation(record, annotation)
+            if not result["segmentation"]:
                 self.dropped[
-                    "annotations without any polygon of three points or more, and of some extent"
+                    "annotations without a polygon that has an extent and at least three points"
                 ] += 1
                 return None
-        if read.get("keypoints", ()) is None:
-            del read["keypoints"]
-        if "keypoints" in read:
-            read["keypoints"] = self._keypoints(record, annotation)
-        return read
+        if result.get("keypoints", ()) is None:
+            del result["keypoints"]
+        if "keypoints" in result:
+            result["keypoints"] = self._keypoints(record, annotation)
+        return result
 
     def _keypoints(self, record: dict, annotation: dict) -> list[float]:
-        """Returns x, y, visibility, ... with x and y moved from pixel indices to the pixels' centres."""
+        """Return x, y, visibility, ... with x and y moved from pixel indices to pixel centers."""
         keypoints = annotation["keypoints"]
         if not isinstance(keypoints, list) or len(keypoints) % 3:
             raise self._error(record, annotation, "has keypoints that are not triples of x, y, visibility")
@@ -173,13 +183,13 @@ class CocoReader:
             raise self._error(
                 record,
                 annotation,
-                f"has a box of no area, by its width and height: {box}. Mend it, or let such annotations be "
-                "left out with empty_boxes='drop' (in a dataset URI: ?empty_boxes=drop)",
+                f"has a box without area (width, height): {box}. Correct it, or leave such annotations out "
+                "with empty_boxes='drop' (in a dataset URI: ?empty_boxes=drop)",
             )
         return False
 
     def _segmentation(self, record: dict, annotation: dict) -> list | dict:
-        """Returns the polygons that have three points at least, or the RLE mask in its compressed form."""
+        """Return the polygons with an extent and at least three points, or the compressed RLE mask."""
         segmentation = annotation["segmentation"]
         if isinstance(segmentation, dict):
             return self._rle(record, annotation)
@@ -188,7 +198,7 @@ class CocoReader:
                 record, annotation, "has a segmentation that is neither polygons nor an RLE mask"
             )
         if not all(map(_all_finite, segmentation)):
-            raise self._error(record, annotation, "has a polygon that is not of finite numbers")
+            raise self._error(record, annotation, "has a polygon with values that are not finite numbers")
         return [p for p in segmentation if len(p) % 2 == 0 and len(p) >= 6 and _has_extent(p)]
 
     def _rle(self, record: dict, annotation: dict) -> dict:
@@ -218,7 +228,7 @@ class CocoReader:
 
 
 def _key(value: Any) -> Any:
-    """A value to look an id up by, whatever type it has."""
+    """Return a hashable value to look up an id by, whatever its type."""
     return value if value is None or isinstance(value, int | float | str) else repr(value)
 
 
@@ -227,7 +237,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _all_finite(values: list) -> bool:
-    """Whether all are finite numbers. The sum tells: the built-in one is many times faster than a loop."""
+    """Whether all values are finite numbers. Testing the built-in sum is many times faster than a loop."""
     try:
         return math.isfinite(sum(values))
     except TypeError:

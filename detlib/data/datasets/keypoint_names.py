@@ -1,4 +1,4 @@
-"""What is known of keypoints by their names: which change places where a picture is mirrored, and more."""
+"""Keypoint metadata derived from names: the pairs that a horizontal flip swaps, and connections."""
 
 from __future__ import annotations
 
@@ -13,39 +13,38 @@ _SIDES = (("left", "right"), ("Left", "Right"), ("LEFT", "RIGHT"))
 
 
 def left_right_pairs(names: list[str]) -> list[tuple[str, str]]:
-    """Returns the pairs of names that differ in left and right only, the left one first."""
+    """Return the pairs of names that differ only in left and right, the left one first."""
     pairs = [(n, n.replace(left, right)) for n in names for left, right in _SIDES if left in n]
     return [pair for pair in pairs if pair[1] in names]
 
 
 def warn_of_no_pairs(names: list[str], pairs: list[tuple[str, str]], source: str) -> None:
-    """Says that nothing will be swapped, where there could be something."""
+    """Log a warning if there is more than one keypoint, but no pair to swap."""
     if len(names) > 1 and not pairs:
         logger.warning(
-            "%s: where pictures are mirrored, no keypoints are swapped. That is wrong if there are left and "
-            "right ones.",
+            "%s: a horizontal flip swaps no keypoints. That is wrong if there are left and right keypoints.",
             source,
         )
 
 
 def check_keypoint_names(names: Any) -> None:
-    """Raises ValueError unless `names` is a list of strings that all differ."""
+    """Raise ValueError unless `names` is a list of distinct strings."""
     if (
         not isinstance(names, list)
         or not all(isinstance(n, str) for n in names)
         or len({*names}) < len(names)
     ):
-        raise ValueError(f"the keypoints must be a list of names that all differ, got {names!r}")
+        raise ValueError(f"the keypoints must be a list of distinct names, got {names!r}")
 
 
 def keypoint_metadata(categories: list[dict], json_file: str) -> dict[str, Any]:
-    """Returns names, flip map and connections from the first category with keypoints.
+    """Return names, flip map and connections of the first category with keypoints.
 
-    COCO has no place for the flip map: names that differ in left and right only are taken as a pair.
-    Connections, which are for drawing only, are left out with a warning where they are no pairs of places.
+    COCO files have no flip map: names that differ only in left and right are a pair. Connections are used for
+    drawing only. Those that are not pairs of keypoint numbers are left out with a warning.
 
     Raises:
-        ValueError: the names are none; `json_file` is for the message.
+        ValueError: The names are malformed; `json_file` is for the message.
     """
     category = next((category for category in categories if category.get("keypoints")), None)
     if category is None:
@@ -61,7 +60,7 @@ def keypoint_metadata(categories: list[dict], json_file: str) -> dict[str, Any]:
     good = [line for line in skeleton if _is_connection(line, len(names))]
     if len(good) < len(skeleton):
         logger.warning(
-            "%s: left out %d connections in 'skeleton' that are no pairs of numbers from 1 to %d.",
+            "%s: left out %d connections in 'skeleton' that are not pairs of numbers from 1 to %d.",
             *(json_file, len(skeleton) - len(good), len(names)),
         )
     colors = ((255, 128, 0), (51, 153, 255), (102, 204, 102))

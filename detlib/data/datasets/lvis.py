@@ -1,8 +1,8 @@
-"""Data sets in LVIS's format (https://www.lvisdataset.org/dataset): COCO's, with a federated ground truth.
+"""Datasets in LVIS's format (https://www.lvisdataset.org/dataset): COCO's, with federated ground truth.
 
-Which categories a picture was searched for is part of it: those that are annotated, those in
-`neg_category_ids`, which are known to be absent, and of the former those in `not_exhaustive_category_ids`, of
-which some objects may lack annotations. Of all others nothing is known.
+Each image was annotated for some of the categories only: those with annotations, and those in
+`neg_category_ids`, which are known to be absent. Categories in `not_exhaustive_category_ids` may have objects
+without annotation. Nothing is known about all other categories.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ def register_lvis_instances(
     empty_boxes: str = "error",
     overwrite: bool = False,
 ) -> None:
-    """Registers a data set in LVIS's format for detection and instance segmentation.
+    """Register a dataset in LVIS's format for detection and instance segmentation.
 
     Args:
-        name: the name, as it will stand in `cfg.DATASETS`.
-        metadata: more attributes for the data set's metadata, such as `get_lvis_instances_meta` returns; may
-            be empty.
+        name: the name to use in `cfg.DATASETS`.
+        metadata: additional attributes for the metadata of the dataset, such as those of
+            `get_lvis_instances_meta`; may be empty.
         json_file: path of the annotations.
-        image_root: folder that the pictures' paths are relative to, see `load_lvis_json`.
+        image_root: folder that the paths of images are relative to, see `load_lvis_json`.
         empty_boxes: see `load_coco_json`.
-        overwrite: replace what `name` stands for already.
+        overwrite: replace a dataset that is already registered under `name`.
     """
     for argument, value in (("name", name), ("json_file", json_file), ("image_root", image_root)):
         if not isinstance(value, str | os.PathLike):
@@ -62,17 +62,18 @@ def register_lvis_instances(
 
 
 def get_lvis_instances_meta(dataset_name: str) -> dict[str, Any]:
-    """Returns the metadata of LVIS's own sets.
+    """Return the metadata of LVIS's own datasets.
 
     Args:
-        dataset_name: "cocofied" in it means COCO's 80 classes, "v0.5" LVIS v0.5's 1230, "v1" LVIS v1's 1203.
+        dataset_name: contains "cocofied" for COCO's 80 classes, "v0.5" for the 1230 classes of LVIS v0.5, or
+            "v1" for the 1203 classes of LVIS v1.
 
     Returns:
         `thing_classes`; for v1 also `class_image_count`, a list of {"id", "image_count"} over the training
-        set; for COCO's classes also their ids and colours.
+        set; for COCO's classes also their ids and colors.
 
     Raises:
-        ValueError: none of the three is in the name.
+        ValueError: The name contains none of the three.
     """
     if "cocofied" in dataset_name:
         return _get_builtin_metadata("coco")
@@ -84,8 +85,8 @@ def get_lvis_instances_meta(dataset_name: str) -> dict[str, Any]:
             "class_image_count": LVIS_CATEGORY_IMAGE_COUNT,
         }
     raise ValueError(
-        f"There is no built-in LVIS metadata for dataset {dataset_name!r}: its name has neither 'v1' nor "
-        "'v0.5' nor 'cocofied' in it."
+        f"There are no built-in LVIS metadata for dataset {dataset_name!r}: its name contains none of 'v1', "
+        "'v0.5' and 'cocofied'."
     )
 
 
@@ -97,28 +98,28 @@ def load_lvis_json(
     *,
     empty_boxes: str = "error",
 ) -> list[dict]:
-    """Loads annotations in LVIS's format as dicts in the standard format.
+    """Load annotations in LVIS's format as dicts in the standard format.
 
-    The class index is the category id less 1, or what `thing_dataset_id_to_contiguous_id` in the metadata
-    says. The class names are those in the metadata of `dataset_name`; where it has none yet, they are LVIS's
-    own if the name asks for them (see `get_lvis_instances_meta`) and the categories are as many, else the
-    file's.
+    The class index is the category id minus 1, or given by `thing_dataset_id_to_contiguous_id` in the
+    metadata. The class names are those in the metadata of `dataset_name`. If it has none yet, they are LVIS's
+    own if the name contains its version (see `get_lvis_instances_meta`) and the number of categories is the
+    same, else those of the file.
 
     Args:
         json_file: path of the annotations.
-        image_root: folder that the pictures lie below. The last two parts of a picture's `coco_url`, such as
-            "train2017/000000000009.jpg", are its path there; without one it is its `file_name`.
-        dataset_name: the data set whose metadata is used and filled.
-        extra_annotation_keys: keys of the annotations that are to be kept beside the standard ones.
+        image_root: folder of the images. The path of an image in it is the last two parts of its `coco_url`,
+            such as "train2017/000000000009.jpg", or without a URL its `file_name`.
+        dataset_name: the dataset whose metadata are used and filled.
+        extra_annotation_keys: keys of the annotations to keep in addition to the standard keys.
         empty_boxes: see `load_coco_json`.
 
     Returns:
-        One dict for each image, sorted by image id, as of `load_coco_json`, with `neg_category_ids` and
-        `not_exhaustive_category_ids`: lists of category ids as they stand in the file.
+        One dict for each image, sorted by image id, as `load_coco_json` returns them, with additional
+        `neg_category_ids` and `not_exhaustive_category_ids`: lists of category ids as in the file.
 
     Raises:
-        FileNotFoundError: there is no such annotation file.
-        ValueError: the file is no annotation file or has an error; the message names file, image and
+        FileNotFoundError: The annotation file does not exist.
+        ValueError: The file is not an annotation file, or has an error; the message names file, image and
             annotation.
     """
     if empty_boxes not in ("error", "drop"):
@@ -136,14 +137,14 @@ def load_lvis_json(
 def _class_indices(
     dataset_name: str, json_file: str, categories: list[dict], names: list[str], by_order: dict[int, int]
 ) -> dict[int, int]:
-    """Completes the data set's metadata, and returns the class index of each category id.
+    """Complete the metadata of the dataset, and return the class index of each category id.
 
     Args:
-        dataset_name: the data set.
+        dataset_name: name of the dataset.
         json_file: its file, for errors.
-        categories: the file's categories.
-        names: their names, in the order of their ids.
-        by_order: the place of each id in that order.
+        categories: the categories of the file.
+        names: their names, sorted by id.
+        by_order: the position of each id in that order.
     """
     metadata = MetadataCatalog.get(dataset_name)
     if metadata.get("thing_classes") is None:
@@ -155,8 +156,8 @@ def _class_indices(
     wrong = [i for i in by_order if not 0 <= id_map.get(i, -1) < num_classes]
     if wrong:
         raise ValueError(
-            f"{json_file}: category ids {wrong[:10]} are none of the {num_classes} classes of dataset "
-            f"{dataset_name!r}: are the metadata and the file of the same version of LVIS?"
+            f"{json_file}: category ids {wrong[:10]} are not among the {num_classes} classes of dataset "
+            f"{dataset_name!r}. Are the metadata and the file of the same version of LVIS?"
         )
     return {category_id: id_map[category_id] for category_id in by_order}
 
@@ -164,7 +165,7 @@ def _class_indices(
 def _metadata_for(
     dataset_name: str, categories: list[dict], names: list[str], by_order: dict[int, int]
 ) -> dict[str, Any]:
-    """The metadata that a data set without any gets: LVIS's own, or what the file says."""
+    """Return metadata for a dataset that has none: LVIS's own, or those of the file."""
     if any(version in dataset_name for version in ("cocofied", "v0.5", "v1")):
         builtin = get_lvis_instances_meta(dataset_name)
         if len(builtin["thing_classes"]) == len(names):
@@ -175,18 +176,18 @@ def _metadata_for(
     if all("image_count" in category for category in categories):
         counts = sorted(categories, key=lambda category: category["id"])
         found["class_image_count"] = [{key: c[key] for key in ("id", "image_count")} for c in counts]
-    logger.info("Dataset %r gets the %d classes of its annotation file.", dataset_name, len(names))
+    logger.info("Dataset %r uses the %d classes of its annotation file.", dataset_name, len(names))
     return found
 
 
 def with_lvis_path(image: dict) -> dict:
-    """Returns an image's entry with the `file_name` that its `coco_url` tells, see `load_lvis_json`."""
+    """Return an image entry with the `file_name` derived from its `coco_url`, see `load_lvis_json`."""
     url = image.get("coco_url")
     return {**image, "file_name": "/".join(url.split("/")[-2:])} if isinstance(url, str) and url else image
 
 
 class _LvisReader(CocoReader):
-    """Reads where pictures lie and which categories they were searched for, too."""
+    """Reads the paths of images and the categories that they were annotated for, too."""
 
     def _image(self, image: dict) -> dict:
         record = super()._image(with_lvis_path(image))

@@ -1,4 +1,4 @@
-"""How the tables of LVIS categories are written."""
+"""The parser of the tables of LVIS categories."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ __all__ = ["parse_lvis_table"]
 
 
 def parse_lvis_table(table: str) -> list[dict[str, Any]]:
-    """Reads entries such as "c64 aerosol.n.02 aerosol_can" that commas part.
+    """Parse comma-separated entries such as "c64 aerosol.n.02 aerosol_can".
 
     Returns:
         A dict for each category, as in LVIS's annotation files: `id` (from 1), `name`, `synset`, `frequency`
-        ("r", "c" or "f"), and `image_count` where the table has it.
+        ("r", "c" or "f"), and `image_count` if the table has it.
     """
     categories = []
     for category_id, entry in enumerate(table.replace("\n", " ").split(","), start=1):

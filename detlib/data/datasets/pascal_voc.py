@@ -1,8 +1,8 @@
-"""Data sets in the folder layout of Pascal VOC (http://host.robots.ox.ac.uk/pascal/VOC/).
+"""Datasets in the folder layout of Pascal VOC (http://host.robots.ox.ac.uk/pascal/VOC/).
 
-DIR/ImageSets/Main/SPLIT.txt    one picture name a line
+DIR/ImageSets/Main/SPLIT.txt    one image name per line
 DIR/Annotations/NAME.xml
-DIR/labels.txt                  the classes in their order, one a line; not VOC's own, and may be missing
+DIR/labels.txt                  optional, not part of VOC: the classes in order, one per line
 DIR/JPEGImages/NAME.jpg         or .jpeg, .png, ...
 """
 
@@ -59,16 +59,16 @@ def register_pascal_voc(
     empty_boxes: str = "error",
     overwrite: bool = False,
 ) -> None:
-    """Registers a data set in Pascal VOC's layout.
+    """Register a dataset in Pascal VOC's layout.
 
     Args:
-        name: the name, as it will stand in `cfg.DATASETS`.
+        name: the name to use in `cfg.DATASETS`.
         dirname: the folder with `Annotations`, `ImageSets` and `JPEGImages`.
         split: name of a list in `ImageSets/Main`, without `.txt`.
-        year: 2007 or 2012; VOC's own metric differs between them.
+        year: 2007 or 2012; VOC's metric differs between them.
         class_names: all classes, in the order of their indices.
         one_based, empty_boxes: see `load_voc_instances`.
-        overwrite: replace what `name` stands for already.
+        overwrite: replace a dataset that is already registered under `name`.
     """
 
     def load() -> list[dict]:
@@ -94,48 +94,50 @@ def load_voc_instances(
     one_based: bool = True,
     empty_boxes: str = "error",
 ) -> list[dict]:
-    """Loads a Pascal VOC split as dicts in the standard format.
+    """Load a Pascal VOC split as dicts in the standard format.
 
     Args:
         dirname: the folder with `Annotations`, `ImageSets` and `JPEGImages`.
         split: name of a list in `ImageSets/Main`, without `.txt`.
         class_names: all classes, in the order of their indices.
-        one_based: the XML counts pixels from 1, with the maximum included, as VOC's own does; so 1 is taken
-            off xmin and ymin. If False, the boxes are taken as they are written. Those that span one pixel
-            (minimum and maximum are equal) have no area then, and are left out with a warning.
-        empty_boxes: what to do about a box whose maximum is below its minimum: "error", or "drop" for leaving
-            it out with a warning.
+        one_based: whether the XML counts pixels from 1 and includes the maximum, as VOC's own does. If True,
+            1 is subtracted from xmin and ymin. If False, boxes are read as written; a box with equal minimum
+            and maximum has no area then, and is left out with a warning.
+        empty_boxes: how to treat a box with its maximum below its minimum: "error", or "drop" to leave it out
+            with a warning.
 
     Returns:
-        One dict for each picture, in the order of the list, each once; boxes are XYXY_ABS, floats. The size
-        is the XML's, or the picture's own where the XML has none. Objects that are marked "difficult" have
-        that key: they are trained on, and VOC's metric leaves them out.
+        One dict for each image, in the order of the list and without repetitions. Boxes are XYXY_ABS, float.
+        The size is read from the XML, or from the image if the XML has none. Objects marked as "difficult"
+        have that key: training uses them, VOC's metric ignores them.
 
     Raises:
-        FileNotFoundError: the list, an annotation or a picture does not exist.
-        ValueError: an annotation is malformed, names an unknown class or has a box whose maximum is below its
-            minimum; the message names file and object.
+        FileNotFoundError: The list, an annotation or an image does not exist.
+        ValueError: An annotation is malformed, names an unknown class, or has a box with its maximum below
+            its minimum; the message names file and object.
     """
     if empty_boxes not in ("error", "drop"):
         raise ValueError(f"empty_boxes must be 'error' or 'drop', not {empty_boxes!r}.")
     listed = read_voc_split(dirname, split)
     names = [*dict.fromkeys(listed)]
     if len(names) < len(listed):
-        # Twice under one id, a picture's detections would count twice in an evaluation.
-        again = len(listed) - len(names)
-        logger.warning("ImageSets/Main/%s.txt of %s lists %d pictures again: left out", split, dirname, again)
+        # With the same id twice, the detections on an image would count twice in an evaluation.
+        repeated = len(listed) - len(names)
+        logger.warning(
+            "ImageSets/Main/%s.txt of %s lists %d images again: left out", split, dirname, repeated
+        )
     images = find_voc_images(dirname)
     class_index = {name: i for i, name in enumerate(class_names)}
     dicts = []
     for name in names:
         if name not in images:
             raise FileNotFoundError(
-                f"{os.path.join(dirname, 'JPEGImages')} has no picture {name!r} "
+                f"{os.path.join(dirname, 'JPEGImages')} has no image {name!r} "
                 f"({', '.join(IMAGE_SUFFIXES)}), which ImageSets/Main/{split}.txt lists."
             )
         xml_file = os.path.join(dirname, "Annotations", name + ".xml")
         root = parse_xml(xml_file)
-        width, height = _picture_size(root, xml_file, images[name])
+        width, height = _image_size(root, xml_file, images[name])
         objects = (
             _read_object(element, xml_file, class_index, one_based, empty_boxes)
             for element in root.iter("object")
@@ -154,11 +156,11 @@ def load_voc_instances(
 
 
 def read_voc_split(dirname: str, split: str) -> list[str]:
-    """Returns the picture names of a split.
+    """Return the image names of a split.
 
     Raises:
-        FileNotFoundError: there is no such list; the message names those that there are.
-        ValueError: the list is empty.
+        FileNotFoundError: The list does not exist; the message names the existing lists.
+        ValueError: The list is empty.
     """
     folder = os.path.join(dirname, "ImageSets", "Main")
     path = os.path.join(folder, split + ".txt")
@@ -172,13 +174,20 @@ def read_voc_split(dirname: str, split: str) -> list[str]:
         )
     names = read_split_names(path, os.path.join(dirname, "Annotations"))
     if not names:
-        raise ValueError(f"{path!r} lists no pictures.")
+        raise ValueError(f"{path!r} lists no images.")
     return names
 
 
 def find_voc_class_names(dirname: str) -> list[str]:
-    """Returns the lines of `DIR/labels.txt`; without that file, the sorted names of all objects in
-    `DIR/Annotations`, whatever split they belong to."""
+    """Return the class names of a dataset.
+
+    They are the lines of `DIR/labels.txt`, or without that file the sorted names of all objects in
+    `DIR/Annotations`, of any split.
+
+    Raises:
+        FileNotFoundError: Neither exists.
+        ValueError: No object has a name.
+    """
     listed = os.path.join(dirname, "labels.txt")
     if PathManager.isfile(listed):
         lines = read_lines(listed)
@@ -192,7 +201,7 @@ def find_voc_class_names(dirname: str) -> list[str]:
         raise FileNotFoundError(f"Folder {folder!r} does not exist.")
     names: set[str] = set()
     files = [os.path.join(folder, entry) for entry in PathManager.ls(folder) if entry.endswith(".xml")]
-    with ThreadPoolExecutor(8) as pool:  # in an object store, most of it is waiting
+    with ThreadPoolExecutor(8) as pool:  # in an object store, most of the time is waiting
         for root in pool.map(parse_xml, files):
             names.update((element.findtext("name") or "").strip() for element in root.iter("object"))
     names.discard("")
@@ -202,7 +211,7 @@ def find_voc_class_names(dirname: str) -> list[str]:
 
 
 def find_voc_images(dirname: str) -> dict[str, str]:
-    """Returns the paths of the pictures by their names without suffix."""
+    """Return the paths of all images by name without suffix."""
     folder = os.path.join(dirname, "JPEGImages")
     if not PathManager.isdir(folder):
         raise FileNotFoundError(f"Folder {folder!r} does not exist.")
@@ -214,13 +223,13 @@ def find_voc_images(dirname: str) -> dict[str, str]:
     return files
 
 
-def _picture_size(root: ElementTree.Element, xml_file: str, image_file: str) -> tuple[int, int]:
-    """Returns width and height from the XML, or from the picture's header where the XML has none or zeros."""
+def _image_size(root: ElementTree.Element, xml_file: str, image_file: str) -> tuple[int, int]:
+    """Return width and height from the XML, or from the image if the XML has none or zeros."""
     texts = [root.findtext("size/width"), root.findtext("size/height")]
     try:
         width, height = (int(float(text)) if text else 0 for text in texts)
     except ValueError as error:
-        raise ValueError(f"{xml_file}: the size is {texts}, which are not two numbers.") from error
+        raise ValueError(f"{xml_file}: the size is {texts}, not two numbers.") from error
     if width > 0 and height > 0:
         return width, height
     return read_image_size(image_file)
@@ -233,11 +242,11 @@ def _read_object(
     one_based: bool,
     empty_boxes: str,
 ) -> dict | None:
-    """Returns one annotation in the standard format, or None if it is left out."""
+    """Return one annotation in the standard format, or None if it is left out."""
     name = (element.findtext("name") or "").strip()
     if name not in class_index:
         raise ValueError(
-            f"{xml_file}: an object is a {name!r}, which is none of the {len(class_index)} classes: "
+            f"{xml_file}: the class {name!r} of an object is not one of the {len(class_index)} classes: "
             f"{', '.join(class_index)}.{suggest(name, class_index)}"
         )
     texts = [element.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
@@ -247,20 +256,21 @@ def _read_object(
         raise ValueError(f"{xml_file}: object {name!r} has the box {texts}, not four numbers.") from error
     if not all(map(math.isfinite, box)):
         raise ValueError(f"{xml_file}: object {name!r} has a box that is not finite: {texts}.")
-    is_turned = box[2] < box[0] or box[3] < box[1]
-    if is_turned and empty_boxes == "error":
+    is_inverted = box[2] < box[0] or box[3] < box[1]
+    if is_inverted and empty_boxes == "error":
         raise ValueError(
-            f"{xml_file}: object {name!r} has a box of no area: [xmin, ymin, xmax, ymax] = {texts}. Mend it, "
-            "or let such objects be left out with empty_boxes='drop' (in a dataset URI: ?empty_boxes=drop)."
+            f"{xml_file}: object {name!r} has a box without area: [xmin, ymin, xmax, ymax] = {texts}. "
+            "Correct it, or leave such objects out with empty_boxes='drop' (in a dataset URI: "
+            "?empty_boxes=drop)."
         )
-    if is_turned or (not one_based and (box[2] == box[0] or box[3] == box[1])):
+    if is_inverted or (not one_based and (box[2] == box[0] or box[3] == box[1])):
         logger.warning("%s: left out an object %r whose box has no area: %s", xml_file, name, texts)
         return None
     if one_based:
         box[0] -= 1.0
         box[1] -= 1.0
     annotation = {"category_id": class_index[name], "bbox": box, "bbox_mode": BoxMode.XYXY_ABS}
-    if (element.findtext("iscrowd") or "0").strip() == "1":  # not VOC's own: detlib's converter writes it
+    if (element.findtext("iscrowd") or "0").strip() == "1":  # not part of VOC: written by the converter
         annotation["iscrowd"] = 1
     if (element.findtext("difficult") or "0").strip() not in ("0", ""):
         annotation["difficult"] = 1
@@ -268,41 +278,42 @@ def _read_object(
 
 
 def read_lines(path: str) -> list[str]:
-    """Returns the lines of a text file without what surrounds them, and without empty ones.
+    """Return the lines of a text file, stripped, without empty lines.
 
     Raises:
-        ValueError: it is not text in UTF-8.
+        ValueError: The file is not UTF-8 text.
     """
     with PathManager.open(path, "rb") as file:
         try:
             text = file.read().decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path!r} is not text in UTF-8: {error}.") from error
+            raise ValueError(f"{path!r} is not UTF-8 text: {error}.") from error
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def read_split_names(path: str, annotations: str) -> list[str]:
-    """Returns the picture names of a list in `ImageSets/Main`.
+    """Return the image names of a list in `ImageSets/Main`.
 
-    A line is a name, or a name and a flag. Names may have spaces in them, so where the flag could be the end
-    of the name, the folder `annotations` decides.
+    A line is a name, or a name and a flag. Names may contain spaces. If the flag could be the end of the
+    name, the files in the folder `annotations` decide.
     """
     lines = read_lines(path)
-    there: set[str] = set()
+    existing: set[str] = set()
     if any(len(line.split()) > 1 for line in lines) and PathManager.isdir(annotations):
-        there = {name.removesuffix(".xml") for name in PathManager.ls(annotations)}
+        existing = {name.removesuffix(".xml") for name in PathManager.ls(annotations)}
     words = [line.split() for line in lines]
     return [
-        first if rest in _FLAGS and line not in there else line for line, (first, *rest) in zip(lines, words)
+        first if rest in _FLAGS and line not in existing else line
+        for line, (first, *rest) in zip(lines, words)
     ]
 
 
 def parse_xml(path: str) -> ElementTree.Element:
-    """Returns the root of an annotation file.
+    """Return the root element of an annotation file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not XML, or in an encoding that is not known.
+        FileNotFoundError: The file does not exist.
+        ValueError: It is not XML, or has an unknown encoding.
     """
     if not PathManager.isfile(path):
         raise FileNotFoundError(f"Annotation file {path!r} does not exist.")
@@ -318,7 +329,7 @@ def _parse(content: bytes) -> ElementTree.Element:
     try:
         return ElementTree.fromstring(content)
     except (ValueError, LookupError):
-        # The parser knows no encodings of several bytes a letter but Unicode's; given text, it asks for none.
+        # The parser has no multi-byte encodings except Unicode. Given decoded text, it needs none.
         declared = re.match(rb"\s*<\?xml[^>]*encoding=[\"']([\w.-]+)[\"']", content)
         if declared is None:
             raise

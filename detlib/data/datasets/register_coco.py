@@ -1,4 +1,4 @@
-"""The path under which the functions that register COCO's formats are imported too."""
+"""detectron2's import path of the functions that register COCO datasets."""
 
 from detlib.data.datasets.coco import register_coco_instances
 from detlib.data.datasets.coco_panoptic import register_coco_panoptic_separated

@@ -1,7 +1,7 @@
-"""Roboflow's COCO export: a folder for each split, with its pictures and `_annotations.coco.json`.
+"""Roboflow's COCO export: a folder for each split, with its images and `_annotations.coco.json`.
 
-Its categories begin with one of id 0 that stands for the whole data set: other categories name it as their
-supercategory, and no annotation has it. It is no class.
+The first category has id 0 and stands for the entire dataset: it is the supercategory of the others, and no
+annotation has it. It is not a class.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _ALIASES = {"val": ("valid", "validation"), "valid": ("val",), "validation": ("v
 def register_roboflow(
     name: str, dirname: str, split: str, *, empty_boxes: str = "error", overwrite: bool = False
 ) -> None:
-    """Registers a split of Roboflow's COCO export.
+    """Register a split of Roboflow's COCO export.
 
     Args:
-        name: the name, as it will stand in `cfg.DATASETS`.
-        dirname: the folder with the splits' folders.
+        name: the name to use in `cfg.DATASETS`.
+        dirname: the folder with the folders of the splits.
         split: "train", "valid" or "test".
         empty_boxes: see `detlib.data.datasets.load_coco_json`.
-        overwrite: replace what `name` stands for already.
+        overwrite: replace a dataset that is already registered under `name`.
     """
     folder = find_roboflow_split(dirname, split)
     DatasetCatalog.register(
@@ -51,10 +51,10 @@ def register_roboflow(
 
 
 def find_roboflow_split(dirname: str, split: str) -> str:
-    """Returns the folder of a split; "val" finds "valid" too.
+    """Return the folder of a split; "val" finds "valid" too.
 
     Raises:
-        FileNotFoundError: there is none with annotations; the message lists those that there are.
+        FileNotFoundError: No such folder has annotations; the message lists the existing splits.
     """
     for name in (split, *_ALIASES.get(split, ())):
         folder = os.path.join(dirname, name)
@@ -62,33 +62,33 @@ def find_roboflow_split(dirname: str, split: str) -> str:
             return folder
     if not PathManager.isdir(dirname):
         raise FileNotFoundError(f"Folder {dirname!r} does not exist.")
-    there = roboflow_splits(dirname)
+    splits = roboflow_splits(dirname)
     raise FileNotFoundError(
         f"{os.path.join(dirname, split, ANNOTATION_FILE)!r} does not exist. {dirname!r} has the splits: "
-        f"{', '.join(there) or 'none'}."
+        f"{', '.join(splits) or 'none'}."
     )
 
 
 def roboflow_splits(dirname: str) -> list[str]:
-    """Returns the names of the folders that hold annotations."""
+    """Return the names of the folders that have annotations."""
     names = sorted(PathManager.ls(dirname))
     return [name for name in names if PathManager.isfile(os.path.join(dirname, name, ANNOTATION_FILE))]
 
 
 def without_root_category(coco: dict) -> dict:
-    """Returns the content of an annotation file without the category that stands for the whole set.
+    """Return the content of an annotation file without the category that stands for the entire dataset.
 
-    It is the one of id 0 with the supercategory "none" that is the supercategory of others, and that no
-    annotation has.
+    That category has id 0 and the supercategory "none", is the supercategory of others, and has no
+    annotations.
     """
     categories = coco.get("categories") or []
-    above = {category.get("supercategory") for category in categories if category.get("id") != 0}
+    parents = {category.get("supercategory") for category in categories if category.get("id") != 0}
     root = [
         category
         for category in categories
         if category.get("id") == 0
         and category.get("supercategory") == "none"
-        and (category.get("name") in above)
+        and (category.get("name") in parents)
     ]
     used = any(annotation.get("category_id") == 0 for annotation in coco.get("annotations") or ())
     if not root or used:
@@ -97,12 +97,12 @@ def without_root_category(coco: dict) -> dict:
 
 
 def read_roboflow_json(folder: str) -> dict:
-    """Reads the annotation file of a split's folder, without the root category."""
+    """Read the annotation file in the folder of a split, without the root category."""
     return without_root_category(read_coco_json(os.path.join(folder, ANNOTATION_FILE)))
 
 
 def roboflow_metadata(folder: str) -> dict[str, Any]:
-    """Returns classes, keypoints if a category has them, and places for the metadata of a split's folder."""
+    """Return the metadata of the split in a folder: classes, image folder, and keypoints if there are any."""
     json_file = os.path.join(folder, ANNOTATION_FILE)
     categories = read_roboflow_json(folder)["categories"]
     thing_classes, id_map = read_categories(categories, json_file)
@@ -118,10 +118,10 @@ def roboflow_metadata(folder: str) -> dict[str, Any]:
 def load_roboflow(
     dirname: str, split: str, dataset_name: str | None = None, *, empty_boxes: str = "error"
 ) -> list[dict]:
-    """Loads a split of Roboflow's COCO export as dicts in the standard format.
+    """Load a split of Roboflow's COCO export as dicts in the standard format.
 
     Args:
-        dirname: the folder with the splits' folders.
+        dirname: the folder with the folders of the splits.
         split: "train", "valid" or "test".
         dataset_name, empty_boxes: see `detlib.data.datasets.load_coco_json`.
 
@@ -129,8 +129,8 @@ def load_roboflow(
         One dict for each image, sorted by image id.
 
     Raises:
-        FileNotFoundError: there is no such split.
-        ValueError: the annotations have an error; the message names file, image and annotation.
+        FileNotFoundError: The split does not exist.
+        ValueError: The annotations have an error; the message names file, image and annotation.
     """
     folder = find_roboflow_split(dirname, split)
     json_file = os.path.join(folder, ANNOTATION_FILE)

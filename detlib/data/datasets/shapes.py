@@ -1,8 +1,8 @@
-"""A generated data set to learn and test with: circles, squares and triangles on textured ground.
+"""A generated dataset for first steps and tests: circles, squares and triangles on textured backgrounds.
 
-It has boxes, polygons, keypoints, stuff labels and panoptic segments, and is made where it is needed, in a
-few seconds. The same parameters give the same pictures on any machine; with more pictures, the first ones
-stay the same. There is a set of rectangles too, with rotated boxes.
+It has boxes, polygons, keypoints, stuff labels and panoptic segments, and is generated on first use in a few
+seconds. The same parameters give the same images on any machine; a larger number adds images and keeps the
+first ones. A variant has rectangles with rotated boxes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from PIL import Image
 
 from detlib.data.datasets.shapes_scene import (
     KEYPOINTS,
-    KINDS,
     RECTANGLES,
+    SHAPES,
     STUFF,
     UNIT,
     Scene,
@@ -35,12 +35,12 @@ __all__ = ["SHAPES_METADATA", "ShapesParameters", "load_shapes", "shapes_metadat
 
 logger = logging.getLogger(__name__)
 
-# Part of the cache folder's name: to be raised with any change of what is drawn or written.
+# Part of the name of the cache folder. Increase it with any change of the drawn images or written files.
 _VERSION = 2
 _SPLITS = {"train": 0, "val": 1}
 
 SHAPES_METADATA: dict[str, Any] = {
-    "thing_classes": list(KINDS),
+    "thing_classes": list(SHAPES),
     "thing_colors": [(230, 60, 60), (60, 90, 230), (240, 190, 40)],
     "stuff_classes": ["things", *STUFF],
     "stuff_colors": [(120, 40, 120), (60, 130, 55), (196, 170, 112), (50, 105, 165)],
@@ -59,14 +59,14 @@ SHAPES_METADATA: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class ShapesParameters:
-    """What a generated set depends on.
+    """The parameters of a generated dataset.
 
     Attributes:
-        split: "train" or "val"; they share no picture.
-        num: number of pictures, 1000 for train and 200 for val by default.
-        size: height and width of the pictures in pixels, 32 to 1024.
-        seed: another seed, other pictures.
-        rotated: if 1, there are rectangles of any direction, with rotated boxes and without keypoints.
+        split: "train" or "val"; they share no image.
+        num: number of images, 1000 for train and 200 for val by default.
+        size: height and width of the images in pixels, 32 to 1024.
+        seed: another seed gives other images.
+        rotated: if 1, the objects are rectangles of any direction, with rotated boxes and without keypoints.
     """
 
     split: str
@@ -87,21 +87,21 @@ class ShapesParameters:
 
 
 def shapes_metadata(parameters: ShapesParameters) -> dict[str, Any]:
-    """Returns what the catalog knows about a generated set."""
+    """Return the metadata of a generated dataset."""
     if not parameters.rotated:
         return dict(SHAPES_METADATA)
-    upright = {k: v for k, v in SHAPES_METADATA.items() if not k.startswith("keypoint")}
-    return {**upright, "thing_classes": list(RECTANGLES), "thing_colors": [(230, 60, 60), (60, 90, 230)]}
+    common = {k: v for k, v in SHAPES_METADATA.items() if not k.startswith("keypoint")}
+    return {**common, "thing_classes": list(RECTANGLES), "thing_colors": [(230, 60, 60), (60, 90, 230)]}
 
 
 def load_shapes(parameters: ShapesParameters) -> list[dict]:
-    """Returns a generated set as dicts in the standard format, after drawing its pictures if need be.
+    """Return a generated dataset as dicts in the standard format, and draw its images on first use.
 
-    The pictures are kept as PNG below `$DETLIB_CACHE`, or `~/.cache/detlib` where that is not set.
+    The images are stored as PNG below `$DETLIB_CACHE`, by default below `~/.cache/detlib`.
 
-    Each dict has `sem_seg_file_name` as well, a PNG of indices into `stuff_classes`, 0 where a shape is; and
-    `pan_seg_file_name` with `segments_info`, in COCO's panoptic format with contiguous category ids.
-    Polygons are whole, and keypoints that another shape hides have visibility 1.
+    Each dict also has `sem_seg_file_name`, a PNG of indices into `stuff_classes` with 0 for shapes, and
+    `pan_seg_file_name` with `segments_info`, in COCO's panoptic format with contiguous category ids. Polygons
+    include hidden parts. Keypoints hidden by another shape have visibility 1.
     """
     folder = _cache_folder(parameters)
     if not _is_complete(folder, parameters.num):
@@ -129,11 +129,11 @@ def _is_complete(folder: str, num: int) -> bool:
 
 
 def _generate(parameters: ShapesParameters, folder: str) -> None:
-    """Draws the set into a folder of its own, which then takes its place as a whole.
+    """Draw the dataset into a temporary folder, then rename the folder.
 
-    Several processes may do so at the same time: the first one's folder stays.
+    Several processes may do so at the same time: the folder of the first is kept.
     """
-    logger.info("Drawing %d pictures of shapes into %s", parameters.num, folder)
+    logger.info("Drawing %d images of shapes into %s", parameters.num, folder)
     root = os.path.dirname(folder)
     try:
         os.makedirs(root, exist_ok=True)
@@ -141,10 +141,10 @@ def _generate(parameters: ShapesParameters, folder: str) -> None:
     except OSError as error:
         raise OSError(
             f"Cannot write the generated shapes into {root!r} ({error}). Set the environment variable "
-            "DETLIB_CACHE to a folder that can be written."
+            "DETLIB_CACHE to a writable folder."
         ) from error
     try:
-        dicts = [_generate_picture(parameters, i, temporary) for i in range(parameters.num)]
+        dicts = [_generate_image(parameters, i, temporary) for i in range(parameters.num)]
         with open(os.path.join(temporary, "dataset.json"), "w", encoding="utf-8") as file:
             json.dump(dicts, file)
         if os.path.isdir(folder) and not _is_complete(folder, parameters.num):
@@ -158,8 +158,8 @@ def _generate(parameters: ShapesParameters, folder: str) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _generate_picture(parameters: ShapesParameters, index: int, folder: str) -> dict:
-    """Draws and writes picture `index` and its labels. Returns its dict, names relative to the folder."""
+def _generate_image(parameters: ShapesParameters, index: int, folder: str) -> dict:
+    """Draw and write image `index` and its labels; return its dict, with names relative to the folder."""
     random = np.random.RandomState([parameters.seed, _SPLITS[parameters.split], index])
     scene = sample_scene(random, parameters.size, bool(parameters.rotated))
     image, labels, owners = draw_scene(random, scene)
@@ -182,13 +182,13 @@ def _generate_picture(parameters: ShapesParameters, index: int, folder: str) -> 
 
 
 def _segments(scene: Scene, labels: np.ndarray, owners: np.ndarray) -> tuple[np.ndarray, list[dict]]:
-    """Returns the segment of each pixel, (H, W) int64, and what they are: shapes first, then stuff."""
+    """Return the segment id of each pixel, (H, W) int64, and the segments: shapes first, then stuff."""
     num_shapes = len(scene.shapes)
     ids = np.where(owners >= 0, 1 + owners, num_shapes + labels)
     segments = []
     for i in np.unique(ids).tolist():
         isthing = i <= num_shapes
-        category = scene.shapes[i - 1].kind if isthing else i - num_shapes
+        category = scene.shapes[i - 1].category if isthing else i - num_shapes
         segments.append({"id": i, "category_id": category, "isthing": isthing, "iscrowd": 0})
     return ids, segments
 
@@ -199,13 +199,13 @@ def _annotation(scene: Scene, index: int, owners: np.ndarray) -> dict:
     if shape.rotated_box is not None:
         *sizes, angle = shape.rotated_box
         box = [*(value / UNIT for value in sizes), float(angle)]
-        return {"category_id": shape.kind, "bbox": box, "segmentation": [polygon], "iscrowd": 0}
+        return {"category_id": shape.category, "bbox": box, "segmentation": [polygon], "iscrowd": 0}
     keypoints: list[float] = []
     for x, y in shape.keypoints.tolist():
         seen = owners[min(y // UNIT, scene.size - 1), min(x // UNIT, scene.size - 1)]
         keypoints += [x / UNIT, y / UNIT, 1 if seen > index else 2]
     return {
-        "category_id": shape.kind,
+        "category_id": shape.category,
         "bbox": (shape.box / UNIT).tolist(),
         "segmentation": [polygon],
         "keypoints": keypoints,

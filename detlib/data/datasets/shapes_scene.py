@@ -1,9 +1,10 @@
-"""The pictures of the generated shapes data set: what is on one, and how it is drawn.
+"""The images of the generated shapes dataset: sampling a scene, and drawing it.
 
-All geometry and colour is computed in integers, and the random numbers come from numpy's `RandomState`, whose
-streams are frozen. So a picture depends on nothing but its seed: not on machine, numpy or a drawing library.
+All geometry and color is computed in integers, and the random numbers come from numpy's `RandomState`, whose
+streams are frozen. An image therefore depends on its seed only, not on the machine or on the version of any
+library.
 
-Lengths are in sub-pixels, `UNIT` to a pixel, in a frame whose origin is the picture's top left corner.
+Lengths are in subpixels, `UNIT` per pixel. The origin is the top left corner of the image.
 """
 
 from __future__ import annotations
@@ -13,24 +14,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["KINDS", "KEYPOINTS", "RECTANGLES", "STUFF", "Scene", "Shape", "draw_scene", "sample_scene"]
+__all__ = ["KEYPOINTS", "RECTANGLES", "SHAPES", "STUFF", "Scene", "Shape", "draw_scene", "sample_scene"]
 
-KINDS = ("circle", "square", "triangle")
+SHAPES = ("circle", "square", "triangle")
 RECTANGLES = ("brick", "plank")
 KEYPOINTS = ("center", "top", "left", "right", "bottom")
 STUFF = ("grass", "sand", "water")
 
 UNIT = 16
-_ONE = 1 << 14  # what stands for 1.0 in the tables of directions
+_ONE = 1 << 14  # represents 1.0 in the tables of directions
 _STUFF_COLORS = np.array([(60, 130, 55), (196, 170, 112), (50, 105, 165)], dtype=np.int64)
 _MAX_TILT = 20  # degrees, for squares and triangles
 _MAX_SHAPES = 5
-_MAX_OVERLAP = 10  # the part of the smaller of two boxes that may be hidden, in percent
-_MIN_CONTRAST = 170  # between a shape and the ground it may lie on: sum of differences over R, G and B
+_MAX_OVERLAP = 10  # of two boxes, in percent of the smaller one
+_MIN_CONTRAST = 170  # between a shape and both backgrounds: sum of differences over R, G and B
 
 
 def _direction(degrees: float) -> tuple[int, int]:
-    """Returns the unit vector at an angle, clockwise from the right, in integers."""
+    """Return the unit vector at an angle, clockwise from the right, in integers."""
     radians = math.radians(degrees)
     return round(math.cos(radians) * _ONE), round(math.sin(radians) * _ONE)
 
@@ -48,24 +49,24 @@ _KEYPOINTS_OF = {
     "square": [(0, 0), (0, -_CORNER), (-_CORNER, 0), (_CORNER, 0), (0, _CORNER)],
     "triangle": [(0, 0), (0, -_ONE), (-_BASE, _HALF), (_BASE, _HALF), (0, _HALF)],
 }
-_LENGTHS = (2, 5)  # of a brick and of a plank, as multiples of their height
+_LENGTHS = (2, 5)  # of a brick and a plank, as multiples of their height
 _TILTS = {degrees: _direction(degrees) for degrees in range(-_MAX_TILT, _MAX_TILT + 1)}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One thing in a picture.
+    """One object in an image.
 
     Attributes:
-        kind: index into `KINDS`, or into `RECTANGLES`.
-        outline: (P, 2) int64, the convex polygon's corners in sub-pixels, clockwise.
-        keypoints: (5, 2) int64, in sub-pixels, in the order of `KEYPOINTS`; (0, 2) for rectangles.
+        category: index into `SHAPES` or `RECTANGLES`.
+        outline: (P, 2) int64, corners of the convex polygon in subpixels, clockwise.
+        keypoints: (5, 2) int64, in subpixels, in the order of `KEYPOINTS`; (0, 2) for rectangles.
         color: (3,) int64, RGB.
-        rotated_box: of a rectangle, center x, center y, width and height in sub-pixels, and the angle in
+        rotated_box: for rectangles, center x, center y, width and height in subpixels, and the angle in
             degrees, counter-clockwise.
     """
 
-    kind: int
+    category: int
     outline: np.ndarray
     keypoints: np.ndarray
     color: np.ndarray
@@ -73,35 +74,36 @@ class Shape:
 
     @property
     def box(self) -> np.ndarray:
-        """(4,) int64: x0, y0, x1, y1 in sub-pixels."""
+        """Axis-aligned box: (4,) int64, x0, y0, x1, y1 in subpixels."""
         return np.concatenate([self.outline.min(axis=0), self.outline.max(axis=0)])
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture before it is drawn.
+    """The content of an image.
 
     Attributes:
         size: height and width in pixels.
-        grounds: the two kinds of ground, as indices into `STUFF`, and their colours, (2, 3) int64.
-        border: a, b, c: the second ground is where a * x + b * y > c, in pixels.
+        backgrounds: the two backgrounds, as indices into `STUFF`.
+        background_colors: (2, 3) int64, RGB.
+        border: a, b, c: the second background is where a * x + b * y > c, in pixels.
         shapes: from back to front.
     """
 
     size: int
-    grounds: tuple[int, int]
-    ground_colors: np.ndarray
+    backgrounds: tuple[int, int]
+    background_colors: np.ndarray
     border: tuple[int, int, int]
     shapes: list[Shape]
 
 
 def _integer(random: np.random.RandomState, low: int, high: int) -> int:
-    """Returns a random integer from `low` to `high`, both included."""
+    """Return a random integer from `low` to `high`, both included."""
     return int(random.randint(low, high + 1, dtype=np.int64))
 
 
 def sample_scene(random: np.random.RandomState, size: int, rectangles: bool = False) -> Scene:
-    """Invents a picture of `size` x `size` pixels, of `KINDS` or of `RECTANGLES`."""
+    """Sample the content of an image of `size` x `size` pixels, with `SHAPES` or `RECTANGLES`."""
     first = _integer(random, 0, len(STUFF) - 1)
     second = (first + _integer(random, 1, len(STUFF) - 1)) % len(STUFF)
     colors = _STUFF_COLORS[[first, second]] + random.randint(-18, 19, size=(2, 3), dtype=np.int64)
@@ -118,44 +120,44 @@ def sample_scene(random: np.random.RandomState, size: int, rectangles: bool = Fa
     return Scene(size, (first, second), colors, (a, b, a * x + b * y), shapes)
 
 
-def _sample_shape(random: np.random.RandomState, size: int, ground_colors: np.ndarray) -> Shape:
-    kind = _integer(random, 0, len(KINDS) - 1)
-    name = KINDS[kind]
+def _sample_shape(random: np.random.RandomState, size: int, background_colors: np.ndarray) -> Shape:
+    category = _integer(random, 0, len(SHAPES) - 1)
+    name = SHAPES[category]
     radius = _integer(random, size * UNIT // 10, size * UNIT // 4)
     cos, sin = _TILTS[0 if name == "circle" else _integer(random, -_MAX_TILT, _MAX_TILT)]
     margin = radius + UNIT
     center = np.array([_integer(random, margin, size * UNIT - margin) for _ in range(2)])
-    turn = np.array([[cos, sin], [-sin, cos]], dtype=np.int64)
+    rotation = np.array([[cos, sin], [-sin, cos]], dtype=np.int64)
 
-    def place(points: list[tuple[int, int]]) -> np.ndarray:
-        turned = np.array(points, dtype=np.int64) @ turn
-        return center + (turned * radius + _ONE * _ONE // 2) // (_ONE * _ONE)
+    def transform(points: list[tuple[int, int]]) -> np.ndarray:
+        rotated = np.array(points, dtype=np.int64) @ rotation
+        return center + (rotated * radius + _ONE * _ONE // 2) // (_ONE * _ONE)
 
-    color = _sample_color(random, ground_colors)
-    return Shape(kind, place(_OUTLINES[name]), place(_KEYPOINTS_OF[name]), color)
+    color = _sample_color(random, background_colors)
+    return Shape(category, transform(_OUTLINES[name]), transform(_KEYPOINTS_OF[name]), color)
 
 
-def _sample_rectangle(random: np.random.RandomState, size: int, ground_colors: np.ndarray) -> Shape:
-    """A rectangle of any direction: its longer sides are the width, and its angle is from -90 to 89."""
-    kind = _integer(random, 0, len(RECTANGLES) - 1)
+def _sample_rectangle(random: np.random.RandomState, size: int, background_colors: np.ndarray) -> Shape:
+    """Sample a rectangle of any direction. The longer side is the width, the angle is from -90 to 89."""
+    category = _integer(random, 0, len(RECTANGLES) - 1)
     half_width = _integer(random, size * UNIT // 8, size * UNIT // 4)
-    half_height = half_width // _LENGTHS[kind]
+    half_height = half_width // _LENGTHS[category]
     angle = _integer(random, -90, 89)
     cos, sin = _direction(angle)
     margin = half_width + half_height + UNIT
     center = np.array([_integer(random, margin, size * UNIT - margin) for _ in range(2)])
     corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]], dtype=np.int64) * [half_width, half_height]
-    turned = corners @ np.array([[cos, -sin], [sin, cos]], dtype=np.int64)
-    outline = center + (turned + _ONE // 2) // _ONE
+    rotated = corners @ np.array([[cos, -sin], [sin, cos]], dtype=np.int64)
+    outline = center + (rotated + _ONE // 2) // _ONE
     box = (int(center[0]), int(center[1]), 2 * half_width, 2 * half_height, angle)
-    color = _sample_color(random, ground_colors)
-    return Shape(kind, outline, np.zeros((0, 2), dtype=np.int64), color, box)
+    color = _sample_color(random, background_colors)
+    return Shape(category, outline, np.zeros((0, 2), dtype=np.int64), color, box)
 
 
-def _sample_color(random: np.random.RandomState, ground_colors: np.ndarray) -> np.ndarray:
+def _sample_color(random: np.random.RandomState, background_colors: np.ndarray) -> np.ndarray:
     while True:
         color = random.randint(0, 256, size=3, dtype=np.int64)
-        if np.abs(ground_colors - color).sum(axis=1).min() >= _MIN_CONTRAST:
+        if np.abs(background_colors - color).sum(axis=1).min() >= _MIN_CONTRAST:
             return color
 
 
@@ -166,20 +168,20 @@ def _overlap_too_much(box: np.ndarray, other: np.ndarray) -> bool:
 
 
 def draw_scene(random: np.random.RandomState, scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draws a picture.
+    """Draw an image.
 
     Returns:
         image: (H, W, 3) uint8, RGB.
-        labels: (H, W) uint8: 0 where a shape is, else 1 + the index into `STUFF`.
-        owners: (H, W) int64: which of the scene's shapes is seen there, -1 for the ground.
+        labels: (H, W) uint8: 0 for shapes, else 1 + the index into `STUFF`.
+        owners: (H, W) int64: index of the visible shape, -1 for the background.
     """
     size = scene.size
     y, x = np.mgrid[:size, :size]
     a, b, c = scene.border
     side = (a * x + b * y > c).astype(np.int64)
-    image = np.stack([_texture(random, kind, x, y) for kind in scene.grounds])
-    image = np.take_along_axis(image, side[None], axis=0)[0][..., None] + scene.ground_colors[side]
-    labels = 1 + np.array(scene.grounds)[side]
+    image = np.stack([_texture(random, stuff, x, y) for stuff in scene.backgrounds])
+    image = np.take_along_axis(image, side[None], axis=0)[0][..., None] + scene.background_colors[side]
+    labels = 1 + np.array(scene.backgrounds)[side]
     owners = np.full((size, size), -1, dtype=np.int64)
     for i, shape in enumerate(scene.shapes):
         (x0, y0), (x1, y1) = shape.box[:2] // UNIT, -(-shape.box[2:] // UNIT)
@@ -194,10 +196,10 @@ def draw_scene(random: np.random.RandomState, scene: Scene) -> tuple[np.ndarray,
 
 
 def _coverage(outline: np.ndarray, x0: int, y0: int, x1: int, y1: int) -> np.ndarray:
-    """Returns how many of each pixel's 2 x 2 sample points lie in a clockwise convex polygon.
+    """Return how many of the 2 x 2 sample points of each pixel are in a clockwise convex polygon.
 
     Args:
-        outline: (P, 2) int64, in sub-pixels.
+        outline: (P, 2) int64, in subpixels.
         x0, y0, x1, y1: the region in pixels.
 
     Returns:
@@ -212,13 +214,13 @@ def _coverage(outline: np.ndarray, x0: int, y0: int, x1: int, y1: int) -> np.nda
     return inside.reshape(y1 - y0, 2, x1 - x0, 2).sum(axis=(1, 3))
 
 
-def _texture(random: np.random.RandomState, kind: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Returns the brightness that a kind of ground adds to its colour, (H, W) int64."""
+def _texture(random: np.random.RandomState, stuff: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return the brightness that a background adds to its color, (H, W) int64."""
     size = len(x)
-    if STUFF[kind] == "water":
+    if STUFF[stuff] == "water":
         period = _integer(random, 6, 14)
         waves = (2 * y + np.abs(x % 16 - 8) // 2) % (2 * period)
         return 36 * np.abs(waves - period) // period - 18
-    grain = 1 if STUFF[kind] == "grass" else 4
+    grain = 1 if STUFF[stuff] == "grass" else 4
     cells = random.randint(-20, 21, size=(-(-size // grain),) * 2, dtype=np.int64)
     return cells[y // grain, x // grain]

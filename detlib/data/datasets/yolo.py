@@ -1,7 +1,8 @@
-"""Data sets in Ultralytics' YOLO format: boxes, polygons or poses (https://docs.ultralytics.com/datasets/).
+"""Datasets in Ultralytics' YOLO format: boxes, polygons or poses (https://docs.ultralytics.com/datasets/).
 
-A line of a label file is `class cx cy w h`, `class x1 y1 x2 y2 ...` for the polygon of a mask, or with
-`kpt_shape` in the data.yaml `class cx cy w h x1 y1 [v1] ...`; all but class and v in shares of the picture.
+A line of a label file is `class cx cy w h` for a box, `class x1 y1 x2 y2 ...` for a polygon, or with
+`kpt_shape` in the data.yaml `class cx cy w h x1 y1 [v1] ...` for a pose. Coordinates are normalized by the
+size of the image.
 """
 
 from __future__ import annotations
@@ -25,26 +26,26 @@ __all__ = ["SLACK", "load_yolo", "read_label_rows", "register_yolo", "row_to_ann
 
 logger = logging.getLogger(__name__)
 
-# Shares of the picture are written with few digits: their rounding may lead out of it.
+# Tools write coordinates with few digits. Rounding may move them out of the image.
 SLACK = 0.01
-# Written as shares, whole pixels come back with a rounding error far below this many digits.
+# Pixels that were integers have a far smaller rounding error than this many digits.
 _DIGITS = 6
 
 
 def register_yolo(
     name: str, yaml_file: str, split: str, *, empty_boxes: str = "error", overwrite: bool = False
 ) -> None:
-    """Registers a data set in YOLO's format.
+    """Register a dataset in YOLO's format.
 
     Args:
-        name: the name, as it will stand in `cfg.DATASETS`.
+        name: the name to use in `cfg.DATASETS`.
         yaml_file: path of the data.yaml.
         split: "train", "val" or "test".
         empty_boxes: see `load_yolo`.
-        overwrite: replace what `name` stands for already.
+        overwrite: replace a dataset that is already registered under `name`.
 
     Raises:
-        FileNotFoundError, ValueError: the data.yaml is not there or malformed.
+        FileNotFoundError, ValueError: The data.yaml does not exist or is malformed.
     """
     metadata = yolo_metadata(read_yolo_config(yaml_file), split)
     DatasetCatalog.register(
@@ -56,7 +57,7 @@ def register_yolo(
 
 
 def yolo_metadata(config: YoloConfig, split: str) -> dict[str, Any]:
-    """Returns classes, and keypoints if there are any, for the metadata of a split."""
+    """Return the metadata of a split: classes, and keypoints if there are any."""
     metadata: dict[str, Any] = {
         "evaluator_type": "coco",
         "yaml_file": config.file,
@@ -80,41 +81,41 @@ def yolo_metadata(config: YoloConfig, split: str) -> dict[str, Any]:
 
 
 def load_yolo(yaml_file: str, split: str, *, empty_boxes: str = "error") -> list[dict]:
-    """Loads a split of a data set in YOLO's format as dicts in the standard format.
+    """Load a split of a dataset in YOLO's format as dicts in the standard format.
 
-    The sizes of the pictures are read from their headers, upright by EXIF. Boxes become XYXY_ABS; where a
-    line has a polygon, the box is its extent. Coordinates are rounded to 1e-6 pixel, so that whole pixels
-    come out whole. Keypoints of two values are visible (2), or at (0, 0) or below 0 not labelled. A picture
-    without label file has no objects. Equal lines of a file are taken once, with a warning.
+    The sizes of the images are read from their headers, after the EXIF rotation. Boxes become XYXY_ABS; the
+    box of a polygon is its extent. Coordinates are rounded to 1e-6 pixel, so that integer pixels stay
+    integers. Keypoints of two values are visible (2), except that those at (0, 0) or with a negative value
+    are not labeled (0). An image without a label file has no objects. Duplicate lines of a file are read
+    once, with a warning.
 
     Args:
         yaml_file: path of the data.yaml.
         split: "train", "val" or "test".
-        empty_boxes: what to do about a box without an area: "error", or "drop" for leaving it out with a
-            warning.
+        empty_boxes: how to treat a box without area: "error", or "drop" to leave it out with a warning.
 
     Returns:
-        One dict for each picture, lists in their order and folders sorted. `image_id` is the file's name
-        without suffix, or its path where two files have one name.
+        One dict for each image, in the order of a list file, or sorted for a folder. `image_id` is the file
+        name without suffix, or the path if two files have the same name.
 
     Raises:
-        FileNotFoundError: a file or folder does not exist.
-        ValueError: a file is malformed; the message names file and line.
+        FileNotFoundError: A file or folder does not exist.
+        ValueError: A file is malformed; the message names file and line.
     """
     if empty_boxes not in ("error", "drop"):
         raise ValueError(f"empty_boxes must be 'error' or 'drop', not {empty_boxes!r}.")
     config = read_yolo_config(yaml_file)
-    pictures = find_yolo_images(config, split)
-    with ThreadPoolExecutor(8) as pool:  # headers from disks and object stores: most of it is waiting
-        sizes = list(pool.map(read_image_size, pictures))
-        rows = list(pool.map(lambda picture: list(read_label_rows(label_file_of(picture))), pictures))
+    paths = find_yolo_images(config, split)
+    with ThreadPoolExecutor(8) as pool:  # most of the time is waiting for disks and object stores
+        sizes = list(pool.map(read_image_size, paths))
+        rows = list(pool.map(lambda path: list(read_label_rows(label_file_of(path))), paths))
     dropped: Counter[str] = Counter()
     dicts = []
-    for picture, image_id, size, lines in zip(pictures, _image_ids(pictures), sizes, rows):
-        annotations = _annotations(lines, label_file_of(picture), size, config, empty_boxes, dropped)
+    for path, image_id, size, lines in zip(paths, _image_ids(paths), sizes, rows):
+        annotations = _annotations(lines, label_file_of(path), size, config, empty_boxes, dropped)
         dicts.append(
             {
-                "file_name": picture,
+                "file_name": path,
                 "image_id": image_id,
                 "height": size[1],
                 "width": size[0],
@@ -127,16 +128,16 @@ def load_yolo(yaml_file: str, split: str, *, empty_boxes: str = "error") -> list
     return dicts
 
 
-def _image_ids(pictures: list[str]) -> list[str]:
-    stems = [os.path.splitext(os.path.basename(picture))[0] for picture in pictures]
-    return stems if len(set(stems)) == len(stems) else [os.path.splitext(path)[0] for path in pictures]
+def _image_ids(paths: list[str]) -> list[str]:
+    stems = [os.path.splitext(os.path.basename(path))[0] for path in paths]
+    return stems if len(set(stems)) == len(stems) else [os.path.splitext(path)[0] for path in paths]
 
 
 def read_label_rows(label_file: str) -> Iterator[tuple[int, list[str]]]:
-    """Yields the number of each line, from 1, and its words; nothing if there is no such file.
+    """Yield the number of each line, from 1, and its words; nothing if the file does not exist.
 
     Raises:
-        ValueError: the file is not text.
+        ValueError: The file is not text.
     """
     try:
         with PathManager.open(label_file, "rb") as file:
@@ -163,7 +164,7 @@ def _annotations(
     for number, words in lines:
         where = f"{label_file}, line {number}"
         if tuple(words) in seen:
-            dropped["lines that stand twice in their file"] += 1
+            dropped["duplicate lines"] += 1
             continue
         seen.add(tuple(words))
         annotation = row_to_annotation(words, size, config, where)
@@ -175,34 +176,34 @@ def _annotations(
             dropped["objects whose box has no area"] += 1
         else:
             raise ValueError(
-                f"{where}: the box has no area: {' '.join(words[:7])}. Mend it, or let such objects be left "
+                f"{where}: the box has no area: {' '.join(words[:7])}. Correct it, or leave such objects "
                 "out with empty_boxes='drop' (in a dataset URI: ?empty_boxes=drop)."
             )
     return annotations
 
 
 def _check_range(words: list[str], annotation: dict, where: str) -> None:
-    """Raises ValueError if box or polygon are in pixels, or otherwise outside the picture."""
-    shares = words[1:] if "segmentation" in annotation else words[1:5]
-    for share in shares:
-        if not -SLACK <= float(share) <= 1 + SLACK:
+    """Raise ValueError if box or polygon are outside the image, as they are if given in pixels."""
+    coordinates = words[1:] if "segmentation" in annotation else words[1:5]
+    for coordinate in coordinates:
+        if not -SLACK <= float(coordinate) <= 1 + SLACK:
             raise ValueError(
-                f"{where}: {share} is outside 0..1; YOLO's coordinates are shares of the picture's width and "
-                "height, not pixels."
+                f"{where}: {coordinate} is outside 0..1; YOLO's coordinates are normalized by the width and "
+                "height of the image, not pixels."
             )
 
 
 def row_to_annotation(words: list[str], size: tuple[int, int], config: YoloConfig, where: str) -> dict:
-    """Turns the words of a line into an annotation in the standard format.
+    """Convert the words of a line to an annotation in the standard format.
 
     Args:
         words: the line.
-        size: width and height of the picture.
-        config: for the classes and the keypoints.
-        where: file and line, for the error.
+        size: width and height of the image in pixels.
+        config: has the classes and the keypoints.
+        where: file and line, for errors.
 
     Raises:
-        ValueError: the number of values is wrong, one is not a finite number, or the class is unknown.
+        ValueError: The number of values is wrong, a value is not a finite number, or the class is unknown.
     """
     class_index = _class_index(words[0], config, where)
     try:
@@ -210,7 +211,7 @@ def row_to_annotation(words: list[str], size: tuple[int, int], config: YoloConfi
     except ValueError as error:
         raise ValueError(f"{where}: {error}.") from error
     if not all(map(math.isfinite, values)):
-        raise ValueError(f"{where}: there is a value that is not finite.")
+        raise ValueError(f"{where}: a value is not finite.")
     width, height = size
     annotation: dict[str, Any] = {"category_id": class_index, "bbox_mode": BoxMode.XYXY_ABS}
     if config.kpt_shape is not None:
@@ -224,8 +225,8 @@ def row_to_annotation(words: list[str], size: tuple[int, int], config: YoloConfi
     elif len(values) != 4:
         if len(values) < 6 or len(values) % 2:
             raise ValueError(
-                f"{where}: {1 + len(values)} values; there must be 5 (class, cx, cy, w, h), or class and "
-                "three corners of a polygon at least."
+                f"{where}: {1 + len(values)} values; there must be 5 (class, cx, cy, w, h), or class and at "
+                "least three points of a polygon."
             )
         polygon = [round(value * (height if i % 2 else width), _DIGITS) for i, value in enumerate(values)]
         annotation["segmentation"] = [polygon]
@@ -252,7 +253,7 @@ def _class_index(word: str, config: YoloConfig, where: str) -> int:
 
 
 def _keypoints(values: list[float], dim: int, size: tuple[int, int]) -> list[float]:
-    """Returns x, y in pixels and visibility of all keypoints, flat."""
+    """Return x and y in pixels and visibility of all keypoints, flat."""
     keypoints = []
     for i in range(0, len(values), dim):
         x, y = values[i : i + 2]

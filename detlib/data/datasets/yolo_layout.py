@@ -1,8 +1,8 @@
-"""Where things lie in Ultralytics' layout (https://docs.ultralytics.com/datasets/detect/).
+"""Ultralytics' dataset layout (https://docs.ultralytics.com/datasets/detect/): data.yaml, images and labels.
 
 data.yaml           path: ROOT; train, val, test: a folder, a list file, or a list of these; names, nc;
                     for poses kpt_shape, and flip_idx if left and right differ
-.../images/A.jpg    a picture; its objects stand in .../labels/A.txt, one a line
+.../images/A.jpg    an image; its objects are in .../labels/A.txt, one per line
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = [
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".mpo", ".dng", ".pfm")
 
-# Names of files that lie between pictures: in an object store, to ask of each whether it is a folder is slow.
+# Suffixes of other files. Testing whether each is a folder would be slow in an object store.
 _NO_FOLDERS = (".txt", ".json", ".xml", ".cache", ".npy")
 
 _SPLITS = ("train", "val", "test")
@@ -36,15 +36,16 @@ _ALIASES = {"val": ("valid", "validation"), "valid": ("val",), "validation": ("v
 
 @dataclass(frozen=True)
 class YoloConfig:
-    """What a data.yaml says.
+    """The content of a data.yaml.
 
     Attributes:
-        file: its own path.
-        roots: folders that its relative paths may start from, the likeliest first.
+        file: path of the data.yaml.
+        roots: folders that relative paths may start from, the most likely first.
         names: the classes in the order of their indices.
-        splits: where the pictures of each split are, as written.
-        kpt_shape: number of keypoints, and of values for each (2 or 3); None without poses.
-        flip_idx: for each keypoint the one that takes its place in the mirror; None if not given.
+        splits: the locations of the images of each split, as written.
+        kpt_shape: number of keypoints, and of values per keypoint (2 or 3); None without poses.
+        flip_idx: for each keypoint, the index of the keypoint that replaces it under a horizontal flip; None
+            if not given.
         kpt_names: names of the keypoints.
     """
 
@@ -57,26 +58,26 @@ class YoloConfig:
     kpt_names: tuple[str, ...] = ()
 
     def split_name(self, split: str) -> str:
-        """Returns the key that `split` stands under.
+        """Return the key of a split; "val" finds "valid" too.
 
         Raises:
-            ValueError: there is none; the message lists those that there are.
+            ValueError: The split does not exist; the message lists the existing splits.
         """
         for name in (split, *_ALIASES.get(split, ())):
             if name in self.splits:
                 return name
-        there = ", ".join(self.splits) or "none"
+        existing = ", ".join(self.splits) or "none"
         raise ValueError(
-            f"{self.file}: there is no split {split!r}, only: {there}.{suggest(split, self.splits)}"
+            f"{self.file}: there is no split {split!r}, only: {existing}.{suggest(split, self.splits)}"
         )
 
 
 def read_yolo_config(yaml_file: str) -> YoloConfig:
-    """Reads a data.yaml.
+    """Read a data.yaml.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not YAML, or lacks or contradicts what it must say; the message names the key.
+        FileNotFoundError: The file does not exist.
+        ValueError: It is not YAML, or a key is missing or invalid; the message names the key.
     """
     if not PathManager.isfile(yaml_file):
         raise FileNotFoundError(f"Dataset file {yaml_file!r} does not exist.")
@@ -103,7 +104,7 @@ def read_yolo_config(yaml_file: str) -> YoloConfig:
 
 
 def _roots(data: dict, yaml_file: str) -> tuple[str, ...]:
-    """`path`, from the file's folder or from the working directory; else the file's own folder."""
+    """Return `path`, relative to the file's folder or the working directory; else the file's folder."""
     folder = os.path.dirname(yaml_file)
     path = data.get("path")
     if not path:
@@ -111,8 +112,8 @@ def _roots(data: dict, yaml_file: str) -> tuple[str, ...]:
     path = os.path.expanduser(str(path))
     if os.path.isabs(path) or is_remote(path):
         return (path, folder)
-    places = (os.path.join(folder, path), folder) if is_remote(folder) else (os.path.join(folder, path), path)
-    return (*dict.fromkeys((*places, folder)),)
+    roots = (os.path.join(folder, path), folder) if is_remote(folder) else (os.path.join(folder, path), path)
+    return (*dict.fromkeys((*roots, folder)),)
 
 
 def _class_names(data: dict, yaml_file: str) -> list[str]:
@@ -135,15 +136,15 @@ def _splits(data: dict, yaml_file: str) -> dict[str, list[str]]:
     aliases = [alias for group in _ALIASES.values() for alias in group]
     splits = {}
     for key in dict.fromkeys((*_SPLITS, *aliases)):
-        places = data.get(key)
-        if not places:
+        paths = data.get(key)
+        if not paths:
             continue
-        places = [places] if isinstance(places, str) else places
-        if not isinstance(places, list) or not all(isinstance(place, str) for place in places):
+        paths = [paths] if isinstance(paths, str) else paths
+        if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
             raise ValueError(
-                f"{yaml_file}: {key!r} must be a folder, a list file or a list of these, got {places!r}."
+                f"{yaml_file}: {key!r} must be a folder, a list file or a list of these, got {paths!r}."
             )
-        splits[key] = places
+        splits[key] = paths
     if not splits:
         raise ValueError(f"{yaml_file}: there is none of 'train', 'val' and 'test'; it has {[*data]}.")
     return splits
@@ -183,47 +184,47 @@ def _kpt_names(data: dict, yaml_file: str, shape: tuple[int, int] | None) -> tup
     if shape is None:
         return ()
     names: Any = data.get("kpt_names")
-    if isinstance(names, dict):  # by class; poses of all classes have the same keypoints here
+    if isinstance(names, dict):  # by class; here all classes must have the same keypoints
         names = next(iter(names.values()), None)
     if names is None:
         return tuple(f"keypoint_{i}" for i in range(shape[0]))
     if not isinstance(names, list) or len(names) != shape[0]:
         raise ValueError(
-            f"{yaml_file}: 'kpt_names' must name {shape[0]} keypoints, as kpt_shape says; got {names!r}."
+            f"{yaml_file}: 'kpt_names' must name {shape[0]} keypoints, as stated by kpt_shape; got {names!r}."
         )
     return tuple(map(str, names))
 
 
 def find_yolo_images(config: YoloConfig, split: str) -> list[str]:
-    """Returns the paths of the pictures of a split: lists in their order, folders sorted by path.
+    """Return the paths of the images of a split: lists in their order, folders sorted by path.
 
     Raises:
-        ValueError: there is no such split, or it has no picture.
-        FileNotFoundError: a folder or list does not exist; the message says where it was looked for.
+        ValueError: The split does not exist, or has no images.
+        FileNotFoundError: A folder or list does not exist; the message lists the paths tried.
     """
-    pictures: dict[str, None] = {}
-    for place in config.splits[config.split_name(split)]:
-        path = _find(place, config)
+    images: dict[str, None] = {}
+    for stated in config.splits[config.split_name(split)]:
+        path = _find(stated, config)
         found = _walk(path) if PathManager.isdir(path) else _read_list(path, config)
-        pictures.update(dict.fromkeys(found))
-    if not pictures:
-        places = config.splits[config.split_name(split)]
-        raise ValueError(f"{config.file}: split {split!r} has no picture in {', '.join(places)}.")
-    return [*pictures]
+        images.update(dict.fromkeys(found))
+    if not images:
+        stated_paths = config.splits[config.split_name(split)]
+        raise ValueError(f"{config.file}: split {split!r} has no images in {', '.join(stated_paths)}.")
+    return [*images]
 
 
-def _find(place: str, config: YoloConfig) -> str:
-    place = os.path.expanduser(place)
-    if os.path.isabs(place) or is_remote(place):
-        tried = [place]
+def _find(stated: str, config: YoloConfig) -> str:
+    stated = os.path.expanduser(stated)
+    if os.path.isabs(stated) or is_remote(stated):
+        tried = [stated]
     else:
-        tried = [join_path(root, place) for root in config.roots]
-        if place.startswith("../"):  # Roboflow's exports mean the folder beside the file
-            tried += [join_path(root, place[3:]) for root in config.roots]
+        tried = [join_path(root, stated) for root in config.roots]
+        if stated.startswith("../"):  # in Roboflow's exports this means the folder next to the file
+            tried += [join_path(root, stated[3:]) for root in config.roots]
     for path in tried:
         if PathManager.exists(path):
             return path
-    raise FileNotFoundError(f"{config.file}: {place!r} was not found. Looked for: {', '.join(tried)}.")
+    raise FileNotFoundError(f"{config.file}: {stated!r} was not found. Looked for: {', '.join(tried)}.")
 
 
 def join_path(folder: str, path: str) -> str:
@@ -245,12 +246,12 @@ def _walk(folder: str) -> list[str]:
 
 
 def _read_list(path: str, config: YoloConfig) -> list[str]:
-    """Reads a list file; its lines are relative to its folder, or to the data set's."""
+    """Read a list file; its lines are relative to its folder or to the roots of the dataset."""
     with PathManager.open(path, "rb") as file:
         try:
             text = file.read().decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{config.file}: the list {path!r} is not text in UTF-8: {error}.") from error
+            raise ValueError(f"{config.file}: the list {path!r} is not UTF-8 text: {error}.") from error
     lines = [line.strip() for line in text.splitlines()]
     folders = [os.path.dirname(path), *config.roots]
     used = folders[0]
@@ -260,14 +261,14 @@ def _read_list(path: str, config: YoloConfig) -> list[str]:
             found.append(line)
             continue
         if not found or not PathManager.isfile(join_path(used, line)):
-            there = (folder for folder in folders if PathManager.isfile(join_path(folder, line)))
-            used = next(there, used)
+            matching = (folder for folder in folders if PathManager.isfile(join_path(folder, line)))
+            used = next(matching, used)
         found.append(join_path(used, line))
     return found
 
 
-def label_file_of(picture: str) -> str:
-    """Returns where the objects of a picture stand: in `labels` for `images`, else beside the picture."""
-    stem = os.path.splitext(picture)[0]
+def label_file_of(image: str) -> str:
+    """Return the path of an image's labels: in `labels` instead of `images`, else next to the image."""
+    stem = os.path.splitext(image)[0]
     head, folder, tail = f"/{stem}".rpartition("/images/")
     return f"{head}/labels/{tail}.txt"[1:] if folder else f"{stem}.txt"

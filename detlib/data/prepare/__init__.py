@@ -1,6 +1,6 @@
-"""Makes, of what is downloaded, the files that built-in data sets need and that nobody publishes.
+"""Files of built-in datasets that nobody publishes, derived from the downloads.
 
-From a shell: ``python -m detlib.data.prepare COMMAND``.
+From a shell: `python -m detlib.data.prepare COMMAND`.
 """
 
 from detlib.data.prepare.cityscapes import prepare_cityscapes

@@ -21,20 +21,20 @@ COMMANDS = {
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m detlib.data.prepare",
-        description="Makes, of what is downloaded, the files that built-in data sets need and that nobody "
-        "publishes. What is there already is left as it is.",
+        description="Derive files of built-in datasets that nobody publishes from the downloads. Existing "
+        "files are kept.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="commands:\n" + "\n".join(f"  {name:14s} {text}" for name, (_, text) in COMMANDS.items()),
     )
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="which data set; see below")
-    parser.add_argument("--root", default=_root(), help="folder of the data sets (default: %(default)s)")
-    parser.add_argument("--workers", type=int, help="processes (default: as many as processors)")
-    parser.add_argument("--overwrite", action="store_true", help="make what is there anew")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="the dataset, see below")
+    parser.add_argument("--root", default=_root(), help="folder of the datasets (default: %(default)s)")
+    parser.add_argument("--workers", type=int, help="number of processes (default: the number of processors)")
+    parser.add_argument("--overwrite", action="store_true", help="write existing files again")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Makes the files, and returns the exit code: 2 where the download is not as it should be."""
+    """Write the files and return the exit code: 0, or 2 if the download is missing or malformed."""
     args = _parser().parse_args(argv)
     prepare, _ = COMMANDS[args.command]
     try:

@@ -1,4 +1,4 @@
-"""Cityscapes' training ids and panoptic annotations, as cityscapesscripts makes them, of its PNGs."""
+"""Cityscapes' training ids and panoptic annotations, equal to those of cityscapesscripts."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _PER_LABEL = 1000  # instance ids are label id * 1000 + number
 
 
 def write_train_ids(source: str, target: str) -> None:
-    """Write the map of training ids, 255 where a label does not count, of one of label ids."""
+    """Convert a map of label ids to one of training ids, with 255 for ignored labels."""
     write_png(target, to_train_ids(read_png(source)))
 
 
 def write_segments(source: str, target: str) -> tuple[tuple[int, int], list[dict[str, Any]]]:
-    """Write the PNG of segment ids of one picture in COCO's panoptic format.
+    """Write the PNG of segment ids of one image in COCO's panoptic format.
 
     Args:
         source: PNG of instance ids.
         target: PNG to write.
 
     Returns:
-        Height and width, and what ``segments_info`` says of each segment.
+        Height and width, and the entries of `segments_info`.
     """
     instance_ids = read_png(source).astype(np.int64)
     by_id = {label.id: label for label in CITYSCAPES_LABELS}
@@ -40,7 +40,7 @@ def write_segments(source: str, target: str) -> tuple[tuple[int, int], list[dict
         grouped = segment_id < _PER_LABEL
         label = by_id.get(segment_id if grouped else segment_id // _PER_LABEL)
         if label is None:
-            raise ValueError(f"{source}: the instance id {segment_id} is of no label of Cityscapes")
+            raise ValueError(f"{source}: the instance id {segment_id} belongs to no label of Cityscapes")
         if label.ignored:
             continue
         mask = instance_ids == segment_id
@@ -76,7 +76,7 @@ def _categories() -> list[dict[str, Any]]:
 
 
 def _prepare_panoptic(files: list[tuple[str, str]], folder: str, workers: int) -> int:
-    """Write the PNGs of a split into ``folder``, and the annotations beside it."""
+    """Write the PNGs of a split into `folder`, and the annotations next to it; return the number of PNGs."""
     names = [os.path.basename(stem) for _, stem in files]
     jobs = [
         (stem + "instanceIds.png", os.path.join(folder, f"{name}panoptic.png"))
@@ -99,30 +99,30 @@ def _prepare_panoptic(files: list[tuple[str, str]], folder: str, workers: int) -
 
 
 def prepare_cityscapes(root: str, *, workers: int | None = None, overwrite: bool = False) -> int:
-    """Make Cityscapes' maps of training ids and its panoptic annotations, below ``root``/cityscapes.
+    """Derive Cityscapes' maps of training ids and panoptic annotations, below `root`/cityscapes.
 
     Args:
-        root: the folder of the data sets.
-        workers: number of processes; as many as there are processors by default.
-        overwrite: make what is there anew. Panoptic annotations are there if their JSON file is.
+        root: the folder of the datasets.
+        workers: number of processes; by default the number of processors.
+        overwrite: write existing files again. Panoptic annotations exist if their JSON file does.
 
     Returns:
         The number of PNGs written.
 
     Raises:
-        FileNotFoundError: a folder or file of the download is not there.
-        ValueError: a PNG has ids that Cityscapes has not.
+        FileNotFoundError: A folder or file of the download does not exist.
+        ValueError: A PNG has ids that Cityscapes does not have.
     """
     workers = check_workers(workers)
     base = os.path.join(root, "cityscapes")
     check_folder(os.path.join(base, "gtFine"), "Cityscapes' fine annotations")
     count, done = 0, 0
     for split in ("train", "val", "test"):
-        truth = os.path.join(base, "gtFine", split)
-        if not os.path.isdir(truth):
+        gt_dir = os.path.join(base, "gtFine", split)
+        if not os.path.isdir(gt_dir):
             continue
         done += 1
-        files = find_cityscapes_files(os.path.join(base, "leftImg8bit", split), truth)
+        files = find_cityscapes_files(os.path.join(base, "leftImg8bit", split), gt_dir)
         jobs = [(stem + "labelIds.png", stem + "labelTrainIds.png") for _, stem in files]
         jobs = missing(jobs, overwrite)
         run_jobs(write_train_ids, jobs, workers, f"labelTrainIds of {split}")
@@ -131,5 +131,7 @@ def prepare_cityscapes(root: str, *, workers: int | None = None, overwrite: bool
         if split != "test" and (overwrite or not os.path.isfile(folder + ".json")):
             count += _prepare_panoptic(files, folder, workers)
     if not done:
-        raise FileNotFoundError(f"There is none of train, val and test in {os.path.join(base, 'gtFine')!r}.")
+        raise FileNotFoundError(
+            f"{os.path.join(base, 'gtFine')!r} has none of the folders train, val and test."
+        )
     return count

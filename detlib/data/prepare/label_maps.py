@@ -23,39 +23,39 @@ UNLABELED = 255
 
 
 def shift_ade20k_labels(source: str, target: str) -> None:
-    """Write an ADE20K label map with classes from 0, and 255 where there is none.
+    """Write an ADE20K label map with classes from 0, and 255 for no label.
 
     Args:
-        source: PNG with classes from 1, and 0 where there is none.
+        source: PNG with classes from 1, and 0 for no label.
         target: PNG to write.
 
     Raises:
-        ValueError: the PNG is no such map.
+        ValueError: The PNG is not such a map.
     """
     with Image.open(source) as image:
         labels = np.asarray(image)
     if labels.ndim != 2 or labels.dtype != np.uint8 or labels.max(initial=0) > len(ADE20K_SEM_SEG_CATEGORIES):
         raise ValueError(
-            f"{source} is no label map of ADE20K's {len(ADE20K_SEM_SEG_CATEGORIES)} classes: it has shape "
+            f"{source} is not a label map of ADE20K's {len(ADE20K_SEM_SEG_CATEGORIES)} classes: it has shape "
             f"{labels.shape} and values up to {labels.max(initial=0)}"
         )
     write_png(target, labels - np.uint8(1))  # 0 wraps around to 255
 
 
 def prepare_ade20k(root: str, *, workers: int | None = None, overwrite: bool = False) -> int:
-    """Make ``annotations_detectron2`` of ``annotations``, both below ``root``/ADEChallengeData2016.
+    """Derive `annotations_detectron2` from `annotations`, both below `root`/ADEChallengeData2016.
 
     Args:
-        root: the folder of the data sets.
-        workers: number of processes; as many as there are processors by default.
-        overwrite: make what is there anew.
+        root: the folder of the datasets.
+        workers: number of processes; by default the number of processors.
+        overwrite: write existing files again.
 
     Returns:
         The number of files written.
 
     Raises:
-        FileNotFoundError: the folder of the download is not there.
-        ValueError: a file in it is no label map.
+        FileNotFoundError: The folder of the download does not exist.
+        ValueError: A file in it is not a label map.
     """
     workers = check_workers(workers)
     base = os.path.join(root, "ADEChallengeData2016")
@@ -73,53 +73,53 @@ def prepare_ade20k(root: str, *, workers: int | None = None, overwrite: bool = F
 
 
 def read_segment_ids(path: str) -> np.ndarray:
-    """(H, W) int64 segment ids of a PNG in COCO's panoptic format: red + 256 green + 256^2 blue."""
+    """Read the (H, W) int64 segment ids of a PNG in COCO's panoptic format: red + 256 green + 256^2 blue."""
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB")).astype(np.int64) @ [1, 256, 256 * 256]
 
 
 def write_stuff_labels(source: str, target: str, labels: dict[int, int]) -> None:
-    """Write the label map of one picture.
+    """Write the label map of one image.
 
     Args:
         source: PNG of segment ids.
         target: PNG to write.
-        labels: the label of each segment; id 0 stands for no segment.
+        labels: the label of each segment; id 0 means no segment.
 
     Raises:
-        ValueError: a segment has no label.
+        ValueError: A segment has no label.
     """
-    found, where = np.unique(read_segment_ids(source), return_inverse=True)
+    found, inverse = np.unique(read_segment_ids(source), return_inverse=True)
     unknown = [int(segment) for segment in found if segment != 0 and segment not in labels]
     if unknown:
-        raise ValueError(f"{source} has segments {unknown[:10]}, which its annotation does not name")
+        raise ValueError(f"{source} has segments {unknown[:10]}, which its annotation does not list")
     table = np.array([labels.get(int(segment), UNLABELED) for segment in found], dtype=np.uint8)
-    write_png(target, table[where].reshape(where.shape))
+    write_png(target, table[inverse].reshape(inverse.shape))
 
 
 def stuff_labels() -> dict[int, int]:
-    """The label of each of COCO's category ids: 0 for all things, the class index for stuff."""
+    """Return the label of each COCO category id: 0 for things, the class index for stuff."""
     stuff = _get_builtin_metadata("coco_panoptic_separated")["stuff_dataset_id_to_contiguous_id"]
     return {c["id"]: 0 if c["isthing"] else stuff[c["id"]] for c in COCO_CATEGORIES}
 
 
 def prepare_coco_stuff(root: str, *, workers: int | None = None, overwrite: bool = False) -> int:
-    """Make COCO's ``panoptic_stuff_*`` of its panoptic annotations, all below ``root``/coco.
+    """Derive COCO's `panoptic_stuff_*` from its panoptic annotations, all below `root`/coco.
 
-    Of the splits train2017, val2017 and val2017_100 those are done whose file of annotations is there. The
-    PNGs of the last one may be among those of val2017; they are copied then.
+    Of the splits train2017, val2017 and val2017_100, those with an annotation file are processed. The PNGs of
+    the last one may be among those of val2017; they are copied then.
 
     Args:
-        root: the folder of the data sets.
-        workers: number of processes; as many as there are processors by default.
-        overwrite: make what is there anew.
+        root: the folder of the datasets.
+        workers: number of processes; by default the number of processors.
+        overwrite: write existing files again.
 
     Returns:
         The number of label maps written.
 
     Raises:
-        FileNotFoundError: no file of panoptic annotations is there, or a folder of PNGs is not.
-        ValueError: an annotation does not fit its PNG, or has a category that COCO has not.
+        FileNotFoundError: There is no file of panoptic annotations, or a folder of PNGs does not exist.
+        ValueError: An annotation does not match its PNG, or has a category that COCO does not have.
     """
     workers = check_workers(workers)
     base = os.path.join(root, "coco")
@@ -134,7 +134,7 @@ def prepare_coco_stuff(root: str, *, workers: int | None = None, overwrite: bool
     present = [entry for entry in files if os.path.isfile(entry[0])]
     if not present:
         names = ", ".join(repr(path) for path, _, _ in files)
-        raise FileNotFoundError(f"None of COCO's panoptic annotations is there: {names}.")
+        raise FileNotFoundError(f"None of COCO's panoptic annotations exists: {names}.")
     known, jobs = stuff_labels(), []
     for path, folder, to in present:
         with open(path) as file:

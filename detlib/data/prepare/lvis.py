@@ -1,4 +1,4 @@
-"""LVIS v0.5 with the 80 categories of COCO ("cocofied"), to compare annotations of both."""
+"""LVIS v0.5 restricted to COCO's 80 categories ("cocofied"), to compare the annotations of both."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from detlib.utils.atomic_write import write_bytes_atomically
 
 __all__ = ["COCO_SYNSETS", "cocofy_lvis", "prepare_lvis_cocofied"]
 
-# The WordNet synset of each of COCO's classes in LVIS (https://www.lvisdataset.org); where it is not listed,
-# it is the first noun of the class's name.
+# The WordNet synsets of COCO's classes in LVIS (https://www.lvisdataset.org). The synset of any other
+# class is the first noun of its name.
 _SYNSETS = {
     "fire hydrant": "fireplug.n.01",
     "cow": "beef.n.01",
@@ -48,21 +48,21 @@ COCO_SYNSETS = {
     for category in COCO_CATEGORIES
     if category["isthing"]
 }
-"""COCO's category of each synset."""
+"""The COCO category of each synset."""
 
 
 def cocofy_lvis(lvis: dict[str, Any]) -> dict[str, Any]:
-    """The part of an LVIS annotation file that is of COCO's classes, with COCO's category ids and names.
+    """Return the part of an LVIS annotation file that belongs to COCO's classes, with COCO's ids and names.
 
     Args:
-        lvis: content of a file; its categories have "synset". It stays as it is.
+        lvis: content of a file whose categories have "synset"; it is not changed.
 
     Returns:
-        A new dict. Images are all there; their ``neg_category_ids`` and ``not_exhaustive_category_ids`` are
-        of COCO's classes, too. Classes that LVIS has not are left out (v0.5 lacks hot dog and oven).
+        A new dict with all images. Their `neg_category_ids` and `not_exhaustive_category_ids` are restricted
+        to COCO's classes, too. Classes that LVIS does not have are left out (v0.5: hot dog and oven).
 
     Raises:
-        ValueError: no category is one of COCO's.
+        ValueError: No category is one of COCO's.
     """
     ids, categories = {}, []
     for category in lvis["categories"]:
@@ -91,26 +91,24 @@ def cocofy_lvis(lvis: dict[str, Any]) -> dict[str, Any]:
 
 
 def prepare_lvis_cocofied(root: str, *, workers: int | None = None, overwrite: bool = False) -> int:
-    """Make ``lvis_v0.5_{train,val}_cocofied.json`` of LVIS v0.5, below ``root``/lvis.
+    """Derive `lvis_v0.5_{train,val}_cocofied.json` from LVIS v0.5, below `root`/lvis.
 
     Args:
-        root: the folder of the data sets.
-        workers: is taken for uniformity: there are but two files.
-        overwrite: make what is there anew.
+        root: the folder of the datasets.
+        workers: unused; there are only two files.
+        overwrite: write existing files again.
 
     Returns:
         The number of files written.
 
     Raises:
-        FileNotFoundError: no annotation file is there.
-        ValueError: none of its categories is one of COCO's.
+        FileNotFoundError: There is no annotation file.
+        ValueError: None of its categories is one of COCO's.
     """
     names = [os.path.join(root, "lvis", f"lvis_v0.5_{split}") for split in ("train", "val")]
     present = [name for name in names if os.path.isfile(name + ".json")]
     if not present:
-        raise FileNotFoundError(
-            f"LVIS v0.5 is looked for in {[name + '.json' for name in names]}: not there."
-        )
+        raise FileNotFoundError(f"None of the LVIS v0.5 files {[name + '.json' for name in names]} exists.")
     count = 0
     for name in present:
         target = name + "_cocofied.json"

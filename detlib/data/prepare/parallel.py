@@ -1,4 +1,4 @@
-"""Working through many files in several processes, and writing what comes of it."""
+"""Processing many files in multiple processes, and writing the results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["check_folder", "check_workers", "missing", "run_jobs", "write_png"]
 
 
 def check_workers(workers: int | None) -> int:
-    """The number of processes: as many as there are processors when None."""
+    """Return the number of processes; None means the number of processors."""
     if workers is None:
         return os.cpu_count() or 1
     if workers < 1:
@@ -26,27 +26,27 @@ def check_workers(workers: int | None) -> int:
 
 
 def check_folder(path: str, what: str) -> None:
-    """Raise FileNotFoundError unless there is such a folder."""
+    """Raise FileNotFoundError if a folder does not exist."""
     if not os.path.isdir(path):
-        raise FileNotFoundError(f"{what} are looked for in {path!r}, which does not exist.")
+        raise FileNotFoundError(f"The folder of {what}, {path!r}, does not exist.")
 
 
 def missing(jobs: Sequence[tuple], overwrite: bool) -> list[tuple]:
-    """The jobs whose second entry, the file to write, is not there yet; with ``overwrite`` all."""
+    """Return the jobs whose second entry, the file to write, does not exist; with `overwrite` all."""
     return [job for job in jobs if overwrite or not os.path.exists(job[1])]
 
 
 def run_jobs(function: Callable[..., Any], jobs: Sequence[tuple], workers: int, what: str) -> list[Any]:
-    """Call ``function(*job)`` for each of ``jobs`` in several processes, and show how far it is.
+    """Call `function(*job)` for each job in multiple processes, with a progress bar.
 
     Args:
-        function: importable by name.
-        jobs: its arguments.
-        workers: number of processes; 1 stays in this one.
-        what: is shown beside the progress.
+        function: a function that can be imported by name.
+        jobs: the arguments of each call.
+        workers: number of processes; with 1, the calls run in this process.
+        what: title of the progress bar.
 
     Returns:
-        The results in the order of ``jobs``.
+        The results in the order of `jobs`.
     """
     if workers == 1 or len(jobs) < 2:
         return [function(*job) for job in tqdm(jobs, desc=what, unit="file")]
@@ -57,6 +57,6 @@ def run_jobs(function: Callable[..., Any], jobs: Sequence[tuple], workers: int, 
 
 
 def write_png(path: str, pixels: np.ndarray) -> None:
-    """Write a uint8 array as a PNG: whole, or not at all."""
+    """Write a uint8 array as a PNG atomically."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     write_bytes_atomically(path, lambda file: Image.fromarray(pixels).save(file, "PNG"))

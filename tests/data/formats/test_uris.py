@@ -115,21 +115,23 @@ def test_keypoints_of_other_programs(tmp_path, log):
     metadata = MetadataCatalog.get(f"coco:{tmp_path}/a.json@{tmp_path}")
     assert metadata.keypoint_flip_map == [("Left Ear", "Right Ear")]
     assert [rule[:2] for rule in metadata.keypoint_connection_rules] == [("Left Ear", "nose")]
-    assert "left out 2 connections in 'skeleton' that are no pairs of numbers from 1 to 3" in log.text
-    assert "no keypoints are swapped" not in log.text
+    assert "left out 2 connections in 'skeleton' that are not pairs of numbers from 1 to 3" in log.text
+    assert "swaps no keypoints" not in log.text
     (tmp_path / "train").mkdir()
     content = keypoint_categories(["l", "r"], skeleton=None)
     (tmp_path / "train/_annotations.coco.json").write_text(json.dumps(content))
     metadata = MetadataCatalog.get(f"roboflow:{tmp_path}@train")
     assert (metadata.keypoint_names, metadata.keypoint_flip_map) == (["l", "r"], [])
     assert metadata.keypoint_connection_rules == []
-    assert "where pictures are mirrored, no keypoints are swapped" in log.text
+    assert "a horizontal flip swaps no keypoints" in log.text
 
 
 @pytest.mark.parametrize("names", ["nose", [1, 2], ["nose", "nose"]])
 def test_names_of_keypoints_that_are_none(tmp_path, names):
     (tmp_path / "a.json").write_text(json.dumps(keypoint_categories(names)))
-    with pytest.raises(ValueError, match="a.json: category 'c2': the keypoints must be a list of names"):
+    with pytest.raises(
+        ValueError, match="a.json: category 'c2': the keypoints must be a list of distinct names"
+    ):
         MetadataCatalog.get(f"coco:{tmp_path}/a.json@{tmp_path}")
     checked = check_dataset(f"coco:{tmp_path}/a.json@{tmp_path}", images=False)
     assert [f.kind for f in checked.findings].count("category-broken") == 2
