@@ -1,4 +1,4 @@
-"""The base of the trainers that are built from a config, and what a resumed run restores."""
+"""The base class of the trainers that are built from a config."""
 
 import contextlib
 import logging
@@ -136,17 +136,17 @@ class ConfigTrainer(TrainerBase):
         self._seed = settings.seed if settings.seed >= 0 else comm.shared_random_seed()
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Resumes from the last checkpoint in the output folder, or else loads the config's weights.
+        """Resume from the last checkpoint in the output folder, or else load the weights of the config.
 
         Args:
-            resume: False loads the config's weights in any case, and starts at iteration 0.
+            resume: False always loads the weights of the config and starts at iteration 0.
         """
         settings = self.settings
         has_checkpoint = resume and self.checkpointer.has_checkpoint()
         self._restored = []
         self.checkpointer.resume_or_load(settings.weights, resume=resume)
         if self._restored:
-            # The checkpoint was saved after the step it is named by.
+            # A checkpoint is saved after the step whose number it has.
             self.start_iter = self.iter + 1
             logger.info(
                 "Resumed from %s: next is iteration %d of %d. Restored: %s",
@@ -161,25 +161,25 @@ class ConfigTrainer(TrainerBase):
                 self.ema.reset()
             if has_checkpoint:
                 logger.warning(
-                    "%s has a model, but neither an optimizer nor an iteration: training starts at iteration "
-                    "0 from this model",
+                    "%s has a model, but no optimizer and no iteration: training starts at iteration 0 from "
+                    "this model",
                     self.checkpointer.get_checkpoint_file(),
                 )
             elif resume:
                 logger.info(
-                    "There was nothing to resume in %s: training starts at iteration 0 from %s",
+                    "There is no checkpoint in %s: training starts at iteration 0 from %s",
                     settings.output_dir,
                     settings.weights or "random weights",
                 )
         if has_checkpoint and settings.weights:
             logger.info(
-                "The weights to start from, %s, were not loaded: resuming goes on from the checkpoint. Leave "
-                "out --resume to start from them",
+                "The weights %s were not loaded, because the run resumes from a checkpoint. Leave out "
+                "--resume to start from these weights",
                 settings.weights,
             )
 
     def build_writers(self) -> list[EventWriter]:
-        """The writers that the config names."""
+        """Build the writers that the config names."""
         settings = self.settings
         return build_writers(settings.writers, self.output_dir, self.max_iter, settings.writer_arguments)
 
@@ -330,9 +330,9 @@ class ConfigTrainer(TrainerBase):
 
     @contextlib.contextmanager
     def weights_to_evaluate(self) -> Iterator[None]:
-        """Within the block the model has the weights that are evaluated: their average, if there is one.
+        """Give the model, inside the block, the weights to evaluate: their average if there is one.
 
-        All processes take part, and have the first one's buffers, as checkpoints do.
+        All processes take part. They use the buffers of the main process, as checkpoints do.
         """
         with contextlib.ExitStack() as stack:
             if self.ema is not None:
@@ -342,10 +342,10 @@ class ConfigTrainer(TrainerBase):
             yield
 
     def train(self) -> dict | None:
-        """Trains from where `resume_or_load` has left it up to the last iteration.
+        """Train from the iteration of `resume_or_load` to the last one.
 
         Returns:
-            The results of the last evaluation, on the main process.
+            The results of the last evaluation on the main process, None on the others.
 
         Raises:
             FloatingPointError: if a loss becomes infinite or NaN.
@@ -355,7 +355,7 @@ class ConfigTrainer(TrainerBase):
 
     def before_train(self) -> None:
         saves = any(isinstance(h, hooks.PeriodicCheckpointer | hooks.BestCheckpointer) for h in self._hooks)
-        # Some scripts register the hooks that save on the main process only.
+        # Some scripts register hooks that save on the main process only.
         self._all_save = all(comm.all_gather(saves))
         super().before_train()
 
@@ -369,7 +369,7 @@ class ConfigTrainer(TrainerBase):
         seed_rng(self._seed, self.iter, comm.get_rank())
 
     def prepare_to_save(self) -> None:
-        """Collects what each process has for itself; hooks call it before they save, in all processes."""
+        """Collect the state that each process keeps. Hooks call it in all processes before they save."""
         if self._all_save:
             self._process_states = gather_process_state(self.checkpointer.model)
 
@@ -402,12 +402,12 @@ class ConfigTrainer(TrainerBase):
 
     @property
     def model(self) -> nn.Module:
-        """The model, wrapped if there are several processes."""
+        """The model, wrapped in DDP if there are several processes."""
         return self._trainer.model
 
     @property
     def data_loader(self) -> Iterable:
-        """The training data."""
+        """The training data loader."""
         return self._trainer.data_loader
 
     @property

@@ -1,4 +1,4 @@
-"""The trainer that builds everything from a config."""
+"""The trainer that builds everything from a YAML config."""
 
 import logging
 import os
@@ -48,13 +48,13 @@ logger = logging.getLogger(__name__)
 class DefaultTrainer(ConfigTrainer):
     """Builds model, optimizer, schedule, data loader and hooks from a config, and trains.
 
-    To change a part, override the method that builds it. What it does by default:
+    By default it
 
-    1. checks, before anything is built, that all data sets exist; sets the number of classes from an
-       address, if nobody has set it, and checks that it fits;
-    2. builds the parts with the usual functions, and the hooks in `build_hooks`;
-    3. loads MODEL.WEIGHTS, or the last checkpoint to resume from, in `resume_or_load`;
-    4. trains, saving checkpoints, evaluating and logging on the way.
+    1. checks that all datasets exist, sets the number of classes from a dataset URI if the config does not
+       set it, and checks that the number fits;
+    2. builds the parts with the ``build_*`` methods, which a subclass may override;
+    3. loads MODEL.WEIGHTS, or the last checkpoint when resuming, in `resume_or_load`;
+    4. trains, saves checkpoints, evaluates and logs in `train`.
 
     Example:
         >>> trainer = DefaultTrainer(cfg)
@@ -68,7 +68,7 @@ class DefaultTrainer(ConfigTrainer):
     def __init__(self, cfg: CfgNode):
         """
         Raises:
-            KeyError, FileNotFoundError, ValueError: if a data set does not exist, is empty, or has another
+            KeyError, FileNotFoundError, ValueError: if a dataset does not exist, is empty, or has another
                 number of classes than the model.
         """
         super().__init__()
@@ -81,7 +81,9 @@ class DefaultTrainer(ConfigTrainer):
         model = self.build_model(cfg)
         set_class_weights(cfg, model)
         if cfg.TEST.AUG.ENABLED:
-            GeneralizedRCNNWithTTA(cfg, model)  # to learn now, not at the end, if it has none for this model
+            GeneralizedRCNNWithTTA(
+                cfg, model
+            )  # fails now, not at the end of training, if it does not support the model
         data_loader = self.build_train_loader(cfg)
         self._check_num_classes(cfg)
         images = images_per_epoch(data_loader)
@@ -113,7 +115,7 @@ class DefaultTrainer(ConfigTrainer):
         return self.cfg.TEST.AUG.ENABLED
 
     def run_test(self) -> Mapping[str, Any]:
-        """Evaluate on DATASETS.TEST; with test-time augmentation only at the end, as it takes much longer."""
+        """Evaluate on DATASETS.TEST; with test-time augmentation at the end only, because it is slow."""
         cfg = self.cfg
         if cfg.TEST.AUG.ENABLED and not self._is_over:
             cfg = _changed(cfg, ["TEST.AUG.ENABLED", False])
@@ -126,54 +128,54 @@ class DefaultTrainer(ConfigTrainer):
         return self.build_train_loader(_changed(self.cfg, ["DATALOADER.NUM_WORKERS", 0]))
 
     def train(self) -> Mapping[str, Any] | None:
-        """As `ConfigTrainer.train`; also holds the results against TEST.EXPECTED_RESULTS."""
+        """Train as `ConfigTrainer.train` does, and compare the results with TEST.EXPECTED_RESULTS."""
         results = super().train()
         if comm.is_main_process() and self.cfg.TEST.EXPECTED_RESULTS:
             if results is None:
-                raise ValueError("TEST.EXPECTED_RESULTS is set, but no evaluation was made")
+                raise ValueError("TEST.EXPECTED_RESULTS is set, but there was no evaluation")
             verify_results(self.cfg, results)
         return results
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """Builds the model, on its device."""
+        """Build the model on its device."""
         model = build_model(cfg)
         logger.info("Model:\n%s", model)
         return model
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """Builds the optimizer."""
+        """Build the optimizer."""
         return build_optimizer(cfg, model)
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer):
-        """Builds the learning-rate schedule."""
+        """Build the learning-rate schedule."""
         return build_lr_scheduler(cfg, optimizer)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
-        """Builds the endless loader of training batches."""
+        """Build the endless loader of training batches."""
         return build_detection_train_loader(cfg)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
-        """Builds the loader of one data set to evaluate on."""
+        """Build the loader of one test dataset."""
         return build_detection_test_loader(cfg, dataset_name)
 
     @classmethod
     def build_val_loss_loader(cls, cfg: CfgNode, dataset_name: str):
-        """Builds the loader of one data set of TEST.VAL_LOSS: as for testing, but with annotations."""
+        """Build the loader of one dataset of TEST.VAL_LOSS: as for testing, but with annotations."""
         mapper = DatasetMapper(**{**DatasetMapper.from_config(cfg, is_train=False), "is_train": True})
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """Builds what evaluates predictions on one data set, by default `default_evaluator`.
+        """Build the evaluator of one dataset, by default `default_evaluator`.
 
         Raises:
-            NotImplementedError: if the data set's ``evaluator_type`` asks for a metric that is not there.
-            ValueError: if the data set has another number of classes than the model.
+            NotImplementedError: if there is no default evaluator for the dataset's ``evaluator_type``.
+            ValueError: if the dataset has another number of classes than the model.
         """
         return default_evaluator(cfg, dataset_name)
 
@@ -184,19 +186,19 @@ class DefaultTrainer(ConfigTrainer):
         model: nn.Module,
         evaluators: DatasetEvaluator | list[DatasetEvaluator] | None = None,
     ) -> dict:
-        """Evaluates a model on all of DATASETS.TEST, and with TEST.AUG.ENABLED again with augmentation.
+        """Evaluate a model on DATASETS.TEST and, if TEST.AUG.ENABLED, again with test-time augmentation.
 
         Args:
             cfg: the config.
-            model: the model; its mode is as before afterwards.
-            evaluators: one for each data set; None calls `build_evaluator`.
+            model: the model; its mode does not change.
+            evaluators: one for each dataset; None calls `build_evaluator`.
 
         Returns:
-            Results such as ``{"bbox": {"AP": 37.9, ...}}``, below the data set's name if there are several;
-            those with augmentation beside them, as "bbox_TTA". Empty on processes other than the main one.
+            Results such as ``{"bbox": {"AP": 37.9, ...}}``, by dataset name if there are several datasets.
+            Those with augmentation are named "bbox_TTA". Empty on processes other than the main one.
 
         Raises:
-            ValueError: if there are not as many evaluators as data sets.
+            ValueError: if the number of evaluators is not that of the datasets.
         """
         results = cls._test_all(cfg, model, evaluators)
         if cfg.TEST.AUG.ENABLED:
@@ -206,15 +208,15 @@ class DefaultTrainer(ConfigTrainer):
 
     @classmethod
     def test_with_TTA(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict:  # noqa: N802
-        """Evaluates a model with test-time augmentation alone, whatever TEST.AUG.ENABLED says.
+        """Evaluate a model with test-time augmentation only, whether or not TEST.AUG.ENABLED is set.
 
-        The evaluators that `build_evaluator` makes write below ``OUTPUT_DIR/TTA``.
+        The evaluators of `build_evaluator` write to ``OUTPUT_DIR/TTA``.
 
         Args:
-            cfg, model, evaluators: as `test`'s.
+            cfg, model, evaluators: as in `test`.
 
         Returns:
-            As `test`, each task with "_TTA" behind its name: ``{"bbox_TTA": {"AP": 38.9, ...}}``.
+            Results as in `test`, with the suffix "_TTA": ``{"bbox_TTA": {"AP": 38.9, ...}}``.
         """
         results = cls._test_all_with_tta(cfg, model, evaluators)
         return next(iter(results.values())) if len(results) == 1 else results
@@ -233,13 +235,13 @@ class DefaultTrainer(ConfigTrainer):
 
     @classmethod
     def _test_all(cls, cfg: CfgNode, model: nn.Module, evaluators) -> dict[str, dict]:
-        """The results of each data set."""
+        """Return the results by dataset name."""
         names = as_names(cfg.DATASETS.TEST)
         if isinstance(evaluators, DatasetEvaluator):
             evaluators = [evaluators]
         if evaluators is not None and len(evaluators) != len(names):
             raise ValueError(
-                f"DATASETS.TEST names {len(names)} data sets, but {len(evaluators)} evaluators came"
+                f"DATASETS.TEST names {len(names)} datasets, but there are {len(evaluators)} evaluators"
             )
 
         results: OrderedDict[str, Any] = OrderedDict()
@@ -251,21 +253,21 @@ class DefaultTrainer(ConfigTrainer):
                 try:
                     evaluator = cls.build_evaluator(cfg, name)
                 except NotImplementedError as e:
-                    logger.warning("'%s' is not evaluated: %s", name, e)
+                    logger.warning("Skipping the evaluation on '%s': %s", name, e)
                     results[name] = {}
                     continue
             results[name] = inference_on_dataset(model, data_loader, evaluator)
             if comm.is_main_process():
-                logger.info("Results on %s, in comma-separated form:", name)
+                logger.info("Results on %s as comma-separated values:", name)
                 print_csv_format(results[name])
         return results
 
     @staticmethod
     def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
-        """Scales a config made for SOLVER.REFERENCE_WORLD_SIZE processes to another number of them.
+        """Scale a config written for SOLVER.REFERENCE_WORLD_SIZE processes to another number of processes.
 
         By the linear rule of "Accurate, Large Minibatch SGD" (https://arxiv.org/abs/1706.02677), the batch
-        size and learning rate grow with the number of processes, and all numbers of iterations shrink.
+        size and the learning rate grow with the number of processes, and all numbers of iterations shrink.
 
         Args:
             cfg: the config, which is not changed.
@@ -275,8 +277,8 @@ class DefaultTrainer(ConfigTrainer):
             `cfg` itself if REFERENCE_WORLD_SIZE is 0 or equals `num_workers`; else a changed copy.
 
         Raises:
-            ValueError: if SOLVER.IMS_PER_BATCH cannot be shared by the reference processes, or their number
-                is negative.
+            ValueError: if SOLVER.IMS_PER_BATCH is not a multiple of SOLVER.REFERENCE_WORLD_SIZE, or this is
+                negative.
         """
         reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
         if reference == 0 or reference == num_workers:
@@ -285,7 +287,7 @@ class DefaultTrainer(ConfigTrainer):
             raise ValueError(f"SOLVER.REFERENCE_WORLD_SIZE must be at least 0, got {reference}")
         if cfg.SOLVER.IMS_PER_BATCH % reference:
             raise ValueError(
-                f"SOLVER.IMS_PER_BATCH={cfg.SOLVER.IMS_PER_BATCH} is no multiple of "
+                f"SOLVER.IMS_PER_BATCH={cfg.SOLVER.IMS_PER_BATCH} is not a multiple of "
                 f"SOLVER.REFERENCE_WORLD_SIZE={reference}"
             )
         frozen = cfg.is_frozen()
@@ -302,7 +304,8 @@ class DefaultTrainer(ConfigTrainer):
         cfg.TEST.EVAL_PERIOD = round(cfg.TEST.EVAL_PERIOD / scale)
         solver.REFERENCE_WORLD_SIZE = num_workers
         logger.info(
-            "Scaled the config from %d to %d processes: batch %d, rate %g, %d iterations, warm-up %d",
+            "Scaled the config from %d to %d processes: batch size %d, learning rate %g, %d iterations, "
+            "warm-up %d",
             reference,
             num_workers,
             solver.IMS_PER_BATCH,

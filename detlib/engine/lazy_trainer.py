@@ -30,15 +30,15 @@ logger = logging.getLogger(__name__)
 
 
 class _ClipGradients(HookBase):
-    """Scales all gradients together down to a norm, before each update."""
+    """Clips the norm of all gradients together before each update."""
 
     def __init__(self, model: nn.Module, **kwargs: Any):
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._kwargs = kwargs
-        try:  # now, not in the first step
+        try:  # fails now, not in the first step
             inspect.signature(torch.nn.utils.clip_grad_norm_).bind(self._parameters, **kwargs)
         except TypeError as e:
-            raise TypeError(f"train.clip_grad.params are no arguments of clip_grad_norm_: {e}") from None
+            raise TypeError(f"train.clip_grad.params are not arguments of clip_grad_norm_: {e}") from None
 
     def after_backward(self) -> None:
         torch.nn.utils.clip_grad_norm_(self._parameters, **self._kwargs)
@@ -51,13 +51,16 @@ def _takes_output_dir(node: Mapping[str, Any]) -> bool:
 
 
 class LazyTrainer(ConfigTrainer):
-    """Builds what a lazy config describes, and trains.
+    """Builds model, optimizer, schedule, data loader and hooks from a lazy config, and trains.
 
-    The config has the nodes ``model``, ``optimizer`` (whose ``params.model`` is set here), ``lr_multiplier``
-    (a schedule of factors in [0, 1]), ``dataloader`` (``train``, ``test`` and ``evaluator``; without the last
-    two nothing is evaluated; ``val_loss``, a loader or several by name, if there is to be a validation loss)
-    and ``train``, as in ``configs/common/train.py``; ``train.clip_grad``
-    (``enabled``, ``params`` for `torch.nn.utils.clip_grad_norm_`) may be there.
+    The config has these nodes:
+
+    - ``model``;
+    - ``optimizer``, whose ``params.model`` is set here;
+    - ``lr_multiplier``, a schedule of factors in [0, 1];
+    - ``dataloader`` with ``train``; ``test`` and ``evaluator`` for evaluations; ``val_loss``, one loader or
+      several by name, for a validation loss;
+    - ``train``, as in ``configs/common/train.py``. ``docs/training.md`` lists its entries.
 
     Example:
         >>> trainer = LazyTrainer(LazyConfig.load("configs/COCO-Detection/fcos_R_50_FPN_1x.py"))
@@ -71,7 +74,7 @@ class LazyTrainer(ConfigTrainer):
     def __init__(self, cfg: Mapping[str, Any]):
         """
         Raises:
-            KeyError: a node is missing.
+            KeyError: if a node is missing.
         """
         super().__init__()
         if not logging.getLogger("detlib").isEnabledFor(logging.INFO):
@@ -88,13 +91,13 @@ class LazyTrainer(ConfigTrainer):
         model.train()
         cfg.optimizer.params.model = model
         optimizer = instantiate(cfg.optimizer)
-        del cfg.optimizer.params.model  # the config stays one that can be saved
+        del cfg.optimizer.params.model  # the model cannot be saved with the config
         scheduler = LRMultiplier(optimizer, instantiate(cfg.lr_multiplier), train.max_iter)
         self._set_parts(model, optimizer, data_loader, scheduler, settings)
         self.register_hooks(self.build_hooks())
 
     def _train_loader_config(self):
-        """The training loader's node, whose batches are those of one forward pass."""
+        """Return the node of the training loader, whose batches are those of one forward pass."""
         node, parts = self.cfg.dataloader.train, self.cfg.train.get("accum_steps", 1)
         total = node.get("total_batch_size")
         if not total or parts == 1:
@@ -110,7 +113,7 @@ class LazyTrainer(ConfigTrainer):
 
     @classmethod
     def build_model(cls, cfg: Mapping[str, Any]) -> nn.Module:
-        """Builds the model on ``train.device``, or on the best device if there is no such one."""
+        """Build the model on ``train.device``, or on the best available device if that does not exist."""
         device = RunSettings.from_config(cfg).device
         try:
             device = resolve_device(device)
@@ -150,21 +153,21 @@ class LazyTrainer(ConfigTrainer):
 
     @classmethod
     def test(cls, cfg: Mapping[str, Any], model: nn.Module) -> dict:
-        """Evaluates a model on ``dataloader.test`` with ``dataloader.evaluator``.
+        """Evaluate a model on ``dataloader.test`` with ``dataloader.evaluator``.
 
         Args:
             cfg: the config.
-            model: the model; its mode is as before afterwards.
+            model: the model; its mode does not change.
 
         Returns:
-            Results such as ``{"bbox": {"AP": 37.9, ...}}``; empty on processes other than the main one, and
+            Results such as ``{"bbox": {"AP": 37.9, ...}}``; empty on processes other than the main one and
             without an evaluator.
         """
         if "evaluator" not in cfg.dataloader or "test" not in cfg.dataloader:
             return {}
         evaluator = copy.deepcopy(cfg.dataloader.evaluator)
         for node in evaluator if isinstance(evaluator, Sequence) else [evaluator]:
-            # The results' files are what the report is made of.
+            # The report is built from the files of the results.
             if node.get("_target_") is not None and "output_dir" not in node and _takes_output_dir(node):
                 node.output_dir = os.path.join(cfg.train.output_dir, "inference")
         results = inference_on_dataset(model, instantiate(cfg.dataloader.test), instantiate(evaluator))

@@ -77,7 +77,7 @@ def test_resuming_from_a_model_alone_starts_at_the_first_step(trained, tmp_path,
     trainer = DefaultTrainer(cfg)
     trainer.resume_or_load(resume=True)
     assert trainer.start_iter == 0
-    assert "given.pth has a model, but neither an optimizer nor an iteration" in caplog.text
+    assert "given.pth has a model, but no optimizer and no iteration" in caplog.text
     assert "training starts at iteration 0 from this model" in caplog.text
     for state in (trainer.model.state_dict(), trainer.ema.state_dict()):
         assert all(torch.equal(value, model[name]) for name, value in state.items())
@@ -126,7 +126,7 @@ def test_evaluation_of_several_data_sets_and_own_evaluators(trained):
     cfg.DATASETS.TEST = names
     results = DefaultTrainer.test(cfg, trainer.model, [Count(), Count()])
     assert results == {names[0]: {"count": {"n": 4}}, names[1]: {"count": {"n": 2}}}
-    with pytest.raises(ValueError, match="2 data sets, but 1 evaluators"):
+    with pytest.raises(ValueError, match="2 datasets, but there are 1 evaluators"):
         DefaultTrainer.test(cfg, trainer.model, [Count()])
 
 
@@ -187,7 +187,7 @@ def test_unknown_kinds_of_evaluation_are_skipped_with_a_word(trained, caplog):
         cfg.DATASETS.TEST = ("strange_set",)
         with caplog.at_level(logging.WARNING, logger="detlib"):
             assert DefaultTrainer.test(cfg, trainer.model) == {}
-        assert "'strange_set' is not evaluated" in caplog.text
+        assert "Skipping the evaluation on 'strange_set'" in caplog.text
     finally:
         DatasetCatalog.remove("strange_set")
         MetadataCatalog.remove("strange_set")
