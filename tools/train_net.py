@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Trains and evaluates the model of a config file.
+"""Train and evaluate the model of a config file.
 
     tools/train_net.py --config-file configs/Quickstart/mask_rcnn_R_18_FPN_shapes.yaml OUTPUT_DIR out
     tools/train_net.py --config-file configs/COCO-Detection/fcos_R_50_FPN_1x.py train.output_dir=out
 
-It runs on several GPUs and machines by --num-gpus, under torchrun, and as a job of Slurm by --slurm; see
-docs/training.md. The output folder then holds checkpoints, config.yaml, log.txt, metrics.json, events for
-TensorBoard, inference/, predictions/ and report/. Changes to the config come last, as pairs KEY VALUE for a
-YAML config and as path.to.key=value for a lazy one. For more than a config can say, subclass DefaultTrainer
-or LazyTrainer in a script like this one.
+It runs on several GPUs and machines with --num-gpus, under torchrun, and as a Slurm job with --slurm; see
+docs/training.md. The output folder contains checkpoints, config.yaml, log.txt, metrics.json, TensorBoard
+events, inference/, predictions/ and report/. Changes to the config come last: pairs KEY VALUE for a YAML
+config, path.to.key=value for a lazy one. For more than a config can express, subclass DefaultTrainer or
+LazyTrainer in a script like this one.
 """
 
 import datetime
@@ -45,7 +45,7 @@ logger = logging.getLogger("detlib.train_net")
 
 
 def make_config(args: Namespace) -> CfgNode | Mapping[str, Any]:
-    """Reads the config file, YAML or lazy, and the changes of the command line."""
+    """Read the config file, YAML or lazy, and apply the changes of the command line."""
     if args.config_file.endswith(".py"):
         return LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
     cfg = get_cfg()
@@ -57,7 +57,7 @@ def make_config(args: Namespace) -> CfgNode | Mapping[str, Any]:
 
 
 def log_results(results: Mapping, title: str = "Results") -> None:
-    """Logs one table for each task, at any depth of data sets and tasks."""
+    """Log one table for each task of nested results."""
     numbers = {name: value for name, value in results.items() if not isinstance(value, Mapping)}
     if numbers:
         logger.info("%s:\n%s", title, create_small_table(numbers))
@@ -67,7 +67,7 @@ def log_results(results: Mapping, title: str = "Results") -> None:
 
 
 def main(args: Namespace) -> Mapping | None:
-    """What every process does."""
+    """Train or evaluate. Every process runs this function."""
     cfg = make_config(args)
     default_setup(cfg, args)
     settings = RunSettings.from_config(cfg)
@@ -79,7 +79,7 @@ def main(args: Namespace) -> Mapping | None:
         weights = args.resume and last or settings.weights
         if not weights:
             logger.warning(
-                "--eval-only evaluates random weights: MODEL.WEIGHTS (train.init_checkpoint) names none%s",
+                "--eval-only evaluates random weights: MODEL.WEIGHTS (train.init_checkpoint) is empty%s",
                 ", and there is no checkpoint to resume from" if args.resume else "",
             )
         load_for_inference(model, weights, use_average=settings.ema_decay > 0)
@@ -104,25 +104,25 @@ def main(args: Namespace) -> Mapping | None:
 
 
 def fail(message: Any, code: int) -> NoReturn:
-    """Ends the program with one last message."""
+    """Exit with an error message."""
     print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
     sys.exit(code)
 
 
 def run_as_job(args: Namespace, argv: list[str], settings: RunSettings) -> None:
-    """Sends a job that runs the same command on the machines of a cluster."""
+    """Submit a Slurm job that runs the same command."""
     argv = [argument for argument in argv if argument != "--slurm"]
     folder = os.path.join(settings.output_dir, "slurm")
     job = submit(__file__, argv, args, folder=folder, use_gpus=settings.device != "cpu")
-    print(f"Job {job.job_id} is sent; its logs go to {job.paths.folder}")
+    print(f"Submitted job {job.job_id}; its logs go to {job.paths.folder}")
 
 
 def run(argv: list[str] | None = None) -> None:
-    """Parses the command line and starts the processes."""
+    """Parse the command line and start the processes."""
     argv = sys.argv[1:] if argv is None else argv
     args = default_argument_parser().parse_args(argv)
     try:
-        # Before any process starts: a slip in the config should cost a second and read as one line.
+        # Before any process starts: a mistake in the config should cost a second and print one line.
         cfg = make_config(args)
         settings = RunSettings.from_config(cfg)
         check_datasets(cfg, train=not args.eval_only)

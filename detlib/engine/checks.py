@@ -1,4 +1,4 @@
-"""Checks of a config that save the user a late failure."""
+"""Checks of a config before training, so that errors come early."""
 
 import functools
 import logging
@@ -27,17 +27,17 @@ logger = logging.getLogger(__name__)
 
 
 def check_datasets(cfg: CfgNode | Mapping[str, Any], *, train: bool = True) -> None:
-    """Makes sure that all data sets of a config can be found, without loading them.
+    """Check that all datasets of a config exist, without loading them.
 
     Args:
-        cfg: DATASETS.TRAIN, DATASETS.TEST and TEST.VAL_LOSS are looked at; of a lazy config,
+        cfg: a config of either kind. DATASETS.TRAIN, DATASETS.TEST and TEST.VAL_LOSS are checked, or
             ``dataset.names`` of ``dataloader.train``, ``dataloader.test`` and ``dataloader.val_loss``.
-        train: False looks at the data to test on only.
+        train: False checks the test data only.
 
     Raises:
-        ValueError: if there is none to train on, or a name is malformed.
-        KeyError: if a name is unknown; near names are listed.
-        FileNotFoundError: if a file or folder of a data set does not exist.
+        ValueError: if there is no training dataset, or a name is malformed.
+        KeyError: if a name is unknown; similar names are listed.
+        FileNotFoundError: if a file or folder of a dataset does not exist.
     """
     if not isinstance(cfg, CfgNode):
         loaders = cfg.get("dataloader", {})
@@ -50,20 +50,24 @@ def check_datasets(cfg: CfgNode | Mapping[str, Any], *, train: bool = True) -> N
     if train:
         names = as_names(cfg.DATASETS.TRAIN)
         if not names:
-            raise ValueError("DATASETS.TRAIN is empty: name a data set to train on")
+            raise ValueError("DATASETS.TRAIN is empty: name a dataset to train on")
         check_datasets_exist(names)
         check_datasets_exist(as_names(cfg.TEST.VAL_LOSS))
     check_datasets_exist(as_names(cfg.DATASETS.TEST))
 
 
 def check_num_classes(cfg: CfgNode, names: str | Iterable[str]) -> None:
-    """Compares the model's number of classes with the data sets', as far as these are known yet.
+    """Compare the model's number of classes with those of datasets whose classes are known already.
 
-    Their names are compared with those of the first of DATASETS.TRAIN, if these are known: a class is told by
-    its place alone, so in another order all would be taken for others. Other names are worth a warning.
+    The class names are compared with those of the first dataset of DATASETS.TRAIN. A model knows a class by
+    its index only, so the same names in another order are an error; other names are a warning.
+
+    Args:
+        cfg: the config.
+        names: the datasets to check.
 
     Raises:
-        ValueError: if they differ, naming the key and both numbers; or have the same names in another order.
+        ValueError: if the numbers differ (the message names the key), or the order of the classes differs.
     """
     for kind, key in facts_of(cfg).num_classes_keys(cfg).items():
         if kind == "keypoint_names":
@@ -87,25 +91,25 @@ def _compare_names(cfg: CfgNode, kind: str, name: str, classes: list[str]) -> No
     trained = [*(MetadataCatalog.get(first).get(kind) or ())] if first in MetadataCatalog else []
     if len(trained) != len(classes) or trained == classes:
         return
-    place = next(i for i, pair in enumerate(zip(trained, classes)) if pair[0] != pair[1])
-    said = (
-        f"class {place} is {classes[place]!r} in dataset '{name}', but {trained[place]!r} in '{first}', "
-        "which is trained on"
+    index = next(i for i, pair in enumerate(zip(trained, classes)) if pair[0] != pair[1])
+    difference = (
+        f"class {index} is {classes[index]!r} in dataset '{name}', but {trained[index]!r} in the training "
+        f"dataset '{first}'"
     )
     if sorted(trained) == sorted(classes):
-        raise ValueError(f"The classes are in another order: {said}. Bring them into one order.")
-    logger.warning("The classes have other names: %s.", said)
+        raise ValueError(f"The order of the classes differs: {difference}. Use the same order.")
+    logger.warning("The names of the classes differ: %s.", difference)
 
 
 def set_num_classes(cfg: CfgNode) -> None:
-    """Sets the model's numbers of classes and keypoints from the training data, if nobody has set them.
+    """Set the model's numbers of classes and keypoints from the training data, unless the config sets them.
 
-    That is so where the config has the default still and the first of DATASETS.TRAIN is a dataset URI. What
-    was set otherwise stays, and is compared with the data by `check_num_classes`. Data that are not on this
-    machine change nothing: a model goes where its data do not.
+    A number is set if it has its default value and the first entry of DATASETS.TRAIN is a dataset URI. Other
+    values are kept, and `check_num_classes` compares them with the data. If the data are not on this machine,
+    nothing changes, because a model is often used without its data.
 
     Args:
-        cfg: changed in place, even if it is frozen, so that what is saved is what is used.
+        cfg: changed in place, even if it is frozen, so that the saved config is the one that is used.
     """
     names = as_names(cfg.DATASETS.TRAIN)
     if not names or not is_dataset_uri(names[0]):
@@ -120,13 +124,13 @@ def set_num_classes(cfg: CfgNode) -> None:
         check_datasets_exist(names[0])
         metadata = MetadataCatalog.get(names[0])
     except FileNotFoundError as error:
-        logger.warning("The numbers of classes stay as they are: %s", error)
+        logger.warning("The numbers of classes are not set from the data: %s", error)
         return
     for kind, key in unset.items():
         entries = metadata.get(kind)
         if entries and len(entries) != _get(cfg, key):
             _set(cfg, key, len(entries))
-            logger.info("%s is set to %d, as dataset '%s' has them", key, len(entries), names[0])
+            logger.info("Setting %s to %d, as in dataset '%s'", key, len(entries), names[0])
 
 
 def set_class_weights(cfg: CfgNode, model: nn.Module) -> None:
@@ -162,10 +166,10 @@ def _set(cfg: CfgNode, key: str, value: int) -> None:
 
 
 def check_weights(cfg: CfgNode | Mapping[str, Any]) -> None:
-    """Makes sure that MODEL.WEIGHTS, or ``train.init_checkpoint``, is there, if it is a file of this machine.
+    """Check that MODEL.WEIGHTS or ``train.init_checkpoint`` exists, if it is a local file.
 
     Raises:
-        FileNotFoundError: naming the file.
+        FileNotFoundError: if it does not.
     """
     path = RunSettings.from_config(cfg).weights.partition("?")[0]  # options of the checkpointer
     if path and not is_remote(path) and not os.path.isfile(path):

@@ -1,4 +1,4 @@
-"""What a training script needs by default: arguments, set-up, writers, the trainer and the predictor."""
+"""The default parts of a training script: arguments, setup, writers, trainer and predictor."""
 
 import argparse
 import logging
@@ -62,10 +62,10 @@ Examples:
 
 
 def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParser:
-    """The arguments that all training scripts share.
+    """Return a parser with the arguments that all training scripts share.
 
     Args:
-        epilog: text below the list of arguments; None for some examples.
+        epilog: text below the list of arguments; None for examples.
     """
     parser = argparse.ArgumentParser(
         epilog=_EPILOG.format(program=sys.argv[0]) if epilog is None else epilog,
@@ -75,21 +75,21 @@ def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParse
         "--config-file", default="", metavar="FILE", help="the config, a .yaml file or a lazy .py one"
     )
     parser.add_argument(
-        "--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR, if there is one"
+        "--resume", action="store_true", help="resume from the last checkpoint in OUTPUT_DIR, if there is one"
     )
     parser.add_argument("--eval-only", action="store_true", help="only evaluate MODEL.WEIGHTS")
     parser.add_argument(
         "--num-gpus",
         type=int,
         default=1,
-        help="number of GPUs per machine; without any GPU, of processes on the CPU; torchrun knows it",
+        help="number of GPUs per machine; without a GPU, number of CPU processes; not needed with torchrun",
     )
     parser.add_argument("--num-machines", type=int, default=1, help="number of machines")
     parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine, from 0")
     parser.add_argument(
         "--dist-url",
         default="auto",
-        help="where the processes meet, as tcp://HOST:PORT; on one machine 'auto' finds a free port",
+        help="address where the processes meet, tcp://HOST:PORT; 'auto' finds a free port on one machine",
     )
     add_slurm_arguments(parser)
     parser.add_argument(
@@ -114,15 +114,15 @@ def _save_config(cfg: CfgNode | Mapping[str, Any], path: str) -> None:
 
 
 def default_setup(cfg: CfgNode | Mapping[str, Any], args: Any) -> None:
-    """Makes the output folder, starts the logs, writes down config and environment, and seeds.
+    """Create the output folder, set up logging, save the config, log the environment, and seed.
 
     Args:
-        cfg: the full config, of either kind; it is saved as ``config.yaml`` in OUTPUT_DIR or
-            ``train.output_dir``. In a CfgNode, the numbers of classes are set from the training data, if
-            nobody has set them (see `detlib.engine.checks.set_num_classes`).
-        args: the command line, to be logged; its ``eval_only`` is looked at.
+        cfg: a config of either kind. It is saved as ``config.yaml`` in OUTPUT_DIR or ``train.output_dir``.
+            The numbers of classes of a CfgNode are set from the training data, unless the config sets them
+            (see `detlib.engine.checks.set_num_classes`).
+        args: the parsed command line. It is logged, and its ``eval_only`` is used.
     """
-    from detlib.utils.collect_env import collect_env_info  # slow to import, and needed nowhere else
+    from detlib.utils.collect_env import collect_env_info  # slow to import, and only needed here
 
     settings = RunSettings.from_config(cfg)
     output_dir = settings.output_dir
@@ -138,10 +138,10 @@ def default_setup(cfg: CfgNode | Mapping[str, Any], args: Any) -> None:
         set_num_classes(cfg)
     if comm.is_main_process() and output_dir:
         _save_config(cfg, os.path.join(output_dir, "config.yaml"))
-    # Every process needs its own seed, or all would draw the same augmentations.
+    # A separate seed for each process: otherwise all would draw the same augmentations.
     seed_all_rng(None if settings.seed < 0 else settings.seed + rank)
     if not getattr(args, "eval_only", False):
-        # Pictures of all sizes are evaluated: measuring each anew would cost more than it gains.
+        # Not in evaluation: image sizes vary, so benchmarking each would cost more than it gains.
         torch.backends.cudnn.benchmark = settings.cudnn_benchmark
 
 
@@ -151,35 +151,35 @@ def default_writers(
     names: Sequence[str] = ("console", "json", "tensorboard"),
     params: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[EventWriter]:
-    """Writers for the terminal, for ``metrics.json`` and for TensorBoard, or others by name.
+    """Build writers for the terminal, ``metrics.json`` and TensorBoard, or others by name.
 
     Args:
         output_dir: folder of the files.
-        max_iter: number of iterations in all, for the time left.
-        names: some of "console", "json", "csv", "tensorboard", "wandb" and "mlflow".
-        params: further arguments of a writer's class, by its name.
+        max_iter: total number of iterations, for the estimated time left.
+        names: any of "console", "json", "csv", "tensorboard", "wandb" and "mlflow".
+        params: more arguments of a writer's class, by its name.
 
     Raises:
         ValueError: if a name is unknown.
-        ImportError: if a writer's package is not installed, with the command that installs it.
+        ImportError: if a writer's package is not installed. The message has the command that installs it.
     """
     return build_writers(names, output_dir, max_iter, params)
 
 
 class DefaultPredictor:
-    """Runs a config's model, with the config's weights, on one picture after the other.
+    """Runs the model of a config on single images.
 
     It loads MODEL.WEIGHTS onto MODEL.DEVICE, resizes by INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST, and converts
-    to INPUT.FORMAT. With TEST.AUG.ENABLED it predicts on the views of TEST.AUG instead, and merges. For whole
-    data sets, a data loader and `inference_on_dataset` are faster.
+    to INPUT.FORMAT. With TEST.AUG.ENABLED it predicts on the views of TEST.AUG and merges the predictions.
+    For entire datasets, a data loader and `inference_on_dataset` are faster.
 
     Attributes:
-        metadata: of the first data set in DATASETS.TEST, for drawing; without class names where the data set
-            is named by its address and is not on this machine; missing if DATASETS.TEST is empty.
+        metadata: metadata of the first dataset of DATASETS.TEST, for drawing. It has no class names if the
+            dataset is given by a URI and is not on this machine. Missing if DATASETS.TEST is empty.
         model: the model, in eval mode.
         tta: the model with test-time augmentation, or None.
         aug: the resizing.
-        input_format: "BGR" or "RGB", what the model takes.
+        input_format: channel order of the model's input, "BGR" or "RGB".
 
     Example:
         >>> predictor = DefaultPredictor(cfg)
@@ -210,17 +210,17 @@ class DefaultPredictor:
     def __call__(self, original_image: np.ndarray) -> dict[str, Any]:
         """
         Args:
-            original_image: (H, W, 3) uint8 in BGR order, as ``cv2.imread`` gives it; or float in 0..255.
+            original_image: (H, W, 3) uint8 in BGR order, as ``cv2.imread`` returns it; or float in [0, 255].
 
         Returns:
-            The model's output for this picture, such as ``{"instances": Instances}``, in the picture's own
-            size.
+            The model's output for this image, such as ``{"instances": Instances}``, in the size of the
+            original image.
 
         Raises:
-            TypeError: if the picture is no array.
-            ValueError: if it has another shape, or no pixels, or values scaled to 0..1.
+            TypeError: if the image is not an array of uint8 or float.
+            ValueError: if it has another shape, no pixels, or values scaled to [0, 1].
         """
-        _check_picture(original_image)
+        _check_image(original_image)
         if self.input_format == "RGB":
             original_image = original_image[:, :, ::-1]
         height, width = original_image.shape[:2]
@@ -228,7 +228,7 @@ class DefaultPredictor:
             image = torch.from_numpy(np.ascontiguousarray(original_image.transpose(2, 0, 1)))
             return self.tta([{"image": image, "height": height, "width": width}])[0]
         image = self.aug.get_transform(original_image).apply_image(original_image)
-        # The transpose and the reversal give strides that torch cannot take.
+        # torch does not support the strides of the transposed and reversed array.
         image = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32))
         return self.model([{"image": image, "height": height, "width": width}])[0]
 
@@ -237,21 +237,19 @@ def _find_metadata(name: str) -> Metadata:
     try:
         return MetadataCatalog.get(name)
     except FileNotFoundError as e:
-        # A model goes where its data do not.
-        logger.warning("Class names are unknown, predictions have numbers only: %s", e)
+        # A model is often used on a machine without its data.
+        logger.warning("Class names are unknown; predictions have class numbers only: %s", e)
         return Metadata(name=name)
 
 
-def _check_picture(image: Any) -> None:
+def _check_image(image: Any) -> None:
     if image is None:
-        raise TypeError("The picture is None: cv2.imread returns that for a file it cannot read")
+        raise TypeError("The image is None: cv2.imread returns None for a file that it cannot read")
     if not isinstance(image, np.ndarray):
-        raise TypeError(
-            f"The picture must be a numpy array (H, W, 3) in BGR order, got {type(image).__name__}"
-        )
+        raise TypeError(f"The image must be a numpy array (H, W, 3) in BGR order, got {type(image).__name__}")
     if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise ValueError(f"The picture must have the shape (H, W, 3), got {image.shape}")
+        raise ValueError(f"The image must have the shape (H, W, 3), got {image.shape}")
     if image.dtype != np.uint8 and image.dtype.kind != "f":
-        raise TypeError(f"The picture must be uint8, or float in 0..255, got {image.dtype}")
+        raise TypeError(f"The image must be uint8, or float in [0, 255], got {image.dtype}")
     if image.dtype.kind == "f" and 0.0 < image.max() <= 1.0:
-        raise ValueError("The picture's values lie in 0..1; the model takes 0..255")
+        raise ValueError("The values of the image are in [0, 1]; the model expects [0, 255]")

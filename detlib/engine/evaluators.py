@@ -1,4 +1,4 @@
-"""Which metrics a data set is evaluated with, unless the user says otherwise."""
+"""The default evaluator of a dataset."""
 
 import os
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def _coco(cfg: CfgNode, dataset_name: str, folder: str, metric: type = COCOEvalu
     return metric(
         dataset_name,
         output_dir=folder,
-        # The metric looks at 100 detections otherwise, however many the model puts out.
+        # By default the metric uses at most 100 detections of an image.
         max_dets_per_image=limit if limit > 100 else None,
         kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
     )
@@ -64,7 +64,7 @@ def _cityscapes_sem_seg(cfg: CfgNode, dataset_name: str, folder: str) -> Dataset
     return CityscapesSemSegEvaluator(dataset_name)
 
 
-# By `evaluator_type`; without a type, annotations are converted to COCO's format.
+# By `evaluator_type`. Without a type, annotations are converted to COCO's format.
 _EVALUATORS = {
     None: (_coco,),
     "coco": (_coco,),
@@ -90,7 +90,7 @@ _NEEDS = {
 
 
 def _chosen(cfg: CfgNode, dataset_name: str) -> list[Callable[..., DatasetEvaluator]]:
-    """The evaluators of the data set's type for which it has the truth and the model the outputs."""
+    """Return the evaluators of the dataset's type for which it has ground truth and the model has outputs."""
     metadata = MetadataCatalog.get(dataset_name)
     kind = metadata.get("evaluator_type")
     if kind not in _EVALUATORS:
@@ -101,28 +101,28 @@ def _chosen(cfg: CfgNode, dataset_name: str) -> list[Callable[..., DatasetEvalua
     builders = list(_EVALUATORS[kind])
     if len(builders) == 1:
         return builders
-    if metadata.get("label_divisor") and _sem_seg in builders:  # all classes in one list, no label maps
+    if metadata.get("label_divisor") and _sem_seg in builders:  # all classes in one list, no label images
         builders.remove(_sem_seg)
     outputs = facts_of(cfg).outputs(cfg)
     return [build for build in builders if outputs & _NEEDS[build]]
 
 
 def default_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-    """Builds what evaluates predictions on one data set, by the `evaluator_type` in its metadata.
+    """Build the evaluator of one dataset for the `evaluator_type` in its metadata.
 
     Args:
-        cfg: OUTPUT_DIR/inference takes the results' files; with several of DATASETS.TEST, each has a folder
-            there, named as it is.
-        dataset_name: a registered name or an address.
+        cfg: the config. The files of the results go to OUTPUT_DIR/inference; with several datasets in
+            DATASETS.TEST, to a folder there for each of them.
+        dataset_name: a registered name or a dataset URI.
 
     Raises:
-        NotImplementedError: there is none for the type.
-        ValueError: the data set has another number of classes than the model.
+        NotImplementedError: if there is no default evaluator for the type.
+        ValueError: if the dataset has another number of classes than the model.
     """
     builders = _chosen(cfg, dataset_name)
     check_num_classes(cfg, dataset_name)
     folder = os.path.join(cfg.OUTPUT_DIR, "inference")
-    if len(as_names(cfg.DATASETS.TEST)) > 1:  # they would write over each other's files
+    if len(as_names(cfg.DATASETS.TEST)) > 1:  # they would overwrite each other's files
         folder = os.path.join(folder, safe_name(dataset_name))
     evaluators = [build(cfg, dataset_name, folder) for build in builders]
     return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)

@@ -1,4 +1,4 @@
-"""Losses on data that are not trained on."""
+"""Validation losses: the losses of a model on data that it is not trained on."""
 
 import contextlib
 import logging
@@ -24,20 +24,20 @@ __all__ = ["validation_losses", "validation_results"]
 
 logger = logging.getLogger(__name__)
 
-# What in training would normalise by the batch, or leave things out at random.
+# Modules that normalize by the batch or drop values at random in training mode.
 _KEPT_IN_EVAL = (_NormBase, _DropoutNd, DropPath, ASPP, nn.MultiheadAttention)
 
 
 def validation_results(model: nn.Module, loaders: Mapping[str, Iterable]) -> dict[str, Any]:
-    """The losses on several sets, in the form of an evaluation's results.
+    """Compute the losses on several datasets, in the form of an evaluation's results.
 
     Args:
-        model: as for `validation_losses`.
-        loaders: by name.
+        model: as in `validation_losses`.
+        loaders: data loaders by name.
 
     Returns:
-        ``{"val": {"total_loss": ..., "loss_cls": ..., ...}}``, and with several sets
-        ``{"val": {name: {...}, ...}}``; {} without any, and in processes other than the main one.
+        ``{"val": {"total_loss": ..., "loss_cls": ..., ...}}``, or ``{"val": {name: {...}, ...}}`` for several
+        loaders; {} without any, and on processes other than the main one.
     """
     results = {name: validation_losses(model, loader, name) for name, loader in loaders.items()}
     if not results or not comm.is_main_process():
@@ -46,35 +46,35 @@ def validation_results(model: nn.Module, loaders: Mapping[str, Iterable]) -> dic
 
 
 def validation_losses(model: nn.Module, loader: Iterable, name: str = "") -> dict[str, float]:
-    """Means of a model's losses over the pictures of a set.
+    """Compute the mean losses of a model over the images of a dataset.
 
-    Each picture is given to the model by itself, so that the means do not depend on how pictures come
-    together in batches and processes. The model is in training mode, as models give losses only then; but
-    BatchNorm layers use their running statistics, dropout is off, the backbone is in eval mode, and whatever
-    the model counts along in training is put back. Random numbers, as for the sampling of proposals, are
-    seeded by the picture: the same weights give the same losses, and training's own numbers are not touched.
+    Images are processed one by one, so the means do not depend on batches and processes. The model is in
+    training mode, because models return losses only then; but BatchNorm layers use their running statistics,
+    dropout is off, the backbone is in eval mode, and state that the model updates in training is restored.
+    Random numbers, as in the sampling of proposals, are seeded by the image: the same weights give the same
+    losses, and the random numbers of training do not change.
 
     Args:
-        model: maps a batch in the standard format to a dict of scalar losses, or to one scalar. Its mode is
-            as before afterwards. Of a model in `DistributedDataParallel` the inner one is used. If it is
-            shared out between processes, all of them call this together.
-        loader: finite; gives batches as lists of dicts with annotations, each process its own share.
-        name: of the set, for messages.
+        model: maps a batch in the standard format to a dict of scalar losses, or to one scalar. Its mode does
+            not change. A model in `DistributedDataParallel` is unwrapped. If the model is sharded, all
+            processes call this together.
+        loader: a finite loader of batches, lists of dicts with annotations; each process has its own shard.
+        name: name of the dataset, for messages.
 
     Returns:
-        The means by name, and "total_loss", their sum; the same in every process.
+        The mean losses by name, and "total_loss", their sum; the same in every process.
 
     Raises:
-        TypeError: if the model gives no losses.
-        ValueError: if there is no picture.
+        TypeError: if the model does not return losses.
+        ValueError: if there are no images.
     """
     model = comm.unwrap(model)
-    logger.info("Taking the losses on %s", name or "the validation set")
+    logger.info("Computing the losses on %s", name or "the validation set")
     sums: defaultdict[str, float] = defaultdict(float)
     count = 0
     state = _ModelState(model)
-    # A storage of its own, as what models log belongs to training.
-    # A loader draws a seed whenever it is iterated.
+    # A separate storage: what models log during training stays apart. Seeded, because a loader draws a seed
+    # whenever it is iterated.
     with (
         _loss_mode(model),
         whole_parameters(model),
@@ -82,7 +82,7 @@ def validation_losses(model: nn.Module, loader: Iterable, name: str = "") -> dic
         EventStorage(),
         seeded(0, all_devices=True),
     ):
-        for part in _single_pictures(loader):
+        for part in _single_images(loader):
             with seeded(_seed_of(part), all_devices=True):
                 losses = _losses_of(model(part), name)
             state.restore()
@@ -95,7 +95,7 @@ def validation_losses(model: nn.Module, loader: Iterable, name: str = "") -> dic
     return means
 
 
-def _single_pictures(loader: Iterable) -> Iterator[Any]:
+def _single_images(loader: Iterable) -> Iterator[Any]:
     for batch in loader:
         yield from ([sample] for sample in batch) if isinstance(batch, list | tuple) else [batch]
 
@@ -104,7 +104,7 @@ def _means_over_processes(sums: Mapping[str, float], count: int, name: str) -> d
     gathered = comm.all_gather((dict(sums), count))
     total = sum(number for _, number in gathered)
     if total == 0:
-        raise ValueError(f"There is no picture in {name or 'the validation set'} to take the losses on")
+        raise ValueError(f"There are no images in {name or 'the validation set'} to compute losses on")
     keys = dict.fromkeys(key for part, _ in gathered for key in part)
     means = {key: sum(part.get(key, 0.0) for part, _ in gathered) / total for key in keys}
     return {"total_loss": sum(means.values()), **{k: v for k, v in means.items() if k != "total_loss"}}
@@ -115,7 +115,7 @@ def _losses_of(output: Any, name: str) -> Mapping[str, torch.Tensor]:
         return {"total_loss": output}
     if not isinstance(output, Mapping) or not output:
         raise TypeError(
-            f"The validation loss on {name or 'a set'} needs a model that returns a dict of losses in "
+            f"The validation loss on {name or 'a dataset'} needs a model that returns a dict of losses in "
             f"training mode, got {type(output).__name__}"
         )
     return output
@@ -123,10 +123,10 @@ def _losses_of(output: Any, name: str) -> Mapping[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def _loss_mode(model: nn.Module) -> Iterator[None]:
-    """Training mode as far as it takes to get losses; afterwards each module is in its own mode again."""
+    """Put the model into training mode where losses need it; afterwards restore the mode of each module."""
     modes = [(module, module.training) for module in model.modules()]
     model.train()
-    # A backbone gives the same features in both modes, but for what must not be active here.
+    # A backbone has the same features in both modes, apart from what must be off here.
     if isinstance(getattr(model, "backbone", None), nn.Module):
         model.backbone.eval()
     for module in model.modules():
@@ -140,11 +140,13 @@ def _loss_mode(model: nn.Module) -> Iterator[None]:
 
 
 class _ModelState:
-    """What a model may change in a forward pass: buffers, and numbers that modules have as attributes, such
-    as RetinaNet's running number of positive anchors."""
+    """State that a forward pass may change: buffers, and numbers in attributes of modules.
+
+    An example of the latter is RetinaNet's running number of positive anchors.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        # The statistics of normalisation layers do not change in eval mode.
+        # The statistics of normalization layers do not change in eval mode.
         modules = [m for m in model.modules() if not isinstance(m, _NormBase)]
         self._buffers = [
             (buffer, buffer.detach().clone()) for m in modules for buffer in m.buffers(recurse=False)
@@ -153,7 +155,7 @@ class _ModelState:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Puts all of it back, so that no picture's losses depend on the pictures before."""
+        """Restore the state, so that the losses of an image do not depend on earlier images."""
         for buffer, value in self._buffers:
             buffer.copy_(value)
         for module, values in self._attributes:
@@ -169,7 +171,7 @@ def _changeable(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _seed_of(batch: Any) -> int:
-    """From the first picture's id or file name; 0 if it has neither."""
+    """Return a seed from the id or file name of the first image; 0 if it has neither."""
     sample = batch[0] if isinstance(batch, list | tuple) else batch
     if not isinstance(sample, Mapping):
         return 0

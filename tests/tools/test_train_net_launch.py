@@ -222,4 +222,4 @@ def test_job_runs_the_same_command(tmp_path, monkeypatch, capsys):
     script.run(["--slurm", *argv])
     assert seen.pop("path") == str(_SCRIPT)
     assert seen == dict(argv=argv, num_gpus=4, folder=str(tmp_path / "out" / "slurm"), use_gpus=False)
-    assert "Job 5 is sent; its logs go to logs" in capsys.readouterr().out
+    assert "Submitted job 5; its logs go to logs" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Hooks that say where time and memory go."""
+"""Hooks that profile time and memory."""
 
 import logging
 import os
@@ -32,9 +32,9 @@ class TorchProfiler(HookBase):
     ):
         """
         Args:
-            enable_predicate: gets the trainer and says whether to profile its current step.
-            output_dir: folder for the traces.
-            activities: as in `torch.profiler.profile`; None for all that there are.
+            enable_predicate: takes the trainer and returns whether to profile its current step.
+            output_dir: folder of the traces.
+            activities: as in `torch.profiler.profile`; None for all available ones.
             save_tensorboard: write traces for TensorBoard to ``OUTPUT_DIR/log``, else Chrome traces to
                 ``OUTPUT_DIR/profiler-trace-iter*.json``.
         """
@@ -77,7 +77,7 @@ class TorchProfiler(HookBase):
 
 
 class AutogradProfiler(TorchProfiler):
-    """Profiles some steps with `torch.autograd.profiler`, which costs less and says less.
+    """Profiles some steps with `torch.autograd.profiler`, which has less overhead and less detail.
 
     Example:
         >>> AutogradProfiler(lambda trainer: trainer.iter > 10, cfg.OUTPUT_DIR)
@@ -86,9 +86,9 @@ class AutogradProfiler(TorchProfiler):
     def __init__(self, enable_predicate: Callable[..., bool], output_dir: str, *, use_cuda: bool = True):
         """
         Args:
-            enable_predicate: gets the trainer and says whether to profile its current step.
-            output_dir: folder for the Chrome traces.
-            use_cuda: time CUDA kernels as well, where there is CUDA.
+            enable_predicate: takes the trainer and returns whether to profile its current step.
+            output_dir: folder of the Chrome traces.
+            use_cuda: time CUDA kernels too, if CUDA is available.
         """
         super().__init__(enable_predicate, output_dir, save_tensorboard=False)
         self._use_cuda = use_cuda
@@ -99,18 +99,18 @@ class AutogradProfiler(TorchProfiler):
 
 
 class StepsProfiler(HookBase):
-    """Profiles some steps together, each with the hooks before this one, and says what took the time.
+    """Profiles consecutive steps, including the hooks before this one.
 
     It writes ``trace_iter20-24.json``, for chrome://tracing or https://ui.perfetto.dev, and
-    ``operators_iter20-24.txt``, the operators by the time they took; with several processes one of each for
-    every process.
+    ``operators_iter20-24.txt``, a table of the operators by time. With several processes, each writes its own
+    files.
     """
 
     def __init__(self, start: int, steps: int, output_dir: str):
         """
         Args:
-            start: steps of this run before the first one to profile; some are slower than the usual.
-            steps: how many to profile.
+            start: number of steps of this run before the first profiled one; the first steps are slower.
+            steps: number of steps to profile.
             output_dir: folder of the files.
 
         Raises:
@@ -136,7 +136,7 @@ class StepsProfiler(HookBase):
             self._finish(self.trainer.iter)
 
     def after_train(self) -> None:
-        # The training was over before its last step to profile.
+        # Training ended before the last step to profile.
         self._finish(self.trainer.iter - 1)
 
     def _finish(self, last: int) -> None:
@@ -158,13 +158,13 @@ class StepsProfiler(HookBase):
 
 
 class TorchMemoryStats(HookBase):
-    """Logs CUDA memory now and then; does nothing without CUDA."""
+    """Logs CUDA memory periodically; does nothing without CUDA."""
 
     def __init__(self, period: int = 20, max_runs: int = 10):
         """
         Args:
-            period: steps between two reports.
-            max_runs: number of reports after which it falls silent.
+            period: number of steps between two reports.
+            max_runs: maximum number of reports.
         """
         self._period = period
         self._max_runs = max_runs
