@@ -48,7 +48,7 @@ def test_set_from_an_address(architecture, options, expected, log):
     set_num_classes(cfg)
     assert numbers(cfg) == expected and cfg.is_frozen()
     changed = sum(a != b for a, b in zip(expected, (80, 80, 54, 17)))
-    assert log.text.count("is set to") == changed
+    assert log.text.count("Setting MODEL.") == changed
     check_num_classes(cfg, cfg.DATASETS.TRAIN)
 
 
@@ -93,7 +93,7 @@ def test_classes_in_another_order_or_with_other_names(log):
         with pytest.raises(ValueError, match="class 1 is 'owl' in dataset 'checks_turned', but 'dog' in"):
             check_num_classes(cfg, "checks_turned")
         check_num_classes(cfg, "checks_other")
-        assert "class 2 is 'eagle' in dataset 'checks_other', but 'owl' in 'checks_train'" in log.text
+        assert "class 2 is 'eagle' in dataset 'checks_other', but 'owl' in the training dataset 'checks_train'" in log.text
         check_num_classes(config("RetinaNet", "checks_unknown", RETINANET, 3), "checks_turned")
     finally:
         for name in names:

@@ -152,7 +152,7 @@ def test_what_is_wrong_is_said():
     model.forward = lambda samples: [1]
     with pytest.raises(TypeError, match="'?my_val'? needs a model that returns a dict of losses.*got list"):
         validation_losses(model, [[{}]], "my_val")
-    with pytest.raises(ValueError, match="no picture in my_val"):
+    with pytest.raises(ValueError, match="no images in my_val"):
         validation_losses(model, [], "my_val")
     assert validation_results(model, {}) == {}
 

@@ -200,7 +200,7 @@ def test_failure_ends_with_its_message_and_code(tmp_path, monkeypatch, capsys):
 def test_timeouts_below_zero_are_refused(tmp_path, capsys, changes):
     with pytest.raises(SystemExit) as end:
         _load_script().run(["--config-file", _write_config(tmp_path), *changes])
-    assert end.value.code == 2 and "legal are seconds above 0" in capsys.readouterr().err
+    assert end.value.code == 2 and "must be above 0 seconds" in capsys.readouterr().err
 
 
 def test_job_runs_the_same_command(tmp_path, monkeypatch, capsys):
