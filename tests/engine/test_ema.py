@@ -66,7 +66,7 @@ def test_state_is_restored_and_shapes_are_checked(caplog):
     assert "no 'a.bias'" in caplog.text
     with pytest.raises(ValueError, match=r"'a.weight' has shape \(1,\), the model's parameter has \(2, 2\)"):
         average.load_state_dict({"a.weight": torch.ones(1)})
-    with pytest.raises(ValueError, match=r"lies in \(0, 1\), got 1"):
+    with pytest.raises(ValueError, match=r"in \(0, 1\), got 1"):
         WeightAverage(net, 1.0)
 
 
