@@ -93,7 +93,7 @@ def _copy(value: Any, storages: dict[int, torch.UntypedStorage]) -> Any:
         return empty.set_(storages[storage._cdata], value.storage_offset(), value.shape, value.stride())
     if isinstance(value, Mapping):
         # State dicts carry versions of their modules as an attribute, which a copy keeps.
-        copy = type(value)() if hasattr(value, "_metadata") else {}
+        copy: Any = type(value)() if hasattr(value, "_metadata") else {}
         copy.update((key, _copy(item, storages)) for key, item in value.items())
         if hasattr(value, "_metadata"):
             copy._metadata = value._metadata

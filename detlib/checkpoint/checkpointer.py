@@ -1,5 +1,6 @@
 """Saves and loads a model together with whatever else has a state."""
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -241,7 +242,7 @@ class Checkpointer:
         """Reads the file at `path`, or at the address `path`."""
         return read_checkpoint(self.path_manager.get_local_path(path), trust=trust)
 
-    def _load_model(self, checkpoint: dict[str, Any]) -> IncompatibleKeys | None:
+    def _load_model(self, checkpoint: dict[str, Any]) -> IncompatibleKeys:
         """Takes "model" out of `checkpoint` and copies what fits into the model."""
         state = {name: _to_tensor(value, name) for name, value in checkpoint.pop("model").items()}
         old_names = {id(value): name for name, value in state.items()}
@@ -261,6 +262,7 @@ class Checkpointer:
         result = self.model.load_state_dict(placed, strict=False)
         skipped = {name for name, _, _ in wrong}
         missing = [name for name in result.missing_keys if name not in skipped]
+        assert self.report is not None, "`load` makes a report before it loads the model"
         self.report.loaded = [name for name in own if name in state]
         before = {name: old_names.get(id(state[name]), name) for name in self.report.loaded}
         self.report.renamed = {name: old for name, old in before.items() if old != name}
@@ -343,7 +345,7 @@ class PeriodicCheckpointer:
         while len(self.recent_checkpoints) > self.max_to_keep:
             old = self.recent_checkpoints.pop(0)
             # Only when the newest one is safe on disk.
-            self.checkpointer.then(lambda old=old: self._remove(old))
+            self.checkpointer.then(functools.partial(self._remove, old))
 
     def _remove(self, path: str) -> None:
         if self.path_manager.exists(path):

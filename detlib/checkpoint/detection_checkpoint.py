@@ -74,7 +74,7 @@ class DetectionCheckpointer(Checkpointer):
             return super()._load_file(path, trust)
         if not has_file[0]:
             raise FileNotFoundError(f"Checkpoint file {path} does not exist on the main process")
-        content = [super()._load_file(path, trust) if comm.is_main_process() else None]
+        content: list[Any] = [super()._load_file(path, trust) if comm.is_main_process() else None]
         dist.broadcast_object_list(content, src=0)
         return content[0]
 
@@ -125,7 +125,7 @@ class DetectionCheckpointer(Checkpointer):
         if wrong:
             logger.warning("Weights of '%s' will work badly: %s", name, " and ".join(wrong))
 
-    def _load_model(self, checkpoint: dict[str, Any]) -> IncompatibleKeys | None:
+    def _load_model(self, checkpoint: dict[str, Any]) -> IncompatibleKeys:
         missing, unexpected, wrong = super()._load_model(checkpoint)
         own_buffers = {name for name, _ in self.model.named_buffers(remove_duplicate=False)}
         missing = [n for n in missing if not (n in _SETTING_BUFFERS and n in own_buffers)]

@@ -159,7 +159,10 @@ def _read_any_torch(path: str) -> Any:
     return torch.load(path, map_location="cpu", weights_only=False)
 
 
-_TRUSTING_READERS = {_read_pickle: _read_any_pickle, _read_torch: _read_any_torch}
+_TRUSTING_READERS: dict[Callable[[str], Any], Callable[[str], Any]] = {
+    _read_pickle: _read_any_pickle,
+    _read_torch: _read_any_torch,
+}
 
 
 def _first_sentences(message: str) -> str:
@@ -219,7 +222,7 @@ def to_plain_types(value: Any, where: str) -> Any:
         return torch.from_numpy(np.ascontiguousarray(value))
     if isinstance(value, Mapping):
         # State dicts carry versions of their modules as an attribute, which a copy keeps.
-        copy = type(value)() if hasattr(value, "_metadata") else {}
+        copy: Any = type(value)() if hasattr(value, "_metadata") else {}
         for key, item in value.items():
             copy[to_plain_types(key, where)] = to_plain_types(item, f"{where}[{key!r}]")
         if hasattr(value, "_metadata"):

@@ -5,7 +5,7 @@ Files hold whole tensors, whatever number of processes saved them, so they load 
 
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -36,7 +36,7 @@ def gather_shards(value: Any, keep: bool) -> Any:
         whole = value.detach().full_tensor()
         return whole.cpu() if keep else None
     if isinstance(value, Mapping):
-        copy = type(value)((key, gather_shards(item, keep)) for key, item in value.items())
+        copy: Any = cast(Any, type(value))((key, gather_shards(item, keep)) for key, item in value.items())
         if hasattr(value, "_metadata"):  # the versions of a state dict's modules
             copy._metadata = value._metadata
         return copy
@@ -57,7 +57,7 @@ def shard_like(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     whole = whole.to(like.device)
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
 
 
 def shard_optimizer_state(optimizer: torch.optim.Optimizer) -> None:

@@ -6,6 +6,7 @@ calls, no attributes and no names but the comprehension's own, so a config file 
 
 import ast
 import operator
+from collections.abc import Callable
 from typing import Any
 
 __all__ = ["evaluate"]
@@ -19,7 +20,7 @@ _BINARY = {
     ast.Mod: operator.mod,
     ast.Pow: operator.pow,
 }
-_UNARY = {ast.UAdd: operator.pos, ast.USub: operator.neg}
+_UNARY: dict[type, Callable] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 
 _MAX_LENGTH = 2000  # characters
 _MAX_STEPS = 10_000  # evaluated syntax nodes, comprehensions counted by round

@@ -164,14 +164,15 @@ def _no_file(stem: str, importer: str, written: str) -> str:
 
 
 def _no_name(module: ModuleType, attribute: str, importer: str, written: str) -> str:
-    place = module.__file__
+    place = module.__file__ or ""
     if not os.path.isdir(place):
         near = suggest(attribute, (name for name in vars(module) if not name.startswith("__")))
         return (
             f"The config file {place!r} has no {attribute!r}, which {importer!r} asks for ({written}).{near}"
         )
     near = suggest(f"{attribute}.py", os.listdir(place))
-    package, parent = [], place
+    package: list[str] = []
+    parent = place
     while os.path.isfile(os.path.join(parent, "__init__.py")):
         parent, name = os.path.split(parent)
         package.insert(0, name)

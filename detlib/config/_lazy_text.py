@@ -5,7 +5,7 @@ import enum
 import functools
 from collections.abc import Mapping
 from pathlib import PurePath
-from typing import Any
+from typing import Any, cast
 
 from detlib.config.instantiate import join_path
 from detlib.utils.registry import dotted_path
@@ -71,7 +71,10 @@ def _plain_mapping(value: Mapping, path: str, refused: list[str]) -> dict[str, A
     from omegaconf import DictConfig, OmegaConf
 
     if isinstance(value, DictConfig):  # a dataclass
-        value = {"_target_": OmegaConf.get_type(value), **OmegaConf.to_container(value, resolve=False)}
+        value = {
+            "_target_": OmegaConf.get_type(value),
+            **cast(dict, OmegaConf.to_container(value, resolve=False)),
+        }
     result = {}
     for key, item in value.items():
         place = join_path(path, key)

@@ -97,7 +97,7 @@ def _wrap_function(function: Callable, from_config: Callable) -> Callable:
             return function(*args, **kwargs)
         return function(**explicit_args(function, from_config, args, kwargs))
 
-    wrapped.from_config = from_config
+    wrapped.from_config = from_config  # type: ignore[attr-defined]
     return wrapped
 
 

@@ -4,6 +4,8 @@ Lengths are in pixels of the image that enters the model (after resizing) unless
 thresholds, scores and fractions are between 0 and 1.
 """
 
+from typing import Any
+
 from detlib.config.cfg_node import CfgNode
 from detlib.config.run_options import yaml_defaults
 
@@ -476,7 +478,7 @@ _DEFAULTS = {**_RUN, **_DATA, "MODEL": _MODEL, "SOLVER": _SOLVER, "TEST": _TEST}
 # The options of a training run (OUTPUT_DIR, SOLVER.MAX_ITER, TRAIN.* and others) are declared elsewhere.
 for _key, _default in yaml_defaults().items():
     *_parents, _name = _key.split(".")
-    _node = _DEFAULTS
+    _node: dict[str, Any] = _DEFAULTS
     for _parent in _parents:
         _node = _node.setdefault(_parent, {})
     _node[_name] = _default

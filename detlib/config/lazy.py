@@ -63,7 +63,8 @@ class LazyCall:
         # OmegaConf would take the dataclass itself for a description of the node.
         is_dataclass = isinstance(self._target, type) and dataclasses.is_dataclass(self._target)
         target = dotted_path(self._target) if is_dataclass else self._target
-        return DictConfig(content={**kwargs, "_target_": target}, flags={"allow_objects": True})
+        content: dict = {**kwargs, "_target_": target}
+        return DictConfig(content=content, flags={"allow_objects": True})
 
 
 class LazyConfig:

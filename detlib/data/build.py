@@ -4,7 +4,7 @@ import logging
 import sys
 from collections.abc import Callable, Sized
 from itertools import chain, zip_longest
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -288,7 +288,7 @@ def _batch_size_per_process(total_batch_size: int | None, single_gpu_batch_size:
             f"{total_batch_size} and {single_gpu_batch_size}"
         )
     if total_batch_size is None:
-        return single_gpu_batch_size
+        return cast(int, single_gpu_batch_size)
     world_size = comm.get_world_size()
     if total_batch_size <= 0 or total_batch_size % world_size != 0:
         raise ValueError(
@@ -445,8 +445,8 @@ def _load_train_sets(cfg) -> tuple[list | Dataset, list]:
         for i, name in enumerate(names)
     ]
     if all(isinstance(part, list) for part in parts):
-        return [record for part in parts for record in part], parts
-    return ConcatDataset(parts), parts
+        return [record for part in cast(list[list], parts) for record in part], parts
+    return ConcatDataset(cast(list[Dataset], parts)), parts
 
 
 def _check_proposals(cfg, dataset: list | Dataset, key: str) -> None:
@@ -527,7 +527,7 @@ def build_detection_train_loader(
     if mapper is not None:
         dataset = MapDataset(dataset, mapper)
     if sampler is None and not isinstance(dataset, IterableDataset):
-        sampler = TrainingSampler(len(dataset))
+        sampler = TrainingSampler(len(cast(Sized, dataset)))
     return build_batch_data_loader(
         dataset,
         sampler,
@@ -553,7 +553,9 @@ def _test_loader_from_config(cfg, dataset_name, mapper=None) -> dict:
         "dataset": dataset,
         "mapper": DatasetMapper(cfg, False) if mapper is None else mapper,
         "num_workers": cfg.DATALOADER.NUM_WORKERS,
-        "sampler": None if isinstance(dataset, IterableDataset) else InferenceSampler(len(dataset)),
+        "sampler": None
+        if isinstance(dataset, IterableDataset)
+        else InferenceSampler(len(cast(Sized, dataset))),
     }
 
 
@@ -587,7 +589,7 @@ def build_detection_test_loader(
         if sampler is not None:
             raise ValueError("build_detection_test_loader: sampler must be None with an iterable dataset")
     elif sampler is None:
-        sampler = InferenceSampler(len(dataset))
+        sampler = InferenceSampler(len(cast(Sized, dataset)))
     return DataLoader(
         dataset,
         batch_size=batch_size,

@@ -11,8 +11,8 @@ import logging
 import operator
 import pickle
 import random
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sized
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ class _SerializedList:
             raise IndexError(f"index {index} is out of range for a dataset of {len(self)} elements")
         index %= len(self)
         begin = int(self._ends[index - 1]) if index > 0 else 0
-        return pickle.loads(memoryview(self._bytes.numpy())[begin : int(self._ends[index])])
+        return pickle.loads(memoryview(cast(Any, self._bytes.numpy()))[begin : int(self._ends[index])])
 
 
 class DatasetFromList(Dataset):
@@ -165,7 +165,7 @@ class MapDataset(Dataset):
         self.__dict__.update(state, _map_func=state["_map_func"]._obj)
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(cast(Sized, self._dataset))
 
     def keep_groups(self, group_of: Callable[[Any], Any]) -> None:
         """Prefer one from the same group when an element has to be replaced.
@@ -198,10 +198,10 @@ class MapDataset(Dataset):
             index = self._draw_replacement(idx, rng)
 
     def _draw_element(self) -> Any:
-        return self._dataset[int(np.random.randint(len(self._dataset)))]
+        return self._dataset[int(np.random.randint(len(cast(Sized, self._dataset))))]
 
     def _draw_replacement(self, idx: int, rng: random.Random) -> int:
-        size = len(self._dataset)
+        size = len(cast(Sized, self._dataset))
         if len(self._rejected) >= size:
             raise ValueError(
                 f"the mapper returned None for all {size} elements of the dataset (requested index {idx})"
@@ -214,6 +214,7 @@ class MapDataset(Dataset):
                 continue
             if draws > _MAX_DRAWS or group_of(self._dataset[index]) == group:
                 return index
+        raise AssertionError("the loop above never ends")
 
 
 class _MapIterableDataset(IterableDataset):
@@ -222,7 +223,7 @@ class _MapIterableDataset(IterableDataset):
         self._map_func = PicklableWrapper(map_func)
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(cast(Sized, self._dataset))
 
     def __iter__(self) -> Iterator[Any]:
         for element in self._dataset:
@@ -255,7 +256,7 @@ class ToIterableDataset(IterableDataset):
         self.shard_chunk_size = shard_chunk_size
 
     def __len__(self) -> int:
-        return len(self.sampler)
+        return len(cast(Sized, self.sampler))
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info() if self.shard_sampler else None
@@ -370,7 +371,7 @@ class ResumableLoader(IterableDataset):
         """The sampler that the loader was built with."""
         if self._positioned is not None:
             return self._positioned.sampler
-        loader = self.dataset
+        loader: Any = self.dataset
         while not hasattr(loader, "sampler"):
             loader = getattr(loader, "dataset", None) or getattr(loader, "_dataset", None)
         return loader.sampler
@@ -383,7 +384,7 @@ class ResumableLoader(IterableDataset):
 
     def state_dict(self) -> dict:
         """Return how many batches of which stream have been taken; the same in all processes."""
-        state = {"batches": self._taken, "batch_size": self.batch_size}
+        state: dict[str, Any] = {"batches": self._taken, "batch_size": self.batch_size}
         if self._positioned is not None:
             state["world_size"] = self._positioned.sampler._world_size
             state["sampler"] = self._positioned.sampler.state_dict()
@@ -439,7 +440,7 @@ class ResumableLoader(IterableDataset):
         return sorted(waiting[True] + waiting[False], key=operator.attrgetter("position")), drawn
 
     def _is_wide(self, index: int) -> bool:
-        group = aspect_ratio_group(self._grouped_dataset[index])
+        group = aspect_ratio_group(cast(Dataset, self._grouped_dataset)[index])
         if group is None:
             raise ValueError(
                 "a loader with aspect_ratio_grouping can resume at a saved position only if the records have "

@@ -59,7 +59,9 @@ def convert_dataset(
         able = " or ".join(f"--to {f.name}" for f in writers.values() if f.holds_rotated_boxes)
         raise ValueError(f"Dataset {name!r} has rotated boxes; only {able} can hold them.")
     source = ConversionSource(name, split, dicts, metadata, _stems(dicts))
-    uri, paths = writers[to].write(source, out, masks)
+    write = writers[to].write
+    assert write is not None, "`writers` are the formats that can write"
+    uri, paths = write(source, out, masks)
     for record, path in zip(dicts, paths):
         _transfer(record["file_name"], path, link)
     for what, count in source.lost.items():

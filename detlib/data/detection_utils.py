@@ -458,7 +458,7 @@ def filter_empty_instances(
         keep = boxes.nonempty(threshold=box_threshold)
         if isinstance(boxes, RotatedBoxes):
             height, width = instances.image_size
-            frame = RotatedBoxes([[width / 2, height / 2, width, height, 0]])
+            frame = RotatedBoxes(torch.tensor([[width / 2, height / 2, width, height, 0.0]]))
             keep &= boxes.pairwise_iou(frame)[:, 0] > 0
     else:
         keep = torch.ones(len(instances), dtype=torch.bool)

@@ -6,6 +6,7 @@ point YUV of ITU-R BT.601 with Y in [0, 1].
 
 import logging
 import struct
+from typing import cast
 
 import numpy as np
 import torch
@@ -77,7 +78,7 @@ def to_8_bits(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
-        low, high = image.getextrema()
+        low, high = cast(tuple[float, float], image.getextrema())
         if not (low >= 0 and high <= 255):
             raise ValueError(
                 f"its values (mode {image.mode!r}) go from {low} to {high}; legal are 0 to 255, or 16 bits"
@@ -144,7 +145,7 @@ def _upright(image: Image.Image, file_name: str) -> Image.Image:
     except (SyntaxError, ValueError, KeyError, TypeError, EOFError, struct.error) as error:
         logger.warning("%s: EXIF data cannot be read (%s); orientation taken as upright", file_name, error)
         return image
-    method = _UPRIGHT.get(orientation)
+    method = _UPRIGHT.get(cast(int, orientation))
     return image if method is None else image.transpose(method)
 
 
@@ -264,7 +265,8 @@ def read_image_size(file_name: str) -> tuple[int, int]:
 def stored_size(image: Image.Image) -> tuple[int, int]:
     """Width and height of a picture just opened, before it is turned as its EXIF orientation says."""
     if image.format == "TIFF":  # Pillow turns these by itself, their size at once or when they are loaded
-        return image.tag_v2[_TIFF_WIDTH], image.tag_v2[_TIFF_HEIGHT]
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        return tags[_TIFF_WIDTH], tags[_TIFF_HEIGHT]
     return image.size
 
 

@@ -224,7 +224,7 @@ class Mosaic(MultiImageAugmentation):
         if len(size) != 2 or min(size) < 2:
             raise ValueError(f"Mosaic: size must be (height, width), got {size}")
         self.prob = prob
-        self.size = tuple(size)
+        self.size = (size[0], size[1])
         self.center_range = low, high
         self.fill = fill
         self.min_visible = min_visible
@@ -267,7 +267,7 @@ class Mosaic(MultiImageAugmentation):
         place = PadTransform(to_x, to_y, self.size[1] - to_x - w, self.size[0] - to_y - h)
 
         canvas.image[to_y : to_y + h, to_x : to_x + w] = cut.apply_image(part.image)
-        if part.sem_seg is not None:
+        if part.sem_seg is not None and canvas.sem_seg is not None:
             canvas.sem_seg[to_y : to_y + h, to_x : to_x + w] = cut.apply_segmentation(part.sem_seg)
         for annotation in part.annotations:
             before = self._area(cut, annotation)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -74,8 +74,8 @@ class PanopticDatasetMapper(DatasetMapper):
         for place, segment in enumerate(segments):
             is_thing = segment["isthing"]
             own = not is_thing or self.things_label is None
-            table[_code(place)] = segment["category_id"] if own else self.things_label
-            mask = sample.sem_seg == _code(place) if is_thing and not segment.get("iscrowd", 0) else None
+            table[_code(place)] = segment["category_id"] if own else cast(int, self.things_label)
+            mask: Any = sample.sem_seg == _code(place) if is_thing and not segment.get("iscrowd", 0) else None
             if self.is_train and mask is not None and mask.any():
                 annotation = {"bbox": box_of(mask), "bbox_mode": BoxMode.XYXY_ABS}
                 annotation |= {"category_id": segment["category_id"], "segmentation": mask.astype(np.uint8)}

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -88,7 +89,7 @@ def _read_all(dataset: DatasetFromList, connection: Connection) -> None:
 
 
 def _held(dataset: DatasetFromList, workers: int, start_method: str) -> int:
-    context = multiprocessing.get_context(start_method)
+    context: Any = multiprocessing.get_context(start_method)
     pipes = [context.Pipe() for _ in range(workers)]
     processes = [context.Process(target=_read_all, args=(dataset, there), daemon=True) for _, there in pipes]
     try:
@@ -115,10 +116,10 @@ def measure(count: int, workers: int, start_method: str = "fork") -> SharedMemor
     Returns:
         Sizes over all processes, this one included.
     """
-    few = DatasetFromList(_Records(1))
+    few = DatasetFromList(_Records(1))  # type: ignore[arg-type]
     _held(few, 1, start_method)  # what starts on the first use (the fork server, a tracker) is no record
     before = _held(few, workers, start_method)
-    dataset = DatasetFromList(_Records(count))
+    dataset = DatasetFromList(_Records(count))  # type: ignore[arg-type]
     gc.collect()
     after = _held(dataset, workers, start_method)
     serialized = sum(len(pickle.dumps(record, pickle.HIGHEST_PROTOCOL)) for record in _Records(count))

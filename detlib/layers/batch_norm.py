@@ -4,6 +4,7 @@ Shapes: N images, C channels, H height, W width.
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -66,6 +67,11 @@ class FrozenBatchNorm2d(nn.Module):
 
     # Files written by version 1 (and files converted from Caffe2) lack the running statistics.
     _version = 3
+    weight: torch.Tensor
+    bias: torch.Tensor
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    num_batches_tracked: torch.Tensor | None
 
     def __init__(self, num_features, eps=1e-5):
         """Build the module.
@@ -91,7 +97,8 @@ class FrozenBatchNorm2d(nn.Module):
         # Compilers find out on their own that x need not be kept.
         if x.requires_grad and not torch.compiler.is_compiling():
             return _BatchNormWithoutInput.apply(x, *constants, self.eps)
-        return F.batch_norm(x, *constants, training=False, eps=self.eps)
+        mean, var, weight, bias = constants
+        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=self.eps)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         version = local_metadata.get("version", None)
@@ -124,7 +131,9 @@ class FrozenBatchNorm2d(nn.Module):
             `module`, changed in place, or the new BatchNorm2d if `module` itself is a frozen norm.
         """
         return _replace_modules(
-            module, (cls,), lambda old: _copy_norm(old, nn.BatchNorm2d(old.num_features, old.eps))
+            module,
+            (cls,),
+            lambda old: _copy_norm(old, nn.BatchNorm2d(cast(int, old.num_features), cast(float, old.eps))),
         )
 
 
@@ -252,7 +261,7 @@ class CycleBatchNormList(nn.ModuleList):
         self._affine = kwargs.pop("affine", True)
         super().__init__([bn_class(**kwargs, affine=False) for _ in range(length)])
         if self._affine:
-            num_features = self[0].num_features
+            num_features = cast(int, self[0].num_features)
             self.weight = nn.Parameter(torch.ones(num_features))
             self.bias = nn.Parameter(torch.zeros(num_features))
         self._pos = 0

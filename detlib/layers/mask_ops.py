@@ -45,4 +45,4 @@ def paste_masks_in_image(
     if boxes.device.type == "cpu" and not torch.compiler.is_compiling():
         if not bool(boxes.isfinite().all()):
             raise ValueError("boxes must be finite, got infinite or NaN coordinates")
-    return paste_masks(masks, boxes, tuple(int(size) for size in image_shape), threshold)
+    return paste_masks(masks, boxes, (int(image_shape[0]), int(image_shape[1])), threshold)

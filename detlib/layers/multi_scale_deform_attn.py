@@ -131,6 +131,7 @@ class MultiScaleDeformableAttention(nn.Module):
             ValueError: an argument is missing or its shape does not fit; the message names it.
         """
         self._check(reference_points, spatial_shapes, level_start_index)
+        assert spatial_shapes is not None and level_start_index is not None, "checked above"
         value = query if value is None else value
         identity = query if identity is None else identity
         query = query if query_pos is None else query + query_pos

@@ -312,7 +312,7 @@ class TransformerLayerSequence(nn.Module):
         """
         super().__init__()
         if isinstance(transformer_layers, nn.Module) and not isinstance(transformer_layers, nn.ModuleList):
-            transformer_layers = [copy.deepcopy(transformer_layers) for _ in range(num_layers)]
+            transformer_layers = [copy.deepcopy(transformer_layers) for _ in range(num_layers or 1)]
         transformer_layers = list(transformer_layers or ())
         num_layers = len(transformer_layers) if num_layers is None else num_layers
         if len(transformer_layers) != num_layers:

@@ -1,5 +1,7 @@
 """Bilinear interpolation by indexing: slow, but deterministic on every device and twice differentiable."""
 
+from typing import cast
+
 import torch
 
 
@@ -27,7 +29,7 @@ def sample_bilinear(
     batch = torch.arange(rows.shape[0], device=rows.device).view(-1, *[1] * (y.dim() - 1))
     top, left = y.floor(), x.floor()
     down, right = y - top, x - left
-    output = 0
+    output: torch.Tensor | float = 0.0
     for step_y, weight_y in ((0, 1 - down), (1, down)):
         for step_x, weight_x in ((0, 1 - right), (1, right)):
             row, column = top + step_y, left + step_x
@@ -35,4 +37,4 @@ def sample_bilinear(
             row, column = row.where(inside, 0).long(), column.where(inside, 0).long()
             cells = rows[batch, (start + row * width + column).where(inside, 0)]
             output = output + (weight_y * weight_x * inside)[..., None] * cells
-    return output
+    return cast(torch.Tensor, output)

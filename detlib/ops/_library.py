@@ -63,7 +63,10 @@ def define(
     _library.impl(name, _without_autocast(fallback), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     operator = getattr(getattr(torch.ops, NAMESPACE), name).default
-    return operator if backward is None else _differentiable(name, operator, backward, save)
+    if backward is None:
+        return operator
+    assert save is not None, "an operator with a gradient needs `save`"
+    return _differentiable(name, operator, backward, save)
 
 
 def _without_autocast(fallback: Callable) -> Callable:
@@ -90,7 +93,7 @@ def _differentiable(name: str, operator: Callable, backward: Callable, save: Cal
             save(ctx, args, output)
             return output
 
-    Differentiable.backward = staticmethod(backward)
+    Differentiable.backward = staticmethod(backward)  # type: ignore[method-assign]
     Differentiable.__name__ = Differentiable.__qualname__ = f"{NAMESPACE}_{name}"
 
     def call(*args):

@@ -5,7 +5,9 @@ Shape legend: N images, C input channels, O output channels, H and W of the inpu
 groups of input channels that share their offsets, kH and kW of the kernel.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import cast
 
 import torch
 
@@ -65,10 +67,14 @@ def deform_conv2d(
     )
     _check(input, offset, weight, bias, stride, padding, dilation, mask)
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    tensors = [None if t is None else t.to(dtype) for t in (input, offset, weight, bias, mask)]
+    bias, mask = (None if t is None else t.to(dtype) for t in (bias, mask))
     with torch.autocast(input.device.type, enabled=False):
-        run = torchvision_ops()[0].deform_conv2d if _torchvision_serves(input) else reference_deform_conv2d
-        output = run(*tensors[:4], stride, padding, dilation, tensors[4])
+        run: Callable = reference_deform_conv2d
+        if _torchvision_serves(input):
+            run = cast(ModuleType, torchvision_ops()[0]).deform_conv2d
+        output = run(
+            input.to(dtype), offset.to(dtype), weight.to(dtype), bias, stride, padding, dilation, mask
+        )
     # Like other convolutions, keep the layout: the next one is fast only if it does not have to convert.
     return in_layout_of(input, output.to(input.dtype))
 

@@ -86,8 +86,8 @@ def is_fast(x: torch.Tensor) -> bool:
 def reference_frozen_batch_norm(x, residual, mean, var, weight, bias, eps, relu):
     """Compute `frozen_batch_norm` in plain PyTorch, on any device."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    constants = (constant.to(dtype) for constant in (mean, var, weight, bias))
-    y = F.batch_norm(x.to(dtype), *constants, training=False, eps=eps)
+    mean, var, weight, bias = (constant.to(dtype) for constant in (mean, var, weight, bias))
+    y = F.batch_norm(x.to(dtype), mean, var, weight, bias, training=False, eps=eps)
     if residual is not None:
         y = y + residual
     return in_layout_of(x, (y.relu() if relu else y).to(x.dtype))

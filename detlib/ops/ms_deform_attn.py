@@ -244,8 +244,9 @@ def _double_backward(ctx, *grad_grads):
     grad, value, spatial_shapes, level_start_index, locations, weights = ctx.saved_tensors
     with torch.enable_grad():
         inputs = [tensor.detach().requires_grad_() for tensor in (grad, value, locations, weights)]
+        grad, value, locations, weights = inputs
         grads = _indexed_backward(
-            *inputs[:2], spatial_shapes, level_start_index, *inputs[2:], create_graph=True
+            grad, value, spatial_shapes, level_start_index, locations, weights, create_graph=True
         )
         given = [(g, gg) for g, gg in zip(grads, grad_grads) if gg is not None and g.requires_grad]
         outputs, seeds = zip(*given) if given else ((), ())

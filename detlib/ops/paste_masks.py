@@ -66,7 +66,7 @@ def paste_masks_to_rle(
     if not threshold >= 0:
         raise ValueError(f"threshold must not be negative, got {threshold}")
     strings = _paste_masks_to_rle(masks, boxes, height, width, threshold)
-    return split_rles(*strings, height, width)
+    return split_rles(strings[0], strings[1], height, width)
 
 
 def _check_arguments(masks: torch.Tensor, boxes: torch.Tensor, image_size: tuple[int, int]) -> tuple:

@@ -5,7 +5,7 @@ width), S samples of a bin.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -210,7 +210,7 @@ def _save_forward(ctx, inputs, output):
 def _backward(ctx, grad):
     (boxes,) = ctx.saved_tensors
     scale, height, width, sampling_ratio = ctx.scalars
-    operator = _apply_backward
+    operator: Callable = _apply_backward
     if grad.is_cuda and torch.are_deterministic_algorithms_enabled():
         operator = reference_roi_align_rotated_backward  # the CUDA kernel adds in any order
     grad_input = operator(grad, boxes, scale, height, width, *ctx.input_size, sampling_ratio)

@@ -226,7 +226,8 @@ def _draw_shares(ax: Any, found: Detections, sizes: np.ndarray) -> None:
     of_picture = np.array([pictures[i] for i in found.image_ids.tolist()], dtype=np.float64).reshape(-1, 2)
     shares = sizes / of_picture[found.gt_image[~found.gt_crowd]]
     grid = np.linspace(0, 1, 41)
-    counts = np.histogram2d(*shares.clip(0, 1).T, bins=(grid, grid))[0].T
+    x, y = shares.clip(0, 1).T
+    counts = np.histogram2d(x, y, bins=[grid, grid])[0].T
     ax.imshow(np.sqrt(counts), origin="lower", extent=(0, 1, 0, 1), cmap="Blues", aspect="auto")
     ax.grid(False)
     label_axes(

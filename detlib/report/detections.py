@@ -203,7 +203,7 @@ def load_detections(path: str, dataset: str, config: Mapping[str, Any] | None = 
     annotations = truth.coco["annotations"]
     rotated = are_rotated(annotations) or are_rotated(results)
     to_boxes = to_rotated if rotated else lambda b: np.array(b, dtype=np.float64).reshape(-1, 4)
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for side, rows in (("gt", annotations), ("dt", counted)):
         images = np.array([row["image_id"] for row in rows], dtype=np.int64)
         classes = np.array([row["category_id"] for row in rows], dtype=np.int64)

@@ -37,7 +37,7 @@ def new_figure(columns: int = 1, rows: int = 1, *, width: float = 9.0, height: f
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height * rows), dpi=_DPI, layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr, call-arg]  # it is constrained
     axes = list(figure.subplots(rows, columns, squeeze=False).ravel())
     for ax in axes:
         _dress(ax)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,7 +75,7 @@ def losses_figure(records: Records) -> bytes:
     return png(figure)
 
 
-def _span(values: Sequence[float], lowest: float, highest: float) -> tuple[float, float]:
+def _span(values: Iterable[float], lowest: float, highest: float) -> tuple[float, float]:
     positive = [value for value in values if value > 0]
     return min([lowest, *positive]), max([highest, *positive])
 

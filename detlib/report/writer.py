@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import time
@@ -153,7 +154,7 @@ def make_report(output_dir: str, cfg: Mapping[str, Any] | None = None) -> str:
         report.page.section(f"Detections: {dataset}")
         made = report.attempt(
             f"report on predictions for {dataset}",
-            lambda d=dataset, p=path, f=folder: add_detections(report, p, d, config, f),
+            functools.partial(add_detections, report, path, dataset, config, folder),
         )
         done = done or made
     _add_class_metrics(report, records, done)

@@ -5,7 +5,7 @@ import fnmatch
 import logging
 from collections.abc import Callable
 from enum import Enum
-from typing import Any
+from typing import Any, cast
 
 import torch
 from fvcore.common.param_scheduler import (
@@ -79,7 +79,7 @@ def build_gradient_clipper(cfg: CfgNode) -> GradientClipper:
 
     def clip_each_norm(params: list[torch.nn.Parameter]) -> None:
         # All at once, and without a look at any norm, for which the device would have to be waited.
-        gradients = [param.grad for param in params]
+        gradients = [param.grad for param in params if param.grad is not None]
         norms = torch._foreach_norm(gradients, norm_type)
         scales = [(limit / (norm + 1e-6)).clamp(max=1.0).to(g.dtype) for norm, g in zip(norms, gradients)]
         torch._foreach_mul_(gradients, scales)
@@ -171,7 +171,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     optimizer = _OPTIMIZERS[solver.OPTIMIZER](
         params, solver, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY, fused=True if on_cuda else None
     )
-    return maybe_add_gradient_clipping(cfg, optimizer)
+    return cast(torch.optim.Optimizer, maybe_add_gradient_clipping(cfg, optimizer))
 
 
 _OPTIMIZERS = {
@@ -305,7 +305,7 @@ def reduce_param_groups(params: list[dict[str, Any]]) -> list[dict[str, Any]]:
     Returns:
         The merged groups, in the order in which their settings first come up.
     """
-    settings_of: dict[nn.Parameter, dict[str, Any]] = {}
+    settings_of: dict[torch.Tensor, dict[str, Any]] = {}
     for group in params:
         members = [group["params"]] if isinstance(group["params"], torch.Tensor) else group["params"]
         settings = {key: value for key, value in group.items() if key != "params"}

@@ -117,7 +117,7 @@ class LRMultiplier(LRScheduler):
         """Only the position and the base rates: the schedule itself comes from the config."""
         return {"base_lrs": self.base_lrs, "last_epoch": self.last_epoch}
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | torch.Tensor]:
         factor = self._multiplier(_before_end(self.last_epoch / self._max_iter))
         return [base_lr * factor for base_lr in self.base_lrs]
 
@@ -144,7 +144,7 @@ class WarmupMultiStepLR(LRScheduler):
         self.warmup_method = warmup_method
         super().__init__(optimizer, last_epoch)
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | torch.Tensor]:
         warmup = _warmup_multiplier(
             self.warmup_method, self.last_epoch, self.warmup_iters, self.warmup_factor
         )
@@ -170,7 +170,7 @@ class WarmupCosineLR(LRScheduler):
         self.warmup_method = warmup_method
         super().__init__(optimizer, last_epoch)
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | torch.Tensor]:
         warmup = _warmup_multiplier(
             self.warmup_method, self.last_epoch, self.warmup_iters, self.warmup_factor
         )

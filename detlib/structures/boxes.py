@@ -7,6 +7,7 @@ corner is (0, 0): pixel (row i, column j) covers [j, j + 1] x [i, i + 1].
 from collections.abc import Iterator
 from enum import IntEnum, unique
 from numbers import Integral
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ __all__ = [
     "pairwise_iou",
     "pairwise_point_box_distance",
 ]
+
+_BoxT = TypeVar("_BoxT", list[float], tuple[float, ...], torch.Tensor, np.ndarray)
 
 
 @unique
@@ -44,7 +47,7 @@ class BoxMode(IntEnum):
 
     @staticmethod
     def convert(
-        box: list[float] | tuple[float, ...] | torch.Tensor | np.ndarray,
+        box: _BoxT,
         from_mode: "BoxMode",
         to_mode: "BoxMode",
     ) -> list[float] | tuple[float, ...] | torch.Tensor | np.ndarray:

@@ -104,5 +104,6 @@ def _common_size(
             )
         size = (square_size, square_size)
     if divisor > 1:
-        size = tuple((length + divisor - 1) // divisor * divisor for length in size)
+        height, width = ((length + divisor - 1) // divisor * divisor for length in size)
+        size = (height, width)
     return size

@@ -133,7 +133,7 @@ class BitMasks:
 
     @staticmethod
     def from_polygon_masks(
-        polygon_masks: "PolygonMasks | list[list[np.ndarray]]", height: int, width: int
+        polygon_masks: "PolygonMasks | list[list[torch.Tensor | np.ndarray]]", height: int, width: int
     ) -> "BitMasks":
         """Rasterize polygons.
 

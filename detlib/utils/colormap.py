@@ -25,7 +25,9 @@ def _build() -> np.ndarray:
     third, two_thirds = 0.333, 0.667
     ramp = (0.167, third, 0.5, two_thirds, 0.833, 1.0)
     hues = [(1, 0, 0), (1, 0.5, 0), (0.749, 0.749, 0), (0, 1, 0), (0, 0, 1), (two_thirds, 0, 1)]
-    cube = [(r, g, 0) for r, g in itertools.product((third, two_thirds, 1), repeat=2)]
+    cube: list[tuple[float, float, float]] = [
+        (r, g, 0) for r, g in itertools.product((third, two_thirds, 1), repeat=2)
+    ]
     for blue in (0.5, 1):
         plane = itertools.product((0, third, two_thirds, 1), repeat=2)
         cube += [(r, g, blue) for r, g in plane if (r, g) != (0, 0) and (r, g, blue) != (1, 1, 1)]

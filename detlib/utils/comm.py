@@ -5,7 +5,7 @@ model) travel over gloo, also when the gradients use nccl, so they need no GPU m
 """
 
 import datetime
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -86,7 +86,7 @@ def create_local_process_group(num_workers_per_machine: int) -> None:
         first = i * num_workers_per_machine
         group = dist.new_group(list(range(first, first + num_workers_per_machine)), timeout=_TIMEOUT)
         if i == machine:
-            _LOCAL_PROCESS_GROUP = group
+            _LOCAL_PROCESS_GROUP = cast(dist.ProcessGroup, group)
 
 
 def get_local_process_group() -> dist.ProcessGroup:
@@ -133,9 +133,9 @@ def _global_gloo_group() -> dist.ProcessGroup:
     """All processes, with a backend that takes CPU tensors."""
     global _GLOO_GROUP
     if dist.get_backend() != dist.Backend.NCCL:
-        return dist.group.WORLD
+        return cast(dist.ProcessGroup, dist.group.WORLD)
     if _GLOO_GROUP is None:
-        _GLOO_GROUP = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+        _GLOO_GROUP = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_TIMEOUT))
     return _GLOO_GROUP
 
 

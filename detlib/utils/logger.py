@@ -88,7 +88,7 @@ def setup_logger(
 
     def add(key: str, stream: IO[str] | None, color: bool) -> None:
         handler = logging.StreamHandler(stream) if stream is not None else _StdoutHandler()
-        handler.detlib_key = key
+        handler.detlib_key = key  # type: ignore[union-attr]  # an attribute of our own
         handler.setLevel(logging.DEBUG)
         handler.setFormatter(_Formatter(name, abbrev_name, color))
         logger.addHandler(handler)

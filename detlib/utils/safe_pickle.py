@@ -51,6 +51,9 @@ class _Later:
     other: so a file is in memory once and not twice.
     """
 
+    def build(self) -> Any:
+        raise AssertionError("a stand-in has its own `build`")
+
 
 class _PickledText(_Later):
     """Bytes that an old protocol wrote as text."""
@@ -134,12 +137,13 @@ class _PickledStorage(_Later):
     def __init__(self, data: Any):
         if not isinstance(data, bytes | _PickledText):
             raise pickle.UnpicklingError("a pickled tensor storage is malformed")
-        self._data = data
+        self._data: bytes | _PickledText | None = data
         self._storage: torch.storage.TypedStorage | None = None
 
     def build(self) -> torch.storage.TypedStorage:
         if self._storage is None:
             data = self._data.build() if isinstance(self._data, _PickledText) else self._data
+            assert data is not None, "the bytes are dropped when the storage is built"
             storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
             if not isinstance(storage, torch.storage.TypedStorage):
                 raise pickle.UnpicklingError(f"a pickled tensor storage holds a {type(storage).__name__}")
@@ -280,7 +284,7 @@ def _look_through(file: BinaryIO) -> None:
     for count, (opcode, argument, position) in enumerate(pickletools.genops(file)):
         if opcode.name in _REFUSED_OPCODES:
             raise pickle.UnpicklingError(f"it holds the opcode {opcode.name} at {position}, which is refused")
-        if opcode.name in _PUTS and argument > count + 1:
+        if opcode.name in _PUTS and argument is not None and argument > count + 1:
             raise pickle.UnpicklingError(
                 f"its memo entry {argument} at {position} is refused: it is out of order"
             )

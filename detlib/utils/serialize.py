@@ -20,7 +20,7 @@ class PicklableWrapper:
     def __init__(self, obj: Any) -> None:
         while isinstance(obj, PicklableWrapper):  # wrapping twice is wrapping once
             obj = obj._obj
-        self._obj = obj
+        self._obj: Any = obj
 
     def __reduce__(self):
         try:

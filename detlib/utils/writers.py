@@ -82,7 +82,8 @@ class CSVWriter(EventWriter):
         start_iter = get_event_storage().start_iter
         if start_iter == 0:
             set_aside(self._path, lambda path: bool(_read_csv(path)[1]))
-            columns, rows = [], []
+            columns: list[str] = []
+            rows: list[dict] = []
         else:
             columns, rows = _read_csv(self._path)
         coming = {record["iteration"]: record for record in records}
@@ -110,7 +111,7 @@ def _is_whole(row: dict) -> bool:
     return None not in row and None not in row.values() and (row.get("iteration") or "").isdigit()
 
 
-def _write_csv(path: str, columns: list[str], rows: list[dict]) -> None:
+def _write_csv(path: str, columns: list[str], rows: Sequence[Mapping[str, Any]]) -> None:
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()

@@ -42,10 +42,10 @@ class VisImage:
         self.height, self.width = img.shape[:2]
         self.fig = Figure(frameon=False)
         # Without the hundredth of a pixel, rounding may lose a row or a column.
-        size = np.array([self.width * scale + 1e-2, self.height * scale + 1e-2])
-        self.fig.set_size_inches(size / self.fig.get_dpi())
+        width, height = self.width * scale + 1e-2, self.height * scale + 1e-2
+        self.fig.set_size_inches(width / self.fig.get_dpi(), height / self.fig.get_dpi())
         self.canvas = FigureCanvasAgg(self.fig)
-        self.ax = self.fig.add_axes([0.0, 0.0, 1.0, 1.0])
+        self.ax = self.fig.add_axes((0.0, 0.0, 1.0, 1.0))
         self.ax.axis("off")
         self.reset_image(img)
 
@@ -146,7 +146,8 @@ class Canvas:
         rgb = np.maximum(to_rgb(color), 0.2)
         rgb[rgb.argmax()] = max(0.8, rgb.max())
         return self.output.ax.text(
-            *position,
+            position[0],
+            position[1],
             text,
             size=(font_size or self._default_font_size) * self.output.scale,
             family="sans-serif",
@@ -333,8 +334,8 @@ class Canvas:
         return self.output
 
     def _next_color(self):
-        index = self.__dict__.setdefault("_num_colors_used", 0)
-        self._num_colors_used += 1
+        index = getattr(self, "_num_colors_used", 0)
+        self._num_colors_used = index + 1
         return default_color(index)
 
     def _draw_text_in_mask(self, mask, text, color):

@@ -26,7 +26,8 @@ def create_text_labels(
     """
     labels = None
     if classes is not None:
-        known = len(class_names or ())
+        class_names = class_names or ()
+        known = len(class_names)
         labels = [class_names[i] if 0 <= i < known else str(i) for i in classes]
     if scores is not None:
         percents = [f"{score * 100:.0f}%" for score in scores]

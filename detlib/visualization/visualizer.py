@@ -12,7 +12,7 @@ Shapes: N objects, K keypoints, picture of H x W pixels.
 from collections.abc import Mapping, Sequence
 from enum import Enum, unique
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -220,7 +220,7 @@ class Visualizer(Canvas):
                 mask,
                 color=self._class_rgb("stuff", category) or default_color(category),
                 edge_color=_OFF_WHITE,
-                text=create_text_labels([category], None, stuff_names)[0],
+                text=cast(list[str], create_text_labels([category], None, stuff_names))[0],
                 alpha=alpha,
                 area_threshold=area_threshold,
             )

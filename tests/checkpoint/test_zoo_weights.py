@@ -21,7 +21,7 @@ from detlib.modeling import build_model
 from detlib.utils.download import checksum_in_name
 from detlib.utils.file_io import PathManager
 
-with gzip.open(Path(__file__).parents[1] / "configs" / "zoo_states.json.gz", "rt") as f:
+with gzip.open(Path(__file__).parents[1] / "shipped_configs" / "zoo_states.json.gz", "rt") as f:
     STATES = json.load(f)
 PUBLISHED = [f"{group}/{name}" for group, names in CHECKPOINTS.items() for name in names]
 

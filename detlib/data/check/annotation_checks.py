@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from detlib.data.datasets.coco_rle import rle_runs
 
@@ -149,7 +149,7 @@ def _compare_with_box(annotation: dict, report: Report) -> None:
         return
     extent = _polygon_extent(annotation["segmentation"])
     corners = [box[0], box[1], box[0] + box[2], box[1] + box[3]]
-    off = max(abs(a - b) for a, b in zip(corners, extent))
+    off = max(abs(a - b) for a, b in zip(corners, cast(list[float], extent)))
     if off > max(5.0, 0.1 * max(box[2], box[3])):
         report(
             "mask-box-mismatch", f"the box is {corners}, the extent of the polygons {extent} (x0, y0, x1, y1)"

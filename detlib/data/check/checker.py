@@ -263,7 +263,8 @@ class _Checker:
 
     def _compare_size(self, key: Any, image: dict, image_file: _ImageFile) -> None:
         """Compare the stated size with that of the image file, which is right."""
-        stated, size = (image.get("width"), image.get("height")), image_file.size
+        stated: tuple[Any, Any] = image.get("width"), image.get("height")
+        size = image_file.size
         if stated == size:
             return
         if None not in stated and all(is_number(number) and number > 0 for number in stated):
@@ -284,7 +285,7 @@ class _Checker:
 
     def _report_size(self, image: dict, action: str) -> None:
         """Report a width or height that is missing or invalid."""
-        stated = [image.get("width"), image.get("height")]
+        stated: list[Any] = [image.get("width"), image.get("height")]
         name = image["file_name"]
         detail = f"width and height are {stated[0]!r} and {stated[1]!r}"
         if None in stated:
@@ -298,7 +299,7 @@ class _Checker:
     def _check_sizes(self) -> None:
         """Drop images whose size is still invalid, as no image file was read."""
         for key, image in list(self.images.items()):
-            stated = image.get("width"), image.get("height")
+            stated: tuple[Any, Any] = image.get("width"), image.get("height")
             if all(is_number(number) and float(number).is_integer() and number > 0 for number in stated):
                 image["width"], image["height"] = map(int, stated)
             else:

@@ -254,7 +254,7 @@ def register_all_cityscapes(root: str) -> None:
     for split in _CITYSCAPES_SPLITS:
         image_dir = os.path.join(root, f"cityscapes/leftImg8bit/{split}/")
         gt_dir = os.path.join(root, f"cityscapes/gtFine/{split}/")
-        folders = {"image_dir": image_dir, "gt_dir": gt_dir}
+        folders: dict[str, Any] = {"image_dir": image_dir, "gt_dir": gt_dir}
 
         name = f"cityscapes_fine_instance_seg_{split}"
         load = functools.partial(load_cityscapes_instances, image_dir, gt_dir)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -139,7 +139,7 @@ def to_train_ids(labels: np.ndarray) -> np.ndarray:
     train_ids = np.full(256, _IGNORED_TRAIN_ID, np.uint8)
     for label in CITYSCAPES_LABELS:
         if not label.ignored:
-            train_ids[label.id] = label.train_id
+            train_ids[label.id] = cast(int, label.train_id)
     return train_ids[labels.astype(np.uint8)]
 
 

@@ -65,7 +65,7 @@ def _parse(table: dict[str, str]) -> tuple[CityscapesLabel, ...]:
                     None if train_id == "-" else int(train_id),
                     category,
                     name.startswith("*"),
-                    tuple(int(color[i : i + 2], 16) for i in (1, 3, 5)),
+                    (int(color[1:3], 16), int(color[3:5], 16), int(color[5:7], 16)),
                 )
             )
     return tuple(labels)

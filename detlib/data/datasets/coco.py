@@ -300,7 +300,8 @@ def convert_to_coco_dict(dataset_name: str) -> dict[str, Any]:
     dicts = DatasetCatalog.get(dataset_name)
     metadata = MetadataCatalog.get(dataset_name)
     category_ids = _category_ids(metadata)
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for index, record in enumerate(dicts):
         file_name = str(record.get("file_name", ""))
         if record.get("height") is None or record.get("width") is None:

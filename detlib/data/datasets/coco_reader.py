@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 from detlib.data.datasets.coco_rle import rle_runs
 from detlib.structures import BoxMode
@@ -132,7 +132,7 @@ class CocoReader:
                 f"categories (ids {legal[0]} to {legal[-1]})",
             )
         if self.id_map is not None:
-            result["category_id"] = self.id_map[category_id]
+            result["category_id"] = self.id_map[cast(int, category_id)]
         if not self._box_is_good(record, annotation):
             self.dropped["annotations whose box has no area"] += 1
             return None

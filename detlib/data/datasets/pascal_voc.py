@@ -16,6 +16,7 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import cast
 
 from detlib.data.catalog import DatasetCatalog, MetadataCatalog
 from detlib.data.image_io import read_image_size
@@ -251,7 +252,7 @@ def _read_object(
         )
     texts = [element.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
     try:
-        box = [float(text) for text in texts]
+        box = [float(cast(str, text)) for text in texts]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{xml_file}: object {name!r} has the box {texts}, not four numbers.") from error
     if not all(map(math.isfinite, box)):

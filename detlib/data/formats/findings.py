@@ -149,7 +149,8 @@ def raw_from_records(name: str) -> RawSet:
     dicts, metadata = DatasetCatalog.get(name), MetadataCatalog.get(name)
     root, file_names = split_common_folder([str(record.get("file_name", "")) for record in dicts])
     raw = RawSet(name, root)
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for index, (record, file_name) in enumerate(zip(dicts, file_names)):
         image = {key: record[key] for key in ("height", "width") if key in record}
         image["file_name"] = file_name

@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -253,7 +253,7 @@ def _stated_size(file: str, content: dict) -> tuple[int, int] | None:
             f"Annotation file {file!r} has imageWidth {size[0]!r} and imageHeight {size[1]!r}; both must be "
             f"integers from 1 to {_MAX_SIDE}."
         )
-    return size
+    return cast(tuple[int, int], size)
 
 
 def find_image(file: str, content: dict) -> str:
@@ -288,7 +288,7 @@ def _decode_image_data(file: str, text: Any) -> str:
     try:
         data = base64.b64decode(text, validate=True)
         with Image.open(io.BytesIO(data)) as image:
-            suffix = f".{image.format.lower()}"
+            suffix = f".{str(image.format).lower()}"
     except (TypeError, ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{file}: imageData is not an image: {error}.") from error
     folder = os.path.join(cache_dir(), "labelme")
@@ -406,7 +406,7 @@ def parse_objects(shapes: list, report: Callable[[str, str, str], None]) -> list
 
 
 def _points(shape: dict) -> list[list[float]]:
-    points = shape.get("points")
+    points: Any = shape.get("points")
     good = isinstance(points, list) and len(points) > 0
     for point in points if good else ():
         # The comparison is False for values that are not finite.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 from xml.sax.saxutils import escape
 
 from detlib.data.datasets.pascal_voc import (
@@ -197,7 +197,7 @@ def _read_objects(
             raw.report("annotation-broken", f"there is {missing}", **where)
             continue
         try:
-            x0, y0, x1, y1 = (float(text) for text in texts)
+            x0, y0, x1, y1 = (float(cast(str, text)) for text in texts)
         except ValueError:
             raw.report("bad-box", f"the box is {texts}", **where)
             continue

@@ -109,7 +109,8 @@ def read_raw_yolo(yaml_file: str, split: str) -> RawSet:
     with ThreadPoolExecutor(8) as pool:
         sizes = list(pool.map(_size, paths))
     raw.image_root, names = split_common_folder(paths)
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for path, name, size in zip(paths, names, sizes):
         image: dict[str, Any] = {"id": len(images) + 1, "file_name": name}
         if size is not None:

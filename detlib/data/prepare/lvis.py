@@ -120,7 +120,8 @@ def prepare_lvis_cocofied(root: str, *, workers: int | None = None, overwrite: b
             text = json.dumps(cocofy_lvis(lvis))
         except ValueError as error:
             raise ValueError(f"{name}.json: {error}") from error
-        write_bytes_atomically(target, lambda file, text=text: file.write(text.encode()))
+        content = text.encode()
+        write_bytes_atomically(target, lambda file: file.write(content))  # noqa: B023
         print(f"wrote {target}")
         count += 1
     return count

@@ -49,7 +49,7 @@ class StreamPosition(NamedTuple):
         position: the index's number in the stream of all processes together.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides `tuple.index`
     seed: int
     position: int
 

@@ -125,4 +125,5 @@ class TorchvisionAugmentation(Augmentation):
     def get_transform(self, image) -> Transform:
         channels = 1 if image.ndim == 2 else image.shape[2]
         seed = int(np.random.randint(2**31))
-        return TorchvisionTransform(self.transform, seed, *image.shape[:2], channels)
+        height, width = image.shape[:2]
+        return TorchvisionTransform(self.transform, seed, height, width, channels)

@@ -156,7 +156,8 @@ def _resize(img: np.ndarray, new_height: int, new_width: int, method: int, rule:
     source = img[:, :, ::-1] if reverse else img
     if min(source.strides) < 0 or not source.flags.writeable:
         source = source.copy()
-    first = rule(*img.shape[:2], new_height, new_width)
+    height, width = img.shape[:2]
+    first = rule(height, width, new_height, new_width)
     planes = resize_image(torch.from_numpy(source), (new_height, new_width), int(method), first)
     out = planes.numpy().transpose(1, 2, 0)
     return out[:, :, ::-1] if reverse else out
@@ -444,7 +445,7 @@ class PILColorTransform(ColorTransform):
     """:class:`ColorTransform` whose function takes and returns a PIL image."""
 
     def apply_image(self, img: np.ndarray) -> np.ndarray:
-        return np.asarray(super().apply_image(Image.fromarray(img)))
+        return np.asarray(self.op(Image.fromarray(img)))
 
 
 def _clip_half_plane(points: np.ndarray, axis: int, limit: float, sign: int) -> np.ndarray:
