@@ -4,7 +4,7 @@ import logging
 import sys
 from collections.abc import Callable, Sized
 from itertools import chain, zip_longest
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -288,7 +288,7 @@ def _batch_size_per_process(total_batch_size: int | None, single_gpu_batch_size:
             f"{total_batch_size} and {single_gpu_batch_size}"
         )
     if total_batch_size is None:
-        return cast(int, single_gpu_batch_size)
+        return single_gpu_batch_size  # type: ignore[return-value]  # one of them is given
     world_size = comm.get_world_size()
     if total_batch_size <= 0 or total_batch_size % world_size != 0:
         raise ValueError(
@@ -440,13 +440,13 @@ def _load_train_sets(cfg) -> tuple[list | Dataset, list]:
     if cfg.DATALOADER.SAMPLER_TRAIN != "MultiDatasetTrainingSampler" or len(names) < 2:
         return get_detection_dataset_dicts(names, proposal_files=files or None, **options), []
     check_metadata_consistency("thing_classes", names)
-    parts = [
+    parts: list[Any] = [
         get_detection_dataset_dicts([name], proposal_files=files[i : i + 1] or None, **options)
         for i, name in enumerate(names)
     ]
     if all(isinstance(part, list) for part in parts):
-        return [record for part in cast(list[list], parts) for record in part], parts
-    return ConcatDataset(cast(list[Dataset], parts)), parts
+        return [record for part in parts for record in part], parts
+    return ConcatDataset(parts), parts
 
 
 def _check_proposals(cfg, dataset: list | Dataset, key: str) -> None:
@@ -527,7 +527,7 @@ def build_detection_train_loader(
     if mapper is not None:
         dataset = MapDataset(dataset, mapper)
     if sampler is None and not isinstance(dataset, IterableDataset):
-        sampler = TrainingSampler(len(cast(Sized, dataset)))
+        sampler = TrainingSampler(len(dataset))  # type: ignore[arg-type]
     return build_batch_data_loader(
         dataset,
         sampler,
@@ -549,13 +549,12 @@ def _test_loader_from_config(cfg, dataset_name, mapper=None) -> dict:
     dataset = get_detection_dataset_dicts(names, filter_empty=False, proposal_files=proposal_files)
     if mapper is None:
         _check_proposals(cfg, dataset, "TEST")
+    streams = isinstance(dataset, IterableDataset)
     return {
         "dataset": dataset,
         "mapper": DatasetMapper(cfg, False) if mapper is None else mapper,
         "num_workers": cfg.DATALOADER.NUM_WORKERS,
-        "sampler": None
-        if isinstance(dataset, IterableDataset)
-        else InferenceSampler(len(cast(Sized, dataset))),
+        "sampler": None if streams else InferenceSampler(len(dataset)),  # type: ignore[arg-type]
     }
 
 
@@ -589,7 +588,7 @@ def build_detection_test_loader(
         if sampler is not None:
             raise ValueError("build_detection_test_loader: sampler must be None with an iterable dataset")
     elif sampler is None:
-        sampler = InferenceSampler(len(cast(Sized, dataset)))
+        sampler = InferenceSampler(len(dataset))  # type: ignore[arg-type]
     return DataLoader(
         dataset,
         batch_size=batch_size,

@@ -389,7 +389,7 @@ def annotations_to_instances(
             keypoints.
     """
     boxes = _boxes_of(annos, BoxMode.XYXY_ABS)
-    fields = {"gt_classes": _classes_of(annos)}
+    fields: dict[str, Any] = {"gt_classes": _classes_of(annos)}
     segmentations, keypoints = _field_of_all(annos, "segmentation"), _field_of_all(annos, "keypoints")
     if keypoints is not None:
         keypoints = [np.asarray(points, dtype=np.float32).reshape(-1, 3) for points in keypoints]

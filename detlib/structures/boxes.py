@@ -50,7 +50,7 @@ class BoxMode(IntEnum):
         box: _BoxT,
         from_mode: "BoxMode",
         to_mode: "BoxMode",
-    ) -> list[float] | tuple[float, ...] | torch.Tensor | np.ndarray:
+    ) -> _BoxT:
         """Convert boxes to another format.
 
         A rotated box becomes the smallest axis-aligned box around it.
