@@ -5,6 +5,7 @@ R instances, P points of a polygon, K keypoints.
 
 from collections.abc import Iterable
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
