@@ -1,4 +1,4 @@
-"""A small generated Cityscapes split: pictures, polygons, and PNGs drawn by cityscapesscripts."""
+"""A small generated Cityscapes split: images, polygons, and PNGs drawn by cityscapesscripts."""
 
 import json
 
@@ -12,7 +12,7 @@ def box(x0, y0, x1, y1):
     return [[x0, y0], [x1, y0], [x1, y1], [x0, y1]]
 
 
-# From the farthest to the nearest. A pole cuts the car in two; the truck is hidden; a deleted object.
+# From the farthest to the nearest: a pole splits the car, the truck is hidden, one object is deleted.
 OBJECTS = [
     {"label": "road", "polygon": box(0, 32, 95, 63)},
     {"label": "sky", "polygon": box(0, 0, 95, 31)},
@@ -31,18 +31,18 @@ OBJECTS = [
 def write(
     root, objects=OBJECTS, names=("aachen/aachen_000000_000019", "bonn/bonn_000001_000020"), split="val"
 ):
-    """Writes leftImg8bit and gtFine of a split below `root`; returns their paths for it."""
+    """Write leftImg8bit and gtFine of a split below `root`, and return the paths of both folders."""
     from cityscapesscripts.helpers.annotation import Annotation
     from cityscapesscripts.preparation.json2instanceImg import createInstanceImage
     from cityscapesscripts.preparation.json2labelImg import createLabelImage
 
-    images, truth = root / "leftImg8bit" / split, root / "gtFine" / split
+    images, gt_dir = root / "leftImg8bit" / split, root / "gtFine" / split
     for number, name in enumerate(names):
-        for folder in (images, truth):
+        for folder in (images, gt_dir):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(number).integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(images / f"{name}_leftImg8bit.png")
-        stem = str(truth / f"{name}_gtFine_")
+        stem = str(gt_dir / f"{name}_gtFine_")
         with open(stem + "polygons.json", "w") as file:
             json.dump({"imgHeight": HEIGHT, "imgWidth": WIDTH, "objects": objects}, file)
         annotation = Annotation()
@@ -51,4 +51,4 @@ def write(
         Image.fromarray(ids).save(stem + "instanceIds.png")
         createLabelImage(annotation, "ids").save(stem + "labelIds.png")
         createLabelImage(annotation, "trainIds").save(stem + "labelTrainIds.png")
-    return str(images), str(truth)
+    return str(images), str(gt_dir)

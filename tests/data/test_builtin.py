@@ -1,4 +1,4 @@
-"""The built-in data sets: names, places and metadata against `builtin_facts.json.gz`, detectron2's own."""
+"""Names, paths and metadata of the built-in datasets, compared with detectron2's."""
 
 import gzip
 import json
@@ -22,7 +22,7 @@ def as_json(value):
 
 
 @pytest.mark.parametrize("name", sorted(FACTS["datasets"]))
-def test_name_and_places(name):
+def test_names_and_paths_equal_detectron2s(name):
     assert name in DatasetCatalog
     found = as_json(MetadataCatalog.get(name).as_dict())
     for key, value in FACTS["datasets"][name].items():
@@ -31,7 +31,7 @@ def test_name_and_places(name):
 
 
 def kind_of(name):
-    """Which of the facts' metadata a data set has."""
+    """Return the name of the metadata of a dataset in the facts."""
     if name.startswith("keypoints_coco"):
         return "coco_person"
     if name.endswith(("_separated", "_stuffonly")):
@@ -44,22 +44,21 @@ def kind_of(name):
 
 
 @pytest.mark.parametrize("name", sorted(n for n in FACTS["datasets"] if kind_of(n)))
-def test_metadata(name):
+def test_metadata_equal_detectron2s(name):
     found = as_json(MetadataCatalog.get(name).as_dict())
     for key, value in META[kind_of(name)].items():
         assert found[key] == value, key
 
 
-def test_nothing_else_is_in_the_metadata():
-    """A key that detectron2 does not have would be an invention."""
+def test_metadata_have_no_further_keys():
     for name, facts in FACTS["datasets"].items():
         if kind_of(name):
             legal = facts.keys() | META[kind_of(name)].keys()
             assert MetadataCatalog.get(name).as_dict().keys() <= legal, name
 
 
-def test_order_of_contiguous_ids():
-    """The maps list ids in the order of detectron2's, in which some programs read them."""
+def test_order_of_contiguous_ids_equals_detectron2s():
+    """Some programs rely on detectron2's order of ids."""
     for name in ("coco_2017_train", "coco_2017_train_panoptic", "coco_2017_train_panoptic_separated"):
         for key in ("thing_dataset_id_to_contiguous_id", "stuff_dataset_id_to_contiguous_id"):
             want = META[kind_of(name)].get(key)
@@ -82,7 +81,7 @@ def test_cityscapes_panoptic_metadata():
     }
 
 
-def test_categories():
+def test_categories_and_colors_equal_detectron2s():
     assert as_json(builtin_meta.COCO_CATEGORIES) == META["coco_categories"]
     assert builtin_meta.ADE20K_SEM_SEG_CATEGORIES == META["ade20k_sem_seg"]["stuff_classes"]
     assert colormap(rgb=True, maximum=255).astype(int).tolist() == FACTS["colormap"]
@@ -91,7 +90,7 @@ def test_categories():
 @pytest.mark.parametrize(
     "name", ["cityscapes_fine_instance_seg_val", "cityscapes_fine_panoptic_val", "ade20k_sem_seg_train"]
 )
-def test_missing_data_names_folder_and_variable(name, tmp_path, monkeypatch):
+def test_error_for_missing_data_names_folder_and_variable(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for act in (DatasetCatalog[name], DatasetCatalog[name].check):
         with pytest.raises(FileNotFoundError, match=f"{name}.*needs .*DETLIB_DATASETS"):
@@ -101,7 +100,7 @@ def test_missing_data_names_folder_and_variable(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "variables, want", [(("A", "B"), "A"), ((None, "B"), "B"), ((None, None), "datasets")]
 )
-def test_root(variables, want, monkeypatch):
+def test_environment_variable_sets_the_root(variables, want, monkeypatch):
     for name, value in zip(("DETLIB_DATASETS", "DETECTRON2_DATASETS"), variables):
         if value is None:
             monkeypatch.delenv(name, raising=False)

@@ -1,4 +1,4 @@
-"""The catalogs: what is registered is found, what is not is refused with words that help."""
+"""Registering datasets and metadata, and errors for unknown names."""
 
 import pickle
 
@@ -11,7 +11,7 @@ from detlib.data.catalog import Metadata, check_datasets_exist
 
 @pytest.fixture
 def registered():
-    """Registers data sets for one test and forgets them afterwards."""
+    """Register datasets for one test and remove them afterwards."""
     names = []
 
     def register(name, func, **kwargs):
@@ -34,7 +34,7 @@ def test_register_get_list_remove(registered):
     assert "catalog_test_cells" not in DatasetCatalog
 
 
-def test_registering_twice(registered):
+def test_registering_twice_needs_overwrite(registered):
     registered("catalog_test_twice", lambda: [1])
     with pytest.raises(ValueError, match="'catalog_test_twice' is already registered.*overwrite=True"):
         DatasetCatalog.register("catalog_test_twice", lambda: [2])
@@ -42,13 +42,13 @@ def test_registering_twice(registered):
     assert DatasetCatalog.get("catalog_test_twice") == [2]
 
 
-def test_register_wants_a_function():
+def test_register_refuses_what_is_not_callable():
     with pytest.raises(TypeError, match="not a list"):
         DatasetCatalog.register("catalog_test_list", [{}])
 
 
 @pytest.mark.parametrize("use", [DatasetCatalog.get, DatasetCatalog.remove, check_datasets_exist])
-def test_unknown_name_lists_near_ones(registered, use):
+def test_error_for_an_unknown_name_lists_similar_names(registered, use):
     registered("catalog_test_balloon_train", lambda: [])
     with pytest.raises(
         KeyError, match="'catalog_test_baloon_train' is not registered.*catalog_test_balloon_train"
@@ -56,7 +56,7 @@ def test_unknown_name_lists_near_ones(registered, use):
         use("catalog_test_baloon_train")
 
 
-def test_check_accepts_a_string_and_does_not_load(registered):
+def test_check_datasets_exist_accepts_a_string_and_loads_nothing(registered):
     registered("catalog_test_check", lambda: pytest.fail("was loaded"))
     check_datasets_exist("catalog_test_check")
     check_datasets_exist(("catalog_test_check",))
@@ -65,7 +65,7 @@ def test_check_accepts_a_string_and_does_not_load(registered):
         check_datasets_exist(["catalog_test_check", "catalog_test_nope"])
 
 
-def test_metadata_is_set_once():
+def test_metadata_can_be_set_only_once():
     metadata = MetadataCatalog.get("catalog_test_meta")
     try:
         assert MetadataCatalog.get("catalog_test_meta") is metadata
@@ -87,7 +87,7 @@ def test_metadata_is_set_once():
         MetadataCatalog.remove("catalog_test_meta")
 
 
-def test_metadata_missing_attribute_and_get():
+def test_error_for_a_missing_attribute_lists_the_others():
     metadata = Metadata(name="x", thing_classes=["a"])
     with pytest.raises(AttributeError, match="dataset 'x' has no 'thing_clases'.*thing_classes"):
         metadata.thing_clases  # noqa: B018
@@ -99,13 +99,13 @@ def test_metadata_missing_attribute_and_get():
     assert pickle.loads(pickle.dumps(metadata)).as_dict() == metadata.as_dict()
 
 
-def test_metadata_of_arrays():
+def test_metadata_arrays_are_compared_by_content():
     metadata = Metadata(name="x", colors=np.arange(3))
     metadata.colors = np.arange(3)
     with pytest.raises(ValueError, match="'colors'"):
         metadata.colors = np.zeros(3)
 
 
-def test_metadata_needs_a_name():
+def test_metadata_name_must_not_be_empty():
     with pytest.raises(ValueError, match="empty"):
         MetadataCatalog.get("")

@@ -1,7 +1,4 @@
-"""One broken set for each sort of fault: the checker reports it, and loaders refuse or mend it.
-
-What loaders do with each is what docs/data.md says.
-"""
+"""One broken dataset for each kind of fault: what the checker reports, and what loaders do (docs/data.md)."""
 
 import json
 import re
@@ -17,9 +14,9 @@ from detlib.data.check import FINDING_KINDS, check_dataset
 from detlib.data.check.__main__ import main
 from detlib.data.datasets import register_coco_instances
 from detlib.data.detection_utils import check_image_size, read_image
-from tests.data.small_sets import (
+from tests.data.small_datasets import (
     coco_content,
-    picture,
+    make_image,
     voc_xml,
     write_coco,
     write_roboflow,
@@ -42,7 +39,7 @@ def forget(tmp_path, monkeypatch):
 
 
 def change(path, value):
-    """A change of the good content: `annotations.0.bbox` becomes `value`; None deletes it."""
+    """Return a change of valid content: `annotations.0.bbox` becomes `value`; None deletes it."""
 
     def apply(content):
         *way, last = (int(part) if part.isdigit() else part for part in path.split("."))
@@ -80,8 +77,8 @@ def keypoints(*values, **more):
     return apply
 
 
-# Kind, the change, part of the place that is told, what loaders do: a part of their error, or "mended" (left
-# out or put right, with a word in the log), or "kept".
+# Kind, change, part of the reported location, and what loaders do: part of their error, "left out" (with a
+# warning) or "kept".
 COCO = [
     ("missing-part", change("categories", []), "ann.json", "has no categories"),
     ("missing-part", change("annotations", {"a": 1}), "ann.json", "must be a list of JSON objects"),
@@ -104,11 +101,11 @@ COCO = [
     ("size-mismatch", change("images.1.width", 41), "'b.jpg'", "says width 41"),
     ("size-mismatch", lambda c: c["images"][1].update(width=30, height=40), "'b.jpg'", "says width 30"),
     ("missing-image", change("images.1.file_name", "c.jpg"), "'c.jpg'", "image file not found"),
-    ("annotation-broken", append("annotations"), "annotation 'number 3'", "mended"),
+    ("annotation-broken", append("annotations"), "annotation 'number 3'", "left out"),
     ("annotation-broken", change("annotations.0.category_id", None), "annotation 1", "has category id None"),
     ("annotation-broken", change("annotations.0.bbox", None), "annotation 1", "has the bbox None"),
     ("annotation-broken", change("annotations.0", "box"), "ann.json", "must be a list of JSON objects"),
-    ("unknown-image", change("annotations.0.image_id", 77), "annotation 1", "mended"),
+    ("unknown-image", change("annotations.0.image_id", 77), "annotation 1", "left out"),
     ("unknown-category", change("annotations.0.category_id", 4), "annotation 1", "has category id 4"),
     ("duplicate-annotation-id", change("annotations.1.id", 1), "annotation 1", "has the same id"),
     (
@@ -133,15 +130,15 @@ COCO = [
         "annotation 1",
         "neither polygons nor",
     ),
-    ("polygon-too-short", polygon(1, 1, 5, 5), "annotation 1", "mended"),
-    ("polygon-odd", polygon(1, 1, 5, 5, 1, 5, 2), "annotation 1", "mended"),
+    ("polygon-too-short", polygon(1, 1, 5, 5), "annotation 1", "left out"),
+    ("polygon-odd", polygon(1, 1, 5, 5, 1, 5, 2), "annotation 1", "left out"),
     (
         "polygon-not-finite",
         polygon(1, NAN, 5, 5, 1, 5),
         "annotation 1",
         "polygon with values that are not finite",
     ),
-    ("polygon-no-area", polygon(1, 1, 5, 1, 9, 1), "annotation 1", "mended"),
+    ("polygon-no-area", polygon(1, 1, 5, 1, 9, 1), "annotation 1", "left out"),
     ("polygon-sticks-out", polygon(2, 3, 10, 3, 2, 39), "annotation 1", "kept"),
     ("rle-broken", rle([30, 40], [610, 5, 580]), "annotation 3", "broken RLE mask: the runs cover 1195"),
     ("rle-broken", rle([30, 40], "~~~"), "annotation 3", "broken RLE mask"),
@@ -168,7 +165,7 @@ VOC = [
     ("bad-box", voc_xml(("owl", (1, "x", 4, 4))), "a.xml, object 1 (owl)", "not four numbers"),
     ("box-not-finite", voc_xml(("owl", (1, "nan", 4, 4))), "a.xml, object 1 (owl)", "not finite"),
     ("box-no-area", voc_xml(("owl", (5, 1, 4, 4))), "a.xml, object 1 (owl)", "without area"),
-    ("box-no-area", voc_xml(("owl", (5, 1, 5, 4))), "a.xml, object 1 (owl)", "mended"),
+    ("box-no-area", voc_xml(("owl", (5, 1, 5, 4))), "a.xml, object 1 (owl)", "left out"),
     ("box-outside", voc_xml(("owl", (50, 1, 60, 4))), "a.xml, object 1 (owl)", "kept"),
 ]
 
@@ -181,23 +178,25 @@ YOLO = [
     ("not-normalized", "0 20 15 4 4", "a.txt", "not pixels"),
     ("box-no-area", "0 0.5 0.5 0 1", "a.txt, line 1", "no area"),
     ("polygon-no-area", "0 0.1 0.1 0.3 0.3 0.5 0.5", "a.txt, line 1", "kept"),
-    ("duplicate-annotation", "0 0.5 0.5 1 1\n0 0.5 0.5 1 1", "a.txt, line 2", "mended"),
+    ("duplicate-annotation", "0 0.5 0.5 1 1\n0 0.5 0.5 1 1", "a.txt, line 2", "left out"),
     ("box-sticks-out", "0 0 0.5 0.5 0.5", "a.txt, line 1", "kept"),
 ]
 
 
-def find(uri, kind, place, count=None):
-    """Checks that the fault is reported at its place, and that the repaired set has no error left."""
+def find(uri, kind, location):
+    """Check a dataset and return the result; the fault must be reported at its location."""
     checked = check_dataset(uri)
     found = [finding for finding in checked.findings if finding.kind == kind]
-    assert any(place in finding.location or place in finding.detail for finding in found), checked.findings
+    assert any(location in finding.location or location in finding.detail for finding in found), (
+        checked.findings
+    )
     assert all(finding.severity == FINDING_KINDS[kind][0] for finding in found)
     assert all(str(finding).startswith(f"{finding.severity}: {kind}: ") for finding in found)
     return checked
 
 
 def use(uri):
-    """Loads as a training does, up to the sizes of the pictures."""
+    """Load as a training run does, and compare the sizes of the images."""
     dicts = DatasetCatalog.get(uri)
     for record in dicts:
         check_image_size(record, read_image(record["file_name"]))
@@ -205,17 +204,16 @@ def use(uri):
 
 
 def load_as(uri, outcome, log):
-    if outcome in ("kept", "mended"):
+    if outcome in ("kept", "left out"):
         use(uri)
-        said = "left out" in log.text
-        assert said == (outcome == "mended"), log.text
+        assert ("left out" in log.text) == (outcome == "left out"), log.text
     else:
         with pytest.raises((ValueError, FileNotFoundError), match=outcome):
             use(uri)
 
 
 def check_repaired(checked, tmp_path):
-    """The repaired set loads, and has no errors unless nothing is left."""
+    """Check that the repaired dataset loads and has no errors, unless it is empty."""
     content = checked.repaired
     if not content.get("images") or not content.get("categories"):
         return
@@ -228,34 +226,36 @@ def check_repaired(checked, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "apply", "place", "outcome"), COCO, ids=lambda value: "" if callable(value) else str(value)[:30]
+    ("kind", "apply", "location", "outcome"),
+    COCO,
+    ids=lambda value: "" if callable(value) else str(value)[:30],
 )
-def test_coco(tmp_path, kind, apply, place, outcome, log):
+def test_coco_fault_is_found_and_treated_as_documented(tmp_path, kind, apply, location, outcome, log):
     content = coco_content()
     apply(content)
     uri = write_coco(tmp_path, content)
-    checked = find(uri, kind, place)
+    checked = find(uri, kind, location)
     load_as(uri, outcome, log)
     check_repaired(checked, tmp_path)
 
 
-@pytest.mark.parametrize(("kind", "text", "place", "outcome"), VOC, ids=lambda value: str(value)[:30])
-def test_voc(tmp_path, kind, text, place, outcome, log):
+@pytest.mark.parametrize(("kind", "text", "location", "outcome"), VOC, ids=lambda value: str(value)[:30])
+def test_voc_fault_is_found_and_treated_as_documented(tmp_path, kind, text, location, outcome, log):
     uri = write_voc(tmp_path, a=text)
-    checked = find(uri, kind, place)
+    checked = find(uri, kind, location)
     load_as(uri, outcome, log)
     check_repaired(checked, tmp_path)
 
 
-@pytest.mark.parametrize(("kind", "line", "place", "outcome"), YOLO, ids=lambda value: str(value)[:30])
-def test_yolo(tmp_path, kind, line, place, outcome, log):
+@pytest.mark.parametrize(("kind", "line", "location", "outcome"), YOLO, ids=lambda value: str(value)[:30])
+def test_yolo_fault_is_found_and_treated_as_documented(tmp_path, kind, line, location, outcome, log):
     uri = write_yolo(tmp_path, {"a": line, "b": "1 0.5 0.5 0.5 0.5\n"})
-    checked = find(uri, kind, place)
+    checked = find(uri, kind, location)
     load_as(uri, outcome, log)
     check_repaired(checked, tmp_path)
 
 
-def test_yolo_files(tmp_path, log):
+def test_faults_of_yolo_label_files_and_data_yaml(tmp_path, log):
     uri = write_yolo(tmp_path, {"a": "0 0.5 0.5 1 1 0.5 0.5\n"}, kpt_shape=[1, 3])
     find(uri, "keypoint-length", "line 1")
     load_as(uri, "7 values", log)
@@ -268,7 +268,7 @@ def test_yolo_files(tmp_path, log):
     find(uri, "bad-file", "data.yaml")
 
 
-def test_voc_files(tmp_path, log):
+def test_faults_of_voc_lists_and_missing_files(tmp_path, log):
     uri = write_voc(tmp_path)
     (tmp_path / "ImageSets/Main/train.txt").write_text("a\nb\na\nc\n")
     (tmp_path / "Annotations/b.xml").unlink()
@@ -281,14 +281,14 @@ def test_voc_files(tmp_path, log):
 
 
 @pytest.mark.parametrize("text", ["{", "[1]"])
-def test_no_coco_file(tmp_path, text, log):
+def test_malformed_coco_file_is_found(tmp_path, text, log):
     uri = write_coco(tmp_path)
     (tmp_path / "ann.json").write_text(text)
     find(uri, "bad-file", "ann.json")
     load_as(uri, "is not valid JSON|must hold a JSON object", log)
 
 
-def test_pictures(tmp_path, log):
+def test_faults_of_image_files_are_found(tmp_path, log):
     uri = write_coco(tmp_path)
     file = tmp_path / "images/b.jpg"
     Image.effect_noise((40, 30), 90).convert("RGB").save(file)
@@ -296,7 +296,7 @@ def test_pictures(tmp_path, log):
     file.write_bytes(whole[: len(whole) // 2 + 300])
     find(uri, "truncated-image", "'b.jpg'")
     load_as(uri, "b.jpg is broken or cannot be read", log)
-    file.write_text("no picture")
+    file.write_text("not an image")
     find(uri, "unreadable-image", "'b.jpg'")
     load_as(uri, "b.jpg is broken or cannot be read", log)
     file.write_bytes((tmp_path / "images/a.jpg").read_bytes())
@@ -304,14 +304,14 @@ def test_pictures(tmp_path, log):
     load_as(uri, "kept", log)
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture().save(file, exif=exif)
+    make_image().save(file, exif=exif)
     checked = find(uri, "size-mismatch-exif", "'b.jpg'")
     load_as(uri, "turned by its EXIF", log)
     check_repaired(checked, tmp_path)
 
 
 @pytest.mark.parametrize("writer", [write_coco, write_voc, write_yolo, write_roboflow])
-def test_good_sets(tmp_path, writer, capsys):
+def test_valid_dataset_has_no_errors(tmp_path, writer, capsys):
     uri = writer(tmp_path)
     assert main([uri]) == 0
     printed = capsys.readouterr().out
@@ -320,7 +320,7 @@ def test_good_sets(tmp_path, writer, capsys):
     assert f"dir:{tmp_path} is read as {uri}: found" in capsys.readouterr().out
 
 
-def test_sizes_as_floats_and_polygons_that_cross_themselves_are_no_errors(tmp_path):
+def test_float_sizes_and_self_crossing_polygons_are_not_errors(tmp_path):
     content = coco_content()
     content["images"][1].update(width=40.0, height=30.0)
     content["annotations"][0]["segmentation"] = [[2, 3, 10, 12.5, 10, 3, 2, 12.5]]  # a bow tie: its area is 0
@@ -330,7 +330,7 @@ def test_sizes_as_floats_and_polygons_that_cross_themselves_are_no_errors(tmp_pa
     assert len(checked.repaired["annotations"]) == 3
 
 
-def test_registered_names_and_generated_pictures(tmp_path, capsys):
+def test_registered_and_generated_datasets_can_be_checked(tmp_path, capsys):
     content = coco_content()
     content["annotations"][0]["bbox"] = [1, 1, 0, 3]
     write_coco(tmp_path, content)
@@ -342,7 +342,7 @@ def test_registered_names_and_generated_pictures(tmp_path, capsys):
     assert "error: Dataset 'no_such_set' is not registered" in capsys.readouterr().err
 
 
-def test_object_store(capsys):
+def test_dataset_in_an_object_store_is_checked_and_fixed(capsys):
     content = coco_content()
     content["images"][1]["file_name"] = "c.jpg"
     uri = write_coco("memory://check/coco", content)
@@ -351,7 +351,7 @@ def test_object_store(capsys):
     assert main(["coco:memory://check/fixed.json@memory://check/coco/images"]) == 0
 
 
-def test_command(tmp_path, capsys):
+def test_command_prints_findings_tables_and_repairs(tmp_path, capsys):
     content = coco_content()
     content["annotations"] += [
         {"id": 10 + i, "image_id": 1, "category_id": 3, "bbox": [i, 2, 50, 9]} for i in range(25)
@@ -371,13 +371,13 @@ def test_command(tmp_path, capsys):
     assert main([f"coco:{tmp_path}/fixed.json@{tmp_path}/images", "--all"]) == 0
 
 
-def test_file_that_cannot_be_written(tmp_path, capsys):
+def test_exit_code_2_if_the_fixed_file_cannot_be_written(tmp_path, capsys):
     uri = write_coco(tmp_path)
     assert main([uri, "--fix", f"{tmp_path}/ann.json/fixed.json"]) == 2
     assert "ann.json/fixed.json cannot be written" in capsys.readouterr().err
 
 
-def test_runs_as_a_program(tmp_path):
+def test_command_runs_as_a_module(tmp_path):
     uri = write_yolo(tmp_path)
     command = [sys.executable, "-m", "detlib.data.check", uri]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])

@@ -1,4 +1,4 @@
-"""Cityscapes' files, against what cityscapesscripts draws of the same polygons."""
+"""Cityscapes' files, compared with those that cityscapesscripts writes from the same polygons."""
 
 import json
 import os
@@ -86,8 +86,8 @@ def test_instances(split, from_json, to_polygons):
             np.testing.assert_allclose(best["bbox"], box, atol=0.6 if from_json else 0)
 
 
-def test_polygons_cover_the_whole_outermost_pixels(split):
-    """The farther car: 41 by 21 pixels, less the pole's 3 columns and what the nearer car covers."""
+def test_polygons_cover_the_outermost_pixels(split):
+    """The farther car has 41 by 21 pixels, minus 3 columns of the pole and what the nearer car covers."""
     shapely = pytest.importorskip("shapely")
     (record, _) = load_cityscapes_instances(*split)
     cars = [a for a in record["annotations"] if THINGS[a["category_id"]] == "car"]
@@ -148,7 +148,7 @@ def test_panoptic(tmp_path):
 
 
 class TestErrors:
-    def test_no_pictures(self, tmp_path):
+    def test_folder_without_images(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="nowhere' does not exist"):
             load_cityscapes_instances(str(tmp_path / "nowhere"), str(tmp_path))
         with pytest.raises(FileNotFoundError, match="has no CITY/"):
@@ -165,7 +165,7 @@ class TestErrors:
             ({"label": "car", "polygon": [[1, 1], [2, 2]]}, "fewer than three points"),
         ],
     )
-    def test_bad_object(self, tmp_path, entry, message):
+    def test_malformed_object(self, tmp_path, entry, message):
         image_dir, gt_dir = tree.write(tmp_path)
         path = f"{gt_dir}/bonn/bonn_000001_000020_gtFine_polygons.json"
         with open(path, "w") as file:
@@ -173,7 +173,7 @@ class TestErrors:
         with pytest.raises(ValueError, match=f"bonn_000001_000020.*{message}"):
             load_cityscapes_instances(image_dir, gt_dir)
 
-    def test_without_shapely(self, split, monkeypatch):
+    def test_error_without_shapely(self, split, monkeypatch):
         monkeypatch.setitem(sys.modules, "shapely", None)
         with pytest.raises(ModuleNotFoundError, match=r"detlib\[cityscapes\].*from_json=False"):
             load_cityscapes_instances(*split)

@@ -1,4 +1,4 @@
-"""COCO files: what is read, what is refused and with what words, and what is written."""
+"""Loading, refusing and writing COCO files, and the error messages."""
 
 import contextlib
 import io
@@ -64,17 +64,17 @@ def load(tmp_path):
     def load(coco, **kwargs):
         path = tmp_path / "ann.json"
         path.write_text(coco if isinstance(coco, str) else json.dumps(coco))
-        return load_coco_json(str(path), "/pictures", NAME, **kwargs)
+        return load_coco_json(str(path), "/images", NAME, **kwargs)
 
     return load
 
 
-def test_load(load, log):
+def test_dicts_and_metadata_of_a_coco_file(load, log):
     second = annotation(id=2, category_id=9, segmentation=FULL, iscrowd=1, note="hm", score=3)
     dicts = load(content(annotation(), second), extra_annotation_keys=["note"])
     assert [(d["image_id"], d["file_name"]) for d in dicts] == [
-        (7, "/pictures/sub/seven.png"),
-        (9, "/pictures/nine.png"),
+        (7, "/images/sub/seven.png"),
+        (9, "/images/nine.png"),
     ]
     assert dicts[0]["height"] == 20 and dicts[0]["width"] == 30 and dicts[1]["annotations"] == []
     first, second = dicts[0]["annotations"]
@@ -95,7 +95,7 @@ def test_load(load, log):
     assert not [record for record in log.records if record.levelno > logging.INFO]
 
 
-def test_without_a_name_ids_stay(tmp_path):
+def test_category_ids_are_kept_without_a_dataset_name(tmp_path):
     path = tmp_path / "ann.json"
     path.write_text(json.dumps(content(annotation())))
     assert load_coco_json(str(path), "")[0]["annotations"][0]["category_id"] == 4
@@ -110,12 +110,12 @@ def test_optional_keys_may_be_missing(load):
     assert [d["annotations"] for d in load(coco)] == [[], []]
 
 
-def test_keypoints_are_moved_to_pixel_centres(load):
+def test_keypoints_are_moved_to_pixel_centers(load):
     dicts = load(content(annotation(keypoints=[3, 4, 2, 0, 0, 0], num_keypoints=1)))
     assert dicts[0]["annotations"][0]["keypoints"] == [3.5, 4.5, 2, 0.5, 0.5, 0]
 
 
-def test_what_is_left_out_is_said(load, log):
+def test_annotations_left_out_are_logged(load, log):
     line = annotation(id=2, segmentation=[[1, 1, 2, 2]])
     partly = annotation(id=3, segmentation=[[1, 1, 2, 2], TRIANGLE])
     dicts = load(content(annotation(), line, partly, annotation(id=4, image_id=1000)))
@@ -125,10 +125,10 @@ def test_what_is_left_out_is_said(load, log):
 
 
 @pytest.mark.parametrize("box", [[3, 3, 0, 5], [3, 3, 5, 0], [3, 3, -2, 5], [3, 3, float("nan"), 5]])
-def test_box_of_no_area(load, log, box):
+def test_box_without_area_is_an_error_or_left_out(load, log, box):
     bad = content(annotation(), annotation(id=77, bbox=box))
     with pytest.raises(
-        ValueError, match=r"ann.json: annotation 77 of image '/pictures/sub/seven.png'.*without area"
+        ValueError, match=r"ann.json: annotation 77 of image '/images/sub/seven.png'.*without area"
     ):
         load(bad)
     assert len(load(bad, empty_boxes="drop")[0]["annotations"]) == 1
@@ -186,13 +186,13 @@ def test_errors_name_file_image_and_annotation(load, changes, message):
         (content(categories=[{"id": 1}]), "no 'name'"),
     ],
 )
-def test_files_that_are_refused(load, coco, message):
+def test_malformed_file_is_refused(load, coco, message):
     with pytest.raises(ValueError, match=f"ann.json.*{message}"):
         load(coco)
 
 
-def test_values_of_other_programs(load, log):
-    """Sizes as floats, null for no keypoints, and ids of types that cannot be looked up."""
+def test_values_as_other_tools_write_them(load, log):
+    """Sizes as floats, null for no keypoints, and ids of types that are not hashable."""
     images = [{"id": 7, "file_name": "a.png", "height": 20.0, "width": 30.0}]
     odd = [annotation(keypoints=None), annotation(id=[2]), annotation(id=3, image_id=[7])]
     (record,) = load(content(*odd, images=images))
@@ -213,12 +213,12 @@ def test_missing_file():
         load_coco_json("/nowhere/ann.json", "")
 
 
-def test_register(tmp_path):
+def test_register_coco_instances(tmp_path):
     path = tmp_path / "ann.json"
     path.write_text(json.dumps(content(annotation())))
-    register_coco_instances(NAME, {"colour": 3}, path, tmp_path)
+    register_coco_instances(NAME, {"color": 3}, path, tmp_path)
     metadata = MetadataCatalog.get(NAME)
-    assert (metadata.json_file, metadata.evaluator_type, metadata.colour) == (str(path), "coco", 3)
+    assert (metadata.json_file, metadata.evaluator_type, metadata.color) == (str(path), "coco", 3)
     assert len(DatasetCatalog.get(NAME)) == 2 and metadata.thing_classes == ["cat", "dog"]
     with pytest.raises(ValueError, match="overwrite=True"):
         register_coco_instances(NAME, {}, path, tmp_path)
@@ -231,7 +231,7 @@ def test_register(tmp_path):
 
 
 def test_convert_and_read_back(load, tmp_path):
-    """What was read is written as it was: ids, boxes, masks, keypoints, and areas of the masks."""
+    """Writing restores ids, boxes, masks and keypoints; areas are those of the masks."""
     box_only = annotation(id=2, keypoints=[3, 4, 2, 0, 0, 0])
     del box_only["segmentation"]
     original = content(annotation(), box_only, annotation(id=3, category_id=9, segmentation=FULL, iscrowd=1))
@@ -255,7 +255,7 @@ def test_convert_and_read_back(load, tmp_path):
     ]
 
 
-def test_convert_never_keeps_what_is_out_of_date(load, tmp_path):
+def test_convert_replaces_outdated_files(load, tmp_path):
     dicts = load(content(annotation()))
     DatasetCatalog.register(NAME, lambda: dicts)
     output = tmp_path / "out.json"
@@ -268,7 +268,7 @@ def test_convert_never_keeps_what_is_out_of_date(load, tmp_path):
     assert len(json.loads(output.read_text())["annotations"]) == 2
 
 
-def test_convert_boxes_of_other_kinds_and_errors(tmp_path):
+def test_convert_box_modes_and_errors(tmp_path):
     box = np.array([1, 2, 4, 8])
     record = {
         "file_name": "a.png",
@@ -314,7 +314,7 @@ def test_builtin_names():
 
 
 @pytest.mark.parametrize("name", ["coco_2017_val", "keypoints_coco_2014_train", "voc_2012_val"])
-def test_missing_builtin_data_names_file_and_variable(name, tmp_path, monkeypatch):
+def test_error_for_missing_builtin_data_names_file_and_variable(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     from detlib.data.catalog import check_datasets_exist
 

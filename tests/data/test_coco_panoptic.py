@@ -1,4 +1,4 @@
-"""Panoptic and semantic data sets: what is read, joined and registered, and what is refused."""
+"""Panoptic and semantic datasets: loading, merging, registering and refusing."""
 
 import json
 
@@ -24,7 +24,7 @@ NAME = "coco_panoptic_test"
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two pictures with instances, segments and stuff, in COCO's layout."""
+    """Write two images with instances, segments and stuff, in COCO's layout."""
     for name in ("images", "panoptic", "stuff"):
         (tmp_path / name).mkdir()
     images, segments, instances = [], [], []
@@ -80,7 +80,7 @@ def test_panoptic_dicts(folder):
     assert MetadataCatalog.get(NAME).json_file is None
 
 
-def test_pictures_that_the_file_does_not_name_are_jpg(folder):
+def test_images_without_file_name_are_jpg(folder):
     coco = json.loads((folder / "panoptic.json").read_text())
     for image in coco["images"]:
         del image["file_name"], image["height"]
@@ -109,7 +109,7 @@ def test_separated_dicts(folder):
     assert only.stuff_classes == META["stuff_classes"]
 
 
-def test_the_mapper_moves_labels_with_the_picture(folder):
+def test_mapper_transforms_the_label_map_as_the_image(folder):
     record = load_sem_seg(str(folder / "stuff"), str(folder / "images"))[0]
     labels = np.asarray(Image.open(record["sem_seg_file_name"]))
     augmentations = [T.ResizeTransform(20, 30, 40, 60), T.HFlipTransform(60)]
@@ -149,7 +149,7 @@ class TestLoadSemSeg:
             load_sem_seg(stuff, images)
 
 
-def test_merging_needs_partners():
+def test_merge_refuses_images_without_label_map():
     with pytest.raises(ValueError, match="1 of 2 images have no label map, for example 'b'"):
         merge_to_panoptic([{"file_name": "a"}, {"file_name": "b"}], [{"file_name": "a"}])
     with pytest.raises(ValueError, match="sem_seg_dicts is empty"):
@@ -173,7 +173,7 @@ def test_merging_needs_partners():
         (lambda x: x.update(annotations=[]), "has no annotations"),
     ],
 )
-def test_wrong_annotation_files(folder, change, message):
+def test_malformed_panoptic_file_is_refused(folder, change, message):
     coco = json.loads((folder / "panoptic.json").read_text())
     change(coco)
     (folder / "panoptic.json").write_text(json.dumps(coco))
@@ -181,7 +181,7 @@ def test_wrong_annotation_files(folder, change, message):
         load_coco_panoptic_json(str(folder / "panoptic.json"), "img", "pan", META)
 
 
-def test_pictures_without_segments_are_told(folder, log):
+def test_images_without_segments_are_left_out_with_a_warning(folder, log):
     coco = json.loads((folder / "panoptic.json").read_text())
     del coco["annotations"][0]
     (folder / "panoptic.json").write_text(json.dumps(coco))
@@ -222,7 +222,7 @@ def test_builtin_metadata():
 
 
 @pytest.mark.parametrize("suffix", ["", "_separated", "_stuffonly"])
-def test_missing_builtin_data_names_file_and_variable(suffix, tmp_path, monkeypatch):
+def test_error_for_missing_builtin_data_names_file_and_variable(suffix, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name = f"coco_2017_val_panoptic{suffix}"
     for use in (DatasetCatalog.get, check_datasets_exist):

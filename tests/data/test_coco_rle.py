@@ -1,4 +1,4 @@
-"""The runs of RLE masks, held against pycocotools' own."""
+"""The runs of RLE masks, compared with those of pycocotools."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from detlib.data.datasets.coco_rle import rle_runs
 
 
 def runs_of(mask):
-    """The lengths of the runs of 0 and 1 in turn, down the columns, by a loop."""
+    """Return the alternating run lengths of 0 and 1, column by column, by a loop."""
     counts, value = [0], 0
     for pixel in mask.ravel(order="F"):
         if pixel != value:
@@ -20,7 +20,7 @@ def runs_of(mask):
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 5), (90, 61), (400, 700)])
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
-def test_runs(shape, share):
+def test_runs_equal_those_of_a_loop(shape, share):
     rng = np.random.default_rng(0)
     small = rng.random((-(-shape[0] // 3), -(-shape[1] // 3))) < share
     mask = np.kron(small, np.ones((3, 3)))[: shape[0], : shape[1]].astype(np.uint8)
@@ -49,7 +49,7 @@ def test_runs(shape, share):
         ({"size": [2, 3], "counts": "@"}, "shorter than 0"),
     ],
 )
-def test_broken_runs(rle, message):
+def test_malformed_rle_is_refused(rle, message):
     if message is None:
         assert rle_runs(rle).tolist() == [6]
         return

@@ -1,11 +1,11 @@
-"""Round trips between formats keep every box, class and picture."""
+"""Conversion between formats keeps every box, class and image, and reports what is lost."""
 
 import pytest
 
 from detlib.data import DatasetCatalog, MetadataCatalog
 from detlib.data.convert import convert_dataset, main
 from detlib.structures import BoxMode
-from tests.data.small_sets import CLASSES, coco_content, voc_xml, write_coco, write_voc, write_yolo
+from tests.data.small_datasets import CLASSES, coco_content, voc_xml, write_coco, write_voc, write_yolo
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +19,7 @@ def forget(tmp_path, monkeypatch):
 
 
 def records(name):
-    """What formats share: picture, size, and class, box and crowd of each object."""
+    """Return what all formats share: image, size, and class, box and crowd mark of each object."""
     result = []
     for record in DatasetCatalog.get(name):
         objects = [
@@ -35,7 +35,7 @@ def records(name):
 
 
 def awkward_voc(root):
-    """Boxes in thirds, at the edges, and classes that are not in the order of the alphabet."""
+    """Write boxes with fractions and at the edges, and classes not in alphabetical order."""
     text = "<annotation><size><width>40</width><height>30</height></size>"
     for name, box in (("wren", (1 / 3, 0.1, 39.99, 29.7)), ("owl", (0, 0, 40, 30)), ("crow", (7, 8, 8, 9.5))):
         corners = "".join(f"<{k}>{v!r}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), box))
@@ -47,7 +47,7 @@ def awkward_voc(root):
 
 @pytest.mark.parametrize("path", [("coco", "yolo", "voc"), ("yolo", "coco", "voc"), ("voc", "yolo", "coco")])
 @pytest.mark.parametrize("link", [False, True])
-def test_round_trips(tmp_path, path, link):
+def test_round_trip_keeps_boxes_classes_and_images(tmp_path, path, link):
     uri = awkward_voc(tmp_path / "start")
     before = records(uri)
     assert [len(objects) for *_, objects in before] == [1, 3]
@@ -67,7 +67,7 @@ def test_round_trips(tmp_path, path, link):
                 assert one.read() == other.read()
 
 
-def test_masks_and_crowds(tmp_path, log):
+def test_masks_and_crowds_are_kept_or_counted_as_lost(tmp_path, log):
     start = write_coco(tmp_path / "start")
     coco = convert_dataset(start, "coco", f"{tmp_path}/coco")
     first, second = DatasetCatalog.get(start)[0], DatasetCatalog.get(coco)[0]
@@ -86,7 +86,7 @@ def test_masks_and_crowds(tmp_path, log):
     assert [a["bbox"] for a in objects] == [[2, 3, 10, 12.5], [0, 0, 40, 30]]
 
 
-def test_polygons_never_cost_a_box_unasked(tmp_path, log):
+def test_yolo_polygons_change_no_box_by_default(tmp_path, log):
     content = coco_content()
     content["annotations"][0]["bbox"] = [1, 1, 12, 12]
     start = write_coco(tmp_path / "start", content)
@@ -97,7 +97,7 @@ def test_polygons_never_cost_a_box_unasked(tmp_path, log):
     assert DatasetCatalog.get(polygons)[0]["annotations"][0]["bbox"] == [2, 3, 10, 12.5]
 
 
-def test_mask_of_two_parts_keeps_its_area(tmp_path):
+def test_yolo_polygon_joined_from_two_parts_keeps_its_area(tmp_path):
     from pycocotools import mask as mask_utils
 
     content = coco_content()
@@ -111,7 +111,7 @@ def test_mask_of_two_parts_keeps_its_area(tmp_path):
     assert mask_utils.area(apart) == 180 and mask_utils.iou([joined], [apart], [0])[0, 0] > 0.9
 
 
-def test_poses(tmp_path):
+def test_poses_survive_conversion(tmp_path):
     start = write_yolo(
         tmp_path / "start",
         {"a": "1 0.5 0.5 1 1 0.25 0.5 2 0.5 0.5 1 0 0 0\n"},
@@ -130,7 +130,7 @@ def test_poses(tmp_path):
 
 
 @pytest.mark.parametrize("to", ["coco", "voc", "yolo"])
-def test_several_splits_and_object_stores(tmp_path, to):
+def test_splits_share_a_folder_in_an_object_store(tmp_path, to):
     start = write_voc(tmp_path / "start")
     out = f"memory://convert/{to}"
     for split in ("train", "val"):
@@ -142,7 +142,7 @@ def test_several_splits_and_object_stores(tmp_path, to):
             convert_dataset(other, to, out, split="test")
 
 
-def test_equal_names_in_two_folders(tmp_path):
+def test_images_with_equal_names_get_distinct_names(tmp_path):
     content = coco_content()
     content["images"][1]["file_name"] = "more/a.jpg"
     start = write_coco(tmp_path / "start", content, ("a.jpg", "more/a.jpg"))
@@ -150,7 +150,7 @@ def test_equal_names_in_two_folders(tmp_path):
     assert [name for name, *_ in records(uri)] == ["a.jpg", "more_a.jpg"]
 
 
-def test_refusals(tmp_path):
+def test_invalid_arguments_are_refused(tmp_path):
     with pytest.raises(ValueError, match="to must be one of coco, .*yolo, not 'csv'"):
         convert_dataset("shapes:train", "csv", "out")
     with pytest.raises(ValueError, match="masks must be"):
@@ -159,7 +159,7 @@ def test_refusals(tmp_path):
         convert_dataset("shapes:train?num=2&size=32&rotated=1", "voc", f"{tmp_path}/out")
 
 
-def test_command(tmp_path, capsys):
+def test_command_prints_the_uri(tmp_path, capsys):
     start = write_voc(tmp_path / "start")
     assert main([start, "--to", "yolo", f"{tmp_path}/out", "--link"]) == 0
     uri = capsys.readouterr().out.strip()
@@ -168,7 +168,7 @@ def test_command(tmp_path, capsys):
     assert "error: Dataset URI 'voc:/nowhere@train'" in capsys.readouterr().err
 
 
-def test_difficult_objects(tmp_path, log):
+def test_difficult_marks_are_kept_or_counted_as_lost(tmp_path, log):
     text = voc_xml(("owl", (5, 6, 7, 8)), ("crow", (1, 2, 3, 4)))
     start = write_voc(tmp_path / "start", a=text.replace("<name>owl", "<difficult>1</difficult><name>owl"))
     again = convert_dataset(start, "voc", f"{tmp_path}/voc")
@@ -182,14 +182,14 @@ def test_difficult_objects(tmp_path, log):
 @pytest.mark.parametrize(
     "names", [["owl", "owl", "crow"], ["", "a", "b"], [" a", "b", "c"], ["a\nb", "c", "d"]]
 )
-def test_classes_that_voc_cannot_tell_apart(tmp_path, names):
+def test_voc_refuses_ambiguous_class_names(tmp_path, names):
     content = coco_content(categories=[{"id": i, "name": n} for i, n in zip((3, 5, 7), names)])
     with pytest.raises(ValueError, match="classes that labels.txt cannot tell apart"):
         convert_dataset(write_coco(tmp_path / "start", content), "voc", f"{tmp_path}/voc")
     assert not (tmp_path / "voc").exists()
 
 
-def test_pictures_that_voc_cannot_find(tmp_path):
+def test_voc_refuses_image_names_it_cannot_hold(tmp_path):
     content = coco_content()
     content["images"][1]["file_name"] = "b.gif"
     start = write_coco(tmp_path / "start", content, ("a.jpg", "b.gif"))
@@ -202,7 +202,7 @@ def test_pictures_that_voc_cannot_find(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_shares_of_a_wrong_size_are_not_written(tmp_path):
+def test_yolo_refuses_a_wrong_image_size(tmp_path):
     start = write_voc(tmp_path / "start", a=voc_xml(("owl", (5, 6, 7, 8)), size=(30, 40)))
     with pytest.raises(
         ValueError, match="a.jpg.* has width 40 and height 30, .* says width 30 and height 40"
@@ -210,7 +210,7 @@ def test_shares_of_a_wrong_size_are_not_written(tmp_path):
         convert_dataset(start, "yolo", f"{tmp_path}/yolo")
 
 
-def test_swapped_keypoints_whose_names_do_not_tell(tmp_path, log):
+def test_coco_counts_keypoint_pairs_lost_with_the_flip_map(tmp_path, log):
     labels = {"a": "1 0.5 0.5 1 1 0.25 0.5 2 0.5 0.5 1\n"}
     start = write_yolo(tmp_path / "start", labels, kpt_shape=[2, 3], flip_idx=[1, 0])
     convert_dataset(start, "yolo", f"{tmp_path}/yolo")
@@ -219,7 +219,7 @@ def test_swapped_keypoints_whose_names_do_not_tell(tmp_path, log):
     assert "1 pairs of keypoints are no longer known to swap under a horizontal flip" in log.text
 
 
-def test_keypoints_of_some_objects_and_of_several_kinds(tmp_path):
+def test_objects_with_different_numbers_of_keypoints(tmp_path):
     content = coco_content()
     content["categories"][2]["keypoints"] = ["left eye", "right eye"]
     content["annotations"][0]["keypoints"] = [1, 1, 2, 3, 3, 2]

@@ -1,4 +1,4 @@
-"""LVIS's format: what is read, which classes a data set gets, and the built-in sets."""
+"""LVIS's format: loading, the classes of a dataset, and the built-in datasets."""
 
 import json
 from collections import Counter
@@ -20,7 +20,7 @@ NAME = "lvis_test"
 
 
 def make_lvis(**changes):
-    """Two pictures, in the order of falling ids; three categories."""
+    """Return two images in descending order of ids, and three categories."""
     lvis = {
         "images": [
             {
@@ -65,11 +65,11 @@ def write(tmp_path):
         MetadataCatalog.pop(name, None)
 
 
-def test_dicts(write):
+def test_dicts_have_negative_categories_and_paths(write):
     path = write(make_lvis())
-    without, with_one = load_lvis_json(path, "/pictures", extra_annotation_keys=["note"])
+    without, with_one = load_lvis_json(path, "/images", extra_annotation_keys=["note"])
     assert without == {
-        "file_name": "/pictures/own.jpg",
+        "file_name": "/images/own.jpg",
         "height": 20,
         "width": 30,
         "image_id": 4,
@@ -77,7 +77,7 @@ def test_dicts(write):
         "not_exhaustive_category_ids": [],
         "annotations": [],
     }
-    assert with_one["file_name"] == "/pictures/val2017/000000000009.jpg"
+    assert with_one["file_name"] == "/images/val2017/000000000009.jpg"
     assert (with_one["neg_category_ids"], with_one["not_exhaustive_category_ids"]) == ([2], [3])
     assert with_one["annotations"] == [
         {
@@ -91,7 +91,7 @@ def test_dicts(write):
     ]
 
 
-def test_the_checker_finds_pictures_by_their_address(write, tmp_path):
+def test_checker_finds_images_by_their_coco_url(write, tmp_path):
     lvis = make_lvis()
     lvis["images"][1].update(neg_category_ids=None, not_exhaustive_category_ids=None)
     register_lvis_instances(NAME, {}, write(lvis), str(tmp_path))
@@ -101,8 +101,8 @@ def test_the_checker_finds_pictures_by_their_address(write, tmp_path):
     assert checked.repaired["images"][0]["file_name"] == "val2017/000000000009.jpg"
 
 
-def test_classes_of_the_file(write):
-    register_lvis_instances(NAME, {}, write(make_lvis()), "/pictures")
+def test_dataset_without_metadata_gets_the_classes_of_the_file(write):
+    register_lvis_instances(NAME, {}, write(make_lvis()), "/images")
     assert DatasetCatalog.get(NAME)[1]["annotations"][0]["category_id"] == 2
     metadata = MetadataCatalog.get(NAME)
     assert metadata.evaluator_type == "lvis" and metadata.thing_classes == ["acorn", "boat", "zebra"]
@@ -111,63 +111,63 @@ def test_classes_of_the_file(write):
     DatasetCatalog.get(NAME)  # reads the same again
 
 
-def test_ids_with_gaps(write):
+def test_category_ids_with_gaps_are_mapped(write):
     lvis = make_lvis()
     lvis["categories"][0]["id"] = lvis["annotations"][0]["category_id"] = 70
-    register_lvis_instances(NAME, {}, write(lvis), "/pictures")
+    register_lvis_instances(NAME, {}, write(lvis), "/images")
     assert DatasetCatalog.get(NAME)[1]["annotations"][0]["category_id"] == 2
     assert MetadataCatalog.get(NAME).thing_dataset_id_to_contiguous_id == {1: 0, 2: 1, 70: 2}
 
 
-def test_given_classes(write):
+def test_classes_of_the_metadata_are_kept(write):
     path = write(make_lvis())
-    register_lvis_instances(NAME, {"thing_classes": ["a", "b", "c"]}, path, "/pictures")
+    register_lvis_instances(NAME, {"thing_classes": ["a", "b", "c"]}, path, "/images")
     assert DatasetCatalog.get(NAME)[1]["annotations"][0]["category_id"] == 2
-    register_lvis_instances(NAME, {"thing_classes": ["a", "b"]}, path, "/pictures", overwrite=True)
+    register_lvis_instances(NAME, {"thing_classes": ["a", "b"]}, path, "/images", overwrite=True)
     with pytest.raises(
         ValueError, match=r"lvis\.json: category ids \[3\] are not among the 2 classes .*'lvis_test'"
     ):
         DatasetCatalog.get(NAME)
 
 
-def test_lvis_names_of_its_own_classes(write):
+def test_dataset_name_selects_the_classes_of_a_version(write):
     names = [{"id": c["id"], "name": c["name"]} for c in V0_5]
-    register_lvis_instances("lvis_v0.5_test_of_mine", {}, write(make_lvis(categories=names)), "/pictures")
+    register_lvis_instances("lvis_v0.5_test_of_mine", {}, write(make_lvis(categories=names)), "/images")
     DatasetCatalog.get("lvis_v0.5_test_of_mine")
     assert MetadataCatalog.get("lvis_v0.5_test_of_mine").thing_classes[2] == "air_conditioner"
-    # The name asks for 1203 classes, the file has three.
-    register_lvis_instances("lvis_v1_test", {}, write(make_lvis()), "/pictures")
+    # The name stands for 1203 classes, the file has three.
+    register_lvis_instances("lvis_v1_test", {}, write(make_lvis()), "/images")
     DatasetCatalog.get("lvis_v1_test")
     assert len(MetadataCatalog.get("lvis_v1_test").thing_classes) == 3
 
 
-def test_errors(write, tmp_path):
+def test_malformed_lvis_file_is_refused(write, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.json"):
-        load_lvis_json(str(tmp_path / "none.json"), "/pictures")
+        load_lvis_json(str(tmp_path / "none.json"), "/images")
     lvis = make_lvis()
     lvis["annotations"][0]["category_id"] = 7
     with pytest.raises(
-        ValueError, match=r"annotation 1 of image '/pictures/val2017/0+9\.jpg' .* category id 7"
+        ValueError, match=r"annotation 1 of image '/images/val2017/0+9\.jpg' .* category id 7"
     ):
-        load_lvis_json(write(lvis), "/pictures", NAME)
+        load_lvis_json(write(lvis), "/images", NAME)
     lvis = make_lvis()
     del lvis["images"][1]["file_name"]
     with pytest.raises(ValueError, match="has no 'file_name'"):
-        load_lvis_json(write(lvis), "/pictures")
+        load_lvis_json(write(lvis), "/images")
     lvis = make_lvis()
     lvis["annotations"][0]["bbox"] = [1, 2, 0, 8]
     with pytest.raises(ValueError, match="box without area"):
-        load_lvis_json(write(lvis), "/pictures")
-    assert load_lvis_json(write(lvis), "/pictures", empty_boxes="drop")[1]["annotations"] == []
+        load_lvis_json(write(lvis), "/images")
+    assert load_lvis_json(write(lvis), "/images", empty_boxes="drop")[1]["annotations"] == []
     with pytest.raises(ValueError, match="empty_boxes must be"):
-        load_lvis_json(write(lvis), "/pictures", empty_boxes="keep")
+        load_lvis_json(write(lvis), "/images", empty_boxes="keep")
     with pytest.raises(TypeError, match="register_lvis_instances: json_file"):
-        register_lvis_instances(NAME, {}, None, "/pictures")
+        register_lvis_instances(NAME, {}, None, "/images")
     with pytest.raises(ValueError, match="no built-in LVIS metadata for dataset 'lvis_v2'"):
         get_lvis_instances_meta("lvis_v2")
 
 
-def test_tables():
+def test_tables_of_lvis_categories():
     for table, num_classes, frequencies in (
         (V1, 1203, {"r": 337, "c": 461, "f": 405}),
         (V0_5, 1230, {"r": 454, "c": 461, "f": 315}),
@@ -184,13 +184,13 @@ def test_tables():
     }
     assert V1[-1]["name"] == "zucchini" and V1[1]["synset"] == "air_conditioner.n.01"
     assert V0_5[0] == {"id": 1, "name": "acorn", "synset": "acorn.n.01", "frequency": "r"}
-    # What rare, common and frequent mean: up to 10 and up to 100 training pictures, and more.
+    # Rare: up to 10 training images; common: up to 100; frequent: more.
     for c in V1:
         assert c["frequency"] == ("r" if c["image_count"] <= 10 else "c" if c["image_count"] <= 100 else "f")
     assert LVIS_CATEGORY_IMAGE_COUNT[1] == {"id": 2, "image_count": 364}
 
 
-def test_builtin_sets(tmp_path):
+def test_builtin_lvis_datasets(tmp_path):
     names = [name for name in DatasetCatalog.list() if name.startswith("lvis_v")]
     assert set(names) >= {
         *(f"lvis_v1_{split}" for split in ("train", "val", "test_dev", "test_challenge")),

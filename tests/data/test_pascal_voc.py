@@ -1,4 +1,4 @@
-"""Pascal VOC folders, registered and by uri."""
+"""Pascal VOC folders, registered and by dataset URI."""
 
 import logging
 
@@ -25,7 +25,7 @@ def xml(*objects, size="<size><width>40</width><height>30</height></size>"):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two pictures for train, one for val; the class "owl" is in val only."""
+    """Write two images for train, one for val; the class "owl" is in val only."""
     for part in ("Annotations", "ImageSets/Main", "JPEGImages"):
         (tmp_path / part).mkdir(parents=True)
     for name, suffix in (("b", "jpg"), ("a", "png"), ("c", "jpg")):
@@ -43,7 +43,7 @@ def folder(tmp_path):
 CLASSES = ["crow", "owl", "wren"]
 
 
-def test_load(folder):
+def test_boxes_are_one_based_by_default(folder):
     b, a = load_voc_instances(str(folder), "train", CLASSES)
     assert b == {
         "file_name": str(folder / "JPEGImages/b.jpg"),
@@ -59,7 +59,7 @@ def test_load(folder):
     ]
 
 
-def test_address_takes_boxes_as_written_and_classes_of_all_splits(folder):
+def test_uri_reads_boxes_as_written_and_classes_of_all_splits(folder):
     uri = f"voc:{folder}@train"
     check_datasets_exist(uri)
     dicts = DatasetCatalog.get(uri)
@@ -70,7 +70,7 @@ def test_address_takes_boxes_as_written_and_classes_of_all_splits(folder):
     assert DatasetCatalog.get(f"voc:{folder}@val")[0]["annotations"][0]["category_id"] == 1
 
 
-def test_register(folder):
+def test_register_pascal_voc(folder):
     name = "voc_test_birds"
     try:
         register_pascal_voc(name, str(folder), "train", 2012, CLASSES)
@@ -84,8 +84,8 @@ def test_register(folder):
         MetadataCatalog.remove(name)
 
 
-def test_box_of_one_pixel(folder, caplog, monkeypatch):
-    """VOC's maximum is included: such a box has an area where pixels are counted from 1, else none."""
+def test_box_of_one_pixel_has_an_area_if_one_based(folder, caplog, monkeypatch):
+    """One-based boxes include their maximum, so such a box has an area; otherwise it has none."""
     monkeypatch.setattr(logging.getLogger("detlib"), "propagate", True)
     (folder / "Annotations/c.xml").write_text(xml(("owl", (5, 6, 5, 8)), ("owl", (1, 1, 4, 4))))
     with caplog.at_level(logging.WARNING, logger="detlib"):
@@ -110,13 +110,13 @@ def test_box_of_one_pixel(folder, caplog, monkeypatch):
         ("<annotation>", "not valid XML"),
     ],
 )
-def test_errors_name_the_file(folder, text, message):
+def test_error_names_the_file(folder, text, message):
     (folder / "Annotations/c.xml").write_text(text)
     with pytest.raises(ValueError, match=f"c.xml.*{message}"):
         load_voc_instances(str(folder), "val", CLASSES)
 
 
-def test_what_is_missing(folder):
+def test_error_for_missing_lists_annotations_and_images(folder):
     with pytest.raises(FileNotFoundError, match="none.txt' does not exist.*train, val"):
         check_datasets_exist(f"voc:{folder}@none")
     with pytest.raises(FileNotFoundError, match="the folder '/nowhere' does not exist"):
@@ -143,7 +143,7 @@ def test_encodings_of_the_annotations(folder, encoding):
     assert not check_dataset(f"voc:{folder}@val", images=False).num_errors
 
 
-def test_unknown_encoding_is_told_with_the_file(folder):
+def test_error_for_an_unknown_encoding_names_the_file(folder):
     text = '<?xml version="1.0" encoding="nonsense"?>' + xml()
     (folder / "Annotations/c.xml").write_text(text)
     with pytest.raises(ValueError, match="c.xml' is not valid XML: unknown encoding: nonsense"):
@@ -162,7 +162,7 @@ def test_lists_of_a_windows_editor(folder):
     assert "bad-file" in {f.kind for f in check_dataset(f"voc:{folder}@train").findings}
 
 
-def test_names_with_spaces(folder):
+def test_image_names_with_spaces(folder):
     for part, suffix in (("Annotations", "xml"), ("JPEGImages", "jpg")):
         (folder / f"{part}/c.{suffix}").rename(folder / f"{part}/my bird 1.{suffix}")
     (folder / "ImageSets/Main/val.txt").write_text("my bird 1\na  -1\n")
@@ -172,7 +172,7 @@ def test_names_with_spaces(folder):
         load_voc_instances(str(folder), "val", CLASSES)
 
 
-def test_what_is_listed_twice_is_taken_once(folder, caplog, monkeypatch):
+def test_duplicates_in_lists_are_read_once(folder, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("detlib"), "propagate", True)
     (folder / "ImageSets/Main/train.txt").write_text("b\na\nb\n")
     assert [r["image_id"] for r in load_voc_instances(str(folder), "train", CLASSES)] == ["b", "a"]

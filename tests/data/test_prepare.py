@@ -1,4 +1,4 @@
-"""What is made of downloads for the built-in data sets, on small generated trees."""
+"""Files derived from downloads for the built-in datasets, on small generated trees."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def make_ade20k(root, count=5):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_ade20k(tmp_path, workers):
+def test_ade20k_labels_are_shifted(tmp_path, workers):
     base, maps = make_ade20k(tmp_path)
     assert prepare_ade20k(str(tmp_path), workers=workers) == 10
     for (split, name), labels in maps.items():
@@ -65,13 +65,13 @@ def test_ade20k(tmp_path, workers):
         str(base / "annotations_detectron2" / "validation"), str(base / "images" / "validation")
     )
     assert len(records) == 5
-    # What is there stays; what was broken off is made.
+    # Existing files are kept; missing files are written.
     (base / "annotations_detectron2" / "training" / "3.png").unlink()
     assert prepare_ade20k(str(tmp_path), workers=1) == 1
     assert prepare_ade20k(str(tmp_path), workers=1, overwrite=True) == 10
 
 
-def test_ade20k_errors(tmp_path):
+def test_ade20k_refuses_missing_or_malformed_downloads(tmp_path):
     with pytest.raises(FileNotFoundError, match="ADEChallengeData2016.*annotations"):
         prepare_ade20k(str(tmp_path))
     base, _ = make_ade20k(tmp_path, 1)
@@ -83,8 +83,8 @@ def test_ade20k_errors(tmp_path):
 
 
 def make_panoptic(root, name="val2017", count=3):
-    """Pictures with a person (1), a dog (18), grass (193) and no label; ids of three bytes."""
-    annotations, truth = [], {}
+    """Write images with a person (1), a dog (18), grass (193) and no label; ids have three bytes."""
+    annotations, expected = [], {}
     for i in range(count):
         ids = np.zeros((5, 8), dtype=np.int64)
         ids[0], ids[1], ids[2, :4], ids[2, 4:] = 70000 + i, 300, 193, 5
@@ -101,35 +101,35 @@ def make_panoptic(root, name="val2017", count=3):
         want = np.full((5, 8), 255)
         stuff = [c["id"] for c in COCO_CATEGORIES if not c["isthing"]]
         want[:2], want[2, :4], want[2, 4:] = 0, 1 + stuff.index(193), 1 + stuff.index(92)
-        truth[f"{i:012d}.png"] = want
+        expected[f"{i:012d}.png"] = want
     path = root / "coco" / "annotations" / f"panoptic_{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"images": [], "annotations": annotations, "categories": []}
     path.write_text(json.dumps(content))
-    return path, content, truth
+    return path, content, expected
 
 
-def test_coco_stuff(tmp_path):
-    path, content, truth = make_panoptic(tmp_path)
+def test_coco_stuff_labels(tmp_path):
+    path, content, expected = make_panoptic(tmp_path)
     hundred = {**content, "annotations": content["annotations"][:1]}
     path.with_name("panoptic_val2017_100.json").write_text(json.dumps(hundred))
     assert prepare_coco_stuff(str(tmp_path), workers=1) == 4
     coco = tmp_path / "coco"
-    for name, want in truth.items():
+    for name, want in expected.items():
         np.testing.assert_array_equal(read(coco / "panoptic_stuff_val2017" / name), want)
-    # The pictures of the small set are among those of the whole one.
+    # The images of the small dataset are among those of the full one.
     for folder in ("panoptic_stuff_val2017_100", "panoptic_val2017_100"):
         assert os.listdir(coco / folder) == ["000000000000.png"]
     first = "000000000000.png"
-    np.testing.assert_array_equal(read(coco / "panoptic_stuff_val2017_100" / first), truth[first])
+    np.testing.assert_array_equal(read(coco / "panoptic_stuff_val2017_100" / first), expected[first])
     np.testing.assert_array_equal(
         read(coco / "panoptic_val2017_100" / first), read(coco / "panoptic_val2017" / first)
     )
     classes = _get_builtin_metadata("coco_panoptic_separated")["stuff_classes"]
-    assert classes[truth[first][2, 0]] == "grass" and classes[0] == "things"
+    assert classes[expected[first][2, 0]] == "grass" and classes[0] == "things"
 
 
-def test_coco_stuff_errors(tmp_path):
+def test_coco_stuff_refuses_missing_or_malformed_downloads(tmp_path):
     with pytest.raises(FileNotFoundError, match="panoptic_train2017.json.*panoptic_val2017_100.json"):
         prepare_coco_stuff(str(tmp_path))
     path, content, _ = make_panoptic(tmp_path, count=1)
@@ -180,7 +180,7 @@ def test_cityscapes_equals_cityscapesscripts(tmp_path, workers):
     assert prepare_cityscapes(str(tmp_path), workers=1, overwrite=True) == 4
 
 
-def test_cityscapes_errors(tmp_path):
+def test_cityscapes_refuses_missing_or_malformed_downloads(tmp_path):
     with pytest.raises(FileNotFoundError, match="Cityscapes' fine annotations, .*gtFine"):
         prepare_cityscapes(str(tmp_path))
     (tmp_path / "cityscapes" / "gtFine").mkdir(parents=True)
@@ -197,7 +197,7 @@ def test_cityscapes_errors(tmp_path):
 
 
 def test_coco_synsets():
-    """Each of COCO's classes has a synset, and LVIS v0.5 knows all but two of them."""
+    """Each of COCO's classes has a synset, and LVIS v0.5 has all but two of these."""
     assert sorted(c["id"] for c in COCO_SYNSETS.values()) == [
         c["id"] for c in COCO_CATEGORIES if c["isthing"]
     ]
@@ -209,7 +209,7 @@ def test_coco_synsets():
     assert other_names["suitcase"] == "suitcase" and other_names["handbag"] == "handbag"
 
 
-def test_lvis_cocofied(tmp_path):
+def test_cocofied_lvis_has_cocos_ids(tmp_path):
     ids = {category["name"]: category["id"] for category in LVIS_CATEGORIES}
     coco = {category["name"]: category["id"] for category in COCO_CATEGORIES}
 
@@ -256,13 +256,13 @@ def test_lvis_cocofied(tmp_path):
     assert made["images"][0]["neg_category_ids"] == [coco["zebra"]]
     assert made["images"][0]["not_exhaustive_category_ids"] == [coco["couch"]]
     assert made["images"][1] == lvis["images"][1]
-    # It fits the metadata of the built-in set.
+    # It matches the metadata of the built-in dataset.
     records = load_lvis_json(str(target), "images", "lvis_v0.5_val_cocofied")
     classes = MetadataCatalog.get("lvis_v0.5_val_cocofied").thing_classes
     assert [classes[a["category_id"]] for a in records[0]["annotations"]] == ["cow", "couch"]
 
 
-def test_lvis_errors(tmp_path):
+def test_lvis_refuses_files_without_coco_classes(tmp_path):
     with pytest.raises(FileNotFoundError, match="lvis_v0.5_train.json.*lvis_v0.5_val.json"):
         prepare_lvis_cocofied(str(tmp_path))
     path = tmp_path / "lvis" / "lvis_v0.5_train.json"
@@ -272,7 +272,7 @@ def test_lvis_errors(tmp_path):
         prepare_lvis_cocofied(str(tmp_path))
 
 
-def test_command(tmp_path, capsys):
+def test_command_writes_files_or_exits_with_2(tmp_path, capsys):
     make_ade20k(tmp_path, 1)
     assert main(["ade20k", "--root", str(tmp_path), "--workers", "1"]) == 0
     assert "ade20k: 2 files written below" in capsys.readouterr().out
@@ -294,6 +294,6 @@ def test_command(tmp_path, capsys):
         ("lvis_v0.5_val_cocofied", "lvis-cocofied"),
     ],
 )
-def test_missing_files_name_the_command(name, command):
+def test_error_for_missing_files_names_the_command(name, command):
     with pytest.raises(FileNotFoundError, match=f"python -m detlib.data.prepare {command}`"):
         builtin.DatasetCatalog.get(name)

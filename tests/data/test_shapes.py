@@ -1,4 +1,4 @@
-"""The generated shapes: the same everywhere, and annotated as they are drawn."""
+"""The generated shapes: reproducible images, and annotations that match them."""
 
 import hashlib
 import os
@@ -24,7 +24,7 @@ def pixels(record, key="file_name"):
     return np.asarray(Image.open(record[key]))
 
 
-def test_standard_dicts():
+def test_boxes_are_the_extent_of_polygons_and_keypoints_are_inside():
     dicts = DatasetCatalog.get("shapes:train?num=12&size=96&seed=4")
     assert len(dicts) == 12 and len({d["image_id"] for d in dicts}) == 12
     for record in dicts:
@@ -44,8 +44,8 @@ def test_standard_dicts():
             assert left[0] < center[0] < right[0] and top[1] < center[1] < bottom[1]
 
 
-def test_pictures_do_not_change():
-    """The pictures of this seed, by their pixels: a change here asks for a new version of the cache."""
+def test_images_of_a_seed_do_not_change():
+    """A change of the pixels of this seed requires a new version of the cache."""
     digest = hashlib.sha256()
     for record in load_shapes(ShapesParameters("train", num=6, size=64, seed=1)):
         digest.update(pixels(record).tobytes())
@@ -54,7 +54,7 @@ def test_pictures_do_not_change():
     assert digest.hexdigest() == "b1ebeb3beb3f0748b233e0fc68bf56ccba087bab91152a242c782de20cdb650e"
 
 
-def test_seed_split_and_number():
+def test_images_depend_on_seed_and_split_and_not_on_their_number():
     first = load_shapes(ShapesParameters("train", num=3, size=48))
     more = load_shapes(ShapesParameters("train", num=5, size=48))
     for a, b in zip(first, more):
@@ -67,8 +67,8 @@ def test_seed_split_and_number():
     assert ShapesParameters("train").num == 1000 and ShapesParameters("val").num == 200
 
 
-def test_labels_are_where_the_polygons_are():
-    """Against Pillow's rasteriser, whose edges differ: the intersection over union must be high."""
+def test_label_maps_match_the_polygons():
+    """Pillow's rasterizer treats edges differently, so the IoU is high but not 1."""
     seen = set()
     for record in load_shapes(ShapesParameters("val", num=10, size=128)):
         canvas = Image.new("L", (4 * 128, 4 * 128))
@@ -85,7 +85,9 @@ def test_labels_are_where_the_polygons_are():
             if visibility == 2:
                 outside = image[~things]
                 inside = image[int(y) - 1 : int(y) + 2, int(x) - 1 : int(x) + 2].reshape(-1, 3)
-                assert np.abs(inside.mean(0) - outside.mean(0)).sum() > 60, "shapes stand out from the ground"
+                assert np.abs(inside.mean(0) - outside.mean(0)).sum() > 60, (
+                    "shapes must contrast with the background"
+                )
     assert seen == {0, 1, 2, 3}
 
 
@@ -108,7 +110,7 @@ def test_segments_agree_with_labels_and_annotations():
             assert y0 - 1 <= rows.min() and rows.max() < y1 + 1
 
 
-def test_hidden_keypoints():
+def test_hidden_keypoints_have_visibility_1():
     """A keypoint that a later shape covers has visibility 1."""
     hidden = 0
     for record in load_shapes(ShapesParameters("train", num=100, size=64)):
@@ -138,7 +140,7 @@ def test_metadata():
     assert {n for rule in metadata.keypoint_connection_rules for n in rule[:2]} <= set(names)
 
 
-def test_cache_is_used_mended_and_left_clean(cache):
+def test_cache_is_reused_and_repaired(cache):
     parameters = ShapesParameters("train", num=2, size=32)
     dicts = load_shapes(parameters)
     written = os.stat(dicts[0]["file_name"]).st_mtime_ns
@@ -155,7 +157,7 @@ def test_cache_is_used_mended_and_left_clean(cache):
 
 
 class TestRectangles:
-    def test_boxes_are_where_the_polygons_are(self):
+    def test_rotated_boxes_match_the_polygons(self):
         angles = []
         for record in DatasetCatalog.get("shapes:val?rotated=1&num=30&size=96"):
             for annotation in record["annotations"]:
@@ -176,7 +178,7 @@ class TestRectangles:
         with pytest.raises(ValueError, match="rotated=2 is out of range: 0 to 1"):
             MetadataCatalog.get("shapes:train?rotated=2")
 
-    def test_pictures_do_not_change(self):
+    def test_images_of_a_seed_do_not_change(self):
         digest = hashlib.sha256()
         for record in load_shapes(ShapesParameters("train", num=6, size=64, seed=1, rotated=1)):
             digest.update(pixels(record).tobytes())

@@ -1,4 +1,4 @@
-"""YOLO folders: where things are found, what the lines become, and what is refused."""
+"""YOLO datasets: paths, conversion of label lines, and errors."""
 
 import json
 
@@ -11,7 +11,7 @@ from detlib.data.check import check_dataset
 from detlib.data.datasets import load_yolo, register_yolo
 from detlib.data.detection_utils import create_keypoint_hflip_indices
 from detlib.structures import BoxMode
-from tests.data.small_sets import CLASSES, picture, write, write_yolo
+from tests.data.small_datasets import CLASSES, make_image, write, write_yolo
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def forget():
     DatasetCatalog.pop("yolo_test", None)
 
 
-def test_boxes(tmp_path):
+def test_boxes_become_absolute_xyxy(tmp_path):
     uri = write_yolo(tmp_path)
     check_datasets_exist(uri)
     metadata = MetadataCatalog.get(uri)
@@ -42,14 +42,14 @@ def test_boxes(tmp_path):
     assert b["annotations"] == []
 
 
-def test_polygons_beside_boxes(tmp_path):
+def test_polygons_and_boxes_in_one_file(tmp_path):
     write_yolo(tmp_path, {"a": "1 0.1 0.1 0.5 0.1 0.1 0.4\n1 0.5 0.5 0.2 0.2\n"})
     polygon, box = load_yolo(f"{tmp_path}/data.yaml", "train")[0]["annotations"]
     assert polygon["segmentation"] == [[4, 3, 20, 3, 4, 12]] and polygon["bbox"] == [4, 3, 20, 12]
     assert "segmentation" not in box and box["bbox"] == [16, 12, 24, 18]
 
 
-def test_poses(tmp_path):
+def test_poses_have_keypoints_and_flip_pairs(tmp_path):
     uri = write_yolo(
         tmp_path,
         {"a": "0 0.5 0.5 1 1 0.25 0.5 2 0.5 0.5 1 0 0 0\n"},
@@ -70,11 +70,11 @@ def test_poses_without_visibility_or_flip_map(tmp_path, log):
     assert "has no flip_idx" in log.text
 
 
-def test_sizes_are_upright(tmp_path):
+def test_sizes_follow_the_exif_rotation(tmp_path):
     write_yolo(tmp_path, {"a": "0 0.5 0.5 0.5 0.5\n"})
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture().save(tmp_path / "images/train/a.jpg", exif=exif)
+    make_image().save(tmp_path / "images/train/a.jpg", exif=exif)
     record = load_yolo(f"{tmp_path}/data.yaml", "train")[0]
     assert (record["width"], record["height"]) == (30, 40)
     assert record["annotations"][0]["bbox"] == [7.5, 10, 22.5, 30]
@@ -90,7 +90,7 @@ def test_sizes_are_upright(tmp_path):
         {"train": "list.txt"},
     ],
 )
-def test_places_and_names(tmp_path, keys):
+def test_variants_of_paths_and_names(tmp_path, keys):
     keys = {k: str(tmp_path) if v == "FOLDER" else v for k, v in keys.items()}
     uri = write_yolo(tmp_path, **keys)
     if isinstance(keys.get("names"), dict):  # JSON has no integer keys
@@ -102,16 +102,16 @@ def test_places_and_names(tmp_path, keys):
     assert MetadataCatalog.get(uri).thing_classes == CLASSES
 
 
-def test_same_names_in_two_folders(tmp_path):
+def test_image_ids_are_paths_if_names_repeat(tmp_path):
     write_yolo(tmp_path, train=["images/train", "images/more"])
-    write(tmp_path / "images/more/a.jpg", picture())
+    write(tmp_path / "images/more/a.jpg", make_image())
     dicts = load_yolo(f"{tmp_path}/data.yaml", "train")
     assert [record["image_id"] for record in dicts] == [
         f"{tmp_path}/images/{name}" for name in ("train/a", "train/b", "more/a")
     ]
 
 
-def test_labels_are_found_from_within_the_folder(tmp_path, monkeypatch):
+def test_labels_are_found_by_relative_paths(tmp_path, monkeypatch):
     write_yolo(tmp_path)
     write(f"{tmp_path}/labels/train/alone.txt", "0 0.5 0.5 0.5 0.5\n")
     monkeypatch.chdir(tmp_path)
@@ -120,15 +120,15 @@ def test_labels_are_found_from_within_the_folder(tmp_path, monkeypatch):
     assert "label-without-image" in {f.kind for f in check_dataset("yolo:data.yaml@train").findings}
 
 
-def test_pictures_in_folders_with_a_dot(tmp_path):
+def test_image_folders_may_have_a_dot(tmp_path):
     write_yolo(tmp_path)
-    write(f"{tmp_path}/images/train/take.2/c.jpg", picture())
+    write(f"{tmp_path}/images/train/take.2/c.jpg", make_image())
     write(f"{tmp_path}/labels/train/take.2/c.txt", "1 0.5 0.5 0.5 0.5\n")
     dicts = load_yolo(f"{tmp_path}/data.yaml", "train")
     assert {record["image_id"]: len(record["annotations"]) for record in dicts} == {"a": 2, "b": 0, "c": 1}
 
 
-def test_list_of_a_windows_editor(tmp_path):
+def test_list_file_of_a_windows_editor(tmp_path):
     write_yolo(tmp_path, train="train.txt")
     write(f"{tmp_path}/train.txt", "\ufeffimages/train/b.jpg\r\nimages/train/a.jpg\r\n")
     assert [r["image_id"] for r in load_yolo(f"{tmp_path}/data.yaml", "train")] == ["b", "a"]
@@ -137,14 +137,14 @@ def test_list_of_a_windows_editor(tmp_path):
         load_yolo(f"{tmp_path}/data.yaml", "train")
 
 
-def test_labels_beside_pictures(tmp_path):
+def test_labels_next_to_images(tmp_path):
     write(tmp_path / "data.yaml", json.dumps({"train": "pics", "names": CLASSES}))
-    write(tmp_path / "pics/a.png", picture())
+    write(tmp_path / "pics/a.png", make_image())
     write(tmp_path / "pics/a.txt", "1 0.5 0.5 1 1")
     assert len(load_yolo(f"{tmp_path}/data.yaml", "train")[0]["annotations"]) == 1
 
 
-def test_object_store(tmp_path):
+def test_yolo_in_an_object_store(tmp_path):
     uri = write_yolo("memory://yolo/set", train="./images/train")
     check_datasets_exist(uri)
     dicts = DatasetCatalog.get(uri)
@@ -152,7 +152,7 @@ def test_object_store(tmp_path):
     assert dicts[0]["file_name"] == "memory://yolo/set/images/train/a.jpg"
 
 
-def test_register(tmp_path, log):
+def test_register_yolo_drops_empty_boxes_and_duplicates(tmp_path, log):
     write_yolo(tmp_path, {"a": "1 0.5 0.5 0 1\n0 0.5 0.5 1 1\n0 0.5 0.5 1 1\n"})
     register_yolo("yolo_test", f"{tmp_path}/data.yaml", "val", empty_boxes="drop")
     register_yolo("yolo_test", f"{tmp_path}/data.yaml", "val", empty_boxes="drop", overwrite=True)
@@ -176,7 +176,7 @@ def test_register(tmp_path, log):
         ("0 0.1 0.1 0.1 0.3 0.1 0.2", "no area"),
     ],
 )
-def test_errors_name_file_and_line(tmp_path, line, message):
+def test_error_names_label_file_and_line(tmp_path, line, message):
     write_yolo(tmp_path, {"a": f"0 0.5 0.5 1 1\n\n{line}\n"})
     with pytest.raises(ValueError, match=f"labels/train/a.txt, line 3: .*{message}"):
         load_yolo(f"{tmp_path}/data.yaml", "train")
@@ -199,13 +199,13 @@ def test_errors_name_file_and_line(tmp_path, line, message):
         ({"kpt_shape": [1, 3]}, ValueError, r"a.txt, line 1: 5 values; .* must be 8"),
     ],
 )
-def test_errors_name_the_key(tmp_path, keys, error, message):
+def test_error_names_the_key_of_data_yaml(tmp_path, keys, error, message):
     uri = write_yolo(tmp_path, **keys)
     with pytest.raises(error, match=message):
         DatasetCatalog.get(uri)
 
 
-def test_broken_yaml(tmp_path):
+def test_malformed_data_yaml_is_refused(tmp_path):
     for text, message in (("- a\n", "not a list"), ("a: [", "not valid YAML")):
         (tmp_path / "data.yaml").write_text(text)
         with pytest.raises(ValueError, match=message):

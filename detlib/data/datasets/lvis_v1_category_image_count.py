@@ -1,4 +1,4 @@
-"""How many training pictures of LVIS v1 each category is in."""
+"""The number of training images of LVIS v1 with each category."""
 
 from __future__ import annotations
 

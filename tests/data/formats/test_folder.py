@@ -1,4 +1,4 @@
-"""Addresses of folders and of Roboflow's exports, and all formats in an object store."""
+"""Detection of a folder's format, Roboflow's exports, and all formats in an object store."""
 
 import json
 
@@ -10,10 +10,10 @@ from detlib.data.build import images_per_epoch
 from detlib.data.catalog import check_datasets_exist
 from detlib.data.datasets import load_roboflow, register_roboflow
 from detlib.data.detection_utils import read_image
-from tests.data.small_sets import (
+from tests.data.small_datasets import (
     CLASSES,
     coco_content,
-    picture,
+    make_image,
     write,
     write_coco,
     write_roboflow,
@@ -36,7 +36,7 @@ def forget(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("scheme", WRITERS)
-def test_object_store(scheme):
+def test_every_format_is_read_from_an_object_store(scheme):
     uri = WRITERS[scheme](f"memory://front/{scheme}")
     check_datasets_exist(uri)
     dicts = DatasetCatalog.get(uri)
@@ -50,7 +50,7 @@ def test_object_store(scheme):
 
 
 @pytest.mark.parametrize("scheme", WRITERS)
-def test_folder(scheme, tmp_path, log):
+def test_dir_detects_every_format(scheme, tmp_path, log):
     uri = WRITERS[scheme](tmp_path / "set")
     name = f"dir:{tmp_path}/set"
     check_datasets_exist(name)
@@ -59,7 +59,7 @@ def test_folder(scheme, tmp_path, log):
     assert MetadataCatalog.get(name).thing_classes == CLASSES
 
 
-def test_roboflow_root_is_no_class(tmp_path):
+def test_roboflow_root_category_is_not_a_class(tmp_path):
     uri = write_roboflow(tmp_path, "valid")
     assert MetadataCatalog.get(uri).thing_dataset_id_to_contiguous_id == {3: 0, 5: 1, 7: 2}
     assert DatasetCatalog.get(f"roboflow:{tmp_path}@val") == DatasetCatalog.get(uri)
@@ -75,15 +75,15 @@ def test_roboflow_root_is_no_class(tmp_path):
         load_roboflow(str(tmp_path), "train")
 
 
-def test_coco_places(tmp_path):
+def test_dir_finds_coco_files_and_images_of_each_split(tmp_path):
     for split in ("train", "val"):
         write(tmp_path / f"annotations/instances_{split}2017.json", json.dumps(coco_content()))
-        write(tmp_path / f"{split}2017/a.jpg", picture())
+        write(tmp_path / f"{split}2017/a.jpg", make_image())
     assert DatasetCatalog.get(f"dir:{tmp_path}@val")[0]["file_name"] == f"{tmp_path}/val2017/a.jpg"
     assert DatasetCatalog.get(f"dir:{tmp_path}")[0]["file_name"] == f"{tmp_path}/train2017/a.jpg"
 
 
-def test_coco_files_whose_pictures_are_elsewhere(tmp_path):
+def test_dir_names_coco_files_whose_images_are_missing(tmp_path):
     write_coco(tmp_path)
     (tmp_path / "images").rename(tmp_path / "photographs")
     with pytest.raises(
@@ -94,7 +94,7 @@ def test_coco_files_whose_pictures_are_elsewhere(tmp_path):
     assert len(DatasetCatalog.get(f"dir:{tmp_path}@ann")) == 2
 
 
-def test_options_are_handed_on(tmp_path):
+def test_dir_passes_options_on(tmp_path):
     content = coco_content()
     content["annotations"][0]["bbox"] = [1, 1, 0, 4]
     write_coco(tmp_path, content)
@@ -103,7 +103,7 @@ def test_options_are_handed_on(tmp_path):
     assert len(DatasetCatalog.get(f"dir:{tmp_path}?empty_boxes=drop")[0]["annotations"]) == 2
 
 
-def test_near_misses(tmp_path):
+def test_dir_lists_what_it_searched_for_if_it_finds_nothing(tmp_path):
     with pytest.raises(FileNotFoundError, match="the folder '/nowhere' does not exist"):
         check_datasets_exist("dir:/nowhere")
     write(tmp_path / "labels/a.txt", "0 0.5 0.5 1 1")
@@ -115,7 +115,7 @@ def test_near_misses(tmp_path):
     assert "The folder has: labels." in message
 
 
-def test_ambiguous_folders(tmp_path):
+def test_dir_refuses_unknown_splits_and_ambiguous_folders(tmp_path):
     write_voc(tmp_path)
     with pytest.raises(ValueError, match="no split 'tarin', only: train. Did you mean 'train'"):
         check_datasets_exist(f"dir:{tmp_path}@tarin")
@@ -128,9 +128,9 @@ def test_ambiguous_folders(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("filter_empty", "said"), [(True, "dropped 1 of 2 images"), (False, "kept 1 of 2 images")]
+    ("filter_empty", "logged"), [(True, "dropped 1 of 2 images"), (False, "kept 1 of 2 images")]
 )
-def test_images_without_objects_are_counted(tmp_path, filter_empty, said, log):
+def test_images_without_objects_are_counted(tmp_path, filter_empty, logged, log):
     cfg = get_cfg()
     cfg.DATASETS.TRAIN = (write_coco(tmp_path),)
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
@@ -138,4 +138,4 @@ def test_images_without_objects_are_counted(tmp_path, filter_empty, said, log):
     cfg.DATALOADER.NUM_WORKERS = 0
     loader = build_detection_train_loader(cfg)
     assert images_per_epoch(loader) == 2 - filter_empty
-    assert log.text.count("DATALOADER.FILTER_EMPTY_ANNOTATIONS") == 1 and said in log.text
+    assert log.text.count("DATALOADER.FILTER_EMPTY_ANNOTATIONS") == 1 and logged in log.text

@@ -15,7 +15,7 @@ from detlib.data.check import check_dataset
 from detlib.data.convert import convert_dataset
 from detlib.data.detection_utils import read_image
 from detlib.structures import BoxMode
-from tests.data.small_sets import CLASSES, SIZE, coco_content, picture, write, write_coco, write_voc
+from tests.data.small_datasets import CLASSES, SIZE, coco_content, make_image, write, write_coco, write_voc
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +51,7 @@ BOX = shape("owl", [[20, 25], [5, 6]], "rectangle")
 
 def write_labelme(root, *shapes, name="a", **changes):
     write(f"{root}/{name}.json", json.dumps(content(*shapes, **changes)))
-    write(f"{root}/{name}.jpg", picture())
+    write(f"{root}/{name}.jpg", make_image())
     return f"labelme:{root}"
 
 
@@ -142,7 +142,7 @@ def test_flags_mark_crowds_and_difficult_objects(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "place"),
+    ("changes", "path"),
     [
         ({"imagePath": "..\\photos\\b.jpg"}, "photos/b.jpg"),
         ({"imagePath": "C:\\Users\\me\\a.jpg"}, "json/a.jpg"),
@@ -151,15 +151,15 @@ def test_flags_mark_crowds_and_difficult_objects(tmp_path):
         ({"imagePath": None}, "json/a.jpg"),
     ],
 )
-def test_image_is_found(tmp_path, changes, place):
+def test_image_is_found(tmp_path, changes, path):
     uri = write_labelme(tmp_path / "json", BOX, **changes)
-    write(tmp_path / "photos/b.jpg", picture())
-    assert DatasetCatalog.get(uri)[0]["file_name"] == f"{tmp_path}/{place}"
+    write(tmp_path / "photos/b.jpg", make_image())
+    assert DatasetCatalog.get(uri)[0]["file_name"] == f"{tmp_path}/{path}"
 
 
 def test_image_data_is_decoded_only_without_an_image_file(tmp_path):
     buffer = io.BytesIO()
-    picture(color=(200, 10, 10)).save(buffer, "PNG")
+    make_image(color=(200, 10, 10)).save(buffer, "PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
     uri = write_labelme(tmp_path / "with", BOX, imageData=data)
     assert DatasetCatalog.get(uri)[0]["file_name"] == f"{tmp_path}/with/a.jpg"
@@ -217,7 +217,7 @@ FAULTS = [
 
 @pytest.mark.parametrize(("kind", "shapes", "message"), FAULTS)
 def test_invalid_shape_is_refused_and_reported(tmp_path, kind, shapes, message):
-    write_labelme(tmp_path, BOX, name="good")
+    write_labelme(tmp_path, BOX, name="valid")
     uri = write_labelme(tmp_path, *shapes)
     (tmp_path / "labels.txt").write_text("__ignore__\nowl\n")
     with pytest.raises(ValueError, match=f"a.json, .*{message}"):
@@ -242,7 +242,7 @@ def test_invalid_shape_is_refused_and_reported(tmp_path, kind, shapes, message):
 def test_malformed_file_is_named(tmp_path, text, message):
     write(tmp_path / "a.json", text)
     if "imageData" not in message:
-        write(tmp_path / "a.jpg", picture())
+        write(tmp_path / "a.jpg", make_image())
     for use in (DatasetCatalog.get, MetadataCatalog.get) if "labelme" in message else (DatasetCatalog.get,):
         with pytest.raises(ValueError, match=message):
             use(f"labelme:{tmp_path}")
@@ -303,7 +303,7 @@ def test_folder_is_detected(tmp_path, log):
 
 
 def test_other_formats_do_not_read_its_files(tmp_path, monkeypatch):
-    """A folder has thousands of these files, maybe with images in them."""
+    """A folder may have thousands of these files, with embedded images."""
     write_labelme(tmp_path, BOX)
     monkeypatch.setattr(
         "detlib.data.formats.coco.read_coco_json", lambda path: pytest.fail(f"{path} was read")

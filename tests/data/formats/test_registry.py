@@ -13,7 +13,7 @@ from detlib.data.convert import convert_dataset
 from detlib.data.formats import FORMATS, Candidate, Format, ParsedURI, RawSet, register_format
 from detlib.data.formats.base import option_table, uri_table
 from detlib.structures import BoxMode
-from tests.data.small_sets import picture, write, write_coco
+from tests.data.small_datasets import make_image, write, write_coco
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "data.md").read_text()
@@ -55,7 +55,7 @@ def test_formats_are_named_in_their_own_file_only():
 
 
 class LinesURI(ParsedURI):
-    """A format of one line for each box, for the test below."""
+    """A format with one line per box, for the tests below."""
 
     form = "lines:FILE"
 
@@ -149,6 +149,6 @@ def test_a_file_claimed_by_one_format_is_not_read_by_another(tmp_path):
         "categories": [{"id": 1, "name": "bird"}],
     }
     write(tmp_path / "train/_annotations.coco.json", json.dumps(content))
-    write(tmp_path / "train/a.jpg", picture())
+    write(tmp_path / "train/a.jpg", make_image())
     finders = {f.name: f.find(str(tmp_path)) for f in FORMATS.values() if f.find is not None}
     assert [candidate.scheme for found in finders.values() for candidate in found] == ["roboflow"]

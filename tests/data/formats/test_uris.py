@@ -1,4 +1,4 @@
-"""Addresses of COCO files, and how malformed ones are answered."""
+"""Parsing of dataset URIs, errors of malformed ones, and metadata of COCO files."""
 
 import json
 
@@ -29,7 +29,7 @@ COCO = {
 
 @pytest.fixture
 def folder(tmp_path):
-    folder = tmp_path / "some@place"
+    folder = tmp_path / "some@folder"
     (folder / "images").mkdir(parents=True)
     (folder / "ann.json").write_text(json.dumps(COCO))
     yield folder
@@ -38,7 +38,7 @@ def folder(tmp_path):
             MetadataCatalog.remove(name)
 
 
-def test_coco(folder):
+def test_coco_uri_with_option(folder):
     uri = f"coco:{folder}/ann.json@{folder}/images?empty_boxes=drop"
     check_datasets_exist(uri)
     metadata = MetadataCatalog.get(uri)
@@ -56,12 +56,12 @@ def test_coco(folder):
     assert [a["category_id"] for a in dicts[0]["annotations"]] == [1]
 
 
-def test_coco_without_the_option(folder):
+def test_coco_box_without_area_is_an_error_by_default(folder):
     with pytest.raises(ValueError, match=r"ann.json: annotation 2 of image .*a.png.*\?empty_boxes=drop"):
         DatasetCatalog.get(f"coco:{folder}/ann.json@{folder}/images")
 
 
-def test_home_folder(folder, monkeypatch):
+def test_coco_uri_expands_the_home_folder(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
     check_datasets_exist("coco:~/ann.json@~/images")
 
@@ -97,7 +97,7 @@ def test_home_folder(folder, monkeypatch):
         ("ftp:x", KeyError, ", ".join(f"{name}:..." for name in sorted(FORMATS))),
     ],
 )
-def test_errors_name_the_part_that_is_wrong(folder, uri, error, message):
+def test_error_names_the_invalid_part_of_a_uri(folder, uri, error, message):
     uri = uri.replace("FOLDER", str(folder))
     for use in (check_datasets_exist, DatasetCatalog.get):
         with pytest.raises(error, match=message):
@@ -108,8 +108,8 @@ def keypoint_categories(names, **more):
     return {**COCO, "categories": [{"id": i, "name": f"c{i}", "keypoints": names, **more} for i in (2, 5)]}
 
 
-def test_keypoints_of_other_programs(tmp_path, log):
-    """Names in capitals, connections counted from 0, or null; and the same in Roboflow's export."""
+def test_keypoint_names_and_skeletons_of_other_tools(tmp_path, log):
+    """Names with capitals, connections counted from 0 or null, also in Roboflow's export."""
     content = keypoint_categories(["Left Ear", "nose", "Right Ear"], skeleton=[[0, 1], [1, 2], [2, 7]])
     (tmp_path / "a.json").write_text(json.dumps(content))
     metadata = MetadataCatalog.get(f"coco:{tmp_path}/a.json@{tmp_path}")
@@ -127,7 +127,7 @@ def test_keypoints_of_other_programs(tmp_path, log):
 
 
 @pytest.mark.parametrize("names", ["nose", [1, 2], ["nose", "nose"]])
-def test_names_of_keypoints_that_are_none(tmp_path, names):
+def test_malformed_keypoint_names_are_refused_and_dropped_by_the_checker(tmp_path, names):
     (tmp_path / "a.json").write_text(json.dumps(keypoint_categories(names)))
     with pytest.raises(
         ValueError, match="a.json: category 'c2': the keypoints must be a list of distinct names"
@@ -138,7 +138,7 @@ def test_names_of_keypoints_that_are_none(tmp_path, names):
     assert not any("keypoints" in category for category in checked.repaired["categories"])
 
 
-def test_a_file_in_place_of_a_folder_is_told(tmp_path):
+def test_error_for_a_file_in_place_of_a_folder(tmp_path):
     (tmp_path / "set.zip").write_bytes(b"PK")
     with pytest.raises(FileNotFoundError, match="set.zip' is a file, not a folder"):
         check_datasets_exist(f"dir:{tmp_path}/set.zip@train")

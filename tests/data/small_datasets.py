@@ -1,4 +1,4 @@
-"""Small data sets in each format, on disk or in an object store."""
+"""Small datasets in each format, on disk or in an object store. Each function returns the dataset URI."""
 
 import io
 import json
@@ -12,7 +12,7 @@ CLASSES = ["crow", "owl", "wren"]
 
 
 def write(path, content):
-    """Writes text, bytes or a picture; makes the folder."""
+    """Write text, bytes or an image, and create the folder."""
     path = str(path)
     PathManager.mkdirs(path.rpartition("/")[0])
     if isinstance(content, Image.Image):
@@ -23,12 +23,12 @@ def write(path, content):
         file.write(content.encode() if isinstance(content, str) else content)
 
 
-def picture(size=SIZE, color=(10, 200, 90)):
+def make_image(size=SIZE, color=(10, 200, 90)):
     return Image.new("RGB", size, color)
 
 
 def coco_content(**changes):
-    """Two pictures, with three birds on the first, one of them a crowd, and none on the second."""
+    """Return two images; the first has three birds, one of them a crowd, the second has none."""
     triangle = [2.0, 3.0, 10.0, 3.0, 2.0, 12.5]
     annotations = [
         {"id": 1, "image_id": 1, "category_id": 7, "bbox": [2, 3, 8, 9.5], "segmentation": [triangle]},
@@ -48,11 +48,10 @@ def coco_content(**changes):
     }
 
 
-def write_coco(root, content=None, pictures=("a.jpg", "b.jpg")):
-    """Returns the uri."""
+def write_coco(root, content=None, images=("a.jpg", "b.jpg")):
     write(f"{root}/ann.json", json.dumps(coco_content() if content is None else content))
-    for i, name in enumerate(pictures):
-        write(f"{root}/images/{name}", picture(color=(i * 40, 90, 10)))
+    for i, name in enumerate(images):
+        write(f"{root}/images/{name}", make_image(color=(i * 40, 90, 10)))
     return f"coco:{root}/ann.json@{root}/images"
 
 
@@ -66,32 +65,32 @@ def voc_xml(*objects, size=SIZE):
 
 
 def write_voc(root, **files):
-    """Returns the uri. `files` replaces the XML of the pictures a and b."""
+    """Write a dataset in VOC's layout; `files` replaces the XML of the images a and b."""
     xml = {
         "b": voc_xml(("owl", (5, 6, 7, 8))),
         "a": voc_xml(("wren", (2, 3, 10, 12)), ("crow", (0, 0, 40, 30))),
     }
     for i, (name, text) in enumerate({**xml, **files}.items()):
         write(f"{root}/Annotations/{name}.xml", text)
-        write(f"{root}/JPEGImages/{name}.jpg", picture(color=(i * 40, 90, 10)))
+        write(f"{root}/JPEGImages/{name}.jpg", make_image(color=(i * 40, 90, 10)))
     write(f"{root}/ImageSets/Main/train.txt", "b\na\n")
     return f"voc:{root}@train"
 
 
 def write_yolo(root, labels=None, **keys):
-    """Returns the uri. `labels` maps picture names to the text of their label files."""
+    """Write a dataset in YOLO's layout; `labels` maps image names to the text of their label files."""
     labels = {"a": "2 0.15 0.25 0.2 0.3\n0 0.5 0.5 1 1\n", "b": None} if labels is None else labels
     data = {"train": "images/train", "val": "images/train", "names": CLASSES, **keys}
     write(f"{root}/data.yaml", json.dumps({k: v for k, v in data.items() if v is not None}))
     for i, (name, text) in enumerate(labels.items()):
-        write(f"{root}/images/train/{name}.jpg", picture(color=(i * 40, 90, 10)))
+        write(f"{root}/images/train/{name}.jpg", make_image(color=(i * 40, 90, 10)))
         if text is not None:
             write(f"{root}/labels/train/{name}.txt", text)
     return f"yolo:{root}/data.yaml@train"
 
 
 def write_roboflow(root, split="train"):
-    """Returns the uri. The first category stands for the whole set."""
+    """Write a Roboflow export, whose first category stands for the entire dataset."""
     content = coco_content()
     content["categories"] = [
         {"id": 0, "name": "birds", "supercategory": "none"},
@@ -99,5 +98,5 @@ def write_roboflow(root, split="train"):
     ]
     write(f"{root}/{split}/_annotations.coco.json", json.dumps(content))
     for name in ("a.jpg", "b.jpg"):
-        write(f"{root}/{split}/{name}", picture())
+        write(f"{root}/{split}/{name}", make_image())
     return f"roboflow:{root}@{split}"
