@@ -274,25 +274,32 @@ def option_table() -> str:
     """Return the table of all options in ``docs/training.md`` (Markdown)."""
     rows = ["| YAML key | lazy entry | default | meaning |", "|---|---|---|---|"]
     for declaration in _DECLARATIONS.values():
-        keys = []
-        for key, switch in (
-            (declaration.yaml, declaration.yaml_switch),
-            (declaration.lazy, declaration.lazy_switch),
-        ):
-            names = [key, switch] if key and switch else [key] if key else []
-            keys.append(", ".join(f"`{name}`" for name in names))
+        keys = [
+            _shown_key(declaration.yaml, declaration.yaml_switch),
+            _shown_key(declaration.lazy, declaration.lazy_switch),
+        ]
         rows.append(f"| {keys[0]} | {keys[1]} | {_shown_default(declaration)} | {declaration.doc} |")
     return "\n".join(rows)
 
 
+def _shown_key(key: str | None, switch: str | None) -> str:
+    """Return "`SOLVER.EMA.ENABLED`, `.DECAY`" for a key with a switch."""
+    if not switch:
+        return f"`{key}`" if key else ""
+    return f"`{switch}`, `.{key.rpartition('.')[2]}`"
+
+
 def _shown_default(declaration: Declaration) -> str:
-    shown = []
-    for key, default in (
-        (declaration.yaml, declaration.default),
-        (declaration.lazy, declaration.lazy_default),
-    ):
-        if key and default not in ("", None, (), [], {}):
-            text = ", ".join(default) if isinstance(default, tuple) else str(default)
-            if text not in shown:
-                shown.append(text)
-    return ("off; " if declaration.has_switch else "") + " / ".join(shown)
+    default = _shown_value(declaration.default if declaration.yaml else declaration.lazy_default)
+    lazy = _shown_value(declaration.lazy_default)
+    if declaration.yaml and declaration.lazy and lazy not in ("", "0", default):
+        default += f" (lazy: {lazy})"
+    return ", ".join(filter(None, ["off" if declaration.has_switch else "", default]))
+
+
+def _shown_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return ", ".join(value)
+    return f"{value:g}" if isinstance(value, float) else str(value or (value if value == 0 else ""))

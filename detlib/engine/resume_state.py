@@ -1,4 +1,4 @@
-"""State that a resumed run needs besides parameters: the optimizer's, and numbers that each process keeps.
+"""State that a resumed run restores in addition to parameters: the optimizer, and numbers of each process.
 
 A module that keeps numbers from step to step outside its parameters and buffers, as dense detectors do with
 the normalizer of their losses, has the methods ``training_state()``, which returns a dict of plain numbers,
