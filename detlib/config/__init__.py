@@ -3,11 +3,9 @@
 
 from detlib.config.cfg_node import CfgNode
 from detlib.config.compat import downgrade_config, upgrade_config
-from detlib.config.config import get_cfg, global_cfg, set_global_cfg
-from detlib.config.construct import configurable
+from detlib.config.config import configurable, get_cfg, get_config, global_cfg, set_global_cfg, try_get_key
 from detlib.config.instantiate import instantiate
 from detlib.config.lazy import LazyCall, LazyConfig
-from detlib.config.shipped import get_config, try_get_key
 
 __all__ = [
     "CfgNode",

@@ -15,7 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from detlib.engine.distributed.ddp import whole_parameters
 from detlib.engine.divergence import losses_to_floats
 from detlib.layers import ASPP
-from detlib.modeling.backbone.transformer_parts import DropPath
+from detlib.modeling.backbone.utils import DropPath
 from detlib.utils import comm
 from detlib.utils.env import seeded
 from detlib.utils.events import EventStorage

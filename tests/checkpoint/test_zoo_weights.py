@@ -16,7 +16,7 @@ from detlib import model_zoo
 from detlib.checkpoint import DetectionCheckpointer
 from detlib.checkpoint.catalog import DETECTRON2_PREFIX
 from detlib.config import CfgNode, instantiate
-from detlib.model_zoo.addresses import CHECKPOINTS
+from detlib.model_zoo.model_zoo import CHECKPOINTS
 from detlib.modeling import build_model
 from detlib.utils.download import checksum_in_name
 from detlib.utils.file_io import PathManager

@@ -89,7 +89,10 @@ def as_json(value):
 def test_every_key_has_its_type_and_default():
     ours = dict(flatten(get_cfg()))
     assert len(DEFAULTS) == 192
-    assert ours.keys() == DEFAULTS.keys() | ADDED
+    unexpected = sorted(ours.keys() - DEFAULTS.keys() - ADDED)
+    assert not unexpected, f"new config keys; add them to ADDED in this file: {unexpected}"
+    missing = sorted((DEFAULTS.keys() | ADDED) - ours.keys())
+    assert not missing, f"config keys without a default; remove those of ADDED that are gone: {missing}"
     for key, fact in DEFAULTS.items():
         assert type(ours[key]).__name__ == fact["type"], key
         wanted = "auto" if key == "MODEL.DEVICE" else fact["default"]

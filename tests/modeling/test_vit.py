@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from detlib.modeling import MetaArchitecture, SimpleFeaturePyramid, ViT, get_vit_lr_decay_rate
 from detlib.modeling.backbone import LastLevelMaxPool, utils
-from detlib.modeling.backbone.transformer_parts import DropPath, drop_path_rates
+from detlib.modeling.backbone.utils import DropPath, drop_path_rates
 from detlib.modeling.backbone.vit import Attention, Block
 from tests.modeling.transformer_reference import attention_weights, pad_to_multiple, randomize
 

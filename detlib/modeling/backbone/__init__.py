@@ -2,14 +2,6 @@
 
 from detlib.modeling.backbone.backbone import Backbone, get_backbone_lr_factor
 from detlib.modeling.backbone.build import BACKBONE_REGISTRY, build_backbone
-from detlib.modeling.backbone.build_foreign import (
-    build_retinanet_timm_fpn_backbone,
-    build_retinanet_torchvision_fpn_backbone,
-    build_timm_backbone,
-    build_timm_fpn_backbone,
-    build_torchvision_backbone,
-    build_torchvision_fpn_backbone,
-)
 from detlib.modeling.backbone.fpn import (
     FPN,
     LastLevelMaxPool,
@@ -30,8 +22,18 @@ from detlib.modeling.backbone.resnet import (
     make_stage,
 )
 from detlib.modeling.backbone.swin import SwinTransformer
-from detlib.modeling.backbone.timm_backbone import TimmBackbone
-from detlib.modeling.backbone.torchvision_backbone import TorchvisionBackbone
+from detlib.modeling.backbone.timm_backbone import (
+    TimmBackbone,
+    build_retinanet_timm_fpn_backbone,
+    build_timm_backbone,
+    build_timm_fpn_backbone,
+)
+from detlib.modeling.backbone.torchvision_backbone import (
+    TorchvisionBackbone,
+    build_retinanet_torchvision_fpn_backbone,
+    build_torchvision_backbone,
+    build_torchvision_fpn_backbone,
+)
 from detlib.modeling.backbone.vit import SimpleFeaturePyramid, ViT, get_vit_lr_decay_rate
 
 __all__ = [

@@ -205,6 +205,14 @@ def fpn_from_config(cfg, bottom_up: Backbone, top_block: nn.Module | None, giver
         )
 
 
+def retinanet_fpn_from_config(cfg, bottom_up: Backbone, giver: str) -> FPN:
+    """With RetinaNet's "p6" and "p7" from the coarsest map that the pyramid takes."""
+    shapes, names = bottom_up.output_shape(), cfg.MODEL.FPN.IN_FEATURES
+    last = names[-1] if names and names[-1] in shapes else next(reversed(shapes))
+    top_block = LastLevelP6P7(shapes[last].channels, cfg.MODEL.FPN.OUT_CHANNELS, in_feature=last)
+    return fpn_from_config(cfg, bottom_up, top_block, giver)
+
+
 @BACKBONE_REGISTRY.register()
 def build_resnet_fpn_backbone(cfg, input_shape: ShapeSpec):
     """Build a ResNet with FPN, and "p6" by `LastLevelMaxPool`, from `cfg.MODEL.RESNETS` and `cfg.MODEL.FPN`.

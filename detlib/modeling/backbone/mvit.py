@@ -7,17 +7,15 @@ import torch
 from torch import nn
 
 from detlib.modeling.backbone.backbone import Backbone
-from detlib.modeling.backbone.transformer_parts import (
+from detlib.modeling.backbone.utils import (
     DropPath,
     Mlp,
-    drop_path_rates,
-    init_transformer_weights,
-    run_block,
-)
-from detlib.modeling.backbone.utils import (
     PatchEmbed,
     decomposed_attention,
+    drop_path_rates,
     get_abs_pos,
+    init_transformer_weights,
+    run_block,
     window_partition,
     window_unpartition,
 )

@@ -1,25 +1,23 @@
-"""ResNet and ResNeXt, 18 to 152 layers deep (arXiv:1512.03385, arXiv:1611.05431)."""
+"""ResNet and ResNeXt, 18 to 152 layers deep.
+
+Published in "Deep Residual Learning for Image Recognition" (arXiv:1512.03385) and "Aggregated Residual
+Transformations for Deep Neural Networks" (arXiv:1611.05431); with deformable convolutions in "Deformable
+Convolutional Networks" (arXiv:1703.06211) and "Deformable ConvNets v2" (arXiv:1811.11168).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
+from torch.nn import functional as F
 
+from detlib.layers import Conv2d, DeformConv, ModulatedDeformConv, get_norm
+from detlib.layers.blocks import CNNBlockBase
+from detlib.layers.fvcore_nn import weight_init
+from detlib.layers.wrappers import conv_relu
 from detlib.modeling.backbone.backbone import Backbone
 from detlib.modeling.backbone.build import BACKBONE_REGISTRY
-from detlib.modeling.backbone.resnet_blocks import (
-    BasicBlock,
-    BasicStem,
-    BottleneckBlock,
-    DeformBottleneckBlock,
-    ResNetBlockBase,
-)
-from detlib.modeling.backbone.resnet_stages import (
-    STAGE_NAMES,
-    check_stages,
-    make_blocks,
-    make_default_stages,
-    make_stage,
-    make_stages,
-)
-from detlib.modeling.config_checks import check_features, check_norm
+from detlib.modeling.config_checks import check_choice, check_features, check_norm
 
 __all__ = [
     "BasicBlock",
@@ -31,6 +29,203 @@ __all__ = [
     "build_resnet_backbone",
     "make_stage",
 ]
+
+_BLOCKS_PER_STAGE = {
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}
+_STAGE_NAMES = ("res2", "res3", "res4", "res5")
+
+ResNetBlockBase = CNNBlockBase
+
+
+def _normed_conv(
+    in_channels, out_channels, kernel_size, *, norm, stride=1, dilation=1, conv_class=Conv2d, **kwargs
+):
+    """A bias-free convolution that keeps the size (up to `stride`), normalised, with MSRA weights."""
+    conv = conv_class(
+        in_channels,
+        out_channels,
+        kernel_size=kernel_size,
+        stride=stride,
+        padding=dilation * (kernel_size // 2),
+        dilation=dilation,
+        bias=False,
+        norm=get_norm(norm, out_channels),
+        **kwargs,
+    )
+    weight_init.c2_msra_fill(conv)
+    return conv
+
+
+def _projection(in_channels, out_channels, *, norm, stride):
+    """The 1x1 convolution on the shortcut, or None where the identity fits."""
+    if in_channels == out_channels and stride == 1:
+        return None
+    return _normed_conv(in_channels, out_channels, 1, norm=norm, stride=stride)
+
+
+class BasicStem(CNNBlockBase):
+    """7x7 convolution and 3x3 max pooling: (N, in_channels, H, W) to (N, out_channels, H/4, W/4)."""
+
+    def __init__(self, in_channels=3, out_channels=64, norm="BN"):
+        """
+        Args:
+            in_channels: channels of the picture.
+            out_channels: channels of the result.
+            norm: a norm's name or a callable, see `detlib.layers.get_norm`.
+        """
+        super().__init__(in_channels, out_channels, 4)
+        self.conv1 = _normed_conv(in_channels, out_channels, 7, norm=norm, stride=2)
+
+    def forward(self, x):
+        """Map (N, in_channels, H, W) to (N, out_channels, ceil(H/4), ceil(W/4))."""
+        x = conv_relu(self.conv1, x)
+        return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+
+
+class BasicBlock(CNNBlockBase):
+    """Two 3x3 convolutions and a shortcut: the block of ResNet-18 and ResNet-34."""
+
+    def __init__(self, in_channels, out_channels, *, stride=1, norm="BN"):
+        """
+        Args:
+            in_channels: channels that go in.
+            out_channels: channels that come out.
+            stride: stride of the first convolution and of the shortcut.
+            norm: a norm's name or a callable, see `detlib.layers.get_norm`.
+        """
+        super().__init__(in_channels, out_channels, stride)
+        self.shortcut = _projection(in_channels, out_channels, norm=norm, stride=stride)
+        self.conv1 = _normed_conv(in_channels, out_channels, 3, norm=norm, stride=stride)
+        self.conv2 = _normed_conv(out_channels, out_channels, 3, norm=norm)
+
+    def forward(self, x):
+        """Map (N, in_channels, H, W) to (N, out_channels, H/stride, W/stride)."""
+        out = conv_relu(self.conv1, x)
+        return conv_relu(self.conv2, out, x if self.shortcut is None else self.shortcut(x))
+
+
+class BottleneckBlock(CNNBlockBase):
+    """1x1, 3x3, 1x1 convolutions and a shortcut: the block of ResNet-50 and deeper, and of ResNeXt."""
+
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        *,
+        bottleneck_channels,
+        stride=1,
+        num_groups=1,
+        norm="BN",
+        stride_in_1x1=False,
+        dilation=1,
+    ):
+        """
+        Args:
+            in_channels: channels that go in.
+            out_channels: channels that come out.
+            bottleneck_channels: channels of the 3x3 convolution.
+            stride: stride of the block.
+            num_groups: groups of the 3x3 convolution (ResNeXt has 32 or 64).
+            norm: a norm's name or a callable, see `detlib.layers.get_norm`.
+            stride_in_1x1: whether the first 1x1 convolution strides (the original MSRA models, Caffe) or
+                the 3x3 one does (torchvision, fb.resnet.torch, ResNeXt).
+            dilation: dilation of the 3x3 convolution.
+        """
+        super().__init__(in_channels, out_channels, stride)
+        stride_1x1, stride_3x3 = (stride, 1) if stride_in_1x1 else (1, stride)
+        self.shortcut = _projection(in_channels, out_channels, norm=norm, stride=stride)
+        self.conv1 = _normed_conv(in_channels, bottleneck_channels, 1, norm=norm, stride=stride_1x1)
+        self.conv2 = _normed_conv(
+            bottleneck_channels,
+            bottleneck_channels,
+            3,
+            norm=norm,
+            stride=stride_3x3,
+            dilation=dilation,
+            groups=num_groups,
+        )
+        self.conv3 = _normed_conv(bottleneck_channels, out_channels, 1, norm=norm)
+
+    def forward(self, x):
+        """Map (N, in_channels, H, W) to (N, out_channels, H/stride, W/stride)."""
+        out = conv_relu(self.conv1, x)
+        out = conv_relu(self.conv2, out)
+        return conv_relu(self.conv3, out, x if self.shortcut is None else self.shortcut(x))
+
+
+class DeformBottleneckBlock(CNNBlockBase):
+    """A bottleneck block whose 3x3 convolution is deformable: its taps read where learnt offsets move them.
+
+    A further 3x3 convolution, `conv2_offset`, gives the offsets and starts at zero, so that a new block
+    computes what a `BottleneckBlock` of the same weights does (times one half, the initial factor of each
+    tap, before the norm of a modulated one).
+    """
+
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        *,
+        bottleneck_channels,
+        stride=1,
+        num_groups=1,
+        norm="BN",
+        stride_in_1x1=False,
+        dilation=1,
+        deform_modulated=False,
+        deform_num_groups=1,
+    ):
+        """
+        Args:
+            in_channels, out_channels, bottleneck_channels, stride, num_groups, norm, stride_in_1x1,
+            dilation: as for `BottleneckBlock`.
+            deform_modulated: whether each tap also has a factor in (0, 1), as in Deformable ConvNets v2.
+            deform_num_groups: groups of channels with offsets of their own.
+        """
+        super().__init__(in_channels, out_channels, stride)
+        stride_1x1, stride_3x3 = (stride, 1) if stride_in_1x1 else (1, stride)
+        self.deform_modulated = deform_modulated
+        self.shortcut = _projection(in_channels, out_channels, norm=norm, stride=stride)
+        self.conv1 = _normed_conv(in_channels, bottleneck_channels, 1, norm=norm, stride=stride_1x1)
+        self.num_taps = 9 * deform_num_groups
+        self.conv2_offset = Conv2d(
+            bottleneck_channels,
+            self.num_taps * (3 if deform_modulated else 2),
+            kernel_size=3,
+            stride=stride_3x3,
+            padding=dilation,
+            dilation=dilation,
+        )
+        nn.init.zeros_(self.conv2_offset.weight)
+        nn.init.zeros_(self.conv2_offset.bias)
+        self.conv2 = _normed_conv(
+            bottleneck_channels,
+            bottleneck_channels,
+            3,
+            norm=norm,
+            stride=stride_3x3,
+            dilation=dilation,
+            conv_class=ModulatedDeformConv if deform_modulated else DeformConv,
+            groups=num_groups,
+            deformable_groups=deform_num_groups,
+        )
+        self.conv3 = _normed_conv(bottleneck_channels, out_channels, 1, norm=norm)
+
+    def forward(self, x):
+        """Map (N, in_channels, H, W) to (N, out_channels, H/stride, W/stride)."""
+        out = conv_relu(self.conv1, x)
+        offset = self.conv2_offset(out)
+        if self.deform_modulated:
+            offset, mask = offset.split((2 * self.num_taps, self.num_taps), dim=1)
+            out = self.conv2(out, offset, mask.sigmoid())
+        else:
+            out = self.conv2(out, offset)
+        return conv_relu(self.conv3, F.relu_(out), x if self.shortcut is None else self.shortcut(x))
 
 
 class ResNet(Backbone):
@@ -155,9 +350,20 @@ class ResNet(Backbone):
             ResNet.make_stage(BottleneckBlock, 3, in_channels=256, out_channels=512,
                               bottleneck_channels=128, stride_per_block=[2, 1, 1])
         """
-        return make_blocks(
-            block_class, num_blocks, in_channels=in_channels, out_channels=out_channels, **kwargs
-        )
+        suffix = "_per_block"
+        shared = {k: v for k, v in kwargs.items() if not k.endswith(suffix)}
+        each = {k.removesuffix(suffix): v for k, v in kwargs.items() if k.endswith(suffix)}
+        for name, values in each.items():
+            if name in shared:
+                raise ValueError(f"make_stage got both {name} and {name}{suffix}")
+            if len(values) != num_blocks:
+                raise ValueError(f"{name}{suffix} has {len(values)} entries for {num_blocks} blocks")
+        blocks = []
+        for i in range(num_blocks):
+            own = {name: values[i] for name, values in each.items()}
+            blocks.append(block_class(in_channels=in_channels, out_channels=out_channels, **own, **shared))
+            in_channels = out_channels
+        return blocks
 
     @staticmethod
     def make_default_stages(depth, block_class=None, **kwargs):
@@ -174,18 +380,179 @@ class ResNet(Backbone):
         Raises:
             ValueError: an unknown depth.
         """
-        return make_default_stages(depth, block_class, **kwargs)
+        check_choice(depth, _BLOCKS_PER_STAGE, "depth")
+        if block_class is None:
+            block_class = BasicBlock if depth < 50 else BottleneckBlock
+        if block_class is BasicBlock:
+            kwargs.pop("stride_in_1x1", None)  # it has no 1x1 convolution; so that depth alone can be changed
+        return _make_all(depth, lambda index: (block_class, kwargs))
+
+
+def _make_all(
+    depth: int,
+    kind_of: Callable[[int], tuple[type[nn.Module], dict[str, Any]]],
+    *,
+    in_channels: int = 64,
+    out_channels: int | None = None,
+    bottleneck_channels: int = 64,
+    strides: Sequence[int] = (1, 2, 2, 2),
+) -> list[list[nn.Module]]:
+    """As many stages as there are `strides`, each of twice as many channels as the one before.
+
+    Args:
+        depth: a key of `_BLOCKS_PER_STAGE`.
+        kind_of: from a stage's number to the class of its blocks and further arguments of theirs.
+        in_channels, out_channels, bottleneck_channels: those of the first stage; by default the published
+            ones.
+        strides: of each stage's first block.
+    """
+    if out_channels is None:
+        out_channels = 64 if depth < 50 else 256
+    stages = []
+    for index, (num_blocks, stride) in enumerate(zip(_BLOCKS_PER_STAGE[depth], strides)):
+        block_class, kwargs = kind_of(index)
+        if depth >= 50:
+            kwargs = {**kwargs, "bottleneck_channels": bottleneck_channels * 2**index}
+        blocks = ResNet.make_stage(
+            block_class,
+            num_blocks,
+            in_channels=in_channels,
+            out_channels=out_channels * 2**index,
+            stride_per_block=[stride] + [1] * (num_blocks - 1),
+            **kwargs,
+        )
+        stages.append(blocks)
+        in_channels = out_channels * 2**index
+    return stages
+
+
+def _make_stages(
+    depth: int = 50,
+    norm: str = "FrozenBN",
+    num_groups: int = 1,
+    width_per_group: int = 64,
+    in_channels: int = 64,
+    out_channels: int | None = None,
+    stride_in_1x1: bool = False,
+    res5_dilation: int = 1,
+    deform_on_per_stage: Sequence[bool] = (False, False, False, False),
+    deform_modulated: bool = False,
+    deform_num_groups: int = 1,
+    *,
+    num_stages: int = 4,
+) -> list[list[nn.Module]]:
+    """The first `num_stages` stages of a ResNet or ResNeXt; see `make_stage`."""
+    _check_stages(depth, num_groups, out_channels, res5_dilation, deform_on_per_stage)
+
+    def kind_of(index):
+        if depth < 50:
+            return BasicBlock, {"norm": norm}
+        kwargs = {
+            "norm": norm,
+            "stride_in_1x1": stride_in_1x1,
+            "dilation": res5_dilation if index == 3 else 1,
+            "num_groups": num_groups,
+        }
+        if not deform_on_per_stage[index]:
+            return BottleneckBlock, kwargs
+        kwargs |= {"deform_modulated": deform_modulated, "deform_num_groups": deform_num_groups}
+        return DeformBottleneckBlock, kwargs
+
+    # A dilated stage keeps the resolution: the dilation stands in for the stride.
+    strides = (1, 2, 2, 1 if res5_dilation > 1 else 2)
+    return _make_all(
+        depth,
+        kind_of,
+        in_channels=in_channels,
+        out_channels=out_channels,
+        bottleneck_channels=num_groups * width_per_group,
+        strides=strides[:num_stages],
+    )
+
+
+def make_stage(*args, **kwargs):
+    """Build the four stages of a ResNet, or the blocks of one stage.
+
+    Called with a block class first, it is `ResNet.make_stage`. Otherwise it makes all stages of a network, as
+    `ResNet.make_default_stages` does, but with dilation, groups and deformable convolutions::
+
+        stages=L(make_stage)(depth=50, stride_in_1x1=False, norm="FrozenBN", res5_dilation=2)  # DC5
+
+    Args:
+        depth: 18, 34, 50 (default), 101 or 152.
+        norm: a norm's name or a callable, see `detlib.layers.get_norm`; "FrozenBN" by default.
+        num_groups: groups of the 3x3 convolutions (1; ResNeXt has 32 or 64).
+        width_per_group: channels of each group in "res2" (64).
+        in_channels: channels that the stem gives (64).
+        out_channels: channels of "res2"; each later stage has twice as many as the one before. By default
+            256, and 64 for depths 18 and 34.
+        stride_in_1x1: as in `BottleneckBlock` (False); without effect on depths 18 and 34.
+        res5_dilation: 2 keeps "res5" at stride 16 (1).
+        deform_on_per_stage: for each of the four stages whether its 3x3 convolutions are deformable (none).
+        deform_modulated, deform_num_groups: as in `DeformBottleneckBlock` (False, 1).
+
+    Returns:
+        list[list[nn.Module]]: the blocks of "res2" to "res5", for `ResNet(stages=...)`; or the blocks of one
+        stage.
+
+    Raises:
+        ValueError: an unknown depth, or arguments that do not go together.
+    """
+    if "block_class" in kwargs or (args and callable(args[0])):
+        return ResNet.make_stage(*args, **kwargs)
+    return _make_stages(*args, **kwargs)
+
+
+def _check_stages(
+    depth: int,
+    num_groups: int,
+    out_channels: int | None,
+    res5_dilation: int,
+    deform_on_per_stage: Sequence[bool],
+    names: Mapping[str, str] | None = None,
+) -> None:
+    """Raise ValueError where the arguments ask for a network that does not exist.
+
+    Args:
+        depth, num_groups, out_channels, res5_dilation, deform_on_per_stage: see `make_stage`.
+        names: what to call an argument in messages, such as its config key; by default its own name.
+    """
+    names = names or {}
+
+    def call(name):
+        return names.get(name, name)
+
+    check_choice(depth, _BLOCKS_PER_STAGE, call("depth"))
+    check_choice(res5_dilation, (1, 2), call("res5_dilation"))
+    if len(deform_on_per_stage) != len(_STAGE_NAMES):
+        raise ValueError(
+            f"{call('deform_on_per_stage')} is {list(deform_on_per_stage)}; it needs a flag for each "
+            f"of {', '.join(_STAGE_NAMES)}"
+        )
+    if depth >= 50:
+        return
+    needed = (
+        ("out_channels", out_channels, 64),
+        ("num_groups", num_groups, 1),
+        ("res5_dilation", res5_dilation, 1),
+    )
+    for name, value, legal in needed:
+        if value is not None and value != legal:
+            raise ValueError(f"{call(name)} is {value!r}, but {call('depth')} {depth} needs {legal}")
+    if any(deform_on_per_stage):
+        raise ValueError(
+            f"{call('deform_on_per_stage')} is {list(deform_on_per_stage)}, but {call('depth')} "
+            f"{depth} has no bottleneck blocks to make deformable; depths 50, 101 and 152 have"
+        )
 
 
 def _check_config(resnets) -> None:
     """Raise ValueError, naming the key, where `cfg.MODEL.RESNETS` asks for a network that does not exist."""
     where = "MODEL.RESNETS"
-    keys = {"out_channels": f"{where}.RES2_OUT_CHANNELS"}
-    keys |= {
-        name: f"{where}.{name.upper()}"
-        for name in ("depth", "num_groups", "res5_dilation", "deform_on_per_stage")
-    }
-    check_stages(
+    names = ("depth", "num_groups", "res5_dilation", "deform_on_per_stage")
+    keys = {name: f"{where}.{name.upper()}" for name in names}
+    keys["out_channels"] = f"{where}.RES2_OUT_CHANNELS"
+    _check_stages(
         resnets.DEPTH,
         resnets.NUM_GROUPS,
         resnets.RES2_OUT_CHANNELS,
@@ -194,7 +561,7 @@ def _check_config(resnets) -> None:
         keys,
     )
     check_norm(resnets.NORM, f"{where}.NORM")
-    check_features(resnets.OUT_FEATURES, ("stem", *STAGE_NAMES), f"{where}.OUT_FEATURES", "a ResNet")
+    check_features(resnets.OUT_FEATURES, ("stem", *_STAGE_NAMES), f"{where}.OUT_FEATURES", "a ResNet")
 
 
 @BACKBONE_REGISTRY.register()
@@ -214,8 +581,8 @@ def build_resnet_backbone(cfg, input_shape):
     resnets = cfg.MODEL.RESNETS
     _check_config(resnets)
     stem = BasicStem(input_shape.channels, resnets.STEM_OUT_CHANNELS, resnets.NORM)
-    num_stages = max([1] + [STAGE_NAMES.index(f) + 1 for f in resnets.OUT_FEATURES if f != "stem"])
-    stages = make_stages(
+    num_stages = max([1] + [_STAGE_NAMES.index(f) + 1 for f in resnets.OUT_FEATURES if f != "stem"])
+    stages = _make_stages(
         resnets.DEPTH,
         resnets.NORM,
         resnets.NUM_GROUPS,

@@ -9,12 +9,21 @@ import torch
 from torch import nn
 
 from detlib.layers import FrozenBatchNorm2d, get_norm
-from detlib.modeling.backbone.probing import ProbedBackbone
-from detlib.modeling.config_checks import check_features
+from detlib.layers.shape_spec import ShapeSpec
+from detlib.modeling.backbone.build import BACKBONE_REGISTRY
+from detlib.modeling.backbone.fpn import FPN, LastLevelMaxPool, fpn_from_config, retinanet_fpn_from_config
+from detlib.modeling.backbone.third_party import ThirdPartyBackbone
+from detlib.modeling.config_checks import check_features, config_keys
 from detlib.utils.download import is_offline
 from detlib.utils.suggest import suggest
 
-__all__ = ["TimmBackbone", "log_timm_feature_info"]
+__all__ = [
+    "TimmBackbone",
+    "build_retinanet_timm_fpn_backbone",
+    "build_timm_backbone",
+    "build_timm_fpn_backbone",
+    "log_timm_feature_info",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +31,7 @@ logger = logging.getLogger(__name__)
 _ANY_SIZE = ({"dynamic_img_size": True, "dynamic_img_pad": True}, {"strict_img_size": False}, {})
 
 
-class TimmBackbone(ProbedBackbone):
+class TimmBackbone(ThirdPartyBackbone):
     """A network of timm that gives the maps "p0", "p1", ...: timm's feature number 0, 1, ...
 
     Strides follow from the network: of a ResNet "p0" has 2 and "p4" 32, of a ConvNeXt or Swin transformer
@@ -267,3 +276,54 @@ def _for_timm(norm_layer: str | Callable[[int], nn.Module]) -> Callable[[int], n
         return norm_layer
     get_norm(norm_layer, 32)  # so that an unknown name is told now
     return nn.BatchNorm2d if norm_layer == "BN" else lambda channels, **_: get_norm(norm_layer, channels)
+
+
+_TIMM_MAPS = "timm's network (MODEL.TIMM.OUT_INDICES)"
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_backbone(cfg, input_shape: ShapeSpec) -> TimmBackbone:
+    """Build a network of timm from `cfg.MODEL.TIMM`.
+
+    Args:
+        cfg: the whole config.
+        input_shape: channels of the picture.
+
+    Raises:
+        ValueError: a key with an illegal value; the key is named.
+        FileNotFoundError: weights that are not there.
+    """
+    timm = cfg.MODEL.TIMM
+    with config_keys("MODEL.TIMM"):
+        return TimmBackbone(
+            timm.MODEL_NAME,
+            pretrained=timm.PRETRAINED,
+            checkpoint_path=timm.CHECKPOINT_PATH,
+            in_channels=input_shape.channels,
+            out_indices=timm.OUT_INDICES,
+            norm_layer=timm.NORM or None,
+        )
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
+    """Build a network of timm with FPN, and "p6", from `cfg.MODEL.TIMM` and `cfg.MODEL.FPN`.
+
+    `MODEL.FPN.IN_FEATURES` names timm's maps: "p1" to "p4" of a ResNet become levels "p2" to "p5".
+
+    Args:
+        cfg: the whole config.
+        input_shape: channels of the picture.
+    """
+    return fpn_from_config(cfg, build_timm_backbone(cfg, input_shape), LastLevelMaxPool(), _TIMM_MAPS)
+
+
+@BACKBONE_REGISTRY.register()
+def build_retinanet_timm_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
+    """Build a network of timm with FPN, and RetinaNet's "p6" and "p7" from the last of its maps.
+
+    Args:
+        cfg: the whole config.
+        input_shape: channels of the picture.
+    """
+    return retinanet_fpn_from_config(cfg, build_timm_backbone(cfg, input_shape), _TIMM_MAPS)

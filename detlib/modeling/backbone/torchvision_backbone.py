@@ -8,14 +8,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from detlib.modeling.backbone.probing import ProbedBackbone
+from detlib.layers.shape_spec import ShapeSpec
+from detlib.modeling.backbone.build import BACKBONE_REGISTRY
+from detlib.modeling.backbone.fpn import FPN, LastLevelMaxPool, fpn_from_config, retinanet_fpn_from_config
+from detlib.modeling.backbone.third_party import ThirdPartyBackbone
+from detlib.modeling.config_checks import config_keys
 from detlib.utils.download import is_offline
 from detlib.utils.suggest import suggest
 
-__all__ = ["TorchvisionBackbone"]
+__all__ = [
+    "TorchvisionBackbone",
+    "build_retinanet_torchvision_fpn_backbone",
+    "build_torchvision_backbone",
+    "build_torchvision_fpn_backbone",
+]
 
 
-class TorchvisionBackbone(ProbedBackbone):
+class TorchvisionBackbone(ThirdPartyBackbone):
     """A network of torchvision that gives the outputs of some of its nodes as maps.
 
     The network is ``model``, its graph with the chosen outputs is ``feature_extractor``; both hold the same
@@ -157,3 +166,61 @@ def _create(model_name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Mod
             f"({type(error).__name__}: {error}). They are at {weights.url}, and cached as {place!r}: put the "
             "file there. Or give it as train.init_checkpoint (MODEL.WEIGHTS), with pretrained=False"
         ) from error
+
+
+_TORCHVISION_MAPS = "torchvision's network (MODEL.TORCHVISION.OUT_FEATURES)"
+
+
+@BACKBONE_REGISTRY.register()
+def build_torchvision_backbone(cfg, input_shape: ShapeSpec) -> TorchvisionBackbone:
+    """Build a network of torchvision from `cfg.MODEL.TORCHVISION`.
+
+    Args:
+        cfg: the whole config.
+        input_shape: channels of the picture, which must be 3.
+
+    Raises:
+        ValueError: a key with an illegal value; the key is named.
+        FileNotFoundError: weights that are not there.
+    """
+    keys = cfg.MODEL.TORCHVISION
+    where = "MODEL.TORCHVISION"
+    if input_shape.channels != 3:
+        raise ValueError(
+            f"{where}: torchvision's networks take pictures of 3 channels, MODEL.PIXEL_MEAN has "
+            f"{input_shape.channels}"
+        )
+    if len(keys.RETURN_NODES) != len(keys.OUT_FEATURES):
+        raise ValueError(
+            f"{where}.OUT_FEATURES must name each node of {where}.RETURN_NODES: got "
+            f"{list(keys.OUT_FEATURES)} for {list(keys.RETURN_NODES)}"
+        )
+    with config_keys(where):
+        return TorchvisionBackbone(
+            keys.MODEL_NAME,
+            pretrained=keys.PRETRAINED,
+            return_nodes=dict(zip(keys.RETURN_NODES, keys.OUT_FEATURES)),
+        )
+
+
+@BACKBONE_REGISTRY.register()
+def build_torchvision_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
+    """Build a network of torchvision with FPN, and "p6", from `cfg.MODEL.TORCHVISION` and `cfg.MODEL.FPN`.
+
+    Args:
+        cfg: the whole config.
+        input_shape: channels of the picture.
+    """
+    bottom_up = build_torchvision_backbone(cfg, input_shape)
+    return fpn_from_config(cfg, bottom_up, LastLevelMaxPool(), _TORCHVISION_MAPS)
+
+
+@BACKBONE_REGISTRY.register()
+def build_retinanet_torchvision_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
+    """Build a network of torchvision with FPN, and RetinaNet's "p6" and "p7" from the last of its maps.
+
+    Args:
+        cfg: the whole config.
+        input_shape: channels of the picture.
+    """
+    return retinanet_fpn_from_config(cfg, build_torchvision_backbone(cfg, input_shape), _TORCHVISION_MAPS)

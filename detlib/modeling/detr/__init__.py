@@ -15,7 +15,7 @@ from detlib.layers import (
     TransformerLayerSequence,
     get_sine_pos_embed,
 )
-from detlib.modeling.detr.criterion import DeformableCriterion, SetCriterion, TwoStageCriterion
+from detlib.modeling.detr.criterion import DeformableCriterion, DINOCriterion, SetCriterion, TwoStageCriterion
 from detlib.modeling.detr.deformable_detr import DeformableDETR
 from detlib.modeling.detr.deformable_layers import (
     DeformableDetrTransformerDecoder,
@@ -30,7 +30,6 @@ from detlib.modeling.detr.detr_transformer import (
     DetrTransformerEncoder,
 )
 from detlib.modeling.detr.dino import DINO
-from detlib.modeling.detr.dino_criterion import DINOCriterion
 from detlib.modeling.detr.dino_transformer import (
     DINOTransformer,
     DINOTransformerDecoder,

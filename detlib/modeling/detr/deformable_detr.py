@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from detlib.modeling.detr.detector import stack_layers
 from detlib.modeling.detr.multi_scale_detector import MultiScaleQueryDetector
+from detlib.modeling.detr.query_detector import stack_layers
 from detlib.structures import ImageList
 
 __all__ = ["DeformableDETR"]

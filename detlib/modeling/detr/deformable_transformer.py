@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from detlib.layers import MultiScaleDeformableAttention, get_sine_pos_embed
-from detlib.modeling.detr.levels import Levels, cell_centres, flatten_levels, valid_ratio
+from detlib.modeling.detr.deformable_layers import Levels, cell_centres, flatten_levels, valid_ratio
 
 __all__ = ["DeformableDetrTransformer", "DeformableTransformer"]
 

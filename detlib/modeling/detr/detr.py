@@ -11,8 +11,7 @@ from torch.nn import functional as F
 
 from detlib.layers import MLP
 from detlib.modeling.config_checks import check_features, take_features
-from detlib.modeling.detr.checks import check_embed_dim
-from detlib.modeling.detr.detector import QueryDetector, stack_layers
+from detlib.modeling.detr.query_detector import QueryDetector, check_embed_dim, stack_layers
 from detlib.structures import ImageList, Instances
 
 __all__ = ["DETR"]

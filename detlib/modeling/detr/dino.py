@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from detlib.modeling.detr.denoising import make_denoising_queries
-from detlib.modeling.detr.detector import stack_layers
 from detlib.modeling.detr.multi_scale_detector import MultiScaleQueryDetector
+from detlib.modeling.detr.query_detector import stack_layers
 from detlib.structures import ImageList
 
 __all__ = ["DINO"]

@@ -12,15 +12,41 @@ from torch import nn
 from torch.nn import functional as F
 
 from detlib.layers import MLP
-from detlib.modeling.detr.checks import check_decoder, check_embed_dim, check_neck
+from detlib.modeling.config_checks import check_features
 from detlib.modeling.detr.deformable_layers import refine_boxes
-from detlib.modeling.detr.detector import QueryDetector
+from detlib.modeling.detr.query_detector import QueryDetector, check_embed_dim
 from detlib.structures import ImageList, Instances
 
 __all__ = ["MultiScaleQueryDetector"]
 
 _PRIOR_PROBABILITY = 0.01
 """What every class scores at first, so that the many background queries do not swamp the loss."""
+
+
+def _check_decoder(transformer: nn.Module) -> None:
+    """Raise ValueError if the decoder gives its last layer alone: heads and references go by layers."""
+    if not getattr(transformer.decoder, "return_intermediate", True):
+        raise ValueError(
+            "return_intermediate of the transformer's decoder must be True, got False; to learn from the "
+            "last layer alone give the model aux_loss=False"
+        )
+
+
+def _check_neck(neck: nn.Module, backbone: nn.Module, embed_dim: int) -> None:
+    """Raise ValueError unless the backbone gives what the neck takes, as far as they tell."""
+    if getattr(neck, "out_channels", embed_dim) != embed_dim:
+        raise ValueError(f"embed_dim is {embed_dim}, but the neck's out_channels is {neck.out_channels}")
+    if not hasattr(neck, "in_features") or not hasattr(backbone, "output_shape"):
+        return
+    shapes = backbone.output_shape()
+    check_features(neck.in_features, shapes, "the neck's in_features")
+    for name, conv in zip(neck.in_features, getattr(neck, "convs", ())):
+        expected = getattr(getattr(conv, "conv", None), "in_channels", None)
+        if None not in (expected, shapes[name].channels) and expected != shapes[name].channels:
+            raise ValueError(
+                f"the neck's input_shapes say that {name!r} has {expected} channels, but the backbone gives "
+                f"{shapes[name].channels}"
+            )
 
 
 class MultiScaleQueryDetector(QueryDetector):
@@ -59,8 +85,8 @@ class MultiScaleQueryDetector(QueryDetector):
     ):
         super().__init__(backbone, criterion, num_classes, pixel_mean, pixel_std, mask_padding_at_test)
         check_embed_dim(embed_dim, position_embedding, transformer)
-        check_decoder(transformer)
-        check_neck(neck, backbone, embed_dim)
+        _check_decoder(transformer)
+        _check_neck(neck, backbone, embed_dim)
         self.position_embedding = position_embedding
         self.neck = neck
         self.transformer = transformer

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from detlib.layers import get_sine_pos_embed, inverse_sigmoid
-from detlib.modeling.detr.deformable_layers import refine_boxes
-from detlib.modeling.detr.detector import padding_masks
-from detlib.modeling.detr.levels import cell_centres, flatten_levels, valid_ratio
+from detlib.modeling.detr.deformable_layers import cell_centres, flatten_levels, refine_boxes, valid_ratio
+from detlib.modeling.detr.query_detector import padding_masks
 from detlib.structures import ImageList
 from tests.modeling.detr.small_models import DIM, MODELS, batch, small_deformable_detr, small_dino
 

@@ -9,7 +9,7 @@ from torch import nn
 from detlib.checkpoint import DetectionCheckpointer
 from detlib.layers import PositionEmbeddingSine
 from detlib.modeling.detr import HungarianMatcher, SetCriterion
-from detlib.modeling.detr.detector import padding_masks
+from detlib.modeling.detr.query_detector import padding_masks
 from detlib.structures import Boxes, Instances
 from tests.modeling.detr.small_models import (
     DIM,

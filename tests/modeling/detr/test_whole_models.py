@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from detlib.modeling.detr.detector import padding_masks
+from detlib.modeling.detr.query_detector import padding_masks
 from tests.modeling.detr import slow_models as slow
 from tests.modeling.detr.small_models import (
     NUM_CLASSES,

@@ -16,7 +16,28 @@ from detlib.modeling.meta_arch.base import MetaArchitecture
 from detlib.structures import Boxes, ImageList, Instances
 from detlib.utils.logger import log_first_n
 
-__all__ = ["QueryDetector", "padding_masks", "stack_layers"]
+__all__ = [
+    "QueryDetector",
+    "check_embed_dim",
+    "padding_masks",
+    "stack_layers",
+]
+
+
+def check_embed_dim(embed_dim: int, position_embedding: nn.Module, transformer: nn.Module) -> None:
+    """Raise ValueError unless the parts work on `embed_dim` channels, as far as they tell."""
+    if getattr(transformer, "embed_dim", embed_dim) != embed_dim:
+        raise ValueError(
+            f"embed_dim is {embed_dim}, but that of the transformer's encoder is {transformer.embed_dim}"
+        )
+    decoder_dim = getattr(getattr(transformer, "decoder", None), "embed_dim", embed_dim)
+    if decoder_dim != embed_dim:
+        raise ValueError(f"embed_dim is {embed_dim}, but that of the transformer's decoder is {decoder_dim}")
+    half = getattr(position_embedding, "num_pos_feats", None)
+    if half is not None and 2 * half != embed_dim:
+        raise ValueError(
+            f"position_embedding's num_pos_feats must be half of embed_dim = {embed_dim}, got {half}"
+        )
 
 
 def padding_masks(images: ImageList) -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 
 from detlib.modeling.backbone.backbone import Backbone
 
-__all__ = ["MapLayout", "ProbedBackbone", "probe_maps", "probe_size_divisibility", "unused_parameters"]
+__all__ = ["MapLayout", "ThirdPartyBackbone", "probe_maps", "probe_size_divisibility", "unused_parameters"]
 
 # Large, so that borders (convolutions without padding) do not blur what stride a map has.
 _SIDE = 512
@@ -124,7 +124,7 @@ def probe_size_divisibility(model: nn.Module, run, in_channels: int) -> int:
     return 0
 
 
-class ProbedBackbone(Backbone):
+class ThirdPartyBackbone(Backbone):
     """A foreign network whose maps are found by probing it.
 
     A subclass puts the network into the attribute that `_network_name` names, and then calls `_probe`.
