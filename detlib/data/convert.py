@@ -115,8 +115,8 @@ def main(argv: list[str] | None = None) -> int:
         "--masks",
         default="auto",
         choices=("auto", "polygons", "boxes"),
-        help="where a format has either a box or a polygon for an object: which; auto writes polygons if "
-        "that changes no box (auto)",
+        help="what to write in formats that store either a box or a polygon per object; auto writes polygons "
+        "only where that changes no box (auto)",
     )
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)

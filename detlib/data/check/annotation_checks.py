@@ -115,7 +115,7 @@ def _polygon_fault(polygon: list) -> tuple[str, str]:
 
 
 def _on_one_line(polygon: list) -> bool:
-    """Whether all points are on one line. The area is no test: a polygon that crosses itself may have 0."""
+    """Whether all points are on one line. A self-crossing polygon may have area 0, too."""
     x0, y0 = polygon[:2]
     offsets = [(x - x0, y - y0) for x, y in zip(polygon[0::2], polygon[1::2])]
     far = max(offsets, key=lambda offset: offset[0] ** 2 + offset[1] ** 2)

@@ -1,4 +1,4 @@
-"""Files of built-in datasets that nobody publishes, derived from the downloads.
+"""Files of built-in datasets that are not published, derived from the downloads.
 
 From a shell: `python -m detlib.data.prepare COMMAND`.
 """

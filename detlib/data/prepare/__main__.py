@@ -21,7 +21,7 @@ COMMANDS = {
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m detlib.data.prepare",
-        description="Derive files of built-in datasets that nobody publishes from the downloads. Existing "
+        description="Derive files of built-in datasets that are not published from the downloads. Existing "
         "files are kept.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="commands:\n" + "\n".join(f"  {name:14s} {text}" for name, (_, text) in COMMANDS.items()),
