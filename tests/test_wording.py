@@ -57,7 +57,7 @@ LATER = """
     .ci/ benchmarks/ build_backend/ configs/ csrc/ pyproject.toml setup.py tools/
     detlib/checkpoint/ detlib/config/ detlib/data/ detlib/engine/ detlib/evaluation/ detlib/layers/
     detlib/model_zoo/ detlib/modeling/ detlib/ops/ detlib/report/ detlib/solver/ detlib/structures/
-    detlib/utils/ detlib/visualization/ docs/data.md
+    detlib/utils/ detlib/visualization/
     docs/model_zoo.md docs/performance.md docs/report.md docs/weights.md
     tests/checkpoint/ tests/config tests/conformance/ tests/data/ tests/engine/
     tests/compatibility/ tests/scripts/ tests/shipped_configs/
