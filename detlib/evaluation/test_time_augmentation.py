@@ -1,11 +1,11 @@
-"""Test-time augmentation: a model predicts on several views of a picture, and the results are merged.
+"""Test-time augmentation: a model predicts on several views of an image, and the results are merged.
 
-A view is the picture in another size, mirrored or not. Boxes of all views are brought back to the picture and
-merged by NMS; each box that is kept becomes the average of those that agree with it (box voting, section 4 of
-arXiv:1505.01749). Masks, keypoints and semantic maps are averaged.
+A view is the image in another size, flipped or not. The boxes of all views are transformed back to the image
+and merged by NMS. Each box that is kept becomes the average of those that overlap it (box voting, section 4
+of arXiv:1505.01749). Masks, keypoints and semantic maps are averaged.
 
-Shape legend: R detections, K classes or keypoints, C channels, H and W the size of the wanted output, M and S
-the sides of predicted masks and heatmaps.
+Shape legend: R detections, K classes or keypoints, C channels, H and W the size of the output, M and S the
+sides of predicted masks and heatmaps.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -27,28 +27,28 @@ from detlib.utils.file_io import PathManager
 
 __all__ = ["DatasetMapperTTA", "GeneralizedRCNNWithTTA"]
 
-# After these transforms alone, maps can be brought back by mirroring and scaling.
-_MIRRORS = {T.HFlipTransform: -1, T.VFlipTransform: -2}
+# If a view has only these transforms, its maps can be transformed back by flipping and scaling.
+_FLIPS = {T.HFlipTransform: -1, T.VFlipTransform: -2}
 _PLAIN = (T.NoOpTransform, T.ResizeTransform, T.ColorTransform)
 
-# Boxes that overlap a kept one by this much, or by NMS's threshold if that is more, vote on where it lies.
+# Boxes vote on a kept box if their IoU reaches this, or the threshold of NMS if that is higher.
 _VOTE_THRESH = 0.7
 
 
 class DatasetMapperTTA:
-    """Makes the views of a picture: each size, and each size mirrored.
-
-    Args:
-        min_sizes: lengths of the views' shorter sides, in pixels.
-        max_size: limit of the longer side.
-        flip: whether each size is also mirrored left-right.
-
-    Raises:
-        ValueError: no size, or a size that is not positive.
-    """
+    """Generates the views of an image: each size, and each size flipped."""
 
     @configurable
     def __init__(self, min_sizes: list[int], max_size: int, flip: bool):
+        """
+        Args:
+            min_sizes: lengths of the views' shorter sides, in pixels.
+            max_size: maximum length of the longer side.
+            flip: whether to add a horizontally flipped view of each size.
+
+        Raises:
+            ValueError: there is no size, or a size is not positive.
+        """
         if len(min_sizes) == 0 or min(min_sizes) < 1 or max_size < 1:
             raise ValueError(
                 "DatasetMapperTTA needs positive min_sizes (TEST.AUG.MIN_SIZES) and max_size "
@@ -64,15 +64,15 @@ class DatasetMapperTTA:
         return {"min_sizes": aug.MIN_SIZES, "max_size": aug.MAX_SIZE, "flip": aug.FLIP}
 
     def __call__(self, dataset_dict: dict) -> list[dict]:
-        """Make the views.
+        """Generate the views.
 
         Args:
-            dataset_dict: with "image", a (C, H', W') tensor, and "height" and "width", the size of the frame
-                that results are wanted in. It stays as it is.
+            dataset_dict: a dict with "image", a (C, H', W') tensor, and "height" and "width", the size of the
+                output frame. It is not changed.
 
         Returns:
-            For each view the dict with another "image", and with "transforms", a `TransformList` from the
-            wanted frame to the view.
+            For each view a copy of the dict with its own "image", and with "transforms", a `TransformList`
+            from the output frame to the view.
         """
         image = np.ascontiguousarray(dataset_dict["image"].permute(1, 2, 0).cpu().numpy())
         frame, size = (dataset_dict["height"], dataset_dict["width"]), image.shape[:2]
@@ -95,26 +95,26 @@ class DatasetMapperTTA:
         ]
 
 
-def _mirrored_axes(transforms: T.Transform) -> list[int]:
-    """The axes of a view's (..., H, W) maps that must be reversed to bring them back.
+def _flipped_axes(transforms: T.Transform) -> list[int]:
+    """Return the axes of a view's (..., H, W) maps to flip when they are transformed back.
 
     Raises:
-        ValueError: a transform that neither scales nor mirrors.
+        ValueError: there is a transform other than scaling, flipping and color.
     """
     counts = {-1: 0, -2: 0}
     for transform in getattr(transforms, "transforms", [transforms]):
-        if type(transform) in _MIRRORS:
-            counts[_MIRRORS[type(transform)]] += 1
+        if type(transform) in _FLIPS:
+            counts[_FLIPS[type(transform)]] += 1
         elif not isinstance(transform, _PLAIN):
             raise ValueError(
-                "Masks, keypoints and semantic maps can be averaged over views that are scaled, mirrored or "
-                f"recoloured; the mapper made one with a {type(transform).__name__}"
+                "Masks, keypoints and semantic maps can be averaged over views that are scaled, flipped or "
+                f"recolored; the mapper made one with a {type(transform).__name__}"
             )
     return [axis for axis, count in counts.items() if count % 2]
 
 
 def _transform_boxes(boxes: Boxes, transform: T.Transform) -> Boxes:
-    """Boxes in another frame, of the same kind, dtype and device."""
+    """Return the boxes in another frame, with the same type, dtype and device."""
     coordinates = boxes.tensor.double().cpu().numpy()
     if isinstance(boxes, RotatedBoxes):
         moved = transform.apply_rotated_box(coordinates)
@@ -124,7 +124,7 @@ def _transform_boxes(boxes: Boxes, transform: T.Transform) -> Boxes:
 
 
 def _vote(instances: Instances, keep: torch.Tensor, nms_thresh: float) -> Boxes:
-    """The boxes at the indices `keep`, each the average of those that agree with it, weighted by score."""
+    """Return the boxes at the indices `keep`, each averaged with those that overlap it, weighted by score."""
     boxes, classes = instances.pred_boxes, instances.pred_classes
     votes = boxes[keep].pairwise_iou(boxes) >= max(_VOTE_THRESH, nms_thresh)
     votes &= classes[keep][:, None] == classes
@@ -137,13 +137,13 @@ def _vote(instances: Instances, keep: torch.Tensor, nms_thresh: float) -> Boxes:
 class GeneralizedRCNNWithTTA(nn.Module):
     """A detector or segmentor with test-time augmentation, called as the model itself is.
 
-    It takes every built-in architecture but `ProposalNetwork`:
+    It supports models whose class sets `MetaArchitecture.supports_tta`, and calls their `tta_` methods:
 
     * `GeneralizedRCNN`: boxes are merged, then the mask and keypoint heads run on the merged boxes in every
       view, and their outputs are averaged.
-    * `PanopticFPN`: this, and the semantic maps are averaged; then both are merged as without augmentation.
+    * `PanopticFPN`: in addition the semantic maps are averaged; then both are merged as without augmentation.
     * RetinaNet, FCOS: boxes are merged.
-    * `SemanticSegmentor`: the maps are averaged.
+    * `SemanticSegmentor`: the semantic maps are averaged.
     """
 
     def __init__(
@@ -157,16 +157,17 @@ class GeneralizedRCNNWithTTA(nn.Module):
     ):
         """
         Args:
-            cfg: TEST.AUG for the views; INPUT.FORMAT where pictures are read; the thresholds of merging;
-                DATASETS for the keypoints that change places in a mirror.
-            model: the model, with its weights, in eval mode when it is used.
-            tta_mapper: makes the views; by default `DatasetMapperTTA(cfg)`. Another one returns the same.
-            batch_size: at most so many views of one size run at once.
-            box_voting: whether the boxes that NMS keeps are averaged with those that agree; without, each
+            cfg: the config: TEST.AUG for the views, INPUT.FORMAT for reading images, the thresholds of
+                merging, and DATASETS for the keypoints that swap when flipped.
+            model: the model, with its weights; must be in eval mode when called.
+            tta_mapper: generates the views, see `DatasetMapperTTA.__call__`; by default
+                `DatasetMapperTTA(cfg)`.
+            batch_size: maximum number of views per forward pass; they all have the same size.
+            box_voting: whether boxes that NMS keeps are averaged with those that overlap them; otherwise each
                 is the box of one view. Rotated boxes are not averaged.
 
         Raises:
-            TypeError: a model of another kind.
+            TypeError: the model does not support test-time augmentation.
         """
         super().__init__()
         model = comm.unwrap(model)
@@ -186,39 +187,39 @@ class GeneralizedRCNNWithTTA(nn.Module):
 
     @torch.no_grad()
     def forward(self, batched_inputs: list[dict]) -> list[dict]:
-        """Predict.
+        """Predict on several views of each image and merge the results.
 
         Args:
-            batched_inputs: dicts as the model takes them. The views are made of the original picture: that is
-                "image" if it is of the size "height" x "width" or these are left out, and else the one in
-                "file_name". Without such a file, "image" serves as it is.
+            batched_inputs: dicts as for the model. The views are generated from the original image: "image"
+                if its size is "height" x "width" or these are missing, otherwise the image in "file_name".
+                Without such a file, "image" is used.
 
         Returns:
-            What the model returns, in the frame of "height" and "width". Semantic maps are the logarithms of
-            the averaged probabilities, which are logits again.
+            The model's outputs in the frame of "height" and "width". Semantic maps are the logarithms of the
+            averaged probabilities, which are logits again.
 
         Raises:
             ValueError: the model is in training mode, or a dict has neither "image" nor "file_name".
         """
         if self.model.training:
             raise ValueError("Test-time augmentation: the model is in training mode; call eval() first.")
-        return [self._predict(self._with_original_picture(item)) for item in batched_inputs]
+        return [self._predict(self._with_original_image(item)) for item in batched_inputs]
 
-    def _with_original_picture(self, item: Mapping) -> dict:
+    def _with_original_image(self, item: Mapping) -> dict:
         item = dict(item)
         image = item.get("image")
         frame = (item.get("height"), item.get("width"))
         if image is None and "file_name" not in item:
             raise ValueError(f"An input needs 'image' or 'file_name', got only {sorted(item)}")
-        # A float picture is not what is in the file.
+        # A float image differs from that in the file.
         is_resized = image is not None and None not in frame and tuple(image.shape[1:]) != frame
         if image is None or (
             is_resized and image.dtype == torch.uint8 and PathManager.isfile(item.get("file_name", ""))
         ):
             array = read_image(item["file_name"], format=self.cfg.INPUT.FORMAT)
-            picture = torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
-            if image is None or picture.shape[0] == image.shape[0]:
-                item["image"] = picture
+            original = torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
+            if image is None or original.shape[0] == image.shape[0]:
+                item["image"] = original
         for key, size in zip(("height", "width"), item["image"].shape[1:]):
             item.setdefault(key, size)
         return item
@@ -244,9 +245,9 @@ class GeneralizedRCNNWithTTA(nn.Module):
         return self.model.combine_outputs(merged)
 
     def _run(self, views: list[dict], function: Callable, *extra: list) -> Iterator[tuple[dict, object]]:
-        """Call `function` with batches of views, and of what else there is for each; yields view by view.
+        """Call `function` with batches of views and of their `extra` arguments; yield the results by view.
 
-        A batch has views of one size only: padding would change what is predicted near the border.
+        A batch has views of one size only, as padding would change the predictions near the border.
         """
         rows = list(zip(views, *extra, strict=True))
         for _, group in groupby(rows, key=lambda row: row[0]["image"].shape):
@@ -258,7 +259,7 @@ class GeneralizedRCNNWithTTA(nn.Module):
                 yield from zip((view for view, *_ in batch), outputs, strict=True)
 
     def _model_input(self, view: Mapping) -> dict:
-        """A view as the model takes it, in its own frame."""
+        """Return the model's input dict of a view, in the view's own frame."""
         out = {"image": view["image"]}
         if "proposals" in view:
             size, given = tuple(view["image"].shape[1:]), view["proposals"]
@@ -270,7 +271,7 @@ class GeneralizedRCNNWithTTA(nn.Module):
         return out
 
     def _merge(self, detections: list[tuple[dict, Instances]], frame: tuple[int, int]) -> Instances:
-        """The best of all views' detections, in the wanted frame, after NMS class by class."""
+        """Return the best detections of all views in the output frame, after NMS in each class."""
         in_frame = []
         for view, instances in detections:
             boxes = _transform_boxes(instances.pred_boxes, view["transforms"].inverse())
@@ -287,7 +288,7 @@ class GeneralizedRCNNWithTTA(nn.Module):
         return result
 
     def _add_masks_and_keypoints(self, views: list[dict], merged: Instances) -> None:
-        """Run the other heads on the merged boxes in each view and average, in place."""
+        """Run the other heads on the merged boxes in each view and add their averages, in place."""
         fields = self.model.tta_fields()
         mask_on, keypoint_on = "pred_masks" in fields, "pred_keypoint_heatmaps" in fields
         if not (mask_on or keypoint_on):
@@ -301,7 +302,7 @@ class GeneralizedRCNNWithTTA(nn.Module):
             given[-1].set("pred_classes", merged.pred_classes)
         masks, heatmaps = [], []
         for view, output in self._run(views, self.model.tta_predict_for_boxes, given):
-            axes = _mirrored_axes(view["transforms"])
+            axes = _flipped_axes(view["transforms"])
             if mask_on:
                 masks.append(output.pred_masks.flip(axes))
             if keypoint_on and (len(axes) != 1 or swap is not None):
@@ -313,28 +314,28 @@ class GeneralizedRCNNWithTTA(nn.Module):
             keypoint_rcnn_inference(torch.stack(heatmaps).mean(dim=0), [merged])
 
     def _keypoint_swap(self, views: list[dict]) -> list[int] | None:
-        """Which keypoint takes the place of each in a mirror; None where no view is mirrored.
+        """Return the keypoint that each keypoint becomes in a flipped view; None if no view is flipped.
 
         Raises:
-            ValueError: there are mirrored views, and no data set's metadata tells.
+            ValueError: views are flipped, and no dataset's metadata has the order.
         """
-        if not any(len(_mirrored_axes(view["transforms"])) == 1 for view in views):
+        if not any(len(_flipped_axes(view["transforms"])) == 1 for view in views):
             return None
         for names in (self.cfg.DATASETS.TEST, self.cfg.DATASETS.TRAIN):
             if names:
                 return create_keypoint_hflip_indices(names)
         raise ValueError(
-            "Mirrored views of keypoints need to know left from right: name a data set with "
-            "'keypoint_flip_map' in DATASETS.TEST, or set TEST.AUG.FLIP = False"
+            "Flipped views of keypoints need the left-right pairs: name a dataset with 'keypoint_flip_map' "
+            "in DATASETS.TEST, or set TEST.AUG.FLIP = False"
         )
 
     def _map_probabilities(self, view: dict, logits: torch.Tensor, frame: tuple[int, int]) -> torch.Tensor:
-        """Return the class probabilities of a view's pixels, (K, H, W), in the wanted frame.
+        """Return the class probabilities (K, H, W) of a view's pixels in the output frame.
 
         Args:
             view: the view.
             logits: (K, height, width), in the view's frame.
             frame: (H, W).
         """
-        logits = logits.flip(_mirrored_axes(view["transforms"]))
+        logits = logits.flip(_flipped_axes(view["transforms"]))
         return sem_seg_postprocess(logits, tuple(logits.shape[1:]), *frame).softmax(dim=0)

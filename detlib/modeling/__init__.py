@@ -1,4 +1,4 @@
-"""Models and their parts: backbones, proposal generators, region heads and whole detectors."""
+"""Meta architectures and their parts: backbones, proposal generators and ROI heads."""
 
 from detlib.layers.shape_spec import ShapeSpec
 from detlib.modeling.anchor_generator import ANCHOR_GENERATOR_REGISTRY, build_anchor_generator
@@ -128,7 +128,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    # These two live further up and are imported when they are used.
+    # These two belong to `detlib.evaluation`, a higher level, and are imported on first use.
     if name in ("DatasetMapperTTA", "GeneralizedRCNNWithTTA"):
         from detlib.modeling import test_time_augmentation
 

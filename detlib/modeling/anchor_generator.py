@@ -1,6 +1,7 @@
 """Anchors: the reference boxes that dense detectors classify and refine.
 
-Shape legend: L feature levels, H and W the size of one level's map, A anchors per pixel of the map.
+Shape legend: L feature levels, H and W the size of one level's feature map, A anchors per pixel of the map, B
+numbers per box, R = H*W*A anchors of one level.
 """
 
 import math
@@ -52,13 +53,13 @@ class BufferList(nn.Module):
 
 
 def broadcast_params(params, num_features: int, name: str) -> list[list[float]]:
-    """One list of numbers for each feature level.
+    """Return one list of numbers for each feature level.
 
     Args:
         params: a list of numbers for all levels, or a list of such lists, either one for all levels or one
             for each.
         num_features: the number of levels, L.
-        name: what the error calls it.
+        name: the name of the parameter in error messages.
 
     Raises:
         ValueError: `params` is empty, mixes numbers and lists, or does not fit `num_features`.
@@ -81,7 +82,7 @@ def broadcast_params(params, num_features: int, name: str) -> list[list[float]]:
 
 
 def _params_per_level(num_features: int, **params) -> list[tuple[list[float], ...]]:
-    """For each level a tuple with one list of each of `params`, keys of MODEL.ANCHOR_GENERATOR."""
+    """Return a tuple for each level, with one list for each of `params`, keys of MODEL.ANCHOR_GENERATOR."""
     columns = [
         broadcast_params(value, num_features, f"MODEL.ANCHOR_GENERATOR.{name}")
         for name, value in params.items()
@@ -90,19 +91,19 @@ def _params_per_level(num_features: int, **params) -> list[tuple[list[float], ..
 
 
 def _widths_and_heights(sizes, aspect_ratios) -> list[tuple[float, float]]:
-    """Width and height of each size with each ratio; the ratios change fastest."""
+    """Return the width and height of each size with each ratio; the ratios change fastest."""
     widths = [(math.sqrt(size**2.0 / ratio), ratio) for size in sizes for ratio in aspect_ratios]
     return [(width, ratio * width) for width, ratio in widths]
 
 
 def grid_points(size: tuple[int, int], stride: int, offset: float, device: torch.device) -> torch.Tensor:
-    """Where the anchors of one feature level sit in the picture.
+    """Return the centers of the anchors of one feature level.
 
     Args:
-        size: (H, W) of the level's map.
-        stride: pixels of the picture for one of the map.
-        offset: where in its cell a point lies, as a fraction of the stride; 0 is the top left corner.
-        device: where to make them.
+        size: (H, W) of the level's feature map.
+        stride: image pixels per pixel of the feature map.
+        offset: position of the center in its cell, as a fraction of the stride; 0 is the top left corner.
+        device: device of the result.
 
     Returns:
         (H*W, 2) float32 tensor of x, y in absolute pixels, row by row.
@@ -114,26 +115,26 @@ def grid_points(size: tuple[int, int], stride: int, offset: float, device: torch
 
 
 class _GridAnchorGenerator(nn.Module):
-    """Puts the same few anchors on every pixel of every level; what kind of boxes they are is `box_type`."""
+    """Base class of generators that place the same anchors, of type `box_type`, on every pixel of a level."""
 
     box_type: type[Boxes] = Boxes
     """The class of the anchors."""
     box_dim: int = 4
-    """Numbers that describe one anchor."""
+    """Numbers per anchor, B."""
 
     def __init__(self, cell_anchors: list[torch.Tensor], strides: list[int], offset: float):
         """
         Args:
             cell_anchors: for each level the (A, B) anchors of one pixel, around the origin.
-            strides: stride of each level's map, in pixels.
-            offset: where in its cell an anchor's centre lies, as a fraction of the stride, in [0, 1).
+            strides: stride of each level, in pixels.
+            offset: position of an anchor's center in its cell, as a fraction of the stride, in [0, 1).
 
         Raises:
             ValueError: an offset outside [0, 1).
         """
         super().__init__()
         if not 0.0 <= offset < 1.0:
-            raise ValueError(f"MODEL.ANCHOR_GENERATOR.OFFSET must lie in [0, 1), got {offset!r}")
+            raise ValueError(f"MODEL.ANCHOR_GENERATOR.OFFSET must be in [0, 1), got {offset!r}")
         self.strides = strides
         self.num_features = len(strides)
         self.cell_anchors = BufferList(cell_anchors)
@@ -141,29 +142,29 @@ class _GridAnchorGenerator(nn.Module):
 
     @property
     def num_anchors(self) -> list[int]:
-        """Anchors on one pixel of each level's map, A, in the order of the levels."""
+        """Anchors per pixel, A, of each level."""
         return [len(cell) for cell in self.cell_anchors]
 
     @property
     def num_cell_anchors(self) -> list[int]:
-        """Another name of `num_anchors`."""
+        """An alias of `num_anchors`."""
         return self.num_anchors
 
     def forward(self, features: list[torch.Tensor]) -> list[Boxes]:
-        """The anchors of a batch: they depend on the maps' sizes only.
+        """Generate the anchors of a batch, which depend on the sizes of the feature maps only.
 
         Args:
-            features: L maps, each (N, C, H, W).
+            features: L feature maps (N, C, H, W).
 
         Returns:
-            list of `box_type`: for each level H*W*A boxes in absolute pixels of the padded pictures; the
-            order is that of a contiguous (H, W, A) tensor.
+            A `box_type` of R boxes for each level, in absolute pixels of the padded images. They are in the
+            order of a contiguous (H, W, A) tensor.
 
         Raises:
-            ValueError: not as many maps as the generator has levels.
+            ValueError: the number of feature maps is not the number of levels.
         """
         if len(features) != self.num_features:
-            raise ValueError(f"{self.num_features} feature levels expected, got {len(features)} maps")
+            raise ValueError(f"expected {self.num_features} feature levels, got {len(features)} feature maps")
         levels = []
         for feature, stride, cell in zip(features, self.strides, self.cell_anchors):
             points = grid_points(feature.shape[-2:], stride, self.offset, cell.device)
@@ -172,7 +173,7 @@ class _GridAnchorGenerator(nn.Module):
 
     @staticmethod
     def _shifts(points: torch.Tensor) -> torch.Tensor:
-        """(P, B): what moves a box from the origin to each of (P, 2) points."""
+        """Return the (P, B) shifts from the origin to each of (P, 2) points."""
         return torch.cat((points, points), dim=1)
 
 
@@ -190,9 +191,9 @@ class DefaultAnchorGenerator(_GridAnchorGenerator):
         Args:
             sizes: list of anchor sizes (square roots of areas, in pixels) for all levels, or a list of such
                 lists, one for each level.
-            aspect_ratios: height / width, as `sizes`: for all levels or one list for each.
-            strides: stride of each level's map, in pixels.
-            offset: where in its cell an anchor's centre lies, as a fraction of the stride, in [0, 1).
+            aspect_ratios: height / width, for all levels or one list for each, as `sizes`.
+            strides: stride of each level, in pixels.
+            offset: position of an anchor's center in its cell, as a fraction of the stride, in [0, 1).
 
         Raises:
             ValueError: an offset outside [0, 1), or sizes or ratios that do not fit the levels.
@@ -203,7 +204,7 @@ class DefaultAnchorGenerator(_GridAnchorGenerator):
 
     @classmethod
     def from_config(cls, cfg, input_shape: list[ShapeSpec]):
-        """Translate `cfg.MODEL.ANCHOR_GENERATOR`; `input_shape` brings the stride of each level."""
+        """Translate `cfg.MODEL.ANCHOR_GENERATOR`; the strides come from `input_shape`."""
         return {
             "sizes": cfg.MODEL.ANCHOR_GENERATOR.SIZES,
             "aspect_ratios": cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS,
@@ -212,7 +213,7 @@ class DefaultAnchorGenerator(_GridAnchorGenerator):
         }
 
     def generate_cell_anchors(self, sizes=(32, 64, 128, 256, 512), aspect_ratios=(0.5, 1, 2)) -> torch.Tensor:
-        """The anchors of one pixel, around the origin.
+        """Generate the anchors of one pixel, around the origin.
 
         Args:
             sizes: square roots of the anchors' areas, in pixels.
@@ -230,10 +231,10 @@ class DefaultAnchorGenerator(_GridAnchorGenerator):
 
 @ANCHOR_GENERATOR_REGISTRY.register()
 class RotatedAnchorGenerator(_GridAnchorGenerator):
-    """Anchors of several sizes, aspect ratios and angles on every pixel of every level.
+    """Rotated anchors of several sizes, aspect ratios and angles on every pixel of every level.
 
-    As for text of any direction in "Arbitrary-Oriented Scene Text Detection via Rotation Proposals"
-    (arXiv:1703.01086). Sizes and ratios are those of `DefaultAnchorGenerator`, before the turn.
+    As in "Arbitrary-Oriented Scene Text Detection via Rotation Proposals" (arXiv:1703.01086). Sizes and
+    ratios are those of `DefaultAnchorGenerator`, before the rotation.
     """
 
     box_type = RotatedBoxes
@@ -245,10 +246,10 @@ class RotatedAnchorGenerator(_GridAnchorGenerator):
         Args:
             sizes: list of anchor sizes (square roots of areas, in pixels) for all levels, or a list of such
                 lists, one for each level.
-            aspect_ratios: height / width, as `sizes`: for all levels or one list for each.
+            aspect_ratios: height / width, for all levels or one list for each, as `sizes`.
             strides: stride of each level's map, in pixels.
-            angles: degrees, counter-clockwise, as `sizes`: for all levels or one list for each.
-            offset: where in its cell an anchor's centre lies, as a fraction of the stride, in [0, 1).
+            angles: degrees, counter-clockwise, for all levels or one list for each, as `sizes`.
+            offset: where in its cell an anchor's center lies, as a fraction of the stride, in [0, 1).
 
         Raises:
             ValueError: an offset outside [0, 1), or sizes, ratios or angles that do not fit the levels.
@@ -259,7 +260,7 @@ class RotatedAnchorGenerator(_GridAnchorGenerator):
 
     @classmethod
     def from_config(cls, cfg, input_shape: list[ShapeSpec]):
-        """Translate `cfg.MODEL.ANCHOR_GENERATOR`; `input_shape` brings the stride of each level."""
+        """Translate `cfg.MODEL.ANCHOR_GENERATOR`; the strides come from `input_shape`."""
         return {
             "sizes": cfg.MODEL.ANCHOR_GENERATOR.SIZES,
             "aspect_ratios": cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS,
@@ -274,7 +275,7 @@ class RotatedAnchorGenerator(_GridAnchorGenerator):
         aspect_ratios=(0.5, 1, 2),
         angles=(-90, -60, -30, 0, 30, 60, 90),
     ) -> torch.Tensor:
-        """The anchors of one pixel, around the origin.
+        """Generate the anchors of one pixel, around the origin.
 
         Args:
             sizes: square roots of the anchors' areas, in pixels.
@@ -294,25 +295,29 @@ class RotatedAnchorGenerator(_GridAnchorGenerator):
 
     @staticmethod
     def _shifts(points: torch.Tensor) -> torch.Tensor:
-        return F.pad(points, (0, 3))  # sizes and angles stay
+        return F.pad(points, (0, 3))  # sizes and angles are unchanged
 
 
 def build_anchor_generator(cfg, input_shape):
-    """Build the generator that `cfg.MODEL.ANCHOR_GENERATOR.NAME` names.
+    """Build the anchor generator `cfg.MODEL.ANCHOR_GENERATOR.NAME`.
 
     Args:
-        cfg: the whole config.
-        input_shape: a `ShapeSpec` for each feature level, of which the stride is used.
+        cfg: the full config.
+        input_shape: a `ShapeSpec` with the stride of each feature level.
     """
     name = cfg.MODEL.ANCHOR_GENERATOR.NAME
     return ANCHOR_GENERATOR_REGISTRY.get(name, key="MODEL.ANCHOR_GENERATOR.NAME")(cfg, input_shape)
 
 
 def same_on_all_levels(values: list, what: str):
-    """The one value of a list: what a head that serves all levels needs to know of them.
+    """Return the common value of a list, for a head that is shared by all levels.
+
+    Args:
+        values: the value on each level.
+        what: the name of the value in error messages.
 
     Raises:
-        ValueError: the values differ; `what` names them.
+        ValueError: the values differ.
     """
     if len(set(values)) != 1:
         raise ValueError(
@@ -322,17 +327,17 @@ def same_on_all_levels(values: list, what: str):
 
 
 def permute_to_N_HWA_K(tensor: torch.Tensor, K: int) -> torch.Tensor:
-    """Turn a convolution's output into one row for each anchor.
+    """Rearrange a convolution's output to one row per anchor.
 
     Args:
-        tensor: (N, A*K, H, W): K numbers for each of A anchors.
-        K: numbers for one anchor.
+        tensor: (N, A*K, H, W), K numbers for each of A anchors.
+        K: numbers per anchor.
 
     Returns:
-        (N, H*W*A, K) tensor; rows in the order of a contiguous (H, W, A) tensor, as the anchors are.
+        (N, H*W*A, K) tensor. Rows are in the order of a contiguous (H, W, A) tensor, as the anchors are.
 
     Raises:
-        ValueError: not four dimensions, or channels that are no multiple of K.
+        ValueError: `tensor` is not four-dimensional, or its channels are not a multiple of K.
     """
     if tensor.dim() != 4 or tensor.shape[1] % K:
         raise ValueError(f"expected (N, A*{K}, H, W), got the shape {tuple(tensor.shape)}")
@@ -342,15 +347,15 @@ def permute_to_N_HWA_K(tensor: torch.Tensor, K: int) -> torch.Tensor:
 
 
 def check_rows(anchors, predictions: list[torch.Tensor], remedy: str) -> None:
-    """Refuse predictions that do not fit the anchors.
+    """Check that predictions and anchors agree in number.
 
     Args:
         anchors: L sets of anchors.
         predictions: L tensors (N, R, K).
-        remedy: what to set so that they fit, for the message.
+        remedy: what the user should change, for the error message.
 
     Raises:
-        ValueError: numbers of levels, or of rows on a level, that differ.
+        ValueError: the number of levels, or of rows on a level, differs.
     """
     have, want = [p.shape[1] for p in predictions], [len(a) for a in anchors]
     if have != want:

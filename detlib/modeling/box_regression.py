@@ -1,6 +1,6 @@
-"""How networks write one box relative to another, and the losses over boxes written so.
+"""Encodings of one box relative to another, and the box regression losses.
 
-Shape legend: R boxes, K classes or other repetitions of a prediction, B numbers for one box (4 for
+Shape legend: R boxes, K classes or other repetitions of a prediction, B numbers per box (4 for
 axis-aligned boxes, XYXY in absolute pixels; 5 for rotated ones, see `detlib.structures.RotatedBoxes`).
 """
 
@@ -22,13 +22,13 @@ __all__ = [
     "dense_box_regression_loss",
 ]
 
-# Growth by more than 1000/16 (a large picture's side over a small stride) is a network gone wrong.
+# No box grows by more than 1000/16, a large image's side over a small stride; larger deltas are clamped.
 _DEFAULT_SCALE_CLAMP = math.log(1000.0 / 16)
 
 _IOU_LOSSES = {"giou": giou_loss, "diou": diou_loss, "ciou": ciou_loss}
 
 BOX_LOSS_TYPES = ("smooth_l1", *_IOU_LOSSES)
-"""What `box_regression_loss` takes as `loss_type`."""
+"""The legal values of `loss_type` in `box_regression_loss`."""
 
 
 def _check_boxes(src_boxes: torch.Tensor, target_boxes: torch.Tensor) -> None:
@@ -38,28 +38,28 @@ def _check_boxes(src_boxes: torch.Tensor, target_boxes: torch.Tensor) -> None:
 
 
 def _check_area(src_size: torch.Tensor) -> None:
-    """Raise ValueError where a source box has no area, on the CPU: a GPU would have to be waited for."""
+    """Raise ValueError if a source box has no area; on the CPU only, as the check would synchronize a GPU."""
     if src_size.device.type == "cpu" and not bool((src_size > 0).all()):
         bad = (src_size <= 0).any(dim=-1).nonzero().flatten()[:5].tolist()
         raise ValueError(f"src_boxes without area cannot be regressed from: rows {bad}")
 
 
 def _wrap_degrees(angle: torch.Tensor) -> torch.Tensor:
-    """The same angles within [-180, 180)."""
+    """Return the angles wrapped to [-180, 180)."""
     return (angle + 180.0) % 360.0 - 180.0
 
 
 def _split(boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Centres and sizes, each (..., 2), of XYXY boxes."""
+    """Return the centers and sizes, each (..., 2), of XYXY boxes."""
     size = boxes[..., 2:] - boxes[..., :2]
     return boxes[..., :2] + 0.5 * size, size
 
 
 class Box2BoxTransform:
-    """The (dx, dy, dw, dh) parametrisation of R-CNN (arXiv:1311.2524).
+    """The (dx, dy, dw, dh) parametrization of R-CNN (arXiv:1311.2524).
 
-    dx and dy shift the source's centre by that part of its width and height; its width and height grow by
-    exp(dw) and exp(dh). Each number is multiplied by its weight.
+    dx and dy shift the source's center by that fraction of its width and height; its width and height are
+    scaled by exp(dw) and exp(dh). Each delta is multiplied by its weight.
     """
 
     box_dim: int = 4
@@ -71,9 +71,9 @@ class Box2BoxTransform:
     ):
         """
         Args:
-            weights: factors of (dx, dy, dw, dh). Fast R-CNN has (10, 10, 5, 5), which brings the deltas near
-                unit variance; RPN has (1, 1, 1, 1).
-            scale_clamp: largest dw and dh (after division by the weights) that is followed.
+            weights: factors of (dx, dy, dw, dh). Fast R-CNN uses (10, 10, 5, 5), which gives the deltas about
+                unit variance; RPN uses (1, 1, 1, 1).
+            scale_clamp: maximum of dw and dh, after division by the weights.
         """
         if len(weights) != 4:
             raise ValueError(f"weights must be four numbers (dx, dy, dw, dh), got {weights!r}")
@@ -81,7 +81,7 @@ class Box2BoxTransform:
         self.scale_clamp = scale_clamp
 
     def get_deltas(self, src_boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Tensor:
-        """Deltas for which `apply_deltas(deltas, src_boxes)` gives `target_boxes`.
+        """Return the deltas for which `apply_deltas(deltas, src_boxes)` gives `target_boxes`.
 
         Args:
             src_boxes: (R, 4) boxes such as anchors or proposals.
@@ -91,8 +91,8 @@ class Box2BoxTransform:
             (R, 4) tensor.
 
         Raises:
-            ValueError: a source box without area. Only boxes on the CPU are checked, for a check on a GPU
-                would wait for it; there the deltas become infinite.
+            ValueError: a source box has no area. Only boxes on the CPU are checked, as the check would
+                synchronize a GPU; there the deltas become infinite.
         """
         _check_boxes(src_boxes, target_boxes)
         src_center, src_size = _split(src_boxes)
@@ -106,7 +106,7 @@ class Box2BoxTransform:
         )
 
     def apply_deltas(self, deltas: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-        """Move and grow boxes.
+        """Apply deltas to boxes.
 
         Args:
             deltas: (R, K*4) tensor of any float type: K sets of (dx, dy, dw, dh) for each box.
@@ -115,7 +115,8 @@ class Box2BoxTransform:
         Returns:
             (R, K*4) float32 boxes (float64 if the deltas are).
         """
-        deltas = deltas if deltas.dtype == torch.float64 else deltas.float()  # half cannot hold pixels
+        # Half precision cannot represent pixel coordinates.
+        deltas = deltas if deltas.dtype == torch.float64 else deltas.float()
         center, size = _split(boxes.to(deltas.dtype))
         center, size = center[:, None, :], size[:, None, :]
         wx, wy, ww, wh = self.weights
@@ -128,11 +129,11 @@ class Box2BoxTransform:
 
 
 class Box2BoxTransformRotated:
-    """The (dx, dy, dw, dh, da) parametrisation of rotated boxes (arXiv:1703.01086, section IV).
+    """The (dx, dy, dw, dh, da) parametrization of rotated boxes (arXiv:1703.01086, section IV).
 
-    dx to dh are those of `Box2BoxTransform`, along the picture's axes and with the sides as they are before
-    the turn; da is the turn from source to target in radians. Each number is multiplied by its weight.
-    Angles of boxes are in degrees, counter-clockwise.
+    dx to dh are those of `Box2BoxTransform`, along the image's axes and with the sides before the rotation;
+    da is the angle from source to target in radians. Each delta is multiplied by its weight. Angles of boxes
+    are in degrees, counter-clockwise.
     """
 
     box_dim: int = 5
@@ -144,11 +145,11 @@ class Box2BoxTransformRotated:
     ):
         """
         Args:
-            weights: factors of (dx, dy, dw, dh, da); (10, 10, 5, 5, 1) suits a box head, ones an RPN.
-            scale_clamp: largest dw and dh (after division by the weights) that is followed.
+            weights: factors of (dx, dy, dw, dh, da); (10, 10, 5, 5, 1) for a box head, ones for an RPN.
+            scale_clamp: maximum of dw and dh, after division by the weights.
 
         Raises:
-            ValueError: other than five weights.
+            ValueError: there are not five weights.
         """
         if len(weights) != 5:
             raise ValueError(
@@ -159,17 +160,19 @@ class Box2BoxTransformRotated:
         self.scale_clamp = scale_clamp
 
     def get_deltas(self, src_boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Tensor:
-        """Deltas for which `apply_deltas(deltas, src_boxes)` gives `target_boxes`, but for whole turns.
+        """Return the deltas for which `apply_deltas(deltas, src_boxes)` gives `target_boxes`.
+
+        Angles agree up to multiples of 360 degrees.
 
         Args:
             src_boxes: (R, 5) boxes such as anchors or proposals.
             target_boxes: (R, 5) boxes such as ground truth.
 
         Returns:
-            (R, 5) tensor; da / weight lies in [-pi, pi).
+            (R, 5) tensor; da / weight is in [-pi, pi).
 
         Raises:
-            ValueError: a source box without area; see `Box2BoxTransform.get_deltas`.
+            ValueError: a source box has no area; see `Box2BoxTransform.get_deltas`.
         """
         _check_boxes(src_boxes, target_boxes)
         src_size = src_boxes[..., 2:4]
@@ -181,16 +184,17 @@ class Box2BoxTransformRotated:
         return torch.stack([column * weight for column, weight in zip(columns, self.weights)], dim=-1)
 
     def apply_deltas(self, deltas: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-        """Move, grow and turn boxes.
+        """Apply deltas to rotated boxes.
 
         Args:
             deltas: (R, K*5) tensor of any float type: K sets of (dx, dy, dw, dh, da) for each box.
             boxes: (R, 5) boxes.
 
         Returns:
-            (R, K*5) float32 boxes (float64 if the deltas are), angles within [-180, 180).
+            (R, K*5) float32 boxes (float64 if the deltas are), angles in [-180, 180).
         """
-        deltas = deltas if deltas.dtype == torch.float64 else deltas.float()  # half cannot hold pixels
+        # Half precision cannot represent pixel coordinates.
+        deltas = deltas if deltas.dtype == torch.float64 else deltas.float()
         x, y, width, height, angle = boxes.to(deltas.dtype)[:, None, :].unbind(dim=-1)
         columns = deltas.reshape(len(deltas), deltas.shape[1] // 5, 5).unbind(dim=-1)
         dx, dy, dw, dh, da = (column / weight for column, weight in zip(columns, self.weights))
@@ -205,19 +209,20 @@ class Box2BoxTransformRotated:
 
 
 def box2box_transform_for(weights) -> Box2BoxTransform | Box2BoxTransformRotated:
-    """The transform that goes with a config's BBOX_REG_WEIGHTS: five numbers are those of rotated boxes."""
+    """Return the transform for a config's BBOX_REG_WEIGHTS: five weights mean rotated boxes."""
     return (Box2BoxTransformRotated if len(weights) == 5 else Box2BoxTransform)(weights=weights)
 
 
 class Box2BoxTransformLinear:
-    """The distances from the source's centre to the target's four sides, as in FCOS (arXiv:1904.01355)."""
+    """Distances from the source's center to the target's four sides, as in FCOS (arXiv:1904.01355)."""
 
     box_dim: int = 4
 
     def __init__(self, normalize_by_size=True):
         """
         Args:
-            normalize_by_size: whether distances are in units of the source's width and height, not pixels.
+            normalize_by_size: whether distances are in units of the source's width and height instead of
+                pixels.
         """
         self.normalize_by_size = normalize_by_size
 
@@ -225,10 +230,10 @@ class Box2BoxTransformLinear:
         return torch.cat((size, size), dim=-1)
 
     def get_deltas(self, src_boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Tensor:
-        """Deltas (left, top, right, bottom) for which `apply_deltas` gives `target_boxes`.
+        """Return the deltas (left, top, right, bottom) for which `apply_deltas` gives `target_boxes`.
 
         Args:
-            src_boxes: (R, 4) boxes; their centre must lie in the target for positive deltas.
+            src_boxes: (R, 4) boxes; their center must be in the target for positive deltas.
             target_boxes: (R, 4) boxes.
 
         Returns:
@@ -241,7 +246,7 @@ class Box2BoxTransformLinear:
         return deltas / self._units(size) if self.normalize_by_size else deltas
 
     def apply_deltas(self, deltas: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-        """Boxes whose sides lie `deltas` away from the centres; negative deltas count as 0.
+        """Return boxes whose sides are `deltas` away from the centers; negative deltas count as 0.
 
         Args:
             deltas: (R, K*4) tensor of any float type.
@@ -261,7 +266,13 @@ class Box2BoxTransformLinear:
 
 
 def check_loss_of_boxes(loss_type: str, box_dim: int, key: str = "box loss type") -> None:
-    """Raise ValueError where boxes of `box_dim` numbers do not have that loss; `key` begins the message."""
+    """Raise ValueError if `loss_type` is not defined for boxes of `box_dim` numbers.
+
+    Args:
+        loss_type: one of `BOX_LOSS_TYPES`.
+        box_dim: numbers per box, B.
+        key: the config key, for the message.
+    """
     if box_dim != 4 and loss_type in _IOU_LOSSES:
         raise ValueError(
             f"{key} {loss_type!r} compares axis-aligned boxes; for rotated ones only 'smooth_l1' is legal"
@@ -276,24 +287,22 @@ def box_regression_loss(
     loss_type: str = "smooth_l1",
     smooth_l1_beta: float = 0.0,
 ) -> torch.Tensor:
-    """The summed loss between predicted deltas and the boxes they should lead to.
-
-    Used by RPN, dense detectors and box heads alike.
+    """Return the summed loss of predicted deltas, for RPN, dense detectors and box heads.
 
     Args:
-        box2box_transform: what relates boxes and deltas, such as `Box2BoxTransform`.
-        src_boxes: (R, B) boxes that the deltas start from, in absolute pixels.
+        box2box_transform: encoding of the boxes, such as `Box2BoxTransform`.
+        src_boxes: (R, B) boxes that the deltas are relative to, in absolute pixels.
         pred_deltas: (R, B) predictions.
-        target_boxes: (R, B) boxes to reach.
+        target_boxes: (R, B) targets.
         loss_type: "smooth_l1" compares deltas; "giou" (arXiv:1902.09630), "diou" and "ciou"
-            (arXiv:1911.08287) compare boxes, and exist for axis-aligned ones only.
-        smooth_l1_beta: where smooth L1 turns from a parabola to a line; 0 is the L1 loss.
+            (arXiv:1911.08287) compare boxes and are defined for axis-aligned boxes only.
+        smooth_l1_beta: transition point from quadratic to linear; 0 is the L1 loss.
 
     Returns:
-        A scalar with the sum over all boxes, 0 (with a gradient) where there are none.
+        A scalar, the sum over all boxes; 0 that still requires grad if there are none.
 
     Raises:
-        ValueError: an unknown `loss_type`, or one that rotated boxes do not have.
+        ValueError: `loss_type` is unknown or not defined for rotated boxes.
     """
     if loss_type == "smooth_l1":
         target_deltas = box2box_transform.get_deltas(src_boxes, target_boxes)
@@ -316,16 +325,19 @@ def dense_box_regression_loss(
     box_reg_loss_type: str = "smooth_l1",
     smooth_l1_beta: float = 0.0,
 ) -> torch.Tensor:
-    """The summed box loss of the foreground anchors of a batch.
+    """Return the summed box loss of the foreground anchors of a batch.
+
+    Shape legend: N images, L feature levels, R_l anchors of one level, R of all levels.
 
     Args:
-        anchors: the boxes of all levels, R together.
-        box2box_transform: what relates deltas and boxes.
+        anchors: the R anchors of all levels.
+        box2box_transform: encoding of the boxes.
         pred_anchor_deltas: L tensors (N, R_l, B).
         gt_boxes: N tensors (R, B): each anchor's matched ground truth.
-        fg_idxs: two int64 tensors of one length: image in [0, N) and anchor in [0, R) of each foreground.
+        fg_idxs: two int64 tensors of the same length: image in [0, N) and anchor in [0, R) of each foreground
+            anchor.
         box_reg_loss_type: see `box_regression_loss`.
-        smooth_l1_beta: likewise.
+        smooth_l1_beta: see `box_regression_loss`.
 
     Returns:
         A scalar.

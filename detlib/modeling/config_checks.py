@@ -1,4 +1,4 @@
-"""Checks of config values that components share: each error names the key, what came and what is legal."""
+"""Shared checks of config values. Each error names the key, the value and what is legal."""
 
 import contextlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -13,26 +13,26 @@ __all__ = ["check_choice", "check_count", "check_features", "check_norm", "confi
 
 
 def check_choice(value: Any, legal: Collection, key: str) -> None:
-    """Raise ValueError unless `value` of the config key `key` is one of `legal`; near names are listed."""
+    """Raise ValueError unless `value`, of the config key `key`, is in `legal`; suggest similar names."""
     if value not in legal:
         near = suggest(value, legal) if isinstance(value, str) else ""
         raise ValueError(f"{key} is {value!r}; legal are {', '.join(map(repr, legal))}.{near}")
 
 
 def check_count(value: int, key: str) -> None:
-    """Raise ValueError unless `value` of the config key `key` is at least 1."""
+    """Raise ValueError unless `value`, of the config key `key`, is at least 1."""
     if value < 1:
         raise ValueError(f"{key} is {value!r}; it must be at least 1.")
 
 
 def check_features(names: Sequence[str], given: Iterable[str], key: str, giver: str = "the backbone") -> None:
-    """Raise ValueError unless `names`, of the config key `key`, are features that exist, and at least one.
+    """Raise ValueError unless `names` are existing features, at least one.
 
     Args:
-        names: features that somebody wants to use.
-        given: features that there are.
-        key: the config key that names them.
-        giver: what gives features, for the message.
+        names: names of the features to use.
+        given: names of the features that exist.
+        key: the config key of `names`, for the message.
+        giver: what computes the features, for the message.
     """
     given = list(given)
     unknown = [name for name in names if name not in given]
@@ -45,23 +45,23 @@ def check_features(names: Sequence[str], given: Iterable[str], key: str, giver: 
 
 
 def check_norm(norm: str, key: str) -> None:
-    """Raise ValueError unless `norm`, of the config key `key`, is a name that `get_norm` knows."""
+    """Raise ValueError unless `norm`, of the config key `key`, is a name known to `get_norm`."""
     with config_keys(key):
         get_norm(norm, 32)
 
 
 def take_features(features: dict[str, torch.Tensor], names: Sequence[str], what: str) -> list[torch.Tensor]:
-    """The maps that a part of a model works on.
+    """Return the feature maps with the given names.
 
-    Models that were built without a config meet a wrong name here first.
+    This is the first check of the names in a model that was built without a config.
 
     Args:
-        features: what the backbone gave.
-        names: the maps wanted.
-        what: the argument, and the config key, that names them.
+        features: the backbone's output.
+        names: names of the feature maps.
+        what: the argument, and the config key, of `names`, for the message.
 
     Raises:
-        ValueError: a name that the backbone does not give.
+        ValueError: the backbone has no feature map of a name.
     """
     if any(name not in features for name in names):
         check_features(names, features, what)
@@ -70,9 +70,10 @@ def take_features(features: dict[str, torch.Tensor], names: Sequence[str], what:
 
 @contextlib.contextmanager
 def config_keys(*keys: str) -> Iterator[None]:
-    """Put `keys` in front of the ValueErrors of what is built within, which knows arguments but no config.
+    """Prefix the ValueErrors raised inside the block with the config keys `keys`.
 
-    An error that names a key already comes through unchanged.
+    Components that are built inside the block know their arguments but not the config. An error that names a
+    key already is unchanged.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""The focal loss of dense detectors (arXiv:1708.02002), on labels and in little memory.
+"""A memory-efficient focal loss on integer labels (arXiv:1708.02002).
 
 Shape legend: N images, R anchors, K classes.
 """
@@ -10,19 +10,19 @@ __all__ = ["focal_loss_sum"]
 
 
 def _loss(wrongness: torch.Tensor, gamma: float) -> torch.Tensor:
-    """The unweighted loss where the logit is `wrongness` on the wrong side."""
+    """Return the unweighted loss of a logit that is off by `wrongness` towards the wrong side."""
     return torch.sigmoid(wrongness).pow_(gamma).mul_(F.softplus(wrongness))
 
 
 def _slope(wrongness: torch.Tensor, gamma: float) -> torch.Tensor:
-    """The derivative of `_loss` by `wrongness`."""
+    """Return the derivative of `_loss` with respect to `wrongness`."""
     p = torch.sigmoid(wrongness)
     inner = F.softplus(wrongness).mul_(1 - p).mul_(gamma).add_(p)
     return p.pow_(gamma).mul_(inner)
 
 
 class _FocalLossSum(torch.autograd.Function):
-    """Keeps the logits alone for the backward pass; autograd would keep five tensors of that size."""
+    """Saves the logits alone for the backward pass; autograd would save five tensors of that size."""
 
     @staticmethod
     def forward(ctx, logits, labels, weights, gamma):
@@ -49,7 +49,7 @@ class _FocalLossSum(torch.autograd.Function):
 
 
 def _own_class(labels: torch.Tensor, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whether a row is foreground, and its class (any class otherwise); both with a last dimension of 1."""
+    """Return whether each row is foreground, and its class (any class otherwise), both (..., 1)."""
     is_fg = (labels >= 0) & (labels < num_classes)
     return is_fg[..., None], labels.clamp(0, num_classes - 1)[..., None]
 
@@ -57,24 +57,23 @@ def _own_class(labels: torch.Tensor, num_classes: int) -> tuple[torch.Tensor, to
 def focal_loss_sum(
     logits: torch.Tensor, labels: torch.Tensor, alpha: float = 0.25, gamma: float = 2.0
 ) -> torch.Tensor:
-    """The sum of the sigmoid focal loss over all anchors and classes.
+    """Return the sigmoid focal loss, summed over all anchors and classes.
 
-    With p the probability given to the truth (of being, or of not being, the class), an entry costs
-    `-w * (1 - p)**gamma * log(p)`, where w is `alpha` for the class that an anchor has and `1 - alpha`
-    elsewhere.
-    It is computed in float32 (float64 for float64 logits) and can be differentiated once.
+    The loss of an entry is `-w * (1 - p)**gamma * log(p)`. p is the predicted probability of the correct
+    answer (the class, or not the class), w is `alpha` for the anchor's own class and `1 - alpha` for all
+    others. It is computed in float32 (float64 for float64 logits) and can be differentiated once.
 
     Args:
         logits: (N, R, K) of any float type.
-        labels: (N, R) int64: the class in [0, K), K for background, negative for anchors that do not count.
-        alpha: see above, in [0, 1]; negative for no weights.
-        gamma: how much entries that are right already are played down; 0 is the cross-entropy.
+        labels: (N, R) int64: the class in [0, K), K for background, negative for ignored anchors.
+        alpha: weight of the foreground, in [0, 1]; negative for no weights.
+        gamma: focusing parameter, which down-weights well classified entries; 0 is the cross-entropy.
 
     Returns:
-        A scalar; zero, with a gradient, where no anchor counts.
+        A scalar; zero that still requires grad if all anchors are ignored.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: the shapes do not fit.
     """
     if logits.shape[:-1] != labels.shape:
         raise ValueError(

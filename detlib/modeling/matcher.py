@@ -1,4 +1,4 @@
-"""Which ground truth each anchor or proposal answers for.
+"""Matching of anchors and proposals to ground truth.
 
 Shape legend: M ground-truth boxes, N predictions (anchors or proposals).
 """
@@ -9,33 +9,33 @@ import torch
 
 __all__ = ["Matcher", "match_boxes"]
 
-# Above this many (ground truth, prediction) pairs `match_boxes` goes through the ground truth in parts. On a
-# GPU that keeps memory bounded: a part's float32 matrix takes 128 MiB, its intermediate tensors a few times
-# that. On a CPU the parts stay near its cache, which made matching of 100 boxes twice as fast.
+# With more (ground truth, prediction) pairs than this, `match_boxes` works on chunks of the ground truth. On
+# a GPU this bounds the memory: a chunk's float32 matrix takes 128 MiB, its intermediate tensors a few times
+# that. On a CPU the chunks fit into the cache, which made matching of 100 boxes twice as fast.
 _MAX_PAIRS = 2**25
 _MAX_PAIRS_CPU = 2**21
 
 
 class Matcher:
-    """Assigns each prediction the ground truth that fits it best, and a label by how good the fit is.
+    """Assigns each prediction its best ground truth, and a label by the quality of the match.
 
-    The quality of a pair is usually its IoU. Thresholds cut the range of qualities into intervals, each of
-    which has a label, usually 1 for foreground, 0 for background, -1 for "does not count". With
-    thresholds [0.3, 0.5] and labels [0, -1, 1], a best quality q gives 0 for q < 0.3, -1 for
-    0.3 <= q < 0.5, and 1 for q >= 0.5.
+    The quality of a pair is usually its IoU. Thresholds divide the range of qualities into intervals, and
+    each interval has a label, usually 1 for foreground, 0 for background and -1 for ignored predictions. With
+    thresholds [0.3, 0.5] and labels [0, -1, 1], a best quality q gives 0 for q < 0.3, -1 for 0.3 <= q < 0.5,
+    and 1 for q >= 0.5.
     """
 
     def __init__(self, thresholds: list[float], labels: list[int], allow_low_quality_matches: bool = False):
         """
         Args:
-            thresholds: rising qualities above 0 where one label gives way to the next.
+            thresholds: boundaries between the labels, above 0 and in ascending order.
             labels: one label more than there are thresholds, each -1, 0 or 1.
-            allow_low_quality_matches: whether the predictions that fit a ground truth best (all that tie)
-                get the label 1 however bad the fit is, so that no ground truth goes without one. See
+            allow_low_quality_matches: whether the best predictions of each ground truth (all that tie) get
+                the label 1 whatever their quality, so that every ground truth has a match. See
                 `set_low_quality_matches_`.
 
         Raises:
-            ValueError: thresholds that do not rise or are not above 0, or labels that do not fit.
+            ValueError: thresholds are not above 0 and ascending, or the labels do not fit them.
         """
         thresholds, labels = list(thresholds), list(labels)
         if any(not t > 0 for t in thresholds) or any(a > b for a, b in zip(thresholds, thresholds[1:])):
@@ -52,16 +52,14 @@ class Matcher:
         """Match predictions to ground truth.
 
         Args:
-            match_quality_matrix: (M, N) float tensor, no entry below 0: row i holds how well ground truth i
-                fits each prediction. M and N may be 0.
+            match_quality_matrix: (M, N) float tensor of qualities, at least 0. M and N may be 0.
 
         Returns:
-            matches: (N,) int64, for each prediction the row of its best ground truth, in [0, M); 0 where
-                M is 0.
-            match_labels: (N,) int8, its label; the first of `labels` where M is 0.
+            matches: (N,) int64, the row of each prediction's best ground truth, in [0, M); 0 if M is 0.
+            match_labels: (N,) int8 labels; the first of `labels` if M is 0.
 
         Raises:
-            ValueError: not a matrix.
+            ValueError: `match_quality_matrix` is not a matrix.
         """
         if match_quality_matrix.dim() != 2:
             raise ValueError(f"the quality must be an (M, N) matrix, got {tuple(match_quality_matrix.shape)}")
@@ -87,10 +85,11 @@ class Matcher:
     def set_low_quality_matches_(
         self, match_labels: torch.Tensor, match_quality_matrix: torch.Tensor
     ) -> None:
-        """Give the label 1 to every prediction that is the best one (or ties) for some ground truth.
+        """Set the label of every ground truth's best predictions (all that tie) to 1.
 
-        Section 3.1.2 of Faster R-CNN (arXiv:1506.01497). The prediction's own match stays its best ground
-        truth, even where another one brought the label. A ground truth that overlaps nothing labels nothing.
+        See section 3.1.2 of Faster R-CNN (arXiv:1506.01497). The match of such a prediction stays its own
+        best ground truth, even if another ground truth set the label. A ground truth that overlaps no
+        prediction sets no label.
 
         Args:
             match_labels: (N,) int8, changed in place.
@@ -102,20 +101,20 @@ class Matcher:
 
 
 def match_boxes(matcher, gt_boxes, boxes, max_pairs: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """`matcher(gt_boxes.pairwise_iou(boxes))` in bounded memory.
+    """Compute `matcher(gt_boxes.pairwise_iou(boxes))` in bounded memory.
 
-    A picture with a thousand objects and a quarter of a million anchors has a matrix of 1 GB. Rows can be
-    worked off in parts: what a prediction keeps from each is its best quality so far.
+    For a thousand objects and a quarter of a million anchors the matrix takes 1 GB. So it is computed in
+    chunks of rows, keeping each prediction's best match so far.
 
     Args:
-        matcher: a `Matcher`. One of another class gets the whole matrix.
+        matcher: a `Matcher`. A matcher of another class gets the full matrix.
         gt_boxes: M boxes of any type with `pairwise_iou`.
         boxes: N boxes of the same type.
-        max_pairs: how many pairs to compare at once (but at least one ground truth with all predictions); by
-            default what suits the device.
+        max_pairs: number of pairs per chunk (but at least one ground truth with all predictions); the default
+            depends on the device.
 
     Returns:
-        `matches` and `match_labels`, as the matcher returns them.
+        matches, match_labels: see `Matcher.__call__`.
     """
     num_gt, num_pred = len(gt_boxes), len(boxes)
     if max_pairs is None:

@@ -1,7 +1,7 @@
-"""Pooling of region features from one level or a whole feature pyramid.
+"""Pooling of region features from one feature map or a feature pyramid.
 
-Shape legend: N images, R boxes of all images together, L pyramid levels, C channels, B numbers of a box (4,
-or 5 for rotated boxes), H and W height and width.
+Shape legend: N images, R boxes of all images together, R_i those of one image, L pyramid levels, C channels,
+B numbers per box (4, or 5 for rotated boxes), H and W height and width.
 """
 
 import math
@@ -32,36 +32,35 @@ def assign_boxes_to_levels(
     canonical_box_size: int,
     canonical_level: int,
 ) -> torch.Tensor:
-    """Choose the pyramid level of each box by its size: equation 1 of the FPN paper (arXiv:1612.03144).
+    """Assign each box to a pyramid level by its size: equation 1 of the FPN paper (arXiv:1612.03144).
 
-    A box whose square root of area is `canonical_box_size` goes to `canonical_level`; each doubling goes one
-    up.
+    A box whose square root of area is `canonical_box_size` is assigned to `canonical_level`; each doubling of
+    the side moves it up by one level.
 
     Args:
         box_lists: N box objects, absolute pixels of the network input.
         min_level: the finest level, as log2 of its stride.
         max_level: the coarsest level.
         canonical_box_size: side in pixels.
-        canonical_level: the level of boxes of that side.
+        canonical_level: the level of boxes with that side.
 
     Returns:
-        (R,) int64, index into the levels, 0 for `min_level`.
+        (R,) int64 indices of levels, 0 for `min_level`.
     """
     sizes = torch.sqrt(cat([boxes.area() for boxes in box_lists]))
-    # The small summand keeps log2 finite for a box of no area; its size is part of the numbers that published
-    # weights were trained with.
+    # The epsilon keeps log2 finite for a box without area. Published weights were trained with this value.
     levels = torch.floor(canonical_level + torch.log2(sizes / canonical_box_size + 1e-8))
     return levels.clamp(min=min_level, max=max_level).to(torch.int64) - min_level
 
 
 def convert_boxes_to_pooler_format(box_lists: list[Boxes]) -> torch.Tensor:
-    """Join the boxes of N images into one tensor of regions with the image's index in front.
+    """Concatenate the boxes of N images and prepend the index of the image.
 
     Args:
         box_lists: N box objects, (R_i, B) each.
 
     Returns:
-        (R, 1 + B): column 0 is the index of the image, the rest the box (absolute xyxy pixels for `Boxes`).
+        (R, 1 + B): the index of the image, then the box (absolute xyxy pixels for `Boxes`).
     """
     boxes = cat([x.tensor for x in box_lists])
     images = cat([boxes.new_full((x.tensor.shape[0], 1), i) for i, x in enumerate(box_lists)])
@@ -93,22 +92,7 @@ def _build_level_pooler(
 
 
 class ROIPooler(nn.Module):
-    """Pools each box from the level of the pyramid that fits its size.
-
-    Args:
-        output_size: side of the pooled square, or (height, width).
-        scales: one over the stride of each level, finest first; successive powers of 2 when there are
-            several.
-        sampling_ratio: samples a bin along each axis, for the ROIAlign types; 0 takes as many as the box
-            needs.
-        pooler_type: "ROIAlign" (as Detectron's, shifted by half a pixel), "ROIAlignV2" (aligned), "ROIPool",
-            or "ROIAlignRotated" for rotated boxes.
-        canonical_box_size: side in pixels of the boxes that go to `canonical_level`.
-        canonical_level: log2 of that level's stride.
-
-    Raises:
-        ValueError: a scale that is no power of 2, levels with a gap, an unknown type.
-    """
+    """Pools each box from the pyramid level that fits its size."""
 
     def __init__(
         self,
@@ -119,6 +103,20 @@ class ROIPooler(nn.Module):
         canonical_box_size: int = 224,
         canonical_level: int = 4,
     ):
+        """
+        Args:
+            output_size: side of the pooled square, or (height, width).
+            scales: one over the stride of each level, finest first; consecutive powers of 2.
+            sampling_ratio: samples per bin along each axis, for the ROIAlign types; 0 adapts the number to
+                the size of the box.
+            pooler_type: "ROIAlign" (shifted by half a pixel, as in Detectron), "ROIAlignV2" (aligned),
+                "ROIPool", or "ROIAlignRotated" for rotated boxes.
+            canonical_box_size: side in pixels of the boxes on `canonical_level`.
+            canonical_level: log2 of that level's stride.
+
+        Raises:
+            ValueError: a scale is not a power of 2, levels are missing in between, or the type is unknown.
+        """
         super().__init__()
         if isinstance(output_size, int):
             output_size = (output_size, output_size)
@@ -143,16 +141,16 @@ class ROIPooler(nn.Module):
         self.canonical_box_size = canonical_box_size
 
     def forward(self, x: list[torch.Tensor], box_lists: list[Boxes]) -> torch.Tensor:
-        """Pool all boxes of all images.
+        """Pool the boxes of all images.
 
         Args:
-            x: L feature maps (N, C, H_l, W_l), finest first, one for each scale.
+            x: L feature maps (N, C, H_l, W_l), one for each scale, finest first.
             box_lists: N box objects, absolute pixels of the network input.
 
         Returns:
-            (R, C, output height, output width), the boxes in the order of `box_lists`; contiguous where there
-            are several maps, else in the layout that RoIAlign gives. With no box at all it has R = 0 and
-            still hangs on the features' graph.
+            (R, C, output height, output width), in the order of `box_lists`. It is contiguous if there are
+            several levels, else in the layout that RoIAlign returns. Without boxes R is 0, and the result
+            still requires grad.
         """
         if len(x) != len(self.level_poolers):
             raise ValueError(f"ROIPooler has {len(self.level_poolers)} levels, got {len(x)} feature maps.")
@@ -177,9 +175,9 @@ class ROIPooler(nn.Module):
         return self._pool_by_level(x, rois, levels)
 
     def _pool_by_level(self, x: list[torch.Tensor], rois: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-        # Sorting by level makes each level's boxes a slice, so the device is waited for once and not once a
-        # level. Levels without boxes are pooled too: their maps stay in the graph, which distributed
-        # training needs.
+        # Sorting by level makes the boxes of each level a slice, which synchronizes the device once instead
+        # of once per level. Levels without boxes are pooled too: their feature maps stay in the autograd
+        # graph, which DistributedDataParallel needs.
         order = torch.argsort(levels)
         counts = torch.bincount(levels, minlength=len(x)).tolist()
         slices = rois[order].split(counts)
@@ -188,10 +186,10 @@ class ROIPooler(nn.Module):
 
 
 def feature_shapes(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, ShapeSpec]:
-    """The shapes of the maps that `cfg.MODEL.ROI_HEADS.IN_FEATURES` names, in its order.
+    """Return the shapes of the feature maps in `cfg.MODEL.ROI_HEADS.IN_FEATURES`, in that order.
 
     Raises:
-        ValueError: a name that the backbone does not give, or no name at all.
+        ValueError: there is no name, or the backbone has no feature map of a name.
     """
     names = list(cfg.MODEL.ROI_HEADS.IN_FEATURES)
     check_features(names, input_shape, "MODEL.ROI_HEADS.IN_FEATURES")
@@ -201,20 +199,21 @@ def feature_shapes(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str,
 def pooler_from_config(
     cfg: CfgNode, key: str, input_shape: dict[str, ShapeSpec]
 ) -> tuple[ROIPooler | None, ShapeSpec | dict[str, ShapeSpec]]:
-    """The pooler of `cfg.MODEL[key]` over `cfg.MODEL.ROI_HEADS.IN_FEATURES`, and the shape of what it gives.
-
-    Without POOLER_TYPE there is no pooler: the head takes the dict of feature maps, and the shape is a dict
-    too.
+    """Build the pooler of a head that pools its own features.
 
     Args:
-        cfg: the whole config.
-        key: name of a head's node below MODEL, such as "ROI_BOX_HEAD", with POOLER_RESOLUTION,
+        cfg: the full config; features are pooled from `cfg.MODEL.ROI_HEADS.IN_FEATURES`.
+        key: name of the head's node below MODEL, such as "ROI_BOX_HEAD", with POOLER_RESOLUTION,
             POOLER_SAMPLING_RATIO and POOLER_TYPE.
-        input_shape: the backbone's feature maps by name.
+        input_shape: shapes of the backbone's feature maps by name.
+
+    Returns:
+        The pooler, and the shape of the pooled features. Without POOLER_TYPE the pooler is None: the head
+        takes the dict of feature maps, and the shape is a dict too.
 
     Raises:
-        ValueError: feature maps that the backbone does not give, that have different numbers of channels or
-            strides with a gap, or a pooler that does not exist.
+        ValueError: the backbone lacks a feature map, channels differ, strides are not consecutive powers of
+            2, or the pooler type is unknown.
     """
     node = cfg.MODEL[key]
     shapes = feature_shapes(cfg, input_shape)

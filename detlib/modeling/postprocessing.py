@@ -1,4 +1,4 @@
-"""From detections in the frame of the network input to detections in the frame that was asked for."""
+"""Conversion of results from the frame of the network input to the output frame."""
 
 import torch
 from torch.nn import functional as F
@@ -24,16 +24,16 @@ def detector_postprocess(
         results: detections of one image, in pixels of the network input (`results.image_size`), with
             `pred_boxes` or `proposal_boxes`; `pred_masks`, if there, is (R, 1, M, M) float probabilities or
             `ROIMasks`; `pred_keypoints`, if there, is (R, K, 3).
-        output_height: height of the wanted frame, in pixels.
-        output_width: width of the wanted frame.
-        mask_threshold: a pixel whose probability reaches it belongs to the mask.
+        output_height: height of the output frame, in pixels.
+        output_width: width of the output frame.
+        mask_threshold: pixels of at least this probability belong to the mask.
 
     Returns:
-        New `Instances` of image size (output_height, output_width); `pred_masks` is then (R, output_height,
-        output_width) bool. `results` is left as it is.
+        New `Instances` of image size (output_height, output_width), with `pred_masks` (R, output_height,
+        output_width) bool. `results` is not changed.
 
     Raises:
-        ValueError: an output size below 1, or results without boxes.
+        ValueError: the output size is below 1, or the results have no boxes.
     """
     output_height, output_width = _check_output_size("detector_postprocess", output_height, output_width)
     scale_x = output_width / results.image_size[1]
@@ -68,20 +68,20 @@ def detector_postprocess(
 def sem_seg_postprocess(
     result: torch.Tensor, img_size: tuple[int, int], output_height: int, output_width: int
 ) -> torch.Tensor:
-    """Cut the padding off one image's semantic logits and bring them to the output size.
+    """Crop the padding from one image's semantic logits and resize them to the output size.
 
     Args:
         result: (C, H, W) float logits of the padded network input.
-        img_size: (height, width) of the image within it.
-        output_height: height of the wanted frame, in pixels.
-        output_width: width of the wanted frame.
+        img_size: (height, width) of the image in it.
+        output_height: height of the output frame, in pixels.
+        output_width: width of the output frame.
 
     Returns:
-        (C, output_height, output_width) logits, resized bilinearly; a view of `result` when the image has
+        (C, output_height, output_width) logits, resized bilinearly; a view of `result` if the image has
         that size already.
 
     Raises:
-        ValueError: an output size below 1, or a result that is smaller than the image.
+        ValueError: the output size is below 1, or the result is smaller than the image.
     """
     size = _check_output_size("sem_seg_postprocess", output_height, output_width)
     height, width = img_size

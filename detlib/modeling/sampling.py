@@ -1,6 +1,6 @@
-"""Which anchors or proposals a loss looks at: match, label, and draw a balanced sample.
+"""Sampling of the anchors and proposals that enter a loss: match, label, and draw a balanced sample.
 
-Shape legend: R boxes (anchors or proposals) of one picture, M ground-truth boxes.
+Shape legend: R boxes (anchors or proposals) of one image, M ground-truth boxes.
 """
 
 from typing import NamedTuple
@@ -13,28 +13,28 @@ __all__ = ["Sample", "label_and_sample", "label_boxes", "subsample_labels"]
 
 
 class Sample(NamedTuple):
-    """What `label_and_sample` found out about the R boxes of one picture."""
+    """The result of `label_and_sample` for the R boxes of one image."""
 
     matched_idxs: torch.Tensor
-    """(R,) int64: each box's best ground truth, in [0, M); 0 where there is none."""
+    """(R,) int64: each box's best ground truth, in [0, M); 0 if M is 0."""
     labels: torch.Tensor
-    """(R,) int64: each box's class, the background label, or -1 where it does not count."""
+    """(R,) int64: each box's class, the background label, or -1 for ignored boxes."""
     fg_idxs: torch.Tensor
-    """Indices in [0, R) of the foreground boxes drawn, in random order."""
+    """Indices in [0, R) of the sampled foreground boxes, in random order."""
     bg_idxs: torch.Tensor
-    """Indices in [0, R) of the background boxes drawn, in random order."""
+    """Indices in [0, R) of the sampled background boxes, in random order."""
 
 
 def subsample_labels(labels: torch.Tensor, num_samples: int, positive_fraction: float, bg_label: int):
-    """Draw foreground and background at random, without repetition.
+    """Sample foreground and background at random, without replacement.
 
     At most `int(num_samples * positive_fraction)` are foreground; background fills up to `num_samples`.
-    Fewer come back where there are not enough.
+    Fewer are returned if there are not enough.
 
     Args:
-        labels: (R,) integer tensor: -1 does not count, `bg_label` is background, all else foreground.
-        num_samples: how many to draw.
-        positive_fraction: largest part that is foreground, in [0, 1].
+        labels: (R,) integer tensor: -1 is ignored, `bg_label` is background, all else is foreground.
+        num_samples: number of samples.
+        positive_fraction: largest fraction of foreground, in [0, 1].
         bg_label: the background's label.
 
     Returns:
@@ -51,7 +51,7 @@ def subsample_labels(labels: torch.Tensor, num_samples: int, positive_fraction: 
 
 
 def label_boxes(boxes, gt_boxes, matcher, *, gt_classes: torch.Tensor | None = None, bg_label: int = 0):
-    """Match boxes to ground truth and give each a label.
+    """Match boxes to ground truth and label them.
 
     Args:
         boxes: R boxes of any box type.
@@ -65,17 +65,17 @@ def label_boxes(boxes, gt_boxes, matcher, *, gt_classes: torch.Tensor | None = N
         labels: (R,) int64: the matched ground truth's class (or 1), `bg_label`, or -1.
 
     Raises:
-        ValueError: boxes and ground truth of different types.
+        ValueError: boxes and ground truth are of different types.
     """
     num_gt = gt_boxes.tensor.shape[0]
     if num_gt == 0:
-        gt_boxes = type(boxes)(boxes.tensor[:0])  # a picture without objects may not know which type they had
+        gt_boxes = type(boxes)(boxes.tensor[:0])  # without objects the type may be unknown
     if boxes.box_dim != gt_boxes.box_dim:
         raise ValueError(
             f"the model works on {type(boxes).__name__} ({boxes.box_dim} numbers a box), its ground truth "
             f"'gt_boxes' are {type(gt_boxes).__name__} ({gt_boxes.box_dim}). Rotated boxes need "
             "MODEL.PROPOSAL_GENERATOR.NAME 'RRPN', MODEL.ANCHOR_GENERATOR.NAME 'RotatedAnchorGenerator' and "
-            "MODEL.ROI_HEADS.NAME 'RROIHeads'; for upright ones from rotated annotations there is "
+            "MODEL.ROI_HEADS.NAME 'RROIHeads'; for axis-aligned boxes from rotated annotations use "
             "DatasetMapper(..., rotated_boxes=False)"
         )
     matched_idxs, match_labels = match_boxes(matcher, gt_boxes, boxes)
@@ -103,24 +103,24 @@ def label_and_sample(
     gt_classes: torch.Tensor | None = None,
     ignore: torch.Tensor | None = None,
 ) -> Sample:
-    """Match the boxes of one picture to its ground truth, label them and draw a balanced sample.
+    """Match the boxes of one image to its ground truth, label them and draw a balanced sample.
 
-    RPN calls it with anchors, `bg_label=0` and no classes; box heads with proposals, `gt_classes` and
-    `bg_label=num_classes`. The draw goes through this module's `subsample_labels`, so that replacing that one
-    function changes the draw everywhere.
+    RPN calls it with anchors, `bg_label=0` and no classes; box heads call it with proposals, `gt_classes` and
+    `bg_label=num_classes`. It samples with this module's `subsample_labels`, so replacing that function
+    changes the sampling everywhere.
 
     Args:
-        boxes: R boxes of any box type (`pairwise_iou` is its measure).
-        gt_boxes: M boxes of the same type; M may be 0, then all boxes are background.
+        boxes: R boxes of any type with `pairwise_iou`.
+        gt_boxes: M boxes of the same type; if M is 0, all boxes are background.
         matcher: a `Matcher` with labels -1, 0, 1.
-        num_samples: how many boxes to draw.
-        positive_fraction: largest part of them that is foreground, in [0, 1].
+        num_samples: number of boxes to sample.
+        positive_fraction: largest fraction of foreground, in [0, 1].
         bg_label: the background's label.
         gt_classes: (M,) int64 classes; if None, foreground has the label 1.
-        ignore: (R,) bool, boxes that do not count however they match.
+        ignore: (R,) bool, boxes that are ignored whatever their match.
 
     Returns:
-        Sample: matches and labels of all boxes and the indices of those drawn.
+        Sample: matches and labels of all boxes, and the indices of the sampled ones.
     """
     matched_idxs, labels = label_boxes(boxes, gt_boxes, matcher, gt_classes=gt_classes, bg_label=bg_label)
     if ignore is not None:

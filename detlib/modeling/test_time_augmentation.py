@@ -1,7 +1,7 @@
-"""Test-time augmentation, under the path that users import it from.
+"""Test-time augmentation under detectron2's path.
 
-It needs transforms of pictures, which models do not. So it lives in
-`detlib.evaluation.test_time_augmentation`, and is imported when one of its names is first used.
+It needs image transforms, which models do not depend on. So the code is in
+`detlib.evaluation.test_time_augmentation`, which is imported when one of its names is first used.
 """
 
 __all__ = ["DatasetMapperTTA", "GeneralizedRCNNWithTTA"]  # noqa: F822

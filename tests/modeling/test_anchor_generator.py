@@ -73,7 +73,7 @@ def test_other_errors():
     with pytest.raises(ValueError, match="ASPECT_RATIOS has 2 lists"):
         DefaultAnchorGenerator(sizes=[32], aspect_ratios=[[1.0], [2.0]], strides=[4, 8, 16])
     generator = DefaultAnchorGenerator(sizes=[32], aspect_ratios=[1.0], strides=[4, 8])
-    with pytest.raises(ValueError, match="2 feature levels expected, got 1"):
+    with pytest.raises(ValueError, match="expected 2 feature levels, got 1"):
         generator([torch.zeros(1, 1, 2, 2)])
 
 

@@ -199,7 +199,7 @@ def test_regions_without_area_or_label_are_left_out():
 def test_wrong_use_is_named():
     with pytest.raises(ValueError, match="targets"):
         make_heads()(None, make_features(1), [proposals_near_objects(3, 0)])
-    with pytest.raises(ValueError, match="no proposal_matcher"):
+    with pytest.raises(ValueError, match="instead of proposal_matcher"):
         make_heads(proposal_matcher=Matcher([0.5], [0, 1]))
     with pytest.raises(ValueError, match="got 3, 3 and 2"):
         make_heads(proposal_matchers=[Matcher([0.5], [0, 1])] * 2)

@@ -42,7 +42,7 @@ def labeled_proposals(counts=(7, 4), empty_last=False) -> list[Instances]:
 
 
 def slow_inference(boxes, scores, shape, score_thresh, nms_thresh, topk):
-    """All (row, class, score, box) that stay, by falling score."""
+    """All (row, class, score, box) that stay, in descending score order."""
     height, width = shape
     found = []
     for row, (row_boxes, row_scores) in enumerate(zip(boxes.numpy(), scores.numpy())):

@@ -201,7 +201,7 @@ def test_head():
         "cls_subnet", "bbox_subnet", "cls_score", "bbox_pred", "ctrness",
     ]  # fmt: skip
     assert not head.ctrness.bias.any() and 0.005 < head.ctrness.weight.std() < 0.015
-    with pytest.raises(ValueError, match="built for 2 levels, got 1 maps"):
+    with pytest.raises(ValueError, match="built for 2 levels, got 1 feature maps"):
         head([torch.zeros(1, 8, 4, 4)])
 
 

@@ -109,7 +109,7 @@ def test_wrong_truth_is_named():
     x = Instances((9, 9), proposal_boxes=Boxes([[0.0, 0, 4, 4]]), gt_boxes=Boxes([[0.0, 0, 4, 4]]))
     with pytest.raises(ValueError, match=r"'gt_keypoints'.*\['gt_boxes'\].*KEYPOINT_ON"):
         select_proposals_with_visible_keypoints([x])
-    with pytest.raises(ValueError, match="3 keypoints an object, the head predicts 17.*NUM_KEYPOINTS"):
+    with pytest.raises(ValueError, match="3 keypoints per object, the head predicts 17.*NUM_KEYPOINTS"):
         keypoint_rcnn_loss(torch.zeros(3, 17, 8, 8), regions(), None)
 
 
@@ -156,7 +156,7 @@ def test_head_layers_names_and_first_values():
     assert y.shape == (2, K, 14, 14)
     got = head.layers(x)
     assert got.shape == (2, K, 28, 28)
-    # Pixel centres at half integers: the fifth of the doubled row lies a quarter above the third.
+    # Pixel centers at half integers: the fifth of the doubled row lies a quarter above the third.
     rows = 0.75 * y[0, 0, 2] + 0.25 * y[0, 0, 1]
     torch.testing.assert_close(got[0, 0, 4, 9], 0.75 * rows[4] + 0.25 * rows[5])
     torch.testing.assert_close(got[0, 0, 0, 0], y[0, 0, 0, 0])

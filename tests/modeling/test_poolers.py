@@ -139,9 +139,9 @@ def test_rotated_boxes_are_pooled_from_their_level():
     generator = torch.Generator().manual_seed(5)
     features = [torch.randn(2, 3, 256 // s, 320 // s, generator=generator) for s in STRIDES]
     sides = 2 ** (5 + 4.5 * torch.rand(20, 2, generator=generator))
-    centres = torch.rand(20, 2, generator=generator) * torch.tensor([320.0, 256.0])
+    centers = torch.rand(20, 2, generator=generator) * torch.tensor([320.0, 256.0])
     angles = 360 * torch.rand(20, 1, generator=generator) - 180
-    boxes = RotatedBoxes(torch.cat([centres, sides, angles], dim=1))
+    boxes = RotatedBoxes(torch.cat([centers, sides, angles], dim=1))
     pooled = ROIPooler((3, 5), [1 / s for s in STRIDES], 2, "ROIAlignRotated")(
         features, [boxes[:8], boxes[8:]]
     )
@@ -157,9 +157,9 @@ def test_rotated_boxes_are_pooled_from_their_level():
 
 
 def test_pooler_and_boxes_of_different_types():
-    pooler, upright = ROIPooler(2, [0.25], 0, "ROIAlignRotated"), Boxes([[0, 0, 9, 9]])
+    pooler, axis_aligned = ROIPooler(2, [0.25], 0, "ROIAlignRotated"), Boxes([[0, 0, 9, 9]])
     with pytest.raises(ValueError, match="ROIAlignRotated pools boxes of 5 numbers, got Boxes"):
-        pooler([torch.zeros(1, 1, 8, 8)], [upright])
+        pooler([torch.zeros(1, 1, 8, 8)], [axis_aligned])
 
 
 def test_features_of_a_pyramid_are_contiguous():

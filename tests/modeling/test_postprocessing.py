@@ -37,7 +37,7 @@ def test_proposals_are_scaled_too():
 
 
 def slow_paste(mask, box, height: int, width: int, threshold: float) -> torch.Tensor:
-    """Bilinear reading of the mask at each pixel's centre; outside the mask there is nothing."""
+    """Bilinear reading of the mask at each pixel's center; outside the mask there is nothing."""
     side = len(mask)
 
     def value(row: int, column: int) -> float:

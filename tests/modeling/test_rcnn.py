@@ -196,7 +196,7 @@ def test_proposal_network_outputs(models):
     assert (boxes >= 0).all() and (boxes <= torch.tensor([192.0, 128, 192, 128])).all()
 
 
-def test_preprocessing_normalises_and_pads():
+def test_preprocessing_normalizes_and_pads():
     mean, std = torch.tensor([10.0, 20, 30]).view(3, 1, 1), torch.tensor([1.0, 2, 4]).view(3, 1, 1)
     images = [random_image(40, 64), random_image(32, 72).float()]
     model = MetaArchitecture()

@@ -150,7 +150,7 @@ def test_config():
                 "MODEL__RESNETS__DEPTH": 50,
                 "MODEL__RESNETS__RES2_OUT_CHANNELS": 256,
             },
-            "deformable res5",
+            "does not support deformable",
         ),
         ({"MODEL__ROI_HEADS__IN_FEATURES": ["res9"]}, r"\['res9'\].*\['res4'\]"),
     ],

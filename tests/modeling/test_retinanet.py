@@ -101,13 +101,13 @@ def test_losses(anchors, loss_type):
     assert storage.latest()["num_pos_anchors"][0] == num_fg / 2
     assert losses["loss_cls"].item() == pytest.approx(loss_cls / normalizer, rel=1e-5)
     assert losses["loss_box_reg"].item() == pytest.approx(loss_box / normalizer, rel=1e-5)
-    # Without objects the normaliser falls as if there were one.
+    # Without objects the normalizer falls as if there were one.
     model.losses(anchors, logits, [torch.full_like(x, K) for x in labels], deltas, boxes)
     assert model.loss_normalizer == pytest.approx(0.9 * normalizer + 0.1)
 
 
 def slow_detections(model, anchors, scores, deltas, threshold, topk, nms_thresh, limit):
-    """Of one image: rows of (box, class, score) by falling score."""
+    """Of one image: rows of (box, class, score) in descending score order."""
     found = []
     for a, s, d in zip(anchors, scores, deltas):
         level = [(s[r, k].item(), r, k) for r in range(len(a)) for k in range(K) if s[r, k] > threshold]
@@ -211,7 +211,7 @@ def test_norms_of_the_head(caplog):
     ] * 2
     with caplog.at_level(logging.INFO, "detlib"):
         net = head(norm="BN")
-    assert "of its own for each of 2 levels" in caplog.text
+    assert "separate statistics for each of 2 levels" in caplog.text
     assert {k: tuple(v.shape) for k, v in net.state_dict().items() if k.startswith("bbox_subnet.4")} == {
         "bbox_subnet.4.weight": (16,),
         "bbox_subnet.4.bias": (16,),
@@ -229,7 +229,7 @@ def test_norms_of_the_head(caplog):
     assert all(isinstance(m, nn.SyncBatchNorm) for m in head(norm="SyncBN").cls_subnet[1])
     caplog.clear()
     shared = head(norm="FrozenBN")
-    assert "one FrozenBN for all levels mixes their statistics" in caplog.text
+    assert "one FrozenBN shared by all levels mixes their statistics" in caplog.text
     assert "cls_subnet.1.running_var" in shared.state_dict()
 
 
@@ -239,7 +239,7 @@ def test_norms_of_the_head(caplog):
         ({"IN_FEATURES": ["p3", "q4"]}, r"MODEL.RETINANET.IN_FEATURES is \['p3', 'q4'\]; .*'p4'"),
         ({"IN_FEATURES": ["p3", "p4"]}, "MODEL.ANCHOR_GENERATOR.SIZES"),
         ({"NORM": "XN"}, "MODEL.RETINANET.NORM: .*XN"),
-        ({"PRIOR_PROB": 1.0}, r"MODEL.RETINANET.PRIOR_PROB\) must lie in \(0, 1\)"),
+        ({"PRIOR_PROB": 1.0}, r"MODEL.RETINANET.PRIOR_PROB\) must be in \(0, 1\)"),
         ({"BBOX_REG_LOSS_TYPE": "gious"}, "MODEL.RETINANET.BBOX_REG_LOSS_TYPE.*'gious'.*Did you mean 'giou'"),
         ({"IOU_THRESHOLDS": [0.5, 0.4]}, "MODEL.RETINANET.IOU_THRESHOLDS.*must be above 0 and rise"),
         ({"BBOX_REG_WEIGHTS": (1.0, 1.0)}, "MODEL.RETINANET.BBOX_REG_WEIGHTS"),
@@ -256,7 +256,7 @@ def test_anchors_must_fit():
         build_model(small_config(RETINANET, MODEL__ANCHOR_GENERATOR__SIZES=sizes))
     with pytest.raises(ValueError, match="channels .* must be the same on each"):
         head(input_shape=[ShapeSpec(channels=8), ShapeSpec(channels=4)])
-    with pytest.raises(ValueError, match="built for 2 levels, got 1 maps"):
+    with pytest.raises(ValueError, match="built for 2 levels, got 1 feature maps"):
         head()([torch.zeros(1, 8, 4, 4)])
     model = small_retinanet()
     model.head = head(input_shape=[ShapeSpec(channels=32)] * 5)

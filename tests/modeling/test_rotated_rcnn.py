@@ -1,4 +1,4 @@
-"""Rotated models: published numbers of their parts, and upright boxes as the case that must agree.
+"""Rotated models: published numbers of their parts, and axis-aligned boxes as the case that must agree.
 
 Other dtypes and pictures without objects: see test_all_architectures.
 """
@@ -143,23 +143,23 @@ class TestTransform:
 
 @pytest.fixture(scope="module")
 def upright_and_rotated():
-    """Two models with the same weights: of upright boxes, and of rotated ones whose anchors do not turn."""
+    """Two models with the same weights: with axis-aligned boxes, and with rotated anchors at angle 0."""
     torch.manual_seed(0)
-    upright = build_model(small_config(FASTER_RCNN, MODEL__ROI_HEADS__SCORE_THRESH_TEST=0.0))
+    axis_aligned = build_model(small_config(FASTER_RCNN, MODEL__ROI_HEADS__SCORE_THRESH_TEST=0.0))
     for layer in (
-        upright.proposal_generator.rpn_head.anchor_deltas,
-        upright.roi_heads.box_predictor.bbox_pred,
+        axis_aligned.proposal_generator.rpn_head.anchor_deltas,
+        axis_aligned.roi_heads.box_predictor.bbox_pred,
     ):
         torch.nn.init.normal_(layer.weight, std=0.02)
     overrides = {"MODEL__ANCHOR_GENERATOR__ANGLES": [[0]], "MODEL__ROI_HEADS__SCORE_THRESH_TEST": 0.0}
     rotated = build_model(rotated_config(**overrides))
-    state = upright.state_dict()
+    state = axis_aligned.state_dict()
     for name, value in rotated.state_dict().items():
         if value.shape != state[name].shape:
             pieces = state[name].unflatten(0, (-1, 4))
             state[name] = torch.cat([pieces, torch.zeros_like(pieces[:, :1])], dim=1).flatten(0, 1)
     rotated.load_state_dict(state)
-    return upright, rotated
+    return axis_aligned, rotated
 
 
 class TestUprightBoxesAreTheSame:
@@ -184,15 +184,15 @@ class TestUprightBoxesAreTheSame:
         torch.testing.assert_close(losses[1], losses[0], rtol=2e-4, atol=1e-5)
 
     def test_detections(self, upright_and_rotated):
-        upright, rotated = (
+        axis_aligned, rotated = (
             model.eval()([{"image": random_image(), "height": 100, "width": 120}])[0]["instances"]
             for model in upright_and_rotated
         )
-        assert len(rotated) == len(upright) == 20
+        assert len(rotated) == len(axis_aligned) == 20
         boxes = BoxMode.convert(rotated.pred_boxes.tensor, BoxMode.XYWHA_ABS, BoxMode.XYXY_ABS)
-        torch.testing.assert_close(boxes, upright.pred_boxes.tensor, rtol=1e-4, atol=1e-2)
-        torch.testing.assert_close(rotated.scores, upright.scores, rtol=1e-4, atol=1e-5)
-        assert rotated.pred_classes.tolist() == upright.pred_classes.tolist()
+        torch.testing.assert_close(boxes, axis_aligned.pred_boxes.tensor, rtol=1e-4, atol=1e-2)
+        torch.testing.assert_close(rotated.scores, axis_aligned.scores, rtol=1e-4, atol=1e-5)
+        assert rotated.pred_classes.tolist() == axis_aligned.pred_classes.tolist()
 
 
 @pytest.fixture(scope="module")
@@ -203,9 +203,11 @@ def model():
 
 class TestModel:
     def test_parameters_are_those_of_faster_rcnn(self, model):
-        upright = build_model(small_config(FASTER_RCNN)).state_dict()
-        assert list(model.state_dict()) == list(upright)
-        shapes = {k: tuple(v.shape) for k, v in model.state_dict().items() if v.shape != upright[k].shape}
+        axis_aligned = build_model(small_config(FASTER_RCNN)).state_dict()
+        assert list(model.state_dict()) == list(axis_aligned)
+        shapes = {
+            k: tuple(v.shape) for k, v in model.state_dict().items() if v.shape != axis_aligned[k].shape
+        }
         assert shapes == {
             "proposal_generator.rpn_head.objectness_logits.weight": (12, 32, 1, 1),
             "proposal_generator.rpn_head.objectness_logits.bias": (12,),
@@ -238,7 +240,7 @@ class TestModel:
         expected.scale(1, 2)
         got = scaled["instances"]
         assert got.image_size == (128, 96) and got.pred_boxes.tensor.shape[1] == 5
-        # Boxes next to upright are clipped, in either frame.
+        # Boxes next to axis-aligned are clipped, in either frame.
         turned = (expected.tensor[:, 4].abs() > 2) & (plain["instances"].pred_boxes.tensor[:, 4].abs() > 2)
         torch.testing.assert_close(got.pred_boxes.tensor[turned], expected.tensor[turned])
 
@@ -254,7 +256,7 @@ class TestModel:
 
     @pytest.mark.parametrize("thresh, num_left", [(-1, 3), (0, 1), (10, 2)])
     def test_anchors_beyond_the_border_do_not_count(self, thresh, num_left):
-        """What decides is the centre, for an anchor that is turned has no side along the border."""
+        """What decides is the center, for an anchor that is turned has no side along the border."""
         rrpn = build_model(rotated_config(MODEL__RPN__BOUNDARY_THRESH=thresh)).proposal_generator
         anchors = RotatedBoxes([[90, 60, 50, 50, 45], [100, 60, 20, 20, 0], [-20, 5, 20, 20, 0]])
         ((labels,), _) = rrpn.label_and_sample_anchors([anchors], [rotated_ground_truth(boxes=())])

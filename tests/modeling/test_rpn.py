@@ -186,7 +186,7 @@ def test_training_needs_ground_truth_and_finite_numbers():
     with pytest.raises(ValueError, match="gt_instances"):
         rpn(images, features)
     features["p4"][1, 0, 0, 0] = math.nan
-    with pytest.raises(FloatingPointError, match=r"images \[1\] of the batch: the training has diverged"):
+    with pytest.raises(FloatingPointError, match=r"images \[1\] of the batch: the training run has diverged"):
         rpn(images, features, targets)
 
 

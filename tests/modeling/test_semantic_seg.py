@@ -41,7 +41,7 @@ def labels_of(height=64, width=96) -> torch.Tensor:
 
 
 def enlarge(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Bilinear resizing of (..., H, W) from pixel centres, one axis after the other."""
+    """Bilinear resizing of (..., H, W) from pixel centers, one axis after the other."""
     for dim, size in ((-2, height), (-1, width)):
         old = x.shape[dim]
         at = ((torch.arange(size, dtype=torch.float64) + 0.5) * old / size - 0.5).clamp(0, old - 1)
@@ -141,7 +141,7 @@ def test_wrong_calls_of_the_head():
         head(maps_of())
     maps = maps_of()
     del maps["p4"]
-    with pytest.raises(KeyError, match="'p4'; there are .'p2', 'p3', 'p5'."):
+    with pytest.raises(KeyError, match="'p4'; available: .'p2', 'p3', 'p5'."):
         head.eval()(maps)
 
 

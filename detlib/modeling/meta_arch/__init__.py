@@ -1,4 +1,4 @@
-"""Whole models and how to build them."""
+"""Meta architectures, which are full models, and how to build them."""
 
 from detlib.modeling.meta_arch.base import MetaArchitecture
 from detlib.modeling.meta_arch.build import META_ARCH_REGISTRY, build_model, facts_of

@@ -114,14 +114,14 @@ class MetaArchitecture(nn.Module):
 
     @classmethod
     def outputs(cls, cfg: CfgNode) -> frozenset[str]:
-        """Return what the model predicts, by which evaluators are chosen.
+        """Return the types of the model's outputs, which determine its evaluators.
 
         Args:
             cfg: the model's config.
 
         Returns:
             A subset of "instances", "masks" (instances with `pred_masks`), "proposals", "sem_seg" and
-            "panoptic_seg". The default is all of them: a model that states nothing gets every evaluator of
+            "panoptic_seg". The default is all of them, so a model without this method gets every evaluator of
             the dataset.
         """
         return frozenset({"instances", "masks", "proposals", "sem_seg", "panoptic_seg"})
@@ -184,8 +184,8 @@ class MetaArchitecture(nn.Module):
     ) -> list[Instances]:
         """Return the checked "instances" of every dict, on the model's device.
 
-        Labels beyond the classes are refused here: label K would train as background, others would stop a
-        GPU without a message. Labels that are on a GPU already are not checked, which would wait for it.
+        Labels out of range are refused here: label K would be trained as background, others would crash a GPU
+        without a message. Labels on a GPU are not checked, as that would synchronize it.
 
         Args:
             batched_inputs: N dicts with "instances".
@@ -193,7 +193,7 @@ class MetaArchitecture(nn.Module):
             key: the config key of the number of classes, for the message.
 
         Raises:
-            ValueError: a dict without "instances", or a label outside; the message names the item.
+            ValueError: a dict has no "instances", or a label is out of range; the message names the item.
         """
         for i, item in enumerate(batched_inputs):
             instances = item.get("instances")
@@ -234,11 +234,11 @@ class MetaArchitecture(nn.Module):
     def scale_to_output_size(
         results: list[Instances], batched_inputs: Sequence[Mapping], image_sizes: list[tuple[int, int]]
     ) -> list[Instances]:
-        """Scale the results of each image to the size that its dict asks for.
+        """Scale the results of each image to the output size in its dict.
 
         Args:
             results: N detections in pixels of the network input, see `detector_postprocess`.
-            batched_inputs: N dicts; "height" and "width" are the wanted size, by default the input's own.
+            batched_inputs: N dicts; "height" and "width" are the output size, by default the image's own.
             image_sizes: N pairs (height, width) of the images before padding.
         """
         return [
@@ -247,7 +247,7 @@ class MetaArchitecture(nn.Module):
         ]
 
     def tta_predict(self, batched_inputs: list[dict]) -> list[dict]:
-        """Predict what test-time augmentation merges over the views of an image.
+        """Predict the boxes and semantic logits that test-time augmentation merges over the views.
 
         Args:
             batched_inputs: N views as `forward` takes them, without "height" and "width".
@@ -259,7 +259,7 @@ class MetaArchitecture(nn.Module):
         return self(batched_inputs)
 
     def tta_merge_limits(self, cfg: CfgNode) -> tuple[float, int]:
-        """Return the IoU threshold of the NMS that merges all views, and the most detections to keep.
+        """Return the IoU threshold of the NMS over all views, and the maximum number of detections.
 
         Args:
             cfg: the config of test-time augmentation.
@@ -289,9 +289,12 @@ class MetaArchitecture(nn.Module):
         return instances
 
     def combine_outputs(self, output: dict) -> dict:
-        """Return one image's output with what follows from its other entries added, such as "panoptic_seg".
+        """Add the entries that are computed from others, such as "panoptic_seg", to one image's output.
 
         Args:
-            output: as `forward` returns it for one image, in its final size.
+            output: the dict of one image, as returned by `forward`, in its final size.
+
+        Returns:
+            The dict with the added entries.
         """
         return output

@@ -1,4 +1,4 @@
-"""Building a whole model from a config."""
+"""The registry of meta architectures and the function that builds a model from a config."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,8 +14,9 @@ __all__ = ["META_ARCH_REGISTRY", "build_model", "facts_of"]
 
 META_ARCH_REGISTRY = Registry("META_ARCH")
 META_ARCH_REGISTRY.__doc__ = """
-Whole models: modules that take a list of dicts, one for each image, and return a dict of losses in training
-and a list of dicts otherwise. An entry is called as `entry(cfg)`.
+Meta architectures: modules that take a list of dicts, one for each image, and return a dict of losses in
+training and a list of dicts otherwise. An entry is called as `entry(cfg)`. See `MetaArchitecture`, their base
+class.
 """
 
 
@@ -26,12 +27,12 @@ def build_model(cfg: CfgNode | Mapping[str, Any]) -> torch.nn.Module:
 
     Args:
         cfg: a CfgNode, whose `cfg.MODEL.META_ARCHITECTURE` is built and moved to `cfg.MODEL.DEVICE`; or the
-            model's node of a lazy config, a mapping with `_target_`, which is instantiated where PyTorch
-            puts new tensors.
+            model's node of a lazy config, a mapping with `_target_`, which is instantiated on PyTorch's
+            default device.
 
     Raises:
         TypeError: `cfg` is neither.
-        KeyError: no such architecture; the message lists near names.
+        KeyError: the architecture is unknown; the message lists similar names.
     """
     if isinstance(cfg, CfgNode):
         model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE, key="MODEL.META_ARCHITECTURE")(cfg)

@@ -1,7 +1,8 @@
-"""What one-stage detectors share: pictures in, predictions on every pixel of some feature maps, results out.
+"""The base class of one-stage detectors, and the selection of detections from dense predictions.
 
 Shape legend: N images, C channels, L feature levels, H and W one level's size, A anchors per pixel, R = H*W*A
-anchors of one level (or of all), K classes.
+anchors of one level (or of all), K classes (or numbers per anchor), B numbers per box, P selected predictions
+of all images together.
 """
 
 import math
@@ -37,21 +38,11 @@ __all__ = [
 class DenseDetector(MetaArchitecture, metaclass=ABCMeta):
     """A backbone and a head that predicts on every pixel of the backbone's features.
 
-    A subclass says how predictions become losses (`forward_training`) and detections (`forward_inference`).
-
-    Args:
-        backbone: pictures to a dict of feature maps.
-        head: L feature maps to a tuple of predictions, each L maps (N, ..., H, W).
-        head_in_features: names of the features that the head sees; by default all, by rising stride.
-        pixel_mean: mean of each channel, in the pixels' own unit (0 to 255 for the built-in models).
-        pixel_std: standard deviation of each channel.
-
-    Raises:
-        ValueError: a feature that the backbone does not give.
+    A subclass implements the losses (`forward_training`) and the detections (`forward_inference`).
     """
 
     num_classes_key = "num_classes"
-    """What messages call the number of classes."""
+    """The name of the number of classes in error messages."""
 
     reference_lr_per_image = 0.01 / 16
     compile_modules = ("backbone", "head")
@@ -71,6 +62,18 @@ class DenseDetector(MetaArchitecture, metaclass=ABCMeta):
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
     ):
+        """
+        Args:
+            backbone: maps images to a dict of feature maps.
+            head: maps L feature maps to a tuple of predictions, each L tensors (N, ..., H, W).
+            head_in_features: names of the features that the head sees; by default all, in ascending stride
+                order.
+            pixel_mean: mean of each channel, in the pixels' own unit (0 to 255 for the built-in models).
+            pixel_std: standard deviation of each channel.
+
+        Raises:
+            ValueError: the backbone has no feature of a name.
+        """
         super().__init__()
         shapes = backbone.output_shape()
         if head_in_features is None:
@@ -83,7 +86,7 @@ class DenseDetector(MetaArchitecture, metaclass=ABCMeta):
         self.register_pixel_stats(pixel_mean, pixel_std)
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor] | list[dict]:
-        """Losses in training, detections otherwise.
+        """Compute losses in training, detections otherwise.
 
         Args:
             batched_inputs: N dicts, each with
@@ -91,14 +94,14 @@ class DenseDetector(MetaArchitecture, metaclass=ABCMeta):
                 * "image": (C, H_i, W_i) uint8 or float tensor;
                 * "instances": `Instances` with `gt_boxes` and `gt_classes` in pixels of "image"; training
                   only;
-                * "height", "width": the size that outputs shall have; the image's own when left out.
+                * "height", "width": the output size; by default the image's own.
 
         Returns:
             In training a dict of scalar losses. Otherwise N dicts with "instances": `pred_boxes`, `scores`
-            and `pred_classes`, by falling score.
+            and `pred_classes`, in descending score order.
 
         Raises:
-            TypeError, ValueError: an input of the wrong kind; the message names the item and what is wrong.
+            TypeError, ValueError: an input is malformed; the message names the item and the problem.
         """
         images = self.preprocess_image(batched_inputs)
         gt_instances = None
@@ -115,17 +118,17 @@ class DenseDetector(MetaArchitecture, metaclass=ABCMeta):
         return [{"instances": r} for r in results]
 
     def tta_merge_limits(self, cfg: CfgNode) -> tuple[float, int]:
-        """See `MetaArchitecture.tta_merge_limits`: those of the model itself."""
+        """See `MetaArchitecture.tta_merge_limits`; the limits are the model's own."""
         return self.test_nms_thresh, self.max_detections_per_image
 
     @abstractmethod
     def forward_training(self, images, features, predictions, gt_instances) -> dict[str, torch.Tensor]:
-        """Compare the head's predictions with the truth.
+        """Compute the losses.
 
         Args:
-            images: N pictures, as `preprocess_image` returns them.
-            features: L maps (N, C, H, W).
-            predictions: what the head made of them.
+            images: N images, as returned by `preprocess_image`.
+            features: L feature maps (N, C, H, W).
+            predictions: the head's output for `features`.
             gt_instances: N `Instances`, on the model's device.
 
         Returns:
@@ -142,23 +145,22 @@ class DenseDetector(MetaArchitecture, metaclass=ABCMeta):
             images, features, predictions: see `forward_training`.
 
         Returns:
-            N `Instances` in pixels of the network's input.
+            N `Instances` in pixels of the network input.
         """
 
     def _transpose_dense_predictions(
         self, predictions: list[list[torch.Tensor]], dims_per_anchor: list[int]
     ) -> list[list[torch.Tensor]]:
-        """For each prediction, of K numbers per anchor: L maps (N, A*K, H, W) to L tensors (N, R, K)."""
+        """Rearrange each prediction of K numbers per anchor from L (N, A*K, H, W) to L (N, R, K)."""
         return [
             [permute_to_N_HWA_K(x, numbers) for x in levels]
             for levels, numbers in zip(predictions, dims_per_anchor)
         ]
 
     def _ema_update(self, name: str, value: float, initial_value: float, momentum: float = 0.9) -> float:
-        """Move the attribute `name`, an average over the last iterations, towards `value`, and return it.
+        """Update the moving average in the attribute `name` with `value`, and return it.
 
-        It is a plain number that each process has for itself: no parameter, and `initial_value` before the
-        first call.
+        It is a plain number, separate in each process, not a parameter. It starts at `initial_value`.
         """
         average = getattr(self, name, initial_value) * momentum + value * (1 - momentum)
         setattr(self, name, average)
@@ -166,26 +168,26 @@ class DenseDetector(MetaArchitecture, metaclass=ABCMeta):
         return average
 
     def training_state(self) -> dict[str, float]:
-        """The averages, which a resumed training must know."""
-        # A validation before the first step takes its averages away again.
+        """Return the moving averages, which checkpoints store for resuming."""
+        # A validation before the first step removes the averages that it added.
         return {name: getattr(self, name) for name in sorted(self._averages) if hasattr(self, name)}
 
     def load_training_state(self, state: dict[str, float]) -> None:
-        """Restores what `training_state` gave."""
+        """Restore the result of `training_state`."""
         for name, average in state.items():
             setattr(self, name, average)
         self._averages = set(state)
 
     def _count_foreground(self, gt_labels: list[torch.Tensor], initial_normalizer: float):
-        """Find the foreground of a batch, log how much there is, and update the losses' normaliser.
+        """Find the foreground anchors of a batch, log their number, and update the losses' normalizer.
 
         Args:
-            gt_labels: N tensors (R,) int64: K and negative ones are no foreground.
-            initial_normalizer: the average number of foreground anchors of a batch, before the first one.
+            gt_labels: N tensors (R,) int64; K is background, negative labels are ignored.
+            initial_normalizer: the initial average number of foreground anchors per batch.
 
         Returns:
             labels: (N, R) int64.
-            fg_idxs: two int64 tensors, the image and the anchor of each foreground.
+            fg_idxs: two int64 tensors, the image and the anchor of each foreground anchor.
             normalizer: a plain number.
         """
         labels = torch.stack(gt_labels)
@@ -196,7 +198,7 @@ class DenseDetector(MetaArchitecture, metaclass=ABCMeta):
         return labels, fg_idxs, self._ema_update("loss_normalizer", max(num_fg, 1), initial_normalizer)
 
     def _classification_loss(self, pred_logits: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
-        """The summed focal loss of L tensors (N, R, K) against (N, R) labels over all levels."""
+        """Return the summed focal loss of L tensors (N, R, K) for the (N, R) labels of all levels."""
         by_level = labels.split([x.shape[1] for x in pred_logits], dim=1)
         return sum(
             focal_loss_sum(x, y, self.focal_loss_alpha, self.focal_loss_gamma)
@@ -204,7 +206,7 @@ class DenseDetector(MetaArchitecture, metaclass=ABCMeta):
         )
 
     def _detect(self, anchors, candidates, deltas, image_sizes) -> list[Instances]:
-        """From candidates of each level to the detections of each image."""
+        """Return the detections of each image, given the candidates of each level."""
         best = [best_candidates(c, self.test_topk_candidates) for c in candidates]
         boxes, images, classes, scores = decode_candidates(
             anchors, deltas, best, self.box2box_transform, self.test_score_thresh
@@ -227,28 +229,30 @@ class DenseDetector(MetaArchitecture, metaclass=ABCMeta):
         box_delta: list[torch.Tensor],
         image_size: tuple[int, int],
     ) -> Instances:
-        """Turn the predictions for one picture into detections.
+        """Turn the predictions for one image into detections.
 
-        Pictures of a batch go through the same steps together; where a subclass overrides this, one by one
-        through its own.
+        By default the images of a batch are processed together. If a subclass overrides this method, it is
+        called for each image.
 
         Args:
-            anchors: anchors of each level; of models without, points as squares.
-            box_cls: L tensors (R, K) of scores in [0, 1]; centerness, where there is one, is in them.
+            anchors: anchors of each level; squares around the points in models without anchors.
+            box_cls: L tensors (R, K) of scores in [0, 1], which include the centerness if there is one.
             box_delta: L tensors (R, B).
-            image_size: (height, width) of the picture before padding.
+            image_size: (height, width) of the image before padding.
 
         Returns:
-            `Instances` with `pred_boxes` (not clipped), `scores` and `pred_classes`, by falling score.
+            `Instances` with `pred_boxes` (not clipped), `scores` and `pred_classes`, in descending score
+            order.
         """
         candidates = [candidates_from_scores(scores[None], self.test_score_thresh) for scores in box_cls]
         return self._detect(anchors, candidates, [d[None] for d in box_delta], [image_size])[0]
 
     @property
-    def _detects_by_picture(self) -> bool:
+    def _has_own_inference(self) -> bool:
+        """Whether a subclass overrides `inference_single_image`, as code for detectron2 does."""
         return type(self).inference_single_image is not DenseDetector.inference_single_image
 
-    def _detect_by_picture(self, anchors, scores, deltas, image_sizes) -> list[Instances]:
+    def _detect_one_by_one(self, anchors, scores, deltas, image_sizes) -> list[Instances]:
         return [
             self.inference_single_image(anchors, [x[i] for x in scores], [x[i] for x in deltas], size)
             for i, size in enumerate(image_sizes)
@@ -256,21 +260,21 @@ class DenseDetector(MetaArchitecture, metaclass=ABCMeta):
 
 
 class Candidates(NamedTuple):
-    """Predictions that score above a threshold: P of them, of all images of a batch, image by image."""
+    """P predictions of one level that score above a threshold, of all images of a batch, in their order."""
 
     images: torch.Tensor
-    """(P,) int64 in [0, N), rising."""
+    """(P,) int64 in [0, N), ascending."""
     rows: torch.Tensor
-    """(P,) int64 in [0, R): which anchor of the level."""
+    """(P,) int64 in [0, R), the anchor of the level."""
     classes: torch.Tensor
     """(P,) int64 in [0, K)."""
     scores: torch.Tensor
-    """(P,) float32, or float64 where the predictions are."""
+    """(P,) float32, or float64 if the predictions are."""
 
 
 def candidates_from_scores(scores: torch.Tensor, threshold: float) -> Candidates:
-    """The scores of one level, a (N, R, K) tensor, that are above `threshold`."""
-    # Most anchors have no class that does: to look for these first takes a third of the time.
+    """Select the scores above `threshold` from the (N, R, K) scores of one level."""
+    # Most anchors have no such class. Finding the others first takes a third of the time.
     images, rows = (scores.amax(dim=2) > threshold).nonzero(as_tuple=True)
     chosen = scores[images, rows]
     index, classes = (chosen > threshold).nonzero(as_tuple=True)
@@ -281,25 +285,26 @@ def candidates_from_scores(scores: torch.Tensor, threshold: float) -> Candidates
 def candidates_from_logits(
     logits: torch.Tensor, threshold: float, quality_logits: torch.Tensor | None = None
 ) -> Candidates:
-    """The predictions of one level that may score above a threshold, without the scores of the others.
+    """Select the predictions of one level that may score above a threshold.
+
+    The scores of the other predictions are not computed.
 
     Args:
-        logits: (N, R, K); the sigmoid of it is the score of a class.
-        threshold: what a score must exceed. A few that fall short of it are among the candidates:
-            `decode_candidates` drops them.
-        quality_logits: (N, R, 1); if given, its sigmoid is how well the box lies, and the score is the
-            geometric mean of both.
+        logits: (N, R, K) class logits; their sigmoid is the score.
+        threshold: the score to exceed. A few candidates may fall short of it; `decode_candidates` drops them.
+        quality_logits: (N, R, 1) logits of the box quality, such as the centerness. If given, the score is
+            the geometric mean of both sigmoids.
 
     Returns:
-        Candidates: of this level, with their exact scores.
+        Candidates: those of this level, with their exact scores.
     """
-    # A quality is at most 1, so that the class alone must score above the square.
+    # A quality is at most 1, so the class score alone must exceed the square of the threshold.
     least = threshold if quality_logits is None else threshold * abs(threshold)
     if least <= 0:
         least_logit = -math.inf
     else:
         least_logit = math.log(least / (1 - least)) if least < 1 else math.inf
-        least_logit -= 0.01 * (1 + abs(least_logit))  # how logits are rounded must not decide
+        least_logit -= 0.01 * (1 + abs(least_logit))  # a margin for rounding
     found = candidates_from_scores(logits, least_logit)
     scores = found.scores.sigmoid()
     if quality_logits is not None:
@@ -309,7 +314,7 @@ def candidates_from_logits(
 
 
 def best_candidates(candidates: Candidates, topk: int) -> Candidates:
-    """The `topk` best of each image; all where there are fewer."""
+    """Select the `topk` best candidates of each image; all if there are fewer."""
     if len(candidates.scores) <= topk:
         return candidates
     chosen, start = [], 0
@@ -322,18 +327,18 @@ def best_candidates(candidates: Candidates, topk: int) -> Candidates:
 
 
 def decode_candidates(anchors, deltas, levels: list[Candidates], box2box_transform, threshold: float):
-    """Turn the chosen predictions of all levels into boxes, at once.
+    """Decode the boxes of the candidates of all levels in one call.
 
     Args:
         anchors: L sets of R boxes, the same for all images.
         deltas: L tensors (N, R, B).
-        levels: L sets of candidates, P on all levels together.
-        box2box_transform: what relates deltas and boxes.
-        threshold: scores must be above it.
+        levels: L sets of candidates, P in total.
+        box2box_transform: encoding of the boxes.
+        threshold: candidates with lower or equal scores are dropped.
 
     Returns:
-        boxes: (P, B) float32, in the anchors' frame; only those that are finite.
-        images: (P,) int64, the image of each.
+        boxes: (P, B) float32, in the anchors' frame; boxes that are not finite are dropped.
+        images: (P,) int64, the image of each box.
         classes: (P,) int64, its class.
         scores: (P,) float32, its score.
     """
@@ -355,20 +360,21 @@ def detections_per_image(
     nms_thresh: float,
     max_detections: int,
 ) -> list[Instances]:
-    """Apply NMS within each class and image, and keep the best.
+    """Apply NMS to each class of each image, and keep the best detections.
 
     Args:
-        boxes: (P, B) boxes, in pixels of the pictures.
+        boxes: (P, B) boxes, in pixels of the images.
         images: (P,) int64 in [0, N).
         classes: (P,) int64.
         scores: (P,) float.
-        image_sizes: N pairs (height, width) of the pictures before padding.
+        image_sizes: N pairs (height, width) of the images before padding.
         box_type: the class of the boxes, with `batched_nms`.
-        nms_thresh: IoU above which the worse of two boxes of a class is dropped.
-        max_detections: at most so many for an image; negative for all.
+        nms_thresh: IoU above which the lower scoring of two boxes of a class is dropped.
+        max_detections: maximum number per image; negative for all.
 
     Returns:
-        list[Instances]: N with `pred_boxes` (not clipped), `scores` and `pred_classes`, by falling score.
+        list[Instances]: N with `pred_boxes` (not clipped), `scores` and `pred_classes`, in descending score
+        order.
     """
     order = images.argsort(stable=True)
     counts = torch.bincount(images, minlength=len(image_sizes)).tolist()
@@ -388,5 +394,5 @@ def detections_per_image(
 
 
 def sigmoid_float32(logits: torch.Tensor) -> torch.Tensor:
-    """Probabilities in float32, or in float64 for logits of that: half precision would make scores tie."""
+    """Return the sigmoid in float32 (float64 for float64 logits); in half precision scores would tie."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()

@@ -1,4 +1,5 @@
-"""FCOS (arXiv:1904.01355, improved as in arXiv:2006.09214): every point of the feature maps predicts a box.
+"""FCOS (arXiv:1904.01355, with the improvements of arXiv:2006.09214): each point of a feature map predicts a
+box.
 
 Shape legend: N images, C channels, L feature levels, H and W one level's size, R = H*W points of one level
 (or of all), K classes (label K is the background), M ground-truth boxes.
@@ -21,32 +22,15 @@ from detlib.structures import Boxes, ImageList, Instances, pairwise_point_box_di
 
 __all__ = ["FCOS", "FCOSHead"]
 
-# (point, box) pairs to compare at once: 32 MiB for a float32 (points, boxes, 4) tensor.
+# (point, box) pairs per chunk: 32 MiB for a float32 (points, boxes, 4) tensor.
 _MAX_PAIRS = 2**21
 
 
 class FCOS(DenseDetector):
-    """A detector without anchor shapes: each point predicts its distances to the four sides of a box.
+    """An anchor-free detector: each point predicts its distances to the four sides of a box.
 
-    A point is written as a square anchor around it whose side is the stride of its level; so distances come
-    in units of the stride.
-
-    Args:
-        backbone: pictures to a dict of feature maps.
-        head: L feature maps to L maps of logits (N, K, H, W), of distances (N, 4, H, W) and of centerness
-            logits (N, 1, H, W).
-        head_in_features: names of the features that the head sees, by rising stride; by default all.
-        box2box_transform: what relates points, distances and boxes; by default `Box2BoxTransformLinear`.
-        num_classes: K, the background not counted.
-        center_sampling_radius: how many strides from a box's centre its points may lie.
-        focal_loss_alpha: weight of the foreground in the focal loss; negative for no weights.
-        focal_loss_gamma: how much points that are right already are played down.
-        test_score_thresh: only detections that score above it are kept.
-        test_topk_candidates: at most so many predictions of each level and image go to NMS.
-        test_nms_thresh: IoU above which the worse of two boxes of a class is dropped.
-        max_detections_per_image: at most so many detections an image; negative for all.
-        pixel_mean: mean of each channel, in the pixels' own unit.
-        pixel_std: standard deviation of each channel.
+    A point is represented by a square around it whose side is the stride of its level, so distances are in
+    units of the stride.
     """
 
     def __init__(
@@ -67,6 +51,26 @@ class FCOS(DenseDetector):
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
     ):
+        """
+        Args:
+            backbone: maps images to a dict of feature maps.
+            head: maps L feature maps to L class logits (N, K, H, W), L distances (N, 4, H, W) and L
+                centerness logits (N, 1, H, W).
+            head_in_features: names of the features that the head sees, in ascending stride order; by default
+                all.
+            box2box_transform: encoding of the boxes; by default `Box2BoxTransformLinear`.
+            num_classes: K, without the background.
+            center_sampling_radius: maximum distance of a foreground point from the center of its box, in
+                strides.
+            focal_loss_alpha: weight of the foreground in the focal loss; negative for no weights.
+            focal_loss_gamma: focusing parameter of the focal loss.
+            test_score_thresh: detections must score above this.
+            test_topk_candidates: maximum number of predictions of each level and image before NMS.
+            test_nms_thresh: IoU above which the lower scoring of two boxes of a class is dropped.
+            max_detections_per_image: maximum number of detections per image; negative for all.
+            pixel_mean: mean of each channel, in the pixels' own unit.
+            pixel_std: standard deviation of each channel.
+        """
         super().__init__(backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std)
         self.num_classes = num_classes
         shapes = backbone.output_shape()
@@ -90,7 +94,7 @@ class FCOS(DenseDetector):
         predictions: list[list[torch.Tensor]],
         gt_instances: list[Instances],
     ) -> dict[str, torch.Tensor]:
-        """See `DenseDetector.forward_training`; the losses are those of `losses`."""
+        """Compute `losses`. See `DenseDetector.forward_training`."""
         logits, deltas, centerness = self._transpose_dense_predictions(predictions, [self.num_classes, 4, 1])
         anchors = self.anchor_generator(features)
         gt_labels, gt_boxes = self.label_anchors(anchors, gt_instances)
@@ -98,11 +102,14 @@ class FCOS(DenseDetector):
 
     @torch.no_grad()
     def _match_points(self, anchors: list[Boxes], gt_boxes: Boxes) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which of M boxes each point answers for, and whether it does; (R,) int64 and (R,) bool.
+        """Assign each point to one of M boxes.
 
-        A point serves the boxes that it lies in, near whose centre it is, and whose furthest side is as far
-        away as befits its level: 4 to 8 strides, and without a lower limit on the first level or an upper one
-        on the last. Of several it takes the smallest.
+        A point matches the boxes that contain it, whose center is near, and whose farthest side is at a
+        distance that suits its level: 4 to 8 strides, without a lower limit on the first level and an upper
+        limit on the last. Of several boxes it is assigned to the smallest.
+
+        Returns:
+            (R,) int64, the box of each point, and (R,) bool, whether it has one.
         """
         points = torch.cat([a.get_centers() for a in anchors])
         strides = torch.cat([a.tensor[:, 2] - a.tensor[:, 0] for a in anchors])
@@ -133,7 +140,7 @@ class FCOS(DenseDetector):
     def label_anchors(
         self, anchors: list[Boxes], gt_instances: list[Instances]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Decide what each point should say.
+        """Compute the target class and box of each point.
 
         Args:
             anchors: points of each level, as squares.
@@ -141,8 +148,7 @@ class FCOS(DenseDetector):
 
         Returns:
             gt_labels: N tensors (R,) int64 over all levels: a class in [0, K), or K for background.
-            gt_boxes: N tensors (R, 4): the box each point answers for; it means something only for
-            foreground.
+            gt_boxes: N tensors (R, 4): the box of each point; undefined for background.
         """
         num_points = sum(len(a) for a in anchors)
         gt_labels, matched_gt_boxes = [], []
@@ -166,7 +172,7 @@ class FCOS(DenseDetector):
         gt_boxes: list[torch.Tensor],
         pred_centerness: list[torch.Tensor],
     ) -> dict[str, torch.Tensor]:
-        """The losses, summed over points and divided by the usual number of foreground points of a batch.
+        """Compute the losses, summed over points and divided by the average number of foreground points.
 
         Args:
             anchors: points of each level, as squares.
@@ -195,7 +201,7 @@ class FCOS(DenseDetector):
         }
 
     def _centerness(self, anchors: torch.Tensor, gt_boxes: torch.Tensor) -> torch.Tensor:
-        """Of (P, 4) anchors in (P, 4) boxes: (P,), from 1 in the centre to 0 on the border and outside."""
+        """Return the (P,) centerness of (P, 4) anchors in (P, 4) boxes: 1 in the center, 0 outside."""
         sides = self.box2box_transform.get_deltas(anchors, gt_boxes)
         pairs = sides.unflatten(-1, (2, 2))  # (left, top), (right, bottom)
         near, far = pairs.amin(dim=-2).clamp(min=0), pairs.amax(dim=-2)
@@ -203,7 +209,7 @@ class FCOS(DenseDetector):
         return ratio.prod(dim=-1).sqrt()
 
     def compute_ctrness_targets(self, anchors: list[Boxes], gt_boxes: list[torch.Tensor]) -> torch.Tensor:
-        """How central each point lies in its box.
+        """Compute the centerness of each point in its box.
 
         It is sqrt(min(left, right) / max(left, right) * min(top, bottom) / max(top, bottom)).
 
@@ -220,12 +226,15 @@ class FCOS(DenseDetector):
     def forward_inference(
         self, images: ImageList, features: list[torch.Tensor], predictions: list[list[torch.Tensor]]
     ) -> list[Instances]:
-        """See `DenseDetector.forward_inference`; a score is the geometric mean of class and centerness."""
+        """Detect objects; a score is the geometric mean of class and centerness.
+
+        See `DenseDetector.forward_inference`.
+        """
         logits, deltas, centerness = self._transpose_dense_predictions(predictions, [self.num_classes, 4, 1])
         anchors = self.anchor_generator(features)
-        if self._detects_by_picture:
+        if self._has_own_inference:
             scores = [(sigmoid_float32(x) * sigmoid_float32(c)).sqrt() for x, c in zip(logits, centerness)]
-            return self._detect_by_picture(anchors, scores, deltas, images.image_sizes)
+            return self._detect_one_by_one(anchors, scores, deltas, images.image_sizes)
         candidates = [
             candidates_from_logits(x, self.test_score_thresh, c) for x, c in zip(logits, centerness)
         ]
@@ -233,15 +242,15 @@ class FCOS(DenseDetector):
 
 
 class FCOSHead(RetinaNetHead):
-    """RetinaNet's head for one anchor a pixel, with a third prediction: how central the pixel is in its box.
+    """RetinaNet's head for one anchor per pixel, with the centerness as a third prediction.
 
-    Unlike the paper's it has no learned scale for each level: distances come in units of the stride.
+    Unlike in the paper there is no learned scale per level: distances are in units of the stride.
     """
 
     def __init__(self, *, input_shape: list[ShapeSpec], conv_dims: list[int], **kwargs):
         """
         Args:
-            input_shape: channels of each level's map, the same on all.
+            input_shape: channels of each level, the same on all.
             conv_dims: output channels of each 3x3 convolution before the last; may be empty.
             **kwargs: `num_classes`, `norm` and `prior_prob`, see `RetinaNetHead`.
         """
@@ -254,13 +263,13 @@ class FCOSHead(RetinaNetHead):
         """Predict on each level.
 
         Args:
-            features: L maps (N, C, H, W).
+            features: L feature maps (N, C, H, W).
 
         Returns:
-            L maps of logits (N, K, H, W), of distances (N, 4, H, W) and of centerness logits (N, 1, H, W).
+            L class logits (N, K, H, W), L distances (N, 4, H, W) and L centerness logits (N, 1, H, W).
 
         Raises:
-            ValueError: not as many maps as `input_shape` said.
+            ValueError: the number of feature maps differs from `input_shape`.
         """
         self._check_levels(features)
         logits = [self.cls_score(self.cls_subnet(x)) for x in features]

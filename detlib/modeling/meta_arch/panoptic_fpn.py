@@ -1,4 +1,4 @@
-"""Panoptic FPN (arXiv:1901.02446): Mask R-CNN and a semantic head on one pyramid, merged into one picture.
+"""Panoptic FPN (arXiv:1901.02446): Mask R-CNN and a semantic head on one feature pyramid.
 
 Shape legend: R instances, K semantic classes, H and W the size of one image's output.
 """
@@ -34,17 +34,7 @@ def _scale_losses(roi_heads: nn.Module, factor: float) -> None:
 
 @META_ARCH_REGISTRY.register()
 class PanopticFPN(GeneralizedRCNN):
-    """Mask R-CNN with a semantic head, whose outputs are merged into one segment for every pixel.
-
-    Args:
-        sem_seg_head: feature maps to semantic logits and losses, see `SEM_SEG_HEADS_REGISTRY`. Its class 0
-            stands for all things together and never becomes a segment.
-        combine_overlap_thresh: an instance is left out when a larger fraction of it lies under better ones.
-        combine_stuff_area_thresh: stuff of fewer pixels is left out.
-        combine_instances_score_thresh: instances below this score are left out of the merge.
-        combine_on: whether to merge at all; without, outputs have no "panoptic_seg".
-        **kwargs: `GeneralizedRCNN`'s.
-    """
+    """Mask R-CNN with a semantic head, whose outputs are merged into one segment per pixel."""
 
     @classmethod
     def num_classes_keys(cls, cfg: CfgNode) -> dict[str, str]:
@@ -68,6 +58,16 @@ class PanopticFPN(GeneralizedRCNN):
         combine_on: bool = True,
         **kwargs,
     ):
+        """
+        Args:
+            sem_seg_head: maps feature maps to semantic logits and losses, see `SEM_SEG_HEADS_REGISTRY`. Its
+                class 0 stands for all things together and never becomes a segment.
+            combine_overlap_thresh: instances are dropped if a larger fraction is covered by better ones.
+            combine_stuff_area_thresh: stuff with fewer pixels is dropped.
+            combine_instances_score_thresh: instances below this score are not merged.
+            combine_on: whether to merge; otherwise outputs have no "panoptic_seg".
+            **kwargs: arguments of `GeneralizedRCNN`.
+        """
         super().__init__(**kwargs)
         self.sem_seg_head = sem_seg_head
         self.combine_overlap_thresh = combine_overlap_thresh
@@ -96,27 +96,27 @@ class PanopticFPN(GeneralizedRCNN):
         }
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor] | list[dict]:
-        """Losses in training, segments otherwise.
+        """Compute losses in training, segments otherwise.
 
         Args:
-            batched_inputs: N dicts as `GeneralizedRCNN.forward`'s, in training also with "sem_seg":
-                (H_i, W_i) integer labels of "image", the semantic head's `ignore_value` where there is none.
+            batched_inputs: N dicts as for `GeneralizedRCNN.forward`, in training also with "sem_seg":
+                (H_i, W_i) integer labels of "image", the semantic head's `ignore_value` for unlabeled pixels.
 
         Returns:
             In training a dict of scalar losses. Otherwise N dicts with
 
-            * "instances": as `GeneralizedRCNN.forward`'s;
+            * "instances": as returned by `GeneralizedRCNN.forward`;
             * "sem_seg": (K, height, width) logits, see `sem_seg_postprocess`;
-            * "panoptic_seg": see `combine_semantic_and_instance_outputs`; not without `combine_on`.
+            * "panoptic_seg": see `combine_semantic_and_instance_outputs`; only with `combine_on`.
 
         Raises:
-            TypeError, ValueError: an input of the wrong kind; the message names the item and what is wrong.
+            TypeError, ValueError: an input is malformed; the message names the item and the problem.
         """
         if not self.training:
             return self.inference(batched_inputs)
         images = self.preprocess_image(batched_inputs)
         gt_sem_seg = take_sem_seg(batched_inputs, images, self.backbone, self.sem_seg_head)
-        gt_instances = self._take_truth(batched_inputs)
+        gt_instances = self._take_ground_truth(batched_inputs)
         features = self.backbone(images.tensor)
         _, losses = self.sem_seg_head(features, gt_sem_seg)
         return losses | self._losses(images, features, batched_inputs, gt_instances)
@@ -131,13 +131,13 @@ class PanopticFPN(GeneralizedRCNN):
         """Detect and segment.
 
         Args:
-            batched_inputs: as `forward`'s.
-            do_postprocess: bring the results to the wanted size and merge them.
+            batched_inputs: as for `forward`.
+            do_postprocess: whether to scale the results to the output size and merge them.
             detected_instances: see `GeneralizedRCNN.inference`.
 
         Returns:
-            As `forward`; without `do_postprocess` the N `Instances` in pixels of "image", and the semantic
-            logits (N, K, padded height, padded width).
+            As for `forward`; without `do_postprocess` the N `Instances` in pixels of "image", and the
+            semantic logits (N, K, padded height, padded width).
         """
         if self.training:
             raise ValueError("PanopticFPN.inference: the model is in training mode; call eval() first.")
@@ -157,17 +157,17 @@ class PanopticFPN(GeneralizedRCNN):
     def merge_outputs(
         self, instances: Instances, logits: torch.Tensor, size: tuple[int, int], height: int, width: int
     ) -> dict:
-        """Bring one image's outputs to the wanted size and merge them.
+        """Scale one image's outputs to the output size and merge them.
 
         Args:
             instances: detections in pixels of "image".
             logits: (K, H, W) semantic logits of the padded image.
             size: (height, width) of "image".
-            height: of the wanted frame.
-            width: of the wanted frame.
+            height: height of the output frame.
+            width: width of the output frame.
 
         Returns:
-            The image's dict, as `forward` returns it.
+            The image's dict, as returned by `forward`.
         """
         return self.combine_outputs(
             {
@@ -177,7 +177,7 @@ class PanopticFPN(GeneralizedRCNN):
         )
 
     def combine_outputs(self, output: dict) -> dict:
-        """See `MetaArchitecture.combine_outputs`; adds "panoptic_seg" with `combine_on`."""
+        """Add "panoptic_seg" if `combine_on` is set. See `MetaArchitecture.combine_outputs`."""
         if self.combine_on:
             output["panoptic_seg"] = combine_semantic_and_instance_outputs(
                 output["instances"],
@@ -207,24 +207,24 @@ def combine_semantic_and_instance_outputs(
 ) -> tuple[torch.Tensor, list[dict]]:
     """Merge instances and stuff so that each pixel belongs to one segment at most.
 
-    Instances come first, by falling score, each on the pixels that better ones left free; then stuff takes
-    what is left.
+    Instances come first, in descending score order, each on the pixels that are still free; then stuff gets
+    the remaining pixels.
 
     Args:
         instance_results: R detections of one image with `scores`, `pred_classes` and `pred_masks` (R, H, W)
             bool.
         semantic_results: (H, W) integer classes; 0 stands for all things and gives no segment.
-        overlap_threshold: an instance is left out when more than this fraction of it is not free.
-        stuff_area_thresh: stuff with fewer free pixels is left out.
-        instances_score_thresh: instances below this score are left out.
+        overlap_threshold: an instance is dropped if more than this fraction of it is not free.
+        stuff_area_thresh: stuff with fewer free pixels is dropped.
+        instances_score_thresh: instances below this score are dropped.
 
     Returns:
-        (H, W) int32 segment ids, 0 for none; and a dict for each segment, by rising id from 1: "id",
-        "isthing", "category_id" (a thing class or a semantic class), for instances "score" and "instance_id"
-        (the place in `instance_results`), for stuff "area" in pixels.
+        (H, W) int32 segment ids, 0 for none; and a dict for each segment, in ascending order of ids from 1:
+        "id", "isthing", "category_id" (a thing class or a semantic class), for instances "score" and
+        "instance_id" (the index in `instance_results`), for stuff "area" in pixels.
 
     Raises:
-        ValueError: instances without masks, or masks of another size than `semantic_results`.
+        ValueError: the instances have no masks, or masks of another size than `semantic_results`.
     """
     if not instance_results.has("pred_masks"):
         raise ValueError(
@@ -240,7 +240,7 @@ def combine_semantic_and_instance_outputs(
     sorted_scores, order = instance_results.scores.sort(descending=True, stable=True)
     count = int((sorted_scores >= instances_score_thresh).sum())
     order = order[:count].tolist()
-    # Detections come sorted as a rule: then nothing is copied.
+    # Detections are usually sorted already: then nothing is copied.
     masks = masks[:count] if order == list(range(count)) else masks[order]
     owners, is_placed = _place_instances(masks.to(torch.bool), overlap_threshold)
 
@@ -279,17 +279,16 @@ def _look_up(table: Iterable[int], indices: torch.Tensor) -> torch.Tensor:
 
 
 def _place_instances(masks: torch.Tensor, overlap_threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give each pixel to the first instance that may have it.
+    """Assign each pixel to the first instance that covers it.
 
-    The loop leaves its decisions on the device, so that a GPU is waited for once, before it.
+    The decisions of the loop stay on the device, so a GPU is synchronized only once, before it.
 
     Args:
         masks: (R, H, W) bool, best first.
         overlap_threshold: see `combine_semantic_and_instance_outputs`.
 
     Returns:
-        (H, W) int64, 1 + the place of the instance that has the pixel, or 0; and (R,) bool, which instances
-        were placed.
+        (H, W) int64, 1 + the index of the pixel's instance, or 0; and (R,) bool, which instances were placed.
     """
     owners = torch.zeros(masks.shape[1:], dtype=torch.int64, device=masks.device)
     is_placed = torch.zeros(len(masks), dtype=torch.bool, device=masks.device)
@@ -306,7 +305,7 @@ def _place_instances(masks: torch.Tensor, overlap_threshold: float) -> tuple[tor
 
 
 def _extents(masks: torch.Tensor) -> list[list[int]]:
-    """The rows and columns that each mask (R, H, W) lies in: top, bottom, left, right; all 0 for none."""
+    """Return the bounds of each mask (R, H, W): top, bottom, left, right; all 0 for empty masks."""
     ends = []
     for dim in (2, 1):
         hit = masks.view(torch.uint8).amax(dim=dim)  # much faster than any() on the CPU

@@ -1,4 +1,4 @@
-"""Two-stage detectors: backbone, proposals, region heads; and the first stage alone.
+"""Two-stage detectors (backbone, proposal generator, ROI heads), and the first stage by itself.
 
 Shape legend: N images, C channels, H_i and W_i the size of one image before padding.
 """
@@ -21,18 +21,7 @@ __all__ = ["GeneralizedRCNN", "ProposalNetwork"]
 
 @META_ARCH_REGISTRY.register()
 class GeneralizedRCNN(MetaArchitecture):
-    """Faster and Mask R-CNN: a backbone, a proposal generator and region heads.
-
-    Args:
-        backbone: pictures to a dict of feature maps.
-        proposal_generator: feature maps to proposals; None when each input dict brings its "proposals" (Fast
-            R-CNN).
-        roi_heads: proposals to detections.
-        pixel_mean: mean of each channel, in the pixels' own unit (0 to 255 for the built-in models).
-        pixel_std: standard deviation of each channel.
-        input_format: what the channels mean, such as "BGR"; for whoever draws the inputs.
-        vis_period: every how many iterations to draw; models do not draw, a hook reads this.
-    """
+    """Faster and Mask R-CNN: a backbone, a proposal generator and ROI heads."""
 
     compile_modules = ("backbone", "proposal_generator.rpn_head", "roi_heads.box_head")
     supports_tta = True
@@ -62,10 +51,21 @@ class GeneralizedRCNN(MetaArchitecture):
         input_format: str | None = None,
         vis_period: int = 0,
     ):
+        """
+        Args:
+            backbone: maps images to a dict of feature maps.
+            proposal_generator: maps feature maps to proposals; None if each input dict has "proposals" (Fast
+                R-CNN).
+            roi_heads: maps proposals to detections.
+            pixel_mean: mean of each channel, in the pixels' own unit (0 to 255 for the built-in models).
+            pixel_std: standard deviation of each channel.
+            input_format: order of the channels, such as "BGR", for visualization.
+            vis_period: iterations between visualizations; read by a hook, as models do not draw.
+        """
         super().__init__()
         if vis_period > 0 and input_format is None:
             raise ValueError(
-                "GeneralizedRCNN: vis_period needs input_format, to draw the inputs in true colours."
+                "GeneralizedRCNN: vis_period needs input_format, to draw the inputs in their colors."
             )
         self.backbone = backbone
         self.proposal_generator = proposal_generator
@@ -88,28 +88,28 @@ class GeneralizedRCNN(MetaArchitecture):
         }
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor] | list[dict]:
-        """Losses in training, detections otherwise.
+        """Compute losses in training, detections otherwise.
 
         Args:
             batched_inputs: N dicts, each with
 
-                * "image": (C, H_i, W_i) uint8 or float tensor, channels as `input_format` says;
-                * "instances": `Instances` with the truth in pixels of "image"; training only;
+                * "image": (C, H_i, W_i) uint8 or float tensor, channels in the order of `input_format`;
+                * "instances": `Instances` with the ground truth in pixels of "image"; training only;
                 * "proposals": `Instances` with `proposal_boxes` and `objectness_logits`, for models without a
                   proposal generator;
-                * "height", "width": the size that outputs shall have; the image's own when left out.
+                * "height", "width": the output size; by default the image's own.
 
         Returns:
             In training a dict of scalar losses. Otherwise N dicts with "instances": `pred_boxes`, `scores`,
             `pred_classes`, and with a mask head `pred_masks` (detections, height, width) bool.
 
         Raises:
-            TypeError, ValueError: an input of the wrong kind; the message names the item and what is wrong.
+            TypeError, ValueError: an input is malformed; the message names the item and the problem.
         """
         if not self.training:
             return self.inference(batched_inputs)
         images = self.preprocess_image(batched_inputs)
-        gt_instances = self._take_truth(batched_inputs)
+        gt_instances = self._take_ground_truth(batched_inputs)
         features = self.backbone(images.tensor)
         return self._losses(images, features, batched_inputs, gt_instances)
 
@@ -119,17 +119,17 @@ class GeneralizedRCNN(MetaArchitecture):
         detected_instances: list[Instances] | None = None,
         do_postprocess: bool = True,
     ) -> list[dict] | list[Instances]:
-        """Detect, or run only the heads that follow the boxes.
+        """Detect objects, or run only the heads that follow the boxes.
 
         Args:
-            batched_inputs: as `forward`'s.
-            detected_instances: N `Instances` with `pred_boxes` and `pred_classes` in pixels of "image"; when
-                given, boxes are taken from here and not predicted.
-            do_postprocess: scale the results to the wanted size and paste masks.
+            batched_inputs: as for `forward`.
+            detected_instances: N `Instances` with `pred_boxes` and `pred_classes` in pixels of "image". If
+                given, boxes are not predicted.
+            do_postprocess: whether to scale the results to the output size and paste masks.
 
         Returns:
-            As `forward`; without `do_postprocess` the N `Instances` themselves, in pixels of "image", with
-            `pred_masks` (detections, 1, M, M).
+            As for `forward`; without `do_postprocess` the N `Instances` themselves, in pixels of "image",
+            with `pred_masks` (detections, 1, M, M).
         """
         if self.training:
             raise ValueError("GeneralizedRCNN.inference: the model is in training mode; call eval() first.")
@@ -147,7 +147,7 @@ class GeneralizedRCNN(MetaArchitecture):
         batched_inputs: list[dict],
         detected_instances: list[Instances] | None = None,
     ) -> list[Instances]:
-        """What follows the backbone in inference: N `Instances` in pixels of "image"."""
+        """Run the model after the backbone in inference; returns N `Instances` in pixels of "image"."""
         if detected_instances is not None:
             detected_instances = [x.to(self.device) for x in detected_instances]
             return self.roi_heads.forward_with_given_boxes(features, detected_instances)
@@ -165,7 +165,7 @@ class GeneralizedRCNN(MetaArchitecture):
         batched_inputs: list[dict],
         gt_instances: list[Instances],
     ) -> dict[str, torch.Tensor]:
-        """What follows the backbone in training."""
+        """Run the model after the backbone in training."""
         if self.proposal_generator is not None:
             proposals, losses = self.proposal_generator(images, features, gt_instances)
         else:
@@ -177,12 +177,12 @@ class GeneralizedRCNN(MetaArchitecture):
     def _postprocess(
         instances: list[Instances], batched_inputs: list[dict], image_sizes: list[tuple[int, int]]
     ) -> list[dict]:
-        """Detections in the wanted size, each in a dict. What overrides `inference` ends with this."""
+        """Scale detections to the output size and wrap each in a dict; for overrides of `inference`."""
         results = MetaArchitecture.scale_to_output_size(instances, batched_inputs, image_sizes)
         return [{"instances": r} for r in results]
 
     def tta_predict(self, batched_inputs: list[dict]) -> list[dict]:
-        """See `MetaArchitecture.tta_predict`: boxes alone, without the heads that follow them."""
+        """Predict boxes, without the heads that follow them. See `MetaArchitecture.tta_predict`."""
         heads = self.roi_heads
         before = {name: getattr(heads, name) for name in ("mask_on", "keypoint_on") if hasattr(heads, name)}
         try:
@@ -197,7 +197,7 @@ class GeneralizedRCNN(MetaArchitecture):
         return [{"instances": r} for r in self.inference(batched_inputs, do_postprocess=False)]
 
     def tta_fields(self) -> tuple[str, ...]:
-        """See `MetaArchitecture.tta_fields`: those of the mask and keypoint heads that there are."""
+        """Return the fields of the mask and keypoint heads, if any. See `MetaArchitecture.tta_fields`."""
         fields = {"mask_on": "pred_masks", "keypoint_on": "pred_keypoint_heatmaps"}
         return tuple(field for name, field in fields.items() if getattr(self.roi_heads, name, False))
 
@@ -210,22 +210,15 @@ class GeneralizedRCNN(MetaArchitecture):
     def _given_proposals(self, batched_inputs: list[dict]) -> list[Instances]:
         return self.take_instances(batched_inputs, "proposals", "A model without proposal generator")
 
-    def _take_truth(self, batched_inputs: list[dict]) -> list[Instances]:
-        """The checked "instances" of every dict, on the model's device."""
+    def _take_ground_truth(self, batched_inputs: list[dict]) -> list[Instances]:
+        """Return the checked "instances" of every dict, on the model's device."""
         num_classes = getattr(self.roi_heads, "num_classes", None)
         return self.take_ground_truth(batched_inputs, num_classes, "MODEL.ROI_HEADS.NUM_CLASSES")
 
 
 @META_ARCH_REGISTRY.register()
 class ProposalNetwork(MetaArchitecture):
-    """A backbone and a proposal generator: the first stage of a two-stage detector by itself.
-
-    Args:
-        backbone: pictures to a dict of feature maps.
-        proposal_generator: feature maps to proposals.
-        pixel_mean: mean of each channel.
-        pixel_std: standard deviation of each channel.
-    """
+    """A backbone and a proposal generator: the first stage of a two-stage detector by itself."""
 
     compile_modules = ("backbone", "proposal_generator.rpn_head")
 
@@ -243,6 +236,13 @@ class ProposalNetwork(MetaArchitecture):
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
     ):
+        """
+        Args:
+            backbone: maps images to a dict of feature maps.
+            proposal_generator: maps feature maps to proposals.
+            pixel_mean: mean of each channel.
+            pixel_std: standard deviation of each channel.
+        """
         super().__init__()
         self.backbone = backbone
         self.proposal_generator = proposal_generator
@@ -259,14 +259,14 @@ class ProposalNetwork(MetaArchitecture):
         }
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor] | list[dict]:
-        """Losses in training, proposals otherwise.
+        """Compute losses in training, proposals otherwise.
 
         Args:
-            batched_inputs: as `GeneralizedRCNN.forward`'s; of "instances" only `gt_boxes` are used.
+            batched_inputs: as for `GeneralizedRCNN.forward`; only `gt_boxes` of "instances" are used.
 
         Returns:
-            In training a dict of scalar losses. Otherwise N dicts with "proposals": `proposal_boxes` in the
-            wanted size's pixels and `objectness_logits`, by falling score.
+            In training a dict of scalar losses. Otherwise N dicts with "proposals": `proposal_boxes` in
+            pixels of the output size and `objectness_logits`, in descending score order.
         """
         images = self.preprocess_image(batched_inputs)
         gt_instances = self.take_ground_truth(batched_inputs) if self.training else None

@@ -1,7 +1,7 @@
-"""RetinaNet (arXiv:1708.02002): anchors, classified with the focal loss.
+"""RetinaNet (arXiv:1708.02002): an anchor-based one-stage detector with the focal loss.
 
 Shape legend: N images, C channels, L feature levels, H and W one level's size, A anchors per pixel, R = H*W*A
-anchors of one level (or of all), K classes (label K is the background), B = 4 numbers for one box.
+anchors of one level (or of all), K classes (label K is the background), B = 4 numbers per box.
 """
 
 import logging
@@ -32,29 +32,7 @@ _PER_LEVEL_NORMS = {"BN": nn.BatchNorm2d, "SyncBN": nn.SyncBatchNorm}
 
 @META_ARCH_REGISTRY.register()
 class RetinaNet(DenseDetector):
-    """A detector that classifies and refines anchors on every pixel of a feature pyramid.
-
-    Args:
-        backbone: pictures to a dict of feature maps.
-        head: L feature maps to L maps of logits (N, A*K, H, W) and L maps of deltas (N, A*4, H, W).
-        head_in_features: names of the features that the head sees, in the order of the generator's levels.
-        anchor_generator: L feature maps to L sets of anchors.
-        box2box_transform: what relates anchors, deltas and boxes.
-        anchor_matcher: labels anchors foreground (1), background (0) or ignored (-1) by their IoU.
-        num_classes: K, the background not counted.
-        focal_loss_alpha: weight of the foreground in the focal loss; negative for no weights.
-        focal_loss_gamma: how much anchors that are right already are played down.
-        smooth_l1_beta: where smooth L1 turns from a parabola to a line; 0 is the L1 loss.
-        box_reg_loss_type: "smooth_l1", "giou", "diou" or "ciou".
-        test_score_thresh: only detections that score above it are kept.
-        test_topk_candidates: at most so many predictions of each level and image go to NMS.
-        test_nms_thresh: IoU above which the worse of two boxes of a class is dropped.
-        max_detections_per_image: at most so many detections an image; negative for all.
-        pixel_mean: mean of each channel, in the pixels' own unit.
-        pixel_std: standard deviation of each channel.
-        vis_period: every how many iterations to draw; models do not draw, a hook reads this.
-        input_format: what the channels mean, for whoever draws the inputs.
-    """
+    """A detector that classifies and refines anchors on every pixel of a feature pyramid."""
 
     num_classes_key = "MODEL.RETINANET.NUM_CLASSES"
 
@@ -87,6 +65,28 @@ class RetinaNet(DenseDetector):
         vis_period: int = 0,
         input_format: str = "BGR",
     ):
+        """
+        Args:
+            backbone: maps images to a dict of feature maps.
+            head: maps L feature maps to L class logits (N, A*K, H, W) and L deltas (N, A*4, H, W).
+            head_in_features: names of the features for the head, in the order of the generator's levels.
+            anchor_generator: maps L feature maps to L sets of anchors.
+            box2box_transform: encoding of the boxes.
+            anchor_matcher: labels anchors foreground (1), background (0) or ignored (-1) by their IoU.
+            num_classes: K, without the background.
+            focal_loss_alpha: weight of the foreground in the focal loss; negative for no weights.
+            focal_loss_gamma: focusing parameter of the focal loss.
+            smooth_l1_beta: transition point from quadratic to linear; 0 is the L1 loss.
+            box_reg_loss_type: "smooth_l1", "giou", "diou" or "ciou".
+            test_score_thresh: detections must score above this.
+            test_topk_candidates: maximum number of predictions of each level and image before NMS.
+            test_nms_thresh: IoU above which the lower scoring of two boxes of a class is dropped.
+            max_detections_per_image: maximum number of detections per image; negative for all.
+            pixel_mean: mean of each channel, in the pixels' own unit.
+            pixel_std: standard deviation of each channel.
+            vis_period: iterations between visualizations; read by a hook, as models do not draw.
+            input_format: order of the channels, such as "BGR", for visualization.
+        """
         super().__init__(backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std)
         check_choice(
             box_reg_loss_type, BOX_LOSS_TYPES, "box_reg_loss_type (MODEL.RETINANET.BBOX_REG_LOSS_TYPE)"
@@ -153,7 +153,7 @@ class RetinaNet(DenseDetector):
         predictions: list[list[torch.Tensor]],
         gt_instances: list[Instances],
     ) -> dict[str, torch.Tensor]:
-        """See `DenseDetector.forward_training`; the losses are those of `losses`."""
+        """Compute `losses`. See `DenseDetector.forward_training`."""
         logits, deltas = self._transpose_dense_predictions(predictions, [self.num_classes, 4])
         anchors = self._anchors_for(features, logits)
         gt_labels, gt_boxes = self.label_anchors(anchors, gt_instances)
@@ -167,10 +167,10 @@ class RetinaNet(DenseDetector):
         pred_anchor_deltas: list[torch.Tensor],
         gt_boxes: list[torch.Tensor],
     ) -> dict[str, torch.Tensor]:
-        """The losses, summed over anchors and divided by the usual number of foreground anchors of a batch.
+        """Compute the losses, summed over anchors and divided by the average number of foreground anchors.
 
-        That number is an average over the last iterations, so that batches of few objects weigh less than
-        those of many.
+        It is averaged over the last iterations, so that batches with few objects weigh less than those with
+        many.
 
         Args:
             anchors: anchors of each level.
@@ -199,7 +199,7 @@ class RetinaNet(DenseDetector):
     def label_anchors(
         self, anchors: list[Boxes], gt_instances: list[Instances]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Decide what each anchor should say.
+        """Compute the target class and box of each anchor.
 
         Args:
             anchors: anchors of each level.
@@ -207,9 +207,8 @@ class RetinaNet(DenseDetector):
 
         Returns:
             gt_labels: N tensors (R,) int64 over all levels: a class in [0, K), K for background, -1 for
-            anchors that do not count.
-            gt_boxes: N tensors (R, B): each anchor's best ground truth; it means something only for
-            foreground.
+            ignored anchors.
+            gt_boxes: N tensors (R, B): each anchor's best ground truth; undefined unless it is foreground.
         """
         anchors = type(anchors[0]).cat(anchors)
         gt_labels, matched_gt_boxes = [], []
@@ -230,33 +229,34 @@ class RetinaNet(DenseDetector):
     def forward_inference(
         self, images: ImageList, features: list[torch.Tensor], predictions: list[list[torch.Tensor]]
     ) -> list[Instances]:
-        """See `DenseDetector.forward_inference`; boxes are not clipped yet."""
+        """Detect objects, in boxes that are not clipped. See `DenseDetector.forward_inference`."""
         logits, deltas = self._transpose_dense_predictions(predictions, [self.num_classes, 4])
         anchors = self._anchors_for(features, logits)
-        if self._detects_by_picture:
+        if self._has_own_inference:
             scores = [sigmoid_float32(x) for x in logits]
-            return self._detect_by_picture(anchors, scores, deltas, images.image_sizes)
+            return self._detect_one_by_one(anchors, scores, deltas, images.image_sizes)
         candidates = [candidates_from_logits(x, self.test_score_thresh) for x in logits]
         return self._detect(anchors, candidates, deltas, images.image_sizes)
 
 
 def _subnet_norm(norm: str | Callable, num_levels: int) -> str | Callable:
-    """What `get_norm` makes one norm of a head's subnets from: "BN" and "SyncBN" keep apart the levels."""
+    """Return the norm argument for the head's subnets; BN and SyncBN get separate statistics per level."""
     if isinstance(norm, str) and norm in _PER_LEVEL_NORMS:
-        logger.info("RetinaNetHead: %s has statistics of its own for each of %d levels", norm, num_levels)
+        logger.info("RetinaNetHead: %s keeps separate statistics for each of %d levels", norm, num_levels)
         bn_class = _PER_LEVEL_NORMS[norm]
         return lambda channels: CycleBatchNormList(num_levels, bn_class=bn_class, num_features=channels)
     name = norm if isinstance(norm, str) else getattr(norm, "__name__", type(norm).__name__)
     if "BN" in name or "BatchNorm" in name:
         logger.warning(
-            "RetinaNetHead: one %s for all levels mixes their statistics; GN, BN or SyncBN may work better",
+            "RetinaNetHead: one %s shared by all levels mixes their statistics; GN, BN or SyncBN may work "
+            "better",
             name,
         )
     return norm
 
 
 class RetinaNetHead(nn.Module):
-    """Two stacks of 3x3 convolutions, one to class logits and one to box deltas, shared by all levels."""
+    """Two stacks of 3x3 convolutions, for class logits and for box deltas, shared by all levels."""
 
     @configurable
     def __init__(
@@ -271,21 +271,21 @@ class RetinaNetHead(nn.Module):
     ):
         """
         Args:
-            input_shape: channels of each level's map, the same on all.
-            num_classes: K, the background not counted.
+            input_shape: channels of each level, the same on all.
+            num_classes: K, without the background.
             num_anchors: anchors per pixel, A.
             conv_dims: output channels of each 3x3 convolution before the last; may be empty.
-            norm: their normalisation, see `detlib.layers.get_norm`. "BN" and "SyncBN" have statistics of
-                their own for each level.
-            prior_prob: the score of every class at the start.
+            norm: their normalization, see `detlib.layers.get_norm`. "BN" and "SyncBN" keep separate
+                statistics for each level.
+            prior_prob: the initial score of every class.
 
         Raises:
-            ValueError: channels that differ between levels, or a prior outside (0, 1).
+            ValueError: channels differ between levels, or the prior is outside (0, 1).
         """
         super().__init__()
         channels = same_on_all_levels([s.channels for s in input_shape], "channels (of head_in_features)")
         if not 0 < prior_prob < 1:
-            raise ValueError(f"prior_prob (MODEL.RETINANET.PRIOR_PROB) must lie in (0, 1), got {prior_prob}")
+            raise ValueError(f"prior_prob (MODEL.RETINANET.PRIOR_PROB) must be in (0, 1), got {prior_prob}")
         self._num_features = len(input_shape)
         conv_dims = list(conv_dims)
         norm = _subnet_norm(norm, self._num_features)
@@ -298,7 +298,7 @@ class RetinaNetHead(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict:
-        """Translate `cfg.MODEL.RETINANET`; the anchor generator says how many anchors there are."""
+        """Translate `cfg.MODEL.RETINANET`; the number of anchors comes from the anchor generator."""
         retinanet = cfg.MODEL.RETINANET
         check_norm(retinanet.NORM, "MODEL.RETINANET.NORM")
         channels = same_on_all_levels(
@@ -335,19 +335,21 @@ class RetinaNetHead(nn.Module):
 
     def _check_levels(self, features: list[torch.Tensor]) -> None:
         if len(features) != self._num_features:
-            raise ValueError(f"the head is built for {self._num_features} levels, got {len(features)} maps")
+            raise ValueError(
+                f"the head is built for {self._num_features} levels, got {len(features)} feature maps"
+            )
 
     def forward(self, features: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Predict on each level.
 
         Args:
-            features: L maps (N, C, H, W).
+            features: L feature maps (N, C, H, W).
 
         Returns:
-            L maps of logits (N, A*K, H, W), and L maps of deltas (N, A*4, H, W).
+            L class logits (N, A*K, H, W), and L deltas (N, A*4, H, W).
 
         Raises:
-            ValueError: not as many maps as `input_shape` said.
+            ValueError: the number of feature maps differs from `input_shape`.
         """
         self._check_levels(features)
         logits = [self.cls_score(self.cls_subnet(x)) for x in features]

@@ -1,4 +1,4 @@
-"""Semantic segmentation on a feature pyramid, the semantic branch of Panoptic FPN (arXiv:1901.02446).
+"""Semantic segmentation on a feature pyramid: the semantic branch of Panoptic FPN (arXiv:1901.02446).
 
 Shape legend: N images, K classes, C channels, H and W the size of the padded batch, H_i and W_i the size of
 one image before padding.
@@ -26,7 +26,7 @@ __all__ = ["SEM_SEG_HEADS_REGISTRY", "SemSegFPNHead", "SemanticSegmentor", "buil
 SEM_SEG_HEADS_REGISTRY = Registry("SEM_SEG_HEADS")
 SEM_SEG_HEADS_REGISTRY.__doc__ = """
 Semantic heads: modules called as `head(features, targets)` that return the logits (None in training) and a
-dict of losses (empty in inference), and that have the attribute `ignore_value`. An entry is called as
+dict of losses (empty in inference), and have the attribute `ignore_value`. An entry is called as
 `entry(cfg, input_shape)`.
 """
 
@@ -36,22 +36,22 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 def take_sem_seg(
     batched_inputs: list[dict], images: ImageList, backbone: Backbone, sem_seg_head: nn.Module
 ) -> torch.Tensor:
-    """Take the checked label maps out of every dict and pad them as the pictures were padded.
+    """Return the checked label maps of a batch, padded like the images.
 
-    Labels are checked on the CPU only: to look at them on a GPU is to wait for it.
+    Labels on a GPU are not checked, as that would synchronize it.
 
     Args:
         batched_inputs: N dicts with "sem_seg": (H_i, W_i) integers, of the size of "image".
-        images: the preprocessed pictures.
-        backbone: says how pictures are padded.
-        sem_seg_head: its `ignore_value` fills the padding; its `num_classes`, if there, bounds the labels.
+        images: the preprocessed images.
+        backbone: defines the padding of the images.
+        sem_seg_head: its `ignore_value` fills the padding; its `num_classes`, if any, bounds the labels.
 
     Returns:
-        (N, H, W) int64, on the pictures' device.
+        (N, H, W) int64, on the images' device.
 
     Raises:
-        ValueError: a dict without "sem_seg", or a map of another size or with labels that do not exist.
-        TypeError: a map that is no tensor of integers.
+        ValueError: a dict has no "sem_seg", or a label map has another size or labels out of range.
+        TypeError: a label map is not a tensor of integers.
     """
     ignore_value, num_classes = sem_seg_head.ignore_value, getattr(sem_seg_head, "num_classes", None)
     maps = []
@@ -60,7 +60,7 @@ def take_sem_seg(
         if "sem_seg" not in item:
             raise ValueError(
                 f"Training a semantic head needs 'sem_seg' in every dict; {where} has only {sorted(item)}. "
-                "The dataset gives it through 'sem_seg_file_name'."
+                "The dataset provides it as 'sem_seg_file_name'."
             )
         labels = item["sem_seg"]
         if not isinstance(labels, torch.Tensor) or labels.dtype not in _INTEGERS:
@@ -90,14 +90,7 @@ def _check_labels(labels: torch.Tensor, num_classes: int, ignore_value: int, whe
 
 @META_ARCH_REGISTRY.register()
 class SemanticSegmentor(MetaArchitecture):
-    """A backbone and a semantic head.
-
-    Args:
-        backbone: pictures to a dict of feature maps.
-        sem_seg_head: feature maps to logits and losses, see `SEM_SEG_HEADS_REGISTRY`.
-        pixel_mean: mean of each channel, in the pixels' own unit (0 to 255 for the built-in models).
-        pixel_std: standard deviation of each channel.
-    """
+    """A backbone and a semantic head."""
 
     supports_tta = True
 
@@ -120,6 +113,13 @@ class SemanticSegmentor(MetaArchitecture):
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
     ):
+        """
+        Args:
+            backbone: maps images to a dict of feature maps.
+            sem_seg_head: maps feature maps to logits and losses, see `SEM_SEG_HEADS_REGISTRY`.
+            pixel_mean: mean of each channel, in the pixels' own unit (0 to 255 for the built-in models).
+            pixel_std: standard deviation of each channel.
+        """
         super().__init__()
         self.backbone = backbone
         self.sem_seg_head = sem_seg_head
@@ -136,22 +136,22 @@ class SemanticSegmentor(MetaArchitecture):
         }
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor] | list[dict]:
-        """Losses in training, logits of every pixel otherwise.
+        """Compute losses in training, the logits of every pixel otherwise.
 
         Args:
             batched_inputs: N dicts, each with
 
                 * "image": (C, H_i, W_i) uint8 or float tensor;
-                * "sem_seg": (H_i, W_i) integer labels, `ignore_value` of the head where there is none;
+                * "sem_seg": (H_i, W_i) integer labels, the head's `ignore_value` for unlabeled pixels;
                   training only;
-                * "height", "width": the size that outputs shall have; the image's own when left out.
+                * "height", "width": the output size; by default the image's own.
 
         Returns:
             In training a dict of scalar losses. Otherwise N dicts with "sem_seg": (K, height, width) logits,
             float32 or wider.
 
         Raises:
-            TypeError, ValueError: an input of the wrong kind; the message names the item and what is wrong.
+            TypeError, ValueError: an input is malformed; the message names the item and the problem.
         """
         images = self.preprocess_image(batched_inputs)
         targets = None
@@ -167,13 +167,13 @@ class SemanticSegmentor(MetaArchitecture):
 
 
 def build_sem_seg_head(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> nn.Module:
-    """Build the semantic head that `cfg.MODEL.SEM_SEG_HEAD.NAME` names."""
+    """Build the semantic head `cfg.MODEL.SEM_SEG_HEAD.NAME`."""
     name = cfg.MODEL.SEM_SEG_HEAD.NAME
     return SEM_SEG_HEADS_REGISTRY.get(name, key="MODEL.SEM_SEG_HEAD.NAME")(cfg, input_shape)
 
 
 def _doublings(name: str, stride: int, common_stride: int) -> int:
-    """How often a map must be doubled in size to come from its stride to the common one."""
+    """Return how many times a feature map is doubled in size to get from its stride to the common one."""
     ratio = stride // common_stride
     if ratio * common_stride != stride or ratio & (ratio - 1) or ratio < 1:
         raise ValueError(
@@ -185,20 +185,7 @@ def _doublings(name: str, stride: int, common_stride: int) -> int:
 
 @SEM_SEG_HEADS_REGISTRY.register()
 class SemSegFPNHead(nn.Module):
-    """Convolutions that double each map until all have a common stride; their sum, and a 1x1 predictor.
-
-    Args:
-        input_shape: channels and stride of each feature map used, by name.
-        num_classes: K.
-        conv_dims: output channels of the convolutions.
-        common_stride: stride at which the maps are added up; a divisor of all strides, by powers of two.
-        loss_weight: factor of the loss.
-        norm: normalisation of the convolutions, see `detlib.layers.get_norm`; None for none.
-        ignore_value: label of pixels that enter no loss.
-
-    Raises:
-        ValueError: no feature, or a stride that the common one does not divide.
-    """
+    """Upsamples each feature map to a common stride with convolutions, adds them and predicts the classes."""
 
     @configurable
     def __init__(
@@ -212,6 +199,20 @@ class SemSegFPNHead(nn.Module):
         norm: str | Callable | None = None,
         ignore_value: int = -1,
     ):
+        """
+        Args:
+            input_shape: channels and stride of each feature map used, by name.
+            num_classes: K.
+            conv_dims: output channels of the convolutions.
+            common_stride: stride at which the feature maps are added; all strides must be a power of two
+                times it.
+            loss_weight: factor of the loss.
+            norm: normalization of the convolutions, see `detlib.layers.get_norm`; None for none.
+            ignore_value: label of pixels that do not enter the loss.
+
+        Raises:
+            ValueError: there is no feature, or a stride is not a power of two times the common one.
+        """
         super().__init__()
         if not input_shape:
             raise ValueError("SemSegFPNHead needs at least one feature (MODEL.SEM_SEG_HEAD.IN_FEATURES).")
@@ -265,7 +266,7 @@ class SemSegFPNHead(nn.Module):
     def forward(
         self, features: dict[str, torch.Tensor], targets: torch.Tensor | None = None
     ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
-        """Losses in training, logits otherwise.
+        """Compute losses in training, logits otherwise.
 
         Args:
             features: name to (N, C, H / stride, W / stride).
@@ -282,7 +283,7 @@ class SemSegFPNHead(nn.Module):
         return self._to_input_size(x), {}
 
     def layers(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Feature maps to logits (N, K, H / common_stride, W / common_stride).
+        """Compute the logits (N, K, H / common_stride, W / common_stride).
 
         Raises:
             KeyError: a feature is missing.
@@ -290,21 +291,21 @@ class SemSegFPNHead(nn.Module):
         total = None
         for name, scale_head in zip(self.in_features, self.scale_heads):
             if name not in features:
-                raise KeyError(f"SemSegFPNHead needs the feature {name!r}; there are {sorted(features)}.")
+                raise KeyError(f"SemSegFPNHead needs the feature {name!r}; available: {sorted(features)}.")
             x = scale_head(features[name])
-            # Sizes that do not halve exactly were rounded up on the way down.
+            # Sizes that are not multiples of the stride were rounded up by the backbone.
             total = x if total is None else total + x[..., : total.shape[-2], : total.shape[-1]]
         return self.predictor(total)
 
     def losses(self, predictions: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Cross-entropy averaged over the pixels that have a label.
+        """Compute the cross-entropy, averaged over the labeled pixels.
 
         Args:
             predictions: (N, K, H / common_stride, W / common_stride) logits.
             targets: (N, H, W) int64 labels.
 
         Returns:
-            {"loss_sem_seg": scalar}; zero with a graph when no pixel has a label.
+            {"loss_sem_seg": scalar}; zero that still requires grad if no pixel is labeled.
         """
         logits = self._to_input_size(predictions)[..., : targets.shape[-2], : targets.shape[-1]]
         total = F.cross_entropy(logits, targets, reduction="sum", ignore_index=self.ignore_value)
@@ -312,6 +313,6 @@ class SemSegFPNHead(nn.Module):
         return {"loss_sem_seg": total / count * self.loss_weight}
 
     def _to_input_size(self, x: torch.Tensor) -> torch.Tensor:
-        """Enlarge logits by the common stride; in half precision neighbours would tie."""
+        """Upsample logits by the common stride in float32, as neighbors tie in half precision."""
         x = x if x.dtype == torch.float64 else x.float()
         return F.interpolate(x, scale_factor=self.common_stride, mode="bilinear", align_corners=False)

@@ -1,4 +1,4 @@
-"""Proposal generators: where in a picture something may be."""
+"""Proposal generators, the first stage of two-stage detectors."""
 
 from detlib.modeling.proposal_generator.build import (
     PROPOSAL_GENERATOR_REGISTRY,

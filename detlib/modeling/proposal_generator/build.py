@@ -14,18 +14,18 @@ gt_instances: list[Instances] | None)` to proposals (`list[Instances]`) and loss
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
 def PrecomputedProposals(cfg, input_shape) -> None:
-    """No generator: the data brings the proposals."""
+    """Return None: the proposals come with the data."""
 
 
 def build_proposal_generator(cfg, input_shape):
-    """Build the generator that `cfg.MODEL.PROPOSAL_GENERATOR.NAME` names.
+    """Build the proposal generator `cfg.MODEL.PROPOSAL_GENERATOR.NAME`.
 
     Args:
-        cfg: the whole config.
+        cfg: the full config.
         input_shape: the backbone's `output_shape()`.
 
     Returns:
-        nn.Module | None: None for "PrecomputedProposals", where the data brings the proposals.
+        nn.Module | None: None for "PrecomputedProposals", where the proposals come with the data.
     """
     name = cfg.MODEL.PROPOSAL_GENERATOR.NAME
     return PROPOSAL_GENERATOR_REGISTRY.get(name, key="MODEL.PROPOSAL_GENERATOR.NAME")(cfg, input_shape)

@@ -1,7 +1,7 @@
-"""From a dense detector's boxes to proposals, and ground truth as proposals.
+"""Selection of proposals from dense predictions, and ground truth as proposals.
 
-Shape legend: N images, L feature levels, R boxes of a level, T boxes left after the choice by score, B
-numbers for one box (4: XYXY in absolute pixels of the padded picture).
+Shape legend: N images, L feature levels, R boxes of a level, T boxes selected by score, T_l those of a level,
+B numbers per box (4: XYXY in absolute pixels of the padded image).
 """
 
 import math
@@ -19,21 +19,21 @@ __all__ = [
     "top_per_level",
 ]
 
-# The objectness of ground truth among proposals: the logit of a probability next to 1.
+# The objectness logit of ground truth among the proposals, for a probability close to 1.
 _GT_LOGIT = math.log((1.0 - 1e-10) / (1 - (1.0 - 1e-10)))
 
 
 def top_per_level(scores: list[torch.Tensor], topk: int):
-    """The best predictions of each level and image.
+    """Select the best predictions of each level and image.
 
     Args:
         scores: L tensors (N, R).
-        topk: how many to choose on each level and image; all where there are fewer.
+        topk: maximum number per level and image.
 
     Returns:
-        top_scores: (N, T) float32, T the number chosen on all levels together; falling within a level.
-        indices: L tensors (N, T_l) int64 of rows of the level.
-        level_ids: (T,) int64, the level of each.
+        top_scores: (N, T) float32, in descending order within a level.
+        indices: L tensors (N, T_l) int64, the rows of the level.
+        level_ids: (T,) int64, the level of each prediction.
     """
     chosen = [s.topk(min(s.shape[1], topk), dim=1) for s in scores]
     top_scores = torch.cat([c.values.float() for c in chosen], dim=1)
@@ -44,14 +44,14 @@ def top_per_level(scores: list[torch.Tensor], topk: int):
 
 
 def decode_top_predictions(anchors, scores, deltas, box2box_transform, topk: int):
-    """Choose the best predictions of each level, and decode these only.
+    """Select the best predictions of each level and decode only these.
 
     Args:
         anchors: L sets of R boxes, the same for all images.
         scores: L tensors (N, R).
         deltas: L tensors (N, R, B).
-        box2box_transform: what relates deltas and boxes.
-        topk: how many to choose on each level and image.
+        box2box_transform: encoding of the boxes.
+        topk: maximum number per level and image.
 
     Returns:
         boxes: (N, T, B) float32, in the anchors' frame.
@@ -76,25 +76,25 @@ def find_top_rpn_proposals(
     training: bool,
     box_type: type = Boxes,
 ) -> list[Instances]:
-    """Turn decoded boxes into proposals: the best of each level, clipped, without duplicates.
+    """Turn decoded boxes into proposals: keep the best of each level, clip them and apply NMS.
 
     Args:
         proposals: L tensors (N, R, B) of boxes.
         pred_objectness_logits: L tensors (N, R).
-        image_sizes: N pairs (height, width) of the pictures before padding.
-        nms_thresh: IoU above which the worse of two boxes of one level is dropped.
-        pre_nms_topk: boxes to keep on each level before NMS, for each image.
-        post_nms_topk: boxes to keep of all levels after NMS, for each image.
-        min_box_size: boxes whose width or height is not above this are dropped, in pixels.
-        training: whether numbers that are not finite are an error; otherwise their boxes are dropped.
+        image_sizes: N pairs (height, width) of the images before padding.
+        nms_thresh: IoU above which the lower scoring of two boxes of a level is dropped.
+        pre_nms_topk: number of boxes to keep per level and image before NMS.
+        post_nms_topk: number of boxes to keep per image after NMS, over all levels.
+        min_box_size: boxes must be wider and higher than this, in pixels.
+        training: whether values that are not finite are an error; otherwise their boxes are dropped.
         box_type: the class of the boxes, with `clip`, `nonempty` and `batched_nms`.
 
     Returns:
         list[Instances]: for each image at most `post_nms_topk` `proposal_boxes` with
-        `objectness_logits`, by falling score.
+        `objectness_logits`, in descending score order.
 
     Raises:
-        FloatingPointError: in training, boxes or scores that are not finite.
+        FloatingPointError: boxes or scores are not finite in training.
     """
     scores, indices, level_ids = top_per_level(pred_objectness_logits, pre_nms_topk)
     boxes = torch.cat([p.take_along_dim(i[:, :, None], dim=1) for p, i in zip(proposals, indices)], dim=1)
@@ -104,13 +104,13 @@ def find_top_rpn_proposals(
 
 
 def _check_finite(finite: torch.Tensor) -> None:
-    """Raise unless all of the (N, T) bool `finite` are set."""
+    """Raise FloatingPointError unless all of the (N, T) bool `finite` are true."""
     num_bad = finite.numel() - int(finite.sum())
     if num_bad:
         images = (~finite).any(dim=1).nonzero().flatten().tolist()
         raise FloatingPointError(
             f"{num_bad} of {finite.numel()} predicted boxes or scores are not finite (Inf or NaN), in the "
-            f"images {images} of the batch: the training has diverged. A lower SOLVER.BASE_LR, a longer "
+            f"images {images} of the batch: the training run has diverged. A lower SOLVER.BASE_LR, a longer "
             "SOLVER.WARMUP_ITERS or SOLVER.CLIP_GRADIENTS may help"
         )
 
@@ -126,13 +126,14 @@ def filter_and_nms(
     training: bool,
     box_type: type = Boxes,
 ) -> list[Instances]:
-    """The second half of `find_top_rpn_proposals`, from the boxes chosen by score on.
+    """Clip boxes selected by score, apply NMS and keep the best: the second half of `find_top_rpn_proposals`.
 
     Args:
         boxes: (N, T, B) boxes.
         scores: (N, T) logits.
         level_ids: (T,) int64; boxes of different levels do not suppress each other.
-        image_sizes: and the others: see `find_top_rpn_proposals`.
+        image_sizes, nms_thresh, post_nms_topk, min_box_size, training, box_type: see
+            `find_top_rpn_proposals`.
 
     Returns:
         list[Instances]: see `find_top_rpn_proposals`.
@@ -140,7 +141,7 @@ def filter_and_nms(
     finite = torch.isfinite(boxes).all(dim=2) & torch.isfinite(scores)
     if training:
         _check_finite(finite)
-    boxes = boxes.masked_fill(~finite[:, :, None], 0.0)  # boxes without area, which are dropped
+    boxes = boxes.masked_fill(~finite[:, :, None], 0.0)  # boxes without area are dropped below
     clipped, nonempty = [], []
     for image_boxes, size in zip(boxes, image_sizes):
         typed = box_type(image_boxes)
@@ -152,7 +153,8 @@ def filter_and_nms(
     image_idxs, box_idxs = keep.nonzero(as_tuple=True)
     candidates = box_type(boxes[image_idxs, box_idxs])
     scores = scores[image_idxs, box_idxs]
-    # The images in one call, and sorted apart afterwards: a GPU is waited for once and not once an image.
+    # One call for all images, which are separated afterwards, synchronizes a GPU once instead of once per
+    # image.
     groups = image_idxs + len(image_sizes) * level_ids[box_idxs]
     best = candidates.batched_nms(scores, groups, nms_thresh)
     images_of_best = image_idxs[best]
@@ -167,17 +169,19 @@ def filter_and_nms(
 
 
 def add_ground_truth_to_proposals(gt, proposals: list[Instances]) -> list[Instances]:
-    """Append each image's ground truth to its proposals, so that heads see true boxes from the first step on.
+    """Append each image's ground truth to its proposals.
+
+    So the heads see ground-truth boxes from the first step on.
 
     Args:
         gt: for each image an `Instances` with `gt_boxes`, or the boxes themselves.
         proposals: for each image an `Instances` with `proposal_boxes` and `objectness_logits`.
 
     Returns:
-        list[Instances]: new ones, the ground truth behind the proposals.
+        list[Instances]: new `Instances`, with the ground truth after the proposals.
 
     Raises:
-        ValueError: lists of different lengths.
+        ValueError: the lists differ in length.
     """
     if len(gt) != len(proposals):
         raise ValueError(f"ground truth of {len(gt)} images for proposals of {len(proposals)}")
@@ -185,12 +189,12 @@ def add_ground_truth_to_proposals(gt, proposals: list[Instances]) -> list[Instan
 
 
 def add_ground_truth_to_proposals_single_image(gt, proposals: Instances) -> Instances:
-    """As `add_ground_truth_to_proposals`, for one image.
+    """Append the ground truth of one image to its proposals.
 
     Args:
         gt: an `Instances` with `gt_boxes`, or the boxes themselves.
-        proposals: an `Instances` with `proposal_boxes` and `objectness_logits`; `gt` must have its
-            other fields too.
+        proposals: an `Instances` with `proposal_boxes` and `objectness_logits`. `gt` must have its other
+            fields too.
 
     Returns:
         Instances: the fields of `proposals`, with one more row for each ground truth.
@@ -203,7 +207,7 @@ def add_ground_truth_to_proposals_single_image(gt, proposals: Instances) -> Inst
     gt_fields, added, num_gt = gt.get_fields(), {}, len(gt)
     for name, value in proposals.get_fields().items():
         if name == "proposal_boxes":
-            # An image without objects may not know which type they had.
+            # Without objects the type of the boxes may be unknown.
             added[name] = gt_fields["gt_boxes"].to(value.device) if num_gt else value[:0]
         elif name == "objectness_logits":
             added[name] = value.new_full((num_gt,), _GT_LOGIT)

@@ -1,7 +1,7 @@
 """The region proposal network of Faster R-CNN (arXiv:1506.01497).
 
 Shape legend: N images, L feature levels, H and W one level's size, A anchors per pixel, R = H*W*A anchors of
-one level (or of all), B numbers for one box.
+one level (or of all), B numbers per box.
 """
 
 import torch
@@ -36,25 +36,25 @@ L feature maps to L objectness maps (N, A, H, W) and L delta maps (N, A*B, H, W)
 
 
 def build_rpn_head(cfg, input_shape):
-    """Build the head that `cfg.MODEL.RPN.HEAD_NAME` names, for features of the shapes `input_shape`."""
+    """Build the RPN head `cfg.MODEL.RPN.HEAD_NAME` for features with the shapes `input_shape`."""
     return RPN_HEAD_REGISTRY.get(cfg.MODEL.RPN.HEAD_NAME, key="MODEL.RPN.HEAD_NAME")(cfg, input_shape)
 
 
 @RPN_HEAD_REGISTRY.register()
 class StandardRPNHead(nn.Module):
-    """3x3 convolutions, then 1x1 ones to objectness and box deltas; the same weights for all levels."""
+    """3x3 convolutions, then 1x1 convolutions for objectness and box deltas, shared by all levels."""
 
     @configurable
     def __init__(self, *, in_channels: int, num_anchors: int, box_dim: int = 4, conv_dims: list[int] = (-1,)):
         """
         Args:
             in_channels: channels of every feature map, C.
-            num_anchors: anchors per pixel of the maps, A.
-            box_dim: numbers that describe one box, B.
-            conv_dims: output channels of each 3x3 convolution; -1 keeps the channels that come in.
+            num_anchors: anchors per pixel, A.
+            box_dim: numbers per box, B.
+            conv_dims: output channels of each 3x3 convolution; -1 keeps the number of input channels.
 
         Raises:
-            ValueError: `conv_dims` is empty or holds other numbers than -1 and positive ones.
+            ValueError: `conv_dims` is empty or has numbers other than -1 and positive ones.
         """
         super().__init__()
         conv_dims = list(conv_dims)
@@ -81,7 +81,7 @@ class StandardRPNHead(nn.Module):
 
     @classmethod
     def from_config(cls, cfg, input_shape):
-        """Translate `cfg.MODEL.RPN.CONV_DIMS`; the anchor generator says how many anchors of what kind."""
+        """Translate `cfg.MODEL.RPN.CONV_DIMS`; number and type of anchors come from the anchor generator."""
         anchor_generator = build_anchor_generator(cfg, input_shape)
         return {
             "in_channels": same_on_all_levels(
@@ -98,10 +98,10 @@ class StandardRPNHead(nn.Module):
         """Predict on each level.
 
         Args:
-            features: L maps (N, C, H, W).
+            features: L feature maps (N, C, H, W).
 
         Returns:
-            L objectness maps (N, A, H, W) of logits, and L delta maps (N, A*B, H, W).
+            L objectness logits (N, A, H, W), and L deltas (N, A*B, H, W).
         """
         hidden = [self.conv(x) for x in features]
         return [self.objectness_logits(t) for t in hidden], [self.anchor_deltas(t) for t in hidden]
@@ -109,10 +109,10 @@ class StandardRPNHead(nn.Module):
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
 class RPN(nn.Module):
-    """Scores and refines anchors, and returns the best of them as proposals.
+    """Scores and refines anchors, and returns the best as proposals.
 
-    What kind of boxes it deals in follows from the anchor generator: the anchors' class brings IoU, clipping
-    and NMS, and `box2box_transform` must fit it.
+    The type of the boxes is that of the anchors, whose class implements IoU, clipping and NMS;
+    `box2box_transform` must fit it.
     """
 
     @configurable
@@ -141,21 +141,22 @@ class RPN(nn.Module):
             head: see `RPN_HEAD_REGISTRY`.
             anchor_generator: maps L feature maps to L sets of anchors.
             anchor_matcher: labels anchors foreground (1), background (0) or ignored (-1) by their IoU.
-            box2box_transform: what relates anchors, deltas and boxes.
-            batch_size_per_image: anchors of an image that enter the losses.
-            positive_fraction: largest part of them that is foreground.
-            pre_nms_topk: boxes of each level and image to keep before NMS, in training and in testing.
-            post_nms_topk: boxes of each image to keep after NMS, in training and in testing.
-            nms_thresh: IoU above which the worse of two boxes is dropped.
-            min_box_size: boxes whose sides are not above this are dropped, in pixels of the network's input.
-            anchor_boundary_thresh: anchors that reach further than this over the picture's border, in pixels,
-                do not count in training; all count if it is negative.
+            box2box_transform: encoding of the boxes.
+            batch_size_per_image: number of anchors per image that enter the losses.
+            positive_fraction: largest fraction of foreground among them.
+            pre_nms_topk: number of boxes per level and image to keep before NMS, in training and in
+                inference.
+            post_nms_topk: number of boxes per image to keep after NMS, in training and in inference.
+            nms_thresh: IoU above which the lower scoring of two boxes is dropped.
+            min_box_size: boxes must be wider and higher than this, in pixels of the network input.
+            anchor_boundary_thresh: anchors that extend beyond the image by more than this, in pixels, are
+                ignored in training; negative for none.
             loss_weight: factor of the losses, one for all or by name: "loss_rpn_cls", "loss_rpn_loc".
             box_reg_loss_type: "smooth_l1", "giou", "diou" or "ciou".
-            smooth_l1_beta: where smooth L1 turns from a parabola to a line; 0 is the L1 loss.
+            smooth_l1_beta: transition point from quadratic to linear; 0 is the L1 loss.
 
         Raises:
-            ValueError: anchors that are not what `box2box_transform` is for.
+            ValueError: `box2box_transform` is for another type of boxes than the anchors.
         """
         super().__init__()
         box_dim = getattr(box2box_transform, "box_dim", anchor_generator.box_dim)
@@ -221,19 +222,20 @@ class RPN(nn.Module):
         features: dict[str, torch.Tensor],
         gt_instances: list[Instances] | None = None,
     ):
-        """Propose boxes, and in training compare the predictions with the ground truth.
+        """Propose boxes, and compute the losses in training.
 
         Args:
-            images: N pictures, of which the sizes before padding are used.
-            features: maps (N, C, H, W) by name.
-            gt_instances: N `Instances` with `gt_boxes`; needed in training.
+            images: N images; only their sizes before padding are used.
+            features: feature maps (N, C, H, W) by name.
+            gt_instances: N `Instances` with `gt_boxes`; required in training.
 
         Returns:
-            proposals: list[Instances], N with `proposal_boxes` and `objectness_logits` by falling score.
+            proposals: list[Instances], N with `proposal_boxes` and `objectness_logits` in descending score
+                order.
             losses: dict[str, Tensor], empty unless in training.
 
         Raises:
-            ValueError: in training, no ground truth.
+            ValueError: there is no ground truth in training.
         """
         if any(name not in features for name in self.in_features):
             check_features(self.in_features, features, "in_features of the RPN (MODEL.RPN.IN_FEATURES)")
@@ -254,16 +256,15 @@ class RPN(nn.Module):
     def label_and_sample_anchors(
         self, anchors: list[Boxes], gt_instances: list[Instances]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Decide which anchors the losses look at, and what they should say.
+        """Sample the anchors that enter the losses, and compute their targets.
 
         Args:
             anchors: anchors of each level.
             gt_instances: N `Instances` with `gt_boxes`.
 
         Returns:
-            gt_labels: N tensors (R,) int8 over all levels: 1 foreground, 0 background, -1 not drawn.
-            gt_boxes: N tensors (R, B): each anchor's best ground truth; it means something only where the
-            label is 1.
+            gt_labels: N tensors (R,) int8 over all levels: 1 foreground, 0 background, -1 not sampled.
+            gt_boxes: N tensors (R, B): each anchor's best ground truth; undefined unless the label is 1.
         """
         anchors = type(anchors[0]).cat(anchors)
         gt_labels, matched_gt_boxes = [], []
@@ -299,7 +300,7 @@ class RPN(nn.Module):
         pred_anchor_deltas: list[torch.Tensor],
         gt_boxes: list[torch.Tensor],
     ) -> dict[str, torch.Tensor]:
-        """The losses, summed over the anchors drawn and divided by `batch_size_per_image * N`.
+        """Compute the losses, summed over the sampled anchors and divided by `batch_size_per_image * N`.
 
         Args:
             anchors: anchors of each level.
@@ -313,26 +314,26 @@ class RPN(nn.Module):
         """
         num_images = len(gt_labels)
         labels = torch.stack(gt_labels)
-        drawn = (labels >= 0).nonzero(as_tuple=True)
-        drawn_labels = labels[drawn]
-        is_fg = (drawn_labels == 1).nonzero().flatten()
+        sampled = (labels >= 0).nonzero(as_tuple=True)
+        sampled_labels = labels[sampled]
+        is_fg = (sampled_labels == 1).nonzero().flatten()
         if has_event_storage():
             storage = get_event_storage()
-            num_fg, num_drawn = len(is_fg), len(drawn_labels)
+            num_fg, num_sampled = len(is_fg), len(sampled_labels)
             storage.put_scalar("rpn/num_pos_anchors", num_fg / num_images)
-            storage.put_scalar("rpn/num_neg_anchors", (num_drawn - num_fg) / num_images)
+            storage.put_scalar("rpn/num_neg_anchors", (num_sampled - num_fg) / num_images)
         box_loss = dense_box_regression_loss(
             type(anchors[0]).cat(anchors),
             self.box2box_transform,
             pred_anchor_deltas,
             gt_boxes,
-            (drawn[0][is_fg], drawn[1][is_fg]),
+            (sampled[0][is_fg], sampled[1][is_fg]),
             self.box_reg_loss_type,
             self.smooth_l1_beta,
         )
-        logits = torch.cat(pred_objectness_logits, dim=1)[drawn]
+        logits = torch.cat(pred_objectness_logits, dim=1)[sampled]
         objectness_loss = F.binary_cross_entropy_with_logits(
-            logits, drawn_labels.to(logits.dtype), reduction="sum"
+            logits, sampled_labels.to(logits.dtype), reduction="sum"
         )
         normalizer = self.batch_size_per_image * num_images
         losses = {"loss_rpn_cls": objectness_loss / normalizer, "loss_rpn_loc": box_loss / normalizer}
@@ -346,21 +347,21 @@ class RPN(nn.Module):
         pred_anchor_deltas: list[torch.Tensor],
         image_sizes: list[tuple[int, int]],
     ) -> list[Instances]:
-        """Decode the best predictions of each level and drop duplicates.
+        """Decode the best predictions of each level and apply NMS.
 
-        The proposals are constants to whatever uses them: no gradient flows through their coordinates.
+        No gradient flows through the coordinates of the proposals.
 
         Args:
             anchors: anchors of each level.
             pred_objectness_logits: L tensors (N, R).
             pred_anchor_deltas: L tensors (N, R, B).
-            image_sizes: N pairs (height, width) of the pictures before padding.
+            image_sizes: N pairs (height, width) of the images before padding.
 
         Returns:
             list[Instances]: see `forward`.
 
         Raises:
-            FloatingPointError: in training, predictions that are not finite.
+            FloatingPointError: predictions are not finite in training.
         """
         boxes, scores, level_ids = decode_top_predictions(
             anchors,

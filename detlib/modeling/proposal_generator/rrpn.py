@@ -1,6 +1,6 @@
 """The region proposal network of rotated boxes (arXiv:1703.01086).
 
-`RPN` works on any type of boxes, so what is here is a name for YAML configs and detectron2's function.
+`RPN` works on any type of boxes. This file has the name for YAML configs and detectron2's function.
 """
 
 import torch
@@ -26,7 +26,7 @@ def find_top_rrpn_proposals(
     min_box_size: float,
     training: bool,
 ) -> list[Instances]:
-    """`find_top_rpn_proposals` of rotated boxes, (N, R, 5) a level."""
+    """Call `find_top_rpn_proposals` for rotated boxes, (N, R, 5) per level."""
     return find_top_rpn_proposals(
         proposals,
         pred_objectness_logits,
@@ -42,17 +42,18 @@ def find_top_rrpn_proposals(
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
 class RRPN(RPN):
-    """`RPN` with rotated anchors, that is with a `RotatedAnchorGenerator` and a `Box2BoxTransformRotated`.
+    """`RPN` with rotated anchors: a `RotatedAnchorGenerator` and a `Box2BoxTransformRotated`.
 
-    `anchor_boundary_thresh` looks at the anchors' centres. Arguments are those of `RPN`.
-
-    Raises:
-        ValueError: an anchor generator of other boxes, five BBOX_REG_WEIGHTS missing, or a box loss that
-            rotated boxes do not have.
+    `anchor_boundary_thresh` applies to the anchors' centers. Arguments are those of `RPN`.
     """
 
     @configurable
     def __init__(self, *args, **kwargs):
+        """
+        Raises:
+            ValueError: the anchor generator has other boxes, there are not five BBOX_REG_WEIGHTS, or the box
+                loss is not defined for rotated boxes.
+        """
         super().__init__(*args, **kwargs)
         if self.anchor_generator.box_dim != RotatedBoxes.box_dim:
             raise ValueError(
@@ -62,7 +63,7 @@ class RRPN(RPN):
 
     @classmethod
     def from_config(cls, cfg, input_shape: dict[str, ShapeSpec]):
-        """As `RPN.from_config`, with `cfg.MODEL.RPN.BBOX_REG_WEIGHTS` of five numbers."""
+        """Translate as `RPN.from_config`, with five numbers in `cfg.MODEL.RPN.BBOX_REG_WEIGHTS`."""
         rpn = cfg.MODEL.RPN
         check_loss_of_boxes(rpn.BBOX_REG_LOSS_TYPE, RotatedBoxes.box_dim, "MODEL.RPN.BBOX_REG_LOSS_TYPE")
         args = super().from_config(cfg, input_shape)

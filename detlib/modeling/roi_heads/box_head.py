@@ -1,4 +1,4 @@
-"""The box head: from pooled region features to one vector a region."""
+"""The box head, which maps the pooled features of a region to a vector."""
 
 import numpy as np
 import torch
@@ -14,29 +14,30 @@ __all__ = ["FastRCNNConvFCHead", "ROI_BOX_HEAD_REGISTRY", "build_box_head"]
 
 ROI_BOX_HEAD_REGISTRY = Registry("ROI_BOX_HEAD")
 ROI_BOX_HEAD_REGISTRY.__doc__ = """
-Box heads: modules that turn pooled features (R, C, H, W) into features for the box predictor and have
-`output_shape`. An entry is called as `entry(cfg, input_shape)` with the `ShapeSpec` of the pooled features.
+Box heads: modules that map pooled features (R, C, H, W) to features for the box predictor and have the
+property `output_shape`. An entry is called as `entry(cfg, input_shape)` with the `ShapeSpec` of the pooled
+features.
 """
 
 
 @ROI_BOX_HEAD_REGISTRY.register()
 class FastRCNNConvFCHead(nn.Sequential):
-    """Some 3x3 convolutions, then some fully connected layers, each with a ReLU.
-
-    Args:
-        input_shape: channels, height and width of the pooled features.
-        conv_dims: output channels of each convolution.
-        fc_dims: output size of each fully connected layer.
-        conv_norm: normalisation of the convolutions, see `detlib.layers.get_norm`.
-
-    Raises:
-        ValueError: neither a convolution nor a fully connected layer.
-    """
+    """3x3 convolutions followed by fully connected layers, each with a ReLU."""
 
     @configurable
     def __init__(
         self, input_shape: ShapeSpec, *, conv_dims: list[int], fc_dims: list[int], conv_norm: str = ""
     ):
+        """
+        Args:
+            input_shape: channels, height and width of the pooled features.
+            conv_dims: output channels of each convolution.
+            fc_dims: output size of each fully connected layer.
+            conv_norm: normalization of the convolutions, see `detlib.layers.get_norm`.
+
+        Raises:
+            ValueError: there is no layer.
+        """
         super().__init__()
         if len(conv_dims) + len(fc_dims) == 0:
             raise ValueError(
@@ -81,7 +82,7 @@ class FastRCNNConvFCHead(nn.Sequential):
         }
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (R, C, H, W). Returns (R, D), or (R, D, H, W) when there are only convolutions."""
+        """Map pooled features (R, C, H, W) to (R, D), or to (R, D, H, W) if there are only convolutions."""
         if isinstance(self[0], Conv2d):
             x = for_convolutions(x)
         for layer in self:
@@ -90,11 +91,11 @@ class FastRCNNConvFCHead(nn.Sequential):
 
     @property
     def output_shape(self) -> ShapeSpec:
-        """Channels of the output, with height and width when it is still a map."""
+        """Channels of the output, with height and width if there are only convolutions."""
         return self._output_shape
 
 
 def build_box_head(cfg: CfgNode, input_shape: ShapeSpec) -> nn.Module:
-    """Build the box head that `cfg.MODEL.ROI_BOX_HEAD.NAME` names."""
+    """Build the box head `cfg.MODEL.ROI_BOX_HEAD.NAME`."""
     name = cfg.MODEL.ROI_BOX_HEAD.NAME
     return ROI_BOX_HEAD_REGISTRY.get(name, key="MODEL.ROI_BOX_HEAD.NAME")(cfg, input_shape)

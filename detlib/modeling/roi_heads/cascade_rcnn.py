@@ -1,7 +1,7 @@
-"""Cascade R-CNN (arXiv:1712.00726): box heads in a row, each refining the boxes of the one before.
+"""Cascade R-CNN (arXiv:1712.00726): a sequence of box heads, each refining the boxes of the previous one.
 
 Shape legend: N images, R regions of all images together, R_i those of one image, K classes (label K is the
-background), B numbers of a box.
+background), B numbers per box.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ __all__ = ["CascadeROIHeads"]
 
 
 class _ScaleGradient(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by a number."""
+    """The identity, with its gradient multiplied by a constant."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, scale: float) -> torch.Tensor:
@@ -47,35 +47,23 @@ def _check_config(cfg: CfgNode) -> None:
         )
     if not cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG:
         raise ValueError(
-            "CascadeROIHeads needs MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = True: a stage starts from the "
-            "one box that the stage before gives for a region."
+            "CascadeROIHeads needs MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = True: each stage refines one "
+            "box per region, predicted by the previous stage."
         )
     thresholds = list(cfg.MODEL.ROI_HEADS.IOU_THRESHOLDS)
     if thresholds[0] != cascade.IOUS[0]:
         raise ValueError(
-            "The first stage of CascadeROIHeads matches as MODEL.ROI_HEADS.IOU_THRESHOLDS says, "
-            f"{thresholds}; MODEL.ROI_BOX_CASCADE_HEAD.IOUS must begin with that, got {list(cascade.IOUS)}."
+            f"The first stage of CascadeROIHeads matches with MODEL.ROI_HEADS.IOU_THRESHOLDS = {thresholds}; "
+            f"MODEL.ROI_BOX_CASCADE_HEAD.IOUS must begin with that value, got {list(cascade.IOUS)}."
         )
 
 
 @ROI_HEADS_REGISTRY.register()
 class CascadeROIHeads(StandardROIHeads):
-    """Several box heads in a row, each trained on the boxes of the one before at a higher overlap.
+    """A sequence of box heads, each trained on the boxes of the previous one with a higher IoU threshold.
 
-    Scores are the average of all stages', boxes the last stage's. The mask and the keypoint head train on the
-    regions sampled for the first stage, whatever `train_on_pred_boxes` says.
-
-    Args:
-        box_in_features: names of the feature maps of the box heads, finest first.
-        box_pooler: pools region features for all stages.
-        box_heads: for each stage (R, C, H, W) to features of regions.
-        box_predictors: for each stage class scores and boxes that do not depend on the class, see
-            `FastRCNNOutputLayers`.
-        proposal_matchers: for each stage what gives a region its true box; the first serves the sampling.
-        **kwargs: `StandardROIHeads`'s, but for `box_head`, `box_predictor` and `proposal_matcher`.
-
-    Raises:
-        ValueError: lists of different lengths, or a `proposal_matcher` beside `proposal_matchers`.
+    Scores are averaged over the stages, boxes are those of the last stage. The mask and keypoint heads train
+    on the regions sampled for the first stage, whatever the value of `train_on_pred_boxes`.
     """
 
     @configurable
@@ -89,8 +77,23 @@ class CascadeROIHeads(StandardROIHeads):
         proposal_matchers: list[Matcher],
         **kwargs,
     ):
+        """
+        Args:
+            box_in_features: names of the feature maps of the box heads, finest first.
+            box_pooler: pools the region features of all stages.
+            box_heads: the box head of each stage, which maps (R, C, H, W) to region features.
+            box_predictors: the class-agnostic box predictor of each stage, see `FastRCNNOutputLayers`.
+            proposal_matchers: the matcher of each stage; the first is also used for sampling.
+            **kwargs: arguments of `StandardROIHeads`, except `box_head`, `box_predictor` and
+                `proposal_matcher`.
+
+        Raises:
+            ValueError: the lists differ in length, or there is also a `proposal_matcher`.
+        """
         if "proposal_matcher" in kwargs:
-            raise ValueError("CascadeROIHeads takes proposal_matchers, one a stage, and no proposal_matcher.")
+            raise ValueError(
+                "CascadeROIHeads takes proposal_matchers, one per stage, instead of proposal_matcher."
+            )
         lengths = {len(box_heads), len(box_predictors), len(proposal_matchers)}
         if len(lengths) != 1 or 0 in lengths:
             raise ValueError(
@@ -144,7 +147,7 @@ class CascadeROIHeads(StandardROIHeads):
         proposals: list[Instances],
         targets: list[Instances] | None = None,
     ) -> tuple[list[Instances], dict[str, torch.Tensor]]:
-        """See `StandardROIHeads.forward`; the box losses are named "loss_cls_stage0" and so on."""
+        """Run all stages. See `StandardROIHeads.forward`; box losses are named "loss_cls_stage0" etc."""
         if not self.training:
             return super().forward(images, features, proposals)
         if targets is None:
@@ -161,8 +164,10 @@ class CascadeROIHeads(StandardROIHeads):
         proposals: list[Instances],
         targets: list[Instances] | None = None,
     ) -> dict[str, torch.Tensor] | list[Instances]:
-        """All stages: losses in training, which needs `targets`, else detections. Parts of models are run by
-        this name, see the documentation on using models."""
+        """Run the box heads of all stages: returns losses in training, otherwise detections.
+
+        Training needs `targets`. User code calls this method by name.
+        """
         maps = self._select_maps(features, self.box_in_features)
         stages = []
         for k, predictor in enumerate(self.box_predictor):
@@ -177,11 +182,11 @@ class CascadeROIHeads(StandardROIHeads):
     def _run_stage(
         self, features: list[torch.Tensor], proposals: list[Instances], stage: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the predictor of a stage says about the proposals."""
-        # Linear layers need contiguous features, and box heads may flatten them with view().
+        """Return the predictions of a stage for the proposals."""
+        # Linear layers need contiguous features, and third-party box heads may flatten them with view().
         pooled = self.box_pooler(features, [x.proposal_boxes for x in proposals]).contiguous()
         if self.training:
-            # The stages share the feature maps: scaled, they pull at them with the weight of one.
+            # All stages contribute to the gradient of the feature maps, with the total weight of one.
             pooled = _ScaleGradient.apply(pooled, 1.0 / self.num_cascade_stages)
         return self.box_predictor[stage](self.box_head[stage](pooled))
 
@@ -189,13 +194,13 @@ class CascadeROIHeads(StandardROIHeads):
     def _refine(
         self, predictor: nn.Module, predictions: tuple[torch.Tensor, torch.Tensor], proposals: list[Instances]
     ) -> list[Instances]:
-        """The boxes that a stage predicts for `proposals`, clipped to their image, as new proposals."""
+        """Return the boxes that a stage predicts for `proposals`, clipped to the image, as new proposals."""
         refined = []
         for x, boxes in zip(proposals, predictor.predict_boxes(predictions, proposals)):
             box_type = type(x.proposal_boxes)
             if boxes.shape[1] != box_type.box_dim:
                 raise ValueError(
-                    f"CascadeROIHeads needs one box a region, but a stage predicts "
+                    f"CascadeROIHeads needs one box per region, but a stage predicts "
                     f"{boxes.shape[1] // box_type.box_dim}: give its box_predictors "
                     "cls_agnostic_bbox_reg=True."
                 )
@@ -208,14 +213,14 @@ class CascadeROIHeads(StandardROIHeads):
     def _match_and_label_boxes(
         self, proposals: list[Instances], stage: int, targets: list[Instances]
     ) -> list[Instances]:
-        """Label the proposals of a later stage by its own matcher, and leave out those without area.
+        """Label the proposals of a later stage with its own matcher, and drop those without area.
 
-        Nothing is sampled: what was drawn for the first stage goes through all of them.
+        There is no sampling: all stages use the regions sampled for the first one.
 
         Returns:
-            N `Instances` with `proposal_boxes`, `gt_classes` and, where the image has objects, `gt_boxes`.
+            N `Instances` with `proposal_boxes`, `gt_classes` and, if the image has objects, `gt_boxes`.
         """
-        labelled = []
+        labeled = []
         for x, target in zip(proposals, targets):
             matched, x.gt_classes = label_boxes(
                 x.proposal_boxes,
@@ -227,8 +232,8 @@ class CascadeROIHeads(StandardROIHeads):
             if len(target):
                 x.gt_boxes = target.gt_boxes[matched]
             usable = x.proposal_boxes.nonempty() & (x.gt_classes >= 0)
-            labelled.append(x[usable.nonzero()[:, 0]])
-        return labelled
+            labeled.append(x[usable.nonzero()[:, 0]])
+        return labeled
 
     def _losses(self, stages: Sequence[tuple]) -> dict[str, torch.Tensor]:
         self._log_stage_samples([proposals for _, _, proposals in stages])
@@ -243,12 +248,12 @@ class CascadeROIHeads(StandardROIHeads):
         return losses
 
     def _log_stage_samples(self, stages: list[list[Instances]]) -> None:
-        """How many regions an image are foreground in each stage but the first, which the sampling logged."""
+        """Log the foreground regions per image of each stage but the first, which sampling has logged."""
         if not has_event_storage() or len(stages) < 2:
             return
         labels = [torch.cat([x.gt_classes for x in proposals]) for proposals in stages[1:]]
         num_images = len(stages[0])
-        # Together, so that a GPU is waited for once.
+        # Fetched together, which synchronizes a GPU once.
         counts = torch.stack([(y == self.num_classes).sum() for y in labels]).tolist()
         storage = get_event_storage()
         for k, (y, num_background) in enumerate(zip(labels, counts), 1):

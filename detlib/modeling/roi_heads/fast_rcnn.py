@@ -1,7 +1,7 @@
 """The Fast R-CNN box predictor (arXiv:1504.08083): layers, losses and inference.
 
 Shape legend: R regions of all images together, R_i those of one image, K classes (label K is the background),
-B numbers of a box (4, or 5 for rotated boxes).
+B numbers per box (4, or 5 for rotated boxes).
 """
 
 import math
@@ -35,21 +35,20 @@ def fast_rcnn_inference(
     topk_per_image: int,
     box_type: type[Boxes] = Boxes,
 ) -> tuple[list[Instances], list[torch.Tensor]]:
-    """Turn scored boxes into detections, image by image: see `fast_rcnn_inference_single_image`.
+    """Select the detections of each image, see `fast_rcnn_inference_single_image`.
 
     Args:
-        boxes: for each image (R_i, K * B), or (R_i, B) when boxes do not depend on the class; absolute
-            pixels.
+        boxes: for each image (R_i, K * B), or (R_i, B) if boxes are class-agnostic; absolute pixels.
         scores: for each image (R_i, K + 1) probabilities, the background last.
         image_shapes: (height, width) of each image.
-        score_thresh: only scores above it are kept.
-        nms_thresh: overlap above which the lower scoring of two boxes of a class is dropped.
-        topk_per_image: at most so many detections an image; negative for all.
-        box_type: what kind of boxes these are; it brings clipping and NMS.
+        score_thresh: detections must score above this.
+        nms_thresh: IoU above which the lower scoring of two boxes of a class is dropped.
+        topk_per_image: maximum number of detections per image; negative for all.
+        box_type: the type of the boxes, which implements clipping and NMS.
 
     Returns:
-        The detections of each image (`pred_boxes`, `scores`, `pred_classes`, by falling score), and for each
-        image the rows of `boxes` that they come from, (detections,) int64.
+        The detections of each image (`pred_boxes`, `scores`, `pred_classes`, in descending score order), and
+        for each image the rows of `boxes` that they come from, (detections,) int64.
     """
     results = [
         fast_rcnn_inference_single_image(
@@ -69,9 +68,9 @@ def fast_rcnn_inference_single_image(
     topk_per_image: int,
     box_type: type[Boxes] = Boxes,
 ) -> tuple[Instances, torch.Tensor]:
-    """Threshold the scores, clip the boxes, apply NMS class by class and keep the best.
+    """Threshold the scores, clip the boxes, apply NMS to each class and keep the best.
 
-    Regions with a box or score that is not finite are left out. Arguments and results are those of
+    Regions with a box or score that is not finite are dropped. Arguments and results are those of
     `fast_rcnn_inference` for one image.
     """
     finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores).all(dim=1)
@@ -91,7 +90,7 @@ def fast_rcnn_inference_single_image(
 
 
 def _log_classification_stats(logits: torch.Tensor, gt_classes: torch.Tensor) -> None:
-    """Write accuracy, foreground accuracy and the part of the foreground that was called background."""
+    """Log accuracy, foreground accuracy and the fraction of foreground classified as background."""
     if gt_classes.numel() == 0 or not has_event_storage():
         return
     background = logits.shape[1] - 1
@@ -99,7 +98,7 @@ def _log_classification_stats(logits: torch.Tensor, gt_classes: torch.Tensor) ->
     right = predicted == gt_classes
     foreground = (gt_classes >= 0) & (gt_classes < background)
     counted = (right, foreground, right & foreground, foreground & (predicted == background))
-    # Together, so that a GPU is waited for once.
+    # Fetched together, which synchronizes a GPU once.
     counts = torch.stack([mask.sum() for mask in counted]).tolist()
     num_right, num_foreground, num_foreground_right, num_missed = counts
     storage = get_event_storage()
@@ -110,7 +109,7 @@ def _log_classification_stats(logits: torch.Tensor, gt_classes: torch.Tensor) ->
 
 
 def _weights_not_set() -> torch.Tensor:
-    """Stand in for the class weights of a model built from a config, which does not read its datasets."""
+    """Raise ValueError: a model built from a config has no class weights, as it does not read datasets."""
     raise ValueError(
         "FastRCNNOutputLayers: the federated loss (MODEL.ROI_BOX_HEAD.USE_FED_LOSS) has no class weights. "
         "DefaultTrainer takes them from the training data; other training loops call "
@@ -119,29 +118,7 @@ def _weights_not_set() -> torch.Tensor:
 
 
 class FastRCNNOutputLayers(nn.Module):
-    """Two linear layers that give class scores and box deltas for each region.
-
-    Args:
-        input_shape: shape of a region's features; a bare int means so many channels.
-        box2box_transform: `Box2BoxTransform`, or `Box2BoxTransformRotated` for boxes of 5 numbers.
-        num_classes: K, the background not counted.
-        test_score_thresh: only detections that score above it are kept.
-        test_nms_thresh: NMS overlap threshold.
-        test_topk_per_image: at most so many detections an image.
-        cls_agnostic_bbox_reg: one box a region instead of one for each class.
-        smooth_l1_beta: where smooth L1 turns from a parabola to a line; 0 is plain L1.
-        box_reg_loss_type: "smooth_l1", "giou", "diou" or "ciou".
-        loss_weight: one factor for all losses, or a dict with "loss_cls" and "loss_box_reg".
-        use_fed_loss: classify only among the classes present and some sampled ones (federated loss,
-            arXiv:2103.07461); needs `use_sigmoid_ce`.
-        use_sigmoid_ce: one sigmoid a class in place of the softmax.
-        get_fed_loss_cls_weights: how likely each class is to be sampled by the federated loss: (K,) tensor,
-            or a function that returns it, called when the loss is first computed.
-        fed_loss_num_classes: how many classes the federated loss takes.
-
-    Raises:
-        ValueError: an unknown loss type, or the federated loss without its weights or without sigmoids.
-    """
+    """Two linear layers that predict class scores and box deltas of each region."""
 
     @configurable
     def __init__(
@@ -162,6 +139,28 @@ class FastRCNNOutputLayers(nn.Module):
         get_fed_loss_cls_weights: Callable[[], torch.Tensor] | torch.Tensor | None = None,
         fed_loss_num_classes: int = 50,
     ):
+        """
+        Args:
+            input_shape: shape of a region's features; an int is the number of channels.
+            box2box_transform: `Box2BoxTransform`, or `Box2BoxTransformRotated` for rotated boxes.
+            num_classes: K, without the background.
+            test_score_thresh: detections must score above this.
+            test_nms_thresh: IoU threshold of NMS.
+            test_topk_per_image: maximum number of detections per image.
+            cls_agnostic_bbox_reg: whether to predict one box per region instead of one per class.
+            smooth_l1_beta: transition point from quadratic to linear; 0 is the L1 loss.
+            box_reg_loss_type: "smooth_l1", "giou", "diou" or "ciou".
+            loss_weight: one factor for all losses, or a dict with "loss_cls" and "loss_box_reg".
+            use_fed_loss: whether to use the federated loss (arXiv:2103.07461), on the classes that are
+                present and some sampled ones; needs `use_sigmoid_ce`.
+            use_sigmoid_ce: whether to use one sigmoid per class instead of the softmax.
+            get_fed_loss_cls_weights: sampling weights of the classes for the federated loss, a (K,) tensor or
+                a function that returns it, called when the loss is first computed.
+            fed_loss_num_classes: number of classes in the federated loss.
+
+        Raises:
+            ValueError: the loss type is unknown, or the federated loss has no weights or no sigmoids.
+        """
         super().__init__()
         if isinstance(input_shape, int):
             input_shape = ShapeSpec(channels=input_shape)
@@ -247,13 +246,13 @@ class FastRCNNOutputLayers(nn.Module):
         }
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Score regions and predict their box deltas.
+        """Predict the scores and box deltas of each region.
 
         Args:
-            x: (R, ...) features; what follows R is flattened.
+            x: (R, ...) features; all dimensions after the first are flattened.
 
         Returns:
-            (R, K + 1) logits, the background last, and (R, K * B) deltas, or (R, B) when class agnostic.
+            (R, K + 1) logits, the background last, and (R, K * B) deltas, or (R, B) if class-agnostic.
         """
         x = x.flatten(start_dim=1)
         return self.cls_score(x), self.bbox_pred(x)
@@ -261,15 +260,15 @@ class FastRCNNOutputLayers(nn.Module):
     def losses(
         self, predictions: tuple[torch.Tensor, torch.Tensor], proposals: list[Instances]
     ) -> dict[str, torch.Tensor]:
-        """Classification and box regression losses of sampled regions.
+        """Compute the classification and box regression losses of sampled regions.
 
         Args:
-            predictions: what `forward` returned, R regions.
-            proposals: N sampled `Instances` with `proposal_boxes`, `gt_classes` (K for background) and,
-                where the image has objects, `gt_boxes`; R in all.
+            predictions: the result of `forward` for R regions.
+            proposals: N sampled `Instances` with `proposal_boxes`, `gt_classes` (K for background) and, if
+                the image has objects, `gt_boxes`; R in total.
 
         Returns:
-            {"loss_cls": scalar, "loss_box_reg": scalar}, weighted; zeros with a graph when R is 0.
+            {"loss_cls": scalar, "loss_box_reg": scalar}, weighted; zeros that still require grad if R is 0.
         """
         logits, deltas = predictions
         logits = logits.float()
@@ -298,36 +297,36 @@ class FastRCNNOutputLayers(nn.Module):
     def get_fed_loss_classes(
         self, gt_classes: torch.Tensor, num_fed_loss_classes: int, num_classes: int, weight: torch.Tensor
     ) -> torch.Tensor:
-        """Choose the classes that take part in the federated loss: all that are present, and some drawn ones.
+        """Select the classes of the federated loss: all that are present, and some sampled ones.
 
         Args:
             gt_classes: (R,) int64 in [0, K].
-            num_fed_loss_classes: how many classes there shall be at least; present ones may be more.
+            num_fed_loss_classes: minimum number of classes; more may be present.
             num_classes: K.
-            weight: (K,) how likely each absent class is to be drawn.
+            weight: (K,) sampling weights of absent classes.
 
         Returns:
-            int64 labels without repetition; K, the background, is among them when it is present.
+            int64 labels without repetition, including K, the background, if it is present.
         """
         present = torch.unique(gt_classes)
-        chances = torch.cat([weight.float(), weight.new_zeros(1, dtype=torch.float32)])
-        chances[present] = 0
-        num_drawn = min(num_fed_loss_classes - len(present), int((chances > 0).sum()))
-        if num_drawn <= 0:
+        weights = torch.cat([weight.float(), weight.new_zeros(1, dtype=torch.float32)])
+        weights[present] = 0
+        num_sampled = min(num_fed_loss_classes - len(present), int((weights > 0).sum()))
+        if num_sampled <= 0:
             return present
-        return torch.cat([present, torch.multinomial(chances, num_drawn, replacement=False)])
+        return torch.cat([present, torch.multinomial(weights, num_sampled, replacement=False)])
 
     def sigmoid_cross_entropy_loss(
         self, pred_class_logits: torch.Tensor, gt_classes: torch.Tensor
     ) -> torch.Tensor:
-        """Binary cross-entropy of every class, summed over classes and averaged over regions.
+        """Compute the binary cross-entropy, summed over classes and averaged over regions.
 
         Args:
             pred_class_logits: (R, K + 1); the last column is not used.
             gt_classes: (R,) int64 in [0, K]; background regions are negatives of every class.
 
         Returns:
-            Scalar; zero with a graph when R is 0.
+            Scalar; zero that still requires grad if R is 0.
         """
         num_regions, num_classes = pred_class_logits.shape[0], pred_class_logits.shape[1] - 1
         if num_regions == 0:
@@ -353,14 +352,14 @@ class FastRCNNOutputLayers(nn.Module):
         pred_deltas: torch.Tensor,
         gt_classes: torch.Tensor,
     ) -> torch.Tensor:
-        """Box loss of the foreground, summed and divided by the number of all regions.
+        """Compute the box loss of the foreground, summed and divided by the number of all regions.
 
-        All regions count in the divisor, so every foreground region weighs the same whatever the number of
-        foreground regions that its image happens to have.
+        As all regions count in the divisor, the weight of a foreground region does not depend on the number
+        of foreground regions.
 
         Args:
             proposal_boxes: (R, B), absolute pixels.
-            gt_boxes: (R, B) matched true boxes; rows of background regions are not looked at.
+            gt_boxes: (R, B) matched ground-truth boxes; rows of background regions are ignored.
             pred_deltas: (R, K * B), or (R, B).
             gt_classes: (R,) int64 in [0, K].
 
@@ -383,10 +382,14 @@ class FastRCNNOutputLayers(nn.Module):
     def inference(
         self, predictions: tuple[torch.Tensor, torch.Tensor], proposals: list[Instances]
     ) -> tuple[list[Instances], list[torch.Tensor]]:
-        """Detections of each image, from what `forward` returned and the regions it was for.
+        """Select the detections of each image.
+
+        Args:
+            predictions: the result of `forward`.
+            proposals: N `Instances` with `proposal_boxes`, the regions of the predictions.
 
         Returns:
-            As `fast_rcnn_inference`.
+            See `fast_rcnn_inference`.
         """
         return fast_rcnn_inference(
             self.predict_boxes(predictions, proposals),
@@ -401,7 +404,10 @@ class FastRCNNOutputLayers(nn.Module):
     def predict_boxes_for_gt_classes(
         self, predictions: tuple[torch.Tensor, torch.Tensor], proposals: list[Instances]
     ) -> tuple[torch.Tensor, ...]:
-        """For each image (R_i, B): the box of each region's true class; the background's is class K - 1's."""
+        """Return for each image the (R_i, B) boxes of the regions' ground-truth classes.
+
+        Background regions get the box of class K - 1.
+        """
         if not proposals:
             return ()
         boxes = cat(self.predict_boxes(predictions, proposals))
@@ -413,7 +419,7 @@ class FastRCNNOutputLayers(nn.Module):
     def predict_boxes(
         self, predictions: tuple[torch.Tensor, torch.Tensor], proposals: list[Instances]
     ) -> tuple[torch.Tensor, ...]:
-        """For each image (R_i, K * B), or (R_i, B): regions with the deltas applied, absolute pixels."""
+        """Return for each image the (R_i, K * B), or (R_i, B), decoded boxes in absolute pixels."""
         if not proposals:
             return ()
         boxes = [p.proposal_boxes.tensor for p in proposals]
@@ -423,7 +429,7 @@ class FastRCNNOutputLayers(nn.Module):
     def predict_probs(
         self, predictions: tuple[torch.Tensor, torch.Tensor], proposals: list[Instances]
     ) -> tuple[torch.Tensor, ...]:
-        """For each image (R_i, K + 1) float32: the probability of each class, the background last."""
+        """Return for each image the (R_i, K + 1) float32 class probabilities, the background last."""
         logits = predictions[0].float()
         probs = logits.sigmoid() if self.use_sigmoid_ce else logits.softmax(dim=-1)
         return probs.split([len(p) for p in proposals])

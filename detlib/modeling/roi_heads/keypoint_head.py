@@ -31,27 +31,29 @@ Keypoint heads: modules called as `head(features, instances)` that return a dict
 instances with `pred_keypoints` otherwise. An entry is called as `entry(cfg, input_shape)`.
 """
 
-_NOT_VISIBLE = -100  # a label that cross-entropy leaves out
+_NOT_VISIBLE = -100  # the label that cross-entropy ignores
 
 
 def build_keypoint_head(cfg: CfgNode, input_shape: ShapeSpec) -> nn.Module:
-    """Build the keypoint head that `cfg.MODEL.ROI_KEYPOINT_HEAD.NAME` names."""
+    """Build the keypoint head `cfg.MODEL.ROI_KEYPOINT_HEAD.NAME`."""
     name = cfg.MODEL.ROI_KEYPOINT_HEAD.NAME
     return ROI_KEYPOINT_HEAD_REGISTRY.get(name, key="MODEL.ROI_KEYPOINT_HEAD.NAME")(cfg, input_shape)
 
 
 def select_proposals_with_visible_keypoints(proposals: list[Instances]) -> list[Instances]:
-    """Keep the regions from which a keypoint can be learnt.
+    """Select the regions that contain at least one labeled keypoint of their object.
+
+    The border belongs to the region.
 
     Args:
-        proposals: N foreground `Instances` with `proposal_boxes` and `gt_keypoints`. An image without any
-            may lack the fields.
+        proposals: N foreground `Instances` with `proposal_boxes` and `gt_keypoints`. The fields may be
+            missing in an image without regions.
 
     Returns:
-        N `Instances`: those regions in which, border included, a labelled keypoint of their object lies.
+        N `Instances` with the selected regions.
 
     Raises:
-        ValueError: instances without `gt_keypoints`.
+        ValueError: regions have no `gt_keypoints`.
     """
     selected = []
     for x in proposals:
@@ -86,18 +88,18 @@ def _count_skipped_batch() -> None:
 def keypoint_rcnn_loss(
     pred_keypoint_logits: torch.Tensor, instances: list[Instances], normalizer: float | None
 ) -> torch.Tensor:
-    """Cross-entropy over the S x S cells of each heatmap, summed over the visible keypoints and divided.
+    """Compute the cross-entropy over the S x S cells of each heatmap, summed over visible keypoints.
 
-    A keypoint is visible if it is labelled and lies in its region.
+    A keypoint is visible if it is labeled and inside its region.
 
     Args:
         pred_keypoint_logits: (R, K, S, S) float.
-        instances: N `Instances` with `proposal_boxes` and `gt_keypoints`, R in all. An image without any
-            may lack the fields.
-        normalizer: divide by this; None for the number of visible keypoints.
+        instances: N `Instances` with `proposal_boxes` and `gt_keypoints`, R in total. The fields may be
+            missing in an image without regions.
+        normalizer: divisor of the loss; None for the number of visible keypoints.
 
     Returns:
-        Scalar float32; zero with a graph when there is no visible keypoint.
+        Scalar float32; zero that still requires grad if there is no visible keypoint.
 
     Raises:
         ValueError: objects have another number of keypoints than the head predicts.
@@ -110,7 +112,7 @@ def keypoint_rcnn_loss(
     keypoints = Keypoints.cat([x.gt_keypoints for x in with_regions])
     if keypoints.tensor.shape[1] != logits.shape[1]:
         raise ValueError(
-            f"'gt_keypoints' have {keypoints.tensor.shape[1]} keypoints an object, the head predicts "
+            f"'gt_keypoints' have {keypoints.tensor.shape[1]} keypoints per object, the head predicts "
             f"{logits.shape[1]} (MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS)."
         )
     boxes = cat([x.proposal_boxes.tensor for x in with_regions])
@@ -123,13 +125,13 @@ def keypoint_rcnn_loss(
 
 
 def keypoint_rcnn_inference(pred_keypoint_logits: torch.Tensor, pred_instances: list[Instances]) -> None:
-    """Give each instance its keypoints, in place.
+    """Add the predicted keypoints to each instance, in place.
 
     Args:
         pred_keypoint_logits: (R, K, S, S) float.
-        pred_instances: N `Instances` with `pred_boxes`, R in all. They get `pred_keypoints` (R_i, K, 3)
-            float32, x and y in pixels of the boxes' frame and the probability of the place among the S x S
-            cells; and `pred_keypoint_heatmaps`, the (R_i, K, S, S) logits.
+        pred_instances: N `Instances` with `pred_boxes`, R in total. The added fields are `pred_keypoints`
+            (R_i, K, 3) float32, x and y in pixels of the boxes' frame and the probability of that cell among
+            the S x S cells; and `pred_keypoint_heatmaps`, the (R_i, K, S, S) logits.
     """
     if not pred_instances:
         return
@@ -143,25 +145,26 @@ def keypoint_rcnn_inference(pred_keypoint_logits: torch.Tensor, pred_instances: 
 
 
 class BaseKeypointRCNNHead(nn.Module):
-    """Loss and inference of a keypoint head; a subclass brings `layers`.
-
-    Args:
-        num_keypoints: K.
-        loss_weight: factor of the loss.
-        loss_normalizer: "visible" divides the summed loss by the number of visible keypoints of the batch,
-            so that a picture with few of them trains the head as hard as one with many. A number divides
-            it by that number times the images of the batch.
-
-    Raises:
-        ValueError: another word than "visible".
-    """
+    """Base class of keypoint heads: loss and inference. A subclass implements `layers`."""
 
     @configurable
     def __init__(self, *, num_keypoints: int, loss_weight: float = 1.0, loss_normalizer: float | str = 1.0):
+        """
+        Args:
+            num_keypoints: K.
+            loss_weight: factor of the loss.
+            loss_normalizer: "visible" divides the summed loss by the number of visible keypoints in the
+                batch, so that the weight of a batch does not depend on it. A number divides it by that number
+                times the number of images.
+
+        Raises:
+            ValueError: `loss_normalizer` is a string other than "visible".
+        """
         super().__init__()
         if isinstance(loss_normalizer, str) and loss_normalizer != "visible":
             raise ValueError(
-                f"{type(self).__name__}: loss_normalizer is 'visible' or a number, got {loss_normalizer!r}."
+                f"{type(self).__name__}: loss_normalizer must be 'visible' or a number, got "
+                f"{loss_normalizer!r}."
             )
         self.num_keypoints = num_keypoints
         self.loss_weight = loss_weight
@@ -171,7 +174,8 @@ class BaseKeypointRCNNHead(nn.Module):
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
         head, heads = cfg.MODEL.ROI_KEYPOINT_HEAD, cfg.MODEL.ROI_HEADS
         check_count(head.NUM_KEYPOINTS, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS")
-        # The other divisor is what a batch would have if all of its foreground had all keypoints visible.
+        # The other normalizer is the number of keypoints if all keypoints of all foreground regions are
+        # visible.
         most = head.NUM_KEYPOINTS * heads.BATCH_SIZE_PER_IMAGE * heads.POSITIVE_FRACTION
         return {
             "num_keypoints": head.NUM_KEYPOINTS,
@@ -182,15 +186,15 @@ class BaseKeypointRCNNHead(nn.Module):
     def forward(
         self, x: torch.Tensor, instances: list[Instances]
     ) -> dict[str, torch.Tensor] | list[Instances]:
-        """Losses in training, else the instances with keypoints.
+        """Compute the loss in training, otherwise add keypoints to the instances.
 
         Args:
             x: (R, C, H, W) region features.
-            instances: N `Instances`, R in all: the regions to learn from in training (see
-                `select_proposals_with_visible_keypoints`), else detections with `pred_boxes`.
+            instances: N `Instances`, R in total: in training the selected regions (see
+                `select_proposals_with_visible_keypoints`), otherwise detections with `pred_boxes`.
 
         Returns:
-            {"loss_keypoint": scalar} in training; else `instances`, with the fields that
+            {"loss_keypoint": scalar} in training, otherwise `instances` with the fields that
             `keypoint_rcnn_inference` adds.
         """
         x = self.layers(x)
@@ -202,23 +206,23 @@ class BaseKeypointRCNNHead(nn.Module):
         return instances
 
     def layers(self, x: torch.Tensor) -> torch.Tensor:
-        """Region features (R, C, H, W) to heatmap logits (R, K, S, S); the part a subclass writes."""
+        """Map region features (R, C, H, W) to heatmap logits (R, K, S, S). Subclasses implement this."""
         raise NotImplementedError(f"{type(self).__name__} must define layers(x).")
 
 
 @ROI_KEYPOINT_HEAD_REGISTRY.register()
 class KRCNNConvDeconvUpsampleHead(BaseKeypointRCNNHead, nn.Sequential):
-    """3x3 convolutions, a transposed convolution to K maps of twice the side, and bilinear doubling.
-
-    Args:
-        input_shape: channels of the pooled features.
-        num_keypoints: K.
-        conv_dims: output channels of each convolution.
-        **kwargs: `BaseKeypointRCNNHead`'s.
-    """
+    """3x3 convolutions, a transposed convolution with stride 2, and bilinear upsampling by 2."""
 
     @configurable
     def __init__(self, input_shape: ShapeSpec, *, num_keypoints: int, conv_dims: list[int], **kwargs):
+        """
+        Args:
+            input_shape: channels of the pooled features.
+            num_keypoints: K.
+            conv_dims: output channels of each convolution.
+            **kwargs: arguments of `BaseKeypointRCNNHead`.
+        """
         super().__init__(num_keypoints=num_keypoints, **kwargs)
         channels = input_shape.channels
         for k, dim in enumerate(conv_dims, 1):
@@ -240,8 +244,8 @@ class KRCNNConvDeconvUpsampleHead(BaseKeypointRCNNHead, nn.Sequential):
         }
 
     def layers(self, x: torch.Tensor) -> torch.Tensor:
-        """(R, C, H, W) to (R, K, 4H, 4W) logits."""
-        x = for_convolutions(x)  # what is pooled from several maps is contiguous
+        """Map (R, C, H, W) features to (R, K, 4H, 4W) logits."""
+        x = for_convolutions(x)  # features pooled from several levels are contiguous
         for layer in self:
             x = layer(x)
         return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)

@@ -32,7 +32,7 @@ instances with `pred_masks` otherwise. An entry is called as `entry(cfg, input_s
 
 
 def _select_class(mask_logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-    """(R, K or 1, M, M) and (R,) int64 -> (R, M, M): each region's channel of its class, or the only one."""
+    """Return the (R, M, M) masks of each region's class in (R, K, M, M), or the only ones of (R, 1, M, M)."""
     if mask_logits.shape[1] == 1:
         return mask_logits[:, 0]
     return mask_logits[torch.arange(len(classes), device=classes.device), classes]
@@ -42,7 +42,7 @@ def _log_mask_stats(mask_logits: torch.Tensor, gt_masks: torch.Tensor) -> None:
     if not has_event_storage():
         return
     wrong = (mask_logits > 0) != gt_masks
-    # Together, so that a GPU is waited for once.
+    # Fetched together, which synchronizes a GPU once.
     counts = torch.stack([wrong.sum(), gt_masks.sum(), (wrong & gt_masks).sum()]).tolist()
     (num_wrong, num_positive, num_missed), num_pixels = counts, gt_masks.numel()
     storage = get_event_storage()
@@ -56,20 +56,22 @@ def _log_mask_stats(mask_logits: torch.Tensor, gt_masks: torch.Tensor) -> None:
 def mask_rcnn_loss(
     pred_mask_logits: torch.Tensor, instances: list[Instances], vis_period: int = 0
 ) -> torch.Tensor:
-    """Binary cross-entropy of the masks of the true classes, averaged over pixels and regions.
+    """Compute the binary cross-entropy of the masks of the ground-truth classes.
+
+    It is averaged over pixels and regions.
 
     Args:
-        pred_mask_logits: (R, K, M, M) float, or (R, 1, M, M) when masks do not depend on the class.
+        pred_mask_logits: (R, K, M, M) float, or (R, 1, M, M) if masks are class-agnostic.
         instances: N foreground `Instances` with `proposal_boxes`, `gt_classes` and `gt_masks`
-            (`PolygonMasks` or `BitMasks`, in the same frame as the boxes), R in all. An image without any
-            may lack the fields.
+            (`PolygonMasks` or `BitMasks`, in the same frame as the boxes), R in total. An image without
+            regions may lack the fields.
         vis_period: accepted for compatibility; models do not draw.
 
     Returns:
-        Scalar float32; zero with a graph when there is no region.
+        Scalar float32; zero that still requires grad if there is no region.
 
     Raises:
-        ValueError: instances without `gt_masks`.
+        ValueError: regions have no `gt_masks`.
     """
     classes, masks = [], []
     for x in instances:
@@ -93,11 +95,11 @@ def mask_rcnn_loss(
 
 
 def mask_rcnn_inference(pred_mask_logits: torch.Tensor, pred_instances: list[Instances]) -> None:
-    """Give each instance its class's mask probabilities, as the field `pred_masks` (R_i, 1, M, M) float32.
+    """Add the mask probabilities of each instance's class, `pred_masks` (R_i, 1, M, M) float32, in place.
 
     Args:
         pred_mask_logits: (R, K, M, M) float, or (R, 1, M, M).
-        pred_instances: N `Instances` with `pred_classes`, R in all; changed in place.
+        pred_instances: N `Instances` with `pred_classes`, R in total.
     """
     classes = cat([x.pred_classes for x in pred_instances])
     probs = _select_class(pred_mask_logits, classes).float().sigmoid()[:, None]
@@ -106,15 +108,15 @@ def mask_rcnn_inference(pred_mask_logits: torch.Tensor, pred_instances: list[Ins
 
 
 class BaseMaskRCNNHead(nn.Module):
-    """Loss and inference of a mask head; a subclass brings `layers`.
-
-    Args:
-        loss_weight: factor of the loss.
-        vis_period: accepted for compatibility and kept as an attribute; models do not draw.
-    """
+    """Base class of mask heads: loss and inference. A subclass implements `layers`."""
 
     @configurable
     def __init__(self, *, loss_weight: float = 1.0, vis_period: int = 0):
+        """
+        Args:
+            loss_weight: factor of the loss.
+            vis_period: accepted for compatibility; models do not draw.
+        """
         super().__init__()
         self.loss_weight = loss_weight
         self.vis_period = vis_period
@@ -126,15 +128,15 @@ class BaseMaskRCNNHead(nn.Module):
     def forward(
         self, x: torch.Tensor, instances: list[Instances]
     ) -> dict[str, torch.Tensor] | list[Instances]:
-        """Losses in training, else the instances with masks.
+        """Compute the loss in training, otherwise add masks to the instances.
 
         Args:
             x: (R, C, H, W) region features.
-            instances: N `Instances`, R in all: the sampled foreground in training (see `mask_rcnn_loss`),
-                else detections with `pred_classes`.
+            instances: N `Instances`, R in total: in training the sampled foreground (see `mask_rcnn_loss`),
+                otherwise detections with `pred_classes`.
 
         Returns:
-            {"loss_mask": scalar} in training; else `instances`, now with `pred_masks` (R_i, 1, M, M) float32.
+            {"loss_mask": scalar} in training, otherwise `instances` with `pred_masks` (R_i, 1, M, M) float32.
         """
         x = self.layers(x)
         if self.training:
@@ -143,29 +145,29 @@ class BaseMaskRCNNHead(nn.Module):
         return instances
 
     def layers(self, x: torch.Tensor) -> torch.Tensor:
-        """Region features (R, C, H, W) to mask logits (R, K or 1, M, M); the part a subclass writes."""
+        """Map region features (R, C, H, W) to mask logits (R, K or 1, M, M). Subclasses implement this."""
         raise NotImplementedError(f"{type(self).__name__} must define layers(x).")
 
 
 @ROI_MASK_HEAD_REGISTRY.register()
 class MaskRCNNConvUpsampleHead(BaseMaskRCNNHead, nn.Sequential):
-    """Convolutions, a transposed convolution that doubles the side, and a 1x1 predictor.
-
-    Args:
-        input_shape: channels of the pooled features.
-        num_classes: K, or 1 for masks that do not depend on the class.
-        conv_dims: output channels of each 3x3 convolution; the last is the transposed convolution's.
-        conv_norm: normalisation of the convolutions, see `detlib.layers.get_norm`.
-        **kwargs: `BaseMaskRCNNHead`'s.
-
-    Raises:
-        ValueError: no `conv_dims`.
-    """
+    """3x3 convolutions, a transposed convolution with stride 2, and a 1x1 predictor."""
 
     @configurable
     def __init__(
         self, input_shape: ShapeSpec, *, num_classes: int, conv_dims: list[int], conv_norm: str = "", **kwargs
     ):
+        """
+        Args:
+            input_shape: channels of the pooled features.
+            num_classes: K, or 1 for class-agnostic masks.
+            conv_dims: output channels of each 3x3 convolution, and last of the transposed convolution.
+            conv_norm: normalization of the convolutions, see `detlib.layers.get_norm`.
+            **kwargs: arguments of `BaseMaskRCNNHead`.
+
+        Raises:
+            ValueError: `conv_dims` is empty.
+        """
         super().__init__(**kwargs)
         if len(conv_dims) < 1:
             raise ValueError(
@@ -204,14 +206,14 @@ class MaskRCNNConvUpsampleHead(BaseMaskRCNNHead, nn.Sequential):
         }
 
     def layers(self, x: torch.Tensor) -> torch.Tensor:
-        """(R, C, H, W) to (R, K or 1, 2H, 2W) logits."""
-        x = for_convolutions(x)  # what is pooled from several maps is contiguous
+        """Map (R, C, H, W) features to (R, K or 1, 2H, 2W) logits."""
+        x = for_convolutions(x)  # features pooled from several levels are contiguous
         for layer in self:
             x = layer(x)
         return x
 
 
 def build_mask_head(cfg: CfgNode, input_shape: ShapeSpec) -> nn.Module:
-    """Build the mask head that `cfg.MODEL.ROI_MASK_HEAD.NAME` names."""
+    """Build the mask head `cfg.MODEL.ROI_MASK_HEAD.NAME`."""
     name = cfg.MODEL.ROI_MASK_HEAD.NAME
     return ROI_MASK_HEAD_REGISTRY.get(name, key="MODEL.ROI_MASK_HEAD.NAME")(cfg, input_shape)

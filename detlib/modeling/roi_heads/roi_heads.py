@@ -46,7 +46,7 @@ feature name to `ShapeSpec`.
 
 
 def build_roi_heads(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> nn.Module:
-    """Build the heads that `cfg.MODEL.ROI_HEADS.NAME` names."""
+    """Build the ROI heads `cfg.MODEL.ROI_HEADS.NAME`."""
     name = cfg.MODEL.ROI_HEADS.NAME
     return ROI_HEADS_REGISTRY.get(name, key="MODEL.ROI_HEADS.NAME")(cfg, input_shape)
 
@@ -54,14 +54,14 @@ def build_roi_heads(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> nn.Modul
 def select_foreground_proposals(
     proposals: list[Instances], bg_label: int
 ) -> tuple[list[Instances], list[torch.Tensor]]:
-    """Keep the regions that are matched to an object.
+    """Select the regions that are matched to an object.
 
     Args:
         proposals: N `Instances` with `gt_classes`.
-        bg_label: the label of the background, K; -1 is a region to ignore.
+        bg_label: the label of the background, K; regions labeled -1 are ignored.
 
     Returns:
-        N `Instances`, and for each a (R_i,) bool tensor that says which regions they are.
+        N `Instances`, and for each image a (R_i,) bool mask of the selected regions.
     """
     selected, masks = [], []
     for x in proposals:
@@ -75,15 +75,7 @@ def select_foreground_proposals(
 
 
 class ROIHeads(nn.Module):
-    """What all second stages share: matching regions with true boxes and sampling a set to train on.
-
-    Args:
-        num_classes: K, the background not counted.
-        batch_size_per_image: regions sampled from each image.
-        positive_fraction: at most this part of them is foreground.
-        proposal_matcher: gives each region a true box, or calls it background.
-        proposal_append_gt: let the true boxes be regions too.
-    """
+    """Base class of second stages: matches regions to ground truth and samples those to train on."""
 
     @configurable
     def __init__(
@@ -95,6 +87,14 @@ class ROIHeads(nn.Module):
         proposal_matcher: Matcher,
         proposal_append_gt: bool = True,
     ):
+        """
+        Args:
+            num_classes: K, without the background.
+            batch_size_per_image: number of regions to sample per image.
+            positive_fraction: largest fraction of foreground among them.
+            proposal_matcher: assigns each region a ground-truth box or the background.
+            proposal_append_gt: whether to add the ground-truth boxes to the regions.
+        """
         super().__init__()
         self.num_classes = num_classes
         self.batch_size_per_image = batch_size_per_image
@@ -120,7 +120,7 @@ class ROIHeads(nn.Module):
     def label_and_sample_proposals(
         self, proposals: list[Instances], targets: list[Instances]
     ) -> list[Instances]:
-        """Match each image's regions with its objects and sample regions to train on.
+        """Match each image's regions to its objects and sample regions to train on.
 
         Args:
             proposals: N `Instances` with `proposal_boxes` and `objectness_logits`.
@@ -128,8 +128,8 @@ class ROIHeads(nn.Module):
 
         Returns:
             N `Instances` of at most `batch_size_per_image` regions with `proposal_boxes`, `gt_classes`
-            (int64, K for background) and, when the image has objects, every other `gt_` field of the object
-            that the region was matched with. A background region's matched object means nothing.
+            (int64, K for background) and, if the image has objects, all other `gt_` fields of the matched
+            object. These are undefined for background.
         """
         if self.proposal_append_gt:
             proposals = add_ground_truth_to_proposals(targets, proposals)
@@ -179,15 +179,15 @@ class ROIHeads(nn.Module):
             features: feature maps (N, C, H, W) by name.
             proposals: N `Instances` with `proposal_boxes` and `objectness_logits`, absolute pixels of the
                 input.
-            targets: N `Instances` with the truth (`gt_boxes`, `gt_classes`, ...); training only.
+            targets: N `Instances` with the ground truth (`gt_boxes`, `gt_classes`, ...); training only.
 
         Returns:
-            In training the sampled proposals and a dict of losses, else detections and an empty dict.
+            In training the sampled proposals and a dict of losses, otherwise detections and an empty dict.
         """
         raise NotImplementedError(f"{type(self).__name__} must define forward.")
 
     def _check_given_boxes(self, instances: list[Instances]) -> None:
-        """Raise ValueError unless `forward_with_given_boxes` can work on the boxes of `instances`."""
+        """Raise ValueError unless `forward_with_given_boxes` can process `instances`."""
         if self.training:
             raise ValueError("forward_with_given_boxes is for inference; call eval() first.")
         for x in instances:
@@ -200,22 +200,7 @@ class ROIHeads(nn.Module):
 
 @ROI_HEADS_REGISTRY.register()
 class StandardROIHeads(ROIHeads):
-    """Heads that each pool their own features: the usual choice on a feature pyramid.
-
-    Args:
-        box_in_features: names of the feature maps of the box head, finest first.
-        box_pooler: pools region features for it.
-        box_head: (R, C, H, W) to features of regions.
-        box_predictor: class scores and boxes, see `FastRCNNOutputLayers`.
-        mask_in_features: names of the feature maps of the mask head; None for no masks.
-        mask_pooler: pools region features for it; None hands the dict of maps to the head.
-        mask_head: see `BaseMaskRCNNHead`.
-        keypoint_in_features: names of the feature maps of the keypoint head; None for no keypoints.
-        keypoint_pooler: pools region features for it; None hands the dict of maps to the head.
-        keypoint_head: see `BaseKeypointRCNNHead`.
-        train_on_pred_boxes: train the other heads on the box head's boxes in place of the proposals.
-        **kwargs: `ROIHeads`'s.
-    """
+    """Heads that each pool their own features: the usual choice for a feature pyramid."""
 
     @configurable
     def __init__(
@@ -234,6 +219,23 @@ class StandardROIHeads(ROIHeads):
         train_on_pred_boxes: bool = False,
         **kwargs,
     ):
+        """
+        Args:
+            box_in_features: names of the feature maps of the box head, finest first.
+            box_pooler: pools the features of the box head.
+            box_head: maps pooled features (R, C, H, W) to region features.
+            box_predictor: predicts class scores and boxes, see `FastRCNNOutputLayers`.
+            mask_in_features: names of the feature maps of the mask head; None for no masks.
+            mask_pooler: pools the features of the mask head; None passes the dict of feature maps to it.
+            mask_head: see `BaseMaskRCNNHead`.
+            keypoint_in_features: names of the feature maps of the keypoint head; None for no keypoints.
+            keypoint_pooler: pools the features of the keypoint head; None passes the dict of feature maps to
+                it.
+            keypoint_head: see `BaseKeypointRCNNHead`.
+            train_on_pred_boxes: whether to train the other heads on the box head's boxes instead of the
+                proposals.
+            **kwargs: arguments of `ROIHeads`.
+        """
         super().__init__(**kwargs)
         self.in_features = self.box_in_features = box_in_features
         self.box_pooler = box_pooler
@@ -256,7 +258,7 @@ class StandardROIHeads(ROIHeads):
         args = super().from_config(cfg)
         args["train_on_pred_boxes"] = cfg.MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES
         for init_head in (cls._init_box_head, cls._init_mask_head, cls._init_keypoint_head):
-            # A subclass may have methods of instances here, which its own __init__ calls later.
+            # In older third-party code these are instance methods, called by the subclass's own __init__.
             if inspect.ismethod(init_head):
                 args |= init_head(cfg, input_shape)
         return args
@@ -301,9 +303,12 @@ class StandardROIHeads(ROIHeads):
         proposals: list[Instances],
         targets: list[Instances] | None = None,
     ) -> tuple[list[Instances], dict[str, torch.Tensor]]:
-        """See `ROIHeads.forward`. Detections have `pred_boxes`, `scores` and `pred_classes`; with a mask
-        head also `pred_masks` (R_i, 1, M, M) float32 probabilities, with a keypoint head `pred_keypoints`
-        (R_i, keypoints, 3) float32: x, y in pixels of the input, and a score."""
+        """Run the second stage. See `ROIHeads.forward`.
+
+        Detections have `pred_boxes`, `scores` and `pred_classes`; with a mask head also `pred_masks`
+        (R_i, 1, M, M) float32 probabilities, with a keypoint head `pred_keypoints` (R_i, keypoints, 3)
+        float32: x, y in pixels of the network input, and a score.
+        """
         if not self.training:
             pred_instances = self._forward_box(features, proposals)
             return self.forward_with_given_boxes(features, pred_instances), {}
@@ -311,8 +316,8 @@ class StandardROIHeads(ROIHeads):
             raise ValueError(f"{type(self).__name__} needs targets in training.")
         proposals = self.label_and_sample_proposals(proposals, targets)
         losses = self._forward_box(features, proposals)
-        # The other heads train on the proposals that the box head was trained on, so that in inference,
-        # where they work on its detections, they see boxes of the same kind.
+        # The other heads train on the same proposals as the box head. In inference they get its detections,
+        # which are distributed like these.
         losses.update(self._forward_mask(features, proposals))
         losses.update(self._forward_keypoint(features, proposals))
         return proposals, losses
@@ -320,17 +325,17 @@ class StandardROIHeads(ROIHeads):
     def forward_with_given_boxes(
         self, features: dict[str, torch.Tensor], instances: list[Instances]
     ) -> list[Instances]:
-        """Run the heads other than the box head on boxes that are known.
+        """Run the heads other than the box head on given boxes.
 
         Args:
-            features: as `forward`'s.
+            features: as for `forward`.
             instances: N `Instances` with `pred_boxes` and `pred_classes`.
 
         Returns:
-            The same `Instances` with `pred_masks` and `pred_keypoints`, when there are such heads.
+            The same `Instances` with `pred_masks` and `pred_keypoints`, if there are such heads.
 
         Raises:
-            ValueError: in training, or when a field is missing.
+            ValueError: the heads are in training mode, or a field is missing.
         """
         self._check_given_boxes(instances)
         instances = self._forward_mask(features, instances)
@@ -339,10 +344,12 @@ class StandardROIHeads(ROIHeads):
     def _forward_box(
         self, features: dict[str, torch.Tensor], proposals: list[Instances]
     ) -> dict[str, torch.Tensor] | list[Instances]:
-        """The box branch: losses in training, else detections. Parts of models are run by this name, see the
-        documentation on using models."""
+        """Run the box head: returns losses in training, otherwise detections.
+
+        User code calls this method by name.
+        """
         maps = self._select_maps(features, self.box_in_features)
-        # Linear layers need contiguous features, and box heads may flatten them with view().
+        # Linear layers need contiguous features, and third-party box heads may flatten them with view().
         pooled = self.box_pooler(maps, [x.proposal_boxes for x in proposals]).contiguous()
         box_features = self.box_head(pooled)
         predictions = self.box_predictor(box_features)
@@ -359,7 +366,7 @@ class StandardROIHeads(ROIHeads):
     def _forward_mask(
         self, features: dict[str, torch.Tensor], instances: list[Instances]
     ) -> dict[str, torch.Tensor] | list[Instances]:
-        """The mask branch: losses in training, else `instances` with masks."""
+        """Run the mask head: returns losses in training, otherwise `instances` with masks."""
         if not self.mask_on:
             return {} if self.training else instances
         if self.training:
@@ -370,7 +377,7 @@ class StandardROIHeads(ROIHeads):
     def _forward_keypoint(
         self, features: dict[str, torch.Tensor], instances: list[Instances]
     ) -> dict[str, torch.Tensor] | list[Instances]:
-        """The keypoint branch: losses in training, else `instances` with keypoints."""
+        """Run the keypoint head: returns losses in training, otherwise `instances` with keypoints."""
         if not self.keypoint_on:
             return {} if self.training else instances
         if self.training:
@@ -394,7 +401,7 @@ class StandardROIHeads(ROIHeads):
 
     @staticmethod
     def _select_maps(features: dict[str, torch.Tensor], names: list[str]) -> list[torch.Tensor]:
-        """Return the feature maps `names`; raise ValueError where the backbone lacks one."""
+        """Return the feature maps with the given names; raise ValueError if the backbone lacks one."""
         if any(name not in features for name in names):
             check_features(names, features, "in_features of a head (MODEL.ROI_HEADS.IN_FEATURES)")
         return [features[name] for name in names]
@@ -402,15 +409,9 @@ class StandardROIHeads(ROIHeads):
 
 @ROI_HEADS_REGISTRY.register()
 class Res5ROIHeads(ROIHeads):
-    """One stage of residual blocks over each pooled region, shared by the box and the mask head.
+    """The C4 second stage (arXiv:1512.03385, appendix A): res5 of the ResNet runs on each pooled region.
 
-    Args:
-        in_features: name of the feature map to pool from, in a list.
-        pooler: pools region features from it.
-        res5: the stage, a module or the list of its blocks: (R, C, H, W) to (R, C', H/2, W/2).
-        box_predictor: class scores and boxes from (R, C') averages, see `FastRCNNOutputLayers`.
-        mask_head: works on what `res5` gives, see `BaseMaskRCNNHead`; None for no masks.
-        **kwargs: `ROIHeads`'s.
+    Its features are shared by the box and the mask head.
     """
 
     @configurable
@@ -424,6 +425,16 @@ class Res5ROIHeads(ROIHeads):
         mask_head: nn.Module | None = None,
         **kwargs,
     ):
+        """
+        Args:
+            in_features: a list with the name of the feature map to pool from.
+            pooler: pools the region features.
+            res5: the stage, a module or the list of its blocks: maps (R, C, H, W) to (R, C', H/2, W/2).
+            box_predictor: predicts class scores and boxes from the (R, C') averages, see
+                `FastRCNNOutputLayers`.
+            mask_head: works on the output of `res5`, see `BaseMaskRCNNHead`; None for no masks.
+            **kwargs: arguments of `ROIHeads`.
+        """
         super().__init__(**kwargs)
         self.in_features = in_features
         self.pooler = pooler
@@ -465,12 +476,12 @@ class Res5ROIHeads(ROIHeads):
 
     @classmethod
     def _build_res5_block(cls, cfg: CfgNode) -> tuple[nn.Sequential, int]:
-        """Three bottleneck blocks that halve the side, and the number of channels that they give."""
+        """Build three bottleneck blocks with stride 2; returns them and their output channels."""
         resnets = cfg.MODEL.RESNETS
         if resnets.DEFORM_ON_PER_STAGE[-1]:
             raise ValueError(
-                "MODEL.RESNETS.DEFORM_ON_PER_STAGE asks for a deformable res5, which Res5ROIHeads does not "
-                "have."
+                "MODEL.RESNETS.DEFORM_ON_PER_STAGE: Res5ROIHeads does not support deformable convolutions "
+                "in res5."
             )
         out_channels = resnets.RES2_OUT_CHANNELS * 8  # channels double from stage to stage
         blocks = ResNet.make_stage(
@@ -493,8 +504,11 @@ class Res5ROIHeads(ROIHeads):
         proposals: list[Instances],
         targets: list[Instances] | None = None,
     ) -> tuple[list[Instances], dict[str, torch.Tensor]]:
-        """See `ROIHeads.forward`. Detections have `pred_boxes`, `scores` and `pred_classes`; with a mask
-        head also `pred_masks` (R_i, 1, M, M) float32 probabilities."""
+        """Run the second stage. See `ROIHeads.forward`.
+
+        Detections have `pred_boxes`, `scores` and `pred_classes`; with a mask head also `pred_masks`
+        (R_i, 1, M, M) float32 probabilities.
+        """
         if self.training:
             if targets is None:
                 raise ValueError(f"{type(self).__name__} needs targets in training.")
@@ -509,7 +523,7 @@ class Res5ROIHeads(ROIHeads):
         losses = self.box_predictor.losses(predictions, proposals)
         if self.mask_on:
             foreground, is_foreground = select_foreground_proposals(proposals, self.num_classes)
-            # The regions were pooled and transformed for the boxes already.
+            # Their features were computed for the box predictor already.
             region_features = region_features[torch.cat(is_foreground)]
             losses.update(self.mask_head(region_features, foreground))
         return proposals, losses
@@ -517,17 +531,17 @@ class Res5ROIHeads(ROIHeads):
     def forward_with_given_boxes(
         self, features: dict[str, torch.Tensor], instances: list[Instances]
     ) -> list[Instances]:
-        """Run the mask head on boxes that are known, whose features are pooled anew.
+        """Run the mask head on given boxes, whose features are pooled again.
 
         Args:
-            features: as `forward`'s.
+            features: as for `forward`.
             instances: N `Instances` with `pred_boxes` and `pred_classes`.
 
         Returns:
-            The same `Instances` with `pred_masks`, when there is a mask head.
+            The same `Instances` with `pred_masks`, if there is a mask head.
 
         Raises:
-            ValueError: in training, or when a field is missing.
+            ValueError: the heads are in training mode, or a field is missing.
         """
         self._check_given_boxes(instances)
         if not self.mask_on:
@@ -538,5 +552,5 @@ class Res5ROIHeads(ROIHeads):
         return self.mask_head(region_features, instances)
 
     def _shared_roi_transform(self, features: list[torch.Tensor], boxes: list[Boxes]) -> torch.Tensor:
-        """Pool and run the shared stage: (R, C', H/2, W/2). Parts of models are run by this name."""
+        """Pool the boxes and run `res5`: returns (R, C', H/2, W/2). User code calls this method by name."""
         return self.res5(self.pooler(features, boxes))

@@ -1,6 +1,6 @@
-"""Region heads of rotated boxes.
+"""ROI heads for rotated boxes.
 
-`StandardROIHeads`, `FastRCNNOutputLayers` and the inference work on any type of boxes, so what is here are
+`StandardROIHeads`, `FastRCNNOutputLayers` and the inference work on any type of boxes. This file has the
 names for YAML configs, with their checks, and detectron2's functions.
 
 Shape legend: R_i regions of one image, K classes.
@@ -35,7 +35,7 @@ def fast_rcnn_inference_rotated(
     nms_thresh: float,
     topk_per_image: int,
 ) -> tuple[list[Instances], list[torch.Tensor]]:
-    """`fast_rcnn_inference` of rotated boxes, for each image (R_i, K * 5) or (R_i, 5)."""
+    """Call `fast_rcnn_inference` for rotated boxes, (R_i, K * 5) or (R_i, 5) per image."""
     return fast_rcnn_inference(
         boxes, scores, image_shapes, score_thresh, nms_thresh, topk_per_image, RotatedBoxes
     )
@@ -49,7 +49,7 @@ def fast_rcnn_inference_single_image_rotated(
     nms_thresh: float,
     topk_per_image: int,
 ) -> tuple[Instances, torch.Tensor]:
-    """`fast_rcnn_inference_single_image` of rotated boxes, (R_i, K * 5) or (R_i, 5)."""
+    """Call `fast_rcnn_inference_single_image` for rotated boxes, (R_i, K * 5) or (R_i, 5)."""
     return fast_rcnn_inference_single_image(
         boxes, scores, image_shape, score_thresh, nms_thresh, topk_per_image, RotatedBoxes
     )
@@ -60,10 +60,10 @@ class RotatedFastRCNNOutputLayers(FastRCNNOutputLayers):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
-        """As `FastRCNNOutputLayers.from_config`, with five BBOX_REG_WEIGHTS.
+        """Translate as `FastRCNNOutputLayers.from_config`, with five BBOX_REG_WEIGHTS.
 
         Raises:
-            ValueError: other than five weights, or a box loss that rotated boxes do not have.
+            ValueError: there are not five weights, or the box loss is not defined for rotated boxes.
         """
         head = cfg.MODEL.ROI_BOX_HEAD
         key = "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE"
@@ -75,17 +75,18 @@ class RotatedFastRCNNOutputLayers(FastRCNNOutputLayers):
 
 @ROI_HEADS_REGISTRY.register()
 class RROIHeads(StandardROIHeads):
-    """`StandardROIHeads` for rotated boxes; there is a box head only.
+    """`StandardROIHeads` for rotated boxes, with a box head only.
 
     Arguments are those of `StandardROIHeads`.
-
-    Raises:
-        ValueError: a mask or keypoint head, which cannot follow a rotated box, `train_on_pred_boxes`, or a
-            pooler of other boxes.
     """
 
     @configurable
     def __init__(self, **kwargs):
+        """
+        Raises:
+            ValueError: there is a mask or keypoint head, `train_on_pred_boxes` is set, or the pooler is for
+                other boxes; rotated boxes do not support these.
+        """
         super().__init__(**kwargs)
         wrong = {
             "a mask head (MODEL.MASK_ON)": self.mask_on,
@@ -94,12 +95,12 @@ class RROIHeads(StandardROIHeads):
         }
         if any(wrong.values()):
             raise ValueError(
-                f"RROIHeads, the heads of rotated boxes, work without {next(k for k in wrong if wrong[k])}"
+                f"RROIHeads, the heads for rotated boxes, do not support {next(k for k in wrong if wrong[k])}"
             )
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
-        """As `StandardROIHeads.from_config`, with `cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE` ROIAlignRotated."""
+        """Translate as `StandardROIHeads.from_config`, with the pooler type ROIAlignRotated."""
         if cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE != "ROIAlignRotated":
             raise ValueError(
                 "MODEL.ROI_BOX_HEAD.POOLER_TYPE must be 'ROIAlignRotated' for RROIHeads, got "
