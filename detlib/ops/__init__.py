@@ -4,7 +4,7 @@ from detlib.ops.deform_conv import deform_conv2d
 from detlib.ops.frozen_batch_norm import frozen_batch_norm
 from detlib.ops.ms_deform_attn import ms_deform_attn
 from detlib.ops.nms import batched_nms, nms
-from detlib.ops.paste_masks import paste_masks, paste_masks_to_rle
+from detlib.ops.paste_masks import paste_masks, paste_masks_in_image, paste_masks_to_rle
 from detlib.ops.resize import resize_image
 from detlib.ops.rle import encode_rle
 from detlib.ops.roi_align import roi_align
@@ -22,6 +22,7 @@ __all__ = [
     "nms",
     "nms_rotated",
     "paste_masks",
+    "paste_masks_in_image",
     "paste_masks_to_rle",
     "resize_image",
     "roi_align",

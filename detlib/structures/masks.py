@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from detlib.layers.mask_ops import paste_masks_in_image
 from detlib.layers.roi_align import roi_align
+from detlib.ops.paste_masks import paste_masks_in_image
 from detlib.structures.boxes import Boxes
 from detlib.utils.memory import retry_if_cuda_oom
 
