@@ -187,7 +187,7 @@ def test_error_names_label_file_and_line(tmp_path, line, message):
     [
         ({"names": None}, ValueError, "'names' must list the classes"),
         ({"nc": 4}, ValueError, "'nc' is 4, but 'names' has 3"),
-        ({"train": None, "val": None}, ValueError, "none of 'train', 'val' and 'test'"),
+        ({"train": None, "val": None}, ValueError, "none of the keys 'train', 'val' and 'test'"),
         ({"train": 3}, ValueError, "'train' must be a folder"),
         ({"train": "nowhere"}, FileNotFoundError, "'nowhere' was not found. Looked for: .*/nowhere"),
         ({"train": None}, ValueError, "no split 'train', only: val"),

@@ -138,9 +138,9 @@ def _polygon_extent(segmentation: Any) -> list[float] | None:
     """Return the extent [x0, y0, x1, y1] of all valid polygons, or None if there are none."""
     if not isinstance(segmentation, list):
         return None
-    good = [p for p in segmentation if isinstance(p, list) and not _polygon_fault(p)[0]]
-    x, y = [v for p in good for v in p[0::2]], [v for p in good for v in p[1::2]]
-    return [min(x), min(y), max(x), max(y)] if good else None
+    valid = [p for p in segmentation if isinstance(p, list) and not _polygon_fault(p)[0]]
+    x, y = [v for p in valid for v in p[0::2]], [v for p in valid for v in p[1::2]]
+    return [min(x), min(y), max(x), max(y)] if valid else None
 
 
 def _compare_with_box(annotation: dict, report: Report) -> None:

@@ -196,8 +196,8 @@ class _Checker:
     def _check_categories(self, categories: list) -> None:
         names: dict[str, Any] = {}
         for category in categories:
-            good = isinstance(category, dict) and type(category.get("id")) is int
-            if not good or not isinstance(category.get("name"), str):
+            valid = isinstance(category, dict) and type(category.get("id")) is int
+            if not valid or not isinstance(category.get("name"), str):
                 self.raw.report("category-broken", f"{category!r}"[:200], action="category dropped")
                 continue
             number, name = category["id"], category["name"]
@@ -318,9 +318,9 @@ class _Checker:
             used.add(_key(annotation.get("category_id")))
             shown_id = annotation.get("id", f"number {number}")
             location = self.raw.locations.get(number, f"annotation {shown_id!r}")
-            good = self._check_annotation(copy.copy(annotation), location, ids, boxes)
-            if good is not None:
-                self.annotations.append(good)
+            repaired = self._check_annotation(copy.copy(annotation), location, ids, boxes)
+            if repaired is not None:
+                self.annotations.append(repaired)
         for key, category in self.categories.items():
             if key not in used:
                 self.raw.report("unused-category", f"{category['name']!r} (id {key})")
@@ -348,21 +348,21 @@ class _Checker:
         self._check_id(annotation, ids, report)
         self._check_crowd(annotation, report)
         size = image["width"], image["height"]
-        good = check_box(annotation, size, report)
-        good = good and check_segmentation(good, size, report)
+        repaired = check_box(annotation, size, report)
+        repaired = repaired and check_segmentation(repaired, size, report)
         names = category.get("keypoints")
         wanted = len(names) if isinstance(names, list) else None
-        good = good and check_keypoints(good, size, wanted, report)
-        if not good:
+        repaired = repaired and check_keypoints(repaired, size, wanted, report)
+        if not repaired:
             return None
-        good["image_id"] = image["id"]
-        self._check_area(good, report)
-        same = (image_key, category_key, *good["bbox"])
+        repaired["image_id"] = image["id"]
+        self._check_area(repaired, report)
+        same = (image_key, category_key, *repaired["bbox"])
         if same in boxes:
             report("duplicate-annotation", f"the same as {boxes[same]}", _DROP)
             return None
         boxes[same] = location
-        return good
+        return repaired
 
     def _check_id(self, annotation: dict, ids: set, report: Any) -> None:
         key = _key(annotation.get("id"))

@@ -133,7 +133,7 @@ class CocoReader:
             )
         if self.id_map is not None:
             result["category_id"] = self.id_map[cast(int, category_id)]
-        if not self._box_is_good(record, annotation):
+        if not self._box_is_valid(record, annotation):
             self.dropped["annotations whose box has no area"] += 1
             return None
         result["bbox_mode"] = BoxMode.XYWH_ABS if len(result["bbox"]) == 4 else BoxMode.XYWHA_ABS
@@ -166,7 +166,7 @@ class CocoReader:
             )
         return [value if i % 3 == 2 else value + 0.5 for i, value in enumerate(keypoints)]
 
-    def _box_is_good(self, record: dict, annotation: dict) -> bool:
+    def _box_is_valid(self, record: dict, annotation: dict) -> bool:
         box = annotation.get("bbox")
         if not isinstance(box, list) or len(box) not in (4, 5) or not all(map(_is_number, box)):
             raise self._error(

@@ -57,18 +57,18 @@ def keypoint_metadata(categories: list[dict], json_file: str) -> dict[str, Any]:
     pairs = left_right_pairs(names)
     warn_of_no_pairs(names, pairs, f"{json_file} has no keypoints named left and right")
     skeleton = category.get("skeleton") or []
-    good = [line for line in skeleton if _is_connection(line, len(names))]
-    if len(good) < len(skeleton):
+    valid = [line for line in skeleton if _is_connection(line, len(names))]
+    if len(valid) < len(skeleton):
         logger.warning(
             "%s: left out %d connections in 'skeleton' that are not pairs of numbers from 1 to %d.",
-            *(json_file, len(skeleton) - len(good), len(names)),
+            *(json_file, len(skeleton) - len(valid), len(names)),
         )
     colors = ((255, 128, 0), (51, 153, 255), (102, 204, 102))
     return {
         "keypoint_names": names,
         "keypoint_flip_map": pairs,
         "keypoint_connection_rules": [
-            (names[a - 1], names[b - 1], colors[i % len(colors)]) for i, (a, b) in enumerate(good)
+            (names[a - 1], names[b - 1], colors[i % len(colors)]) for i, (a, b) in enumerate(valid)
         ],
     }
 

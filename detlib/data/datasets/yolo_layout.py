@@ -146,7 +146,9 @@ def _splits(data: dict, yaml_file: str) -> dict[str, list[str]]:
             )
         splits[key] = paths
     if not splits:
-        raise ValueError(f"{yaml_file}: there is none of 'train', 'val' and 'test'; it has {[*data]}.")
+        raise ValueError(
+            f"{yaml_file}: none of the keys 'train', 'val' and 'test' is set; the keys are {[*data]}."
+        )
     return splits
 
 
@@ -154,8 +156,8 @@ def _kpt_shape(data: dict, yaml_file: str) -> tuple[int, int] | None:
     shape = data.get("kpt_shape")
     if shape is None:
         return None
-    good = isinstance(shape, list) and len(shape) == 2 and all(isinstance(number, int) for number in shape)
-    if not good or shape[0] < 1 or shape[1] not in (2, 3):
+    valid = isinstance(shape, list) and len(shape) == 2 and all(isinstance(number, int) for number in shape)
+    if not valid or shape[0] < 1 or shape[1] not in (2, 3):
         raise ValueError(
             f"{yaml_file}: 'kpt_shape' must be [number of keypoints, 2 or 3 values for each], got {shape!r}."
         )

@@ -407,12 +407,12 @@ def parse_objects(shapes: list, report: Callable[[str, str, str], None]) -> list
 
 def _points(shape: dict) -> list[list[float]]:
     points: Any = shape.get("points")
-    good = isinstance(points, list) and len(points) > 0
-    for point in points if good else ():
+    valid = isinstance(points, list) and len(points) > 0
+    for point in points if valid else ():
         # The comparison is False for values that are not finite.
-        good = good and isinstance(point, list) and len(point) == 2
-        good = good and all(type(v) in (int, float) and abs(v) <= _MAX_COORDINATE for v in point)
-    if not good:
+        valid = valid and isinstance(point, list) and len(point) == 2
+        valid = valid and all(type(v) in (int, float) and abs(v) <= _MAX_COORDINATE for v in point)
+    if not valid:
         shown = repr(points)[:100]
         raise _ShapeError("bad-shape", f"needs points [x, y] of numbers up to {_MAX_COORDINATE}, not {shown}")
     return points

@@ -123,7 +123,7 @@ def test_dir_refuses_unknown_splits_and_ambiguous_folders(tmp_path):
     with pytest.raises(ValueError, match=f"like voc and like yolo; .* voc:{tmp_path}@train or yolo:"):
         check_datasets_exist(f"dir:{tmp_path}")
     (tmp_path / "data.yaml").write_text("names: [a]\n")
-    with pytest.raises(ValueError, match="none of 'train', 'val' and 'test'"):
+    with pytest.raises(ValueError, match="none of the keys 'train', 'val' and 'test'"):
         check_datasets_exist(f"dir:{tmp_path}")
 
 
