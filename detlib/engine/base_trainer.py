@@ -6,7 +6,7 @@ import os
 import random
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -112,7 +112,7 @@ class ConfigTrainer(TrainerBase):
         self.settings = settings
         self.ema = WeightAverage(model, settings.ema_decay) if settings.ema_decay else None
         wrapped = model if settings.strategy == "fsdp" else create_ddp_model(model, **settings.ddp_arguments)
-        step_options = {
+        step_options: dict[str, Any] = {
             "accum_steps": settings.accum_steps,
             "skip_non_finite": settings.skip_non_finite,
             "advice": learning_rate_advice(
@@ -258,7 +258,7 @@ class ConfigTrainer(TrainerBase):
                     settings.eval_period,
                     settings.early_stop_metric or settings.best_metric,
                     settings.early_stop_patience,
-                    settings.early_stop_mode,
+                    cast(str, settings.early_stop_mode),
                     settings.output_dir,
                 )
             )
@@ -351,7 +351,7 @@ class ConfigTrainer(TrainerBase):
             FloatingPointError: if a loss becomes infinite or NaN.
         """
         super().train(self.start_iter, self.max_iter)
-        return self._last_eval_results if comm.is_main_process() else None
+        return cast(dict, self._last_eval_results) if comm.is_main_process() else None
 
     def before_train(self) -> None:
         saves = any(isinstance(h, hooks.PeriodicCheckpointer | hooks.BestCheckpointer) for h in self._hooks)

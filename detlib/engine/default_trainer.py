@@ -99,7 +99,8 @@ class DefaultTrainer(ConfigTrainer):
     def _check_num_classes(self, cfg: CfgNode) -> None:
         check_num_classes(cfg, cfg.DATASETS.TRAIN)
         # A custom evaluator may accept data with other classes.
-        if self.build_evaluator.__func__ is DefaultTrainer.build_evaluator.__func__:
+        own, default = (c.build_evaluator.__func__ for c in (self, DefaultTrainer))  # type: ignore[attr-defined]
+        if own is default:
             check_num_classes(cfg, cfg.DATASETS.TEST)
 
     @property

@@ -9,7 +9,7 @@ import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -205,7 +205,7 @@ def find_non_finite_parameters(model: nn.Module) -> list[str]:
     """Return the names of the parameters that hold an infinite value or NaN."""
     named = [
         # Each process checks its own shard of a sharded parameter.
-        (name, param.to_local() if is_shard(param) else param)
+        (name, cast(Any, param).to_local() if is_shard(param) else param)
         for name, param in model.named_parameters()
         if param.is_floating_point()
     ]

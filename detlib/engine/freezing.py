@@ -92,7 +92,7 @@ def _freeze_norms(model: nn.Module, frozen: set[str], patterns: list[str]) -> in
             setattr(model.get_submodule(parent), key, FrozenBatchNorm2d.convert_frozen_batchnorm(module))
         elif not own and any(_matches(f"{name}.running_mean", pattern) for pattern in patterns):
             # A FrozenBatchNorm2d would add parameter names.
-            module.train = types.MethodType(_stay_in_eval, module)
+            module.train = types.MethodType(_stay_in_eval, module)  # type: ignore[method-assign]
             module.eval()
         else:
             continue

@@ -71,7 +71,7 @@ class LazyTrainer(ConfigTrainer):
         cfg: the config.
     """
 
-    def __init__(self, cfg: Mapping[str, Any]):
+    def __init__(self, cfg: Any):
         """
         Raises:
             KeyError: if a node is missing.
@@ -112,7 +112,7 @@ class LazyTrainer(ConfigTrainer):
         return node
 
     @classmethod
-    def build_model(cls, cfg: Mapping[str, Any]) -> nn.Module:
+    def build_model(cls, cfg: Any) -> nn.Module:
         """Build the model on ``train.device``, or on the best available device if that does not exist."""
         device = RunSettings.from_config(cfg).device
         try:
@@ -152,7 +152,7 @@ class LazyTrainer(ConfigTrainer):
         return instantiate(self._train_loader_config())
 
     @classmethod
-    def test(cls, cfg: Mapping[str, Any], model: nn.Module) -> dict:
+    def test(cls, cfg: Any, model: nn.Module) -> dict:
         """Evaluate a model on ``dataloader.test`` with ``dataloader.evaluator``.
 
         Args:

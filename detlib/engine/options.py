@@ -110,7 +110,7 @@ class RunSettings(RunOptions):
         Raises:
             ValueError: if a period is in epochs whose length is unknown.
         """
-        periods = {}
+        periods: dict[str, Any] = {}
         for kind in ("checkpoint", "eval"):
             period = epochs_to_iterations(
                 _DECLARATIONS[f"{kind}_epochs"].name,
@@ -286,7 +286,7 @@ def _shown_key(key: str | None, switch: str | None) -> str:
     """Return "`SOLVER.EMA.ENABLED`, `.DECAY`" for a key with a switch."""
     if not switch:
         return f"`{key}`" if key else ""
-    return f"`{switch}`, `.{key.rpartition('.')[2]}`"
+    return f"`{switch}`, `.{str(key).rpartition('.')[2]}`"
 
 
 def _shown_default(declaration: Declaration) -> str:

@@ -7,8 +7,8 @@ import math
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -41,7 +41,7 @@ class HookBase:
     steps, and ``trainer.is_finished`` is False if the run failed.
     """
 
-    trainer: "TrainerBase"
+    trainer: Any
     """A weak reference to the trainer, set by `TrainerBase.register_hooks`."""
 
     def before_train(self) -> None:
@@ -217,20 +217,20 @@ class TrainerBase:
             state["hooks"] = hooks
         return state
 
-    def load_state_dict(self, state_dict: dict) -> None:
+    def load_state_dict(self, state_dict: Mapping) -> None:
         """Restore the result of `state_dict`. States of hooks that are not registered are skipped."""
         self.iter = state_dict["iteration"]
         self._is_over = False
         hooks = dict(self._named_hooks())
         for name, state in state_dict.get("hooks", {}).items():
             if name in hooks:
-                hooks[name].load_state_dict(state)
+                cast(Any, hooks[name]).load_state_dict(state)
             else:
                 logger.warning("The checkpoint has a state for the hook '%s', which is not registered", name)
 
     def _named_hooks(self) -> list[tuple[str, HookBase]]:
         """Return the hooks with their names in checkpoints."""
-        named, counts = [], Counter()
+        named, counts = [], Counter()  # type: ignore[var-annotated]
         for hook in self._hooks:
             name = type(hook).__qualname__
             named.append((f"{name}#{counts[name]}" if counts[name] else name, hook))
@@ -324,7 +324,7 @@ class SimpleTrainer(TrainerBase):
                 loss_dict = self._forward_or_skip(data)
                 if loss_dict is None:
                     return
-                losses = sum(loss_dict.values())
+                losses: Any = sum(loss_dict.values())
                 if k == 0 and not self.zero_grad_before_forward:
                     self.optimizer.zero_grad()
                 self._backward(losses if self.accum_steps == 1 else losses / self.accum_steps)
@@ -592,7 +592,7 @@ class AMPTrainer(SimpleTrainer):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 
 
-def _mean_losses(passes: list[Mapping[str, torch.Tensor]]) -> Mapping[str, torch.Tensor]:
+def _mean_losses(passes: Sequence[Mapping[str, torch.Tensor]]) -> Mapping[str, Any]:
     """Return the mean losses of a step's passes; a loss that a pass lacks counts as 0 there."""
     if len(passes) == 1:
         return passes[0]

@@ -11,7 +11,7 @@ import logging
 import math
 import os
 from collections import OrderedDict
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -209,7 +209,7 @@ def _as_arrays(instances: Any) -> np.ndarray:
     masks = instances.pred_masks
     if isinstance(masks, ROIMasks):
         masks = masks.to_bitmasks(instances.pred_boxes, *instances.image_size)
-    masks = getattr(masks, "tensor", masks).detach()
+    masks = cast(torch.Tensor, getattr(masks, "tensor", masks)).detach()
     masks = masks if masks.dtype == torch.bool else masks.to(torch.uint8) != 0
     return masks.flatten(1).cpu().numpy()
 

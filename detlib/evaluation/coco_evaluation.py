@@ -361,6 +361,7 @@ class COCOEvaluator(DatasetEvaluator):
             )
 
     def _write_json(self, name: str, content: Any) -> None:
+        assert self._output_dir is not None, "callers check that there is a folder"
         path = os.path.join(self._output_dir, name)
         PathManager.mkdirs(self._output_dir)
         with PathManager.open(path, "w") as file:
@@ -464,7 +465,9 @@ def _proposal_iou(proposals: Instances, annotations: list[dict]) -> np.ndarray:
     if isinstance(boxes, RotatedBoxes) or are_rotated(annotations):
         if not isinstance(boxes, RotatedBoxes):
             boxes = RotatedBoxes(BoxMode.convert(boxes.tensor, BoxMode.XYXY_ABS, BoxMode.XYWHA_ABS))
-        return boxes.pairwise_iou(RotatedBoxes(to_rotated([a["bbox"] for a in annotations]))).numpy()
+        return boxes.pairwise_iou(
+            RotatedBoxes(torch.as_tensor(to_rotated([a["bbox"] for a in annotations])))
+        ).numpy()
     xywh = torch.tensor([annotation["bbox"] for annotation in annotations], dtype=torch.float32)
     gt_boxes = Boxes(torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], dim=1))
     return boxes.pairwise_iou(gt_boxes).numpy()

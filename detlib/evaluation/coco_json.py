@@ -121,7 +121,7 @@ def complete_ground_truth(coco: dict) -> GroundTruth:
     keep_ids = all(type(i) is int and 0 <= i <= _HIGHEST_ID for i in ids)
     numbers = {i: i if keep_ids else n for n, i in enumerate(ids, start=1)}
     sizes = {image["id"]: (int(image["height"]), int(image["width"])) for image in coco["images"]}
-    annotations = []
+    annotations: list[dict] = []
     with_masks = any("segmentation" in annotation for annotation in coco.get("annotations") or ())
     num_values = max((len(a.get("keypoints") or ()) for a in coco.get("annotations") or ()), default=0)
     for annotation in coco.get("annotations") or ():

@@ -260,7 +260,7 @@ def keypoint_similarity(
     # In pycocotools' order, so that the last digits differ as seldom as can be.
     distances = offsets[..., 0] ** 2 + offsets[..., 1] ** 2
     similar = np.exp(-(distances / (2 * sigmas) ** 2 / (areas[:, None] + np.spacing(1)) / 2))
-    counted = labeled | bare[:, None]
+    counted = labeled | bare[:, None]  # type: ignore[index]
     return (similar * counted).sum(axis=2) / counted.sum(axis=1)
 
 
@@ -324,7 +324,7 @@ def evaluate_coco(
     if fast:
         from detlib.evaluation.fast_eval_api import COCOeval_opt as COCOeval
     else:
-        from pycocotools.cocoeval import COCOeval
+        from pycocotools.cocoeval import COCOeval  # type: ignore[no-redef]
     with contextlib.redirect_stdout(io.StringIO()), gc_paused():
         evaluation = COCOeval(coco_gt, _as_detections(coco_gt, results, task), task)
         params = evaluation.params

@@ -5,9 +5,9 @@ from __future__ import annotations
 import datetime
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -96,7 +96,7 @@ def inference_context(model: nn.Module) -> Iterator[None]:
 def inference_on_dataset(
     model: Callable[[list[dict]], list[dict]],
     data_loader: Iterable[list[dict]],
-    evaluator: DatasetEvaluator | Sequence[DatasetEvaluator] | None,
+    evaluator: DatasetEvaluator | list[DatasetEvaluator] | tuple[DatasetEvaluator, ...] | None,
     callbacks: Mapping[str, Callable[[], Any]] | None = None,
 ) -> dict[str, Any]:
     """Runs a model over a data set without gradients and evaluates what it returns.
@@ -128,7 +128,7 @@ def inference_on_dataset(
             callbacks[key]()
 
     evaluator.reset()
-    progress = _Progress(len(data_loader), comm.get_world_size())
+    progress = _Progress(len(cast(Sized, data_loader)), comm.get_world_size())
     mode = inference_context(model) if isinstance(model, nn.Module) else nullcontext()
     with mode, torch.no_grad():
         call("on_start")
@@ -144,7 +144,7 @@ def inference_on_dataset(
             progress.batch_done(len(inputs))
         call("on_end")
     progress.finish()
-    return evaluator.evaluate() or {}
+    return cast(dict[str, Any], evaluator.evaluate() or {})
 
 
 class _Progress:

@@ -8,7 +8,7 @@ import logging
 import os
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -199,7 +199,7 @@ class COCOPanopticEvaluator(DatasetEvaluator):
         )
 
     def _write_png(self, name: str, ids: np.ndarray) -> None:
-        folder = os.path.join(self._output_dir, "predictions")
+        folder = os.path.join(cast(str, self._output_dir), "predictions")
         PathManager.mkdirs(folder)
         with PathManager.open(os.path.join(folder, name), "wb") as file:
             Image.fromarray(id_to_rgb(ids)).save(file, format="PNG")
@@ -240,7 +240,8 @@ class COCOPanopticEvaluator(DatasetEvaluator):
         values = np.stack(stats.quality()) * 100
         isthing = np.array([bool(category["isthing"]) for category in categories])
         occurs = ~np.isnan(values[0])
-        results, rows = {}, []
+        results: dict[str, float] = {}
+        rows: list[list] = []
         for title, suffix, chosen in (
             ("All", "", occurs),
             ("Things", "_th", occurs & isthing),

@@ -158,7 +158,8 @@ class PascalVOCDetectionEvaluator(DatasetEvaluator):
         if not scores:
             return _Ranking(np.zeros(0), np.zeros(0, int), np.zeros(0, bool), to_find)
         order = np.argsort(-np.concatenate(scores), kind="stable")
-        return _Ranking(*(np.concatenate(x)[order] for x in (overlaps, objects, difficult)), to_find)
+        overlaps, objects, difficult = (np.concatenate(x)[order] for x in (overlaps, objects, difficult))
+        return _Ranking(overlaps, objects, difficult, to_find)
 
     def _results(self, table: np.ndarray) -> dict[str, float]:
         """Means over classes of (K, T) average precisions; logs them, and the table of classes."""

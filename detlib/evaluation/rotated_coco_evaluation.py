@@ -31,7 +31,8 @@ class RotatedCOCOEvaluator(COCOEvaluator):
         super().__init__(dataset_name, tasks, *args, **kwargs)
         if set(self._tasks or ()) - {"bbox"}:
             raise ValueError(
-                f"RotatedCOCOEvaluator: tasks {list(self._tasks)}; rotated boxes have only the task 'bbox'."
+                f"RotatedCOCOEvaluator: tasks {list(self._tasks or ())}; "
+                "rotated boxes have only the task 'bbox'."
             )
 
     def instances_to_json(self, instances: Instances, img_id: Any) -> list[dict]:

@@ -10,6 +10,7 @@ sides of predicted masks and heatmaps.
 
 from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -227,7 +228,9 @@ class GeneralizedRCNNWithTTA(nn.Module):
     def _predict(self, item: dict) -> dict:
         views = self.tta_mapper(item)
         frame = (item["height"], item["width"])
-        detections, total, num_maps = [], 0, 0
+        detections: list[tuple] = []
+        total: Any = 0
+        num_maps = 0
         for view, output in self._run(views, self.model.tta_predict):
             if "instances" in output:
                 detections.append((view, output["instances"]))
@@ -244,7 +247,7 @@ class GeneralizedRCNNWithTTA(nn.Module):
             merged["instances"] = detector_postprocess(instances, *frame)
         return self.model.combine_outputs(merged)
 
-    def _run(self, views: list[dict], function: Callable, *extra: list) -> Iterator[tuple[dict, object]]:
+    def _run(self, views: list[dict], function: Callable, *extra: list) -> Iterator[tuple[dict, Any]]:
         """Call `function` with batches of views and of their `extra` arguments; yield the results by view.
 
         A batch has views of one size only, as padding would change the predictions near the border.
@@ -263,7 +266,8 @@ class GeneralizedRCNNWithTTA(nn.Module):
         out = {"image": view["image"]}
         if "proposals" in view:
             size, given = tuple(view["image"].shape[1:]), view["proposals"]
-            to_frame = T.ResizeTransform(*given.image_size, view["height"], view["width"])
+            height, width = given.image_size
+            to_frame = T.ResizeTransform(height, width, view["height"], view["width"])
             boxes = _transform_boxes(given.proposal_boxes, T.TransformList([to_frame, view["transforms"]]))
             boxes.clip(size)
             out["proposals"] = Instances(size, **given.get_fields())
@@ -338,4 +342,4 @@ class GeneralizedRCNNWithTTA(nn.Module):
             frame: (H, W).
         """
         logits = logits.flip(_flipped_axes(view["transforms"]))
-        return sem_seg_postprocess(logits, tuple(logits.shape[1:]), *frame).softmax(dim=0)
+        return sem_seg_postprocess(logits, (logits.shape[1], logits.shape[2]), *frame).softmax(dim=0)

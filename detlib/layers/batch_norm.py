@@ -240,7 +240,7 @@ class NaiveSyncBatchNorm(nn.BatchNorm2d):
         total = stats[-1].detach()
         mean, mean_of_squares = (stats[:-1] / total.clamp(min=1)).split(num_channels)
         # If no process has an image, the running statistics do not change.
-        return mean, mean_of_squares, self.momentum * total.clamp(max=1)
+        return mean, mean_of_squares, cast(float, self.momentum) * total.clamp(max=1)
 
 
 class CycleBatchNormList(nn.ModuleList):
@@ -307,7 +307,7 @@ def _naive_sync_batch_norm_n(num_channels: int) -> NaiveSyncBatchNorm:
     return NaiveSyncBatchNorm(num_channels, stats_mode="N")
 
 
-_NORMS = {
+_NORMS: dict[str, Callable[[int], nn.Module]] = {
     "BN": nn.BatchNorm2d,
     "SyncBN": nn.SyncBatchNorm,
     "nnSyncBN": nn.SyncBatchNorm,

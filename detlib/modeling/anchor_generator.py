@@ -167,7 +167,7 @@ class _GridAnchorGenerator(nn.Module):
             raise ValueError(f"expected {self.num_features} feature levels, got {len(features)} feature maps")
         levels = []
         for feature, stride, cell in zip(features, self.strides, self.cell_anchors):
-            points = grid_points(feature.shape[-2:], stride, self.offset, cell.device)
+            points = grid_points((feature.shape[-2], feature.shape[-1]), stride, self.offset, cell.device)
             levels.append((self._shifts(points)[:, None, :] + cell).view(-1, self.box_dim))
         return [self.box_type(anchors) for anchors in levels]
 

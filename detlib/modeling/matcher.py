@@ -4,6 +4,7 @@ Shape legend: M ground-truth boxes, N predictions (anchors or proposals).
 """
 
 import math
+from typing import Any
 
 import torch
 
@@ -122,7 +123,8 @@ def match_boxes(matcher, gt_boxes, boxes, max_pairs: int | None = None) -> tuple
     if type(matcher) is not Matcher or num_gt * num_pred <= max_pairs:
         return matcher(gt_boxes.pairwise_iou(boxes))
     rows = max(1, max_pairs // num_pred)
-    quality, matches = None, None
+    quality: Any = None
+    matches: Any = None
     low_quality = torch.zeros(num_pred, dtype=torch.int8, device=boxes.device)
     for start in range(0, num_gt, rows):
         part = gt_boxes[start : start + rows].pairwise_iou(boxes)

@@ -5,6 +5,7 @@ B numbers per box (4, or 5 for rotated boxes), H and W height and width.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -131,7 +132,7 @@ class ROIPooler(nn.Module):
             raise ValueError(
                 f"ROIPooler: scales must fall by factors of 2 from level to level, got {list(scales)}."
             )
-        self.output_size = tuple(output_size)
+        self.output_size = (output_size[0], output_size[1])
         self.level_poolers = nn.ModuleList(
             _build_level_pooler(pooler_type, self.output_size, scale, sampling_ratio) for scale in scales
         )
@@ -198,7 +199,7 @@ def feature_shapes(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str,
 
 def pooler_from_config(
     cfg: CfgNode, key: str, input_shape: dict[str, ShapeSpec]
-) -> tuple[ROIPooler | None, ShapeSpec | dict[str, ShapeSpec]]:
+) -> tuple[ROIPooler | None, Any]:
     """Build the pooler of a head that pools its own features.
 
     Args:

@@ -229,7 +229,7 @@ class Boxes:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.tensor})"
 
-    def inside_box(self, box_size: tuple[int, int], boundary_threshold: int = 0) -> torch.Tensor:
+    def inside_box(self, box_size: tuple[int, int], boundary_threshold: float = 0) -> torch.Tensor:
         """Return which boxes are inside the image.
 
         Args:

@@ -73,7 +73,7 @@ class RotatedBoxes(Boxes):
         """Return which boxes are wider and higher than `threshold` pixels, (N,) bool."""
         return (self.tensor[:, 2:4] > threshold).all(dim=1)
 
-    def inside_box(self, box_size: tuple[int, int], boundary_threshold: int = 0) -> torch.Tensor:
+    def inside_box(self, box_size: tuple[int, int], boundary_threshold: float = 0) -> torch.Tensor:
         """Return which boxes have their center inside the image.
 
         Args:

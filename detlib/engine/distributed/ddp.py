@@ -6,7 +6,7 @@ import logging
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -83,7 +83,7 @@ def shard_model(model: nn.Module) -> nn.Module:
         fully_shard(block, mesh=mesh)
     # By default what is not in a block would stay whole after a forward pass, until a backward pass that
     # does not come in evaluation; what is saved or averaged then must be the shares.
-    return fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    return cast(nn.Module, fully_shard(model, mesh=mesh, reshard_after_forward=True))
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import torch
@@ -66,7 +66,7 @@ def run_as_child(
         _Member(place, store, board, timeout).run(main_func, args)
     except BaseException as error:
         if isinstance(error, StopTraining) or (isinstance(error, SystemExit) and not error.code):
-            end_process(error.code or 0)
+            end_process(cast(int, error.code or 0))
         if board is None:
             raise
         try:

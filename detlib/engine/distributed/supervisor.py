@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing import connection
-from typing import Any
+from typing import Any, cast
 
 from detlib.engine.distributed.failures import Failure, FailureBoard, ProcessFailedError, describe_failure
 from detlib.engine.distributed.interrupt import StopTraining
@@ -53,7 +53,7 @@ class Supervisor:
             try:
                 for i in range(count):
                     # No daemons: these may not have children, which the data loaders need.
-                    process = context.Process(target=target, args=(i, *args), daemon=False)
+                    process = context.Process(target=target, args=(i, *args), daemon=False)  # type: ignore[attr-defined]
                     process.start()
                     self._processes[self._first_rank + i] = process
                 self._wait()
@@ -110,7 +110,7 @@ class Supervisor:
         elif self._signal and process.exitcode in (-signal.SIGTERM, -signal.SIGINT):
             pass  # it was told to, and had not begun to train
         else:
-            failure = Failure.from_exit(rank, process.pid, process.exitcode)
+            failure = Failure.from_exit(rank, cast(int, process.pid), process.exitcode)
             try:
                 if not self._board.noted("failure", rank) and not self._board.noted("ended", rank):
                     self._board.report(failure)

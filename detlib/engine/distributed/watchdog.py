@@ -29,7 +29,8 @@ def end_process(exit_code: int) -> None:
     for child in multiprocessing.active_children():
         child.kill()
     # Else Python warns of semaphores that are left, after the message that should be the last one.
-    cleaning = threading.Thread(target=multiprocessing.util._run_finalizers, args=(0,), daemon=True)
+    _run_finalizers = multiprocessing.util._run_finalizers  # type: ignore[attr-defined]
+    cleaning = threading.Thread(target=_run_finalizers, args=(0,), daemon=True)
     cleaning.start()
     cleaning.join(timeout=1)
     for stream in (sys.stdout, sys.stderr):
@@ -91,7 +92,7 @@ def find_neighbours(board: FailureBoard, rank: int) -> list[int]:
         if time.monotonic() > end:
             raise RuntimeError(f"Processes {sorted(missing)} of {board.world_size} have not come to join")
         time.sleep(0.05)
-    systems = [board.noted("process", r).partition(" ")[2] for r in range(board.world_size)]
+    systems = [str(board.noted("process", r)).partition(" ")[2] for r in range(board.world_size)]
     return [r for r in range(board.world_size) if systems[r] == systems[rank]]
 
 
@@ -133,7 +134,7 @@ class Watchdog:
         if self._watch_peers:
             for rank in find_neighbours(self._board, self._rank):
                 if rank != self._rank:
-                    self._peers[rank] = int(self._board.noted("process", rank).split()[0])
+                    self._peers[rank] = int(str(self._board.noted("process", rank)).split()[0])
 
     def stop(self) -> None:
         """Ends the watch."""

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import nn
 
@@ -58,7 +59,7 @@ class PreciseBN(HookBase):
         self._model = model
         self._data_loader = data_loader
         self._num_iter = num_iter
-        self._data_iter = None
+        self._data_iter: Any = None
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1

@@ -8,6 +8,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import torch
 from fvcore.common.param_scheduler import ParamScheduler
@@ -166,7 +167,7 @@ class LRScheduler(HookBase):
         return rates.index(Counter(rates).most_common(1)[0][0])
 
     def after_step(self) -> None:
-        lr = self._optimizer.param_groups[self._best_param_group_id]["lr"]
+        lr = cast(torch.optim.Optimizer, self._optimizer).param_groups[self._best_param_group_id]["lr"]
         self.trainer.storage.put_scalar("lr", lr, smoothing_hint=False)
         self.scheduler.step()
 
@@ -270,7 +271,7 @@ class EvalHook(HookBase):
     def __init__(
         self,
         eval_period: int,
-        eval_function: Callable[[], Mapping],
+        eval_function: Callable[[], Mapping | None],
         eval_after_train: bool = True,
         repeat_after_stop: bool = False,
     ):

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
@@ -42,7 +43,7 @@ class TorchProfiler(HookBase):
         self._activities = activities
         self._output_dir = output_dir
         self._save_tensorboard = save_tensorboard
-        self._profiler = None
+        self._profiler: Any = None
 
     def before_step(self) -> None:
         if self._enable_predicate(self.trainer):

@@ -4,7 +4,7 @@ import glob
 import logging
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -78,7 +78,7 @@ class TrainingImages(HookBase):
         self._folder = os.path.join(output_dir, "train_images")
         self._image_format = image_format
         self._metadata = metadata
-        self._model = comm.unwrap(model)
+        self._model = comm.unwrap(cast(nn.Module, model))
         self._max_images = max_images
         self._max_files = max_files
         self._min_score = min_score

@@ -118,7 +118,8 @@ class FPN(Backbone):
             dict[str, Tensor]: (N, out_channels, H/stride, W/stride) maps, high to low resolution.
         """
         features = self.bottom_up(x)
-        merged, results = None, []
+        merged = None
+        results: list = []
         for name, lateral, output in zip(self.in_features[::-1], self.lateral_convs, self.output_convs):
             current = lateral(features[name])
             if merged is not None:

@@ -3,6 +3,8 @@
 N pictures, H and W height and width of a map in tokens, C channels, D channels of one head.
 """
 
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -366,7 +368,7 @@ def _plan_blocks(
                 # The blocks with attention over the whole of a large map pool twice as much.
                 stride_kv=stride_kv * 2 if i in last_block_indexes[1:3] else stride_kv,
                 window_size=0 if i in last_block_indexes[1:] else window_size,
-                input_size=input_size,
+                input_size=cast(tuple[int, int], input_size),
             )
         )
         dim = dim_out

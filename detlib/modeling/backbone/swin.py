@@ -487,7 +487,7 @@ class SwinTransformer(Backbone):
         return self._size_divisibility
 
     def _freeze_stages(self):
-        frozen = []
+        frozen: list[nn.Module] = []
         if self.frozen_stages >= 0:
             frozen.append(self.patch_embed)
         if self.frozen_stages >= 1 and self.ape:

@@ -28,7 +28,11 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 # What timm's networks call the permission to take pictures of any size; the others need none.
-_ANY_SIZE = ({"dynamic_img_size": True, "dynamic_img_pad": True}, {"strict_img_size": False}, {})
+_ANY_SIZE: tuple[dict[str, Any], ...] = (
+    {"dynamic_img_size": True, "dynamic_img_pad": True},
+    {"strict_img_size": False},
+    {},
+)
 
 
 class TimmBackbone(ThirdPartyBackbone):
@@ -83,7 +87,7 @@ class TimmBackbone(ThirdPartyBackbone):
         _check_model_name(model_name)
         if checkpoint_path and not os.path.isfile(checkpoint_path):
             raise FileNotFoundError(f"TimmBackbone's checkpoint_path {checkpoint_path!r} is no file")
-        kwargs = {"in_chans": in_channels}
+        kwargs: dict[str, Any] = {"in_chans": in_channels}
         convert = _conversion(norm_layer)
         if convert is None and norm_layer is not None:
             kwargs["norm_layer"] = _for_timm(norm_layer)
@@ -275,7 +279,9 @@ def _for_timm(norm_layer: str | Callable[[int], nn.Module]) -> Callable[[int], n
     if not isinstance(norm_layer, str):
         return norm_layer
     get_norm(norm_layer, 32)  # so that an unknown name is told now
-    return nn.BatchNorm2d if norm_layer == "BN" else lambda channels, **_: get_norm(norm_layer, channels)
+    if norm_layer == "BN":
+        return nn.BatchNorm2d
+    return lambda channels, **_: cast(nn.Module, get_norm(norm_layer, channels))
 
 
 _TIMM_MAPS = "timm's network (MODEL.TIMM.OUT_INDICES)"

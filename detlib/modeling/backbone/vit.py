@@ -3,6 +3,8 @@
 N pictures, H and W height and width of a map in tokens, C channels.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -85,17 +87,17 @@ class ResBottleneckBlock(CNNBlockBase):
         """
         super().__init__(in_channels, out_channels, 1)
         self.conv1 = Conv2d(in_channels, bottleneck_channels, 1, bias=False)
-        self.norm1 = get_norm(norm, bottleneck_channels)
+        self.norm1: Any = get_norm(norm, bottleneck_channels)
         self.act1 = act_layer()
         self.conv2 = Conv2d(bottleneck_channels, bottleneck_channels, 3, padding=1, bias=False)
-        self.norm2 = get_norm(norm, bottleneck_channels)
+        self.norm2: Any = get_norm(norm, bottleneck_channels)
         self.act2 = act_layer()
         self.conv3 = Conv2d(bottleneck_channels, out_channels, 1, bias=False)
-        self.norm3 = get_norm(norm, out_channels)
+        self.norm3: Any = get_norm(norm, out_channels)
         for conv in (self.conv1, self.conv2, self.conv3):
             weight_init.c2_msra_fill(conv)
-        nn.init.zeros_(self.norm3.weight)
-        nn.init.zeros_(self.norm3.bias)
+        nn.init.zeros_(self.norm3.weight)  # type: ignore[union-attr]
+        nn.init.zeros_(self.norm3.bias)  # type: ignore[union-attr]
 
     def forward(self, x):
         """Map (N, C, H, W) to the same shape."""

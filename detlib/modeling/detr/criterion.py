@@ -4,6 +4,7 @@ Shape legend: N images, Q queries, K classes, P matched pairs of a batch.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -69,7 +70,7 @@ class SetCriterion(nn.Module):
         self.gamma = gamma
         if loss_class_type == "ce_loss":
             empty_weight = torch.ones(num_classes + 1)
-            empty_weight[-1] = eos_coef
+            empty_weight[-1] = cast(float, eos_coef)
             self.register_buffer("empty_weight", empty_weight)
 
     def forward(self, outputs: Mapping, targets: Sequence[Mapping], return_indices: bool = False):

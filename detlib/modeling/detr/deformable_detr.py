@@ -96,7 +96,7 @@ class DeformableDETR(MultiScaleQueryDetector):
             nn.init.constant_(self.bbox_embed[0].layers[-1].bias[2:], -2.0)
         decoder.bbox_embed = self.bbox_embed if with_box_refine else None
 
-    def predict(self, images: ImageList, targets: list[Mapping] | None = None) -> dict:
+    def predict(self, images: ImageList, targets: Sequence[Mapping] | None = None) -> dict:
         """See `QueryDetector.predict`."""
         query_embed = None if self.as_two_stage else self.query_embedding.weight
         states, init_reference, references, enc_logits, enc_boxes = self.transformer(

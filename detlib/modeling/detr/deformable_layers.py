@@ -5,6 +5,7 @@ Shape legend: N images, C channels, L feature levels, S cells of all levels toge
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -73,7 +74,7 @@ def cell_centres(shapes: Sequence[tuple[int, int]], valid_ratios: torch.Tensor) 
     Returns:
         (N, S, 2) of `valid_ratios`' dtype: x and y as fractions of the picture.
     """
-    like = {"dtype": valid_ratios.dtype, "device": valid_ratios.device}
+    like: dict[str, Any] = {"dtype": valid_ratios.dtype, "device": valid_ratios.device}
     centres = []
     for level, (height, width) in enumerate(shapes):
         y, x = torch.meshgrid(
@@ -266,8 +267,10 @@ class DeformableDecoder(TransformerLayerSequence):
             (layers, N, Q, 2 or 4); of the last layer without the first dimension if not
             `return_intermediate`.
         """
+        assert reference_points is not None and valid_ratios is not None, "this decoder needs both"
         ratios = valid_ratios.repeat(1, 1, reference_points.shape[-1] // 2)[:, None]
-        states, references = [], []
+        states: list[torch.Tensor] = []
+        references: list[torch.Tensor] = []
         for index in range(self.num_layers):
             on_levels = reference_points[:, :, None] * ratios
             query = self.run_layer(

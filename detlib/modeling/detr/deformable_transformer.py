@@ -5,6 +5,7 @@ Q queries, K classes.
 """
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -181,8 +182,8 @@ class DeformableDetrTransformer(DeformableTransformer):
 
     def __init__(
         self,
-        encoder: nn.Module | None = None,
-        decoder: nn.Module | None = None,
+        encoder: Any = None,
+        decoder: Any = None,
         num_feature_levels: int = 4,
         as_two_stage: bool = False,
         two_stage_num_proposals: int = 300,
@@ -243,7 +244,7 @@ class DeformableDetrTransformer(DeformableTransformer):
             embedded = self.get_proposal_pos_embed(proposals, self.embed_dim // 2)
             query_pos, query = self.pos_trans_norm(self.pos_trans(embedded)).chunk(2, dim=2)
         else:
-            query_pos, query = query_embed.expand(len(memory), -1, -1).chunk(2, dim=2)
+            query_pos, query = cast(torch.Tensor, query_embed).expand(len(memory), -1, -1).chunk(2, dim=2)
             dtype = levels.centres.dtype
             references = self.reference_points(query_pos).to(dtype).sigmoid()
         states, inter_references = self.decode(

@@ -81,7 +81,7 @@ class DETR(QueryDetector):
         self.num_queries = num_queries
         self.aux_loss = aux_loss
 
-    def predict(self, images: ImageList, targets: list[Mapping] | None = None) -> dict:
+    def predict(self, images: ImageList, targets: Sequence[Mapping] | None = None) -> dict:
         """See `QueryDetector.predict`."""
         features = take_features(self.backbone(images.tensor), self.in_features, "DETR's in_features")[-1]
         x = self.input_proj(features)

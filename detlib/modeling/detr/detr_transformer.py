@@ -4,6 +4,7 @@ Shape legend: N images, C channels, H x W cells of the feature map, Q queries.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -122,7 +123,7 @@ class DetrTransformer(nn.Module):
         decoder: a `DetrTransformerDecoder`.
     """
 
-    def __init__(self, encoder: nn.Module | None = None, decoder: nn.Module | None = None):
+    def __init__(self, encoder: Any = None, decoder: Any = None):
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder

@@ -134,7 +134,7 @@ class DINO(MultiScaleQueryDetector):
         )
         return outputs_class[:, :, count:], outputs_coord[:, :, count:]
 
-    def predict(self, images: ImageList, targets: list[Mapping] | None = None) -> dict:
+    def predict(self, images: ImageList, targets: Sequence[Mapping] | None = None) -> dict:
         """See `QueryDetector.predict`; "dn_metas" tells of the denoising queries, and is None without."""
         maps = self.multi_level_features(images)
         contents = box_logits = attn_mask = dn_metas = None
@@ -166,6 +166,6 @@ class DINO(MultiScaleQueryDetector):
         outputs["dn_metas"] = dn_metas
         return outputs
 
-    def losses(self, outputs: Mapping, targets: list[Mapping]) -> dict[str, torch.Tensor]:
+    def losses(self, outputs: Mapping, targets: Sequence[Mapping]) -> dict[str, torch.Tensor]:
         """See `QueryDetector.losses`."""
         return self.criterion(outputs, targets, outputs["dn_metas"])

@@ -5,6 +5,7 @@ queries, K classes.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -90,8 +91,8 @@ class DINOTransformer(DeformableTransformer):
 
     def __init__(
         self,
-        encoder: nn.Module | None = None,
-        decoder: nn.Module | None = None,
+        encoder: Any = None,
+        decoder: Any = None,
         num_feature_levels: int = 4,
         two_stage_num_proposals: int = 900,
         learnt_init_query: bool = True,
@@ -144,7 +145,7 @@ class DINOTransformer(DeformableTransformer):
         else:
             query = enc_state.detach()
         contents, box_logits = query_embed
-        if contents is not None:
+        if contents is not None and box_logits is not None:
             query = torch.cat([contents, query], dim=1)
             references = torch.cat([box_logits.to(references.dtype).sigmoid(), references], dim=1)
         states, inter_references = self.decode(

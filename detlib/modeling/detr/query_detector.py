@@ -6,6 +6,7 @@ Shape legend: N images of H x W padded pixels, Q queries, K classes.
 import logging
 from abc import ABCMeta, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -52,7 +53,7 @@ def padding_masks(images: ImageList) -> torch.Tensor:
 
 def stack_layers(logits: torch.Tensor, boxes: torch.Tensor, aux_loss: bool) -> dict:
     """What the criterion takes of (layers, N, Q, K) logits and (layers, N, Q, 4) boxes."""
-    outputs = {"pred_logits": logits[-1], "pred_boxes": boxes[-1]}
+    outputs: dict[str, Any] = {"pred_logits": logits[-1], "pred_boxes": boxes[-1]}
     if aux_loss:
         outputs["aux_outputs"] = [
             {"pred_logits": a, "pred_boxes": b} for a, b in zip(logits[:-1], boxes[:-1])
@@ -178,7 +179,7 @@ class QueryDetector(MetaArchitecture, metaclass=ABCMeta):
         return [{"instances": r} for r in results]
 
     @abstractmethod
-    def predict(self, images: ImageList, targets: list[Mapping] | None = None) -> dict:
+    def predict(self, images: ImageList, targets: Sequence[Mapping] | None = None) -> dict:
         """Predict on a batch.
 
         Args:
@@ -189,7 +190,7 @@ class QueryDetector(MetaArchitecture, metaclass=ABCMeta):
             What the criterion takes, see `SetCriterion.forward`.
         """
 
-    def losses(self, outputs: Mapping, targets: list[Mapping]) -> dict[str, torch.Tensor]:
+    def losses(self, outputs: Mapping, targets: Sequence[Mapping]) -> dict[str, torch.Tensor]:
         """The losses without their weights."""
         return self.criterion(outputs, targets)
 

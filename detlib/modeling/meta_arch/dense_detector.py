@@ -200,7 +200,7 @@ class DenseDetector(MetaArchitecture, metaclass=ABCMeta):
     def _classification_loss(self, pred_logits: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
         """Return the summed focal loss of L tensors (N, R, K) for the (N, R) labels of all levels."""
         by_level = labels.split([x.shape[1] for x in pred_logits], dim=1)
-        return sum(
+        return sum(  # type: ignore[return-value]  # there is a level
             focal_loss_sum(x, y, self.focal_loss_alpha, self.focal_loss_gamma)
             for x, y in zip(pred_logits, by_level)
         )

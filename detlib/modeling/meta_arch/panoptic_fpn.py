@@ -4,6 +4,7 @@ Shape legend: R instances, K semantic classes, H and W the size of one image's o
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ __all__ = ["PanopticFPN", "combine_semantic_and_instance_outputs"]
 def _scale_losses(roi_heads: nn.Module, factor: float) -> None:
     """Multiply the losses of the box, mask and keypoint heads, of every stage of a cascade."""
     for name in ("box_predictor", "mask_head", "keypoint_head"):
-        head = getattr(roi_heads, name, None)
+        head: Any = getattr(roi_heads, name, None)
         for part in head if isinstance(head, nn.ModuleList) else [head]:
             weight = getattr(part, "loss_weight", None)
             if isinstance(weight, dict):
@@ -127,7 +128,7 @@ class PanopticFPN(GeneralizedRCNN):
         do_postprocess: bool = True,
         *,
         detected_instances: list[Instances] | None = None,
-    ) -> list[dict] | tuple[list[Instances], torch.Tensor]:
+    ) -> Any:
         """Detect and segment.
 
         Args:

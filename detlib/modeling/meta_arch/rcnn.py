@@ -118,7 +118,7 @@ class GeneralizedRCNN(MetaArchitecture):
         batched_inputs: list[dict],
         detected_instances: list[Instances] | None = None,
         do_postprocess: bool = True,
-    ) -> list[dict] | list[Instances]:
+    ) -> list[Any]:
         """Detect objects, or run only the heads that follow the boxes.
 
         Args:

@@ -226,7 +226,8 @@ class SemSegFPNHead(nn.Module):
         self.scale_heads = []
         for name, shape in shapes:
             doublings = _doublings(name, shape.stride, common_stride)
-            layers, channels = [], shape.channels
+            layers: list[nn.Module] = []
+            channels = shape.channels
             for _ in range(max(1, doublings)):
                 conv = Conv2d(
                     channels,

@@ -58,7 +58,7 @@ class ChannelMapper(nn.Module):
         super().__init__()
         in_features = list(in_features)
         check_features(in_features, input_shapes, "ChannelMapper's in_features")
-        channels = [input_shapes[name].channels for name in in_features]
+        channels: list = [input_shapes[name].channels for name in in_features]
         if None in channels:
             name = in_features[channels.index(None)]
             raise ValueError(f"ChannelMapper's input_shapes do not say how many channels {name!r} has")

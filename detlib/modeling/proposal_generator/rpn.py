@@ -4,6 +4,8 @@ Shape legend: N images, L feature levels, H and W one level's size, A anchors pe
 one level (or of all), B numbers per box.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -45,7 +47,9 @@ class StandardRPNHead(nn.Module):
     """3x3 convolutions, then 1x1 convolutions for objectness and box deltas, shared by all levels."""
 
     @configurable
-    def __init__(self, *, in_channels: int, num_anchors: int, box_dim: int = 4, conv_dims: list[int] = (-1,)):
+    def __init__(
+        self, *, in_channels: int, num_anchors: int, box_dim: int = 4, conv_dims: Sequence[int] = (-1,)
+    ):
         """
         Args:
             in_channels: channels of every feature map, C.
@@ -62,11 +66,13 @@ class StandardRPNHead(nn.Module):
             raise ValueError(
                 f"conv_dims (MODEL.RPN.CONV_DIMS) must hold -1 or positive numbers, got {conv_dims}"
             )
-        convs, channels = [], in_channels
+        convs: list[nn.Module] = []
+        channels = in_channels
         for dim in conv_dims:
             out_channels = channels if dim == -1 else dim
             convs.append(Conv2d(channels, out_channels, kernel_size=3, padding=1, activation=nn.ReLU()))
             channels = out_channels
+        self.conv: nn.Module
         if len(convs) == 1:
             self.conv = convs[0]
         else:
@@ -126,8 +132,8 @@ class RPN(nn.Module):
         box2box_transform: Box2BoxTransform,
         batch_size_per_image: int,
         positive_fraction: float,
-        pre_nms_topk: tuple[float, float],
-        post_nms_topk: tuple[float, float],
+        pre_nms_topk: tuple[int, int],
+        post_nms_topk: tuple[int, int],
         nms_thresh: float = 0.7,
         min_box_size: float = 0.0,
         anchor_boundary_thresh: float = -1.0,

@@ -5,6 +5,7 @@ background), B numbers per box.
 """
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -163,19 +164,19 @@ class CascadeROIHeads(StandardROIHeads):
         features: dict[str, torch.Tensor],
         proposals: list[Instances],
         targets: list[Instances] | None = None,
-    ) -> dict[str, torch.Tensor] | list[Instances]:
+    ) -> Any:
         """Run the box heads of all stages: returns losses in training, otherwise detections.
 
         Training needs `targets`. User code calls this method by name.
         """
         maps = self._select_maps(features, self.box_in_features)
-        stages = []
+        stages: list[tuple] = []
         for k, predictor in enumerate(self.box_predictor):
             if k > 0:
                 previous, predictions, _ = stages[-1]
                 proposals = self._refine(previous, predictions, proposals)
                 if self.training:
-                    proposals = self._match_and_label_boxes(proposals, k, targets)
+                    proposals = self._match_and_label_boxes(proposals, k, cast(list[Instances], targets))
             stages.append((predictor, self._run_stage(maps, proposals, k), proposals))
         return self._losses(stages) if self.training else self._detections(stages)
 
@@ -188,7 +189,7 @@ class CascadeROIHeads(StandardROIHeads):
         if self.training:
             # All stages contribute to the gradient of the feature maps, with the total weight of one.
             pooled = _ScaleGradient.apply(pooled, 1.0 / self.num_cascade_stages)
-        return self.box_predictor[stage](self.box_head[stage](pooled))
+        return self.box_predictor[stage](self.box_head[stage](pooled))  # type: ignore[index]
 
     @torch.no_grad()
     def _refine(

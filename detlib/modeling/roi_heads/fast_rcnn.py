@@ -5,7 +5,7 @@ B numbers per box (4, or 5 for rotated boxes).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -27,8 +27,8 @@ __all__ = ["FastRCNNOutputLayers", "fast_rcnn_inference", "fast_rcnn_inference_s
 
 
 def fast_rcnn_inference(
-    boxes: list[torch.Tensor],
-    scores: list[torch.Tensor],
+    boxes: Sequence[torch.Tensor],
+    scores: Sequence[torch.Tensor],
     image_shapes: list[tuple[int, int]],
     score_thresh: float,
     nms_thresh: float,

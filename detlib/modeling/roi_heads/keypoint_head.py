@@ -4,6 +4,8 @@ Shape legend: N images, R regions of all images together, R_i those of one image
 C channels, S side of the predicted heatmaps.
 """
 
+from typing import cast
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -200,7 +202,7 @@ class BaseKeypointRCNNHead(nn.Module):
         x = self.layers(x)
         if self.training:
             by_visible = self.loss_normalizer == "visible"
-            normalizer = None if by_visible else self.loss_normalizer * len(instances)
+            normalizer = None if by_visible else cast(float, self.loss_normalizer) * len(instances)
             return {"loss_keypoint": keypoint_rcnn_loss(x, instances, normalizer) * self.loss_weight}
         keypoint_rcnn_inference(x, instances)
         return instances
@@ -211,7 +213,7 @@ class BaseKeypointRCNNHead(nn.Module):
 
 
 @ROI_KEYPOINT_HEAD_REGISTRY.register()
-class KRCNNConvDeconvUpsampleHead(BaseKeypointRCNNHead, nn.Sequential):
+class KRCNNConvDeconvUpsampleHead(BaseKeypointRCNNHead, nn.Sequential):  # type: ignore[misc]  # two `forward`s
     """3x3 convolutions, a transposed convolution with stride 2, and bilinear upsampling by 2."""
 
     @configurable

@@ -5,6 +5,7 @@ K is the background), M side of a predicted mask.
 """
 
 import inspect
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -212,10 +213,10 @@ class StandardROIHeads(ROIHeads):
         box_predictor: nn.Module,
         mask_in_features: list[str] | None = None,
         mask_pooler: ROIPooler | None = None,
-        mask_head: nn.Module | None = None,
+        mask_head: Any = None,
         keypoint_in_features: list[str] | None = None,
         keypoint_pooler: ROIPooler | None = None,
-        keypoint_head: nn.Module | None = None,
+        keypoint_head: Any = None,
         train_on_pred_boxes: bool = False,
         **kwargs,
     ):
@@ -243,12 +244,12 @@ class StandardROIHeads(ROIHeads):
         self.box_predictor = box_predictor
         self.mask_on = mask_in_features is not None
         if self.mask_on:
-            self.mask_in_features = mask_in_features
+            self.mask_in_features = cast(list[str], mask_in_features)
             self.mask_pooler = mask_pooler
             self.mask_head = mask_head
         self.keypoint_on = keypoint_in_features is not None
         if self.keypoint_on:
-            self.keypoint_in_features = keypoint_in_features
+            self.keypoint_in_features = cast(list[str], keypoint_in_features)
             self.keypoint_pooler = keypoint_pooler
             self.keypoint_head = keypoint_head
         self.train_on_pred_boxes = train_on_pred_boxes
@@ -341,9 +342,7 @@ class StandardROIHeads(ROIHeads):
         instances = self._forward_mask(features, instances)
         return self._forward_keypoint(features, instances)
 
-    def _forward_box(
-        self, features: dict[str, torch.Tensor], proposals: list[Instances]
-    ) -> dict[str, torch.Tensor] | list[Instances]:
+    def _forward_box(self, features: dict[str, torch.Tensor], proposals: list[Instances]) -> Any:
         """Run the box head: returns losses in training, otherwise detections.
 
         User code calls this method by name.
@@ -363,9 +362,7 @@ class StandardROIHeads(ROIHeads):
                     x.proposal_boxes = type(x.proposal_boxes)(boxes_per_image)
         return losses
 
-    def _forward_mask(
-        self, features: dict[str, torch.Tensor], instances: list[Instances]
-    ) -> dict[str, torch.Tensor] | list[Instances]:
+    def _forward_mask(self, features: dict[str, torch.Tensor], instances: list[Instances]) -> Any:
         """Run the mask head: returns losses in training, otherwise `instances` with masks."""
         if not self.mask_on:
             return {} if self.training else instances
@@ -374,9 +371,7 @@ class StandardROIHeads(ROIHeads):
         x = self._pool(features, instances, self.mask_in_features, self.mask_pooler)
         return self.mask_head(x, instances)
 
-    def _forward_keypoint(
-        self, features: dict[str, torch.Tensor], instances: list[Instances]
-    ) -> dict[str, torch.Tensor] | list[Instances]:
+    def _forward_keypoint(self, features: dict[str, torch.Tensor], instances: list[Instances]) -> Any:
         """Run the keypoint head: returns losses in training, otherwise `instances` with keypoints."""
         if not self.keypoint_on:
             return {} if self.training else instances
@@ -422,7 +417,7 @@ class Res5ROIHeads(ROIHeads):
         pooler: ROIPooler,
         res5: nn.Module | list[nn.Module],
         box_predictor: nn.Module,
-        mask_head: nn.Module | None = None,
+        mask_head: Any = None,
         **kwargs,
     ):
         """

@@ -1,0 +1,38 @@
+"""A mypy plugin that gives undeclared attributes of modules, and biases, the type Any.
+
+torch types what `nn.Module.__getattr__` returns as `Tensor | Module`, and the bias of a layer as
+`Tensor | None`, so that every use of a bias, or of a buffer that a class does not declare, would need a cast.
+Declared attributes keep their types.
+"""
+
+from collections.abc import Callable
+
+from mypy.plugin import AttributeContext, Plugin
+from mypy.types import AnyType, Instance, Type, TypeOfAny, UnionType, get_proper_type
+
+_UNDECLARED = {"torch._tensor.Tensor", "torch.nn.modules.module.Module"}
+
+
+def _any_if_undeclared(context: AttributeContext) -> Type:
+    kind = get_proper_type(context.default_attr_type)
+    if isinstance(kind, UnionType):
+        parts = [get_proper_type(part) for part in kind.items]
+        if {part.type.fullname for part in parts if isinstance(part, Instance)} == _UNDECLARED:
+            return AnyType(TypeOfAny.special_form)
+    return kind
+
+
+def _any(context: AttributeContext) -> Type:
+    return AnyType(TypeOfAny.special_form)
+
+
+class TorchPlugin(Plugin):
+    """See the docstring of this file."""
+
+    def get_attribute_hook(self, fullname: str) -> Callable[[AttributeContext], Type] | None:
+        return _any if fullname.endswith(".bias") else _any_if_undeclared
+
+
+def plugin(version: str) -> type[Plugin]:
+    """Return the plugin; mypy calls this."""
+    return TorchPlugin
