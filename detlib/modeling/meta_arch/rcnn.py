@@ -4,6 +4,7 @@ Shape legend: N images, C channels, H_i and W_i the size of one image before pad
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
