@@ -1,4 +1,4 @@
-"""A mypy plugin that gives undeclared attributes of modules, and biases, the type Any.
+"""A mypy plugin that gives undeclared attributes of modules, biases and ShapeSpec fields the type Any.
 
 torch types what `nn.Module.__getattr__` returns as `Tensor | Module`, and the bias of a layer as
 `Tensor | None`, so that every use of a bias, or of a buffer that a class does not declare, would need a cast.
@@ -30,7 +30,10 @@ class TorchPlugin(Plugin):
     """See the docstring of this file."""
 
     def get_attribute_hook(self, fullname: str) -> Callable[[AttributeContext], Type] | None:
-        return _any if fullname.endswith(".bias") else _any_if_undeclared
+        # Modules that need a value of a ShapeSpec do not check that there is one.
+        if fullname.endswith(".bias") or fullname.startswith("detlib.layers.shape_spec.ShapeSpec."):
+            return _any
+        return _any_if_undeclared
 
 
 def plugin(version: str) -> type[Plugin]:

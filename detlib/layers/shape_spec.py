@@ -19,8 +19,7 @@ class ShapeSpec:
         stride: input image pixels per pixel of the feature map.
     """
 
-    # Without `| None`: a module that needs a value does not check that there is one.
-    channels: int = None  # type: ignore[assignment]
-    height: int = None  # type: ignore[assignment]
-    width: int = None  # type: ignore[assignment]
-    stride: int = None  # type: ignore[assignment]
+    channels: int | None = None
+    height: int | None = None
+    width: int | None = None
+    stride: int | None = None
