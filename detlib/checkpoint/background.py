@@ -35,7 +35,7 @@ class BackgroundWriter:
         self._failed = False
 
     def submit(self, task: Callable[[], None]) -> None:
-        """Runs `task` after those before it.
+        """Run `task` after those before it.
 
         Raises:
             Exception: what an earlier task raised.
@@ -45,7 +45,7 @@ class BackgroundWriter:
         self._pending.append(self._executor.submit(self._run, task))
 
     def wait(self) -> None:
-        """Returns when all tasks are done.
+        """Return when all tasks are done.
 
         Raises:
             Exception: what a task raised; those after it are dropped.
@@ -77,7 +77,7 @@ class BackgroundWriter:
 
 
 def copy_to_host(value: Any) -> Any:
-    """Copies a tree of containers with its tensors in main memory, which training can then not change.
+    """Copy a tree of containers with its tensors in main memory, which training can then not change.
 
     Tensors that share memory share it in the copy as well.
     """

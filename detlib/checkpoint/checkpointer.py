@@ -73,7 +73,7 @@ class Checkpointer:
             self.add_checkpointable(key, checkpointable)
 
     def add_checkpointable(self, key: str, checkpointable: Any) -> None:
-        """Adds an object whose state is saved and loaded under `key`.
+        """Add an object whose state is saved and loaded under `key`.
 
         Raises:
             KeyError: if `key` is in use.
@@ -87,7 +87,7 @@ class Checkpointer:
         self.checkpointables[key] = checkpointable
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Saves a checkpoint to ``save_dir/name.pth`` and makes it the last one.
+        """Save a checkpoint to ``save_dir/name.pth`` and makes it the last one.
 
         The file appears whole or not at all: a crash leaves the former one, and its mark, in place.
 
@@ -111,7 +111,7 @@ class Checkpointer:
         return self._write(name, kwargs, mark=None)
 
     def _write(self, name: str, entries: dict[str, Any], mark: str | None) -> bool:
-        """Writes a file and then `mark`, now or in the background."""
+        """Write a file and then `mark`, now or in the background."""
         sharded = is_sharded(self.model)
         if not self.save_dir or not (self.save_to_disk or sharded):
             return False
@@ -139,21 +139,21 @@ class Checkpointer:
         return True
 
     def then(self, task: Callable[[], None]) -> None:
-        """Runs `task` when all that was saved before is on disk: now, or in the background."""
+        """Run `task` when all that was saved before is on disk: now, or in the background."""
         if self._background is None:
             task()
         else:
             self._background.submit(task)
 
     def wait(self) -> None:
-        """Returns when all that was saved is on disk, or raises the error that kept it from there."""
+        """Return when all that was saved is on disk, or raises the error that kept it from there."""
         if self._background is not None:
             self._background.wait()
 
     def load(
         self, path: str, checkpointables: list[str] | None = None, *, trust: bool = False
     ) -> dict[str, Any]:
-        """Loads a checkpoint into the model and the other objects.
+        """Load a checkpoint into the model and the other objects.
 
         Args:
             path: a file or an address that `PathManager` knows; "" leaves the model as it is.
@@ -204,7 +204,7 @@ class Checkpointer:
             return os.path.join(self.save_dir, f.read().strip())
 
     def get_all_checkpoint_files(self) -> list[str]:
-        """Paths of all ``.pth`` files in `save_dir`, in the order of their names."""
+        """Path of all ``.pth`` files in `save_dir`, in the order of their names."""
         self.wait()
         if not self.path_manager.isdir(self.save_dir):
             return []
@@ -212,7 +212,7 @@ class Checkpointer:
         return [path for path in paths if path.endswith(".pth") and self.path_manager.isfile(path)]
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """Loads the last checkpoint of `save_dir` with all states, or else only the model of `path`.
+        """Load the last checkpoint of `save_dir` with all states, or else only the model of `path`.
 
         Args:
             path: what to start from if `resume` is False or there is no last checkpoint.
@@ -231,7 +231,7 @@ class Checkpointer:
         return self.load(path, checkpointables=[])
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Makes a file of `save_dir` the one that `get_checkpoint_file` names."""
+        """Make a file of `save_dir` the one that `get_checkpoint_file` names."""
         write_bytes_atomically(self._mark_path, lambda f: f.write(last_filename_basename.encode()))
 
     @property
@@ -239,11 +239,11 @@ class Checkpointer:
         return os.path.join(self.save_dir, "last_checkpoint")
 
     def _load_file(self, path: str, trust: bool = False) -> dict[str, Any]:
-        """Reads the file at `path`, or at the address `path`."""
+        """Read the file at `path`, or at the address `path`."""
         return read_checkpoint(self.path_manager.get_local_path(path), trust=trust)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> IncompatibleKeys:
-        """Takes "model" out of `checkpoint` and copies what fits into the model."""
+        """Remove "model" from `checkpoint` and copy the tensors that fit into the model."""
         state = {name: _to_tensor(value, name) for name, value in checkpoint.pop("model").items()}
         old_names = {id(value): name for name, value in state.items()}
         state = strip_common_prefix(state, "module.")
@@ -308,7 +308,7 @@ class PeriodicCheckpointer:
         self.recent_checkpoints: list[str] = []
 
     def step(self, iteration: int, **kwargs: Any) -> None:
-        """Saves if it is time to.
+        """Save if it is time to.
 
         Args:
             iteration: the iteration that has just been done, in [0, max_iter - 1].
@@ -324,7 +324,7 @@ class PeriodicCheckpointer:
             self.checkpointer.save(f"{self.file_prefix}_final", **state)
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Saves now, under a name of your own, which is never removed."""
+        """Save now, under a name of your own, which is never removed."""
         self.checkpointer.save(name, **kwargs)
 
     def _is_periodic(self, iteration: int) -> bool:
@@ -334,12 +334,12 @@ class PeriodicCheckpointer:
         return self.max_iter is not None and iteration >= self.max_iter - 1
 
     def _note(self, newest: str) -> None:
-        """Counts a file in before it is saved, so that the state within it knows of it."""
+        """Count a file in before it is saved, so that the state within it knows of it."""
         path = os.path.join(self.checkpointer.save_dir, newest)
         self.recent_checkpoints = [old for old in self.recent_checkpoints if old != path] + [path]
 
     def _remove_old(self) -> None:
-        """Forgets and deletes the oldest file once there are more than `max_to_keep`."""
+        """Forget and deletes the oldest file once there are more than `max_to_keep`."""
         if self.max_to_keep is None or not self.checkpointer.save_to_disk:
             return
         while len(self.recent_checkpoints) > self.max_to_keep:
@@ -366,7 +366,7 @@ def has_shape(value: Any) -> bool:
 
 
 def _to_tensor(value: Any, name: str) -> Any:
-    """Turns the arrays of a ``.pkl`` into tensors; each entry gets an object of its own."""
+    """Turn the arrays of a ``.pkl`` into tensors; each entry gets an object of its own."""
     if isinstance(value, torch.Tensor):
         return value.detach()
     if isinstance(value, np.ndarray | np.generic):

@@ -42,7 +42,7 @@ def get_conversion(name: str) -> Conversion:
 
 
 def _substitute(name: str, rules: tuple[tuple[str, str], ...]) -> str:
-    """Applies the first of `rules` (regular expression of the whole name, replacement) that fits."""
+    """Apply the first of `rules` (regular expression of the whole name, replacement) that fits."""
     for pattern, replacement in rules:
         new, count = re.subn(f"^{pattern}$", replacement, name)
         if count:

@@ -103,7 +103,7 @@ class DetectionCheckpointer(Checkpointer):
         return list(found.values())
 
     def _with_other_names(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Adds the names that the model has for the same tensors, such as those of shared modules."""
+        """Add the names that the model has for the same tensors, such as those of shared modules."""
         for names, _ in self._names_of_tensors():
             given = [name for name in names if name in state]
             if given and len(given) < len(names):
@@ -111,7 +111,7 @@ class DetectionCheckpointer(Checkpointer):
         return state
 
     def _check_pixels(self, name: str, conversion: Conversion) -> None:
-        """Warns if the model gives its backbone other colours than the weights were trained on."""
+        """Warn if the model gives its backbone other colours than the weights were trained on."""
         wrong = []
         order = getattr(self.model, "input_format", None)
         if order not in (None, conversion.input_format):
@@ -135,7 +135,7 @@ class DetectionCheckpointer(Checkpointer):
 
 
 def _split_options(path: str) -> tuple[str, dict[str, str]]:
-    """Takes our options off the end of a path; another query, of a web address, stays."""
+    """Take our options off the end of a path; another query, of a web address, stays."""
     base, _, query = path.rpartition("?")
     options = dict(parse_qsl(query)) if base else {}
     if options and set(options) <= {"matching_heuristics", "convert"}:

@@ -30,7 +30,7 @@ _NOT_OF_THE_CONTENT = (OSError, MemoryError)
 
 
 def read_checkpoint(path: str, *, trust: bool = False) -> dict[str, Any]:
-    """Reads the checkpoint file at the local `path`.
+    """Read the checkpoint file at the local `path`.
 
     Args:
         path: a file of `torch.save` (``.pth``, ``.pyth``), a pickle (``.pkl``) or ``.safetensors``.
@@ -59,7 +59,7 @@ def read_checkpoint(path: str, *, trust: bool = False) -> dict[str, Any]:
 
 
 def _with_model_entry(content: dict[str, Any], path: str) -> dict[str, Any]:
-    """Puts the parameters under "model", where other libraries have them elsewhere."""
+    """Put the parameters under "model", where other libraries have them elsewhere."""
     if "model" in content:
         return content
     if "blobs" in content:  # Detectron and Caffe2
@@ -126,7 +126,7 @@ def _read_torch(path: str) -> Any:
 
 
 def _refuse_zip_bombs(path: str) -> None:
-    """Refuses a zip file whose entries are far larger than the file."""
+    """Refuse a zip file whose entries are far larger than the file."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
@@ -138,7 +138,7 @@ def _refuse_zip_bombs(path: str) -> None:
 
 
 def _read_safetensors(path: str) -> Any:
-    """Tensors by name, in Hugging Face's format."""
+    """Tensor by name, in Hugging Face's format."""
     import safetensors.torch
 
     try:
@@ -172,7 +172,7 @@ def _first_sentences(message: str) -> str:
 
 
 def write_checkpoint(path: str, content: Mapping[str, Any]) -> None:
-    """Saves `content` at `path`, never leaving a half-written file there.
+    """Save `content` at `path`, never leaving a half-written file there.
 
     A path that ends in ``.safetensors`` gets the tensors of ``content["model"]`` alone, any other a file of
     `torch.save`. Only plain types are saved (see `to_plain_types`), so every PyTorch reads the file with
@@ -203,7 +203,7 @@ def _safetensors_bytes(content: Mapping[str, Any]) -> bytes:
 
 
 def to_plain_types(value: Any, where: str) -> Any:
-    """Copies a tree, turning numpy scalars and mapping types into plain numbers and dicts.
+    """Copy a tree, turning numpy scalars and mapping types into plain numbers and dicts.
 
     Args:
         value: tensors, numbers, strings, None, and dicts, lists, tuples and sets of them.

@@ -18,7 +18,7 @@ _FEW = 0.1
 
 
 def strip_common_prefix(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Removes `prefix` (such as "module." of a parallel wrapper) if every name starts with it."""
+    """Remove `prefix` (such as "module." of a parallel wrapper) if every name starts with it."""
     if state and all(name.startswith(prefix) for name in state):
         return {name[len(prefix) :]: value for name, value in state.items()}
     return dict(state)
@@ -27,7 +27,7 @@ def strip_common_prefix(state: Mapping[str, Any], prefix: str) -> dict[str, Any]
 def match_by_longest_suffix(
     model_shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Renames the entries of a file that holds only a part of the model, such as a backbone.
+    """Rename the entries of a file that holds only a part of the model, such as a backbone.
 
     A name of the file fits a name of the model that equals it or ends in "." and it. Each name of the model
     takes the longest name that fits: of "conv1.weight" and "stem.conv1.weight",
@@ -80,7 +80,7 @@ def _flat(name: str) -> str:
 def match_part(
     model_shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, Any]
 ) -> tuple[dict[str, Any], str] | None:
-    """Finds the part of a model that a file's weights belong to.
+    """Find the part of a model that a file's weights belong to.
 
     That is the place under which most of the file's names lie with the same shapes: for a file with
     "layer1.0.conv1.weight" and a model with "backbone.timm_model.layer1.0.conv1.weight" it is
@@ -133,7 +133,7 @@ class LoadReport:
     """(name, shape in the file, shape in the model)."""
 
     def log(self) -> None:
-        """Says what happened in one message a kind, with the names of one module on one line."""
+        """Say what happened in one message a kind, with the names of one module on one line."""
         total = len(self.loaded) + len(self.missing_keys) + len(self.incorrect_shapes)
         if len(self.loaded) <= _FEW * total:
             logger.warning("%s", self._almost_nothing(total))
@@ -191,7 +191,7 @@ def _part(name: str) -> str:
 
 
 def group_by_module(names: Iterable[str]) -> str:
-    """Lists parameter names with those of one module on one line: ``fpn_lateral2.{bias, weight}``."""
+    """List parameter names with those of one module on one line: ``fpn_lateral2.{bias, weight}``."""
     groups: dict[str, list[str]] = {}
     for name in names:
         module, _, leaf = name.rpartition(".")

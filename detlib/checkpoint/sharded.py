@@ -26,7 +26,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def gather_shards(value: Any, keep: bool) -> Any:
-    """Copies a tree with its sharded tensors made whole, in main memory. Every process has to take part.
+    """Copy a tree with its sharded tensors made whole, in main memory. Every process has to take part.
 
     Args:
         value: tensors, and dicts, lists and tuples of anything.
@@ -61,7 +61,7 @@ def shard_like(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def shard_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Shares out the state that an optimizer has loaded from a file, as its parameters are."""
+    """Share out the state that an optimizer has loaded from a file, as its parameters are."""
     for param, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, torch.Tensor) and value.shape == param.shape:

@@ -1,4 +1,4 @@
-"""Starting of one training process per GPU, or of several on the CPU."""
+"""Launching of one training process per GPU, or of several processes on the CPU."""
 
 import datetime
 import logging
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from detlib.engine.distributed.environment import ProcessPlace, place_from_environment
+from detlib.engine.distributed.environment import ProcessInfo, info_from_environment
 from detlib.engine.distributed.failures import FailureBoard
 from detlib.engine.distributed.process_group import check_gpus, host_and_port, run_as_child, run_here
 from detlib.engine.distributed.supervisor import Supervisor
@@ -30,43 +30,43 @@ def launch(
     args: tuple = (),
     timeout: datetime.timedelta = DEFAULT_TIMEOUT,
 ) -> None:
-    """Runs a function in every process of a distributed training, or just calls it if there is but one.
+    """Run a function in every process of a distributed training run, or just call it if there is only one.
 
-    Each machine calls this once. On a machine without CUDA the processes share the CPU and talk over gloo.
-    Where a launcher has started the processes already (torchrun, Slurm's srun, anything that sets RANK,
-    WORLD_SIZE and MASTER_ADDR), the function is run in this one; see
-    `detlib.engine.distributed.environment.place_from_environment`.
+    Each machine calls this once. On a machine without CUDA the processes share the CPU and communicate over
+    gloo. If a launcher has already started the processes (torchrun, Slurm's srun, anything that sets RANK,
+    WORLD_SIZE and MASTER_ADDR), the function runs in the current process; see
+    `detlib.engine.distributed.environment.info_from_environment`.
 
-    When a process fails, all others end within seconds, and all say what the first failure was. A process
-    that does not take part in an operation for `timeout` seconds ends them too, and is named.
+    When a process fails, all others end within seconds, and all report the first failure. A process that does
+    not join a collective operation within `timeout` ends them too, and is named.
 
     Args:
         main_func: the function; it must be importable by name if there are several processes.
-        num_gpus_per_machine: processes on each machine. torchrun knows it: 1 or what it says.
-        num_machines: how many machines take part.
-        machine_rank: number of this machine, from 0.
-        dist_url: where the processes meet, such as "tcp://HOST:PORT". None and "auto" find a free port on
-            this machine, which only a single machine can do.
+        num_gpus_per_machine: number of processes on each machine. Under torchrun, 1 or torchrun's number.
+        num_machines: number of machines.
+        machine_rank: rank of this machine, from 0.
+        dist_url: rendezvous URL, such as "tcp://HOST:PORT". None and "auto" find a free port on this machine,
+            which works for a single machine only.
         args: arguments of `main_func`.
         timeout: how long a process waits for the others before it gives up.
 
     Raises:
-        ValueError: if the numbers do not fit together or this machine has too few GPUs.
-        ProcessFailedError: if a process fails; it tells which one was first, with its traceback. Under a
-            launcher, that one raises its own exception.
-        StopTraining: if the training was asked to stop, see `detlib.engine.distributed.interrupt`.
+        ValueError: if the numbers are inconsistent or this machine has too few GPUs.
+        ProcessFailedError: if a process fails; the message names the first one and has its traceback. Under
+            a launcher, that process raises its own exception.
+        StopTraining: if training was asked to stop, see `detlib.engine.distributed.interrupt`.
     """
     if num_gpus_per_machine < 1 or num_machines < 1 or not 0 <= machine_rank < num_machines:
         raise ValueError(
             f"launch needs num_gpus_per_machine >= 1, num_machines >= 1 and machine_rank below num_machines; "
             f"got {num_gpus_per_machine}, {num_machines} and {machine_rank}"
         )
-    place = _fitting_place(num_gpus_per_machine, num_machines)
-    if place is not None:
-        if place.world_size == 1:
+    info = _launcher_info(num_gpus_per_machine, num_machines)
+    if info is not None:
+        if info.world_size == 1:
             main_func(*args)
         else:
-            run_here(place, timeout, main_func, args)
+            run_here(info, timeout, main_func, args)
         return
     world_size = num_machines * num_gpus_per_machine
     if world_size == 1:
@@ -75,38 +75,38 @@ def launch(
     if torch.cuda.is_available():
         check_gpus(num_gpus_per_machine)
     else:
-        logger.warning("There is no CUDA device: %d processes share the CPU", num_gpus_per_machine)
+        logger.warning("No CUDA device found: %d processes share the CPU", num_gpus_per_machine)
     store, url = _meeting_point(dist_url, num_machines, machine_rank, world_size, timeout)
     supervisor = Supervisor(
         FailureBoard(store, world_size, timeout.total_seconds()),
         first_rank=machine_rank * num_gpus_per_machine,
         is_last_to_leave=num_machines > 1 and machine_rank == 0,
     )
-    place_args = (world_size, num_gpus_per_machine, machine_rank, url, timeout)
-    supervisor.run(run_as_child, num_gpus_per_machine, (*place_args, main_func, args))
+    child_args = (world_size, num_gpus_per_machine, machine_rank, url, timeout)
+    supervisor.run(run_as_child, num_gpus_per_machine, (*child_args, main_func, args))
 
 
-def _fitting_place(num_gpus: int, num_machines: int) -> ProcessPlace | None:
-    """The place that a launcher gave this process, unless the arguments ask for something else."""
-    place = place_from_environment()
-    if place is None:
+def _launcher_info(num_gpus: int, num_machines: int) -> ProcessInfo | None:
+    """Return what the launcher set for this process, unless the arguments ask for something else."""
+    info = info_from_environment()
+    if info is None:
         return None
     asked = num_gpus * num_machines
-    fits_machine = num_gpus in (1, place.local_size) or place.local_size is None
-    if asked == 1 or (fits_machine and asked in (num_gpus, place.world_size)):
-        return place
-    if place.launcher == "torchrun":
+    fits_machine = num_gpus in (1, info.local_size) or info.local_size is None
+    if asked == 1 or (fits_machine and asked in (num_gpus, info.world_size)):
+        return info
+    if info.launcher == "torchrun":
         raise ValueError(
-            f"torchrun has started {place.world_size} processes, {place.local_size} on this machine, but "
-            f"{num_gpus} on each of {num_machines} machines were asked for (--num-gpus, --num-machines). "
-            "torchrun's own arguments are enough."
+            f"torchrun has started {info.world_size} processes, {info.local_size} on this machine, but "
+            f"{num_gpus} on each of {num_machines} machines were requested (--num-gpus, --num-machines). "
+            "Leave these arguments out under torchrun."
         )
     logger.warning(
-        "%d processes on each of %d machines were asked for: that %s has started %d goes unheeded",
+        "Using %d processes on each of %d machines as requested; ignoring the %d processes that %s started",
         num_gpus,
         num_machines,
-        place.launcher,
-        place.world_size,
+        info.world_size,
+        info.launcher,
     )
     return None
 
@@ -114,13 +114,13 @@ def _fitting_place(num_gpus: int, num_machines: int) -> ProcessPlace | None:
 def _meeting_point(
     dist_url: str | None, num_machines: int, machine_rank: int, world_size: int, timeout: datetime.timedelta
 ) -> tuple[dist.Store, str]:
-    """The store that all processes share, and the address at which they find it.
+    """Return the store that all processes share, and its URL.
 
-    It is kept by this process and not by that of rank 0, so that it outlives each of them.
+    This process owns the store, not the process of rank 0, so the store outlives each of them.
     """
     if dist_url in (None, "auto"):
         if num_machines > 1:
-            raise ValueError("Several machines need a dist_url that all of them reach, as tcp://HOST:PORT")
+            raise ValueError("Multiple machines need a dist_url that all of them can reach: tcp://HOST:PORT")
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timeout)
         return store, f"tcp://127.0.0.1:{store.port}"
     if dist_url == "env://":
@@ -130,13 +130,13 @@ def _meeting_point(
         dist_url = f"tcp://{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     if dist_url.startswith("file://"):
         if num_machines > 1:
-            logger.warning("dist_url %s is a file: several machines meet more safely at tcp://", dist_url)
+            logger.warning("dist_url %s is a file: tcp:// is safer for multiple machines", dist_url)
         return dist.FileStore(dist_url.removeprefix("file://"), world_size + num_machines), dist_url
     host, port = host_and_port(dist_url)
     try:
         is_master = machine_rank == 0
         store = dist.TCPStore(host, port, is_master=is_master, wait_for_workers=False, timeout=timeout)
     except Exception as e:
-        doing = "be opened here" if machine_rank == 0 else "be reached, where machine 0 should wait"
-        raise RuntimeError(f"The meeting point {dist_url} could not {doing}: {e}") from e
+        doing = "open" if machine_rank == 0 else "reach machine 0 at"
+        raise RuntimeError(f"Could not {doing} the rendezvous {dist_url}: {e}") from e
     return store, dist_url

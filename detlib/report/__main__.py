@@ -13,7 +13,7 @@ from detlib.utils.logger import setup_logger
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 if there is no report."""
+    """Return the exit status: 0, or 2 if there is no report."""
     parser = argparse.ArgumentParser(prog="python -m detlib.report", description=__doc__)
     parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="the output folder of a run")
     arguments = parser.parse_args(argv)

@@ -39,7 +39,7 @@ def _scores_table(scores: Mapping[str, CocoScores], is_lvis: bool) -> Table:
 def add_detections(
     report: Report, path: str, dataset: str, config: Mapping[str, Any] | None, folder: str
 ) -> None:
-    """Adds figures, tables and pictures of the detections on one data set.
+    """Add figures, tables and pictures of the detections on one data set.
 
     Args:
         report: the report.

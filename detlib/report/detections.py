@@ -166,7 +166,7 @@ def _load_truth(dataset: str, folder: str) -> GroundTruth:
 
 
 def load_detections(path: str, dataset: str, config: Mapping[str, Any] | None = None) -> Detections:
-    """Reads predictions and the ground truth that they are held against.
+    """Read predictions and the ground truth that they are held against.
 
     Args:
         path: predictions in COCO's result format.

@@ -90,7 +90,7 @@ def _half(
 def draw_comparison(
     found: Detections, matches: Matches, threshold: float, image: int, file_name: str
 ) -> np.ndarray:
-    """Draws a picture twice: with its ground truth on the left, with the predictions on the right.
+    """Draw a picture twice: with its ground truth on the left, with the predictions on the right.
 
     What is matched is green; what was missed, or found where it is not, is orange-red; crowds and what lies
     in them are grey.

@@ -159,7 +159,7 @@ def _ranks(*keys: np.ndarray) -> np.ndarray:
 
 
 def match_classes(found: Detections) -> Matches:
-    """Matches detections with objects of their class."""
+    """Match detections with objects of their class."""
     dt_group = found.dt_image * found.num_classes + found.dt_class
     dt, gt = _cross(dt_group, found.gt_image * found.num_classes + found.gt_class)
     iou = _overlaps(found, dt, gt)
@@ -186,7 +186,7 @@ def match_classes(found: Detections) -> Matches:
 
 
 def f1_curve(found: Detections, matches: Matches) -> F1Curve:
-    """Counts detections by threshold, and chooses the threshold of the best F1."""
+    """Count detections by threshold, and chooses the threshold of the best F1."""
     counted = ~matches.dt_ignored
     num_thresholds, num_classes = len(_THRESHOLDS), found.num_classes
     # A detection counts up to the last threshold that its confidence reaches.
@@ -205,7 +205,7 @@ def f1_curve(found: Detections, matches: Matches) -> F1Curve:
 
 
 def confusion_matrix(found: Detections, matches: Matches, threshold: float) -> np.ndarray:
-    """Counts what is taken for what.
+    """Count what is taken for what.
 
     Args:
         found: detections and ground truth.

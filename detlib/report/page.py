@@ -83,7 +83,7 @@ class Page:
         self._sections: list[tuple[str, list[str]]] = []
 
     def section(self, title: str) -> None:
-        """Begins a section, which all that follows goes into."""
+        """Begin a section, which all that follows goes into."""
         self._sections.append((title, []))
 
     def _add(self, html: str) -> None:
@@ -92,26 +92,26 @@ class Page:
         self._sections[-1][1].append(html)
 
     def heading(self, text: str) -> None:
-        """Adds a heading within the section."""
+        """Add a heading within the section."""
         self._add(f"<h3>{escape(text)}</h3>")
 
     def text(self, text: str) -> None:
-        """Adds a paragraph."""
+        """Add a paragraph."""
         self._add(f"<p>{escape(text)}</p>")
 
     def note(self, text: str) -> None:
-        """Adds a paragraph that says what is missing or needs attention."""
+        """Add a paragraph that says what is missing or needs attention."""
         self._add(f'<p class="note">{escape(text)}</p>')
 
     def facts(self, facts: Mapping[str, Any]) -> None:
-        """Adds names and values."""
+        """Add names and values."""
         rows = "".join(
             f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items()
         )
         self._add(f"<dl>{rows}</dl>")
 
     def figure(self, picture: bytes, alt: str, caption: str = "", mime: str = "image/png") -> None:
-        """Adds a picture.
+        """Add a picture.
 
         Args:
             picture: the content of the file.
@@ -125,7 +125,7 @@ class Page:
         self._add(f'<figure><div tabindex="0"><img src="{source}" alt="{escape(alt)}"></div>{below}</figure>')
 
     def table(self, table: Table, label: str) -> None:
-        """Adds a table whose columns can be sorted.
+        """Add a table whose columns can be sorted.
 
         Args:
             table: names of the columns, and rows; None is an empty cell.

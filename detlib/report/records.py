@@ -42,7 +42,7 @@ class EvaluationName:
 
 
 def parse_evaluation(name: str) -> EvaluationName | None:
-    """Takes the name of a scalar apart; None if it is no result of an evaluation."""
+    """Take the name of a scalar apart; None if it is no result of an evaluation."""
     found = _EVALUATION.match(name)
     if found is None:
         # A task that only its user knows.
@@ -145,7 +145,7 @@ class Records:
 
 
 def read_records(path: str) -> Records:
-    """Reads ``metrics.json``.
+    """Read ``metrics.json``.
 
     Lines that a kill has cut short are skipped. Where the iteration goes back, a run was resumed or begun
     anew: what was written of that iteration and later ones before is replaced.

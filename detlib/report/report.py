@@ -41,18 +41,18 @@ class Report:
         self.page = Page(f"Training report: {name}")
 
     def save(self, name: str, content: bytes) -> None:
-        """Writes a file of the report; its name may have a folder."""
+        """Write a file of the report; its name may have a folder."""
         path = os.path.join(self.folder, name)
         PathManager.mkdirs(os.path.dirname(path))
         write_bytes_atomically(path, lambda file: file.write(content))
 
     def figure(self, name: str, picture: bytes, alt: str, caption: str) -> None:
-        """Writes a figure as a file and puts it into the page."""
+        """Write a figure as a file and puts it into the page."""
         self.save(name, picture)
         self.page.figure(picture, alt, caption)
 
     def attempt(self, what: str, make: Callable[[], Any]) -> bool:
-        """Makes a part; if that fails, page and log say why, and the others are made all the same.
+        """Make a part; if that fails, page and log say why, and the others are made all the same.
 
         Returns:
             Whether it was made.

@@ -56,14 +56,14 @@ def _dress(ax: Any) -> None:
 
 
 def label_axes(ax: Any, title: str, x: str, y: str) -> None:
-    """Writes title and names of the axes."""
+    """Write title and names of the axes."""
     ax.set_title(title, fontsize=11, loc="left", color=INK, parse_math=False)
     ax.set_xlabel(x, fontsize=9.5, parse_math=False)
     ax.set_ylabel(y, fontsize=9.5, parse_math=False)
 
 
 def legend(ax: Any, *, beside: bool = False, **kwargs: Any) -> None:
-    """Adds a legend, within the axes or to the right of them.
+    """Add a legend, within the axes or to the right of them.
 
     Names of classes and metrics are no mathematics, whatever they contain.
     """
@@ -75,7 +75,7 @@ def legend(ax: Any, *, beside: bool = False, **kwargs: Any) -> None:
 
 
 def plain_ticks(ax: Any, axis: str, labels: Sequence[str], **kwargs: Any) -> None:
-    """Labels the places 0, 1, 2, ... of an axis."""
+    """Label the places 0, 1, 2, ... of an axis."""
     set_ticks = ax.set_xticks if axis == "x" else ax.set_yticks
     set_ticks(range(len(labels)), [shorten(label) for label in labels], **kwargs)
     for text in ax.get_xticklabels() if axis == "x" else ax.get_yticklabels():
@@ -88,13 +88,13 @@ def shorten(text: str, limit: int = 22) -> str:
 
 
 def png(figure: Any) -> bytes:
-    """Draws a figure and returns it as PNG."""
+    """Draw a figure and returns it as PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 
 def hide_rest(axes: Iterable[Any]) -> None:
-    """Takes away axes that nothing was drawn into."""
+    """Take away axes that nothing was drawn into."""
     for ax in axes:
         ax.set_visible(False)

@@ -102,7 +102,7 @@ def _missing_predictions(config: Mapping[str, Any] | None, datasets: tuple[str, 
 
 
 def make_report(output_dir: str, cfg: Mapping[str, Any] | None = None) -> str:
-    """Writes the report of a run; `write_report` without its silence.
+    """Write the report of a run; `write_report` without its silence.
 
     Args:
         output_dir: the run's output folder.
@@ -168,7 +168,7 @@ def make_report(output_dir: str, cfg: Mapping[str, Any] | None = None) -> str:
 
 
 def write_report(output_dir: str, cfg: Mapping[str, Any] | None = None) -> str:
-    """Writes ``OUTPUT_DIR/report``: figures, tables, and a page of all of them.
+    """Write ``OUTPUT_DIR/report``: figures, tables, and a page of all of them.
 
     It reads what a run leaves in its output folder: ``metrics.json``, ``config.yaml``, ``log.txt`` and the
     predictions in ``inference/``; the ground truth is that of the data set in DATASETS.TEST. What is missing

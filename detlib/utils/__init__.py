@@ -1,7 +1,7 @@
-"""Helpers that know nothing of detection; nothing here imports another detlib package.
+"""General helpers that are independent of detection and of the other packages of detlib.
 
-Import what you need from its module (``from detlib.utils.events import EventStorage``): this package
-itself stays empty so that no use pays for another's dependencies.
+Import names from their module (``from detlib.utils.events import EventStorage``). The package itself is
+empty, so that importing one module does not load the dependencies of another.
 """
 
 __all__: list[str] = []

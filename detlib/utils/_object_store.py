@@ -1,4 +1,4 @@
-"""Object stores (S3, Google Cloud, Azure, ...) as folders and files, through fsspec."""
+"""A path handler for object stores (S3, Google Cloud, Azure, ...), through fsspec."""
 
 import os
 import posixpath
@@ -15,11 +15,10 @@ _PROTOCOLS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "os
 
 
 class ObjectStoreHandler(PathHandler):
-    """Reads and writes addresses such as ``s3://bucket/key``.
+    """A path handler that reads and writes URLs such as ``s3://bucket/key``.
 
-    Credentials and endpoints are those of fsspec's configuration and of the store's own environment
-    variables. `get_local_path` keeps a copy in the cache, per version of the object: what changes in the
-    store is fetched anew.
+    Credentials and endpoints come from fsspec's configuration and the store's own environment variables.
+    `get_local_path` caches one copy per version of the object, so an object that changes is fetched again.
     """
 
     def __init__(self, cache_dir: Callable[[], str]):
@@ -32,7 +31,7 @@ class ObjectStoreHandler(PathHandler):
     def _get_local_path(self, path: str, force: bool = False, cache_dir: str | None = None, **_: Any) -> str:
         system, key = _resolve(path)
         if not system.isfile(key):
-            raise FileNotFoundError(f"There is no object {path}")
+            raise FileNotFoundError(f"Object {path} does not exist")
         version = re.sub(r"\W", "", str(system.ukey(key)))[:16]
         protocol, _, rest = path.partition("://")
         names = [name for name in rest.split("/") if name not in ("", ".", "..")]
@@ -53,7 +52,7 @@ class ObjectStoreHandler(PathHandler):
     def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> IO:
         system, key = _resolve(path)
         if "a" in mode:
-            raise ValueError(f"{path} cannot be appended to (mode {mode!r}): objects are written as a whole")
+            raise ValueError(f"Cannot append to {path} (mode {mode!r}): objects are written as a whole")
         return system.open(key, mode, **kwargs)
 
     def _copy(self, src_path: str, dst_path: str, overwrite: bool = False, **_: Any) -> bool:
@@ -93,7 +92,7 @@ class ObjectStoreHandler(PathHandler):
 
     def _mkdirs(self, path: str, **_: Any) -> None:
         system, key = _resolve(path)
-        if posixpath.dirname(key.strip("/")):  # a bucket is not ours to make
+        if posixpath.dirname(key.strip("/")):  # do not create buckets
             system.makedirs(key, exist_ok=True)
 
     def _rm(self, path: str, **_: Any) -> None:
@@ -102,10 +101,10 @@ class ObjectStoreHandler(PathHandler):
 
 
 def _resolve(path: str) -> tuple[Any, str]:
-    """fsspec's file system of an address, and the path within it.
+    """Return fsspec's file system of a URL, and the path in it.
 
     Raises:
-        ImportError: if fsspec or its part for this store is not installed.
+        ImportError: if fsspec or its package for this store is not installed.
     """
     try:
         import fsspec

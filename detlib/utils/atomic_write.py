@@ -1,4 +1,4 @@
-"""Writing files whole or not at all."""
+"""Atomic writes: a file is written completely or not at all."""
 
 import contextlib
 import os
@@ -14,21 +14,21 @@ _ENDING = ".unfinished"
 
 
 def _read_umask() -> int:
-    """The process's umask, which can only be read by setting it."""
+    """Return the umask of the process, which can only be read by setting it."""
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
 
 
-# Read once: setting it while other threads make files would change theirs.
+# Read once, because setting it affects files that other threads create at the same time.
 _UMASK = _read_umask()
 
 
 def write_bytes_atomically(path: str, write: Callable[[Any], None]) -> None:
-    """Calls ``write(file)`` on a temporary file and moves that to `path` once it is safe on disk.
+    """Call ``write(file)`` with a temporary file, and move the file to `path` once it is safely on disk.
 
-    A crash, a full disk or a lost power line leaves what was at `path` before. What goes to remote storage
-    ("scheme://...") is written to a local file and handed over as a whole.
+    After a crash, a full disk or a power failure, the previous file at `path` is intact. For remote storage
+    ("scheme://..."), a local file is written and uploaded as a whole.
     """
     if is_remote(path):
         with tempfile.TemporaryDirectory() as folder:
@@ -44,21 +44,23 @@ def write_bytes_atomically(path: str, write: Callable[[Any], None]) -> None:
             write(f)
             f.flush()
             os.fsync(f.fileno())
-        # mkstemp makes files that only the owner can read; ours are as open as any other file.
+        # mkstemp creates files that only the owner can read; give this one the usual permissions.
         os.chmod(temporary, 0o666 & ~_UMASK)
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-            error.filename = path  # a full disk is told without a name
+            error.filename = path  # errors such as a full disk come without a file name
         raise
     _sync_folder(folder)
 
 
 def remove_unfinished_files(folder: str) -> None:
-    """Removes what killed processes left of files that they were writing to `folder`. Nothing may be writing
-    there at the same time."""
+    """Remove the temporary files that killed processes left in `folder`.
+
+    Nothing may write to the folder at the same time.
+    """
     if is_remote(folder) or not os.path.isdir(folder):
         return
     for name in os.listdir(folder):
@@ -67,7 +69,7 @@ def remove_unfinished_files(folder: str) -> None:
 
 
 def _sync_folder(folder: str) -> None:
-    """Makes a rename in `folder` last over a power loss, where the system can open folders."""
+    """Make a rename in `folder` survive a power failure, on systems that can open folders."""
     if os.name != "posix":
         return
     handle = os.open(folder, os.O_RDONLY)

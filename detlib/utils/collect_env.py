@@ -1,6 +1,6 @@
-"""What this machine runs detlib with: versions, devices, and which implementation serves each operator.
+"""A report of the environment: versions, devices, and the implementation that serves each operator.
 
-Run `python -m detlib.utils.collect_env` and put the output into a bug report.
+Run `python -m detlib.utils.collect_env` and include the output in bug reports.
 """
 
 import importlib.metadata
@@ -33,9 +33,8 @@ PACKAGES = (
 
 
 def collect_env_info() -> str:
-    """Return the report as text: one table of versions and devices, one of operators, and remarks on what is
-    amiss."""
-    from detlib.ops import _library  # operators are a level above utils
+    """Return the report: a table of versions and devices, a table of operators, and remarks on problems."""
+    from detlib.ops import _library  # here, because ops is a level above utils
 
     torchvision_error = _library.torchvision_ops()[1]
     parts = [tabulate(_versions(torchvision_error)), _operators(_library)]
@@ -88,7 +87,7 @@ def _version(distribution: str) -> str:
 
 
 def _operators(library) -> str:
-    """The table of operators and devices, and why the compiled ones are absent."""
+    """Return the table of operators and devices, and the reason if there are no compiled ones."""
     devices = ["cpu", "cuda"] if torch.version.cuda else ["cpu"]
     rows = [
         [name, *(library.implementation(name, device) for device in devices)] for name in library.OPERATORS
@@ -102,27 +101,27 @@ def _operators(library) -> str:
 
 
 def _mismatch(torchvision_error: str | None) -> str | None:
-    """The usual reason why torchvision does not load, where it is that."""
+    """Return advice if torchvision does not load, else None."""
     if torchvision_error is None:
         return None
     if _version("torchvision") == "not installed":
-        return "torchvision is not installed; pip install torchvision brings one that fits torch."
+        return "torchvision is not installed; pip install torchvision installs a version that matches torch."
     cuda = _torchvision_cuda()
     if torch.version.cuda is None and cuda is not None:
         return (
-            f"CPU torch beside CUDA torchvision: torch {torch.__version__} has no CUDA, but the installed"
+            f"CPU torch with CUDA torchvision: torch {torch.__version__} has no CUDA, but the installed"
             f" torchvision was built for CUDA {cuda} and cannot load its operators. Install both from one"
-            " place, e.g. pip install --force-reinstall torch torchvision, or for a CPU-only pair add"
+            " index, e.g. pip install --force-reinstall torch torchvision, or for a CPU-only pair add"
             " --index-url https://download.pytorch.org/whl/cpu."
         )
     return (
-        f"torchvision does not load beside torch {torch.__version__}: the two must fit each other. Install"
+        f"torchvision does not load with torch {torch.__version__}: the two versions must match. Install"
         " a matching pair with pip install --upgrade --force-reinstall torch torchvision."
     )
 
 
 def _torchvision_cuda() -> str | None:
-    """The CUDA version that torchvision names in its version file, read without importing it."""
+    """Return the CUDA version in torchvision's version file, without importing torchvision."""
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
         return None

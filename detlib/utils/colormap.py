@@ -1,7 +1,7 @@
-"""Colours that are easy to tell apart, for drawing.
+"""A color map of easily distinguishable colors, for drawing.
 
-The first seven are MATLAB's default line colours; then greys, pure hues, a grid through the colour cube in
-thirds, and ramps. The same index gives the same colour as in other tools of the field.
+The first seven are MATLAB's default line colors, followed by grays, pure hues, a grid through the color cube
+in thirds, and ramps. Indices give the same colors as in other detection libraries.
 """
 
 import itertools
@@ -32,24 +32,24 @@ def _build() -> np.ndarray:
         plane = itertools.product((0, third, two_thirds, 1), repeat=2)
         cube += [(r, g, blue) for r, g in plane if (r, g) != (0, 0) and (r, g, blue) != (1, 1, 1)]
     ramps = [(r, 0, 0) for r in ramp[1:]] + [(0, g, 0) for g in ramp] + [(0, 0, b) for b in ramp]
-    greys = [(v, v, v) for v in (0, 0.143, 0.857, 1)]
+    grays = [(v, v, v) for v in (0, 0.143, 0.857, 1)]
     return np.array(
-        [*lines, (0.3, 0.3, 0.3), (0.6, 0.6, 0.6), *hues, *cube, *ramps, *greys], dtype=np.float32
+        [*lines, (0.3, 0.3, 0.3), (0.6, 0.6, 0.6), *hues, *cube, *ramps, *grays], dtype=np.float32
     )
 
 
-_COLORS = _build()  # (74, 3), RGB in 0..1
+_COLORS = _build()  # (74, 3), RGB in [0, 1]
 
 
 def colormap(rgb: bool = False, maximum: int = 255) -> np.ndarray:
-    """Returns all colours.
+    """Return all colors.
 
     Args:
-        rgb: RGB, else BGR.
+        rgb: whether the order is RGB instead of BGR.
         maximum: value of full brightness, 255 or 1.
 
     Returns:
-        (74, 3) float32 in 0..maximum.
+        (74, 3) float32 array in [0, maximum].
     """
     if maximum not in (1, 255):
         raise ValueError(f"maximum must be 1 or 255, got {maximum!r}.")
@@ -57,12 +57,12 @@ def colormap(rgb: bool = False, maximum: int = 255) -> np.ndarray:
 
 
 def random_color(rgb: bool = False, maximum: int = 255) -> np.ndarray:
-    """Returns one colour, (3,) float32, drawn with numpy's global generator; arguments as `colormap`."""
+    """Return a random color, (3,) float32, from numpy's global generator; arguments as in `colormap`."""
     return colormap(rgb, maximum)[np.random.randint(len(_COLORS))]
 
 
 def random_colors(N: int, rgb: bool = False, maximum: int = 255) -> list[np.ndarray]:
-    """Returns N colours, each (3,) float32; none comes twice before all have come once. See `colormap`."""
+    """Return N random colors, each (3,) float32, without repetition as long as possible; see `colormap`."""
     colors = colormap(rgb, maximum)
     order: list[int] = []
     while len(order) < N:

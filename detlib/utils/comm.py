@@ -1,7 +1,7 @@
-"""Communication between the processes of a distributed run; every function also works in a single process.
+"""Communication between the processes of a distributed run. Every function also works in a single process.
 
-Ranks number all processes of all machines, local ranks those of one machine. Objects (not tensors of the
-model) travel over gloo, also when the gradients use nccl, so they need no GPU memory.
+Ranks count the processes of all machines, local ranks those of one machine. Python objects are sent over
+gloo, even if gradients use NCCL, so they need no GPU memory.
 """
 
 import datetime
@@ -42,39 +42,39 @@ def _is_distributed() -> bool:
 
 
 def get_world_size() -> int:
-    """Number of processes over all machines."""
+    """Return the number of processes on all machines."""
     return dist.get_world_size() if _is_distributed() else 1
 
 
 def get_rank() -> int:
-    """Number of this process among those of all machines, from 0."""
+    """Return the rank of this process among those of all machines, from 0."""
     return dist.get_rank() if _is_distributed() else 0
 
 
 def is_main_process() -> bool:
-    """True in the process of rank 0, which alone writes files and logs to the terminal."""
+    """Return whether this is rank 0, the only process that writes files and logs to the terminal."""
     return get_rank() == 0
 
 
 def set_timeout(timeout: datetime.timedelta | None) -> None:
-    """Sets how long the groups that are created here later wait for a process; None: torch's default."""
+    """Set the timeout of the groups that this module creates later; None for torch's default."""
     global _TIMEOUT
     _TIMEOUT = timeout
 
 
 def create_local_process_group(num_workers_per_machine: int) -> None:
-    """Creates one process group per machine; every process calls it once, after ``init_process_group``.
+    """Create one process group per machine. Every process calls this once, after ``init_process_group``.
 
     Args:
-        num_workers_per_machine: processes on each machine, usually its number of GPUs.
+        num_workers_per_machine: number of processes on each machine, usually its number of GPUs.
 
     Raises:
-        RuntimeError: called twice.
-        ValueError: the world size is not a multiple of `num_workers_per_machine`.
+        RuntimeError: if it is called twice.
+        ValueError: if the world size is not a multiple of `num_workers_per_machine`.
     """
     global _LOCAL_PROCESS_GROUP
     if _LOCAL_PROCESS_GROUP is not None:
-        raise RuntimeError("create_local_process_group was called before in this process.")
+        raise RuntimeError("create_local_process_group was already called in this process.")
     world = get_world_size()
     if num_workers_per_machine < 1 or world % num_workers_per_machine:
         raise ValueError(
@@ -82,7 +82,7 @@ def create_local_process_group(num_workers_per_machine: int) -> None:
         )
     machine = get_rank() // num_workers_per_machine
     for i in range(world // num_workers_per_machine):
-        # Every process takes part in creating every group, its own or not.
+        # Every process must take part in the creation of every group.
         first = i * num_workers_per_machine
         group = dist.new_group(list(range(first, first + num_workers_per_machine)), timeout=_TIMEOUT)
         if i == machine:
@@ -90,10 +90,10 @@ def create_local_process_group(num_workers_per_machine: int) -> None:
 
 
 def get_local_process_group() -> dist.ProcessGroup:
-    """The group of the processes on this machine.
+    """Return the group of the processes on this machine.
 
     Raises:
-        RuntimeError: `create_local_process_group` was not called; ``detlib.engine.launch`` does so.
+        RuntimeError: if `create_local_process_group` was not called; ``detlib.engine.launch`` does so.
     """
     if _LOCAL_PROCESS_GROUP is None:
         raise RuntimeError(
@@ -104,33 +104,33 @@ def get_local_process_group() -> dist.ProcessGroup:
 
 
 def get_local_rank() -> int:
-    """Number of this process among those of its machine, from 0."""
+    """Return the rank of this process among those of its machine, from 0."""
     return dist.get_rank(group=get_local_process_group()) if _is_distributed() else 0
 
 
 def get_local_size() -> int:
-    """Number of processes on this machine."""
+    """Return the number of processes on this machine."""
     return dist.get_world_size(group=get_local_process_group()) if _is_distributed() else 1
 
 
 def synchronize() -> None:
-    """Waits until every process has come here.
+    """Wait until every process has called this function.
 
     Raises:
-        RuntimeError: if a process does not come in time; in rank 0 it names all that are missing.
+        RuntimeError: if a process does not come in time; on rank 0 the message names all missing ranks.
     """
     if get_world_size() == 1:
         return
     group = _global_gloo_group()
     if dist.get_backend(group) == dist.Backend.GLOO:
-        # A barrier like any other, but it knows who is missing.
+        # Unlike other barriers, this one knows which ranks are missing.
         dist.monitored_barrier(group, timeout=_TIMEOUT, wait_all_ranks=True)
     else:
         dist.barrier(group)
 
 
 def _global_gloo_group() -> dist.ProcessGroup:
-    """All processes, with a backend that takes CPU tensors."""
+    """Return the group of all processes, with a backend for CPU tensors."""
     global _GLOO_GROUP
     if dist.get_backend() != dist.Backend.NCCL:
         return cast(dist.ProcessGroup, dist.group.WORLD)
@@ -140,10 +140,10 @@ def _global_gloo_group() -> dist.ProcessGroup:
 
 
 def shutdown() -> None:
-    """Ends what ``init_process_group`` began; every process calls it when its work is done.
+    """Destroy the process group. Every process calls this when its work is done.
 
-    It lets go of the groups held here first. A group that lives on until Python exits takes its threads
-    along, and these may then abort the process.
+    The groups of this module are released first. The threads of a group that lives until Python exits can
+    abort the process.
     """
     global _LOCAL_PROCESS_GROUP, _GLOO_GROUP
     _LOCAL_PROCESS_GROUP = _GLOO_GROUP = None
@@ -152,11 +152,11 @@ def shutdown() -> None:
 
 
 def all_gather(data: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Returns the `data` of every process, by rank.
+    """Return the `data` of every process, by rank.
 
     Args:
-        data: any object that pickles.
-        group: the processes concerned; default all, over gloo.
+        data: any object that can be pickled.
+        group: the process group; default all processes, over gloo.
     """
     if get_world_size() == 1:
         return [data]
@@ -170,12 +170,12 @@ def all_gather(data: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
 
 
 def gather(data: Any, dst: int = 0, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Returns the `data` of every process, by rank, in the process `dst`, and an empty list in the others.
+    """Return the `data` of every process, by rank, on rank `dst`, and an empty list on the others.
 
     Args:
-        data: any object that pickles.
+        data: any object that can be pickled.
         dst: global rank of the receiver.
-        group: the processes concerned; default all, over gloo.
+        group: the process group; default all processes, over gloo.
     """
     if get_world_size() == 1:
         return [data]
@@ -192,8 +192,7 @@ def gather(data: Any, dst: int = 0, group: dist.ProcessGroup | None = None) -> l
 
 
 def agree_on_max(value: int) -> int:
-    """Returns the largest `value` of all processes, which must call this together. It is cheap: no pickling,
-    no GPU."""
+    """Return the largest `value` of all processes, which must all call this. Cheap: no pickling, no GPU."""
     if get_world_size() == 1:
         return value
     largest = torch.tensor([value])
@@ -202,28 +201,28 @@ def agree_on_max(value: int) -> int:
 
 
 def shared_random_seed() -> int:
-    """Returns a random number below 2**31 that is the same in every process.
+    """Return a random number below 2**31 that is the same in every process.
 
-    It is drawn by rank 0 from numpy's global generator, so that `seed_all_rng` makes it repeatable. All
-    processes must call this together.
+    Rank 0 draws it from numpy's global generator, so `seed_all_rng` makes it reproducible. All processes must
+    call this.
     """
     return all_gather(int(np.random.randint(2**31)))[0]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Returns the model that `DistributedDataParallel` or `DataParallel` wraps; any other as it is."""
+    """Return the model inside `DistributedDataParallel` or `DataParallel`, and any other model unchanged."""
     return model.module if isinstance(model, DistributedDataParallel | DataParallel) else model
 
 
 def reduce_dict(input_dict: dict[str, torch.Tensor], average: bool = True) -> dict[str, torch.Tensor]:
-    """Sums or averages scalars over the processes; the result is valid in rank 0 only.
+    """Sum or average scalars over the processes; the result is valid on rank 0 only.
 
     Args:
-        input_dict: the same names in every process, each with a scalar tensor.
+        input_dict: scalar tensors by name, with the same names in every process.
         average: divide by the number of processes.
 
     Returns:
-        The reduced values in rank 0; elsewhere values that mean nothing.
+        The reduced values on rank 0; on other ranks the values are undefined.
     """
     world = get_world_size()
     if world == 1:

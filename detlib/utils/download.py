@@ -1,9 +1,9 @@
-"""Downloads of files that are whole, or not there at all.
+"""Downloads that are complete or absent, resume after interruptions, and verify checksums.
 
-A file is written beside its place under the ending ``.part`` and moved there once its length and, where the
-name carries one, its checksum are right. A cut connection is taken up where it ended if the server still has
-the same file (RFC 9110, sections 13.1.5 and 14); a stalled one times out and counts as cut. Of several
-processes that want one file, one downloads it and the others wait.
+A file is downloaded to ``PATH.part`` and moved to ``PATH`` once its length and, if its name contains one, its
+checksum are correct. After a lost connection the download continues where it stopped if the server still has
+the same file (RFC 9110, sections 13.1.5 and 14); a stalled connection times out and counts as lost. If
+multiple processes need a file, one downloads it and the others wait.
 """
 
 import contextlib
@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 _CHUNK = 1 << 20
 _LONGEST_PAUSE = 30.0
 _RETRIED_STATUS = {408, 425, 429, 500, 502, 503, 504}
-# The zoo writes the beginning of the md5 sum into the name, PyTorch's model collections that of the sha256.
+# Names in detectron2's model zoo contain the beginning of the md5 sum, PyTorch's model names that of the
+# sha256.
 _NAMES_WITH_CHECKSUM = (
     (re.compile(r"model_(?:final|\d{7})_([0-9a-f]{6})\.pkl"), "md5"),
     (re.compile(r".+-([0-9a-f]{8,64})\.pth"), "sha256"),
@@ -39,27 +40,29 @@ _NAMES_WITH_CHECKSUM = (
 
 
 class DownloadError(OSError):
-    """A file could not be downloaded; the message has its address and what to do."""
+    """A file could not be downloaded; the message has its URL and advice."""
 
 
 @dataclass(frozen=True)
 class Checksum:
-    """How the checksum of a file begins."""
+    """The first digits of the checksum of a file."""
 
     algorithm: str
-    """As `hashlib.new` knows it."""
+    """Name of the algorithm, as in `hashlib.new`."""
     prefix: str
     """Lower-case hexadecimal digits."""
 
     def of(self, path: str) -> str:
-        """As many digits of the checksum of the file at `path`."""
+        """Return the same number of digits of the checksum of the file at `path`."""
         with open(path, "rb") as f:
             return hashlib.file_digest(f, self.algorithm).hexdigest()[: len(self.prefix)]
 
 
 def checksum_in_name(name: str) -> Checksum | None:
-    """The checksum that a published file carries in its name: ``model_final_f10217.pkl`` (md5) or
-    ``resnet50-19c8e357.pth`` (sha256)."""
+    """Return the checksum in the name of a published file, or None.
+
+    Examples are ``model_final_f10217.pkl`` (md5) and ``resnet50-19c8e357.pth`` (sha256).
+    """
     for pattern, algorithm in _NAMES_WITH_CHECKSUM:
         if match := pattern.fullmatch(name):
             return Checksum(algorithm, match[1])
@@ -75,25 +78,25 @@ def download(
     timeout: float = 30.0,
     attempts: int = 6,
 ) -> None:
-    """Downloads `url` to the local `path`, unless there is a file already.
+    """Download `url` to the local `path`, unless the file exists.
 
     Args:
-        url: an http, https or ftp address.
-        path: where the file goes; its folder is made.
-        checksum: what the file must have; None takes the one in the name, if any.
-        headers: for the request, such as an authorization; not handed on to other hosts.
-        timeout: seconds without a byte after which the connection counts as cut.
-        attempts: how often to connect without coming further before giving up.
+        url: an http, https or ftp URL.
+        path: local path of the file; its folder is created.
+        checksum: expected checksum; None for the one in the name, if any.
+        headers: headers of the request, such as an authorization; not sent to other hosts on a redirect.
+        timeout: seconds without data after which the connection counts as lost.
+        attempts: number of consecutive connections without progress before giving up.
 
     Raises:
-        DownloadError: if the file cannot be had, is not what its checksum says, or if `$DETLIB_OFFLINE` is
-            set. It names the address and the place to put the file to by hand.
+        DownloadError: if the download fails, the checksum is wrong, or `$DETLIB_OFFLINE` is set. The message
+            has the URL and the path for a manual download.
     """
     if os.path.isfile(path):
         return
-    by_hand = f"You can fetch it by other means and put it to {path}"
+    by_hand = f"You can download it manually to {path}"
     if is_offline():
-        raise DownloadError(f"{url} is not in the cache, and $DETLIB_OFFLINE forbids downloading. {by_hand}.")
+        raise DownloadError(f"{url} is not in the cache, and $DETLIB_OFFLINE disables downloads. {by_hand}.")
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     checksum = checksum or checksum_in_name(os.path.basename(path))
     with _only_process(path):
@@ -103,30 +106,30 @@ def download(
         try:
             _fetch(url, part, headers or {}, timeout, attempts)
             if checksum is not None and (found := checksum.of(part.path)) != checksum.prefix:
-                logger.warning("%s came with the wrong checksum: downloading it again", url)
+                logger.warning("%s has the wrong checksum: downloading it again", url)
                 part.forget()
                 _fetch(url, part, headers or {}, timeout, attempts)
                 if (found := checksum.of(part.path)) != checksum.prefix:
                     part.forget()
                     raise DownloadError(
                         f"its {checksum.algorithm} sum begins with {found} instead of {checksum.prefix}: the "
-                        "server has another file under this name"
+                        "server has a different file under this name"
                     )
         except (OSError, http.client.HTTPException) as e:
-            raise DownloadError(f"{url} cannot be downloaded: {_reason(e)}. {by_hand}.") from e
+            raise DownloadError(f"Could not download {url}: {_reason(e)}. {by_hand}.") from e
         part.finish()
 
 
 def is_offline() -> bool:
-    """Whether `$DETLIB_OFFLINE` forbids to download anything: it is set, and neither empty nor 0."""
+    """Return whether `$DETLIB_OFFLINE` disables downloads: it is set, and neither empty nor 0."""
     return os.environ.get("DETLIB_OFFLINE", "0") not in ("", "0")
 
 
 def is_there(url: str, *, headers: Mapping[str, str] | None = None, timeout: float = 30.0) -> bool:
-    """Whether a server has `url`, without fetching it.
+    """Return whether the server has `url`, without downloading it.
 
     Raises:
-        DownloadError: if the server cannot be asked, or refuses to answer.
+        DownloadError: if the server cannot be reached or returns another error.
     """
     request = _request(url, headers or {})
     request.method = "HEAD"
@@ -136,14 +139,14 @@ def is_there(url: str, *, headers: Mapping[str, str] | None = None, timeout: flo
     except urllib.error.HTTPError as e:
         if e.code in (404, 410):
             return False
-        raise DownloadError(f"{url} cannot be reached: {_reason(e)}") from e
+        raise DownloadError(f"Could not reach {url}: {_reason(e)}") from e
     except (OSError, http.client.HTTPException) as e:
-        raise DownloadError(f"{url} cannot be reached: {_reason(e)}") from e
+        raise DownloadError(f"Could not reach {url}: {_reason(e)}") from e
 
 
 @contextlib.contextmanager
 def _only_process(path: str):
-    """Holds the lock of `path`, so that no other process or thread writes it."""
+    """Context manager that holds the lock of `path`, so that no other process or thread writes it."""
     lock = portalocker.Lock(f"{path}.lock", mode="a", flags=portalocker.LOCK_EX | portalocker.LOCK_NB)
     waited = False
     while True:
@@ -152,7 +155,7 @@ def _only_process(path: str):
             break
         except portalocker.exceptions.LockException:
             if not waited:
-                logger.info("Another process is downloading %s: waiting for it", path)
+                logger.info("Waiting for another process to download %s", path)
             waited = True
             time.sleep(0.2)
     try:
@@ -162,7 +165,7 @@ def _only_process(path: str):
 
 
 class _Part:
-    """The unfinished file, and what tells whether the server's file is still the same."""
+    """The unfinished file, with the ETag or date of the server's file that it is a part of."""
 
     def __init__(self, path: str):
         self.final = path
@@ -173,14 +176,14 @@ class _Part:
         return os.path.getsize(self.path) if os.path.isfile(self.path) else 0
 
     def validator(self) -> str:
-        """The ETag or date of the file that the part is of; "" if it is not known."""
+        """Return the ETag or date of the server's file; "" if unknown."""
         if not os.path.isfile(self._validator_path):
             return ""
         with open(self._validator_path) as f:
             return f.read()
 
     def begin(self, validator: str) -> None:
-        """Starts anew, with a file of this ETag or date."""
+        """Start from the beginning, with a file of this ETag or date."""
         self.forget()
         with open(self._validator_path, "w") as f:
             f.write(validator)
@@ -191,7 +194,7 @@ class _Part:
                 os.remove(path)
 
     def finish(self) -> None:
-        """Puts the whole file in its place."""
+        """Move the finished file to its path."""
         with open(self.path, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(self.path, self.final)
@@ -199,21 +202,21 @@ class _Part:
 
 
 def _fetch(url: str, part: _Part, headers: Mapping[str, str], timeout: float, attempts: int) -> None:
-    """Connects until the part is whole. Only attempts that come no further than the best one are counted."""
+    """Connect until the part is complete. Only attempts without progress count as failures."""
     failures, best = 0, part.size()
     while True:
         try:
             if _receive(url, part, headers, timeout):
                 return
-            error: Exception = DownloadError(f"the connection was cut after {part.size()} bytes")
+            error: Exception = DownloadError(f"the connection was lost after {part.size()} bytes")
         except urllib.error.HTTPError as e:
-            if e.code == 416:  # the part is not a beginning of what the server has
+            if e.code == 416:  # the part does not match the server's file
                 part.forget()
             elif e.code not in _RETRIED_STATUS:
                 raise
             error = e
         except (OSError, http.client.HTTPException) as e:
-            if isinstance(e, DownloadError) or not _is_of_the_network(e):
+            if isinstance(e, DownloadError) or not _is_network_error(e):
                 raise
             error = e
         failures = 0 if part.size() > best else failures + 1
@@ -221,12 +224,12 @@ def _fetch(url: str, part: _Part, headers: Mapping[str, str], timeout: float, at
         if failures >= attempts:
             raise error
         pause = min(_LONGEST_PAUSE, 0.5 * 2**failures)
-        logger.warning("Download of %s: %s; trying again in %.1f s", url, _reason(error), pause)
+        logger.warning("Download of %s: %s; retrying in %.1f s", url, _reason(error), pause)
         time.sleep(pause)
 
 
 def _receive(url: str, part: _Part, headers: Mapping[str, str], timeout: float) -> bool:
-    """Receives as much as one connection gives. Returns whether the part is whole then."""
+    """Receive data until the connection ends, and return whether the part is complete."""
     request = _request(url, headers)
     start, validator = part.size(), part.validator()
     if start and validator:
@@ -236,7 +239,7 @@ def _receive(url: str, part: _Part, headers: Mapping[str, str], timeout: float) 
         _refuse_web_page(response, part.final)
         length = response.headers.get("Content-Length")
         if _continues(response, start):
-            logger.info("Going on with %s after %d bytes", url, start)
+            logger.info("Resuming the download of %s after %d bytes", url, start)
         else:
             start = 0
             etag = response.headers.get("ETag") or ""
@@ -247,7 +250,7 @@ def _receive(url: str, part: _Part, headers: Mapping[str, str], timeout: float) 
         if not start:
             logger.info("Downloading %s to %s", url, part.final)
         with open(part.path, "ab") as f, _progress(part.final, total, start) as advance:
-            # Smaller pieces than one read could give, so that what came before a stall is kept.
+            # read1 returns what has arrived, so that data before a stall are kept.
             while chunk := response.read1(_CHUNK) if hasattr(response, "read1") else response.read(_CHUNK):
                 f.write(chunk)
                 advance(len(chunk))
@@ -255,28 +258,26 @@ def _receive(url: str, part: _Part, headers: Mapping[str, str], timeout: float) 
 
 
 def _request(url: str, headers: Mapping[str, str]) -> urllib.request.Request:
-    # A compressed answer would have another length, and no sensible place to go on from.
+    # A compressed response would have another length, and could not be resumed.
     request = urllib.request.Request(url, headers={"User-Agent": "detlib", "Accept-Encoding": "identity"})
     for name, value in headers.items():
-        request.add_unredirected_header(name, value)  # a token is for this host only
+        request.add_unredirected_header(name, value)  # the token is for this host only
     return request
 
 
 def _continues(response, start: int) -> bool:
-    """Whether the answer holds the file from byte `start` on, instead of all of it."""
+    """Return whether the response contains the file from byte `start` on, instead of the entire file."""
     if getattr(response, "status", None) != 206:
         return False
     if (response.headers.get("Content-Range") or "").startswith(f"bytes {start}-"):
         return True
-    raise DownloadError(
-        f"the server answered with {response.headers.get('Content-Range')!r} to bytes={start}-"
-    )
+    raise DownloadError(f"the server returned {response.headers.get('Content-Range')!r} for bytes={start}-")
 
 
 def _refuse_web_page(response, path: str) -> None:
     kind = response.headers.get_content_type() if response.headers.get("Content-Type") else ""
     if kind == "text/html" and not path.endswith((".html", ".htm")):
-        raise DownloadError("the server answered with a web page, such as a login form")
+        raise DownloadError("the server returned a web page, such as a login form")
 
 
 def _check_space(path: str, total: int | None, start: int) -> None:
@@ -284,13 +285,15 @@ def _check_space(path: str, total: int | None, start: int) -> None:
     free = shutil.disk_usage(folder).free
     if total is not None and total - start > free:
         needed = (total - start) / 1e6
-        raise DownloadError(f"{needed:.0f} MB are needed in {folder} and {free / 1e6:.0f} MB are free")
+        raise DownloadError(f"{folder} needs {needed:.0f} MB of disk space, but {free / 1e6:.0f} MB are free")
 
 
 @contextlib.contextmanager
 def _progress(path: str, total: int | None, start: int):
-    """A progress bar on a terminal, else a line of the log every ten seconds. Yields what takes the number of
-    new bytes."""
+    """Context manager that shows a progress bar on a terminal, and otherwise logs every ten seconds.
+
+    Yields a function that takes the number of new bytes.
+    """
     name = os.path.basename(path)
     if sys.stderr.isatty():
         with tqdm(desc=name, total=total, initial=start, unit="B", unit_scale=True) as bar:
@@ -309,8 +312,8 @@ def _progress(path: str, total: int | None, start: int):
     yield advance
 
 
-def _is_of_the_network(error: Exception) -> bool:
-    """False for errors of the local disk, which trying again does not mend."""
+def _is_network_error(error: Exception) -> bool:
+    """Return False for errors of the local disk, for which a retry does not help."""
     network = (
         urllib.error.URLError,
         http.client.HTTPException,
@@ -323,7 +326,7 @@ def _is_of_the_network(error: Exception) -> bool:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, urllib.error.HTTPError):
-        return f"the server answered {error.code} {error.reason}"
+        return f"the server returned {error.code} {error.reason}"
     if isinstance(error, urllib.error.URLError):
-        return f"there is no connection ({error.reason})"
+        return f"no connection ({error.reason})"
     return str(error) or type(error).__name__

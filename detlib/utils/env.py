@@ -1,4 +1,4 @@
-"""The state of the process: random seeds and the device."""
+"""Random seeds and the device of the process."""
 
 import contextlib
 import logging
@@ -18,18 +18,18 @@ _announced: set[str] = set()
 
 
 def seed_all_rng(seed: int | None = None) -> int:
-    """Seeds Python's, numpy's and torch's generators (torch: all devices).
+    """Seed the generators of Python, numpy and torch (on all devices).
 
     Args:
-        seed: the seed, taken modulo 2**32 where numpy needs it. None or a negative number (``cfg.SEED = -1``)
-            draws a fresh one, which is logged so that the run can be repeated.
+        seed: the seed, modulo 2**32 for numpy. None or a negative number (``cfg.SEED = -1``) draws a random
+            seed, which is logged so that the run can be reproduced.
 
     Returns:
-        The seed in use.
+        The seed.
     """
     if seed is None or seed < 0:
         seed = (int.from_bytes(os.urandom(4), "big") ^ os.getpid() ^ time.time_ns()) % 2**31
-        logger.info("Using the random seed %d, drawn for this run", seed)
+        logger.info("Using the randomly drawn seed %d", seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -39,13 +39,12 @@ def seed_all_rng(seed: int | None = None) -> int:
 
 @contextlib.contextmanager
 def seeded(seed: int | None, *, all_devices: bool = False) -> Iterator[None]:
-    """Within the block, the random numbers of Python, numpy and torch depend on a seed alone; after it they
-    go on as if nothing had been drawn.
+    """Context manager that seeds Python, numpy and torch, and restores their states on exit.
 
     Args:
-        seed: the seed, at least 0. None changes nothing.
-        all_devices: also those that torch draws on other devices than the CPU. Without it these are left
-            alone, as in the workers of data loaders, which must not touch a GPU.
+        seed: the seed, at least 0. None has no effect.
+        all_devices: also seed torch's generators of devices other than the CPU. Data-loader workers, which
+            must not touch a GPU, leave these alone.
     """
     if seed is None:
         yield
@@ -55,7 +54,7 @@ def seeded(seed: int | None, *, all_devices: bool = False) -> Iterator[None]:
     with torch.random.fork_rng(gpus):
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        # torch.manual_seed looks for every sort of device that there might be, which takes time.
+        # torch.manual_seed checks for every type of device, which takes time.
         (torch if all_devices else torch.default_generator).manual_seed(seed % 2**63)
         try:
             yield
@@ -65,38 +64,36 @@ def seeded(seed: int | None, *, all_devices: bool = False) -> Iterator[None]:
 
 
 def resolve_device(name: str | torch.device = "auto") -> torch.device:
-    """Returns the device that a config names; ``"auto"`` is cuda, then mps, then cpu. The choice is logged
-    once.
+    """Return the device that a config names. ``"auto"`` chooses cuda, mps or cpu and logs the choice once.
 
     Args:
-        name: "auto" or anything that ``torch.device`` takes.
+        name: "auto" or anything that ``torch.device`` accepts.
 
     Raises:
-        ValueError: the name is unknown, or the device is not there (what is there is named).
+        ValueError: if the name is unknown or the device is not available; the message has the number of
+            available devices.
     """
     if isinstance(name, str) and name.lower() == "auto":
         if torch.cuda.is_available():
-            device, why = torch.device("cuda"), "a CUDA device is there"
+            device, why = torch.device("cuda"), "CUDA is available"
         elif torch.backends.mps.is_available():
-            device, why = torch.device("mps"), "no CUDA device, but MPS is there"
+            device, why = torch.device("mps"), "CUDA is not available, but MPS is"
         else:
-            device, why = torch.device("cpu"), "neither CUDA nor MPS is there"
+            device, why = torch.device("cpu"), "neither CUDA nor MPS is available"
         if device.type not in _announced:
             _announced.add(device.type)
-            logger.info("MODEL.DEVICE 'auto' is %s: %s", device, why)
+            logger.info("MODEL.DEVICE 'auto' selects %s: %s", device, why)
         return device
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"Device {name!r} is unknown; legal are 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'."
-        ) from error
+        raise ValueError(f"Unknown device {name!r}; use 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'.") from error
     available = torch.cuda.device_count() if device.type == "cuda" else 1
     if device.type == "mps" and not torch.backends.mps.is_available():
         available = 0
     if (device.index or 0) >= available:
         there = f"{available} {device.type} device(s)" if available else f"no {device.type} device"
         raise ValueError(
-            f"Device {str(device)!r} was asked for, but torch sees {there}. Use 'auto' or 'cpu'."
+            f"Device {str(device)!r} was requested, but torch sees {there}. Use 'auto' or 'cpu'."
         )
     return device

@@ -47,33 +47,35 @@ _STORAGE_STACK: list["EventStorage"] = []
 
 
 def get_event_storage() -> "EventStorage":
-    """Returns the innermost storage in use.
+    """Return the innermost active storage.
 
     Raises:
-        RuntimeError: there is none.
+        RuntimeError: if there is no active storage.
     """
     if not _STORAGE_STACK:
         raise RuntimeError(
-            "There is no EventStorage in use. Models in training mode log into one: run them inside "
+            "There is no active EventStorage. Models log to it in training mode: run them inside "
             "'with EventStorage(start_iter) as storage:'."
         )
     return _STORAGE_STACK[-1]
 
 
 def has_event_storage() -> bool:
-    """True inside a ``with EventStorage()`` block."""
+    """Return whether a ``with EventStorage()`` block is active."""
     return bool(_STORAGE_STACK)
 
 
 class ScalarHistory(HistoryBuffer):
-    """fvcore's `HistoryBuffer` in 16 bytes a value: its lists of pairs grow by ten times as much, and a
-    training puts in some thirty scalars at each of its 90000 steps.
+    """The last values of one scalar: fvcore's `HistoryBuffer` in 16 bytes per value.
+
+    The lists of pairs of the base class need ten times as much, and a training run records some thirty
+    scalars in each of its 90000 steps.
     """
 
     def __init__(self, max_length: int = 10000) -> None:
         """
         Args:
-            max_length: how many of the last values are kept at least; at most there are twice as many.
+            max_length: at least this many of the last values are kept, and at most twice as many.
         """
         super().__init__(max_length)
         del self._data
@@ -81,9 +83,9 @@ class ScalarHistory(HistoryBuffer):
         self._iterations = array("q")
 
     def update(self, value: float, iteration: float | None = None) -> None:
-        """Adds a value; without an iteration it belongs to the number of values so far."""
+        """Add a value; `iteration` defaults to the number of values so far."""
         if len(self._values) >= 2 * self._max_length:
-            # Half of it at once, as every removal moves what stays.
+            # Half of them in one go, because every removal moves the rest.
             del self._values[: self._max_length], self._iterations[: self._max_length]
         self._values.append(value)
         self._iterations.append(self._count if iteration is None else int(iteration))
@@ -91,23 +93,23 @@ class ScalarHistory(HistoryBuffer):
         self._global_avg += (value - self._global_avg) / self._count
 
     def latest(self) -> float:
-        """The last value."""
+        """Return the last value."""
         return self._values[-1]
 
     def median(self, window_size: int) -> float:
-        """The median of the last `window_size` values."""
+        """Return the median of the last `window_size` values."""
         return float(np.median(self._values[-window_size:]))
 
     def avg(self, window_size: int) -> float:
-        """The mean of the last `window_size` values."""
+        """Return the mean of the last `window_size` values."""
         return float(np.mean(self._values[-window_size:]))
 
     def values(self) -> list[tuple[float, int]]:
-        """Pairs of value and iteration, oldest first."""
+        """Return pairs of value and iteration, oldest first."""
         return list(zip(self._values, self._iterations))
 
     def count_within(self, window_size: int) -> int:
-        """How many values belong to the `window_size` iterations up to the last value's."""
+        """Return how many values belong to the `window_size` iterations up to that of the last value."""
         first = self._iterations[-1] - window_size
         count = 0
         for iteration in reversed(self._iterations):
@@ -118,15 +120,15 @@ class ScalarHistory(HistoryBuffer):
 
 
 class EventStorage:
-    """Collects scalars (with their history), images and histograms by iteration.
+    """A collection of scalars (with their history), images and histograms by iteration.
 
-    As a context manager it becomes the one that `get_event_storage` returns.
+    As a context manager it becomes the storage that `get_event_storage` returns.
     """
 
     def __init__(self, start_iter: int = 0) -> None:
         """
         Args:
-            start_iter: number of the first iteration, not 0 when a run is resumed.
+            start_iter: the first iteration; nonzero when a run is resumed.
         """
         self._iter = self._start_iter = int(start_iter)
         self._prefix = ""
@@ -147,21 +149,21 @@ class EventStorage:
 
     @property
     def start_iter(self) -> int:
-        """Number of the first iteration."""
+        """The first iteration."""
         return self._start_iter
 
     @property
     def iteration(self) -> int:
-        """The same as `iter`."""
+        """Same as `iter`."""
         return self._iter
 
     def step(self) -> None:
-        """Goes on to the next iteration; to be called after all of this one is put in."""
+        """Advance to the next iteration. Call this after everything of the current one is recorded."""
         self._iter += 1
 
     @contextlib.contextmanager
     def name_scope(self, name: str) -> Iterator[None]:
-        """Puts ``name/`` before all names that are put in inside the block; blocks nest."""
+        """Context manager that prepends ``name/`` to all recorded names; can be nested."""
         outer = self._prefix
         self._prefix = f"{outer}{name.rstrip('/')}/"
         try:
@@ -172,17 +174,17 @@ class EventStorage:
     def put_scalar(
         self, name: str, value: float, smoothing_hint: bool = True, cur_iter: int | None = None
     ) -> None:
-        """Adds a number to the history of `name`.
+        """Add a number to the history of `name`.
 
         Args:
-            name: as "loss_cls" or "rpn/num_pos_anchors".
-            value: a number or a tensor of one element (which waits for its device).
-            smoothing_hint: whether writers should show a median over a window. It must be the same at every
+            name: name of the scalar, such as "loss_cls" or "rpn/num_pos_anchors".
+            value: a number, or a tensor of one element (reading it synchronizes with its device).
+            smoothing_hint: whether writers should show a median over a window. It must be the same in every
                 call.
-            cur_iter: the iteration it belongs to; default the current one.
+            cur_iter: the iteration that the value belongs to; default the current one.
 
         Raises:
-            ValueError: `smoothing_hint` differs from before.
+            ValueError: if `smoothing_hint` differs from an earlier call.
         """
         name = self._prefix + name
         value = float(value)
@@ -190,7 +192,7 @@ class EventStorage:
         known = self._smoothing_hints.setdefault(name, smoothing_hint)
         if known != smoothing_hint:
             raise ValueError(
-                f"Scalar {name!r} was put with smoothing_hint={known} before, now {smoothing_hint}."
+                f"Scalar {name!r} was recorded with smoothing_hint={known} before, now {smoothing_hint}."
             )
         self._history[name].update(value, cur_iter)
         self._latest[name] = (value, cur_iter)
@@ -198,28 +200,31 @@ class EventStorage:
     def put_scalars(
         self, *, smoothing_hint: bool = True, cur_iter: int | None = None, **kwargs: float
     ) -> None:
-        """Adds several numbers: ``put_scalars(loss_cls=1.0, loss_box_reg=2.0)``."""
+        """Add multiple numbers: ``put_scalars(loss_cls=1.0, loss_box_reg=2.0)``."""
         for name, value in kwargs.items():
             self.put_scalar(name, value, smoothing_hint=smoothing_hint, cur_iter=cur_iter)
 
     def put_image(self, img_name: str, img_tensor: Any) -> None:
-        """Adds a picture for the writers that show pictures. Of those not yet written the last 64 are kept.
+        """Add an image for the writers that show images. At most the last 64 unwritten images are kept.
 
         Args:
-            img_name: its name.
-            img_tensor: tensor or array (C, H, W), uint8 in 0..255 or float in 0..1, RGB.
+            img_name: name of the image.
+            img_tensor: (C, H, W) RGB tensor or array, uint8 in [0, 255] or float in [0, 1].
         """
         self._images.append((self._prefix + img_name, img_tensor, self._iter))
         del self._images[:-_MAX_WAITING]
 
     def put_histogram(self, hist_name: str, hist_tensor: torch.Tensor, bins: int = 1000) -> None:
-        """Adds the distribution of the values of a tensor of any shape, in `bins` equal bins.
+        """Add the histogram of a tensor of any shape, with `bins` bins of equal width.
 
-        Of the histograms not yet written the last 64 are kept.
+        At most the last 64 unwritten histograms are kept.
+
+        Raises:
+            ValueError: if the tensor is empty.
         """
         values = hist_tensor.detach().float().flatten().cpu()
         if values.numel() == 0:
-            raise ValueError(f"Histogram {hist_name!r} got a tensor without elements.")
+            raise ValueError(f"Histogram {hist_name!r} got an empty tensor.")
         low, high = values.min().item(), values.max().item()
         counts = torch.histc(values, bins=bins)
         edges = torch.linspace(low, high, steps=bins + 1)
@@ -239,31 +244,31 @@ class EventStorage:
         del self._histograms[:-_MAX_WAITING]
 
     def history(self, name: str) -> HistoryBuffer:
-        """Returns the history of a scalar.
+        """Return the history of a scalar.
 
         Raises:
-            KeyError: nothing was put under that name.
+            KeyError: if no scalar of that name was recorded.
         """
         if name not in self._history:
             raise KeyError(
-                f"No scalar {name!r} was put into this EventStorage. There are: {sorted(self._history)}"
+                f"No scalar {name!r} was recorded in this EventStorage. Available: {sorted(self._history)}"
             )
         return self._history[name]
 
     def histories(self) -> dict[str, HistoryBuffer]:
-        """Returns all histories by name."""
+        """Return all histories by name."""
         return self._history
 
     def latest(self) -> dict[str, tuple[float, int]]:
-        """Returns for each scalar its last value and the iteration of it."""
+        """Return the last value of each scalar, and its iteration."""
         return self._latest
 
     def smoothing_hints(self) -> dict[str, bool]:
-        """Returns for each scalar whether it should be smoothed."""
+        """Return for each scalar whether it should be smoothed."""
         return self._smoothing_hints
 
     def latest_with_smoothing_hint(self, window_size: int = 20) -> dict[str, tuple[float, int]]:
-        """As `latest`, with the median over the last `window_size` iterations where smoothing is wanted."""
+        """Return `latest`, with medians over the last `window_size` iterations for scalars to be smoothed."""
         return {
             name: (
                 self._history[name].median(self.count_samples(name, window_size))
@@ -275,15 +280,15 @@ class EventStorage:
         }
 
     def count_samples(self, name: str, window_size: int = 20) -> int:
-        """Returns how many values of `name` belong to the `window_size` iterations up to its last one."""
+        """Return how many values of `name` belong to the `window_size` iterations up to its last one."""
         return self.history(name).count_within(window_size)
 
     def clear_images(self) -> None:
-        """Forgets the pictures; a writer calls it once they are written."""
+        """Drop the images; a writer calls this after writing them."""
         self._images = []
 
     def clear_histograms(self) -> None:
-        """Forgets the histograms; a writer calls it once they are written."""
+        """Drop the histograms; a writer calls this after writing them."""
         self._histograms = []
 
     def __enter__(self) -> "EventStorage":
@@ -292,50 +297,50 @@ class EventStorage:
 
     def __exit__(self, exc_type, exc_value, traceback) -> None:
         top = _STORAGE_STACK.pop()
-        assert top is self, "EventStorage blocks were left in another order than they were entered"
+        assert top is self, "EventStorage blocks must be exited in the reverse order of their entry"
 
 
 class EventWriter:
-    """Base of the writers, which read the storage in use and put it out."""
+    """Base class of the writers, which report the contents of the active storage."""
 
     def write(self) -> None:
-        """Puts out what is new in `get_event_storage()`."""
+        """Write what is new in `get_event_storage()`."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Finishes the output; nothing is written after it."""
+        """Finish the output; nothing is written afterwards."""
 
     def start(self) -> None:
-        """Called before the first step of the training, with the storage in use."""
+        """Prepare for writing. Called before the first training step, with an active storage."""
 
     def step(self) -> None:
-        """Called after every step of the training, for what is shown between two calls of `write`."""
+        """Update displays between two calls of `write`. Called after every training step."""
 
     def finish(self) -> None:
-        """Called at the end of a training, well or badly ended: a last `write`, and `close`."""
+        """Write a last time and close. Called at the end of training, even after an error."""
         try:
-            # Hooks such as the evaluation have put in more since the last step.
+            # Hooks such as the evaluation have recorded more since the last step.
             self.write()
         finally:
             self.close()
 
 
 class NewScalars:
-    """Takes from the storage what was put in since the last time, as one record for each iteration."""
+    """The scalars that were recorded since the last call of `take`, as one record per iteration."""
 
     def __init__(self, window_size: int) -> None:
         """
         Args:
-            window_size: iterations of the median, for scalars with `smoothing_hint`.
+            window_size: number of iterations of the median, for scalars with `smoothing_hint`.
         """
         self._window_size = window_size
         self._last_iteration = -1
 
     def take(self, storage: EventStorage | None = None) -> list[dict[str, float]]:
-        """Returns dicts with "iteration" and the scalars of that iteration, by rising iteration.
+        """Return one dict per iteration, in ascending order, with "iteration" and its scalars.
 
         Args:
-            storage: default the one in use.
+            storage: the storage to read; default the active one.
         """
         storage = get_event_storage() if storage is None else storage
         by_iteration: defaultdict[int, dict[str, float]] = defaultdict(dict)
@@ -348,36 +353,36 @@ class NewScalars:
 
 
 class CommonMetricPrinter(EventWriter):
-    """Logs one line: iterations done, time left, losses, times, learning rate and memory.
+    """A writer that logs one line: iterations, remaining time, losses, times, learning rate and memory.
 
     ::
 
         iter: 40/480  eta: 0:16:52  total_loss: 1.93  loss_cls: 0.71  ...  time: 2.2951  last_time: 2.3107
         data_time: 0.0083  last_data_time: 0.0079  lr: 0.0078  max_mem: 1893M
 
-    Scalars other than these are for the other writers.
+    It does not log other scalars.
 
-    On a terminal a short form of it is rewritten in place while training goes on, and the full lines go to
-    the other handlers of the logger only, such as the log file.
+    On a terminal, a short form of the line is rewritten in-place during training, and the full lines go only
+    to the logger's other handlers, such as the log file.
     """
 
     def __init__(self, max_iter: int | None = None, window_size: int = 20, live: bool | None = None) -> None:
         """
         Args:
-            max_iter: number of iterations in all; without it no time left is shown.
-            window_size: iterations over which losses (median) and times (mean) are taken.
-            live: whether to rewrite one line in place; None does so where stdout is a terminal.
+            max_iter: total number of iterations; None shows no remaining time.
+            window_size: number of iterations for the median of losses and the mean of times.
+            live: whether to rewrite one line in-place; None does so if stdout is a terminal.
         """
         self.logger = logger
         self._max_iter = max_iter
         self._window_size = window_size
-        self._last_write: tuple[int, float] | None = None  # iteration and clock of the write before
+        self._last_write: tuple[int, float] | None = None  # iteration and time of the last write
         self._live = live
         self._line = LiveLine()
         self._next_drawing = 0.0
 
     def step(self) -> None:
-        """Draws the live line, if there is one and it was not drawn a moment ago."""
+        """Draw the live line, if there is one and it was not drawn a moment ago."""
         now = time.perf_counter()
         if now < self._next_drawing:
             return
@@ -392,17 +397,17 @@ class CommonMetricPrinter(EventWriter):
     def write(self) -> None:
         storage = get_event_storage()
         if self._max_iter is not None and storage.iter == self._max_iter:
-            return  # hooks after the last iteration write once more: nothing is new
+            return  # hooks write once more after the last iteration: nothing is new
         latest = storage.latest().values()
         if latest and all(iteration < storage.start_iter for _, iteration in latest):
-            return  # results of an evaluation that is made up before the first step
+            return  # results of a missed evaluation that is re-run on resume
         times = []
         for name in ("time", "data_time"):
             if name in storage.histories():
                 history = storage.history(name)
                 mean = history.avg(storage.count_samples(name, self._window_size))
                 times += [f"{name}: {mean:.4f}", f"last_{name}: {history.latest():.4f}"]
-        # The losses of TEST.VAL_LOSS are logged when they are taken, by the names "val/...".
+        # The losses of TEST.VAL_LOSS, named "val/...", are logged when they are computed.
         losses = [
             f"{name}: {history.median(storage.count_samples(name, self._window_size)):.4g}"
             for name, history in storage.histories().items()
@@ -410,20 +415,20 @@ class CommonMetricPrinter(EventWriter):
         ]
         eta = self._eta(storage)
         parts = [self._done(storage), eta, *losses, *times, _learning_rate(storage), peak_memory()]
-        # Terminals with a live line leave these out.
+        # Handlers of terminals with a live line drop these records.
         self.logger.info("  ".join(part for part in parts if part), extra={"is_progress": True})
 
     def close(self) -> None:
         self._line.close()
 
     def finish(self) -> None:
-        self.close()  # the last step's line is written
+        self.close()  # the line of the last step is already written
 
     def _done(self, storage: EventStorage) -> str:
         return f"iter: {storage.iter + 1}" + ("" if self._max_iter is None else f"/{self._max_iter}")
 
     def _short(self, storage: EventStorage) -> str:
-        """What fits into one line of a terminal, the important first."""
+        """Return the line for a terminal, most important parts first."""
         histories = storage.histories()
         seconds = self._seconds_left(storage, None)
         parts = [self._done(storage), "" if seconds is None else f"eta: {_clock(seconds)}"]
@@ -435,7 +440,7 @@ class CommonMetricPrinter(EventWriter):
         return "  ".join(part for part in [*parts, peak_memory()] if part)
 
     def _eta(self, storage: EventStorage) -> str:
-        """Time left as "eta: h:mm:ss", "" if unknown; also put in as the scalar "eta_seconds"."""
+        """Return the remaining time as "eta: h:mm:ss" and record it as "eta_seconds"; "" if unknown."""
         before, self._last_write = self._last_write, (storage.iter, time.perf_counter())
         seconds = self._seconds_left(storage, before)
         if seconds is None:
@@ -449,7 +454,7 @@ class CommonMetricPrinter(EventWriter):
             return None
         left = max(self._max_iter - storage.iter - 1, 0)
         if "time" in storage.histories():
-            # The median: one slow iteration (an evaluation, a checkpoint) shall not count.
+            # The median, so that single slow iterations (evaluation, checkpoint) do not count.
             return storage.history("time").median(1000) * left
         if before is not None and storage.iter > before[0]:
             return (time.perf_counter() - before[1]) / (storage.iter - before[0]) * left
@@ -466,22 +471,22 @@ def _clock(seconds: float) -> str:
 
 
 class JSONWriter(EventWriter):
-    """Appends scalars to a file with one JSON object per line and iteration.
+    """A writer that appends scalars to a file with one JSON object per line and iteration.
 
     Each line has "iteration" and the scalars of that iteration, sorted by name::
 
         {"data_time": 0.008, "iteration": 19, "loss_cls": 0.71, "lr": 0.0004, "total_loss": 1.93}
 
-    A run that goes on at iteration n drops the lines of the iterations from n on, which it does again, and
-    keeps those before. The results of an evaluation that it makes up go into the line of that iteration, if
-    there is one. A run that starts at 0 gives the file of an earlier one another name, ``metrics.1.json``.
+    A run that resumes at iteration n drops the lines of iterations n and later, which it repeats, and keeps
+    the earlier ones. Results of a missed evaluation that it re-runs are added to the line of that iteration,
+    if there is one. A run that starts at 0 renames the file of an earlier run to ``metrics.1.json``.
     """
 
     def __init__(self, json_file: str, window_size: int = 20) -> None:
         """
         Args:
-            json_file: the file; its directory is made.
-            window_size: iterations of the median, for scalars with `smoothing_hint`.
+            json_file: path of the file; its directory is created.
+            window_size: number of iterations of the median, for scalars with `smoothing_hint`.
         """
         PathManager.mkdirs(os.path.dirname(json_file) or ".")
         self._path = json_file
@@ -498,7 +503,7 @@ class JSONWriter(EventWriter):
         for record in records:
             self._file_handle.write(json_line(record))
         self._file_handle.flush()
-        with contextlib.suppress(AttributeError, OSError):  # remote files have no descriptor
+        with contextlib.suppress(AttributeError, OSError):  # remote files have no file descriptor
             os.fsync(self._file_handle.fileno())
 
     def close(self) -> None:
@@ -507,17 +512,17 @@ class JSONWriter(EventWriter):
 
 
 class TensorboardXWriter(EventWriter):
-    """Writes scalars, pictures and histograms for TensorBoard.
+    """A writer of scalars, images and histograms for TensorBoard.
 
-    What a run before has written of the iterations that are done again is hidden. What an evaluation that is
-    made up gives may be there twice: the former points could only be hidden with the losses of that step.
+    A resumed run hides what an earlier run wrote for iterations that it repeats. Results of a missed
+    evaluation that is re-run may appear twice: hiding the old points would also hide the losses of that step.
     """
 
     def __init__(self, log_dir: str, window_size: int = 20, **kwargs: Any) -> None:
         """
         Args:
-            log_dir: where the event files go.
-            window_size: iterations of the median, for scalars with `smoothing_hint`.
+            log_dir: folder of the event files.
+            window_size: number of iterations of the median, for scalars with `smoothing_hint`.
             kwargs: further arguments of ``torch.utils.tensorboard.SummaryWriter``.
         """
         self._writer_args = {"log_dir": log_dir, **kwargs}
@@ -526,7 +531,7 @@ class TensorboardXWriter(EventWriter):
 
     @cached_property
     def _writer(self) -> Any:
-        # Slow to import, and no file before the first write.
+        # Imported here because it is slow, and created here so that there is no file before the first write.
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer_args.setdefault("purge_step", self._purge_step)
@@ -537,7 +542,7 @@ class TensorboardXWriter(EventWriter):
         storage = get_event_storage()
         records = self._new.take(storage)
         start_iter = storage.start_iter
-        # The results of a last evaluation bear the number `start_iter`, and stay unless that comes again.
+        # The last evaluation of the earlier run has iteration `start_iter`; it stays unless that is repeated.
         again = start_iter == 0 or any(record["iteration"] == start_iter for record in records)
         self._purge_step = start_iter if again else start_iter + 1
         for record in records:
@@ -559,9 +564,9 @@ class TensorboardXWriter(EventWriter):
 def _wait_for_a_later_name(log_dir: str) -> None:
     """Wait until a new event file comes after those in `log_dir`, for up to a second.
 
-    TensorBoard reads the files in the order of their names, which hold the time to the second; within one,
-    the numbers of process and writer decide as text, where 10 comes before 9. What the earlier writer wrote
-    would hide the later.
+    TensorBoard reads the files in the order of their names, which contain the time in seconds. Within a
+    second, the ids of process and writer are compared as text, where 10 comes before 9, and the earlier
+    writer's data would hide the later writer's.
     """
     while glob.glob(os.path.join(glob.escape(log_dir), f"events.out.tfevents.{int(time.time()):010d}.*")):
         time.sleep(0.01)

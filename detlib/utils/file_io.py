@@ -1,8 +1,9 @@
-"""Files by path or address: detlib's own iopath `PathManager`.
+"""Files by path or URL: detlib's own instance of iopath's `PathManager`.
 
-Local paths work as with `open`. ``http://``, ``https://``, ``ftp://`` and ``hf://owner/repo[@revision]/file``
-addresses are downloaded once into the cache directory, see `cache_dir`. ``s3://``, ``gs://``, ``az://`` and
-other object stores are read and written through fsspec (``pip install "detlib[cloud]"``).
+Local paths work as with `open`. Files at ``http://``, ``https://``, ``ftp://`` and
+``hf://owner/repo[@revision]/file`` URLs are downloaded once into the cache directory, see `cache_dir`.
+``s3://``, ``gs://``, ``az://`` and other object stores are read and written through fsspec
+(``pip install "detlib[cloud]"``).
 
     with PathManager.open(path, "rb") as f: ...
     local_file = PathManager.get_local_path("https://host/file.pkl")
@@ -32,12 +33,12 @@ __all__ = [
     "safe_name",
 ]
 
-# Files of this host lie in the cache without its name, where detectron2 looks for them too.
+# The cache omits the name of this host, so that detectron2 finds the files too.
 _ZOO_HOST = "dl.fbaipublicfiles.com"
 
 
 def cache_dir() -> str:
-    """Where downloads go: ``$DETLIB_CACHE``, else ``$FVCORE_CACHE``, else ``~/.torch/iopath_cache``."""
+    """Return the folder of downloads: ``$DETLIB_CACHE``, ``$FVCORE_CACHE`` or ``~/.torch/iopath_cache``."""
     for name in ("DETLIB_CACHE", "FVCORE_CACHE"):
         if os.environ.get(name):
             return os.path.expanduser(os.environ[name])
@@ -45,34 +46,34 @@ def cache_dir() -> str:
 
 
 def safe_name(dataset: str) -> str:
-    """The name or address of a data set as the name of a file or folder."""
+    """Return the name or URI of a dataset as a legal name of a file or folder."""
     return re.sub(r"[^\w.-]+", "_", dataset)
 
 
 def is_remote(path: str) -> bool:
-    """Whether `path` is an address instead of a path of this machine."""
+    """Return whether `path` is a URL instead of a local path."""
     return "://" in path
 
 
 class CachedURLHandler(PathHandler):
-    """Downloads each address once, see `detlib.utils.download.download`."""
+    """A path handler that downloads each URL once, see `detlib.utils.download.download`."""
 
     def _get_supported_prefixes(self) -> list[str]:
         return ["http://", "https://", "ftp://"]
 
     def url(self, path: str) -> str:
-        """The address to ask for what `path` means."""
+        """Return the URL to download for `path`."""
         return path
 
     def headers(self) -> dict[str, str]:
-        """What to send with each request."""
+        """Return the headers of each request."""
         return {}
 
     def cached_path(self, path: str, folder: str | None = None) -> str:
-        """Where the file of an address lies in the cache, whether it is there or not."""
+        """Return the path of the file in the cache, whether it exists or not."""
         parts = urlsplit(self.url(path))
         names = [name for name in parts.path.split("/") if name not in ("", ".", "..")] or ["index"]
-        if parts.query:  # the same path with another query is another file
+        if parts.query:  # another query means another file
             stem, ending = os.path.splitext(names[-1])
             names[-1] = f"{stem}-{hashlib.sha256(parts.query.encode()).hexdigest()[:12]}{ending}"
         host = [] if parts.hostname == _ZOO_HOST else [parts.netloc.rpartition("@")[2].replace(":", "_")]
@@ -87,7 +88,7 @@ class CachedURLHandler(PathHandler):
 
     def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> IO:
         if set(mode) - set("rbt"):
-            raise ValueError(f"{path} can only be read, not opened with the mode {mode!r}")
+            raise ValueError(f"{path} is read-only and cannot be opened with mode {mode!r}")
         return open(self._get_local_path(path), mode, buffering, **kwargs)
 
     def _exists(self, path: str, **_: Any) -> bool:
@@ -97,8 +98,11 @@ class CachedURLHandler(PathHandler):
 
 
 class HuggingFaceHandler(CachedURLHandler):
-    """``hf://owner/repo/path/of/file`` on the Hugging Face hub; ``hf://owner/repo@revision/file`` of a
-    branch, tag or commit. `$HF_TOKEN` opens private repositories, `$HF_ENDPOINT` names another hub."""
+    """A path handler of ``hf://owner/repo/path/of/file``, a file of the Hugging Face hub.
+
+    ``hf://owner/repo@revision/file`` is the file of a branch, tag or commit. `$HF_TOKEN` gives access to
+    private repositories, and `$HF_ENDPOINT` is the URL of another hub.
+    """
 
     def _get_supported_prefixes(self) -> list[str]:
         return ["hf://"]
@@ -108,7 +112,7 @@ class HuggingFaceHandler(CachedURLHandler):
         return {"Authorization": f"Bearer {token}"} if token else {}
 
     def url(self, path: str) -> str:
-        """The https address of an ``hf://`` one.
+        """Return the https URL of an ``hf://`` URL.
 
         Raises:
             ValueError: if owner, repository or file is missing.
@@ -118,13 +122,14 @@ class HuggingFaceHandler(CachedURLHandler):
         repo, _, revision = repo.partition("@")
         if not (owner and repo and file):
             raise ValueError(
-                f"{path!r} is not of the form hf://owner/repo/file or hf://owner/repo@revision/file"
+                f"{path!r} does not have the form hf://owner/repo/file or hf://owner/repo@revision/file"
             )
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
         return f"{endpoint}/{owner}/{repo}/resolve/{revision or 'main'}/{file}"
 
 
-# An instance of its own: handlers that users add here do not leak into other libraries, nor theirs in here.
+# A separate instance, so that handlers that users register here do not affect other libraries, and vice
+# versa.
 PathManager = PathManagerBase()
 PathManager.register_handler(CachedURLHandler())
 PathManager.register_handler(HuggingFaceHandler())

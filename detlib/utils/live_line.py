@@ -1,4 +1,4 @@
-"""One line at the bottom of a terminal that is rewritten in place, while log lines go on above it."""
+"""A status line at the bottom of the terminal that is rewritten in-place, below the log lines."""
 
 import contextlib
 import os
@@ -15,52 +15,52 @@ _shown: list["LiveLine"] = []
 
 
 class LiveLine:
-    """The line. There is one at a time: showing another takes its place."""
+    """The status line. There is only one at a time: showing another one replaces it."""
 
     def __init__(self) -> None:
         self._text = ""
 
     @staticmethod
     def is_possible() -> bool:
-        """Whether sys.stdout is a terminal that can erase a line."""
+        """Return whether sys.stdout is a terminal that can erase a line."""
         is_terminal = getattr(sys.stdout, "isatty", lambda: False)()
         return bool(is_terminal) and os.environ.get("TERM", "") != "dumb"
 
     def show(self, text: str) -> None:
-        """Writes `text` in place of what the line says, cut to the width of the terminal."""
+        """Replace the text of the line by `text`, truncated to the width of the terminal."""
         with _lock:
             self._text = text
             _shown[:] = [self]
             self._draw()
 
     def close(self) -> None:
-        """Erases the line."""
+        """Erase the line."""
         with _lock:
             if _shown == [self]:
                 _shown.clear()
                 _put(_ERASE)
 
     def _draw(self) -> None:
-        width = shutil.get_terminal_size().columns - 1  # the last column would wrap
-        # Back at its start the cursor lets a stray print overwrite the line instead of going on behind it.
+        width = shutil.get_terminal_size().columns - 1  # the last column would wrap the line
+        # With the cursor at its start, a stray print overwrites the line instead of appending to it.
         _put(f"{_ERASE}{self._text[:width]}\r")
 
 
 def _put(text: str) -> None:
-    # A terminal that was closed is no reason to end a training.
+    # A closed terminal must not end the training run.
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.write(text)
         sys.stdout.flush()
 
 
 def is_shown() -> bool:
-    """Whether there is a line at the moment."""
+    """Return whether a line is shown."""
     return bool(_shown)
 
 
 @contextlib.contextmanager
 def hidden() -> Iterator[None]:
-    """Erases the line inside the ``with``, in which other output is written, and draws it again after it."""
+    """Context manager that erases the line, for other output to be written, and redraws it on exit."""
     with _lock:
         line = _shown[0] if _shown else None
         if line is not None:

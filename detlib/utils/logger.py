@@ -1,4 +1,4 @@
-"""Loggers with colour and one file per process, rate-limited messages, and small tables."""
+"""Loggers with colors and one file per process, rate-limited messages, and small tables."""
 
 import functools
 import logging
@@ -21,7 +21,7 @@ _GREEN, _RESET = "\033[32m", "\033[0m"
 
 
 class _Formatter(logging.Formatter):
-    """Shortens the root name of the logger, and colours the prefix when asked to."""
+    """A formatter that abbreviates the root name of the logger and optionally colors the prefix."""
 
     def __init__(self, root_name: str, abbrev_name: str, color: bool) -> None:
         prefix = f"{_GREEN}[%(asctime)s %(name)s]{_RESET}: " if color else ""
@@ -31,7 +31,7 @@ class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         name = record.name
         if self._abbrev != self._root and (name == self._root or name.startswith(self._root + ".")):
-            # Other handlers see the same record: change a copy.
+            # Change a copy, because other handlers get the same record.
             record = logging.makeLogRecord(record.__dict__)
             record.name = (self._abbrev + name[len(self._root) :]).lstrip(".")
         text = super().format(record)
@@ -41,7 +41,7 @@ class _Formatter(logging.Formatter):
 
 @functools.cache
 def _open_log_file(filename: str) -> IO[str]:
-    """One stream per file, shared by all loggers that write to it, flushed at every line."""
+    """Open a line-buffered log file, once for all loggers that write to it."""
     return PathManager.open(filename, "a", buffering=1)
 
 
@@ -64,18 +64,19 @@ def setup_logger(
     enable_propagation: bool = False,
     configure_stdout: bool = True,
 ) -> logging.Logger:
-    """Lets the logger `name` and all below it write to the terminal and to a file. Calling it again adds
-    nothing twice.
+    """Make the logger `name` and its children write to the terminal and to a file.
+
+    Repeated calls do not add handlers twice.
 
     Args:
-        output: a file (ends in .txt or .log) or a directory, in which ``log.txt`` is written; None: no file.
+        output: a file (ending in .txt or .log), or a directory for the file ``log.txt``; None for no file.
             A process of rank r > 0 writes to a file with ``.rank{r}`` appended.
         distributed_rank: rank of this process; only rank 0 writes to the terminal.
-        color: colours on a terminal (never into a file or a pipe, nor when $NO_COLOR is set).
-        name: root of the loggers concerned.
-        abbrev_name: what to print in place of `name`; "" drops it. Default: `name`.
-        enable_propagation: also hand the messages to the root logger.
-        configure_stdout: write to the terminal at all.
+        color: use colors on a terminal (never in a file or pipe, nor if $NO_COLOR is set).
+        name: name of the logger.
+        abbrev_name: abbreviation of `name` to print; "" prints none. Default: `name`.
+        enable_propagation: also pass messages to the root logger.
+        configure_stdout: write to the terminal.
 
     Returns:
         The logger `name`.
@@ -104,13 +105,13 @@ def setup_logger(
 
 
 class _StdoutHandler(logging.StreamHandler):
-    """Writes to whatever sys.stdout is at the time (notebooks and tests replace it), above a live line."""
+    """A handler that writes to the current sys.stdout (notebooks and tests replace it), above a live line."""
 
     def __init__(self) -> None:
         super().__init__(sys.stdout)
 
     def emit(self, record: logging.LogRecord) -> None:
-        # What a live line says already (see CommonMetricPrinter) is for the files only.
+        # Progress that a live line shows (see CommonMetricPrinter) goes to the files only.
         if not (live_line.is_shown() and getattr(record, "is_progress", False)):
             with live_line.hidden():
                 super().emit(record)
@@ -121,7 +122,7 @@ class _StdoutHandler(logging.StreamHandler):
 
     @stream.setter
     def stream(self, value: IO[str]) -> None:
-        pass  # set by the base class; the property decides
+        pass  # the base class sets the stream, which the property overrides
 
 
 _THIS_FILE = os.path.normcase(__file__)
@@ -130,7 +131,7 @@ _last_time: dict[Any, float] = {}
 
 
 def _caller() -> tuple[str, tuple[str, int, str]]:
-    """The module name of the nearest frame outside this file, and a key for the calling line."""
+    """Return the module name of the nearest frame outside this file, and a key of the calling line."""
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
@@ -142,51 +143,51 @@ def _caller() -> tuple[str, tuple[str, int, str]]:
                 code.co_name,
             )
         frame = frame.f_back
-    raise AssertionError("a call has a caller")
+    raise AssertionError("every call has a caller")
 
 
 def log_first_n(
     lvl: int, msg: str, n: int = 1, *, name: str | None = None, key: str | tuple[str, ...] = "caller"
 ) -> None:
-    """Logs only the first `n` times.
+    """Log only the first `n` times.
 
     Args:
         lvl: a level of `logging`.
         msg: the message.
-        n: how often it may appear.
-        name: the logger; default: that of the caller's module.
-        key: what counts as the same: "caller" (the calling line), "message" (the text), or a tuple of both.
+        n: how often the message may appear.
+        name: name of the logger; default: the caller's module.
+        key: what identifies a message: "caller" (the calling line), "message" (the text), or a tuple of both.
     """
     keys = (key,) if isinstance(key, str) else tuple(key)
     if not keys or not set(keys) <= {"caller", "message"}:
-        raise ValueError(f"key is {key!r}; legal are 'caller', 'message' and a tuple of both.")
-    module, place = _caller()
-    counted = ((place if "caller" in keys else None), (msg if "message" in keys else None))
+        raise ValueError(f"key must be 'caller', 'message' or a tuple of both, got {key!r}.")
+    module, line = _caller()
+    counted = ((line if "caller" in keys else None), (msg if "message" in keys else None))
     _counts[counted] += 1
     if _counts[counted] <= n:
         logging.getLogger(name or module).log(lvl, msg)
 
 
 def log_every_n(lvl: int, msg: str, n: int = 1, *, name: str | None = None) -> None:
-    """Logs the first and then every `n`-th time the calling line comes by; arguments as `log_first_n`."""
-    module, place = _caller()
-    counted = ("every", place)
+    """Log the first and then every `n`-th call from a line; see `log_first_n` for the arguments."""
+    module, line = _caller()
+    counted = ("every", line)
     _counts[counted] += 1
     if n == 1 or _counts[counted] % n == 1:
         logging.getLogger(name or module).log(lvl, msg)
 
 
 def log_every_n_seconds(lvl: int, msg: str, n: float = 1, *, name: str | None = None) -> None:
-    """Logs at most once in `n` seconds for the calling line; arguments as `log_first_n`."""
-    module, place = _caller()
+    """Log at most once in `n` seconds per calling line; see `log_first_n` for the arguments."""
+    module, line = _caller()
     now = time.monotonic()
-    if place not in _last_time or now - _last_time[place] >= n:
+    if line not in _last_time or now - _last_time[line] >= n:
         logging.getLogger(name or module).log(lvl, msg)
-        _last_time[place] = now
+        _last_time[line] = now
 
 
 def create_small_table(small_dict: Mapping[str, Any]) -> str:
-    """Returns a Markdown table of one row with the keys as header and 3 decimals, for a few numbers."""
+    """Return a Markdown table of one row, with the keys as header and numbers with 3 decimals."""
     from tabulate import tabulate
 
     keys, values = tuple(small_dict.keys()), tuple(small_dict.values())

@@ -1,4 +1,4 @@
-"""Metrics files that an earlier run left in the output folder: what to keep, change and set aside."""
+"""Metrics files that an earlier run left in the output folder: rows to keep and change, files to rename."""
 
 import json
 import logging
@@ -15,14 +15,14 @@ logger = logging.getLogger(__name__)
 
 
 def _is_done_again(row: Mapping[str, Any], start_iter: int, coming: Collection[int]) -> bool:
-    """Whether a run that goes on at an iteration measures anew what a row says.
+    """Return whether a resumed run measures the contents of a row again.
 
-    The results of a last evaluation bear the number of steps done, which is where the next run begins; such
-    a row has no learning rate, as no step was made, and stays.
+    The results of the last evaluation have the number of finished steps as iteration, which is where the
+    resumed run begins. Such a row has no learning rate, because no step was made, and is kept.
 
     Args:
         row: "iteration" and scalars.
-        start_iter: the first iteration of the run that goes on.
+        start_iter: the first iteration of the resumed run.
         coming: iterations of the rows that will be written next.
     """
     iteration = int(row["iteration"])
@@ -34,18 +34,18 @@ def _is_done_again(row: Mapping[str, Any], start_iter: int, coming: Collection[i
 def carry_over(
     row: Mapping[str, Any], coming: dict[int, dict[str, Any]], start_iter: int
 ) -> Mapping[str, Any] | None:
-    """What becomes of a row when a run goes on at an iteration: it goes, it stays, or it gets results.
+    """Return what a resumed run makes of a row: drop it, keep it, or add results to it.
 
-    An evaluation that was cut off is made up for the step before the first. That step's losses may have been
-    written, and results too if the run was killed just then: what is measured now counts.
+    An interrupted evaluation is re-run for the step before the first. The losses of that step may have been
+    written, and results too if the run was killed just then: the new results replace them.
 
     Args:
         row: "iteration" and scalars.
-        coming: the rows that will be written next, by iteration. One that is put into `row` is taken out.
-        start_iter: the first iteration of the run that goes on.
+        coming: the rows that will be written next, by iteration. A row that is merged into `row` is removed.
+        start_iter: the first iteration of the resumed run.
 
     Returns:
-        The row as it is to stand, `row` itself if nothing changes; None if it is done again.
+        The new row, `row` itself if nothing changes, or None if the iteration is repeated.
     """
     if _is_done_again(row, start_iter, coming):
         return None
@@ -54,11 +54,11 @@ def carry_over(
 
 
 def set_aside(path: str, has_rows: Callable[[str], bool]) -> None:
-    """Gives another name to the file of a run that does not go on: ``metrics.json`` to ``metrics.1.json``.
+    """Rename the metrics file of an earlier run: ``metrics.json`` to ``metrics.1.json``.
 
     Args:
-        path: the file, which need not be there. At an address other than a path it stays.
-        has_rows: gets its path and says whether it is worth keeping.
+        path: the file, which need not exist. Remote files are not renamed.
+        has_rows: returns for the path whether the file is worth keeping.
     """
     if is_remote(path) or not os.path.isfile(path) or not has_rows(path):
         return
@@ -68,7 +68,7 @@ def set_aside(path: str, has_rows: Callable[[str], bool]) -> None:
         number += 1
     aside = f"{stem}.{number}{suffix}"
     os.rename(path, aside)
-    logger.info("The metrics of an earlier training in %s are now in %s", path, os.path.basename(aside))
+    logger.info("Renamed the metrics of an earlier run from %s to %s", path, os.path.basename(aside))
 
 
 def open_json_file(
@@ -101,7 +101,7 @@ def json_line(record: Mapping[str, Any]) -> str:
 
 
 def _parse_json(line: str) -> dict[str, Any] | None:
-    """The record of a line, None for what is none, such as a line that was cut short."""
+    """Return the record of a line, or None if the line is not a record, such as a truncated line."""
     try:
         record = json.loads(line)
     except ValueError:
@@ -115,7 +115,7 @@ def _has_json_rows(path: str) -> bool:
 
 
 def _take_over_json(path: str, start_iter: int, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Makes the file of an earlier run ready for the records of this one; returns those to be appended."""
+    """Prepare the file of an earlier run for the records of this one; return those to be appended."""
     if not PathManager.isfile(path):
         return records
     with PathManager.open(path) as f:
@@ -134,7 +134,7 @@ def _take_over_json(path: str, start_iter: int, records: list[dict[str, Any]]) -
         write_bytes_atomically(path, lambda f: f.write("".join(kept).encode()))
     if len(kept) < len(lines):
         logger.info(
-            "%s: dropped %d lines of iterations that are done again, from %d on",
+            "%s: dropped %d lines of iterations that are repeated, from %d on",
             path,
             len(lines) - len(kept),
             start_iter,

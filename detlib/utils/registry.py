@@ -1,4 +1,4 @@
-"""Tables from names to objects, and the search for an object by its dotted path."""
+"""Registries of objects by name, and the lookup of objects by dotted path."""
 
 import importlib
 from collections.abc import Iterable, Iterator
@@ -10,24 +10,24 @@ __all__ = ["Registry", "dotted_path", "locate"]
 
 
 def _describe(obj: Any) -> str:
-    """The dotted path of a class or function; the repr of anything else."""
+    """Return the dotted path of a class or function, or the repr of anything else."""
     name = getattr(obj, "__qualname__", None)
     return f"{obj.__module__}.{name}" if name else repr(obj)
 
 
 class _NotLocated(ImportError):
-    """There is nothing at a dotted path, as opposed to a module there that fails when imported."""
+    """There is no object at a dotted path, as opposed to a module that fails on import."""
 
 
 def locate(name: str) -> Any:
-    """Returns the object that lies at a dotted path, importing what is needed on the way.
+    """Return the object at a dotted path, importing modules as needed.
 
     Args:
-        name: ``"package.module.Class"``, also ``"package.module.Class.method"``.
+        name: ``"package.module.Class"`` or ``"package.module.Class.method"``.
 
     Raises:
-        ImportError: no module on the path exists, or the module has no such attribute (near names listed).
-            An ImportError raised inside a module that does exist comes through unchanged.
+        ImportError: if no module of the path exists, or the module has no such attribute (the message lists
+            similar names). An ImportError raised inside an existing module is passed on unchanged.
     """
     parts = name.split(".")
     if not all(part.isidentifier() for part in parts):
@@ -39,7 +39,7 @@ def locate(name: str) -> Any:
             module = importlib.import_module(path)
             break
         except ModuleNotFoundError as error:
-            # "a.b.C" fails as a module by itself; a missing dependency of a.b must not be taken for that.
+            # "a.b.C" is not a module and fails; a missing dependency of a.b is a different error.
             if error.name is None or not (path == error.name or path.startswith(error.name + ".")):
                 raise
     if module is None:
@@ -55,22 +55,22 @@ def locate(name: str) -> Any:
 
 
 def dotted_path(obj: Any) -> str:
-    """Returns the shortest dotted path at which `locate` finds a class or function.
+    """Return the shortest dotted path at which `locate` finds a class or function.
 
-    Packages hand their names on, so ``detlib.modeling.backbone.fpn.FPN`` is called ``detlib.modeling.FPN``.
+    Packages re-export names, so ``detlib.modeling.backbone.fpn.FPN`` becomes ``detlib.modeling.FPN``.
 
     Raises:
-        ValueError: it has no such path: a lambda, a local function, an object without a name, or something
-            of a script or of a file that is no module.
+        ValueError: if it has no such path: a lambda, a local function, an object without a name, or an object
+            of a script or of a file that is not a module.
     """
-    if isinstance(owner := getattr(obj, "__self__", None), type):  # a class method, maybe an inherited one
+    if isinstance(owner := getattr(obj, "__self__", None), type):  # a class method, possibly inherited
         return f"{dotted_path(owner)}.{obj.__name__}"
     module, name = getattr(obj, "__module__", None), getattr(obj, "__qualname__", None)
     if not isinstance(module, str) or not isinstance(name, str):
         raise ValueError(f"{obj!r} has no dotted path.")
     parts = [*module.split("."), *name.split(".")]
     if module == "__main__" or not all(part.isidentifier() for part in parts):
-        raise ValueError(f"{module}.{name} has no dotted path: only what is named in a module has one.")
+        raise ValueError(f"{module}.{name} has no dotted path: only names at the top of a module have one.")
     for depth in range(1, len(module.split(".")) + 1):
         path = ".".join([*parts[:depth], name])
         try:
@@ -79,11 +79,11 @@ def dotted_path(obj: Any) -> str:
             continue
         if found == obj:
             return path
-    raise ValueError(f"{module}.{name} is another object than the {name!r} that came.")
+    raise ValueError(f"{module}.{name} is a different object than the {name!r} that was passed.")
 
 
 class Registry(Iterable[tuple[str, Any]]):
-    """A table from names to classes or functions, so that a config can choose them by name.
+    """A mapping from names to classes or functions, so that a config can choose them by name.
 
     ::
 
@@ -94,14 +94,14 @@ class Registry(Iterable[tuple[str, Any]]):
 
         ROI_HEADS_REGISTRY.get("MyHeads")
 
-    `get` also takes a dotted path (``"mypkg.heads.MyHeads"``), so that no import for its side effect is
-    needed. Iterating yields (name, object) pairs in the order of registration.
+    `get` also takes a dotted path (``"mypkg.heads.MyHeads"``), so that no module has to be imported for its
+    side effect. Iterating yields (name, object) pairs in the order of registration.
     """
 
     def __init__(self, name: str) -> None:
         """
         Args:
-            name: what the table holds, for messages.
+            name: name of the registry, for messages.
         """
         self._name = name
         self._obj_map: dict[str, Any] = {}
@@ -115,11 +115,12 @@ class Registry(Iterable[tuple[str, Any]]):
         self._obj_map[name] = obj
 
     def register(self, obj: Any = None) -> Any:
-        """Registers `obj` under its ``__name__``: as a decorator ``@R.register()``, or as a call
-        ``R.register(obj)``.
+        """Register `obj` under its ``__name__``.
+
+        Use it as a decorator, ``@R.register()``, or as a call, ``R.register(obj)``.
 
         Raises:
-            ValueError: the name is taken; both objects are named.
+            ValueError: if the name is taken; the message has both objects.
         """
         if obj is None:
             return self.register
@@ -127,14 +128,14 @@ class Registry(Iterable[tuple[str, Any]]):
         return obj
 
     def get(self, name: str, *, key: str | None = None) -> Any:
-        """Returns the object registered as `name`, or the one at the dotted path `name`.
+        """Return the object registered as `name`, or the one at the dotted path `name`.
 
         Args:
-            name: what to look for.
+            name: registered name or dotted path.
             key: the config key that has this value, for messages.
 
         Raises:
-            KeyError: there is neither; near names are listed.
+            KeyError: if there is neither; the message lists similar names.
         """
         if name in self._obj_map:
             return self._obj_map[name]

@@ -1,10 +1,10 @@
-"""Reads pickles of plain data without running anything that they say.
+"""Reading of pickles of plain data without executing code from them.
 
-A pickle is a program: it may import any callable and call it. `load_plain_pickle` knows a fixed list of
-names and maps each to a builder of its own, so neither the pickle nor numpy's and torch's own restoring
-functions decide what runs. What comes out is made of dicts, lists, tuples, sets, strings, bytes, numbers,
-numpy arrays and scalars of plain types, and torch tensors. A pickle is also looked through before it is run,
-so that a few bytes cannot ask for gigabytes.
+A pickle is a program: it may import any callable and call it. `load_plain_pickle` maps a fixed list of names
+to its own builders, so that neither the pickle nor the restoring functions of numpy and torch decide what
+runs. The result consists of dicts, lists, tuples, sets, strings, bytes, numbers, numpy arrays and scalars of
+plain types, and torch tensors. A pickle is also scanned before it runs, so that a few bytes cannot allocate
+gigabytes.
 """
 
 import collections
@@ -28,12 +28,12 @@ _REFUSED_OPCODES = {"EXT1", "EXT2", "EXT4", "PERSID", "BINPERSID"}
 
 
 class _PickledDtype:
-    """Stands in for ``numpy.dtype`` while unpickling: kind, size and byte order are all it takes in."""
+    """A stand-in for ``numpy.dtype`` while unpickling; accepts kind, size and byte order only."""
 
     def __init__(self, code: str, align: bool = False, copy: bool = False):
         if not isinstance(code, str) or not _PLAIN_DTYPE.fullmatch(code):
             raise pickle.UnpicklingError(
-                f"numpy dtype {code!r} is refused: only booleans, numbers and strings are read"
+                f"numpy dtype {code!r} is refused: only booleans, numbers and strings are supported"
             )
         self.dtype = np.dtype(code)
 
@@ -45,10 +45,10 @@ class _PickledDtype:
 
 
 class _Later:
-    """Stands in for something big while unpickling; `resolve_stand_ins` puts what `build` makes in its place.
+    """A stand-in for a large object while unpickling; `resolve_stand_ins` replaces it by the result of `build`.
 
-    By then the unpickler is gone, and with it what else holds the bytes, and things are built one after the
-    other: so a file is in memory once and not twice.
+    By then the unpickler has released its references to the bytes, and objects are built one after the other,
+    so the contents of a file are in memory once and not twice.
     """
 
     def build(self) -> Any:
@@ -56,7 +56,7 @@ class _Later:
 
 
 class _PickledText(_Later):
-    """Bytes that an old protocol wrote as text."""
+    """A stand-in for bytes that an old protocol wrote as text."""
 
     def __init__(self, text: str):
         self.text = text
@@ -69,7 +69,7 @@ class _PickledText(_Later):
 
 
 class _PickledArray(_Later):
-    """Stands in for ``numpy.ndarray``."""
+    """A stand-in for ``numpy.ndarray``."""
 
     _parts: tuple | None = None
 
@@ -83,12 +83,12 @@ class _PickledArray(_Later):
         data, dtype, shape, order = self._parts
         self._parts = None
         data = data.build() if isinstance(data, _PickledText) else data
-        # A copy: the arrays must be writable, and aligned whatever the file held.
+        # A copy, because arrays must be writable and aligned.
         return np.array(np.frombuffer(data, dtype=dtype).reshape(shape, order=order))
 
 
 def _checked_parts(data: Any, dtype: Any, shape: Any, order: str) -> tuple:
-    """Raw bytes, dtype, shape and order of an array, which fit each other."""
+    """Return raw bytes, dtype, shape and order of an array, after checking their consistency."""
     if isinstance(data, str):
         data = _PickledText(data)  # a byte string of Python 2
     if isinstance(data, pickle.PickleBuffer):
@@ -107,32 +107,32 @@ def _checked_parts(data: Any, dtype: Any, shape: Any, order: str) -> tuple:
 
 
 def _array_from_bytes(data: Any, dtype: Any, shape: Any, order: str = "C") -> _PickledArray:
-    """Takes the place of numpy's ``_frombuffer``."""
+    """Replace numpy's ``_frombuffer``."""
     result = _PickledArray()
     result._parts = _checked_parts(data, dtype, shape, order)
     return result
 
 
 def _empty_array(*_args: Any) -> _PickledArray:
-    """Takes the place of numpy's ``_reconstruct``: the array's state follows in the pickle."""
+    """Replace numpy's ``_reconstruct``; the state of the array follows in the pickle."""
     return _PickledArray()
 
 
 def _scalar(dtype: Any, data: Any) -> np.generic:
-    """Takes the place of numpy's ``scalar``."""
+    """Replace numpy's ``scalar``."""
     return _array_from_bytes(data, dtype, (1,)).build()[0]
 
 
 def _encode_latin1(text: str, encoding: str) -> bytes | _PickledText:
-    """Takes the place of ``codecs.encode``, with which old protocols write bytes."""
+    """Replace ``codecs.encode``, with which old protocols write bytes."""
     if encoding not in ("latin1", "latin-1") or not isinstance(text, str):
         raise pickle.UnpicklingError(f"bytes in the encoding {encoding!r} are refused")
-    # Short ones may be keys of a dict.
+    # Short texts may be keys of a dict, so they are built immediately.
     return _PickledText(text) if len(text) > _SHORT_TEXT else text.encode("latin1")
 
 
 class _PickledStorage(_Later):
-    """Stands in for the memory of a tensor, as `torch.save` wrote it into a pickle."""
+    """A stand-in for the storage of a tensor that `torch.save` wrote into a pickle."""
 
     def __init__(self, data: Any):
         if not isinstance(data, bytes | _PickledText):
@@ -152,10 +152,10 @@ class _PickledStorage(_Later):
 
 
 class _PickledTensor(_Later):
-    """Stands in for a tensor."""
+    """A stand-in for a tensor."""
 
     def __init__(self, storage: Any, offset: int, size: Any, stride: Any, *_flags: Any):
-        """Takes the place of ``torch._utils._rebuild_tensor_v2``."""
+        """Replace ``torch._utils._rebuild_tensor_v2``."""
         if not isinstance(storage, _PickledStorage) or len(size) != len(stride):
             raise pickle.UnpicklingError("a pickled tensor is malformed")
         if not all(isinstance(n, int) and n >= 0 for n in (offset, *size, *stride)):
@@ -174,14 +174,14 @@ class _PickledTensor(_Later):
 
 
 def _parameter(data: Any, *_flags: Any) -> _PickledTensor:
-    """Takes the place of ``torch._utils._rebuild_parameter``."""
+    """Replace ``torch._utils._rebuild_parameter``."""
     if not isinstance(data, _PickledTensor):
         raise pickle.UnpicklingError("a pickled parameter is malformed")
     return data
 
 
 def _container(kind: type) -> Callable[..., Any]:
-    """A builder of `kind` from a container or text: a number would be a length to allocate."""
+    """Return a builder of `kind` from a container or text, but not from a number, which is a length to allocate."""
 
     def build(*args: Any) -> Any:
         if args and isinstance(args[0], int):
@@ -192,7 +192,7 @@ def _container(kind: type) -> Callable[..., Any]:
 
 
 def _default_dict(_factory: Any = None, *items: Any) -> dict:
-    """Takes the place of ``collections.defaultdict``; what it would make by itself is left out."""
+    """Replace ``collections.defaultdict``; the default factory is dropped."""
     return dict(*items)
 
 
@@ -205,19 +205,19 @@ def _numpy_stand_ins() -> tuple[tuple[Any, str], ...]:
     return tuple(pairs)
 
 
-# What a pickle gets for the names that numpy's arrays and scalars need, in the form that
-# `torch.serialization.safe_globals` takes too. Whatever was read so must pass `resolve_stand_ins`.
+# Stand-ins for the names that pickles of numpy arrays and scalars refer to, in the form of
+# `torch.serialization.safe_globals`. Pass everything that was read with them to `resolve_stand_ins`.
 NUMPY_STAND_INS = _numpy_stand_ins()
 
 
 def _frozen(function: Callable[..., Any]) -> Any:
-    """Something that can be called and nothing else: a pickle can also set attributes of what it names."""
+    """Return a callable without attributes, because a pickle can also set attributes of objects that it names."""
     members = {"__slots__": (), "__call__": staticmethod(function)}
     return type(getattr(function, "__name__", "stand_in"), (), members)()
 
 
 def _legal_globals() -> dict[str, Any]:
-    """All that a pickle may name, and what it gets."""
+    """Return the names that a pickle may refer to, and their replacements."""
     legal: dict[str, Any] = {name: stand_in for stand_in, name in NUMPY_STAND_INS}
     legal |= {
         "collections.OrderedDict": lambda *items: collections.OrderedDict(*items),
@@ -232,7 +232,7 @@ def _legal_globals() -> dict[str, Any]:
         legal[f"builtins.{kind.__name__}"] = legal[f"__builtin__.{kind.__name__}"] = _container(kind)
     for kind in (bool, complex, float, int):
         legal[f"builtins.{kind.__name__}"] = legal[f"__builtin__.{kind.__name__}"] = kind
-    # Files of proposals say what their boxes are by this enumeration of integers.
+    # Proposal files store their box mode as this enumeration of integers.
     modules = ("detectron2.structures.boxes", "detlib.structures.boxes", "detlib.structures.box_mode")
     for module in modules:
         legal[f"{module}.BoxMode"] = int
@@ -242,48 +242,50 @@ def _legal_globals() -> dict[str, Any]:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """An unpickler that resolves names from a table and imports nothing."""
+    """An unpickler that resolves names from a table and does not import anything."""
 
     _legal = _legal_globals()
 
     def find_class(self, module: str, name: str) -> Any:
         if f"{module}.{name}" not in self._legal:
             raise pickle.UnpicklingError(
-                f"it wants to import '{module}.{name}', which is refused: a pickle may run any code through "
-                "what it imports, so only plain containers, numbers, strings, numpy arrays and torch tensors "
-                "are read"
+                f"it imports '{module}.{name}', which is refused: a pickle can run arbitrary code through its "
+                "imports, so only plain containers, numbers, strings, numpy arrays and torch tensors are "
+                "supported"
             )
         return self._legal[f"{module}.{name}"]
 
 
 def load_plain_pickle(file: BinaryIO) -> Any:
-    """Reads a pickle of plain containers, numpy arrays and torch tensors; pickles of Python 2 too.
+    """Read a pickle of plain containers, numpy arrays and torch tensors, also one written by Python 2.
 
     Args:
-        file: opened for reading in binary mode; it must be seekable.
+        file: a seekable file, opened in binary mode.
 
     Raises:
-        pickle.UnpicklingError: if the pickle names anything but plain data (the message says what), or is
-            broken. Nothing of it has been executed then.
+        pickle.UnpicklingError: if the pickle refers to anything but plain data (the message has the name), or
+            is malformed. None of its code has been executed then.
     """
     try:
         start = file.tell()
-        _look_through(file)
+        _scan(file)
         file.seek(start)
         return resolve_stand_ins(_PlainUnpickler(file, encoding="latin1").load())
     except pickle.UnpicklingError:
         raise
     except Exception as e:
-        # A malformed pickle can fail in the unpickler in any way (IndexError, KeyError, EOFError ...).
+        # The unpickler can raise any exception for a malformed pickle (IndexError, KeyError, EOFError ...).
         raise pickle.UnpicklingError(f"it is malformed ({type(e).__name__}: {e})") from e
 
 
-def _look_through(file: BinaryIO) -> None:
-    """Refuses opcodes that no plain data need, and memo entries far beyond the pickle's length, for which the
-    unpickler would allocate a table."""
+def _scan(file: BinaryIO) -> None:
+    """Refuse opcodes that plain data do not need, and memo indices beyond the length of the pickle.
+
+    The unpickler would allocate a table of the size of the largest index.
+    """
     for count, (opcode, argument, position) in enumerate(pickletools.genops(file)):
         if opcode.name in _REFUSED_OPCODES:
-            raise pickle.UnpicklingError(f"it holds the opcode {opcode.name} at {position}, which is refused")
+            raise pickle.UnpicklingError(f"it has the opcode {opcode.name} at {position}, which is refused")
         if opcode.name in _PUTS and argument is not None and argument > count + 1:
             raise pickle.UnpicklingError(
                 f"its memo entry {argument} at {position} is refused: it is out of order"
@@ -291,24 +293,24 @@ def _look_through(file: BinaryIO) -> None:
 
 
 def resolve_stand_ins(value: Any) -> Any:
-    """Puts arrays, tensors and dtypes in the places of their stand-ins, in a tree of containers.
+    """Replace the stand-ins in a tree of containers by arrays, tensors and dtypes.
 
-    Dicts and lists are changed in place. Something that occurs in several places is resolved once and stays
-    shared, so nesting cannot make a small file big.
+    Dicts and lists are modified in-place. An object that occurs multiple times is resolved once and remains
+    shared, so nesting cannot blow up a small file.
     """
     return _resolve(value, {})
 
 
 def _resolve(value: Any, known: dict[int, tuple[Any, Any]]) -> Any:
-    """`known`: id of what was resolved, to it (kept alive, so that ids stay unique) and the result."""
+    """`known` maps the id of a resolved object to the object (kept alive, so that ids are unique) and result."""
     if not isinstance(value, _Later | _PickledDtype | dict | list | tuple | set | frozenset):
         return value
     if id(value) in known:
         return known[id(value)][1]
     if isinstance(value, dict | list):
-        known[id(value)] = value, value  # before its items, which may hold it
-        places = dict.items(value) if isinstance(value, dict) else enumerate(value)
-        for key, item in list(places):
+        known[id(value)] = value, value  # before its items, which may refer to it
+        items = dict.items(value) if isinstance(value, dict) else enumerate(value)
+        for key, item in list(items):
             value[key] = _resolve(item, known)
         return value
     if isinstance(value, _Later):

@@ -1,4 +1,4 @@
-"""Sending objects to other processes that plain pickle refuses."""
+"""Pickling of objects that plain pickle does not support."""
 
 import pickle
 from typing import Any
@@ -11,14 +11,14 @@ def _unwrap(data: bytes) -> Any:
 
 
 class PicklableWrapper:
-    """Wraps an object so that it survives pickling, lambdas and local functions included.
+    """A wrapper that makes an object picklable, also a lambda or local function.
 
-    Such objects need the package cloudpickle; what plain pickle can do is done by plain pickle. Calls and
-    attributes go to the wrapped object.
+    Objects that plain pickle does not support need the package cloudpickle. Calls and attributes are
+    forwarded to the wrapped object.
     """
 
     def __init__(self, obj: Any) -> None:
-        while isinstance(obj, PicklableWrapper):  # wrapping twice is wrapping once
+        while isinstance(obj, PicklableWrapper):  # do not nest wrappers
             obj = obj._obj
         self._obj: Any = obj
 

@@ -1,4 +1,4 @@
-"""Near names for error messages."""
+"""Similar names for error messages."""
 
 import difflib
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ __all__ = ["near_names", "suggest"]
 
 
 def near_names(name: str, options: Iterable[str], n: int = 3) -> list[str]:
-    """Returns up to `n` of `options` that look like `name`, best first; letter case does not count."""
+    """Return up to `n` of `options` that are similar to `name`, best first, ignoring case."""
     by_fold: dict[str, list[str]] = {}
     for option in options:
         by_fold.setdefault(str(option).casefold(), []).append(str(option))
@@ -16,11 +16,11 @@ def near_names(name: str, options: Iterable[str], n: int = 3) -> list[str]:
 
 
 def suggest(name: str, options: Iterable[str]) -> str:
-    """Returns ``""``, or a sentence such as ``" Did you mean 'A' or 'B'?"`` to append to an error message.
+    """Return ``""``, or a sentence such as ``" Did you mean 'A' or 'B'?"`` to append to an error message.
 
     Args:
-        name: what the user wrote.
-        options: what would have been legal.
+        name: the name that the user wrote.
+        options: the legal names.
     """
     near = [repr(option) for option in near_names(name, options)]
     if not near:

@@ -1,4 +1,4 @@
-"""The registry of the writers, and the writers of CSV files, Weights & Biases and MLflow."""
+"""The registry of writers, and the writers for CSV files, Weights & Biases and MLflow."""
 
 import contextlib
 import csv
@@ -37,17 +37,17 @@ _MAX_WARNINGS = 5
 
 
 class CSVWriter(EventWriter):
-    """Writes scalars to a file of comma-separated values: a header, then a row for each iteration.
+    """A writer of scalars to a CSV file: a header, then one row per iteration.
 
     The first column is "iteration". A scalar that appears later, such as a result of the first evaluation,
-    gets a new column at the end, and the file is written anew with it. As for earlier runs, see `JSONWriter`.
+    gets a new column at the end, and the file is rewritten. For files of earlier runs, see `JSONWriter`.
     """
 
     def __init__(self, csv_file: str, window_size: int = 20) -> None:
         """
         Args:
-            csv_file: the file; its directory is made.
-            window_size: iterations of the median, for scalars with `smoothing_hint`.
+            csv_file: path of the file; its directory is created.
+            window_size: number of iterations of the median, for scalars with `smoothing_hint`.
         """
         PathManager.mkdirs(os.path.dirname(csv_file) or ".")
         self._path = csv_file
@@ -70,14 +70,14 @@ class CSVWriter(EventWriter):
         with PathManager.open(self._path, "a", newline="") as f:
             csv.DictWriter(f, self._columns, lineterminator="\n").writerows(records)
             f.flush()
-            with contextlib.suppress(AttributeError, OSError):  # remote files have no descriptor
+            with contextlib.suppress(AttributeError, OSError):  # remote files have no file descriptor
                 os.fsync(f.fileno())
 
     def _take_over(self, records: list[dict]) -> tuple[list[str], list[dict]]:
-        """Makes the file ready for the rows of this run.
+        """Prepare the file of an earlier run for the rows of this run.
 
         Returns:
-            Its columns, and those of the records that no row of the file has taken up.
+            The columns, and the records that no existing row has absorbed.
         """
         start_iter = get_event_storage().start_iter
         if start_iter == 0:
@@ -91,23 +91,23 @@ class CSVWriter(EventWriter):
         kept = [row for row in carried if row is not None]
         columns = columns or ["iteration"]
         columns += sorted({name for row in kept for name in row} - set(columns))
-        # In any case: a run that was killed may have left half a row.
+        # Always rewritten, because a killed run may have left half a row.
         _write_csv(self._path, columns, kept)
         return columns, list(coming.values())
 
 
 def _read_csv(path: str) -> tuple[list[str], list[dict[str, str]]]:
-    """Header and whole rows of a file; nothing of one that is not there."""
+    """Return the header and the complete rows of a file; both are empty if it does not exist."""
     if not PathManager.isfile(path):
         return [], []
     with PathManager.open(path, newline="") as f:
         reader = csv.DictReader(f)
-        rows = [row for row in reader if _is_whole(row)]
+        rows = [row for row in reader if _is_complete(row)]
         return list(reader.fieldnames or []), rows
 
 
-def _is_whole(row: dict) -> bool:
-    # A row that was cut short lacks columns, or has some more if another was written behind it.
+def _is_complete(row: dict) -> bool:
+    # A truncated row lacks columns, or has extra ones if another row was appended to it.
     return None not in row and None not in row.values() and (row.get("iteration") or "").isdigit()
 
 
@@ -120,22 +120,22 @@ def _write_csv(path: str, columns: list[str], rows: Sequence[Mapping[str, Any]])
 
 
 def import_service(name: str) -> ModuleType:
-    """Imports an optional package.
+    """Import an optional package.
 
     Raises:
-        ImportError: with the command that installs it.
+        ImportError: if it cannot be imported; the message has the command that installs it.
     """
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
             f"The writer '{name}' needs a package that cannot be imported ({error}): "
-            f"pip install 'detlib[{name}]', or leave it out of TRAIN.WRITERS (train.writers)"
+            f"pip install 'detlib[{name}]', or remove it from TRAIN.WRITERS (train.writers)"
         ) from error
 
 
-def picture_array(image: Any) -> np.ndarray:
-    """A picture of the storage, (C, H, W) uint8 or float in 0..1, as (H, W, C) uint8."""
+def _image_array(image: Any) -> np.ndarray:
+    """Convert an image of the storage, (C, H, W) uint8 or float in [0, 1], to (H, W, C) uint8."""
     array = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
     if array.dtype != np.uint8:
         array = (array.clip(0, 1) * 255).round().astype(np.uint8)
@@ -143,10 +143,10 @@ def picture_array(image: Any) -> np.ndarray:
 
 
 class ServiceWriter(EventWriter):
-    """A writer to a service, which may fail without ending the training: it warns, and goes on.
+    """Base class of writers to a tracking service, whose failures are logged and do not end training.
 
-    Only the start must work. A training that goes on writes to the run of the training before, whose id is
-    kept in ``OUTPUT_DIR/NAME_run_id.txt``.
+    Only `start` must succeed. A resumed run writes to the same run of the service, whose id is kept in
+    ``OUTPUT_DIR/NAME_run_id.txt``.
 
     Attributes:
         output_dir: the output folder.
@@ -159,7 +159,7 @@ class ServiceWriter(EventWriter):
         self.output_dir = output_dir
         self.run: Any = None
         self._new = NewScalars(window_size)
-        self._pictures_until = -1
+        self._images_until = -1
         self._failures = 0
 
     def start(self) -> None:
@@ -178,7 +178,7 @@ class ServiceWriter(EventWriter):
     def write(self) -> None:
         self.start()
         storage = get_event_storage()
-        self._try(self._send, self._new.take(storage), self._new_pictures(storage))
+        self._try(self._send, self._new.take(storage), self._new_images(storage))
 
     def close(self) -> None:
         if self.run is not None:
@@ -188,35 +188,35 @@ class ServiceWriter(EventWriter):
     def _try(self, function, *args) -> None:
         try:
             function(*args)
-        except Exception as error:  # whatever a client may raise: the network, the server, a quota
+        except Exception as error:  # a client may raise anything: network, server, quota
             self._failures += 1
             if self._failures <= _MAX_WARNINGS:
-                last = "; that is said no more" if self._failures == _MAX_WARNINGS else ""
-                logger.warning("Metrics were not written to %s: %r%s", self.name, error, last)
+                last = "; further warnings are suppressed" if self._failures == _MAX_WARNINGS else ""
+                logger.warning("Could not write metrics to %s: %r%s", self.name, error, last)
 
-    def _new_pictures(self, storage: EventStorage) -> list[tuple[str, np.ndarray, int]]:
-        new = [entry for entry in storage._images if entry[2] > self._pictures_until]
-        self._pictures_until = max([self._pictures_until, *(iteration for _, _, iteration in new)])
-        return [(name, picture_array(image), iteration) for name, image, iteration in new]
+    def _new_images(self, storage: EventStorage) -> list[tuple[str, np.ndarray, int]]:
+        new = [entry for entry in storage._images if entry[2] > self._images_until]
+        self._images_until = max([self._images_until, *(iteration for _, _, iteration in new)])
+        return [(name, _image_array(image), iteration) for name, image, iteration in new]
 
     def _open_run(self, run_id: str | None) -> tuple[Any, str]:
-        """Starts a run, or goes on with the one of an id. Returns it and its id."""
+        """Start a run, or continue the run of an id. Return the run and its id."""
         raise NotImplementedError
 
-    def _send(self, records: list[dict], pictures: list[tuple[str, np.ndarray, int]]) -> None:
-        """Sends records of "iteration" and scalars, and pictures (name, (H, W, C) uint8, iteration)."""
+    def _send(self, records: list[dict], images: list[tuple[str, np.ndarray, int]]) -> None:
+        """Send records of "iteration" and scalars, and images (name, (H, W, C) uint8 array, iteration)."""
         raise NotImplementedError
 
     def _close_run(self) -> None:
-        """Tells the service that the run has ended."""
+        """Tell the service that the run has ended."""
         raise NotImplementedError
 
 
 class WandbWriter(ServiceWriter):
-    """Writes scalars and pictures to a run of Weights & Biases (``pip install 'detlib[wandb]'``).
+    """A writer of scalars and images to Weights & Biases (``pip install 'detlib[wandb]'``).
 
-    Project, name and the like come as arguments or from wandb's environment variables; ``WANDB_MODE=offline``
-    writes to the output folder only.
+    Project, name and the like come from arguments or from wandb's environment variables;
+    ``WANDB_MODE=offline`` writes to the output folder only.
     """
 
     name = "wandb"
@@ -224,8 +224,8 @@ class WandbWriter(ServiceWriter):
     def __init__(self, output_dir: str, window_size: int = 20, **kwargs: Any) -> None:
         """
         Args:
-            output_dir: folder of wandb's files, unless ``dir`` is given.
-            window_size: iterations of the median, for scalars with `smoothing_hint`.
+            output_dir: folder of wandb's files, unless ``dir`` is passed.
+            window_size: number of iterations of the median, for scalars with `smoothing_hint`.
             **kwargs: further arguments of ``wandb.init``: project, name, config and so on.
 
         Raises:
@@ -238,15 +238,15 @@ class WandbWriter(ServiceWriter):
     def _open_run(self, run_id: str | None) -> tuple[Any, str]:
         kwargs = self._kwargs if run_id is None else {"id": run_id, "resume": "allow", **self._kwargs}
         run = self._wandb.init(**kwargs)
-        # wandb's own steps only grow, and a resumed training may go back.
+        # wandb's own steps must increase, but a resumed run may go back.
         run.define_metric("iteration")
         run.define_metric("*", step_metric="iteration")
         return run, run.id
 
-    def _send(self, records: list[dict], pictures: list[tuple[str, np.ndarray, int]]) -> None:
+    def _send(self, records: list[dict], images: list[tuple[str, np.ndarray, int]]) -> None:
         for record in records:
             self.run.log(record)
-        for name, image, iteration in pictures:
+        for name, image, iteration in images:
             self.run.log({name: self._wandb.Image(image), "iteration": iteration})
 
     def _close_run(self) -> None:
@@ -254,7 +254,7 @@ class WandbWriter(ServiceWriter):
 
 
 class MLflowWriter(ServiceWriter):
-    """Writes scalars and pictures to a run of MLflow (``pip install 'detlib[mlflow]'``)."""
+    """A writer of scalars and images to MLflow (``pip install 'detlib[mlflow]'``)."""
 
     name = "mlflow"
 
@@ -269,12 +269,12 @@ class MLflowWriter(ServiceWriter):
         """
         Args:
             output_dir: the output folder.
-            window_size: iterations of the median, for scalars with `smoothing_hint`.
-            tracking_uri: where MLflow keeps its runs; "" for $MLFLOW_TRACKING_URI, or else the folder
+            window_size: number of iterations of the median, for scalars with `smoothing_hint`.
+            tracking_uri: where MLflow stores its runs; "" for $MLFLOW_TRACKING_URI, or else the folder
                 ``mlruns`` in `output_dir`.
-            experiment: name of the experiment, which is made if need be; "" for $MLFLOW_EXPERIMENT_NAME, or
-                else "detlib".
-            run_name: name of the run, None for that of the output folder.
+            experiment: name of the experiment, which is created if necessary; "" for
+                $MLFLOW_EXPERIMENT_NAME, or else "detlib".
+            run_name: name of the run; None for the name of the output folder.
 
         Raises:
             ImportError: if mlflow is not installed.
@@ -287,7 +287,7 @@ class MLflowWriter(ServiceWriter):
 
     def _open_run(self, run_id: str | None) -> tuple[Any, str]:
         if not self._uri:
-            # MLflow has frozen its file store, which needs no database and no server.
+            # MLflow deprecated its file store, which needs neither a database nor a server.
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
             self._uri = "file://" + os.path.abspath(os.path.join(self.output_dir, "mlruns"))
         client = self._mlflow.MlflowClient(tracking_uri=self._uri)
@@ -302,7 +302,7 @@ class MLflowWriter(ServiceWriter):
         run = client.create_run(experiment_id, run_name=self._run_name)
         return run, run.info.run_id
 
-    def _send(self, records: list[dict], pictures: list[tuple[str, np.ndarray, int]]) -> None:
+    def _send(self, records: list[dict], images: list[tuple[str, np.ndarray, int]]) -> None:
         now = int(time.time() * 1000)
         metrics = [
             self._mlflow.entities.Metric(_legal(name), value, now, record["iteration"])
@@ -313,7 +313,7 @@ class MLflowWriter(ServiceWriter):
         run_id = self.run.info.run_id
         if metrics:
             self._client.log_batch(run_id, metrics=metrics)
-        for name, image, iteration in pictures:
+        for name, image, iteration in images:
             self._client.log_image(run_id, image, artifact_file=f"{_legal(name)}_{iteration:07d}.png")
 
     def _close_run(self) -> None:
@@ -321,12 +321,11 @@ class MLflowWriter(ServiceWriter):
 
 
 def _legal(name: str) -> str:
-    """MLflow's names have letters, digits and a few signs only."""
+    """Replace the characters that MLflow does not allow in names."""
     return re.sub(r"[^\w\-. :/]", "_", name)
 
 
-# In the order in which they are called: TensorBoard's is the last of those that take pictures, as it lets the
-# storage forget them.
+# In the order of their calls: TensorBoard's is the last of those that write images, because it clears them.
 WRITERS: dict[str, Callable[..., EventWriter]] = {
     "console": lambda folder, max_iter, **kwargs: CommonMetricPrinter(max_iter, **kwargs),
     "json": lambda folder, max_iter, **kwargs: JSONWriter(os.path.join(folder, "metrics.json"), **kwargs),
@@ -338,10 +337,10 @@ WRITERS: dict[str, Callable[..., EventWriter]] = {
 
 
 def check_writers(names: Sequence[str]) -> None:
-    """Makes sure that there are writers of these names.
+    """Check that all names are known writers.
 
     Raises:
-        TypeError: if a single name came instead of several.
+        TypeError: if `names` is a single name instead of a list.
         ValueError: if a name is unknown.
     """
     if isinstance(names, str):
@@ -349,7 +348,7 @@ def check_writers(names: Sequence[str]) -> None:
     for name in names:
         if name not in WRITERS:
             raise ValueError(
-                f"There is no writer {name!r} (TRAIN.WRITERS, train.writers); legal are "
+                f"Unknown writer {name!r} (TRAIN.WRITERS, train.writers); choose from "
                 f"{', '.join(WRITERS)}.{suggest(str(name), WRITERS)}"
             )
 
@@ -360,17 +359,17 @@ def build_writers(
     max_iter: int | None = None,
     params: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[EventWriter]:
-    """Makes writers by name.
+    """Build writers by name.
 
     Args:
-        names: some of `WRITERS`.
+        names: names from `WRITERS`.
         output_dir: folder of their files.
-        max_iter: number of iterations in all, for the time left.
-        params: further arguments of a writer's class, by its name.
+        max_iter: total number of iterations, for the remaining time.
+        params: further arguments of a writer's class, by name of the writer.
 
     Raises:
         ValueError: if a name is unknown.
-        ImportError: if a writer's package is not installed, with the command that installs it.
+        ImportError: if a writer's package is not installed; the message has the command that installs it.
     """
     check_writers(names)
     PathManager.mkdirs(output_dir)

@@ -50,7 +50,7 @@ class VisImage:
         self.reset_image(img)
 
     def reset_image(self, img):
-        """Puts another picture of the same size below what is drawn later.
+        """Put another picture of the same size below what is drawn later.
 
         Args:
             img: (H, W, 3) RGB picture in [0, 255].
@@ -59,7 +59,7 @@ class VisImage:
         self.ax.imshow(img, extent=(0, self.width, self.height, 0), interpolation="nearest")
 
     def save(self, filepath):
-        """Writes the picture with all that is drawn to a file, whose suffix decides the format."""
+        """Write the picture with all that is drawn to a file, whose suffix decides the format."""
         self.fig.savefig(filepath)
 
     def get_image(self):
@@ -89,7 +89,7 @@ def jitter(color, rng: np.random.Generator) -> tuple[float, float, float]:
 
 
 def change_brightness(color, factor: float) -> tuple[float, float, float]:
-    """Multiplies the lightness of a colour by 1 + factor; factor in [-1, 1]."""
+    """Multiply the lightness of a colour by 1 + factor; factor in [-1, 1]."""
     hue, lightness, saturation = colorsys.rgb_to_hls(*to_rgb(color))
     return colorsys.hls_to_rgb(hue, min(max(lightness * (1 + factor), 0.0), 1.0), saturation)
 
@@ -128,7 +128,7 @@ class Canvas:
     def draw_text(
         self, text, position, *, font_size=None, color="g", horizontal_alignment="center", rotation=0
     ):
-        """Writes a text on a dark ground.
+        """Write a text on a dark ground.
 
         Args:
             text: the text.
@@ -161,7 +161,7 @@ class Canvas:
         )
 
     def _draw_label(self, text, box, *, font_size=None, color="g", center=None):
-        """Writes a label at an object, off the labels written before; see `place_label`."""
+        """Write a label at an object, off the labels written before; see `place_label`."""
         artist = self._add_text(text, (0, 0), font_size, color)
         extent = artist.get_window_extent(self.output.canvas.get_renderer())
         padding = 2.0
@@ -172,7 +172,7 @@ class Canvas:
         self._label_rectangles.append(rectangle)
 
     def draw_box(self, box_coord, alpha=0.5, edge_color="g", line_style="-"):
-        """Draws a box.
+        """Draw a box.
 
         Args:
             box_coord: x0, y0, x1, y1.
@@ -200,7 +200,7 @@ class Canvas:
     def draw_rotated_box_with_label(
         self, rotated_box, alpha=0.5, edge_color="g", line_style="-", label=None, *, font_size=None
     ):
-        """Draws a rotated box, its upper side (that of the angle 0) dashed, and a label at that side's start.
+        """Draw a rotated box, its upper side (that of the angle 0) dashed, and a label at that side's start.
 
         Args:
             rotated_box: center x, center y, width, height, angle in degrees counter-clockwise.
@@ -230,7 +230,7 @@ class Canvas:
         return self.output
 
     def draw_circle(self, circle_coord, color, radius=3):
-        """Draws a filled circle around (x, y)."""
+        """Draw a filled circle around (x, y)."""
         from matplotlib.patches import Circle
 
         x, y = (float(value) for value in circle_coord)
@@ -238,7 +238,7 @@ class Canvas:
         return self.output
 
     def draw_line(self, x_data, y_data, color, linestyle="-", linewidth=None):
-        """Draws a line through points.
+        """Draw a line through points.
 
         Args:
             x_data, y_data: coordinates of the points.
@@ -257,7 +257,7 @@ class Canvas:
         return self.output
 
     def draw_polygon(self, segment, color, edge_color=None, alpha=0.5):
-        """Draws a filled polygon.
+        """Draw a filled polygon.
 
         Args:
             segment: (V, 2) corners x, y.
@@ -269,7 +269,7 @@ class Canvas:
         return self.output
 
     def _draw_outlines(self, outlines, color, edge_color, alpha):
-        """Fills (V, 2) outlines; one that lies in another and runs in the opposite sense is a hole."""
+        """Fill (V, 2) outlines; one that lies in another and runs in the opposite sense is a hole."""
         from matplotlib.patches import PathPatch
         from matplotlib.path import Path
 
@@ -288,7 +288,7 @@ class Canvas:
     def draw_binary_mask(
         self, binary_mask, color=None, *, edge_color=None, text=None, alpha=0.5, area_threshold=10
     ):
-        """Draws a mask.
+        """Draw a mask.
 
         Args:
             binary_mask: (H, W) array, H and W of the picture; what is not zero is the mask.
@@ -310,7 +310,7 @@ class Canvas:
         return self.output
 
     def draw_soft_mask(self, soft_mask, color=None, *, text=None, alpha=0.5):
-        """Draws a mask whose values are its opacity.
+        """Draw a mask whose values are its opacity.
 
         Args:
             soft_mask: (H, W) array in [0, 1], H and W of the picture.
@@ -339,7 +339,7 @@ class Canvas:
         return default_color(index)
 
     def _draw_text_in_mask(self, mask, text, color):
-        """Writes the text in the middle of the largest part of a mask and of each further large one."""
+        """Write the text in the middle of the largest part of a mask and of each further large one."""
         import cv2
 
         num_parts, parts, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)

@@ -13,7 +13,7 @@ def create_text_labels(
     class_names: Sequence[str] | None = None,
     is_crowd: Sequence[bool] | None = None,
 ) -> list[str] | None:
-    """Writes one label per object, e.g. "cat 97%".
+    """Write one label per object, e.g. "cat 97%".
 
     Args:
         classes: class ids, or None.
@@ -44,7 +44,7 @@ def place_label(
     taken: Sequence[Sequence[float]] = (),
     center: tuple[float, float] | None = None,
 ) -> tuple[float, float, float, float]:
-    """Chooses a place for a label beside its object, within the picture and off the labels already placed.
+    """Choose a place for a label beside its object, within the picture and off the labels already placed.
 
     All coordinates are pixels of the picture.
 

@@ -67,7 +67,7 @@ class GenericMask:
 
 
 def find_contours(mask: np.ndarray) -> tuple[list[np.ndarray], bool]:
-    """Outlines of the parts of a mask.
+    """Outline of the parts of a mask.
 
     Args:
         mask: (H, W) bool.
@@ -90,7 +90,7 @@ def find_contours(mask: np.ndarray) -> tuple[list[np.ndarray], bool]:
 
 
 def to_generic_masks(masks: Any, height: int, width: int) -> list[GenericMask]:
-    """Makes GenericMasks of PolygonMasks, BitMasks, (N, H, W) tensors or arrays, or lists of single masks."""
+    """Make GenericMasks of PolygonMasks, BitMasks, (N, H, W) tensors or arrays, or lists of single masks."""
     if isinstance(masks, PolygonMasks):
         masks = masks.polygons
     elif isinstance(masks, BitMasks):
@@ -148,11 +148,11 @@ class PanopticSegments:
         return np.isin(self.ids, [info["id"] for info in self._segments])
 
     def semantic_masks(self) -> Iterator[tuple[np.ndarray, dict]]:
-        """Yields (H, W) bool mask and info of each segment of stuff."""
+        """Yield (H, W) bool mask and info of each segment of stuff."""
         return self._of_kind(False)
 
     def instance_masks(self) -> Iterator[tuple[np.ndarray, dict]]:
-        """Yields (H, W) bool mask and info of each object."""
+        """Yield (H, W) bool mask and info of each object."""
         return self._of_kind(True)
 
     def _of_kind(self, isthing: bool) -> Iterator[tuple[np.ndarray, dict]]:

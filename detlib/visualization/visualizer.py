@@ -83,7 +83,7 @@ class Visualizer(Canvas):
         alpha: float | None = None,
         class_colors: Mapping | Sequence | None = None,
     ):
-        """Draws what a model predicts for a picture.
+        """Draw what a model predicts for a picture.
 
         Args:
             predictions: Instances with some of the fields "pred_boxes", "pred_classes", "scores",
@@ -133,7 +133,7 @@ class Visualizer(Canvas):
         alpha: float | None = None,
         class_colors: Mapping | Sequence | None = None,
     ):
-        """Draws the annotations of a picture: its segmentations, and its objects over them.
+        """Draw the annotations of a picture: its segmentations, and its objects over them.
 
         Args:
             dic: in the standard dataset format, with some of "annotations", "sem_seg" or "sem_seg_file_name",
@@ -174,7 +174,7 @@ class Visualizer(Canvas):
     def draw_sem_seg(
         self, sem_seg, area_threshold=None, alpha=0.8, draw_text=True, edge_color=(1.0, 1.0, 240.0 / 255)
     ):
-        """Draws a semantic segmentation.
+        """Draw a semantic segmentation.
 
         Args:
             sem_seg: (H, W) integer tensor or array of class ids; those beyond `metadata.stuff_classes` are
@@ -201,7 +201,7 @@ class Visualizer(Canvas):
         return self.output
 
     def draw_panoptic_seg(self, panoptic_seg, segments_info, area_threshold=None, alpha=0.7):
-        """Draws a panoptic segmentation: stuff first, objects over it.
+        """Draw a panoptic segmentation: stuff first, objects over it.
 
         Args:
             panoptic_seg: (H, W) integer tensor of segment ids.
@@ -256,7 +256,7 @@ class Visualizer(Canvas):
         alpha=0.5,
         font_size: float | None = None,
     ):
-        """Draws objects, large ones first, then their labels, so that no shape covers a label.
+        """Draw objects, large ones first, then their labels, so that no shape covers a label.
 
         Args:
             boxes: Boxes or (N, 4) array, x0, y0, x1, y1; RotatedBoxes or (N, 5) array, center x, center y,
@@ -307,7 +307,7 @@ class Visualizer(Canvas):
         return self.output
 
     def overlay_rotated_instances(self, boxes=None, labels=None, assigned_colors=None):
-        """Draws rotated boxes, large ones first, then their labels; as `overlay_instances` does.
+        """Draw rotated boxes, large ones first, then their labels; as `overlay_instances` does.
 
         Args:
             boxes: RotatedBoxes or (N, 5) array, center x, center y, width, height, angle in degrees
@@ -335,7 +335,7 @@ class Visualizer(Canvas):
         )
 
     def draw_and_connect_keypoints(self, keypoints):
-        """Draws one object's keypoints, and lines between them where the metadata name them.
+        """Draw one object's keypoints, and lines between them where the metadata name them.
 
         Args:
             keypoints: (K, 3) array or tensor of x, y and score or visibility; those whose third number is not

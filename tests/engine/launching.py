@@ -1,4 +1,4 @@
-"""What the tests of launching share: functions that run in processes, and ways to start these quickly."""
+"""Helpers of the launch tests: functions that run in several processes, and fast ways to start these."""
 
 import datetime
 import multiprocessing
@@ -22,37 +22,37 @@ TIMEOUT = datetime.timedelta(seconds=60)
 
 
 def use_forkserver(monkeypatch) -> None:
-    """Starts processes from one that has imported everything, in a tenth of the time."""
+    """Fork processes from a server that has imported everything, which takes a tenth of the time."""
     multiprocessing.set_forkserver_preload(["tests.engine.launching"])
     monkeypatch.setattr("detlib.engine.distributed.supervisor._START_METHOD", "forkserver")
 
 
 def remaining_processes(seconds: float = 8.0) -> list[str]:
-    """What is left of this process's children, but for helpers of Python itself.
+    """Return the children of this process that are still alive, without helpers of Python itself.
 
-    Workers of data loaders whose process was killed notice that within five seconds.
+    Data-loader workers whose process was killed notice that within five seconds.
     """
     end = time.monotonic() + seconds
     while True:
-        left = [p for p in psutil.Process().children(recursive=True) if _is_of_ours(p)]
+        left = [p for p in psutil.Process().children(recursive=True) if _is_ours(p)]
         if not left or time.monotonic() > end:
             return [f"{p.pid}: {' '.join(p.cmdline())}" for p in left]
         time.sleep(0.1)
 
 
-def _is_of_ours(process: psutil.Process) -> bool:
+def _is_ours(process: psutil.Process) -> bool:
     try:
         command = " ".join(process.cmdline())
         if "resource_tracker" in command or process.status() == psutil.STATUS_ZOMBIE:
             return False
-        # The server itself is a child of this process, what it forks looks alike.
+        # The server is a child of this process. The processes that it forks have the same command line.
         return "forkserver" not in command or process.ppid() != os.getpid()
     except psutil.NoSuchProcess:
         return False
 
 
 def agent_config(count: int, nodes: int = 1, endpoint: str = "localhost:0", **kwargs) -> LaunchConfig:
-    """The agent that is behind torchrun, for `count` processes on each node."""
+    """Return the configuration of torchrun's agent, for `count` processes per node."""
     return LaunchConfig(
         nodes,
         nodes,
@@ -67,7 +67,7 @@ def agent_config(count: int, nodes: int = 1, endpoint: str = "localhost:0", **kw
 
 
 def run_agent(config: LaunchConfig, function, *args) -> None:
-    """Runs a function in the processes of an agent, which leaves its signal handlers behind."""
+    """Run a function in the processes of an agent, and restore the signal handlers that it replaces."""
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     handlers = {number: signal.getsignal(number) for number in signals}
     try:
@@ -78,7 +78,7 @@ def run_agent(config: LaunchConfig, function, *args) -> None:
 
 
 def start_with(environment: dict[str, str], output: str, function, *args):
-    """Starts a process with an environment, as a launcher of clusters does; returns it."""
+    """Start a process with environment variables, as the launcher of a cluster does, and return it."""
     context = multiprocessing.get_context("forkserver")
     process = context.Process(target=_in_environment, args=(environment, output, function, args))
     process.start()
@@ -93,27 +93,27 @@ def _in_environment(environment: dict[str, str], output: str, function, args: tu
     function(*args)
 
 
-def all_reduce_for_ever() -> None:
+def all_reduce_forever() -> None:
     while True:
         torch.distributed.all_reduce(torch.ones(1))
 
 
 def fail_in_the_loss() -> None:
-    raise ValueError("the loss of this picture is undefined")
+    raise ValueError("the loss of this image is undefined")
 
 
 def one_fails(bad_rank: int) -> None:
     if comm.get_rank() == bad_rank:
         time.sleep(0.3)
         fail_in_the_loss()
-    all_reduce_for_ever()
+    all_reduce_forever()
 
 
 def one_is_killed(bad_rank: int, signum: int) -> None:
     if comm.get_rank() == bad_rank:
         time.sleep(0.3)
         os.kill(os.getpid(), signum)
-    all_reduce_for_ever()
+    all_reduce_forever()
 
 
 def oversleep() -> None:
@@ -126,16 +126,16 @@ def one_oversleeps(bad_rank: int, operation: str) -> None:
     if operation == "barrier":
         comm.synchronize()
     else:
-        all_reduce_for_ever()
+        all_reduce_forever()
 
 
-def tell_places(folder: str) -> None:
+def write_ranks(folder: str) -> None:
     with open(f"{folder}/{comm.get_rank()}", "w") as f:
         f.write(f"{comm.get_rank()} {comm.get_world_size()} {comm.get_local_rank()} {comm.get_local_size()}")
 
 
 class At(HookBase):
-    """Does something after a step of one process."""
+    """A hook that calls a function after a given step of one process."""
 
     def __init__(self, iteration: int, rank: int, do):
         self._iteration, self._rank, self._do = iteration, rank, do
@@ -154,15 +154,15 @@ def terminate_this_process() -> None:
 
 
 def terminate_this_process_and_its_workers() -> None:
-    """As Slurm and a system that shuts down do; workers of data loaders are forks of this process."""
+    """Send SIGTERM to this process and its data-loader workers, as Slurm and a system shutdown do."""
     own = psutil.Process()
     all_of_us = [str(p.pid) for p in [*own.children(), own] if p.cmdline() == own.cmdline()]
-    # Not from here: workers obey the process that they belong to.
+    # From another process, because workers obey a signal of the process they belong to.
     subprocess.run(["kill", *all_of_us], check=True)
 
 
 def training_cfg(folder, **overrides):
-    """A training of a region proposal network for 6 steps, which saves after each second one."""
+    """Return the config of a proposal network trained for 6 steps, with a checkpoint every 2 steps."""
     light = {
         "MODEL__META_ARCHITECTURE": "ProposalNetwork",
         "MODEL__MASK_ON": False,
@@ -174,7 +174,7 @@ def training_cfg(folder, **overrides):
 
 
 def train(folder: str, hooks: list = (), overrides: dict | None = None, resume: bool = False) -> None:
-    """A training as tools/train_net.py does it, with hooks behind the usual ones."""
+    """Train as tools/train_net.py does, with `hooks` after the default ones."""
     torch.set_num_threads(1)
     cfg = training_cfg(folder, **(overrides or {}))
     seed_all_rng(cfg.SEED + comm.get_rank())
@@ -186,22 +186,22 @@ def train(folder: str, hooks: list = (), overrides: dict | None = None, resume: 
 
 
 def train_and_be_killed_once(folder: str, rank: int, iteration: int) -> None:
-    """One process is killed after a step, if it is the first start."""
+    """Train, and kill one process after a step of the first start."""
     first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
     train(folder, [At(iteration, rank, kill_this_process)] if first else [])
 
 
 def train_and_be_preempted_once(folder: str) -> None:
-    """The first process gets the signal by which submitit tells that the job's time is up."""
+    """Train, and send rank 0 the signal with which submitit announces that the job's time is up."""
     first = os.environ["DETLIB_RESTART_COUNT"] == "0"
     train(folder, [At(2, 0, lambda: os.kill(os.getpid(), signal.SIGUSR2))] if first else [])
 
 
 def launched(function, *args) -> None:
-    """What a process under a launcher runs."""
+    """Call `launch` in a process that a launcher has started."""
     launch(function, 1, args=args, timeout=TIMEOUT)
 
 
 def read_model(folder) -> dict[str, torch.Tensor]:
-    """The parameters at the end of a training."""
+    """Return the parameters at the end of a training run."""
     return torch.load(os.path.join(folder, "model_final.pth"), weights_only=True)["model"]

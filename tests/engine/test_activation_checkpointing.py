@@ -1,4 +1,4 @@
-"""Activation checkpoints and compiled parts change neither results nor names."""
+"""Activation checkpointing and torch.compile change neither results nor parameter names."""
 
 import pytest
 import torch
@@ -20,13 +20,13 @@ def _build(**overrides) -> nn.Module:
 
 
 def _step(model: nn.Module) -> tuple[dict, dict, dict]:
-    """Output of the backbone in training mode, gradients, and all buffers after it."""
+    """Return the output of the backbone in training mode, the gradients, and all buffers after the step."""
     model.train()
     torch.manual_seed(1)
-    picture = torch.rand(2, 3, 64, 64)
+    images = torch.rand(2, 3, 64, 64)
     with EventStorage():
-        out = model.backbone(picture)
-    # Weighted at random: the mean square of a normalised map is the same whatever the parameters are.
+        out = model.backbone(images)
+    # Random weights, because the mean of a normalized feature map does not depend on the parameters.
     sum((x * torch.rand_like(x)).mean() for x in out.values()).backward()
     return (
         out,
@@ -41,7 +41,7 @@ def _assert_same(one: dict, two: dict) -> None:
         assert torch.equal(one[name], two[name]), name
 
 
-def test_blocks_computed_twice_give_the_same():
+def test_checkpointed_blocks_give_the_same_results():
     plain, saving = _build(), _build()
     assert add_activation_checkpoints(saving) == 8  # R-18 has eight residual blocks
     assert plain.state_dict().keys() == saving.state_dict().keys()
@@ -56,7 +56,7 @@ def test_blocks_computed_twice_give_the_same():
     assert len(calls) == 3
 
 
-def test_less_is_kept():
+def test_checkpointed_blocks_save_fewer_activations():
     def kept(model):
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
@@ -68,9 +68,9 @@ def test_less_is_kept():
     assert kept(saving) < 0.6 * kept(plain)
 
 
-def test_models_without_blocks_are_refused():
+def test_model_without_blocks_raises():
     with pytest.raises(
-        ValueError, match="TRAIN.ACTIVATION_CHECKPOINT needs a model with a backbone of blocks"
+        ValueError, match="TRAIN.ACTIVATION_CHECKPOINT needs a model whose backbone consists of blocks"
     ):
         add_activation_checkpoints(nn.Linear(2, 2))
     assert find_backbone_blocks(nn.Linear(2, 2)) == []
@@ -79,7 +79,7 @@ def test_models_without_blocks_are_refused():
 @pytest.mark.parametrize(
     "backend", ["eager", *(pytest.param(b, marks=pytest.mark.slow) for b in ("aot_eager", "inductor"))]
 )
-def test_compiled_parts_give_the_same(backend):
+def test_compiled_modules_give_the_same_results(backend):
     plain, compiled = _build(), _build()
     names = compile_parts(compiled, backend=backend)
     assert names == ["backbone", "proposal_generator.rpn_head", "roi_heads.box_head"]
@@ -91,8 +91,8 @@ def test_compiled_parts_give_the_same(backend):
             torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-4 * spread)
 
 
-def test_unknown_part_to_compile():
+def test_compiling_an_unknown_module_raises():
     with pytest.raises(
-        ValueError, match="TRAIN.COMPILE.MODULES: the model has no part 'backbon'; near: backbone"
+        ValueError, match="TRAIN.COMPILE.MODULES: the model has no submodule 'backbon'; similar: backbone"
     ):
         compile_parts(_build(), ["backbon"])

@@ -1,4 +1,4 @@
-"""Two processes on the CPU train as one process does."""
+"""Two processes on the CPU train like one process."""
 
 import pytest
 import torch
@@ -29,14 +29,14 @@ def _cfg(folder, kind: str):
     if kind == "rpn":
         cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"
         cfg.MODEL.MASK_ON = False
-        # Every one of the 1023 anchors counts, so that nothing is drawn at random.
+        # All 1023 anchors are sampled, so that nothing is random.
         cfg.MODEL.RPN.BATCH_SIZE_PER_IMAGE = 1023
         cfg.MODEL.RPN.POSITIVE_FRACTION = 1.0
     return cfg
 
 
 def _train(folder: str, kind: str, overrides: dict) -> None:
-    """What each process does: trains, and saves the parameters before and after."""
+    """Train, and save the parameters before and after."""
     sampling.subsample_labels, original = sample_repeatably, sampling.subsample_labels
     try:
         cfg = _cfg(folder, kind)
@@ -77,7 +77,7 @@ def test_rpn_on_two_processes_equals_one(tmp_path, caplog):
     start, one, seen_one = _run(tmp_path / "one", "rpn", 1)
     start_two, two, seen_two = _run(tmp_path / "two", "rpn", 2)
     assert "2 processes share the CPU" in caplog.text
-    # The same pictures in the same steps, half of them in each process.
+    # The same images in the same steps, half of them in each process.
     assert [len(batch) for batch in seen_one[0]] == [2] * _STEPS
     assert [sorted(a + b) for a, b in zip(*seen_two)] == [sorted(batch) for batch in seen_one[0]]
     assert all(torch.equal(start[name], start_two[name]) for name in start)
@@ -98,14 +98,14 @@ def test_mask_rcnn_on_two_processes_equals_averaged_half_batches(tmp_path, monke
     with EventStorage():
         for _ in range(_STEPS):
             optimizer.zero_grad()
-            for picture in next(batches):
-                (sum(model([picture]).values()) / 2).backward()
+            for image in next(batches):
+                (sum(model([image]).values()) / 2).backward()
             optimizer.step()
     _assert_equal_but_for_noise(start, model.state_dict(), two)
 
 
-# What is apart because two processes add their gradients in another order. Adam divides by the gradient's own
-# size, so where it is nearly 0 rounding decides which way a parameter goes: there only most are compared.
+# Two processes add gradients in another order, so results differ by rounding. Adam normalizes the gradient:
+# where it is nearly 0, rounding decides the direction of the step, so only most parameters are compared.
 _KINDS = {
     "accumulated": ({"SOLVER.IMS_PER_BATCH": 4}, 1.0),
     "average": ({"SOLVER.EMA.ENABLED": True, "SOLVER.EMA.DECAY": 0.5}, 1.0),
@@ -122,7 +122,7 @@ def test_two_processes_equal_one_that_accumulates(tmp_path, kind):
     parts = overrides.get("SOLVER.IMS_PER_BATCH", 2) // 2
     start, two, seen_two = _run(tmp_path / "two", "mask", 2, **overrides, **{"SOLVER.ACCUM_STEPS": parts})
     _, one, seen_one = _run(tmp_path / "one", "mask", 1, **overrides, **{"SOLVER.ACCUM_STEPS": 2 * parts})
-    # Every forward pass has one picture on either side, and each update the same ones.
+    # Every forward pass has one image in both cases, and each update the same images.
     assert {len(batch) for batch in seen_one[0] + seen_two[0] + seen_two[1]} == {1}
     step = [sum(seen_one[0][k : k + 2 * parts], []) for k in range(0, len(seen_one[0]), 2 * parts)]
     pairs = [a + b for a, b in zip(*seen_two)]
@@ -136,7 +136,7 @@ def test_two_processes_equal_one_that_accumulates(tmp_path, kind):
 
 
 def _evaluate_with_own_statistics(folder: str) -> None:
-    """What each process does: a training step, then a look at BatchNorm's statistics in an evaluation."""
+    """Train for a step, and record BatchNorm's statistics during the evaluation and after it."""
     cfg = tiny_cfg(
         folder,
         MODEL__META_ARCHITECTURE="ProposalNetwork",
@@ -158,7 +158,7 @@ def _evaluate_with_own_statistics(folder: str) -> None:
         torch.save(seen, f"{folder}/seen.pth")
 
 
-def test_what_is_evaluated_is_what_is_saved(tmp_path):
+def test_evaluation_uses_the_batch_norm_statistics_that_are_saved(tmp_path):
     launch(_evaluate_with_own_statistics, 2, args=(str(tmp_path),))
     (first, first_own), (second, second_own) = torch.load(tmp_path / "seen.pth")
     saved = torch.load(tmp_path / "model_final.pth")["model"]

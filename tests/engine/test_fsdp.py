@@ -1,4 +1,4 @@
-"""Models shared out between two processes train, save and resume as whole ones do."""
+"""Models sharded across two processes train, save and resume like unsharded ones."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ from tests.engine.training_runs import sample_repeatably
 
 pytestmark = pytest.mark.distributed
 
-_UNEVEN = "shapes:val?num=3&size=64"  # of which the processes evaluate 2 and 1
+_UNEVEN = "shapes:val?num=3&size=64"  # the two processes evaluate 2 images and 1
 
 
 def _cfg(folder, strategy: str, **overrides):
@@ -40,12 +40,12 @@ def _cfg(folder, strategy: str, **overrides):
 
 def _train(folder: str, strategy: str, resume: bool, overrides: dict) -> None:
     sampling.subsample_labels, original = sample_repeatably, sampling.subsample_labels
-    # Blocks that are shared out hand on a single picture in strides that PyTorch does not know for
-    # channels-last any more, and convolutions of another layout round in another way.
+    # Sharded blocks output a single image in strides that PyTorch does not recognize as channels-last, and
+    # convolutions round differently in another memory layout.
     MetaArchitecture.channels_last_on, in_layout = (), MetaArchitecture.channels_last_on
     try:
         cfg = _cfg(folder, strategy, **overrides)
-        # Other first weights in each process: those of the first one count.
+        # Each process draws other initial weights; those of rank 0 count.
         seed_all_rng(cfg.SEED + comm.get_rank())
         trainer = DefaultTrainer(cfg)
         trainer.resume_or_load(resume=resume)
@@ -69,7 +69,7 @@ def _train(folder: str, strategy: str, resume: bool, overrides: dict) -> None:
 
 
 def _train_all(root: str, overrides: dict) -> None:
-    """What each process does: whole, shared out, and shared out from its second checkpoint on."""
+    """Train unsharded, sharded, and sharded from the second checkpoint on."""
     _train(f"{root}/ddp", "ddp", False, overrides)
     _train(f"{root}/fsdp", "fsdp", False, overrides)
     if comm.is_main_process():
@@ -101,10 +101,10 @@ _ADAMW = {"SOLVER__OPTIMIZER": "AdamW", "SOLVER__BASE_LR": 1e-3}
     ("overrides", "tolerance", "state_tolerance"),
     [
         pytest.param(_CLIPPED, 1e-5, 1e-4, id="sgd"),
-        # First steps of AdamW are as long as the rate, also where the gradient is nothing but rounding.
+        # The first steps of AdamW are as large as the learning rate, even where the gradient is rounding noise.
         pytest.param({**_ADAMW, **_ACCUMULATED}, 5e-4, 5e-3, id="adamw", marks=pytest.mark.slow),
-        # Uses of one weight add up in bfloat16, of eight bits, and those of a shared-out weight in float32.
-        # At so low a rate both still train on the same proposals.
+        # Gradients of a weight that is used several times are added in bfloat16, those of a sharded weight in
+        # float32. With such a low learning rate, both still train on the same proposals.
         pytest.param(
             {"SOLVER__AMP__ENABLED": True, "SOLVER__BASE_LR": 1e-6, **_ACCUMULATED},
             1e-6,
@@ -114,7 +114,7 @@ _ADAMW = {"SOLVER__OPTIMIZER": "AdamW", "SOLVER__BASE_LR": 1e-3}
         ),
     ],
 )
-def test_shared_out_equals_whole(tmp_path, monkeypatch, overrides, tolerance, state_tolerance):
+def test_sharded_training_equals_ddp(tmp_path, monkeypatch, overrides, tolerance, state_tolerance):
     launch(_train_all, 2, args=(str(tmp_path), overrides))
     whole, parts, again = (
         torch.load(tmp_path / name / "model_final.pth", weights_only=True)
@@ -132,7 +132,7 @@ def test_shared_out_equals_whole(tmp_path, monkeypatch, overrides, tolerance, st
 
 
 def _check_losses(folder) -> None:
-    """The losses that two processes took on three pictures are those of one process."""
+    """Check that the losses that two processes computed on three images equal those of one process."""
     cfg = _cfg(folder, "ddp")
     loader = DefaultTrainer.build_val_loss_loader(cfg, _UNEVEN)
     assert len(loader) == 3
@@ -142,6 +142,6 @@ def _check_losses(folder) -> None:
         assert losses == pytest.approx(validation_losses(model, loader), rel=1e-4), kind
 
 
-def test_one_process_is_told_to_be_several(tmp_path):
+def test_fsdp_in_a_single_process_raises(tmp_path):
     with pytest.raises(RuntimeError, match="TRAIN.STRATEGY 'fsdp'.*--num-gpus"):
         DefaultTrainer(_cfg(tmp_path, "fsdp"))

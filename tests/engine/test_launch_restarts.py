@@ -1,4 +1,4 @@
-"""Trainings that are killed, stopped or requeued, and go on to the same end."""
+"""Training runs that are killed, stopped or requeued resume and end with the same weights."""
 
 import os
 import signal
@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from detlib.checkpoint import Checkpointer
-from detlib.engine import StopTraining, TrainerBase, interrupt, launch
+from detlib.engine import StopTraining, TrainerBase, launch
+from detlib.engine.distributed import interrupt
 from detlib.engine.distributed.environment import should_resume
 from detlib.engine.hooks import StopOnSignal
 from tests.engine import launching
@@ -45,7 +46,7 @@ def test_signal_saves_and_stops_after_the_step(tmp_path, log, signum):
 
 @pytest.mark.parametrize("saved", [True, False])
 def test_the_first_process_decides_whether_all_save(tmp_path, monkeypatch, saved):
-    """Others may not see yet what it saves in the background, and would wait for it in vain."""
+    """The others may not see yet what it saves in the background, and would wait for it forever."""
     took_part = []
 
     class Trainer(TrainerBase):
@@ -63,8 +64,8 @@ def test_the_first_process_decides_whether_all_save(tmp_path, monkeypatch, saved
     assert took_part == ([] if saved else [0])
 
 
-def test_workers_outlive_a_signal_to_all(tmp_path):
-    """The step under way needs their batches."""
+def test_workers_survive_a_signal_to_all_processes(tmp_path):
+    """The current step needs their batches."""
     hook = launching.At(1, 0, launching.terminate_this_process_and_its_workers)
     before, after = [], []
     earlier = launching.At(1, 0, lambda: before.extend(_workers()))
@@ -82,14 +83,14 @@ class _Wait(launching.HookBase):
 
 
 def _workers() -> list[int]:
-    """Workers of data loaders, which are forks of this process."""
+    """Return the pids of data-loader workers, which are forks of this process."""
     own = psutil.Process().cmdline()
     children = psutil.Process().children()
     return [p.pid for p in children if p.status() != psutil.STATUS_ZOMBIE and p.cmdline() == own]
 
 
-def test_second_ctrl_c_does_not_wait():
-    # Shells have processes in the background ignore it.
+def test_second_ctrl_c_stops_immediately():
+    # Shells make background processes ignore SIGINT.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with interrupt.listen_for_stop():
         signal.raise_signal(signal.SIGINT)
@@ -99,7 +100,7 @@ def test_second_ctrl_c_does_not_wait():
     assert interrupt.stop_requested() == 0
 
 
-def test_foreign_handlers_are_left_alone(monkeypatch):
+def test_handlers_of_the_user_are_kept(monkeypatch):
     seen = []
     previous = signal.signal(signal.SIGTERM, lambda *_: seen.append(1))
     try:
@@ -110,7 +111,7 @@ def test_foreign_handlers_are_left_alone(monkeypatch):
     assert seen == [1] and interrupt.stop_requested() == 0
 
 
-def test_stop_hook_refuses_a_period_below_one():
+def test_stop_hook_rejects_a_period_below_one():
     with pytest.raises(ValueError, match="period must be at least 1, got 0"):
         StopOnSignal(None, period=0)
 
@@ -143,15 +144,15 @@ def test_restart_implies_resume(tmp_path, monkeypatch, log, variable):
     (folder / "last_checkpoint").write_text("model_0000009.pth")
     os.utime(folder / "last_checkpoint", (1, 1))
     assert should_resume(True, str(folder))
-    assert not should_resume(False, str(folder))  # a new training, in an old one's folder
+    assert not should_resume(False, str(folder))  # a new run in the folder of an old one
     monkeypatch.setenv(variable, "1")
     assert not should_resume(False, str(folder))  # it was killed before it saved anything
-    assert "it starts anew" in log.text
+    assert "starting from the beginning" in log.text
     (folder / "last_checkpoint").write_text("model_0000001.pth")
     assert should_resume(False, str(folder))
-    assert f"This is a restart number 1 ({variable}): --resume is implied" in log.text
+    assert f"Restart 1 ({variable}): resuming as with --resume" in log.text
 
 
-def test_restart_without_any_checkpoint_starts_anew(tmp_path, monkeypatch):
+def test_restart_without_a_checkpoint_starts_from_the_beginning(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     assert not should_resume(False, str(tmp_path / "new"))

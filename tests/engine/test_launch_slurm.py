@@ -1,4 +1,4 @@
-"""Jobs of Slurm, tried out with submitit's executor for one machine."""
+"""Slurm jobs, run with submitit's executor for the local machine."""
 
 import argparse
 import os
@@ -38,7 +38,7 @@ def test_job_is_requeued_and_resumes(tmp_path, monkeypatch, tasks):
     job = _submit(tmp_path, monkeypatch, tasks, "train_and_be_preempted_once")
     job.wait()
     log = job.stdout() + job.stderr()
-    assert "it stops after this step, to be put back into the queue" in log
+    assert "stopping after this step to requeue the job" in log
     assert "Stopped by SIGUSR2 after iteration 2, which is saved in" in log
     assert "Requeued job" in log
     assert "next is iteration 3 of 6" in log
@@ -51,7 +51,7 @@ def test_job_is_requeued_and_resumes(tmp_path, monkeypatch, tasks):
 
 
 def test_signal_saves_before_the_job_is_requeued(tmp_path, monkeypatch):
-    """As above, without the processes of submitit around the one that trains."""
+    """As above, without submitit's own processes."""
     launching.use_forkserver(monkeypatch)
     script, out = tmp_path / "script.py", tmp_path / "out"
     script.write_text(_SCRIPT)
@@ -70,25 +70,25 @@ def test_signal_saves_before_the_job_is_requeued(tmp_path, monkeypatch):
 
 
 def _run_job(job: SlurmJob) -> None:
-    signal.signal(signal.SIGUSR2, lambda *_: sys.exit(144))  # what submitit does, after it has requeued
+    signal.signal(signal.SIGUSR2, lambda *_: sys.exit(144))  # as submitit does after a requeue
     job()
 
 
 @pytest.mark.slow
-def test_job_that_fails_says_so(tmp_path, monkeypatch):
+def test_failed_job_raises_the_error_of_the_script(tmp_path, monkeypatch):
     job = _submit(tmp_path, monkeypatch, 1, "no_such_function")
     with pytest.raises(Exception, match="no_such_function"):
         job.result()
 
 
-def test_requeued_job_knows_it():
+def test_requeued_job_counts_its_restarts():
     job = SlurmJob("script.py", ["a", "b"]).checkpoint().function
     assert (job.argv, job.restarts) == (["a", "b"], 1)
     assert job.script == os.path.abspath("script.py")
 
 
 def test_arguments_reach_sbatch(tmp_path, monkeypatch):
-    """submitit writes a file for sbatch, which is not there: what it would have got is looked at."""
+    """There is no sbatch here: check the arguments that submitit would pass to it."""
     submitit = pytest.importorskip("submitit")
     seen = {}
 
@@ -131,13 +131,13 @@ def test_arguments_reach_sbatch(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["no_such_script.py"], "no_such_script.py"),
-        (["--slurm-arg", "account", __file__], "'account'; it must be KEY=VALUE"),
+        (["--slurm-arg", "account", __file__], "must be KEY=VALUE, such as account=vision; got 'account'"),
     ],
 )
-def test_slips_cost_one_line(capsys, arguments, said):
+def test_invalid_arguments_give_a_one_line_error(capsys, arguments, message):
     with pytest.raises(SystemExit) as end:
         submit_script(arguments)
-    assert end.value.code == 2 and said in capsys.readouterr().err
+    assert end.value.code == 2 and message in capsys.readouterr().err

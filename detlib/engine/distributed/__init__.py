@@ -1,4 +1,4 @@
-"""The processes of a training: how they find each other, what happens when one fails, and restarts.
+"""Distributed training: rendezvous, failures and restarts of processes, DDP, FSDP and Slurm.
 
-`detlib.engine.launch` starts or joins them.
+`detlib.engine.launch` starts or joins the processes.
 """

@@ -1,4 +1,4 @@
-"""Computing the insides of backbone blocks twice instead of keeping them for the backward pass.
+"""Activation checkpointing: blocks of the backbone are recomputed in the backward pass to save memory.
 
 See "Training Deep Nets with Sublinear Memory Cost" (https://arxiv.org/abs/1604.06174).
 """
@@ -17,28 +17,28 @@ logger = logging.getLogger(__name__)
 
 
 def add_activation_checkpoints(model: nn.Module) -> int:
-    """Makes each block of the model's backbone keep only its input for the backward pass.
+    """Make each block of the model's backbone keep only its input for the backward pass.
 
-    Parameter names and results stay as they are; BatchNorm's running statistics take in each batch once.
+    Parameter names and results do not change; BatchNorm updates its running statistics once per batch.
 
     Args:
-        model: a model with a part ``backbone``; changed in place.
+        model: a model with a submodule ``backbone``; modified in-place.
 
     Returns:
         The number of blocks.
 
     Raises:
-        ValueError: if there is no backbone, or no such block in it.
+        ValueError: if the model has no backbone, or the backbone has no blocks.
     """
     blocks = find_backbone_blocks(model)
     if not blocks:
         raise ValueError(
-            f"TRAIN.ACTIVATION_CHECKPOINT needs a model with a backbone of blocks; the backbone of "
+            f"TRAIN.ACTIVATION_CHECKPOINT needs a model whose backbone consists of blocks; the backbone of "
             f"{type(model).__name__} is a {type(getattr(model, 'backbone', None)).__name__}"
         )
     for block in blocks:
         block.forward = functools.partial(_run, block, block.forward)
-    logger.info("%d blocks of the backbone are computed again in the backward pass", len(blocks))
+    logger.info("Activation checkpointing: recomputing %d backbone blocks in the backward pass", len(blocks))
     return len(blocks)
 
 
@@ -50,9 +50,10 @@ def _run(block: nn.Module, forward: Callable, *args, **kwargs):
 
 
 def find_backbone_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a model's backbone, such as residual blocks and transformer layers.
+    """Return the blocks of a model's backbone, such as residual blocks and transformer layers.
 
-    They are the elements of its innermost `nn.Sequential` and `nn.ModuleList` that have parts of their own.
+    Blocks are the elements of the innermost `nn.Sequential` and `nn.ModuleList` that have children
+    themselves.
     """
     backbone = getattr(model, "backbone", None)
     if not isinstance(backbone, nn.Module):
@@ -65,13 +66,14 @@ def find_backbone_blocks(model: nn.Module) -> list[nn.Module]:
             is_composite = any(True for _ in element.children())
             if is_composite and not isinstance(element, nn.Sequential | nn.ModuleList):
                 blocks.append(element)
-    # A block that holds blocks, such as a stage of Swin, would keep what these do not: only the inner count.
+    # Blocks that contain blocks, such as a stage of Swin, are left out: they would keep the activations that
+    # the inner blocks drop.
     found = {id(block) for block in blocks}
     return [b for b in blocks if not any(id(part) in found for part in b.modules() if part is not b)]
 
 
 def _contexts(block: nn.Module):
-    """What `torch.utils.checkpoint` puts around the first and the second computation."""
+    """Return the contexts of the first and the second forward pass, for `torch.utils.checkpoint`."""
     return contextlib.nullcontext(), _running_statistics_kept(block)
 
 
@@ -80,7 +82,7 @@ def _running_statistics_kept(block: nn.Module) -> Iterator[None]:
     norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        # With momentum 0 the statistics stay; the count goes to a copy.
+        # Momentum 0 leaves the statistics unchanged; a copy of the counter absorbs the second increment.
         norm.momentum = 0.0
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked = norm.num_batches_tracked.clone()

@@ -1,4 +1,4 @@
-"""What is done to a model before it trains: sharing it out between processes, and compiling its parts."""
+"""Wrapping of a model for training: DDP, sharding of parameters (FSDP2) and torch.compile."""
 
 import contextlib
 import itertools
@@ -22,76 +22,76 @@ __all__ = ["compile_parts", "create_ddp_model", "first_process_buffers", "shard_
 
 logger = logging.getLogger(__name__)
 
-# The modules that are in a block of `whole_parameters`.
+# Modules whose parameters `whole_parameters` has gathered.
 _held_whole: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def compile_parts(model: nn.Module, names: Iterable[str] = (), backend: str = "inductor") -> list[str]:
-    """Has parts of a model compiled by torch.compile when they are first used, for pictures of any size.
+    """Compile submodules with torch.compile on first use, for images of any size.
 
-    Parameter names stay as they are.
+    Parameter names do not change.
 
     Args:
         model: the model.
-        names: the parts, as in ``model.get_submodule``; () for those of `MetaArchitecture.compile_modules`
-            that there are.
+        names: submodules, as in ``model.get_submodule``; () for those of `MetaArchitecture.compile_modules`
+            that the model has.
         backend: as in `torch.compile`.
 
     Returns:
-        The names of the parts.
+        The names of the compiled submodules.
 
     Raises:
-        ValueError: if the model has no part of a name.
+        ValueError: if the model has no submodule of a given name.
     """
     parts = dict(model.named_modules())
     chosen = list(names) or [name for name in facts_of(model).compile_modules if name in parts]
     for name in chosen:
         if name not in parts:
             near = ", ".join(near_names(name, parts)) or ", ".join(n for n, _ in model.named_children())
-            raise ValueError(f"TRAIN.COMPILE.MODULES: the model has no part '{name}'; near: {near}")
+            raise ValueError(f"TRAIN.COMPILE.MODULES: the model has no submodule '{name}'; similar: {near}")
         parts[name].compile(backend=backend, dynamic=True)
-    logger.info("torch.compile (%s) takes: %s; the first steps take longer", backend, ", ".join(chosen))
+    logger.info("Compiling %s with torch.compile (%s); the first steps are slow", ", ".join(chosen), backend)
     return chosen
 
 
 def shard_model(model: nn.Module) -> nn.Module:
-    """Shares parameters, and with them gradients and optimizer state, out between all processes (FSDP2).
+    """Shard parameters, and thereby gradients and optimizer state, across all processes (FSDP2).
 
-    Each block of the backbone is gathered when it is computed, the rest of the model as a whole. See
-    `torch.distributed.fsdp.fully_shard`. The optimizer must be made after this.
+    Each block of the backbone is gathered when it runs, the rest of the model in one piece. See
+    `torch.distributed.fsdp.fully_shard`. Build the optimizer after this.
 
     Args:
-        model: the model, on its device; changed in place.
+        model: the model, on its device; modified in-place.
 
     Raises:
-        RuntimeError: without a process group.
+        RuntimeError: if there is no process group.
     """
     from torch.distributed.fsdp import fully_shard
 
     if not dist.is_initialized():
         raise RuntimeError(
-            "TRAIN.STRATEGY 'fsdp' shares a model out between processes: start several, with --num-gpus or "
+            "TRAIN.STRATEGY 'fsdp' shards a model across processes: start several with --num-gpus or "
             "torchrun, or use 'ddp'"
         )
     with torch.no_grad():
-        # Each process has drawn its own first weights; those of the first one count, as in DDP.
+        # Each process has drawn its own initial weights; all take those of rank 0, as in DDP.
         for tensor in itertools.chain(model.parameters(), model.buffers()):
             dist.broadcast(tensor, 0)
     device = next(model.parameters()).device.type
     mesh = dist.device_mesh.init_device_mesh(device, (comm.get_world_size(),))
     for block in find_backbone_blocks(model):
         fully_shard(block, mesh=mesh)
-    # By default what is not in a block would stay whole after a forward pass, until a backward pass that
-    # does not come in evaluation; what is saved or averaged then must be the shares.
+    # By default, parameters outside of the blocks stay gathered between the forward and the backward pass.
+    # Evaluation has no backward pass, and checkpoints and weight averages need the shards after it.
     return cast(nn.Module, fully_shard(model, mesh=mesh, reshard_after_forward=True))
 
 
 @contextlib.contextmanager
 def whole_parameters(model: nn.Module) -> Iterator[None]:
-    """Within the block each process holds all parameters of a model of `shard_model`; others stay.
+    """Context manager that gathers all parameters of a model of `shard_model`; other models do not change.
 
-    Processes evaluate different numbers of pictures, so they cannot gather parameters in each forward pass.
-    A block within a block changes nothing.
+    Processes evaluate different numbers of images, so they cannot gather parameters in each forward pass.
+    Nested use has no effect.
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -111,10 +111,10 @@ def whole_parameters(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def first_process_buffers(model: nn.Module) -> Iterator[None]:
-    """Within the block all processes have the first one's buffers, which are what checkpoints hold.
+    """Context manager in which all processes have the buffers of rank 0, which are those in checkpoints.
 
-    BatchNorm layers keep statistics of their own process's pictures. An evaluation that is shared out must be
-    of one model, the one that is saved. All processes take part.
+    BatchNorm layers keep the statistics of their own process's images. A distributed evaluation must evaluate
+    one model, the one that is saved. All processes must call this.
 
     Args:
         model: the model, without wrappers.
@@ -135,26 +135,25 @@ def first_process_buffers(model: nn.Module) -> Iterator[None]:
 
 
 def create_ddp_model(model: nn.Module, *, fp16_compression: bool = False, **kwargs: Any) -> nn.Module:
-    """Wraps a model for distributed training, if there are several processes.
+    """Wrap a model in DistributedDataParallel if there are several processes.
 
-    Gradients are views into the buckets that are sent, and buffers stay each process's own, unless `kwargs`
-    say otherwise.
+    Unlike DDP's defaults, gradients are views into the communication buckets, and buffers are not broadcast.
 
     Args:
         model: the model, on its device.
-        fp16_compression: send gradients as float16.
-        **kwargs: for `DistributedDataParallel`.
+        fp16_compression: communicate gradients as float16.
+        **kwargs: arguments of `DistributedDataParallel`.
     """
     if comm.get_world_size() == 1:
         return model
-    # Strided 1x1 convolutions of channels-last maps give their weights gradients whose strides differ along
-    # sides of length 1 only: the same memory, of which DDP warns all the same.
+    # With channels-last inputs, strided 1x1 convolutions have weight gradients whose strides differ in
+    # dimensions of size 1 only. The memory layout is the same, but DDP warns.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     kwargs = {"gradient_as_bucket_view": True, "broadcast_buffers": False, **kwargs}
     if "device_ids" not in kwargs and next(model.parameters()).device.type == "cuda":
         kwargs["device_ids"] = [comm.get_local_rank()]
     with warnings.catch_warnings():
-        # The name that replaces broadcast_buffers is unknown to the older releases that detlib runs on.
+        # The older torch releases that detlib supports lack the replacement of broadcast_buffers.
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
         ddp = DistributedDataParallel(model, **kwargs)
     if fp16_compression:
@@ -167,11 +166,10 @@ def create_ddp_model(model: nn.Module, *, fp16_compression: bool = False, **kwar
 
 
 def _average_in_double(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """Averages a bucket of gradients over the processes so that the order of the sum does not show.
+    """Average a bucket of gradients in float64, so that the result does not depend on the summation order.
 
-    DDP groups gradients anew after the first step of each run, and the order of the processes in a sum
-    depends on the place in a group; so without this a resumed run on three or more would differ in the last
-    bits.
+    DDP rebuilds its buckets after the first step of each run, and the summation order depends on the position
+    in a bucket. In float32, a resumed run on three or more processes would differ in the last bits.
     """
     whole = bucket.buffer().double()
     future = dist.all_reduce(whole, async_op=True).get_future()

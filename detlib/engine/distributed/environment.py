@@ -1,4 +1,4 @@
-"""What a launcher (torchrun, Slurm, the user's environment) passes to a process: its rank, and restarts."""
+"""Rank and restart count that a launcher (torchrun, Slurm, the environment) passes to a process."""
 
 import json
 import logging
@@ -11,26 +11,26 @@ from dataclasses import dataclass
 from detlib.utils import comm
 from detlib.utils.file_io import is_remote
 
-__all__ = ["ProcessPlace", "job_port", "place_from_environment", "restart_count", "should_resume"]
+__all__ = ["ProcessInfo", "job_port", "info_from_environment", "restart_count", "should_resume"]
 
 logger = logging.getLogger(__name__)
 
-# Made when a training begins. A checkpoint that is older belongs to another training in the same folder.
+# Written when a training run begins. Older checkpoints in the same folder belong to another run.
 _MARK = ".training_began"
 _DEFAULT_PORT = 29500
 
 
 @dataclass(frozen=True)
-class ProcessPlace:
-    """The place of this process among all that take part.
+class ProcessInfo:
+    """The rank of this process among all processes, and how it joins them.
 
     Attributes:
-        rank: number of the process, from 0.
-        world_size: number of all processes.
-        local_rank: number of the process on its machine. None: to be found out from the others.
-        local_size: number of processes on this machine. None: likewise.
-        url: where the processes meet: "env://" or "tcp://HOST:PORT".
-        launcher: who started it, for messages: "torchrun", "the environment" or "srun".
+        rank: rank of the process, from 0.
+        world_size: number of processes.
+        local_rank: rank of the process on its machine. None if it must be found out from the others.
+        local_size: number of processes on this machine. None likewise.
+        url: rendezvous URL: "env://" or "tcp://HOST:PORT".
+        launcher: what started it, for messages: "launch", "torchrun", "the environment" or "srun".
     """
 
     rank: int
@@ -41,53 +41,54 @@ class ProcessPlace:
     launcher: str
 
 
-def place_from_environment(env: Mapping[str, str] | None = None) -> ProcessPlace | None:
-    """Finds out whether a launcher has started this process as one of several.
+def info_from_environment(env: Mapping[str, str] | None = None) -> ProcessInfo | None:
+    """Find out whether a launcher has started this process as one of several.
 
-    Three are known, the first that is there counts:
+    These launchers are recognized, in this order:
 
     1. torchrun: TORCHELASTIC_RUN_ID, with all that torchrun sets;
-    2. anything that sets RANK, WORLD_SIZE and MASTER_ADDR (MASTER_PORT, LOCAL_RANK and LOCAL_WORLD_SIZE too,
-       if it can), as Kubernetes operators do;
-    3. Slurm's srun with several tasks: SLURM_STEP_ID, SLURM_PROCID, SLURM_STEP_NUM_TASKS. A script that
-       sbatch runs without srun is no such task, however many tasks its job may have.
+    2. anything that sets RANK, WORLD_SIZE and MASTER_ADDR (and optionally MASTER_PORT, LOCAL_RANK and
+       LOCAL_WORLD_SIZE), as Kubernetes operators do;
+    3. Slurm's srun with multiple tasks: SLURM_STEP_ID, SLURM_PROCID, SLURM_STEP_NUM_TASKS. A script that
+       sbatch runs without srun does not count, however many tasks its job has.
 
     Args:
-        env: the environment; None for that of this process.
+        env: environment variables; None for those of this process.
 
     Returns:
-        The place, also for a world of one process under torchrun; None where nobody started several.
+        The rank and rendezvous, also for a single process under torchrun; None if no launcher started several
+        processes.
 
     Raises:
-        ValueError: if a variable is missing or is no number, or the rank is none of the world's.
+        ValueError: if a variable is missing or not a number, or the rank is not below the world size.
     """
     env = os.environ if env is None else env
     if "TORCHELASTIC_RUN_ID" in env:
         return _checked(_from_variables(env, "torchrun"))
     if all(name in env for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR")):
-        place = _checked(_from_variables(env, "the environment"))
-        return place if place.world_size > 1 else None
+        info = _checked(_from_variables(env, "the environment"))
+        return info if info.world_size > 1 else None
     if "SLURM_STEP_ID" in env and _number(env, "SLURM_STEP_NUM_TASKS", 1) > 1:
         return _checked(_from_srun(env))
     return None
 
 
-def _from_variables(env: Mapping[str, str], launcher: str) -> ProcessPlace:
-    return ProcessPlace(
+def _from_variables(env: Mapping[str, str], launcher: str) -> ProcessInfo:
+    return ProcessInfo(
         rank=_number(env, "RANK"),
         world_size=_number(env, "WORLD_SIZE"),
         local_rank=_number(env, "LOCAL_RANK") if "LOCAL_RANK" in env else None,
         local_size=_number(env, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in env else None,
-        # torchrun's own store is found by env:// alone.
+        # Only env:// finds torchrun's own store.
         url="env://" if launcher == "torchrun" else _tcp_url(env, env["MASTER_ADDR"], _DEFAULT_PORT),
         launcher=launcher,
     )
 
 
-def _from_srun(env: Mapping[str, str]) -> ProcessPlace:
+def _from_srun(env: Mapping[str, str]) -> ProcessInfo:
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST", "")
     host = env.get("MASTER_ADDR") or (_first_host(nodes) if nodes else "127.0.0.1")
-    return ProcessPlace(
+    return ProcessInfo(
         rank=_number(env, "SLURM_PROCID"),
         world_size=_number(env, "SLURM_STEP_NUM_TASKS"),
         local_rank=_number(env, "SLURM_LOCALID") if "SLURM_LOCALID" in env else None,
@@ -98,9 +99,9 @@ def _from_srun(env: Mapping[str, str]) -> ProcessPlace:
 
 
 def job_port(job_id: int) -> int:
-    """The port where the tasks of a job of Slurm meet.
+    """Return the rendezvous port for the tasks of a Slurm job.
 
-    Jobs that share a machine must not meet at the same one; all tasks of one job know its number.
+    It follows from the job id, so all tasks agree on it, and jobs that share a machine get different ports.
     """
     return 20000 + job_id % 10000
 
@@ -111,10 +112,10 @@ def _tcp_url(env: Mapping[str, str], host: str, default_port: int) -> str:
 
 
 def _first_host(nodes: str) -> str:
-    """The first of Slurm's compressed list: "gpu[07-09,12],big1" gives "gpu07"."""
+    """Return the first host of Slurm's compressed node list: "gpu[07-09,12],big1" gives "gpu07"."""
     match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodes)
     if match is None:
-        raise ValueError(f"The node list {nodes!r} of Slurm cannot be read; set MASTER_ADDR")
+        raise ValueError(f"Cannot parse Slurm's node list {nodes!r}; set MASTER_ADDR")
     return "".join(part or "" for part in match.groups())
 
 
@@ -122,33 +123,33 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
     text = env.get(name)
     if text is None:
         if default is None:
-            raise ValueError(f"The environment lacks {name}, which the launcher of the processes should set")
+            raise ValueError(f"The environment variable {name} is not set; the launcher should set it")
         return default
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f"The environment variable {name} is {text!r}, which is no whole number") from None
+        raise ValueError(f"The environment variable {name} must be an integer, got {text!r}") from None
 
 
-def _checked(place: ProcessPlace) -> ProcessPlace:
-    if not 0 <= place.rank < place.world_size:
+def _checked(info: ProcessInfo) -> ProcessInfo:
+    if not 0 <= info.rank < info.world_size:
         raise ValueError(
-            f"{place.launcher} gave rank {place.rank} of {place.world_size} processes; "
-            f"legal are 0 to {place.world_size - 1}"
+            f"{info.launcher} set rank {info.rank} for {info.world_size} processes; "
+            f"it must be in [0, {info.world_size - 1}]"
         )
-    return place
+    return info
 
 
 _RESTART_VARIABLES = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", "DETLIB_RESTART_COUNT")
 
 
 def restart_count(env: Mapping[str, str] | None = None) -> tuple[int, str]:
-    """How often a launcher has started this training anew after a failure or preemption.
+    """Return how often a launcher has restarted this training run after a failure or preemption.
 
     Returns:
-        The count, and the variable that says so: TORCHELASTIC_RESTART_COUNT of torchrun's
+        The count, and the variable it was read from: TORCHELASTIC_RESTART_COUNT of torchrun's
         ``--max-restarts``, SLURM_RESTART_COUNT of requeued jobs, or DETLIB_RESTART_COUNT, which
-        `detlib.engine.distributed.slurm` sets. ``(0, "")`` in a first start.
+        `detlib.engine.distributed.slurm` sets. ``(0, "")`` on the first start.
     """
     env = os.environ if env is None else env
     for name in _RESTART_VARIABLES:
@@ -159,10 +160,11 @@ def restart_count(env: Mapping[str, str] | None = None) -> tuple[int, str]:
 
 
 def should_resume(asked: bool, output_dir: str) -> bool:
-    """Whether to resume: if asked to, or if this is a restart by torchrun or Slurm. All processes call it.
+    """Return whether to resume: if requested, or if torchrun or Slurm restarted the run.
 
-    A restart resumes from checkpoints of the training that it restarts, never from what an earlier one left
-    in the same folder. Times of files decide that, so remote folders are taken to be this training's own.
+    All processes must call this. A restart resumes from checkpoints of the run that it restarts, never from
+    those that an earlier run left in the same folder. Modification times decide that, so checkpoints in a
+    remote folder are assumed to belong to this run.
 
     Args:
         asked: whether ``--resume`` was given.
@@ -170,35 +172,35 @@ def should_resume(asked: bool, output_dir: str) -> bool:
     """
     if asked:
         return True
-    # Where torchrun restarts the processes of a machine because of another's, only that one counts it.
+    # If torchrun restarts this machine's processes because another machine's failed, only that one counts it.
     gathered = comm.all_gather((restart_count(), _agent()))
     count, variable = max(start for start, _ in gathered)
     agents = {agent for _, agent in gathered if agent}
     main_decides = _decide(count, agents, output_dir) if comm.is_main_process() else None
     is_restart, resume = comm.all_gather(main_decides)[0]
-    by = f"number {count} ({variable})" if count else "by the same torchrun"
+    which = f"Restart {count} ({variable})" if count else "Restart by the same torchrun"
     if is_restart and resume:
-        logger.info("This is a restart %s: --resume is implied", by)
+        logger.info("%s: resuming as with --resume", which)
     elif is_restart:
-        logger.info("This is a restart %s, but nothing was saved in %s: it starts anew", by, output_dir)
+        logger.info("%s: no checkpoint of this run in %s, starting from the beginning", which, output_dir)
     return resume
 
 
 def _agent() -> str:
-    """Which torchrun has started this process: its machine, number, and time of birth; "" if none has."""
+    """Identify the torchrun that started this process by host, pid and start time; "" without torchrun."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return ""
     parent = os.getppid()
     try:
         with open(f"/proc/{parent}/stat") as f:
-            born = f.read().rpartition(")")[2].split()[19]
+            start_time = f.read().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
-        born = ""
-    return f"{socket.gethostname()} {parent} {born}"
+        start_time = ""
+    return f"{socket.gethostname()} {parent} {start_time}"
 
 
 def _decide(count: int, agents: set[str], output_dir: str) -> tuple[bool, bool]:
-    """Whether this is a restart, and whether to resume; leaves a mark if a training begins."""
+    """Return whether this is a restart, and whether to resume; write the mark if a run begins."""
     if is_remote(output_dir):
         return count > 0, count > 0
     mark, last = os.path.join(output_dir, _MARK), os.path.join(output_dir, "last_checkpoint")
@@ -208,7 +210,8 @@ def _decide(count: int, agents: set[str], output_dir: str) -> tuple[bool, bool]:
             return True, True
     os.makedirs(output_dir, exist_ok=True)
     with open(mark, "w") as f:
-        json.dump({"older checkpoints": "are of another training", "started by": sorted(agents)}, f)
+        note = "checkpoints older than this file belong to another training run"
+        json.dump({"note": note, "started by": sorted(agents)}, f)
     return is_restart, False
 
 

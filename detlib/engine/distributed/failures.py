@@ -1,8 +1,8 @@
-"""How the processes of a training tell each other why one of them failed.
+"""Failure reports that the processes of a training run share.
 
-A process that fails leaves a report in the store that all share. The others read there why their peer is
-gone, where they would otherwise see a broken connection, or nothing for half an hour. A broken connection is
-itself reported as such, so that it never hides its cause.
+A process that fails leaves a report in the store that all processes share. The others read there why their
+peer is gone, instead of seeing a broken connection, or nothing until the timeout. A broken connection is
+reported as a consequence, so that it never hides its cause.
 """
 
 import json
@@ -18,35 +18,35 @@ import torch.distributed as dist
 __all__ = ["Failure", "FailureBoard", "ProcessFailedError", "describe_failure", "is_communication_error"]
 
 _MEMORY_HINT = (
-    "Most often that is the system's answer to memory running out (`dmesg` or the job's log tells). Fewer "
-    "DATALOADER.NUM_WORKERS, fewer or smaller pictures in a batch need less of it."
+    "The usual cause is that the system ran out of memory (check `dmesg` or the job's log). Fewer "
+    "DATALOADER.NUM_WORKERS, and fewer or smaller images per batch, need less memory."
 )
 _SIGNAL_HINTS = {
     "SIGKILL": _MEMORY_HINT,
-    "SIGABRT": "A library gave up, see above; NCCL does so when an operation took longer than TRAIN.TIMEOUT.",
-    "SIGBUS": "Shared memory ran out, probably: see `df -h /dev/shm`, and use fewer DATALOADER.NUM_WORKERS.",
-    "SIGSEGV": "Compiled code failed; PYTHONFAULTHANDLER=1 shows where.",
+    "SIGABRT": "A library aborted, see above; NCCL does so if an operation takes longer than TRAIN.TIMEOUT.",
+    "SIGBUS": "Probably out of shared memory: check `df -h /dev/shm`, and use fewer DATALOADER.NUM_WORKERS.",
+    "SIGSEGV": "Compiled code crashed; PYTHONFAULTHANDLER=1 shows where.",
 }
 
-# What communication says when a peer is gone or does not come. Errors of the store and of NCCL have types.
+# Words in errors of communication whose peer is gone or late. Errors of the store and of NCCL have types.
 _COMMUNICATION_WORDS = ("gloo", "nccl", "connection closed by peer", "connection reset", "monitoredbarrier")
 
 
 class ProcessFailedError(RuntimeError):
-    """One of the processes of a training failed; the message tells which, how, and where in its code."""
+    """A process of a distributed training run failed; the message has its rank and traceback."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What is known of the failure of one process.
+    """The failure of one process.
 
     Attributes:
-        rank: its rank.
-        kind: "error": it raised an exception; "gone": it ended without a word; "lost": an operation with
-            the others failed, which has its cause elsewhere, or took too long.
+        rank: rank of the process.
+        kind: "error": it raised an exception; "gone": it ended without a report; "lost": a collective
+            operation failed because of another process, or timed out.
         title: the exception's type and message, or how the process ended.
         details: the traceback, or "".
-        order: the first failure has the lowest.
+        order: increasing in the order of the reports.
     """
 
     rank: int
@@ -65,25 +65,27 @@ class Failure:
     def from_exit(cls, rank: int, pid: int, exit_code: int | None) -> "Failure":
         """
         Args:
-            rank: the process's rank.
-            pid: its number in the system.
-            exit_code: as `subprocess` has it, negative for signals; None if it is not known.
+            rank: rank of the process.
+            pid: its process id.
+            exit_code: as in `subprocess`, negative for signals; None if unknown.
         """
         who = f"pid {pid} on {socket.gethostname()}"
         if exit_code is None:
-            return cls(rank, "gone", f"is gone without a word ({who}). If it was killed: {_MEMORY_HINT}")
+            return cls(
+                rank, "gone", f"disappeared without an error ({who}). If it was killed: {_MEMORY_HINT}"
+            )
         if exit_code >= 0:
-            return cls(rank, "gone", f"ended with exit code {exit_code} and without a word ({who}).")
+            return cls(rank, "gone", f"exited with code {exit_code} without an error ({who}).")
         try:
             name = signal.Signals(-exit_code).name
         except ValueError:
             name = "unknown"
         hint = _SIGNAL_HINTS.get(name, "")
-        return cls(rank, "gone", f"was ended by signal {-exit_code} ({name}; {who}). {hint}".strip())
+        return cls(rank, "gone", f"was killed by signal {-exit_code} ({name}; {who}). {hint}".strip())
 
 
 def is_communication_error(error: BaseException) -> bool:
-    """Whether an error comes from an operation between processes, so that its cause is likely another's."""
+    """Return whether an error comes from communication, so that another process is its likely cause."""
     if isinstance(error, dist.DistError):
         return True
     text = str(error).lower()
@@ -91,15 +93,15 @@ def is_communication_error(error: BaseException) -> bool:
 
 
 def describe_failure(
-    failures: Sequence[Failure], world_size: int, places: Mapping[int, str], timeout: float
+    failures: Sequence[Failure], world_size: int, stacks: Mapping[int, str], timeout: float
 ) -> str:
-    """What a person should read: the failure that caused the others, with its traceback.
+    """Describe the failure that caused the others, with its traceback.
 
     Args:
-        failures: all that were reported, at least one.
+        failures: all reported failures, at least one.
         world_size: number of processes.
-        places: where processes that did not fail were at that time, as tracebacks.
-        timeout: seconds after which an operation is given up.
+        stacks: stack traces of processes that did not fail, by rank.
+        timeout: seconds after which a collective operation times out.
     """
     causes = sorted((f for f in failures if f.kind != "lost"), key=lambda f: f.order)
     if causes:
@@ -113,13 +115,13 @@ def describe_failure(
     waiting = _listed([f.rank for f in failures])
     if missing:
         text = (
-            f"{waiting} of {world_size} waited in vain for {_listed(missing).lower()}; an operation is given "
-            f"up after {timeout:g} s (TRAIN.TIMEOUT)."
+            f"{waiting} of {world_size} timed out waiting for {_listed(missing).lower()} after {timeout:g} s "
+            "(TRAIN.TIMEOUT)."
         )
     else:
         text = f"{waiting} of {world_size} lost the connection to each other."
     parts = [text, f"Process {first.rank} was at:\n\n{first.details or first.title}"]
-    parts += [f"Process {r} was at:\n\n{places[r]}" for r in missing if r in places]
+    parts += [f"Process {r} was at:\n\n{stacks[r]}" for r in missing if r in stacks]
     return "\n\n".join(parts)
 
 
@@ -129,14 +131,14 @@ def _listed(ranks: Sequence[int]) -> str:
 
 
 class FailureBoard:
-    """The reports of all processes, in a store. Each thread needs a board of its own."""
+    """The failure reports of all processes, in a shared store. Each thread needs its own board."""
 
     def __init__(self, store: dist.Store, world_size: int, timeout: float):
         """
         Args:
-            store: what all processes share; it is cloned, so that a wait in it holds up nobody.
+            store: the store that all processes share; it is cloned, so that waiting on it blocks nobody.
             world_size: number of processes.
-            timeout: seconds after which an operation between processes is given up, for messages.
+            timeout: seconds after which a collective operation times out, for messages.
         """
         self._source = store
         self._store = dist.PrefixStore("detlib", store.clone())
@@ -144,56 +146,59 @@ class FailureBoard:
         self.timeout = timeout
 
     def clone(self) -> "FailureBoard":
-        """A board for another thread."""
+        """Return a board for another thread."""
         return FailureBoard(self._source, self.world_size, self.timeout)
 
     def note(self, name: str, rank: int, value: str = "yes") -> None:
-        """Notes something about a process: "process", "place", "done" or "ended"."""
+        """Record something about a process: "process", "stack", "done" or "ended"."""
         self._store.set(f"{name}/{rank}", value)
 
     def noted(self, name: str, rank: int) -> str | None:
-        """What was noted about a process, without waiting for it."""
+        """Return what was recorded about a process, without waiting; None if nothing was."""
         key = f"{name}/{rank}"
         return self._store.get(key).decode() if self._store.check([key]) else None
 
     def ranks_with(self, name: str) -> set[int]:
-        """The processes about which something was noted."""
+        """Return the ranks for which `name` was recorded."""
         return {rank for rank in range(self.world_size) if self._store.check([f"{name}/{rank}"])}
 
     def report(self, failure: Failure) -> None:
-        """Leaves a report. The first one about a process stays."""
+        """Report a failure. Later reports about the same process are ignored."""
         content = asdict(failure)
         content["order"] = self._store.add("order", 1)
         self._store.compare_set(f"failure/{failure.rank}", "", json.dumps(content))
         self._store.add("reports", 1)
 
     def has_reports(self) -> bool:
-        """Whether any process has failed: one short question to the store."""
+        """Return whether any process has failed; one short request to the store."""
         return self._store.add("reports", 0) > 0
 
     def failures(self) -> list[Failure]:
-        """All reports, by rank."""
+        """Return all reports, by rank."""
         texts = (self.noted("failure", rank) for rank in range(self.world_size))
         return [Failure(**json.loads(text)) for text in texts if text]
 
     def finished(self) -> set[int]:
-        """The processes that are through, have failed, or were ended because of another."""
+        """Return the ranks that have finished, have failed, or were ended because of another."""
         ranks = (self.ranks_with(name) for name in ("done", "failure", "ended"))
         return set().union(*ranks)
 
     def wait_for_cause(self, seconds: float) -> str:
-        """Waits, once there is a report, until the cause is known, and describes it.
+        """Wait until the cause of the reported failures is known, and describe it.
 
-        The cause of a lost connection may be reported after it. Where all are lost or waiting, those who do
-        not wait are asked where they are.
+        The cause of a lost connection may be reported after the loss. If no process reports a cause, the
+        stack traces of those that did not fail are included.
+
+        Args:
+            seconds: how long to wait at most.
         """
         end = time.monotonic() + seconds
         while True:
             failures = self.failures()
             known = any(f.kind != "lost" for f in failures)
             lost = {f.rank for f in failures}
-            asked_all = lost | self.ranks_with("place") == set(range(self.world_size))
+            asked_all = lost | self.ranks_with("stack") == set(range(self.world_size))
             if known or time.monotonic() > end or (asked_all and time.monotonic() > end - seconds / 2):
-                places = {r: self.noted("place", r) or "" for r in self.ranks_with("place")}
-                return describe_failure(failures, self.world_size, places, self.timeout)
+                stacks = {r: self.noted("stack", r) or "" for r in self.ranks_with("stack")}
+                return describe_failure(failures, self.world_size, stacks, self.timeout)
             time.sleep(0.05)

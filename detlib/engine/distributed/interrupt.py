@@ -1,4 +1,4 @@
-"""Stopping a training from outside: SIGTERM and Ctrl-C end it after the step under way, with a checkpoint."""
+"""Stop requests: SIGTERM and Ctrl-C end a training run after the current step, with a checkpoint."""
 
 import contextlib
 import functools
@@ -15,39 +15,43 @@ __all__ = ["StopTraining", "listen_for_stop", "request_stop", "stop_requested"]
 logger = logging.getLogger(__name__)
 
 _requested = 0
-# The process that listens. Workers of its data loaders are forked from it, handlers and all.
+# The pid of the process that listens. Data-loader workers are forked from it, with its handlers.
 _listener = 0
 
 
 class StopTraining(SystemExit):
-    """Ends a training that was asked to stop. If nobody catches it, the process ends with `code`.
+    """Raised to end a training run that was asked to stop. Uncaught, it ends the process with `code`.
 
-    It is no error, hence no Exception: what logs and handles failures lets it pass.
+    It is not an Exception, because it is not an error: handlers of failures let it pass.
 
     Attributes:
-        signum: the signal that asked for it.
-        code: 128 plus the signal's number, as shells have it: 143 for SIGTERM, 130 for Ctrl-C.
+        signum: the signal that requested the stop.
+        code: 128 plus the signal number, as in shells: 143 for SIGTERM, 130 for Ctrl-C.
     """
 
     def __init__(self, signum: int):
+        """
+        Args:
+            signum: the signal that requested the stop.
+        """
         super().__init__(128 + signum)
         self.signum = signum
 
 
 def request_stop(signum: int = signal.SIGTERM) -> None:
-    """Asks the training in this process, and by that in all, to stop after the step under way.
+    """Ask the training run to stop after the current step. A request in one process stops all processes.
 
     Args:
-        signum: the signal that it is reported as.
+        signum: the signal that the stop is reported as.
     """
     global _requested
     _requested = _requested or int(signum)
 
 
 def stop_requested() -> int:
-    """Whether any process was asked to stop. All processes must call this together, and get one answer.
+    """Return whether any process was asked to stop. All processes must call this, and get the same answer.
 
-    It costs one small exchange over gloo if there are several processes.
+    With several processes it costs one small all-reduce over gloo.
 
     Returns:
         The number of the signal, or 0.
@@ -57,22 +61,22 @@ def stop_requested() -> int:
 
 def _on_signal(signum: int, frame) -> None:
     if os.getpid() != _listener:
-        # A worker, whose batches are needed to the end. Terminals and Slurm signal it along.
+        # Data-loader worker: ignore the signal, which terminals and Slurm send to all processes. The trainer
+        # still needs its batches.
         return
     if _requested and signum == signal.SIGINT:
-        # The second Ctrl-C is of somebody who will not wait.
+        # Second Ctrl-C: stop immediately.
         raise KeyboardInterrupt
-    again = " Ctrl-C again ends it at once." if signum == signal.SIGINT else ""
+    again = " Press Ctrl-C again to stop immediately." if signum == signal.SIGINT else ""
     logger.warning("Got %s: stopping after this step.%s", signal.Signals(signum).name, again)
     request_stop(signum)
 
 
 @contextlib.contextmanager
 def listen_for_stop(signals: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT)) -> Iterator[None]:
-    """While it lasts, the given signals only ask the training to stop, see `stop_requested`.
+    """Context manager in which the given signals only request a stop, see `stop_requested`.
 
-    In a thread other than the main one, and under a handler that is not Python's own, nothing changes: who
-    has set a handler knows why.
+    Outside of the main thread it has no effect. Signals whose handler is not Python's default keep it.
     """
     global _requested, _listener
     previous = {}
@@ -95,10 +99,10 @@ def listen_for_stop(signals: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT)) 
 
 @functools.cache
 def _protect_forked_workers() -> None:
-    """Lets processes that are forked while this one listens end by SIGTERM from it alone.
+    """Let processes that are forked while this one listens end on SIGTERM from this process only.
 
-    Slurm and systems that shut down send SIGTERM to all processes. Without its workers, the training could
-    not even end its step.
+    Slurm and a system shutdown send SIGTERM to all processes. Without its workers, the trainer could not
+    finish the current step.
     """
     if hasattr(os, "register_at_fork") and hasattr(signal, "sigwaitinfo"):
         os.register_at_fork(after_in_child=_protect_worker)

@@ -1,4 +1,4 @@
-"""What a process does that is one of several: it joins the others, works, and leaves, or tells why not."""
+"""The life of one process of several: it joins the process group, runs a function, and leaves or fails."""
 
 import datetime
 import json
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import rendezvous
 
-from detlib.engine.distributed.environment import ProcessPlace
+from detlib.engine.distributed.environment import ProcessInfo
 from detlib.engine.distributed.failures import Failure, FailureBoard, ProcessFailedError, describe_failure
 from detlib.engine.distributed.interrupt import StopTraining
 from detlib.engine.distributed.watchdog import Watchdog, end_process, find_neighbours, write_error_file
@@ -22,28 +22,28 @@ from detlib.utils import comm
 
 __all__ = ["check_gpus", "host_and_port", "run_as_child", "run_here"]
 
-# Seconds for the cause of a lost connection to be reported.
+# Seconds to wait for the report of the cause of a lost connection.
 _GRACE = 3.0
-# Seconds by which the process that is the cause ends before the others; leaving its group takes up to two.
+# Seconds by which the process that failed first ends before the others; leaving its group takes up to two.
 _HEAD_START = 3.0
 
 
 def host_and_port(url: str) -> tuple[str, int]:
-    """Takes "tcp://HOST:PORT" apart."""
+    """Split "tcp://HOST:PORT" into host and port."""
     try:
         parts = urlsplit(url)
         if parts.scheme == "tcp" and parts.hostname and parts.port is not None:
             return parts.hostname, parts.port
     except ValueError:
         pass
-    raise ValueError(f"dist_url is {url!r}; legal are tcp://HOST:PORT, file:///PATH, env:// and auto")
+    raise ValueError(f"dist_url must be tcp://HOST:PORT, file:///PATH, env:// or auto; got {url!r}")
 
 
 def check_gpus(needed: int) -> None:
-    """Raises a ValueError if this machine has fewer GPUs."""
-    there = torch.cuda.device_count()
-    if needed > there:
-        raise ValueError(f"{needed} GPUs were asked for, but this machine has {there}")
+    """Raise a ValueError if this machine has fewer than `needed` GPUs."""
+    available = torch.cuda.device_count()
+    if needed > available:
+        raise ValueError(f"{needed} GPUs were requested, but this machine has {available}")
 
 
 def run_as_child(
@@ -56,14 +56,14 @@ def run_as_child(
     main_func: Callable[..., Any],
     args: tuple,
 ) -> None:
-    """What a started process does. The one that has started it tells people about failures."""
+    """Run the function in a process that `launch` started. The launching process reports failures."""
     rank = machine_rank * local_size + local_rank
-    place = ProcessPlace(rank, world_size, local_rank, local_size, url, "launch")
+    info = ProcessInfo(rank, world_size, local_rank, local_size, url, "launch")
     board = None
     try:
-        store = _join_store(place, timeout)
+        store = _join_store(info, timeout)
         board = FailureBoard(store, world_size, timeout.total_seconds())
-        _Member(place, store, board, timeout).run(main_func, args)
+        _Member(info, store, board, timeout).run(main_func, args)
     except BaseException as error:
         if isinstance(error, StopTraining) or (isinstance(error, SystemExit) and not error.code):
             end_process(cast(int, error.code or 0))
@@ -71,62 +71,62 @@ def run_as_child(
             raise
         try:
             board.report(Failure.from_exception(rank, error))
-        except RuntimeError:  # the store is another machine's, and has ended
+        except RuntimeError:  # the store belongs to another machine and has ended
             traceback.print_exception(error)
-        # Past Python's own way out, which would wait for processes that are no more.
+        # A regular exit of Python would wait for processes that are gone.
         end_process(1)
 
 
 def run_here(
-    place: ProcessPlace, timeout: datetime.timedelta, main_func: Callable[..., Any], args: tuple
+    info: ProcessInfo, timeout: datetime.timedelta, main_func: Callable[..., Any], args: tuple
 ) -> None:
-    """Runs the function in this process, which a launcher has started."""
-    store = _join_store(place, timeout)
-    board = FailureBoard(store, place.world_size, timeout.total_seconds())
+    """Run the function in this process, which a launcher has started."""
+    store = _join_store(info, timeout)
+    board = FailureBoard(store, info.world_size, timeout.total_seconds())
     try:
-        _Member(place, store, board, timeout).run(main_func, args)
+        _Member(info, store, board, timeout).run(main_func, args)
     except BaseException as error:
-        if isinstance(error, SystemExit) and board.noted("done", place.rank):
-            _let_others_read(place, board)
+        if isinstance(error, SystemExit) and board.noted("done", info.rank):
+            _let_others_read(info, board)
             raise
-        failure = Failure.from_exception(place.rank, error)
-        message = _tell_others(place, board, failure)
+        failure = Failure.from_exception(info.rank, error)
+        message = _tell_others(info, board, failure)
         _leave_broken_group()
         if failure.kind == "lost":
-            if place.launcher == "torchrun":
-                # It shows the process that ends first as the root cause.
+            if info.launcher == "torchrun":
+                # torchrun reports the process that ends first as the root cause.
                 time.sleep(_HEAD_START)
             raise ProcessFailedError(message) from None
         raise
-    _let_others_read(place, board)
+    _let_others_read(info, board)
 
 
-def _tell_others(place: ProcessPlace, board: FailureBoard, failure: Failure) -> str:
-    """Reports this process's failure, and returns what was the cause of all."""
-    message = describe_failure([failure], place.world_size, {}, board.timeout)
+def _tell_others(info: ProcessInfo, board: FailureBoard, failure: Failure) -> str:
+    """Report this process's failure, and return a description of the first failure."""
+    message = describe_failure([failure], info.world_size, {}, board.timeout)
     try:
         board.report(failure)
         if failure.kind == "lost":
             message = board.wait_for_cause(_GRACE)
-        _let_others_read(place, board)
+        _let_others_read(info, board)
     except RuntimeError:
-        message += "\n\nThe process that kept the meeting point of all is gone, see its output."
+        message += "\n\nThe process that owns the rendezvous store is gone, see its output."
     write_error_file(message, is_cause=failure.kind != "lost")
     return message
 
 
 def _leave_broken_group() -> None:
-    """Leaves the group as `comm.shutdown` does, but without waiting for those who are gone."""
+    """Leave the group as `comm.shutdown` does, but without waiting for processes that are gone."""
     thread = threading.Thread(target=comm.shutdown, daemon=True)
     thread.start()
     thread.join(timeout=2)
 
 
-def _let_others_read(place: ProcessPlace, board: FailureBoard) -> None:
-    """Waits for those who need the store, if it ends with this process."""
-    if place.rank != 0 or place.launcher == "torchrun":
+def _let_others_read(info: ProcessInfo, board: FailureBoard) -> None:
+    """Wait for the processes that need the store, if this process owns it."""
+    if info.rank != 0 or info.launcher == "torchrun":
         return
-    ranks = set(range(place.world_size))
+    ranks = set(range(info.world_size))
     end = time.monotonic() + board.timeout
     while time.monotonic() < end and ranks - board.finished():
         if board.has_reports():
@@ -134,41 +134,41 @@ def _let_others_read(place: ProcessPlace, board: FailureBoard) -> None:
         time.sleep(0.1)
 
 
-def _join_store(place: ProcessPlace, timeout: datetime.timedelta) -> dist.Store:
+def _join_store(info: ProcessInfo, timeout: datetime.timedelta) -> dist.Store:
     try:
-        if place.launcher == "launch" and place.url.startswith("tcp://"):
-            host, port = host_and_port(place.url)
+        if info.launcher == "launch" and info.url.startswith("tcp://"):
+            host, port = host_and_port(info.url)
             return dist.TCPStore(host, port, is_master=False, timeout=timeout)
-        store = next(rendezvous(place.url, place.rank, place.world_size, timeout=timeout))[0]
-        if place.launcher == "torchrun":
-            store = _agree_on_round(store, place.rank, place.world_size, timeout.total_seconds())
+        store = next(rendezvous(info.url, info.rank, info.world_size, timeout=timeout))[0]
+        if info.launcher == "torchrun":
+            store = _agree_on_round(store, info.rank, info.world_size, timeout.total_seconds())
         return store
     except Exception as e:
         raise RuntimeError(
-            f"Process {place.rank} of {place.world_size} could not join the others at {place.url}: {e}"
+            f"Process {info.rank} of {info.world_size} could not join the rendezvous at {info.url}: {e}"
         ) from e
 
 
 class _Member:
-    """One process of several: it joins the others, works, and leaves."""
+    """One process of the group: it joins, runs the function and leaves."""
 
     def __init__(
-        self, place: ProcessPlace, store: dist.Store, board: FailureBoard, timeout: datetime.timedelta
+        self, info: ProcessInfo, store: dist.Store, board: FailureBoard, timeout: datetime.timedelta
     ):
-        self._place = place
+        self._info = info
         self._store = store
         self._board = board
         self._timeout = timeout
 
     def run(self, main_func: Callable[..., Any], args: tuple) -> None:
-        """Runs the function among the others. After a failure the watch goes on: it ends what hangs."""
-        place = self._place
-        is_ours = place.launcher == "launch"
+        """Join the group, run the function and leave. After a failure the watchdog keeps running."""
+        info = self._info
+        is_ours = info.launcher == "launch"
         watchdog = Watchdog(
             self._board,
-            place.rank,
+            info.rank,
             watch_peers=not is_ours,
-            watch_parent=is_ours or place.launcher == "torchrun",
+            watch_parent=is_ours or info.launcher == "torchrun",
         )
         watchdog.start()
         self._join()
@@ -183,70 +183,70 @@ class _Member:
         self._leave(watchdog)
 
     def _leave(self, watchdog: Watchdog) -> None:
-        self._board.note("done", self._place.rank)
+        self._board.note("done", self._info.rank)
         watchdog.stop()
         comm.shutdown()
 
-    def _local_place(self) -> tuple[int, int]:
-        """Number of this process on its machine, and how many there are."""
-        place = self._place
-        if place.local_rank is not None and place.local_size is not None:
-            return place.local_rank, place.local_size
-        ranks = find_neighbours(self._board, place.rank)
+    def _local_rank_and_size(self) -> tuple[int, int]:
+        """Return the rank of this process on its machine, and the number of processes there."""
+        info = self._info
+        if info.local_rank is not None and info.local_size is not None:
+            return info.local_rank, info.local_size
+        ranks = find_neighbours(self._board, info.rank)
         if ranks != list(range(ranks[0], ranks[0] + len(ranks))) or ranks[0] % len(ranks):
             raise ValueError(
-                f"Processes {ranks} are on one machine; their ranks must follow each other and every machine "
-                "must have as many (srun --distribution=block)"
+                f"Processes {ranks} are on one machine; the ranks on a machine must be consecutive and all "
+                "machines must have the same number of processes (srun --distribution=block)"
             )
-        return ranks.index(place.rank), len(ranks)
+        return ranks.index(info.rank), len(ranks)
 
     def _join(self) -> None:
-        """Joins the process group."""
-        place = self._place
-        local_rank, local_size = self._local_place()
+        """Join the process group."""
+        info = self._info
+        local_rank, local_size = self._local_rank_and_size()
         has_gpu = torch.cuda.is_available()
         if has_gpu:
             check_gpus(local_size)
             torch.cuda.set_device(local_rank)
-            # An operation that takes longer than the timeout then ends the process.
+            # A collective operation that takes longer than the timeout ends the process.
             os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
         elif "OMP_NUM_THREADS" not in os.environ:
-            # Each process would otherwise use every core, and they would get in each other's way.
+            # Otherwise each process would use all cores.
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
         comm.set_timeout(self._timeout)
         try:
             dist.init_process_group(
                 backend="nccl" if has_gpu else "gloo",
                 store=dist.PrefixStore("detlib_group", self._store),
-                world_size=place.world_size,
-                rank=place.rank,
+                world_size=info.world_size,
+                rank=info.rank,
                 timeout=self._timeout,
             )
         except Exception as e:
-            missing = sorted(set(range(place.world_size)) - self._board.ranks_with("process"))
-            who = f"; not there: {', '.join(map(str, missing))}" if missing else ""
+            missing = sorted(set(range(info.world_size)) - self._board.ranks_with("process"))
+            who = f"; missing: {', '.join(map(str, missing))}" if missing else ""
             raise RuntimeError(
-                f"Process {place.rank} of {place.world_size} could not join the others at {place.url}{who}"
+                f"Process {info.rank} of {info.world_size} could not join the group at {info.url}{who}"
             ) from e
         comm.create_local_process_group(local_size)
         comm.synchronize()
 
 
 def _agree_on_round(store: dist.Store, rank: int, world_size: int, timeout: float) -> dist.Store:
-    """Returns a part of the store that only the processes of this start use. All of them call it.
+    """Return a namespace of the store that only the processes of this start use. All of them must call this.
 
-    torchrun's store outlives restarts, with all that was written into it, and its counter of restarts may
-    differ between machines. So rank 0 draws a name, every process answers with one of its own, and rank 0
-    confirms these. Who has answered to the name of an earlier start is not confirmed, and asks again.
+    torchrun's store survives restarts with its contents, and its restart counter may differ between machines.
+    So rank 0 draws a name, every process answers with a name of its own, and rank 0 confirms these. A process
+    that answered to the name of an earlier start is not confirmed, and tries again.
 
     Args:
         store: the store that all starts share.
-        rank: of this process.
+        rank: rank of this process.
         world_size: number of processes.
         timeout: seconds to wait for the others.
 
     Raises:
-        RuntimeError: if some do not come, naming them in rank 0.
+        RuntimeError: if some processes do not come; the message of rank 0 names them.
     """
     end = time.monotonic() + timeout
     own = os.urandom(8).hex()
@@ -254,7 +254,7 @@ def _agree_on_round(store: dist.Store, rank: int, world_size: int, timeout: floa
         store.set("detlib_round", own)
         answers = {f"detlib_answer/{own}/{r}": r for r in range(1, world_size)}
         while missing := [r for key, r in answers.items() if not store.check([key])]:
-            _pause(end, f"processes {missing} of {world_size} have not come")
+            _pause(end, f"Processes {missing} of {world_size} did not join")
         store.set(f"detlib_confirmed/{own}", json.dumps([store.get(key).decode() for key in answers]))
         return dist.PrefixStore(own, store)
     name = ""
@@ -265,7 +265,7 @@ def _agree_on_round(store: dist.Store, rank: int, world_size: int, timeout: floa
         confirmed = f"detlib_confirmed/{name}"
         if name and store.check([confirmed]) and own in json.loads(store.get(confirmed)):
             return dist.PrefixStore(name, store)
-        _pause(end, "process 0 has not confirmed that all have come")
+        _pause(end, "Process 0 did not confirm the start")
 
 
 def _pause(end: float, waiting_for: str) -> None:

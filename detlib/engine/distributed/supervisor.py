@@ -1,4 +1,4 @@
-"""What the process that starts others does: it waits for them, hands signals on, and tells how they ended."""
+"""The supervisor in the launching process, which waits for its children and reports failures."""
 
 import contextlib
 import multiprocessing
@@ -14,45 +14,45 @@ from detlib.engine.distributed.interrupt import StopTraining
 
 __all__ = ["Supervisor"]
 
-# Seconds that the other processes have to end after a failure, before they are killed.
+# Seconds that the other processes have to end after a failure before they are killed.
 _GRACE = 10.0
-# A forked process could use no GPU.
+# Forked processes cannot use CUDA.
 _START_METHOD = "spawn"
 _STOP_CODES = {128 + signum: signum for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
 
 
 class Supervisor:
-    """Starts processes on this machine and leaves none behind."""
+    """Start processes on this machine, wait for them and leave none behind."""
 
     def __init__(self, board: FailureBoard, first_rank: int, is_last_to_leave: bool):
         """
         Args:
-            board: where processes report failures.
+            board: the board on which processes report failures.
             first_rank: rank of the first process on this machine.
-            is_last_to_leave: wait at the end until the processes of other machines are done too, because
-                the store ends with this process.
+            is_last_to_leave: wait at the end for the processes of other machines too, because the store ends
+                with this process.
         """
         self._board = board
         self._first_rank = first_rank
         self._is_last_to_leave = is_last_to_leave
         self._processes: dict[int, multiprocessing.process.BaseProcess] = {}
         self._failures: list[Failure] = []
-        self._places: dict[int, str] = {}
+        self._stacks: dict[int, str] = {}
         self._signal = 0
 
     def run(self, target: Callable[..., Any], count: int, args: tuple) -> None:
-        """Runs ``target(local_rank, *args)`` in `count` processes until all have ended.
+        """Run ``target(local_rank, *args)`` in `count` processes until all have ended.
 
         Raises:
-            ProcessFailedError: if one fails; it describes the first failure of all.
+            ProcessFailedError: if a process fails; the message describes the first failure.
             StopTraining: if they stopped because they were asked to.
-            KeyboardInterrupt: on Ctrl-C before they had begun to train, or pressed twice.
+            KeyboardInterrupt: on a Ctrl-C before training began, or on a second one.
         """
         context = multiprocessing.get_context(_START_METHOD)
-        with self._hand_on_signals():
+        with self._forward_signals():
             try:
                 for i in range(count):
-                    # No daemons: these may not have children, which the data loaders need.
+                    # Not daemons, because daemons cannot have children, which data loaders start.
                     process = context.Process(target=target, args=(i, *args), daemon=False)  # type: ignore[attr-defined]
                     process.start()
                     self._processes[self._first_rank + i] = process
@@ -63,10 +63,10 @@ class Supervisor:
                     if process.is_alive():
                         process.kill()
                     process.join()
-        self._tell()
+        self._raise_outcome()
 
     @contextlib.contextmanager
-    def _hand_on_signals(self) -> Iterator[None]:
+    def _forward_signals(self) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -75,7 +75,7 @@ class Supervisor:
             if self._signal == signum == signal.SIGINT:
                 raise KeyboardInterrupt
             self._signal = self._signal or signum
-            # Ctrl-C has reached them by itself; as SIGTERM it does not count as their second one.
+            # The terminal sends Ctrl-C to the processes as well; SIGTERM does not count as a second one.
             for process in self._processes.values():
                 process.terminate()
 
@@ -87,7 +87,7 @@ class Supervisor:
                 signal.signal(signum, handler)
 
     def _wait(self) -> None:
-        """Waits for all processes; once one has failed, the others have some seconds."""
+        """Wait for all processes; once one has failed, the others have a few seconds to end."""
         running = dict(self._processes)
         deadline = None
         while running:
@@ -108,22 +108,22 @@ class Supervisor:
         if process.exitcode == 0 or process.exitcode in _STOP_CODES:
             self._signal = self._signal or _STOP_CODES.get(process.exitcode, 0)
         elif self._signal and process.exitcode in (-signal.SIGTERM, -signal.SIGINT):
-            pass  # it was told to, and had not begun to train
+            pass  # asked to stop before training began
         else:
             failure = Failure.from_exit(rank, cast(int, process.pid), process.exitcode)
             try:
                 if not self._board.noted("failure", rank) and not self._board.noted("ended", rank):
                     self._board.report(failure)
-            except RuntimeError:  # the store is another machine's, and has ended
+            except RuntimeError:  # the store belongs to another machine and has ended
                 self._failures = self._failures or [failure]
 
     def _read_board(self) -> None:
-        # The store may be another machine's, and end before this one looks again.
+        # The store may belong to another machine, and end at any time.
         with contextlib.suppress(RuntimeError):
             if self._board.has_reports():
                 self._failures = self._board.failures()
-                self._places = {
-                    rank: self._board.noted("place", rank) or "" for rank in self._board.ranks_with("place")
+                self._stacks = {
+                    rank: self._board.noted("stack", rank) or "" for rank in self._board.ranks_with("stack")
                 }
 
     def _wait_for_machines(self) -> None:
@@ -139,12 +139,12 @@ class Supervisor:
             time.sleep(0.1)
         self._read_board()
 
-    def _tell(self) -> None:
-        # Who was stopped before it trained leaves broken connections behind.
+    def _raise_outcome(self) -> None:
+        # A process that was stopped before training leaves broken connections behind.
         own = [f for f in self._failures if f.kind != "lost" and not f.title.startswith("KeyboardInterrupt")]
         if self._signal and not own:
             raise StopTraining(self._signal)
         if self._failures:
             raise ProcessFailedError(
-                describe_failure(self._failures, self._board.world_size, self._places, self._board.timeout)
+                describe_failure(self._failures, self._board.world_size, self._stacks, self._board.timeout)
             )

@@ -1,4 +1,4 @@
-"""The thread in each process that notices when another one has failed, and ends this one."""
+"""The watchdog thread of each process, which ends the process after another one has failed."""
 
 import contextlib
 import json
@@ -15,20 +15,21 @@ from detlib.engine.distributed.failures import Failure, FailureBoard
 
 __all__ = ["Watchdog", "end_process", "find_neighbours", "write_error_file"]
 
-# Seconds between two looks, and seconds that a process has to end by itself once another, or it, has failed.
+# Seconds between checks, and seconds that a process has to end by itself after another one, or it, has
+# failed.
 _PERIOD = 0.5
 _GRACE = 3.0
 _GRACE_OF_FAILED = 15.0
 
 
 def end_process(exit_code: int) -> None:
-    """Ends this process at once, and the workers of its data loaders before it.
+    """End this process immediately, after its data-loader workers.
 
-    Python's own way out waits for threads and for libraries that wait for processes which are gone.
+    A regular exit of Python would wait for threads, and for libraries that wait for processes that are gone.
     """
     for child in multiprocessing.active_children():
         child.kill()
-    # Else Python warns of semaphores that are left, after the message that should be the last one.
+    # Otherwise Python warns about leaked semaphores, after the message that should come last.
     _run_finalizers = multiprocessing.util._run_finalizers  # type: ignore[attr-defined]
     cleaning = threading.Thread(target=_run_finalizers, args=(0,), daemon=True)
     cleaning.start()
@@ -40,12 +41,12 @@ def end_process(exit_code: int) -> None:
 
 
 def write_error_file(message: str, *, is_cause: bool) -> None:
-    """Leaves a message for torchrun, which prints it at the end.
+    """Write an error message for torchrun, which prints it at the end.
 
     Args:
-        message: what to say.
-        is_cause: whether this process has failed by itself. torchrun takes the earliest for the cause, and
-            counts whole seconds, in which several processes may end.
+        message: the message.
+        is_cause: whether this process is the cause of the failure. torchrun reports the earliest error as the
+            root cause, and its timestamps are whole seconds, in which several processes may end.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
@@ -65,14 +66,14 @@ def _is_alive(pid: int) -> bool:
         return True
     try:
         with open(f"/proc/{pid}/stat") as f:
-            # The state follows the name, which is in parentheses. A zombie has ended.
+            # The state follows the name, which is in parentheses. Zombies have ended.
             return f.read().rpartition(")")[2].split()[0] not in ("Z", "X")
     except (OSError, IndexError):
         return os.name != "posix" or not os.path.isdir("/proc/self")
 
 
 def _this_system() -> str:
-    """Tells systems apart whose process numbers mean different processes."""
+    """Identify the host and its pid namespace, in which process ids are unique."""
     try:
         space = os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -81,38 +82,38 @@ def _this_system() -> str:
 
 
 def find_neighbours(board: FailureBoard, rank: int) -> list[int]:
-    """The processes on the machine of one of them, itself included. It waits until all have said hello.
+    """Return the ranks on the same machine as `rank`, itself included. Waits until all have registered.
 
     Raises:
-        RuntimeError: if some do not, naming them.
+        RuntimeError: if some do not register in time; the message names them.
     """
     everyone = set(range(board.world_size))
     end = time.monotonic() + board.timeout
     while missing := everyone - board.ranks_with("process"):
         if time.monotonic() > end:
-            raise RuntimeError(f"Processes {sorted(missing)} of {board.world_size} have not come to join")
+            raise RuntimeError(f"Processes {sorted(missing)} of {board.world_size} did not join in time")
         time.sleep(0.05)
     systems = [str(board.noted("process", r)).partition(" ")[2] for r in range(board.world_size)]
     return [r for r in range(board.world_size) if systems[r] == systems[rank]]
 
 
 class Watchdog:
-    """Watches over the other processes while this one works.
+    """A thread that monitors the other processes while this one works.
 
-    It looks twice a second whether any process has reported a failure, whether the processes on this machine
-    are there (one that the system killed reports nothing), and whether the process that started this one is
-    (nobody would end this one otherwise). If not, this process has some seconds to see that by itself; then
-    it is ended, wherever it is.
+    Twice a second it checks whether any process has reported a failure, whether the processes on this machine
+    are alive (a killed process reports nothing), and whether the process that started this one is alive
+    (otherwise nobody would end this one). After a failure, this process has a few seconds to end by itself;
+    then the watchdog ends it, whatever it is doing.
     """
 
     def __init__(self, board: FailureBoard, rank: int, *, watch_peers: bool, watch_parent: bool):
         """
         Args:
-            board: where failures are reported.
-            rank: of this process.
-            watch_peers: look after the other processes on this machine. It is not needed where the process
-                that has started them does so.
-            watch_parent: end if the process that started this one is gone.
+            board: the board on which failures are reported.
+            rank: rank of this process.
+            watch_peers: monitor the other processes on this machine. Not needed if the process that started
+                them does so.
+            watch_parent: end this process if the process that started it is gone.
         """
         self._board = board.clone()
         self._rank = rank
@@ -125,37 +126,37 @@ class Watchdog:
         self._thread = threading.Thread(target=self._run, name="detlib-watchdog", daemon=True)
 
     def start(self) -> None:
-        """Tells the others who this process is, and begins."""
+        """Register this process and start the thread."""
         self._board.note("process", self._rank, f"{os.getpid()} {_this_system()}")
         self._thread.start()
 
     def find_peers(self) -> None:
-        """Learns who is on this machine; to be called when all processes have started their watchdogs."""
+        """Find the processes on this machine. Waits until all processes have started their watchdogs."""
         if self._watch_peers:
             for rank in find_neighbours(self._board, self._rank):
                 if rank != self._rank:
                     self._peers[rank] = int(str(self._board.noted("process", rank)).split()[0])
 
     def stop(self) -> None:
-        """Ends the watch."""
+        """Stop the thread."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
 
     def _run(self) -> None:
-        unheard = 0
+        failed_checks = 0
         while not self._stop.wait(_PERIOD):
             if self._watch_parent and not self._has_parent():
-                self._end("The process that started it is gone")
+                self._end("Its parent process is gone")
             try:
                 self._report_missing_peers()
                 failed = self._board.has_reports()
-                unheard = 0
+                failed_checks = 0
             except RuntimeError:
-                # The store is in a process of its own, which ends soon after a failure there.
-                unheard += 1
-                if unheard * _PERIOD >= _GRACE:
-                    self._end("The process that keeps the meeting point of all is gone, see its output")
+                # Another process owns the store, and ends soon after a failure of its own.
+                failed_checks += 1
+                if failed_checks * _PERIOD >= _GRACE:
+                    self._end("The process that owns the rendezvous store is gone, see its output")
                 continue
             if failed:
                 self._follow()
@@ -171,13 +172,13 @@ class Watchdog:
             self._board.report(Failure.from_exit(rank, pid, None))
 
     def _follow(self) -> None:
-        """Ends this process after another's failure, unless it does so itself."""
+        """End this process after another one's failure, unless it ends by itself."""
         grace = _GRACE_OF_FAILED
         if self._board.noted("failure", self._rank) is None:
             grace = _GRACE
             frame = sys._current_frames().get(self._main_thread)
-            place = "".join(traceback.format_stack(frame)) if frame is not None else ""
-            self._board.note("place", self._rank, place.rstrip())
+            stack = "".join(traceback.format_stack(frame)) if frame is not None else ""
+            self._board.note("stack", self._rank, stack.rstrip())
         if self._stop.wait(grace):
             return
         message = self._board.wait_for_cause(_GRACE)
@@ -187,5 +188,5 @@ class Watchdog:
     def _end(self, message: str) -> None:
         write_error_file(message, is_cause=False)
         first_line = message.partition("\n")[0]
-        print(f"Process {self._rank} is ended. {first_line}", file=sys.stderr, flush=True)
+        print(f"Ending process {self._rank}. {first_line}", file=sys.stderr, flush=True)
         end_process(1)

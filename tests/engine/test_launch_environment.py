@@ -1,4 +1,4 @@
-"""Processes that somebody else has started find each other, their places and their failures."""
+"""Processes that a launcher has started find each other, their ranks and the cause of a failure."""
 
 import socket
 
@@ -6,7 +6,7 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from detlib.engine import launch
-from detlib.engine.distributed.environment import place_from_environment, restart_count
+from detlib.engine.distributed.environment import info_from_environment, restart_count
 from tests.engine import launching
 
 pytestmark = pytest.mark.distributed
@@ -35,8 +35,8 @@ def quick_start(monkeypatch):
 
 
 def _summary(env):
-    place = place_from_environment(env)
-    return place and (place.rank, place.world_size, place.local_rank, place.local_size, place.url)
+    info = info_from_environment(env)
+    return info and (info.rank, info.world_size, info.local_rank, info.local_size, info.url)
 
 
 @pytest.mark.parametrize(
@@ -55,28 +55,28 @@ def _summary(env):
         (_SRUN | {"SLURM_STEP_NODELIST": "a[3,5]-ib,b"}, (5, 8, 1, None, "tcp://a3-ib:23456")),
         (_SRUN | {"MASTER_ADDR": "x", "MASTER_PORT": "7"}, (5, 8, 1, None, "tcp://x:7")),
         (_SRUN | {"SLURM_STEP_NUM_TASKS": "1"}, None),
-        # What a script of sbatch sees, which is no task of srun.
+        # The environment of a script of sbatch, which is not a task of srun.
         ({"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, None),
     ],
 )
-def test_environment_of_launchers(env, expected):
+def test_ranks_are_read_from_the_environment_of_launchers(env, expected):
     assert _summary(env) == expected
 
 
 @pytest.mark.parametrize(
-    ("env", "said"),
+    ("env", "message"),
     [
-        (_PLAIN | {"RANK": "2"}, "rank 2 of 2 processes; legal are 0 to 1"),
-        (_PLAIN | {"RANK": "one"}, "RANK is 'one', which is no whole number"),
-        ({"TORCHELASTIC_RUN_ID": "x", "RANK": "0"}, "lacks WORLD_SIZE"),
+        (_PLAIN | {"RANK": "2"}, r"rank 2 for 2 processes; it must be in \[0, 1\]"),
+        (_PLAIN | {"RANK": "one"}, "RANK must be an integer, got 'one'"),
+        ({"TORCHELASTIC_RUN_ID": "x", "RANK": "0"}, "WORLD_SIZE is not set"),
     ],
 )
-def test_broken_environment_is_named(env, said):
-    with pytest.raises(ValueError, match=said):
-        place_from_environment(env)
+def test_invalid_environment_variable_is_named_in_the_error(env, message):
+    with pytest.raises(ValueError, match=message):
+        info_from_environment(env)
 
 
-def test_restarts_are_counted():
+def test_restart_count_is_read_from_the_launchers_variable():
     assert restart_count({}) == (0, "")
     assert restart_count({"TORCHELASTIC_RESTART_COUNT": "0", "SLURM_RESTART_COUNT": "2"}) == (
         2,
@@ -84,12 +84,12 @@ def test_restarts_are_counted():
     )
 
 
-def test_numbers_that_do_not_fit_are_refused(monkeypatch):
+def test_launch_rejects_inconsistent_numbers_of_processes(monkeypatch):
     with pytest.raises(ValueError, match="num_gpus_per_machine >= 1"):
         launch(print, 0)
-    with pytest.raises(ValueError, match="Several machines need a dist_url"):
+    with pytest.raises(ValueError, match="Multiple machines need a dist_url"):
         launch(print, 1, num_machines=2)
-    with pytest.raises(ValueError, match="dist_url is 'udp://x:1'; legal are tcp://HOST:PORT"):
+    with pytest.raises(ValueError, match="dist_url must be tcp://HOST:PORT.*got 'udp://x:1'"):
         launch(print, 2, dist_url="udp://x:1")
     for name, value in _TORCHRUN.items():
         monkeypatch.setenv(name, value)
@@ -99,7 +99,7 @@ def test_numbers_that_do_not_fit_are_refused(monkeypatch):
         launch(print, 3)
 
 
-def test_one_process_of_torchrun_just_runs(monkeypatch):
+def test_single_process_of_torchrun_calls_the_function_directly(monkeypatch):
     for name, value in (_TORCHRUN | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}).items():
         monkeypatch.setenv(name, value)
     seen = []
@@ -114,7 +114,7 @@ def _free_port() -> str:
 
 
 def _start_all(folder, size: int, function, *args, srun: bool = False) -> list[str]:
-    """What processes print that a cluster has started; each line ends with the exit code."""
+    """Start processes as a cluster does, and return the output of each, followed by its exit code."""
     port, processes = _free_port(), []
     for rank in range(size):
         env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -131,33 +131,33 @@ def _start_all(folder, size: int, function, *args, srun: bool = False) -> list[s
 
 
 @pytest.mark.parametrize("srun", [False, True])
-def test_processes_of_a_cluster_find_their_places(tmp_path, srun):
-    printed = _start_all(tmp_path, 2, launching.tell_places, str(tmp_path), srun=srun)
+def test_processes_of_a_cluster_find_their_ranks(tmp_path, srun):
+    printed = _start_all(tmp_path, 2, launching.write_ranks, str(tmp_path), srun=srun)
     assert printed == ["0", "0"]
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["0 2 0 2", "1 2 1 2"]
 
 
 @pytest.mark.parametrize("bad_rank", [0, 1])
-def test_failure_in_a_cluster_is_what_all_say(tmp_path, bad_rank):
+def test_all_processes_of_a_cluster_report_the_first_failure(tmp_path, bad_rank):
     printed = _start_all(tmp_path, 2, launching.one_fails, bad_rank)
     good, bad = printed[1 - bad_rank], printed[bad_rank]
-    assert "in fail_in_the_loss" in bad and "ValueError: the loss of this picture is undefined\n" in bad
-    cause = f"Process {bad_rank} of 2 failed with ValueError: the loss of this picture is undefined\n"
+    assert "in fail_in_the_loss" in bad and "ValueError: the loss of this image is undefined\n" in bad
+    cause = f"Process {bad_rank} of 2 failed with ValueError: the loss of this image is undefined\n"
     assert cause in good
     assert good.endswith("1") and bad.endswith("1")
 
 
-def test_torchrun_tells_the_cause(tmp_path, capfd):
+def test_torchrun_reports_the_failed_process_as_root_cause(tmp_path, capfd):
     with pytest.raises(ChildFailedError) as error:
         launching.run_agent(launching.agent_config(2), launching.one_fails, 1)
-    said = str(error.value)
-    root = said.partition("Root Cause")[2]
+    message = str(error.value)
+    root = message.partition("Root Cause")[2]
     assert "rank      : 1 " in root and "in fail_in_the_loss" in root
-    assert "ValueError: the loss of this picture is undefined\n" in root
+    assert "ValueError: the loss of this image is undefined\n" in root
     assert not launching.remaining_processes()
 
 
-def test_two_machines_of_torchrun_train(tmp_path):
+def test_training_on_two_machines_of_torchrun(tmp_path):
     port, processes = _free_port(), []
     folder = str(tmp_path / "out")
     for node in range(2):
