@@ -45,7 +45,7 @@ class _PickledDtype:
 
 
 class _Later:
-    """A stand-in for a large object while unpickling; `resolve_stand_ins` replaces it by the result of `build`.
+    """A stand-in for a large object while unpickling; `resolve_stand_ins` calls `build` to replace it.
 
     By then the unpickler has released its references to the bytes, and objects are built one after the other,
     so the contents of a file are in memory once and not twice.
@@ -181,7 +181,7 @@ def _parameter(data: Any, *_flags: Any) -> _PickledTensor:
 
 
 def _container(kind: type) -> Callable[..., Any]:
-    """Return a builder of `kind` from a container or text, but not from a number, which is a length to allocate."""
+    """Return a builder of `kind` that refuses numbers: as an argument, a number is a length to allocate."""
 
     def build(*args: Any) -> Any:
         if args and isinstance(args[0], int):
@@ -211,7 +211,7 @@ NUMPY_STAND_INS = _numpy_stand_ins()
 
 
 def _frozen(function: Callable[..., Any]) -> Any:
-    """Return a callable without attributes, because a pickle can also set attributes of objects that it names."""
+    """Return a callable without attributes, because a pickle can set attributes of what it names."""
     members = {"__slots__": (), "__call__": staticmethod(function)}
     return type(getattr(function, "__name__", "stand_in"), (), members)()
 
@@ -249,8 +249,8 @@ class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if f"{module}.{name}" not in self._legal:
             raise pickle.UnpicklingError(
-                f"it imports '{module}.{name}', which is refused: a pickle can run arbitrary code through its "
-                "imports, so only plain containers, numbers, strings, numpy arrays and torch tensors are "
+                f"it imports '{module}.{name}', which is refused: a pickle can run arbitrary code through "
+                "its imports, so only plain containers, numbers, strings, numpy arrays and torch tensors are "
                 "supported"
             )
         return self._legal[f"{module}.{name}"]
@@ -302,7 +302,7 @@ def resolve_stand_ins(value: Any) -> Any:
 
 
 def _resolve(value: Any, known: dict[int, tuple[Any, Any]]) -> Any:
-    """`known` maps the id of a resolved object to the object (kept alive, so that ids are unique) and result."""
+    """Resolve a value. `known` maps the id of a resolved object to the object, kept alive, and its result."""
     if not isinstance(value, _Later | _PickledDtype | dict | list | tuple | set | frozenset):
         return value
     if id(value) in known:

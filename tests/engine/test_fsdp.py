@@ -101,7 +101,8 @@ _ADAMW = {"SOLVER__OPTIMIZER": "AdamW", "SOLVER__BASE_LR": 1e-3}
     ("overrides", "tolerance", "state_tolerance"),
     [
         pytest.param(_CLIPPED, 1e-5, 1e-4, id="sgd"),
-        # The first steps of AdamW are as large as the learning rate, even where the gradient is rounding noise.
+        # The first steps of AdamW are as large as the learning rate, even where the gradient is rounding
+        # noise.
         pytest.param({**_ADAMW, **_ACCUMULATED}, 5e-4, 5e-3, id="adamw", marks=pytest.mark.slow),
         # Gradients of a weight that is used several times are added in bfloat16, those of a sharded weight in
         # float32. With such a low learning rate, both still train on the same proposals.
