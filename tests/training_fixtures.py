@@ -1,4 +1,4 @@
-"""Fixtures of the tests that train: one thread for their tiny models, and loggers as they were before."""
+"""Fixtures of the tests that train: a single thread for their tiny models, and restored loggers."""
 
 import logging
 
@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture(autouse=True, scope="package")
 def one_thread():
-    """More threads only wait for each other at this size, and round differently from run to run."""
+    """Use one thread: at this size more are slower, and round differently from run to run."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -25,7 +25,7 @@ def _reset_loggers(level: int) -> None:
 
 @pytest.fixture(autouse=True)
 def restore_loggers():
-    """Trainers give loggers that say too little handlers of their own, and cut them off from pytest's."""
+    """Restore the loggers, because trainers add handlers and disable propagation to pytest's."""
     _reset_loggers(logging.INFO)
     yield
     _reset_loggers(logging.NOTSET)

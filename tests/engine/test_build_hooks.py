@@ -1,4 +1,4 @@
-"""The hooks that both kinds of config ask for by their keys."""
+"""The hooks that the options of both kinds of config add."""
 
 import csv
 import logging
@@ -81,11 +81,11 @@ def lazy_trainer(folder, *more):
 
 
 @pytest.mark.parametrize("make", [yaml_trainer, lazy_trainer])
-def test_every_key(tmp_path, make):
+def test_each_option_adds_its_hook_in_both_kinds_of_config(tmp_path, make):
     trainer = make(tmp_path)
     by_name = {type(h).__name__: h for h in trainer._hooks}
     assert [type(h).__name__ for h in trainer._hooks] == ALL
-    # Half of an epoch of eight pictures, two a step.
+    # Half an epoch of eight images, two per step.
     assert trainer.settings.eval_period == by_name["EvalHook"]._period == by_name["PreciseBN"]._period == 2
     assert by_name["PeriodicCheckpointer"].period == 2 and by_name["PeriodicCheckpointer"].max_to_keep == 1
     assert by_name["BestCheckpointer"]._mode == by_name["EarlyStopping"]._mode == "min"
@@ -118,7 +118,7 @@ def test_every_key(tmp_path, make):
     ]
 
 
-def test_several_validation_sets_of_a_lazy_config(tmp_path):
+def test_lazy_val_loss_is_one_loader_or_several_by_name(tmp_path):
     trainer = lazy_trainer(tmp_path)
     node = trainer.cfg.dataloader.val_loss
     assert list(trainer.build_val_loss_loaders()) == ["val_loss"]
@@ -127,7 +127,7 @@ def test_several_validation_sets_of_a_lazy_config(tmp_path):
     assert list(loaders) == ["day", "night"] and len(loaders["night"]) == 2
 
 
-def test_without_keys_there_is_what_there_was(tmp_path):
+def test_default_options_build_the_basic_hooks(tmp_path):
     trainer = DefaultTrainer(tiny_cfg(tmp_path, SOLVER__MAX_ITER=1, DATASETS__TEST=()))
     names = [type(h).__name__ for h in trainer._hooks]
     assert names == ["IterationTimer", "LRScheduler", "PeriodicCheckpointer", "EvalHook", "PeriodicWriter"]
@@ -135,7 +135,7 @@ def test_without_keys_there_is_what_there_was(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} >= {"metrics.csv", "metrics.json", "model_final.pth"}
 
 
-def test_hooks_and_writers_can_be_overridden(tmp_path):
+def test_build_hooks_and_build_writers_can_be_overridden(tmp_path):
     class Mine(DefaultTrainer):
         def build_writers(self):
             return [JSONWriter(str(tmp_path / "mine.json"))]
@@ -148,7 +148,7 @@ def test_hooks_and_writers_can_be_overridden(tmp_path):
     assert not (tmp_path / "metrics.csv").exists()
 
 
-def test_passes_that_the_processes_cannot_share_are_told(tmp_path, monkeypatch):
+def test_a_batch_that_passes_and_processes_cannot_divide_raises_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
     cfg = tiny_cfg(tmp_path, SOLVER__ACCUM_STEPS=2)
     message = "SOLVER.IMS_PER_BATCH = 2 must be a multiple of SOLVER.ACCUM_STEPS = 2 times .* processes, 2"
@@ -159,7 +159,7 @@ def test_passes_that_the_processes_cannot_share_are_told(tmp_path, monkeypatch):
         LazyTrainer(tiny_lazy_config(tmp_path, "+train.accum_steps=2"))
 
 
-def test_early_stopping_without_evaluations_is_told(tmp_path, caplog):
+def test_early_stopping_without_evaluations_warns(tmp_path, caplog):
     cfg = tiny_cfg(tmp_path, SOLVER__EARLY_STOP__PATIENCE=3, SOLVER__EARLY_STOP__METRIC="bbox/AP")
     with caplog.at_level(logging.INFO, logger="detlib"):
         DefaultTrainer(cfg)

@@ -1,4 +1,4 @@
-"""Numbers of classes come from the data, where nobody has set them."""
+"""Numbers of classes are set from the data unless the config sets them."""
 
 import pytest
 
@@ -42,7 +42,7 @@ def numbers(cfg):
         ("ProposalNetwork", (), (80, 80, 54, 17)),
     ],
 )
-def test_set_from_an_address(architecture, options, expected, log):
+def test_number_of_classes_is_set_from_a_dataset_uri(architecture, options, expected, log):
     cfg = config(architecture, SHAPES, *options)
     cfg.freeze()
     set_num_classes(cfg)
@@ -52,7 +52,7 @@ def test_set_from_an_address(architecture, options, expected, log):
     check_num_classes(cfg, cfg.DATASETS.TRAIN)
 
 
-def test_what_was_set_stays_and_is_compared():
+def test_a_number_in_the_config_is_kept_and_compared():
     cfg = config("GeneralizedRCNN", SHAPES, ROI, 5)
     set_num_classes(cfg)
     assert numbers(cfg)[0] == 5
@@ -61,13 +61,13 @@ def test_what_was_set_stays_and_is_compared():
 
 
 @pytest.mark.parametrize("name", ["coco_2017_train", "voc:/no/such/folder@train"])
-def test_names_and_missing_data_change_nothing(name):
+def test_registered_names_and_missing_data_change_nothing(name):
     cfg = config("GeneralizedRCNN", name)
     set_num_classes(cfg)
     assert numbers(cfg) == (80, 80, 54, 17)
 
 
-def test_saved_config_has_the_number(tmp_path):
+def test_the_saved_config_has_the_number_of_classes(tmp_path):
     cfg = tiny_cfg(tmp_path, MODEL__ROI_HEADS__NUM_CLASSES=80)
     default_setup(cfg, None)
     saved = get_cfg()
@@ -75,13 +75,13 @@ def test_saved_config_has_the_number(tmp_path):
     assert saved.MODEL.ROI_HEADS.NUM_CLASSES == 3
 
 
-def test_trainer_sets_it_in_the_config_it_is_given(tmp_path):
+def test_the_trainer_sets_the_number_in_its_config(tmp_path):
     cfg = tiny_cfg(tmp_path, MODEL__ROI_HEADS__NUM_CLASSES=80)
     trainer = DefaultTrainer(cfg)
     assert trainer.model.roi_heads.num_classes == 3 and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 3
 
 
-def test_classes_in_another_order_or_with_other_names(log):
+def test_another_order_of_classes_raises_and_other_names_warn(log):
     names = {"train": ["cat", "dog", "owl"], "same": ["cat", "dog", "owl"], "turned": ["cat", "owl", "dog"]}
     names["other"] = ["cat", "dog", "eagle"]
     for name, classes in names.items():

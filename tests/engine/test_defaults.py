@@ -1,4 +1,4 @@
-"""DefaultTrainer, DefaultPredictor, the set-up and the checks before a training."""
+"""DefaultTrainer, DefaultPredictor, default_setup and the checks before training."""
 
 import logging
 import os
@@ -30,14 +30,14 @@ from tests.builders import tiny_cfg
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A training of two steps: its trainer, results and folder."""
+    """Train two steps and return the trainer, its results and its folder."""
     folder = tmp_path_factory.mktemp("trained")
     trainer = DefaultTrainer(tiny_cfg(folder, TEST__EVAL_PERIOD=1, SOLVER__CHECKPOINT_PERIOD=1))
     trainer.resume_or_load(resume=False)
     return trainer, trainer.train(), folder
 
 
-def test_a_training_leaves_its_files(trained):
+def test_training_writes_checkpoints_metrics_and_results(trained):
     trainer, results, folder = trained
     assert {"bbox", "segm"} == set(results) and 0.0 <= results["bbox"]["AP"] <= 100.0
     for name in ("model_0000000.pth", "model_final.pth", "metrics.json", "inference"):
@@ -52,7 +52,7 @@ def test_a_training_leaves_its_files(trained):
     assert saved["trainer"]["hooks"]["LRScheduler"]["last_epoch"] == 2
 
 
-def test_resume_restores_everything(trained, caplog):
+def test_resume_restores_model_optimizer_and_schedule(trained, caplog):
     trainer, _, folder = trained
     cfg = trainer.cfg.clone()
     cfg.SOLVER.MAX_ITER = 4
@@ -68,7 +68,7 @@ def test_resume_restores_everything(trained, caplog):
     assert "model_final.pth" in caplog.text and "iteration 2 of 4" in caplog.text
 
 
-def test_resuming_from_a_model_alone_starts_at_the_first_step(trained, tmp_path, caplog):
+def test_resuming_from_a_checkpoint_with_only_a_model_starts_at_iteration_0(trained, tmp_path, caplog):
     _, _, folder = trained
     model = torch.load(folder / "model_final.pth", weights_only=True)["model"]
     torch.save({"model": model}, tmp_path / "given.pth")
@@ -86,7 +86,7 @@ def test_resuming_from_a_model_alone_starts_at_the_first_step(trained, tmp_path,
     assert torch.load(tmp_path / "model_final.pth", weights_only=True)["iteration"] == 0
 
 
-def test_hooks_and_their_order(trained):
+def test_hooks_are_in_the_documented_order(trained):
     trainer, _, _ = trained
     names = [type(h).__name__ for h in trainer._hooks]
     assert " ".join(names) == (
@@ -94,7 +94,7 @@ def test_hooks_and_their_order(trained):
     )
 
 
-def test_hooks_of_the_outer_trainer_see_the_backward_pass(tmp_path):
+def test_hooks_of_the_outer_trainer_get_after_backward(tmp_path):
     class Spy(HookBase):
         seen = 0
 
@@ -107,7 +107,7 @@ def test_hooks_of_the_outer_trainer_see_the_backward_pass(tmp_path):
     assert trainer.train() == {} and spy.seen == 1
 
 
-def test_evaluation_of_several_data_sets_and_own_evaluators(trained):
+def test_evaluation_on_several_datasets_with_custom_evaluators(trained):
     trainer, _, _ = trained
     cfg = trainer.cfg.clone()
 
@@ -138,7 +138,7 @@ def with_tta(cfg, **values):
     return cfg
 
 
-def test_evaluation_with_test_time_augmentation(trained, tmp_path):
+def test_evaluation_with_test_time_augmentation_adds_its_own_results(trained, tmp_path):
     trainer, plain, _ = trained
     cfg = with_tta(trainer.cfg)
     cfg.OUTPUT_DIR = str(tmp_path)
@@ -147,7 +147,7 @@ def test_evaluation_with_test_time_augmentation(trained, tmp_path):
     assert results["bbox"] == pytest.approx(plain["bbox"], nan_ok=True)
     assert set(results["segm_TTA"]) == set(plain["segm"])
     assert (tmp_path / "inference").is_dir() and (tmp_path / "TTA" / "inference").is_dir()
-    # One view as the model sees it changes nothing; the results of many data sets stay apart.
+    # A single view without changes gives the plain results; results of several datasets are separate.
     cfg = with_tta(cfg, MIN_SIZES=(64,), FLIP=False)
     only = DefaultTrainer.test_with_TTA(cfg, trainer.model)
     for task in ("bbox", "segm"):
@@ -158,7 +158,7 @@ def test_evaluation_with_test_time_augmentation(trained, tmp_path):
     assert all(set(r) == {"bbox", "segm", "bbox_TTA", "segm_TTA"} for r in results.values())
 
 
-def test_training_ends_with_test_time_augmentation(tmp_path):
+def test_only_the_last_evaluation_uses_test_time_augmentation(tmp_path):
     cfg = with_tta(tiny_cfg(tmp_path, TEST__EVAL_PERIOD=1), MIN_SIZES=(64,), FLIP=False)
     trainer = DefaultTrainer(cfg)
     trainer.resume_or_load(resume=False)
@@ -170,7 +170,7 @@ def test_training_ends_with_test_time_augmentation(tmp_path):
         DefaultTrainer(cfg)
 
 
-def test_a_single_name_may_stand_for_the_test_sets(trained):
+def test_datasets_test_may_be_a_single_name(trained):
     trainer, _, _ = trained
     cfg = trainer.cfg.clone()
     cfg.DATASETS.TEST = "shapes:val?num=4&size=64"
@@ -178,7 +178,7 @@ def test_a_single_name_may_stand_for_the_test_sets(trained):
     assert DefaultPredictor(cfg).metadata.thing_classes == ["circle", "square", "triangle"]
 
 
-def test_unknown_kinds_of_evaluation_are_skipped_with_a_word(trained, caplog):
+def test_an_unknown_evaluator_type_is_skipped_with_a_warning(trained, caplog):
     trainer, _, _ = trained
     cfg = trainer.cfg.clone()
     DatasetCatalog.register("strange_set", lambda: DatasetCatalog.get("shapes:val?num=4&size=64"))
@@ -193,7 +193,7 @@ def test_unknown_kinds_of_evaluation_are_skipped_with_a_word(trained, caplog):
         MetadataCatalog.remove("strange_set")
 
 
-def test_evaluator_looks_at_as_many_detections_as_the_model_gives(trained):
+def test_evaluator_uses_as_many_detections_as_the_model_returns(trained):
     trainer, _, _ = trained
     cfg = trainer.cfg.clone()
     for limit, expected in ((50, None), (100, None), (300, 300)):
@@ -213,17 +213,17 @@ def test_evaluator_looks_at_as_many_detections_as_the_model_gives(trained):
         ({"MODEL__ROI_HEADS__NUM_CLASSES": 7}, ValueError, r"MODEL.ROI_HEADS.NUM_CLASSES is 7.* 3 classes"),
     ],
 )
-def test_bad_data_sets_are_found_before_the_first_step(tmp_path, overrides, error, message):
+def test_invalid_datasets_raise_an_error_before_the_first_step(tmp_path, overrides, error, message):
     with pytest.raises(error, match=message):
         DefaultTrainer(tiny_cfg(tmp_path, **overrides))
 
 
-def test_number_of_classes_matters_only_to_models_that_have_them(tmp_path):
+def test_number_of_classes_is_not_checked_for_proposal_networks(tmp_path):
     cfg = tiny_cfg(tmp_path, MODEL__ROI_HEADS__NUM_CLASSES=80, MODEL__META_ARCHITECTURE="ProposalNetwork")
     DefaultTrainer(cfg)
 
 
-def test_a_bad_loss_stops_the_training(tmp_path, caplog):
+def test_a_diverging_run_ends_with_learning_rate_advice(tmp_path, caplog):
     trainer = DefaultTrainer(tiny_cfg(tmp_path, SOLVER__BASE_LR=1e12, SOLVER__MAX_ITER=20))
     advice = "is high for 2 images per step"
     assert advice not in caplog.text
@@ -236,7 +236,7 @@ def test_a_bad_loss_stops_the_training(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(("workers", "batch", "rate", "steps", "iters"), [(8, 16, 0.02, (60, 80), 90)])
-def test_scaling_by_the_number_of_processes(workers, batch, rate, steps, iters):
+def test_auto_scale_workers_scales_batch_rate_and_schedule(workers, batch, rate, steps, iters):
     cfg = get_cfg()
     solver = cfg.SOLVER
     solver.REFERENCE_WORLD_SIZE, solver.IMS_PER_BATCH, solver.BASE_LR = workers, batch, rate
@@ -259,7 +259,7 @@ def test_scaling_by_the_number_of_processes(workers, batch, rate, steps, iters):
         DefaultTrainer.auto_scale_workers(cfg, 4)
 
 
-def test_predictor_gives_the_models_output_in_the_pictures_size(trained):
+def test_predictor_returns_the_output_in_the_size_of_the_image(trained):
     trainer, _, folder = trained
     cfg = trainer.cfg.clone()
     cfg.MODEL.WEIGHTS = str(folder / "model_final.pth")
@@ -268,41 +268,41 @@ def test_predictor_gives_the_models_output_in_the_pictures_size(trained):
     assert not predictor.model.training
     for a, b in zip(trainer.model.state_dict().values(), predictor.model.state_dict().values()):
         assert torch.equal(a, b)
-    picture = np.random.default_rng(0).integers(0, 255, (80, 160, 3), dtype=np.uint8)
-    instances = predictor(picture)["instances"]
+    original = np.random.default_rng(0).integers(0, 255, (80, 160, 3), dtype=np.uint8)
+    instances = predictor(original)["instances"]
     assert instances.image_size == (80, 160) and len(instances) and not instances.scores.requires_grad
-    # By hand: shortest side to 64, channels first, as float.
-    resized = predictor.aug.get_transform(picture).apply_image(picture)
+    # By hand: shorter side 64, channels first, float.
+    resized = predictor.aug.get_transform(original).apply_image(original)
     assert resized.shape == (64, 128, 3)
     image = torch.from_numpy(resized.transpose(2, 0, 1).astype(np.float32))
     with torch.no_grad():
         expected = predictor.model([{"image": image, "height": 80, "width": 160}])[0]["instances"]
     assert torch.equal(instances.scores, expected.scores)
-    # A model for RGB sees the channels the other way round.
+    # A model with RGB input gets the channels reversed.
     cfg.INPUT.FORMAT = "RGB"
-    flipped = DefaultPredictor(cfg)(np.ascontiguousarray(picture[:, :, ::-1]))["instances"]
+    flipped = DefaultPredictor(cfg)(np.ascontiguousarray(original[:, :, ::-1]))["instances"]
     assert torch.equal(flipped.scores, expected.scores)
 
 
-def test_predictor_with_test_time_augmentation(trained):
+def test_predictor_uses_test_time_augmentation(trained):
     trainer, _, folder = trained
     cfg = with_tta(trainer.cfg)
     cfg.MODEL.WEIGHTS = str(folder / "model_final.pth")
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
-    picture = np.random.default_rng(0).integers(0, 255, (80, 160, 3), dtype=np.uint8)
+    original = np.random.default_rng(0).integers(0, 255, (80, 160, 3), dtype=np.uint8)
     predictor = DefaultPredictor(cfg)
-    instances = predictor(picture)["instances"]
-    image = torch.from_numpy(picture.transpose(2, 0, 1).copy())
+    instances = predictor(original)["instances"]
+    image = torch.from_numpy(original.transpose(2, 0, 1).copy())
     expected = predictor.tta([{"image": image, "height": 80, "width": 160}])[0]["instances"]
     assert instances.image_size == (80, 160) and torch.equal(instances.scores, expected.scores)
     cfg.TEST.AUG.ENABLED = False
     plain = DefaultPredictor(cfg)
     assert plain.tta is None
-    assert not torch.equal(plain(picture)["instances"].scores[:5], instances.scores[:5])
+    assert not torch.equal(plain(original)["instances"].scores[:5], instances.scores[:5])
 
 
 @pytest.mark.parametrize(
-    ("picture", "error", "message"),
+    ("image", "error", "message"),
     [
         (None, TypeError, "cv2.imread"),
         ([[1]], TypeError, "list"),
@@ -313,21 +313,21 @@ def test_predictor_with_test_time_augmentation(trained):
         (np.full((4, 4, 3), 0.5), ValueError, r"in \[0, 1\]"),
     ],
 )
-def test_predictor_explains_bad_pictures(trained, picture, error, message):
+def test_predictor_refuses_invalid_images(trained, image, error, message):
     with pytest.raises(error, match=message):
-        DefaultPredictor(trained[0].cfg)(picture)
+        DefaultPredictor(trained[0].cfg)(image)
 
 
-def test_predictor_needs_no_data(trained, caplog):
+def test_predictor_works_without_the_dataset(trained, caplog):
     cfg = trained[0].cfg.clone()
-    cfg.DATASETS.TEST = ("coco:/no/such/annotations.json@/no/such/pictures",)
+    cfg.DATASETS.TEST = ("coco:/no/such/annotations.json@/no/such/images",)
     predictor = DefaultPredictor(cfg)
     assert predictor.metadata.get("thing_classes") is None
     assert "/no/such/annotations.json" in caplog.text
     predictor(np.zeros((64, 64, 3), np.uint8))
 
 
-def test_arguments():
+def test_default_arguments_are_parsed():
     args = default_argument_parser().parse_args(
         ["--config-file", "a.yaml", "--num-gpus", "2", "--resume", "SOLVER.BASE_LR", "0.1"]
     )
@@ -337,7 +337,7 @@ def test_arguments():
     assert default_argument_parser("the end").epilog == "the end"
 
 
-def test_setup_writes_the_config_and_seeds(tmp_path):
+def test_default_setup_saves_the_config_and_seeds(tmp_path):
     cfg = tiny_cfg(tmp_path / "out")
     args = default_argument_parser().parse_args([])
     default_setup(cfg, args)
@@ -353,13 +353,13 @@ def test_setup_writes_the_config_and_seeds(tmp_path):
     assert not torch.equal(first, torch.rand(3))
 
 
-def test_writers(tmp_path):
+def test_default_writers_are_console_json_and_tensorboard(tmp_path):
     kinds = [type(w) for w in default_writers(str(tmp_path / "new"), 10)]
     assert kinds == [CommonMetricPrinter, JSONWriter, TensorboardXWriter]
     assert os.path.isdir(tmp_path / "new")
 
 
-def test_one_process_needs_no_wrapper_and_no_group():
+def test_one_process_gets_no_ddp_wrapper():
     model = torch.nn.Linear(1, 1)
     assert create_ddp_model(model) is model
     called = []
@@ -367,7 +367,7 @@ def test_one_process_needs_no_wrapper_and_no_group():
     assert called == [3]
 
 
-def test_gradients_in_another_layout_cause_no_warning(tmp_path, monkeypatch):
+def test_ddp_does_not_warn_about_gradient_strides(tmp_path, monkeypatch):
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1
     )
@@ -386,12 +386,12 @@ def test_gradients_in_another_layout_cause_no_warning(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("args", "message"), [((0,), "num_gpus"), ((1, 2, 2), "machine_rank"), ((1, 2, 0), "dist_url")]
 )
-def test_launch_explains_bad_numbers(args, message):
+def test_launch_refuses_invalid_numbers(args, message):
     with pytest.raises(ValueError, match=message):
         launch(print, *args)
 
 
-def test_weights_are_looked_for_early(tmp_path):
+def test_missing_weights_raise_an_error_early(tmp_path):
     cfg = tiny_cfg(tmp_path)
     check_weights(cfg)
     cfg.MODEL.WEIGHTS = "https://example.com/model.pkl"
@@ -401,15 +401,15 @@ def test_weights_are_looked_for_early(tmp_path):
         check_weights(cfg)
 
 
-def test_precise_bn_is_added_on_demand(tmp_path):
+def test_precise_bn_is_added_only_for_models_with_batch_norm(tmp_path):
     cfg = tiny_cfg(tmp_path, TEST__PRECISE_BN__ENABLED=True, TEST__PRECISE_BN__NUM_ITER=1)
     assert not any(isinstance(h, hooks.PreciseBN) for h in DefaultTrainer(cfg)._hooks)  # GN has none
     cfg.MODEL.RESNETS.NORM = "BN"
     assert any(isinstance(h, hooks.PreciseBN) for h in DefaultTrainer(cfg)._hooks)
 
 
-def test_checkpoint_keys(tmp_path):
-    """Six steps of two pictures out of eight: an epoch is four steps."""
+def test_checkpoint_period_in_epochs_and_number_of_kept_files(tmp_path):
+    """Six steps of two of eight images: an epoch is four steps."""
     cfg = tiny_cfg(
         tmp_path,
         DATASETS__TEST=(),

@@ -1,4 +1,4 @@
-"""DINO from random weights, by the lazy trainer."""
+"""Training DINO from random weights with the lazy trainer."""
 
 import json
 
@@ -21,8 +21,8 @@ def shapes_config(tmp_path, **train):
     return cfg
 
 
-def test_one_step_and_back(tmp_path):
-    """A step of the shipped config, saved and resumed, and what it predicts evaluated."""
+def test_a_step_is_saved_resumed_and_evaluated(tmp_path):
+    """One step of the shipped config: train, save, resume, evaluate."""
     cfg = shapes_config(tmp_path, max_iter=1)
     cfg.model.transformer.encoder.num_layers = cfg.model.transformer.decoder.num_layers = 1
     cfg.dataloader.train.mapper.augmentation[1].short_edge_length = (96,)
@@ -65,8 +65,8 @@ def test_compiled_parts_give_the_same_losses(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_overfits_eight_pictures(device, tmp_path):
-    """300 steps of two pictures, about 1.5 s each on one core; in bfloat16 where there is a GPU."""
+def test_overfits_eight_images(device, tmp_path):
+    """300 steps of two images, about 1.5 s each on one core; in bfloat16 on a GPU."""
     cfg = shapes_config(tmp_path, max_iter=300, seed=0)
     cfg.train.device = device
     cfg.train.amp.update(enabled=device == "cuda", precision="bfloat16")

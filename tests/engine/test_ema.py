@@ -1,4 +1,4 @@
-"""The average of the weights, against the plain formula."""
+"""The moving average of the weights against the plain formula."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def _change(net: nn.Module, k: int) -> None:
         net.norm.num_batches_tracked.fill_(k)
 
 
-def test_average_is_the_formula():
+def test_average_equals_the_formula():
     net = _Net()
     average = WeightAverage(net, 0.5)
     expected = {name: value.clone() for name, value in net.state_dict().items()}
@@ -89,7 +89,7 @@ def test_evaluation_and_prediction_use_the_average(tmp_path):
     assert _all_equal(DefaultPredictor(cfg).model, own)
 
 
-def test_a_file_without_an_average_is_used_as_it_is(tmp_path, caplog):
+def test_a_file_without_an_average_loads_its_weights(tmp_path, caplog):
     net = nn.Linear(2, 2)
     torch.save({"model": net.state_dict()}, tmp_path / "plain.pth")
     other = nn.Linear(2, 2)

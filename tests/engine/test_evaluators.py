@@ -1,4 +1,4 @@
-"""Which evaluators a data set and a model get."""
+"""The default evaluators for a dataset and a model."""
 
 import pytest
 
@@ -50,11 +50,11 @@ ALL = [COCOEvaluator, SemSegEvaluator, COCOPanopticEvaluator]
         (MASK_RCNN, "instances", {}, ALL[:1]),
     ],
 )
-def test_evaluators_fit_data_and_model(tmp_path, model, task, overrides, want):
+def test_default_evaluators_match_dataset_and_model(tmp_path, model, task, overrides, want):
     assert kinds(default_evaluator(config(model, tmp_path, **overrides), SHAPES + task)) == want
 
 
-def test_data_without_label_maps(tmp_path):
+def test_data_without_label_images_get_no_semantic_evaluator(tmp_path):
     name = "panoptic_without_labels"
     MetadataCatalog.get(name).set(evaluator_type="coco_panoptic_seg", label_divisor=1000)
     try:
@@ -64,7 +64,7 @@ def test_data_without_label_maps(tmp_path):
     assert found == [COCOEvaluator, COCOPanopticEvaluator]
 
 
-def test_unknown_type(tmp_path):
+def test_an_unknown_evaluator_type_raises_an_error(tmp_path):
     MetadataCatalog.get("strange_type").set(evaluator_type="strange")
     try:
         with pytest.raises(NotImplementedError, match="'strange' of dataset 'strange_type'"):
@@ -77,7 +77,7 @@ def test_unknown_type(tmp_path):
     "model, tasks",
     [("PanopticFPN", {"bbox", "segm", "sem_seg", "panoptic_seg"}), ("SemanticSegmentor", {"sem_seg"})],
 )
-def test_a_model_is_trained_evaluated_and_drawn(tmp_path, model, tasks):
+def test_every_model_is_trained_evaluated_and_drawn(tmp_path, model, tasks):
     cfg = tiny_cfg(
         tmp_path,
         MODEL__META_ARCHITECTURE=model,
@@ -91,8 +91,8 @@ def test_a_model_is_trained_evaluated_and_drawn(tmp_path, model, tasks):
     results = trainer.train()
     assert results.keys() == tasks
     assert 0 <= results["sem_seg"]["mIoU"] <= 100
-    pictures = write_prediction_images(cfg, trainer.model)
-    assert len(pictures) == 3
+    images = write_prediction_images(cfg, trainer.model)
+    assert len(images) == 3
     written = tmp_path / "inference" / "panoptic" / "predictions"
     assert written.exists() == (model == "PanopticFPN")
 

@@ -1,4 +1,4 @@
-"""A run that was interrupted ends with the very parameters of one that was not."""
+"""An interrupted run ends with the same parameters as an uninterrupted one, bit for bit."""
 
 import pytest
 import torch
@@ -52,26 +52,26 @@ _KINDS = {
 }  # fmt: skip
 
 
-_SLOW = ("adamw", "bfloat16", "drawn seed", "evaluated")  # seconds each, and seldom alone in breaking
+_SLOW = ("adamw", "bfloat16", "drawn seed", "evaluated")  # seconds each, and they rarely fail alone
 
 
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in _SLOW else kind for kind in _KINDS]
 )
-def test_interrupted_equals_uninterrupted(tmp_path, kind):
+def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path, kind):
     overrides = {"SOLVER__CHECKPOINT_PERIOD": 1, "SOLVER__MAX_ITER": _STEPS, "DATASETS__TEST": ()}
     overrides |= _KINDS[kind]
     seed_all_rng(3)
     whole = train(tiny_cfg(tmp_path / "whole", **overrides), resume=False)
     make_interrupted_run(whole, tmp_path / "parts", iteration=0)
-    # What is drawn before a run resumes, as the model's first weights are, must not matter.
+    # Random numbers drawn before a run resumes, such as initial weights, must not matter.
     seed_all_rng(99)
     resumed = train(tiny_cfg(tmp_path / "parts", **overrides), resume=True)
     assert resumed.start_iter == 1
     _assert_equal(whole, resumed)
 
 
-def test_a_run_cut_off_before_its_final_checkpoint(tmp_path):
+def test_a_run_killed_before_its_final_checkpoint_saves_it_on_resume(tmp_path):
     overrides = {"SOLVER__CHECKPOINT_PERIOD": 1, "SOLVER__MAX_ITER": 1, "DATASETS__TEST": ()}
     whole = train(tiny_cfg(tmp_path / "whole", **overrides), resume=False)
     make_interrupted_run(whole, tmp_path / "parts", iteration=0)

@@ -1,4 +1,4 @@
-"""Trainings on a CUDA device: precision, resuming, no needless waiting, one process under DDP."""
+"""Training on a CUDA device: precision, resuming, no needless synchronization, one process under DDP."""
 
 import cv2
 import pytest
@@ -34,7 +34,7 @@ _KINDS = {
 
 
 @pytest.mark.parametrize("kind", _KINDS)
-def test_interrupted_equals_uninterrupted(tmp_path, kind, deterministic):
+def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path, kind, deterministic):
     overrides = {"SOLVER__CHECKPOINT_PERIOD": 1, "SOLVER__MAX_ITER": 4, "DATASETS__TEST": ()}
     overrides |= {"MODEL__DEVICE": "cuda", **_KINDS[kind]}
     whole = train(tiny_cfg(tmp_path / "whole", **overrides), resume=False)
@@ -50,8 +50,8 @@ def test_interrupted_equals_uninterrupted(tmp_path, kind, deterministic):
 
 @pytest.mark.parametrize("clip", ["value", "norm", "full_model"])
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
-def test_an_update_waits_for_nothing(tmp_path, clip, optimizer):
-    """With clipping too the host only queues work."""
+def test_an_update_does_not_synchronize_with_the_host(tmp_path, clip, optimizer):
+    """The host only queues work, also with clipping."""
     cfg = tiny_cfg(
         tmp_path,
         MODEL__DEVICE="cuda",
@@ -75,7 +75,7 @@ def test_an_update_waits_for_nothing(tmp_path, clip, optimizer):
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_trained_evaluated_and_used_for_one_picture(tmp_path):
+def test_a_model_is_trained_evaluated_and_used_for_one_image(tmp_path):
     cfg = tiny_cfg(tmp_path, MODEL__DEVICE="cuda", TEST__EVAL_PERIOD=2)
     trainer = train(cfg, resume=False)
     assert trainer.model.device.type == "cuda"
@@ -84,11 +84,11 @@ def test_trained_evaluated_and_used_for_one_picture(tmp_path):
     cfg.MODEL.WEIGHTS = str(tmp_path / "model_final.pth")
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
     predictor = DefaultPredictor(cfg)
-    picture = cv2.resize((torch.rand(8, 8, 3) * 255).byte().numpy(), (80, 60))
-    found = predictor(picture)["instances"]
+    image = cv2.resize((torch.rand(8, 8, 3) * 255).byte().numpy(), (80, 60))
+    found = predictor(image)["instances"]
     assert len(found) and found.pred_boxes.tensor.is_cuda and found.pred_masks.shape[1:] == (60, 80)
     cfg.MODEL.DEVICE = "cpu"
-    on_cpu = DefaultPredictor(cfg)(picture)["instances"]
+    on_cpu = DefaultPredictor(cfg)(image)["instances"]
     torch.testing.assert_close(found.scores[:5].cpu(), on_cpu.scores[:5], rtol=2e-2, atol=1e-3)
 
 

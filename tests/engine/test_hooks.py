@@ -1,4 +1,4 @@
-"""The hooks, on trainers that do nothing or little."""
+"""The hooks, on trainers that do little or nothing."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ from detlib.utils.events import EventWriter
 
 
 class _Idle(TrainerBase):
-    """Steps that put one metric of a given course into the storage."""
+    """Steps that store one metric with the given values."""
 
     def __init__(self, course=()):
         super().__init__()
@@ -34,7 +34,7 @@ def _train(trainer, hooks_, start=0, end=6):
     return trainer
 
 
-def test_callbacks():
+def test_callback_hook_calls_its_functions():
     calls = []
     hook = hooks.CallbackHook(
         before_train=lambda t: calls.append("before_train"),
@@ -47,7 +47,7 @@ def test_callbacks():
 
 
 @pytest.mark.parametrize(("period", "steps"), [(2, [1, 3, "end"]), (0, ["end"]), (4, [3, "end"])])
-def test_evaluation_times(period, steps):
+def test_eval_hook_evaluates_every_period_and_at_the_end(period, steps):
     seen = []
     trainer = _Idle()
 
@@ -61,7 +61,7 @@ def test_evaluation_times(period, steps):
     assert trainer.storage.latest()["bbox/AP50"] == (3.0, 6)
 
 
-def test_no_evaluation_after_a_failed_training():
+def test_eval_hook_does_not_evaluate_after_an_error():
     class Fails(_Idle):
         def run_step(self):
             if self.iter == 5:
@@ -76,7 +76,7 @@ def test_no_evaluation_after_a_failed_training():
 
 
 @pytest.mark.parametrize(("result", "error"), [({"bbox": {"AP": "x"}}, ValueError), ([1], TypeError)])
-def test_evaluation_must_return_numbers(result, error):
+def test_eval_hook_refuses_results_that_are_not_numbers(result, error):
     with pytest.raises(error, match="eval_function must return"):
         _train(_Idle(), [hooks.EvalHook(2, lambda: result)])
 
@@ -103,7 +103,7 @@ def _best(folder, course, mode="max", start=0, resume_from=None, period=2):
         ([9, float("nan"), 9, 2, 0, 1], "max", 2, 3),
     ],
 )
-def test_best_checkpoint(tmp_path, course, mode, value, iteration):
+def test_best_checkpointer_saves_the_best_iteration(tmp_path, course, mode, value, iteration):
     best, checkpointer = _best(tmp_path, [float(c) for c in course], mode)
     assert (best.best_metric, best.best_iter) == (value, iteration)
     saved = torch.load(tmp_path / "model_best.pth", weights_only=True)
@@ -111,7 +111,7 @@ def test_best_checkpoint(tmp_path, course, mode, value, iteration):
     assert checkpointer.get_checkpoint_file().endswith("model_final.pth")
 
 
-def test_best_checkpoint_survives_a_resume(tmp_path):
+def test_best_checkpointer_remembers_the_best_after_a_resume(tmp_path):
     _best(tmp_path, [0.0, 8.0, 0.0, 5.0])
     before = (tmp_path / "model_best.pth").read_bytes()
     # The checkpoint of iteration 1 was saved before that iteration's metric was known to the hook.
@@ -123,7 +123,7 @@ def test_best_checkpoint_survives_a_resume(tmp_path):
     assert best.best_metric == 9.0 and (tmp_path / "model_best.pth").read_bytes() != before
 
 
-def test_best_checkpoint_without_the_metric_warns(tmp_path, caplog):
+def test_best_checkpointer_warns_about_a_missing_metric(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="detlib"):
         _train(_Idle(), [hooks.BestCheckpointer(2, Checkpointer(nn.Linear(1, 1), str(tmp_path)), "segm/AP")])
     assert "'segm/AP'" in caplog.text and list(tmp_path.iterdir()) == []
@@ -131,7 +131,7 @@ def test_best_checkpoint_without_the_metric_warns(tmp_path, caplog):
         hooks.BestCheckpointer(2, None, "segm/AP", mode="best")
 
 
-def test_learning_rate_hook():
+def test_learning_rate_hook_stores_and_steps_the_schedule():
     trainer = _train(_Idle(), [hooks.LRScheduler(scheduler=CosineParamScheduler(1.0, 0.0))], end=4)
     history = [value for value, _ in trainer.storage.history("lr").values()]
     assert history == pytest.approx([1.0, 0.853553, 0.5, 0.146447], abs=1e-6)
@@ -141,7 +141,7 @@ def test_learning_rate_hook():
     ("sizes", "rates", "best"),
     [([1, 3, 2], [1, 2, 3], 1), ([1, 1, 1], [1, 2, 2], 1), ([1], [5], 0)],
 )
-def test_the_rate_that_stands_for_all(sizes, rates, best):
+def test_the_reported_learning_rate_is_that_of_the_largest_group(sizes, rates, best):
     groups = [
         {"params": [nn.Parameter(torch.zeros(1)) for _ in range(n)], "lr": rate}
         for n, rate in zip(sizes, rates)
@@ -149,7 +149,7 @@ def test_the_rate_that_stands_for_all(sizes, rates, best):
     assert hooks.LRScheduler.get_best_param_group_id(torch.optim.SGD(groups, lr=1.0)) == best
 
 
-def test_writers_are_called_and_closed():
+def test_periodic_writer_calls_and_closes_its_writers():
     class Writer(EventWriter):
         def __init__(self):
             self.calls = []
@@ -167,7 +167,7 @@ def test_writers_are_called_and_closed():
         hooks.PeriodicWriter([print])
 
 
-def test_timer_skips_the_warmup_and_reports(caplog):
+def test_timer_skips_the_warmup_and_logs_the_totals(caplog):
     with caplog.at_level(logging.INFO, logger="detlib"):
         trainer = _train(_Idle(), [hooks.IterationTimer(warmup_iter=2)])
     assert [i for _, i in trainer.storage.history("time").values()] == [2, 3, 4, 5]
@@ -205,7 +205,7 @@ def test_precise_bn_computes_statistics_of_the_average_too():
 
 
 @pytest.mark.parametrize("kind", ["torch", "autograd"])
-def test_profilers_write_a_trace(tmp_path, kind):
+def test_profiler_hooks_write_a_trace(tmp_path, kind):
     def when(trainer):
         return trainer.iter == 1
 

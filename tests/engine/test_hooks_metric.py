@@ -1,4 +1,4 @@
-"""The hooks that go by a metric: early stopping, and what it asks of evaluation and checkpoints."""
+"""Early stopping, with the evaluations and checkpoints around it."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ from detlib.utils import comm
 
 
 class _Course(TrainerBase):
-    """A training whose k-th evaluation gives the k-th value."""
+    """A run whose k-th evaluation returns the k-th value."""
 
     def __init__(
         self,
@@ -57,14 +57,14 @@ class _Course(TrainerBase):
 @pytest.mark.parametrize(
     ("values", "mode", "patience", "steps"),
     [
-        ([1, 3, 2, 3, 9], "max", 2, 8),  # as good as before is no progress
+        ([1, 3, 2, 3, 9], "max", 2, 8),  # an equal value is not an improvement
         ([3, 2, 1, 2, 2, 9], "min", 2, 10),
         ([1, 2, float("nan"), 3, 1], "max", 1, 6),
         ([float("nan")] * 9, "max", 3, 6),
         ([1, 2, 3, 4, 5, 6], "max", 1, 12),
     ],
 )
-def test_when_it_stops(tmp_path, caplog, values, mode, patience, steps):
+def test_early_stopping_stops_after_patience_evaluations(tmp_path, caplog, values, mode, patience, steps):
     with caplog.at_level(logging.INFO, logger="detlib"):
         trainer = _Course(tmp_path, values, patience=patience, mode=mode, end=2 * len(values))
     stops = steps < 2 * len(values)
@@ -77,7 +77,7 @@ def test_when_it_stops(tmp_path, caplog, values, mode, patience, steps):
     assert caplog.text.count("Training stops: no better bbox/AP in") == stops
 
 
-def test_training_ends_when_the_last_best_is_on_disk(tmp_path, monkeypatch):
+def test_training_waits_until_the_best_checkpoint_is_on_disk(tmp_path, monkeypatch):
     def write(path, content):
         if path.endswith("model_best.pth"):
             raise OSError("the disk is full")
@@ -87,7 +87,7 @@ def test_training_ends_when_the_last_best_is_on_disk(tmp_path, monkeypatch):
         _Course(tmp_path, [1], patience=2, end=2, async_save=True)
 
 
-def test_the_reason_names_the_best(tmp_path):
+def test_the_reason_for_stopping_names_the_best_value(tmp_path):
     trainer = _Course(tmp_path, [1, 3.25, 2, 3, 9], patience=2)
     assert trainer.stopped_reason == "no better bbox/AP in 2 evaluations; the best was 3.25 at iteration 3"
     trainer = _Course(tmp_path / "nan", [float("nan")] * 5, patience=2)
@@ -95,7 +95,7 @@ def test_the_reason_names_the_best(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [3, 4, 5, 6, 7])
-def test_a_resumed_training_stops_where_an_uninterrupted_one_does(tmp_path, cut):
+def test_a_resumed_run_stops_where_an_uninterrupted_one_does(tmp_path, cut):
     values = [1, 3, 2, 1, 9]
 
     class Killed(BaseException):
@@ -115,7 +115,7 @@ def test_a_resumed_training_stops_where_an_uninterrupted_one_does(tmp_path, cut)
     assert seen == {"metric": "bbox/AP", "seen": [[2, 1], [4, 3], [6, 2], [8, 1]]}
 
 
-def test_a_stopped_training_is_not_trained_further_by_a_resume(tmp_path, caplog):
+def test_a_stopped_run_does_not_train_further_on_resume(tmp_path, caplog):
     values = [1, 3, 2, 1, 9, 8, 7, 6]
     _Course(tmp_path, values, patience=2)
     before = (tmp_path / "model_final.pth").read_bytes()
@@ -125,19 +125,19 @@ def test_a_stopped_training_is_not_trained_further_by_a_resume(tmp_path, caplog)
     assert "the run was stopped early before: no better bbox/AP in 2 evaluations" in caplog.text
     assert "SOLVER.EARLY_STOP.PATIENCE (train.early_stop.patience) above 2 or to 0" in caplog.text
     assert (tmp_path / "model_final.pth").read_bytes() == before
-    # With more patience it goes on: the 9 after ten steps is the best.
+    # With more patience training continues: the 9 after ten steps is the best.
     further = _Course(tmp_path, values, patience=3, resume=True)
     assert (further.start_iter, further.iter) == (8, 16) and "at iteration 9" in further.stopped_reason
 
 
-def test_a_new_training_knows_nothing_of_an_earlier_one_in_its_folder(tmp_path):
+def test_a_new_run_ignores_the_history_of_an_earlier_one_in_its_folder(tmp_path):
     _Course(tmp_path, [9, 1, 1], patience=2, end=6)
     trainer = _Course(tmp_path, [1, 2, 3], patience=1, end=6)
     assert trainer.iter == 6
     assert [d for d, _ in json.loads((tmp_path / "early_stop.json").read_text())["seen"]] == [2, 4, 6]
 
 
-def test_an_unknown_metric_is_told_with_near_names_and_stops_nothing(tmp_path, caplog):
+def test_an_unknown_metric_warns_with_similar_names_and_does_not_stop(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="detlib"):
         trainer = _Course(tmp_path, [1, 1, 1], patience=1, metric="bbox/PA", end=6)
     assert trainer.iter == 6
@@ -145,10 +145,10 @@ def test_an_unknown_metric_is_told_with_near_names_and_stops_nothing(tmp_path, c
     assert "Training cannot be stopped early (SOLVER.EARLY_STOP.METRIC" in caplog.text
 
 
-def test_the_main_process_decides(tmp_path, monkeypatch):
-    """On another process nothing is measured; what it gathers is what the main process knows."""
+def test_the_main_process_decides_when_to_stop(tmp_path, monkeypatch):
+    """Another process has no metrics of its own; it gathers those of the main process."""
     monkeypatch.setattr(comm, "is_main_process", lambda: False)
-    # What was seen before; best and metric after each evaluation; the best after the training.
+    # The earlier history; best and metric after each evaluation; the best after training.
     known = iter([{}, (1.0, 1), 1.0, None, 0.5, None])
     monkeypatch.setattr(comm, "all_gather", lambda data: [next(known), data])
     monkeypatch.setattr(comm, "synchronize", lambda: None)
@@ -182,7 +182,7 @@ def test_two_processes_stop_at_the_same_step(tmp_path):
     assert torch.load(tmp_path / "model_best.pth", weights_only=True)["iteration"] == 3
 
 
-def test_evaluations_that_do_more_at_the_end_are_repeated():
+def test_repeat_after_stop_evaluates_again_at_the_end():
     calls = []
 
     class Stops(hooks.HookBase):
@@ -203,7 +203,7 @@ def test_evaluations_that_do_more_at_the_end_are_repeated():
         assert len(calls) == expected
 
 
-def test_arguments():
+def test_illegal_arguments_raise_an_error():
     with pytest.raises(ValueError, match="mode must be 'max' or 'min', got 'best'"):
         hooks.EarlyStopping(2, "bbox/AP", 1, mode="best")
     with pytest.raises(ValueError, match="patience must be at least 1, got 0"):

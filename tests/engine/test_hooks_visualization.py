@@ -1,4 +1,4 @@
-"""Drawings of training pictures, and profiles of steps."""
+"""Drawings of training images, and profiles of steps."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ from tests.modeling.architectures import architecture_batch, build_architecture
 
 
 class _Gives(TrainerBase):
-    """Steps whose batches are given."""
+    """A trainer whose steps have the given batches."""
 
     def __init__(self, batches, hook):
         super().__init__()
@@ -29,7 +29,7 @@ class _Gives(TrainerBase):
 
 
 def _blank(color=(0, 0, 0), height=64, width=96, **annotations):
-    """A picture of one colour, in RGB."""
+    """Return a sample whose image has one color, in RGB."""
     image = torch.tensor(color, dtype=torch.uint8)[:, None, None].expand(3, height, width)
     return {"image": image, **annotations}
 
@@ -39,7 +39,7 @@ def _drawn(path):
 
 
 @pytest.mark.parametrize("image_format", ["RGB", "BGR"])
-def test_colours_sizes_and_times(tmp_path, image_format):
+def test_images_are_drawn_every_period_with_right_colors_and_sizes(tmp_path, image_format):
     color = (200, 100, 20)
     given = color if image_format == "RGB" else color[::-1]
     samples = [_blank(given), _blank(given, height=96, width=48)]
@@ -48,17 +48,17 @@ def test_colours_sizes_and_times(tmp_path, image_format):
     trainer.train(0, 7)
     files = sorted(p.name for p in (tmp_path / "train_images").iterdir())
     assert files == ["iter_0000002.jpg", "iter_0000005.jpg"]
-    picture = _drawn(tmp_path / "train_images" / files[0])
-    assert abs(picture[100, 100] - color).max() <= 4 and abs(picture[600, 100] - color).max() <= 4
-    assert picture[600, 400].min() > 250  # white beside the narrow one
+    drawing = _drawn(tmp_path / "train_images" / files[0])
+    assert abs(drawing[100, 100] - color).max() <= 4 and abs(drawing[600, 100] - color).max() <= 4
+    assert drawing[600, 400].min() > 250  # white next to the narrow one
     (name, image, iteration), second = trainer.storage._images
     assert (name, iteration, second[2]) == ("train_images", 2, 5)
-    assert image.shape == (3, *picture.shape[:2]) and image.dtype == np.uint8
+    assert image.shape == (3, *drawing.shape[:2]) and image.dtype == np.uint8
     assert trainer.batch is None
 
 
 @pytest.mark.parametrize("kind", ["boxes", "rotated", "masks", "keypoints", "sem_seg", "nothing"])
-def test_annotations_are_drawn_where_they_are(tmp_path, kind):
+def test_annotations_are_drawn_at_their_positions(tmp_path, kind):
     instances = ground_truth(boxes=((48, 16, 80, 48),))
     sample = _blank(instances=instances)
     if kind == "boxes":
@@ -74,34 +74,34 @@ def test_annotations_are_drawn_where_they_are(tmp_path, kind):
     elif kind == "nothing":
         sample = _blank(instances=Instances((64, 96), gt_boxes=Boxes(torch.zeros(0, 4))))
     _Gives([[sample]], hooks.TrainingImages(1, str(tmp_path), image_format="RGB")).train(0, 1)
-    picture = _drawn(tmp_path / "train_images" / "iter_0000000.jpg").sum(axis=2) / 3
+    drawing = _drawn(tmp_path / "train_images" / "iter_0000000.jpg").sum(axis=2) / 3
     scale = 512 / 96
-    outline = picture[int(32 * scale), int(48 * scale) - 8 : int(48 * scale) + 9].max()
-    inside = picture[
+    outline = drawing[int(32 * scale), int(48 * scale) - 8 : int(48 * scale) + 9].max()
+    inside = drawing[
         int(32 * scale) - 3 : int(32 * scale) + 4, int(64 * scale) - 3 : int(64 * scale) + 4
     ].max()
-    outside = picture[:, : int(30 * scale)].max()
+    outside = drawing[:, : int(30 * scale)].max()
     assert (outline > 40) == (kind in ("boxes", "masks", "keypoints", "sem_seg"))
     assert (inside > 40) == (kind in ("masks", "keypoints", "sem_seg"))
     assert (outside > 40) == (kind == "sem_seg")
-    assert (picture.max() > 40) == (kind != "nothing")
+    assert (drawing.max() > 40) == (kind != "nothing")
 
 
 @pytest.mark.parametrize("name", ["mask_rcnn", "retinanet", "rotated", "panoptic", "semantic", "rpn"])
-def test_predictions_stand_beside(tmp_path, name):
+def test_predictions_are_drawn_next_to_the_ground_truth(tmp_path, name):
     model = build_architecture(name).train()
     modes = [m.training for m in model.modules()]
-    # All predictions, so that there is something to see of a model that was not trained.
+    # All predictions: an untrained model has low scores.
     hook = hooks.TrainingImages(1, str(tmp_path), model=model, min_score=0.0)
     _Gives([architecture_batch(name)], hook).train(0, 1)
-    picture = _drawn(tmp_path / "train_images" / "iter_0000000.jpg")
-    assert picture.shape == (2 * 341 + 4, 2 * 512 + 4, 3)
-    left, right = picture[:341, :512], picture[:341, 516:]
+    drawing = _drawn(tmp_path / "train_images" / "iter_0000000.jpg")
+    assert drawing.shape == (2 * 341 + 4, 2 * 512 + 4, 3)
+    left, right = drawing[:341, :512], drawing[:341, 516:]
     assert (abs(left - right).max(axis=2) > 40).mean() > 0.005
     assert [m.training for m in model.modules()] == modes
 
 
-def test_limits(tmp_path):
+def test_numbers_of_images_and_files_are_limited(tmp_path):
     hook = hooks.TrainingImages(1, str(tmp_path), image_format="RGB", max_images=2, max_files=3)
     _Gives([[_blank()] * 5], hook).train(0, 5)
     files = sorted((tmp_path / "train_images").iterdir())
@@ -112,7 +112,7 @@ def test_limits(tmp_path):
             hooks.TrainingImages(**{"period": 1, "output_dir": "", name: 0})
 
 
-def test_batches_of_another_kind_are_told_once(tmp_path, caplog):
+def test_batches_in_another_format_warn_once(tmp_path, caplog):
     hook = hooks.TrainingImages(1, str(tmp_path), model=nn.Linear(1, 1))
     with caplog.at_level(logging.WARNING, logger="detlib"):
         _Gives([torch.zeros(2)], hook).train(0, 3)
@@ -125,7 +125,7 @@ class _Works(TrainerBase):
 
 
 @pytest.mark.parametrize(("end", "last"), [(9, 5), (5, 4)])
-def test_steps_are_profiled_together(tmp_path, end, last):
+def test_consecutive_steps_are_profiled_in_one_trace(tmp_path, end, last):
     trainer = _Works()
     trainer.register_hooks([hooks.StepsProfiler(1, 3, str(tmp_path))])
     trainer.train(2, end)

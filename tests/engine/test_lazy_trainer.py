@@ -1,4 +1,4 @@
-"""Lazy configs are trained, resumed and evaluated as YAML configs are."""
+"""Training, resuming and evaluating lazy configs."""
 
 import importlib.util
 import json
@@ -15,7 +15,7 @@ from tests.builders import TINY_LAZY_FILE, TINY_LAZY_OVERRIDES, tiny_lazy_config
 ROOT = Path(__file__).parents[2]
 
 
-def test_trains_evaluates_and_resumes(tmp_path):
+def test_a_lazy_config_is_trained_evaluated_and_resumed(tmp_path):
     seed_all_rng(1)
     trainer = LazyTrainer(tiny_lazy_config(tmp_path, "train.eval_period=2", "train.checkpointer.period=2"))
     before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
@@ -37,7 +37,7 @@ def test_trains_evaluates_and_resumes(tmp_path):
     assert resumed.iter == 6
 
 
-def test_gradients_are_clipped(tmp_path):
+def test_clip_grad_limits_the_norm_of_all_gradients(tmp_path):
     clip = ["+train.clip_grad.enabled=True", "+train.clip_grad.params.max_norm=0.001"]
     trainer = LazyTrainer(tiny_lazy_config(tmp_path, "train.max_iter=1", "~dataloader.evaluator", *clip))
     trainer.train()
@@ -45,20 +45,20 @@ def test_gradients_are_clipped(tmp_path):
     assert norm.item() == pytest.approx(0.001, rel=0.01)
 
 
-def test_wrong_arguments_of_clipping_are_told_before_training(tmp_path):
+def test_wrong_arguments_of_clip_grad_raise_an_error_before_training(tmp_path):
     clip = ["+train.clip_grad.enabled=True", "+train.clip_grad.params.maxnorm=1"]
     with pytest.raises(TypeError, match="train.clip_grad.params .*clip_grad_norm_: .*max_norm"):
         LazyTrainer(tiny_lazy_config(tmp_path, *clip))
 
 
-def test_precise_bn_takes_the_batches_of_a_forward_pass(tmp_path):
+def test_precise_bn_uses_batches_of_one_forward_pass(tmp_path):
     options = ["+train.accum_steps=2", "+train.precise_bn.enabled=True", "+train.precise_bn.num_iter=1"]
     trainer = LazyTrainer(tiny_lazy_config(tmp_path, *options))
     hook = next(h for h in trainer._hooks if isinstance(h, hooks.PreciseBN))
     assert [len(next(iter(loader))) for loader in (trainer.data_loader, hook._data_loader)] == [1, 1]
 
 
-def test_a_missing_node_is_named(tmp_path):
+def test_a_missing_node_raises_an_error_that_names_it(tmp_path):
     cfg = tiny_lazy_config(tmp_path)
     del cfg["lr_multiplier"]
     with pytest.raises(KeyError, match="lacks .'lr_multiplier'.*'dataloader'"):
@@ -72,7 +72,7 @@ def train_net():
     return module
 
 
-def test_the_command_line(tmp_path, monkeypatch, capsys):
+def test_the_training_script_runs_a_lazy_config(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     options = [*TINY_LAZY_OVERRIDES, f"train.output_dir={tmp_path}", "train.max_iter=2"]
     train_net().run(["--config-file", str(TINY_LAZY_FILE), *options])

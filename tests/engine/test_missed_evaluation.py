@@ -1,4 +1,4 @@
-"""Evaluations that were cut off are made when the training is resumed."""
+"""Interrupted evaluations are rerun when the run is resumed."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ class _Killed(BaseException):
 
 
 class _Judged(DefaultTrainer):
-    """Its metric is a number of the weights; the evaluation with the number `fatal` is cut off."""
+    """Its metric is computed from the weights; the evaluation with the number `fatal` is interrupted."""
 
     evaluations, fatal, error = 0, None, _Killed
 
@@ -50,7 +50,7 @@ def _started(folder, fatal=None, resume=False, **overrides):
 
 
 def _rows(folder):
-    """The rows by iteration, of which each has one and the same in both files, without what times are in."""
+    """Return the rows by iteration without times; check that both files have the same rows."""
     rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
     with open(folder / "metrics.csv", newline="") as f:
         table = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(f)]
@@ -62,7 +62,7 @@ def _rows(folder):
 
 
 def _results(folder):
-    """What evaluations have left: the metric by iteration, the best one, and all that was seen."""
+    """Return the metric by iteration, the entry of the best checkpoint, and the history of early stopping."""
     measured = {i: row["bbox/AP"] for i, row in _rows(folder).items() if "bbox/AP" in row}
     best = torch.load(folder / "model_best.pth", weights_only=True)["best"]
     return measured, best, json.loads((folder / "early_stop.json").read_text())
@@ -91,7 +91,7 @@ def whole_rows(whole_folder):
 
 
 @pytest.mark.parametrize("fatal", [1, 2, 3])
-def test_it_is_made_as_if_nothing_had_happened(tmp_path, whole, whole_rows, caplog, fatal):
+def test_a_missed_evaluation_is_rerun_with_the_same_results(tmp_path, whole, whole_rows, caplog, fatal):
     with pytest.raises(_Killed):
         _started(tmp_path, fatal).train()
     trainer = _started(tmp_path, resume=True)
@@ -101,19 +101,19 @@ def test_it_is_made_as_if_nothing_had_happened(tmp_path, whole, whole_rows, capl
         trainer.train()
     message = f"The evaluation after iteration {2 * fatal - 1} was interrupted; running it now"
     assert caplog.text.count(message) == 1
-    # The console has a line for steps only.
+    # The console has lines for steps only.
     lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("iter: ")]
     assert [line.split()[1] for line in lines] == [f"{i}/7" for i in (2, 4, 6, 7) if i > 2 * fatal]
     assert type(trainer).evaluations == 5 - fatal
     assert _results(tmp_path) == whole
-    # The losses of its step were put out when training failed, and the results went into their row.
+    # The losses of its step were written when training failed; the results are added to their row.
     rows = _rows(tmp_path)
     assert list(rows) == list(whole_rows)
     assert all(rows[i] == whole_rows[i] for i in rows if i < 2 * fatal)
 
 
 def _killed(trainer, **functions):
-    """Trains until a function, which is called behind all other hooks, kills; nothing is done after that."""
+    """Train until a function, called after all other hooks, kills the run; no hook runs after that."""
     trainer.register_hooks([hooks.CallbackHook(**functions)])
     trainer.after_train = lambda: None
     with pytest.raises(_Killed):
@@ -125,8 +125,8 @@ def _kill(trainer):
         raise _Killed
 
 
-def test_a_kill_behind_the_writers_leaves_one_row(tmp_path, whole, whole_rows):
-    """They have put losses and results out, but nothing says yet that this evaluation is done."""
+def test_a_kill_after_the_writers_leaves_one_row(tmp_path, whole, whole_rows):
+    """Losses and results are written, but the evaluation is not recorded as done."""
     _killed(_started(tmp_path), after_step=_kill)
     assert _rows(tmp_path) == {1: whole_rows[1], 3: whole_rows[3]}
     assert (tmp_path / "last_evaluation").read_text() == "2\n"
@@ -136,7 +136,7 @@ def test_a_kill_behind_the_writers_leaves_one_row(tmp_path, whole, whole_rows):
     assert _results(tmp_path) == whole
     rows = _rows(tmp_path)
     assert list(rows) == list(whole_rows) and rows[3] == whole_rows[3]
-    # TensorBoard could hide the results that are there twice with the losses of their step only.
+    # TensorBoard could hide the duplicate results only together with the losses of their step.
     events = EventAccumulator(str(tmp_path), purge_orphaned_data=True).Reload()
     assert {(e.step, round(e.value, 5)) for e in events.Scalars("bbox/AP")} == {
         (i, round(row["bbox/AP"], 5)) for i, row in rows.items() if "bbox/AP" in row
@@ -144,8 +144,8 @@ def test_a_kill_behind_the_writers_leaves_one_row(tmp_path, whole, whole_rows):
     assert [e.step for e in events.Scalars("total_loss")] == [1, 3, 5, 6]
 
 
-def test_kills_while_it_is_made_up_leave_one_row(tmp_path, whole, whole_rows):
-    """Once in the evaluation, once in the one that makes it up, once when that one's results are out."""
+def test_kills_during_the_rerun_leave_one_row(tmp_path, whole, whole_rows):
+    """Once in the evaluation, once in the rerun, once after the results of the rerun are written."""
     _killed(_started(tmp_path, fatal=2))
     _killed(_started(tmp_path, fatal=1, resume=True))
     assert list(_rows(tmp_path)) == [1]
@@ -161,8 +161,8 @@ def test_kills_while_it_is_made_up_leave_one_row(tmp_path, whole, whole_rows):
 
 
 @pytest.mark.parametrize("checkpoints", [2, 3])
-def test_what_lies_behind_the_checkpoint_does_not_count(tmp_path, checkpoints):
-    """An evaluation of steps that are done again, as their checkpoint was lost, may be cut off then."""
+def test_evaluations_after_the_checkpoint_are_ignored(tmp_path, checkpoints):
+    """If steps are repeated because their checkpoint was lost, their evaluation may be interrupted too."""
     settings = {"SOLVER__CHECKPOINT_PERIOD": checkpoints, "SOLVER__MAX_ITER": 9, "TEST__EVAL_PERIOD": 6}
     _killed(_started(tmp_path, **settings), before_step=lambda trainer: trainer.iter == 6 and _kill(trainer))
     assert (tmp_path / "last_evaluation").read_text() == "6\n"
@@ -178,8 +178,8 @@ def test_what_lies_behind_the_checkpoint_does_not_count(tmp_path, checkpoints):
     assert list(results) == [5, 9] and results[5] == measured
 
 
-def test_a_finished_training_that_goes_on_was_evaluated(tmp_path):
-    """The results of the last evaluation stay the only ones of that step."""
+def test_a_finished_run_that_is_extended_is_not_evaluated_again(tmp_path):
+    """The results of the last evaluation are the only ones of that step."""
     _started(tmp_path, SOLVER__MAX_ITER=4).train()
     trainer = _started(tmp_path, resume=True)
     trainer.train()
@@ -187,9 +187,9 @@ def test_a_finished_training_that_goes_on_was_evaluated(tmp_path):
     assert list(_results(tmp_path)[0]) == [1, 4, 5, 7]
 
 
-def test_a_finished_training_whose_last_evaluation_failed_was_not(tmp_path):
+def test_a_finished_run_whose_last_evaluation_failed_is_evaluated_again(tmp_path):
     trainer = _started(tmp_path, fatal=2, SOLVER__MAX_ITER=4)
-    type(trainer).error = ValueError  # after which the other hooks are called
+    type(trainer).error = ValueError  # unlike _Killed: the other hooks are called afterwards
     with pytest.raises(ValueError):
         trainer.train()
     assert (tmp_path / "last_evaluation").read_text() == "2\n"
@@ -200,7 +200,7 @@ def test_a_finished_training_whose_last_evaluation_failed_was_not(tmp_path):
 
 
 def _stopped(folder, at, **overrides):
-    """A training that is stopped before the step `at`."""
+    """Run until it is killed before step `at`."""
 
     def stop(trainer):
         if trainer.iter == at:
@@ -212,7 +212,7 @@ def _stopped(folder, at, **overrides):
         trainer.train()
 
 
-def test_it_is_not_made_again(tmp_path, whole):
+def test_a_completed_evaluation_is_not_rerun(tmp_path, whole):
     _stopped(tmp_path, 5)
     trainer = _started(tmp_path, resume=True)
     assert trainer.start_iter == 4
@@ -220,7 +220,7 @@ def test_it_is_not_made_again(tmp_path, whole):
     assert type(trainer).evaluations == 2 and _results(tmp_path) == whole
 
 
-def test_an_earlier_training_in_the_folder_does_not_count(tmp_path, whole):
+def test_an_earlier_run_in_the_folder_is_ignored(tmp_path, whole):
     _started(tmp_path).train()
     with pytest.raises(_Killed):
         _started(tmp_path, fatal=1).train()
@@ -230,8 +230,8 @@ def test_an_earlier_training_in_the_folder_does_not_count(tmp_path, whole):
     assert type(trainer).evaluations == 4 and _results(tmp_path) == whole
 
 
-def test_nothing_is_made_up_where_none_was_due(tmp_path):
-    """Neither at another step, nor at the end, nor where the trainer has another way to evaluate."""
+def test_no_evaluation_is_rerun_where_none_was_due(tmp_path):
+    """At another step, at the end, and for a trainer without an `EvalHook`."""
     _stopped(tmp_path / "odd", 4, SOLVER__CHECKPOINT_PERIOD=3)
     trainer = _started(tmp_path / "odd", resume=True)
     trainer.train()
@@ -251,8 +251,8 @@ def test_nothing_is_made_up_where_none_was_due(tmp_path):
     assert trainer.start_iter == 4 and type(trainer).evaluations == 0
 
 
-def test_the_main_process_knows_what_was_made(tmp_path, monkeypatch, caplog):
-    """Another process, which may not see the folder, does as the main one does."""
+def test_the_main_process_decides_whether_to_rerun(tmp_path, monkeypatch, caplog):
+    """Another process, which may not see the folder, follows the main one."""
     with pytest.raises(_Killed):
         _started(tmp_path, fatal=2).train()
     trainer = _started(tmp_path, resume=True)

@@ -1,4 +1,4 @@
-"""Precomputed proposals, from a proposal network's evaluation to training without one."""
+"""Precomputed proposals: written by the evaluation of a proposal network, read in training."""
 
 import pickle
 
@@ -31,7 +31,7 @@ def config(name, folder, **overrides):
     )
 
 
-def test_a_proposal_networks_file_trains_fast_rcnn(tmp_path, monkeypatch):
+def test_fast_rcnn_trains_on_the_proposals_of_a_proposal_network(tmp_path, monkeypatch):
     monkeypatch.setenv("DETLIB_CACHE", str(tmp_path))
     torch.manual_seed(0)
     rpn = config(RPN, tmp_path)
@@ -63,7 +63,7 @@ def test_a_proposal_networks_file_trains_fast_rcnn(tmp_path, monkeypatch):
     assert "AP" in results["bbox"]
 
 
-def test_config_without_files_is_told(tmp_path):
+def test_a_config_without_proposal_files_raises_an_error(tmp_path):
     cfg = config(FAST_RCNN, tmp_path, DATASETS__PROPOSAL_FILES_TRAIN=(), DATASETS__PROPOSAL_FILES_TEST=())
     with pytest.raises(ValueError, match="DATASETS.PROPOSAL_FILES_TRAIN is empty"):
         build_detection_train_loader(cfg)

@@ -1,4 +1,4 @@
-"""What goes wrong around a training: kills, full disks, lost folders, dead workers, growing memory."""
+"""Failures around training: kills, full disks, removed folders, dead workers, growing memory."""
 
 import errno
 import logging
@@ -22,7 +22,7 @@ _ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("number", [1, pytest.param(50, marks=pytest.mark.slow)])
-def test_killed_runs_end_as_others(number):
+def test_killed_runs_end_like_uninterrupted_ones(number):
     env = {**os.environ, "PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1"}
     script = _ROOT / "tests/scripts/kill_and_resume.py"
     done = subprocess.run(
@@ -46,7 +46,7 @@ def _started(cfg, *more_hooks) -> DefaultTrainer:
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_full_disk_ends_the_training_and_the_last_checkpoint_stays(tmp_path, monkeypatch, asynchronous):
+def test_a_full_disk_ends_training_and_keeps_the_last_checkpoint(tmp_path, monkeypatch, asynchronous):
     cfg = _cfg(tmp_path, SOLVER__CHECKPOINT_ASYNC=asynchronous)
     write, calls = checkpointer_module.write_checkpoint, []
 
@@ -68,20 +68,20 @@ def test_full_disk_ends_the_training_and_the_last_checkpoint_stays(tmp_path, mon
     assert (tmp_path / "model_final.pth").exists()
 
 
-def test_a_removed_output_folder_is_made_again(tmp_path, caplog):
+def test_a_removed_output_folder_is_created_again(tmp_path, caplog):
     folder = tmp_path / "out"
 
     def remove(trainer):
         if trainer.iter == 1:
             shutil.rmtree(folder)
 
-    # After the save of its step, so that the next one finds no folder.
+    # After the checkpoint of its step, so that the next one finds no folder.
     _started(_cfg(folder), hooks.CallbackHook(after_step=remove)).train()
     assert (folder / "model_final.pth").exists()
     assert _started(_cfg(folder)).start_iter == 3
 
 
-def test_a_killed_worker_ends_the_training(tmp_path):
+def test_a_killed_worker_ends_training(tmp_path):
     def kill_a_worker(trainer):
         if trainer.iter == 1:
             os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
@@ -95,8 +95,8 @@ def test_a_killed_worker_ends_the_training(tmp_path):
     assert _started(_cfg(tmp_path)).start_iter >= 2
 
 
-def test_a_worker_killed_while_it_sends_is_the_cause(tmp_path):
-    """What it had sent cannot be received; that it was killed comes to light only then."""
+def test_a_worker_killed_while_sending_is_reported_as_the_cause(tmp_path):
+    """Its data cannot be received; the kill is noticed only then."""
     trainer = _started(_cfg(tmp_path, DATALOADER__NUM_WORKERS=1))._trainer
     trainer._next_batch()
 
@@ -111,7 +111,7 @@ def test_a_worker_killed_while_it_sends_is_the_cause(tmp_path):
     del loader
 
 
-def test_a_loader_that_raises_names_the_picture(tmp_path):
+def test_an_error_in_the_loader_names_the_image(tmp_path):
     cfg = _cfg(tmp_path)
     trainer = _started(cfg)
     fetch, calls = trainer._trainer._next_batch, []
@@ -129,7 +129,7 @@ def test_a_loader_that_raises_names_the_picture(tmp_path):
 
 
 def _memory() -> int:
-    """Proportional set size of this process and its children, in KiB."""
+    """Return the proportional set size of this process and its children in KiB."""
     total = 0
     for pid in [os.getpid(), *(child.pid for child in multiprocessing.active_children())]:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
@@ -140,11 +140,11 @@ def _memory() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize(("steps", "first"), [(120, 60), pytest.param(3000, 300, marks=pytest.mark.slow)])
-def test_memory_does_not_grow(tmp_path, steps, first):
+def test_memory_does_not_grow_with_the_number_of_steps(tmp_path, steps, first):
     seen = {}
 
     def measure(trainer):
-        # The least of some steps: how many batches lie ready varies from one to the next.
+        # The minimum over some steps: the number of prefetched batches varies.
         for end in (first, steps):
             if end - 20 < trainer.iter + 1 <= end:
                 seen[end] = min(seen.get(end, math.inf), _memory())
@@ -164,7 +164,7 @@ def test_memory_does_not_grow(tmp_path, steps, first):
     assert seen[steps] < 1.02 * seen[first]
 
 
-def test_fresh_iterators_leave_nothing_behind(tmp_path):
+def test_new_iterators_leave_no_processes_behind(tmp_path):
     loader = DefaultTrainer.build_train_loader(_cfg(tmp_path, DATALOADER__NUM_WORKERS=1))
     for _ in range(20):
         assert len(next(iter(loader))) == 2

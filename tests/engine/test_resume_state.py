@@ -1,4 +1,4 @@
-"""What is said when a training is resumed with another model or optimizer than it had."""
+"""Errors and warnings when a run is resumed with another model or optimizer."""
 
 import logging
 
@@ -52,14 +52,14 @@ def _two_groups(model):
         (3, _two_groups, r"groups of \[4\] parameters, the model has groups of \[2, 2\]"),
     ],
 )
-def test_what_does_not_fit_is_told_before_training(state, width, make, message):
+def test_state_of_another_model_or_optimizer_raises_an_error(state, width, make, message):
     model = _Model(width)
     trainer = _trainer(model, make(model))
     with pytest.raises(ValueError, match=f"{message}.*leave out --resume"):
         trainer.load_state_dict(state)
 
 
-def test_settings_that_are_kept_are_told(state, caplog):
+def test_optimizer_settings_kept_from_the_checkpoint_are_logged(state, caplog):
     model = _Model()
     trainer = _trainer(model, _sgd(model))
     with caplog.at_level(logging.WARNING, logger="detlib"):
@@ -69,7 +69,7 @@ def test_settings_that_are_kept_are_told(state, caplog):
     assert "not those of the config: momentum 0.9 instead of 0.5" in caplog.text
 
 
-def test_steps_left_out_in_a_row_are_counted_on(state):
+def test_the_count_of_skipped_steps_is_restored(state):
     model = _Model()
     trainer = _trainer(model, _sgd(model))
     trainer.skipped = 2

@@ -1,4 +1,4 @@
-"""A detector of rotated boxes, trained on generated ones until it knows them."""
+"""Training a detector of rotated boxes on generated data."""
 
 import copy
 from pathlib import Path
@@ -30,7 +30,7 @@ CHANNELS = 48
 
 
 class TinyBackbone(Backbone):
-    """Four convolutions, to a map of stride 4."""
+    """Four convolutions and a feature map of stride 4."""
 
     def __init__(self):
         super().__init__()
@@ -53,7 +53,7 @@ class TinyBackbone(Backbone):
 
 
 def build_tiny_model():
-    """By constructors alone, as lazy configs build models."""
+    """Build the model from constructors, as lazy configs do."""
     anchors = RotatedAnchorGenerator(
         sizes=[[11, 17]], aspect_ratios=[[0.2, 0.5]], angles=[[-90, -60, -30, 0, 30, 60]], strides=[4]
     )
@@ -105,7 +105,7 @@ def average_precision(model, batch):
     return evaluator.evaluate()["bbox"]
 
 
-def test_overfits_generated_boxes():
+def test_a_rotated_detector_overfits_generated_boxes():
     torch.manual_seed(0)
     mapper = DatasetMapper(True, augmentations=[T.NoOpTransform()], image_format="BGR")
     batch = [mapper(record) for record in DatasetCatalog.get(NAME)]
@@ -133,8 +133,8 @@ def quickstart(*overrides):
     return cfg
 
 
-def test_predictor_and_drawing(tmp_path):
-    """In the picture's own frame, of which the network sees twice the height and width."""
+def test_predicted_rotated_boxes_are_in_the_frame_of_the_image(tmp_path):
+    """The network gets twice the height and width of the image."""
     name = "shapes:val?rotated=1&num=2&size=64"
     cfg = quickstart("INPUT.MIN_SIZE_TEST", 128, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)
     cfg.DATASETS.TEST = (name,)
@@ -161,8 +161,8 @@ def test_predictor_and_drawing(tmp_path):
 
 
 @pytest.mark.slow
-def test_quickstart_config(tmp_path):
-    """The whole config by the trainer. The bounds are what a third of its schedule reaches already."""
+def test_the_rotated_quickstart_config_learns(tmp_path):
+    """Train the full config. The bounds are reached after a third of its schedule."""
     cfg = quickstart("OUTPUT_DIR", str(tmp_path), "DATALOADER.NUM_WORKERS", 0, "SEED", 1)
     trainer = DefaultTrainer(cfg)
     trainer.resume_or_load(resume=False)

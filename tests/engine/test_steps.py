@@ -17,7 +17,7 @@ from detlib.solver import build_optimizer
 
 
 class _Model(nn.Module):
-    """A loss that is a sum over the batch's pictures; `poisoned` are calls whose loss is NaN."""
+    """A loss that is a sum over the images of the batch; `poisoned` are calls whose loss is NaN."""
 
     def __init__(self, poisoned=()):
         super().__init__()
@@ -61,7 +61,7 @@ def _values(trainer) -> torch.Tensor:
 
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
 @pytest.mark.parametrize("before", [False, True])
-def test_accumulated_equals_one_batch(optimizer, before):
+def test_accumulated_passes_equal_one_batch(optimizer, before):
     whole = _trained(3, 6, optimizer=optimizer, zero_grad_before_forward=before)
     parts = _trained(3, 2, optimizer=optimizer, zero_grad_before_forward=before, accum_steps=3)
     start = _trained(0, 2)
@@ -71,17 +71,17 @@ def test_accumulated_equals_one_batch(optimizer, before):
     assert parts.model.calls == 9
 
 
-def test_accumulated_in_bfloat16():
+def test_accumulated_passes_equal_one_batch_in_bfloat16():
     whole = _trained(3, 6)
     parts = _trained(3, 2, cls=AMPTrainer, precision=torch.bfloat16, accum_steps=3)
-    # bfloat16 has 8 bits: 2**-8 of gradients that move the values by some hundredths.
+    # bfloat16 has 8 bits of precision: 2**-8 of updates of some hundredths.
     torch.testing.assert_close(_values(parts), _values(whole), rtol=0, atol=2e-3)
     assert (_values(parts) - _values(whole)).abs().max() > 0
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_first_step_that_overflows_is_left_out(fused, monkeypatch):
-    """And leaves nothing behind, whatever lies in the memory that the optimizer is given."""
+def test_a_first_step_that_overflows_leaves_no_nan_behind(fused, monkeypatch):
+    """Also if the momentum buffers are allocated in memory that holds NaN."""
 
     def poisoned(tensor, **kwargs):
         return torch.full_like(tensor, float("nan"), **kwargs)
@@ -108,12 +108,12 @@ def test_a_first_step_that_overflows_is_left_out(fused, monkeypatch):
         ({"skip_non_finite": 2, "gather_metric_period": 5}, "skip_non_finite=2 needs gather_metric_period=1"),
     ],
 )
-def test_bad_arguments(arguments, message):
+def test_illegal_arguments_raise_an_error(arguments, message):
     with pytest.raises(ValueError, match=message):
         _trained(1, 2, **arguments)
 
 
-def test_steps_without_a_finite_loss_are_left_out(caplog):
+def test_steps_without_a_finite_loss_are_skipped(caplog):
     with caplog.at_level(logging.WARNING, logger="detlib"):
         trainer = _trained(4, 2, poisoned={1, 2}, skip_non_finite=2, advice="Lower the rate.")
     expected = SimpleTrainer(_Model(), iter(()), trainer.optimizer)  # the same steps without the bad ones
@@ -133,11 +133,11 @@ def test_steps_without_a_finite_loss_are_left_out(caplog):
     assert "2.jpg, 3.jpg" in text and "Learning rate: 0.1" in text and "Lower the rate." in text
 
 
-def test_too_many_steps_without_a_finite_loss_end_the_training():
+def test_too_many_skipped_steps_in_a_row_end_training():
     with pytest.raises(FloatingPointError, match="iteration 3") as error:
         _trained(6, 2, poisoned={1, 2, 3}, skip_non_finite=2)
     assert "6.jpg" in str(error.value)
-    # A good step in between starts the count anew.
+    # A good step in between resets the count.
     assert _trained(6, 2, poisoned={0, 1, 3, 4}, skip_non_finite=2).iter == 6
 
 
@@ -151,7 +151,7 @@ def test_too_many_steps_without_a_finite_loss_end_the_training():
         (torch.optim.SGD, 0.02, 0, ""),
     ],
 )
-def test_advice_on_the_rate(cls, rate, images, advice):
+def test_learning_rate_advice_follows_the_batch_size(cls, rate, images, advice):
     optimizer = cls([nn.Parameter(torch.zeros(1))], rate)
     said = learning_rate_advice(optimizer, images, 0.02 / 16)
     assert said == "" if advice == "" else advice in said
@@ -179,7 +179,7 @@ def _cfg(**solver):
     return cfg
 
 
-def test_adamw_by_config():
+def test_adamw_takes_its_settings_from_the_config():
     model = _Model()
     optimizer = build_optimizer(
         _cfg(OPTIMIZER="AdamW", BETAS=(0.8, 0.9), BASE_LR=0.3, LR_FACTORS=[["backbone.*", 0.1]]), model
@@ -203,13 +203,13 @@ def test_adamw_by_config():
         ({"LAYER_DECAY": 0.7}, "SOLVER.LAYER_DECAY = 0.7 needs a plain ViT as backbone, got Linear"),
     ],
 )
-def test_bad_solver_keys(solver, message):
+def test_illegal_solver_keys_raise_an_error_that_names_them(solver, message):
     with pytest.raises(ValueError, match=message):
         build_optimizer(_cfg(**solver), _Model())
 
 
 @pytest.mark.parametrize("norm_type", [2.0, 1.0, float("inf")])
-def test_each_gradient_is_cut_to_the_norm(norm_type):
+def test_each_gradient_is_clipped_to_the_norm(norm_type):
     model = _Model()
     cfg = _cfg(BASE_LR=1.0, MOMENTUM=0.0, WEIGHT_DECAY=0.0)
     clip = cfg.SOLVER.CLIP_GRADIENTS

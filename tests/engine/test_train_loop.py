@@ -1,4 +1,4 @@
-"""The loop, the trainers, and what happens when a loss is no number."""
+"""The training loop, the trainers, and losses that are infinite or NaN."""
 
 import logging
 import math
@@ -37,9 +37,7 @@ def _batches(start: int = 0):
     k = start
     while True:
         generator = torch.Generator().manual_seed(k)
-        yield [
-            {"x": torch.rand(2, generator=generator), "file_name": f"picture_{k}_{j}.jpg"} for j in range(2)
-        ]
+        yield [{"x": torch.rand(2, generator=generator), "file_name": f"image_{k}_{j}.jpg"} for j in range(2)]
         k += 1
 
 
@@ -71,7 +69,7 @@ class _Log(HookBase):
         self.calls.append(("after_step", self.trainer.iter))
 
 
-def test_order_of_hooks():
+def test_hooks_are_called_in_order_around_each_step():
     trainer, calls = _trainer(), []
     trainer.register_hooks([_Log(calls), None])
     trainer.train(3, 5)
@@ -89,7 +87,7 @@ def test_order_of_hooks():
         trainer.register_hooks([print])
 
 
-def test_after_train_comes_also_after_an_error():
+def test_after_train_is_called_after_an_error():
     trainer, calls = _trainer(), []
 
     class Fails(HookBase):
@@ -99,10 +97,10 @@ def test_after_train_comes_also_after_an_error():
     trainer.register_hooks([_Log(calls), Fails()])
     with pytest.raises(KeyError):
         trainer.train(0, 1)
-    assert calls[-1] == ("after_train", 0, 0)  # below max_iter: cut short
+    assert calls[-1] == ("after_train", 0, 0)  # below max_iter: the run failed
 
 
-def test_nothing_left_to_train_is_said(caplog):
+def test_a_run_with_no_steps_left_warns_and_calls_its_hooks(caplog):
     trainer, calls = _trainer(), []
     trainer.register_hooks([_Log(calls)])
     with caplog.at_level(logging.WARNING, logger="detlib"):
@@ -112,7 +110,7 @@ def test_nothing_left_to_train_is_said(caplog):
 
 
 @pytest.mark.parametrize("zero_grad_first", [False, True])
-def test_steps_are_those_of_a_plain_loop(zero_grad_first):
+def test_steps_equal_those_of_a_plain_loop(zero_grad_first):
     trainer = _trainer(zero_grad_before_forward=zero_grad_first)
     reference = _trainer()
     trainer.train(0, 5)
@@ -125,7 +123,7 @@ def test_steps_are_those_of_a_plain_loop(zero_grad_first):
         assert torch.equal(a, b)
 
 
-def test_metrics_are_stored():
+def test_losses_and_data_time_are_stored():
     trainer = _trainer()
     trainer.train(0, 3)
     latest = trainer.storage.latest()
@@ -133,13 +131,13 @@ def test_metrics_are_stored():
     assert latest["total_loss"][0] == pytest.approx(latest["loss_a"][0] + latest["loss_b"][0])
 
 
-def test_metrics_are_gathered_periodically():
+def test_metrics_are_gathered_every_period():
     trainer = _trainer(gather_metric_period=3)
     trainer.train(0, 8)
     assert [i for _, i in trainer.storage.history("total_loss").values()] == [2, 5]
 
 
-def test_a_single_loss_is_the_total():
+def test_a_scalar_loss_is_stored_as_the_total():
     class One(nn.Module):
         def __init__(self):
             super().__init__()
@@ -154,7 +152,7 @@ def test_a_single_loss_is_the_total():
     assert set(trainer.storage.latest()) == {"total_loss", "data_time"}
 
 
-def test_nan_names_iteration_losses_rate_and_pictures(tmp_path):
+def test_nan_error_names_iteration_losses_learning_rate_and_images(tmp_path):
     model = _Model(poison=4)
     trainer = _trainer(model, lr=0.25)
     checkpointer = Checkpointer(model, str(tmp_path))
@@ -163,23 +161,23 @@ def test_nan_names_iteration_losses_rate_and_pictures(tmp_path):
         trainer.train(0, 10)
     message = str(error.value)
     assert "iteration 4:" in message and "loss_b=nan" in message and "loss_a=0." in message
-    assert "0.25" in message and "picture_4_0.jpg, picture_4_1.jpg" in message
-    # The bad step reached neither the parameters nor a file.
+    assert "0.25" in message and "image_4_0.jpg, image_4_1.jpg" in message
+    # The bad step changed neither the parameters nor a file.
     assert find_non_finite_parameters(model) == []
     assert checkpointer.get_checkpoint_file().endswith("model_0000003.pth")
 
 
-def test_nan_between_two_looks(tmp_path):
+def test_nan_error_names_the_first_bad_step_between_two_readings(tmp_path):
     model = _Model(poison=4)
     trainer = _trainer(model, gather_metric_period=10)
     with pytest.raises(FloatingPointError) as error:
         trainer.train(0, 20)
     message = str(error.value)
     assert "at iteration 9" in message and "began at iteration 4" in message and "0 to 9" in message
-    assert "picture_4_0.jpg" in message and "picture_5" not in message
+    assert "image_4_0.jpg" in message and "image_5" not in message
 
 
-def test_a_model_that_finds_itself_diverged_gets_the_same_report():
+def test_nan_found_by_the_model_gets_the_same_report():
     class Model(_Model):
         def forward(self, batch):
             if self.calls == 3:
@@ -190,10 +188,10 @@ def test_a_model_that_finds_itself_diverged_gets_the_same_report():
         _trainer(Model(), lr=0.25).train(0, 10)
     message = str(error.value)
     assert "At iteration 3: 3 boxes are not finite" in message and "Learning rate: 0.25" in message
-    assert "Losses at iteration 2:" in message and "loss_a=" in message and "picture_3_0.jpg" in message
+    assert "Losses at iteration 2:" in message and "loss_a=" in message and "image_3_0.jpg" in message
 
 
-def test_a_diverged_model_overwrites_no_checkpoint(tmp_path):
+def test_a_diverged_model_is_not_saved(tmp_path):
     model = _Model(poison=4)
     trainer = _trainer(model, gather_metric_period=100)
     checkpointer = Checkpointer(model, str(tmp_path))
@@ -205,41 +203,41 @@ def test_a_diverged_model_overwrites_no_checkpoint(tmp_path):
         assert torch.isfinite(value).all()
 
 
-def test_metrics_in_another_thread():
+def test_metrics_written_in_another_thread_are_complete_and_raise():
     trainer = _trainer(async_write_metrics=True)
     for _ in range(2):
         trainer.train(0, 5)
         assert [i for _, i in trainer.storage.history("total_loss").values()] == [0, 1, 2, 3, 4]
-    with pytest.raises(FloatingPointError, match="iteration 2.*(?s:.*)picture_2_0"):
+    with pytest.raises(FloatingPointError, match="iteration 2.*(?s:.*)image_2_0"):
         _trainer(_Model(poison=2), async_write_metrics=True).train(0, 10)
     with pytest.raises(FloatingPointError, match="iteration 9"):
         _trainer(_Model(poison=9), async_write_metrics=True).train(0, 10)
 
 
-def test_a_loader_that_ends_is_explained():
+def test_a_data_loader_that_ends_raises_an_error():
     trainer = _trainer()
     trainer.data_loader = [next(_batches())] * 2
     with pytest.raises(RuntimeError, match="ended at iteration 2"):
         trainer.train(0, 5)
 
 
-def test_a_model_in_eval_mode_is_refused():
+def test_a_model_in_eval_mode_raises_an_error():
     trainer = _trainer()
     trainer.model.eval()
     with pytest.raises(RuntimeError, match="eval mode"):
         trainer.train(0, 1)
 
 
-def test_the_loader_can_be_replaced():
+def test_reset_data_loader_reads_from_the_new_loader():
     trainer = _trainer()
     trainer.train(0, 2)
     trainer.reset_data_loader(lambda: _batches(50))
     with EventStorage():
-        assert trainer._next_batch()[0]["file_name"] == "picture_50_0.jpg"
+        assert trainer._next_batch()[0]["file_name"] == "image_50_0.jpg"
 
 
 @pytest.mark.parametrize("cls", [SimpleTrainer, AMPTrainer])
-def test_a_resumed_training_ends_where_a_whole_one_does(tmp_path, cls):
+def test_a_resumed_run_ends_with_the_parameters_of_an_uninterrupted_one(tmp_path, cls):
     def make(start: int, folder: str):
         trainer = _trainer(cls=cls, start=start)
         scheduler = torch.optim.lr_scheduler.ExponentialLR(trainer.optimizer, 0.8)
@@ -265,7 +263,7 @@ def test_a_resumed_training_ends_where_a_whole_one_does(tmp_path, cls):
         assert torch.equal(a, b)
 
 
-def test_amp_casts_but_keeps_parameters():
+def test_amp_computes_in_bfloat16_and_keeps_float32_parameters():
     class Half(nn.Module):
         def __init__(self):
             super().__init__()
@@ -285,8 +283,8 @@ def test_amp_casts_but_keeps_parameters():
         _trainer(cls=AMPTrainer, precision=torch.float32)
 
 
-def test_step_hooks_see_unscaled_gradients():
-    """Clipping is such a hook; fused optimizers would unscale only inside of their step."""
+def test_optimizer_step_hooks_see_unscaled_gradients():
+    """Clipping is such a hook. Fused optimizers would unscale only inside their step."""
     norms = []
     for scale in (1.0, 1024.0):
         trainer = _trainer(
@@ -304,7 +302,7 @@ def test_step_hooks_see_unscaled_gradients():
     torch.testing.assert_close(norms[1], norms[3], rtol=1e-2, atol=1e-3)
 
 
-def test_hook_states_of_one_class_do_not_mix():
+def test_two_hooks_of_one_class_keep_separate_states():
     class Counter(HookBase):
         def __init__(self, n):
             self.n = n
@@ -326,7 +324,7 @@ def test_hook_states_of_one_class_do_not_mix():
         trainer.train(0, 1)
 
 
-def test_written_metrics(tmp_path):
+def test_metrics_are_written_every_period_and_at_the_end(tmp_path):
     trainer = _trainer()
     writer = JSONWriter(str(tmp_path / "metrics.json"))
     trainer.register_hooks([hooks.IterationTimer(), hooks.PeriodicWriter([writer], period=2)])
@@ -349,24 +347,24 @@ class _StopAt(HookBase):
         self.finished = self.trainer.is_finished, self.trainer.iter, self.trainer.state_dict()["iteration"]
 
 
-def test_stopping_ends_the_training_in_good_order(caplog):
+def test_stop_ends_training_after_the_hooks_of_the_step(caplog):
     trainer, hook, calls = _trainer(), _StopAt(3), []
     trainer.register_hooks([hook, _Log(calls)])
     with caplog.at_level(logging.INFO, logger="detlib"):
         trainer.train(1, 9)
-    # The hooks after the one that stops are still called, and the last step is the one that is saved.
+    # The hooks after the one that stops are still called, and the state is that of the last step.
     assert calls[-2:] == [("after_step", 3), ("after_train", 4, 4)]
     assert hook.finished == (True, 4, 3) and trainer.stopped_reason == "enough"
     assert "Training stops: enough" in caplog.text
     hook.iteration = -1
-    trainer.train(4, 6)  # goes on as any other
+    trainer.train(4, 6)  # a later run trains as usual
     assert hook.finished == (True, 6, 5) and trainer.stopped_reason is None
     assert trainer.state_dict()["iteration"] == 5
     trainer.load_state_dict(trainer.state_dict())
     assert trainer.state_dict()["iteration"] == trainer.iter == 5
 
 
-def test_stopped_or_not_a_failed_training_is_not_finished():
+def test_a_stopped_run_that_fails_is_not_finished():
     class FailsToo(HookBase):
         def after_step(self):
             if self.trainer.stopped_reason:
@@ -379,7 +377,7 @@ def test_stopped_or_not_a_failed_training_is_not_finished():
     assert hook.finished == (False, 1, 0)
 
 
-def test_hooks_that_fail_at_the_end_hide_neither_the_first_error_nor_each_other(caplog):
+def test_the_first_error_is_raised_when_hooks_fail_at_the_end(caplog):
     class FailsAtTheEnd(HookBase):
         def __init__(self, word):
             self.word = word
@@ -405,7 +403,7 @@ def test_hooks_that_fail_at_the_end_hide_neither_the_first_error_nor_each_other(
     assert calls[-1] == ("after_train", 0, 0) and "OSError: first" in caplog.text
 
 
-def test_the_batch_is_kept_for_hooks_that_ask_only():
+def test_the_batch_is_kept_only_for_hooks_that_ask_for_it():
     seen = []
 
     class Asks(HookBase):

@@ -1,4 +1,4 @@
-"""Losses on validation data: the right means, and no trace in the model or in training's random numbers."""
+"""Validation losses: correct means, and no change of the model or of training's random numbers."""
 
 import random
 
@@ -18,15 +18,15 @@ from tests.modeling.architectures import architecture_batch, build_architecture
 MODELS = ["keypoint", "cascade", "retinanet_bn", "fcos", "semantic", "panoptic", "rotated"]
 
 
-def _pictures(name: str) -> list[dict]:
-    pictures = architecture_batch(name, empty=(False, True, False))
-    for index, sample in enumerate(pictures):
+def _images(name: str) -> list[dict]:
+    images = architecture_batch(name, empty=(False, True, False))
+    for index, sample in enumerate(images):
         sample["image_id"] = index
-    return pictures
+    return images
 
 
 def _everything(model: nn.Module) -> dict:
-    """Whatever a forward pass may change."""
+    """Return all state that a forward pass may change."""
     numbers = {
         f"{name}.{key}": value
         for name, module in model.named_modules()
@@ -44,34 +44,34 @@ def _assert_same(a: dict, b: dict) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_all_kinds_of_models(name):
-    model, pictures = build_architecture(name).train(), _pictures(name)
-    next(model.children()).eval()  # some are, in some trainings
+def test_losses_are_means_over_images_for_every_model(name):
+    model, images = build_architecture(name).train(), _images(name)
+    next(model.children()).eval()  # training may keep parts in eval mode
     before = _everything(model)
-    losses = validation_losses(model, [[p] for p in pictures])
+    losses = validation_losses(model, [[p] for p in images])
     _assert_same(_everything(model), before)
     assert all(p.grad is None for p in model.parameters())
     assert losses["total_loss"] == pytest.approx(sum(v for k, v in losses.items() if k != "total_loss"))
     assert len(losses) > 1 and all(np.isfinite(v) for v in losses.values())
-    # Neither training's random numbers, nor the order, nor how pictures are batched matter.
+    # Random numbers of training, the order of the images and the batches do not matter.
     torch.manual_seed(99)
-    again = validation_losses(model, [pictures[:0:-1], pictures[:1]])
+    again = validation_losses(model, [images[:0:-1], images[:1]])
     assert again == pytest.approx(losses, rel=1e-6)
 
 
 def test_batch_norm_uses_its_running_statistics():
-    """Against a plain loop over a model without anything random."""
-    model, pictures = build_architecture("retinanet_bn"), _pictures("retinanet_bn")
+    """Compare with a plain loop over a model without random operations."""
+    model, images = build_architecture("retinanet_bn"), _images("retinanet_bn")
     for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
         nn.init.uniform_(norm.running_mean, -0.1, 0.1)
-    losses = validation_losses(model.eval(), [pictures])
+    losses = validation_losses(model.eval(), [images])
     assert not model.training
     model.train()
     for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
         norm.eval()
     sums = {}
     with torch.no_grad(), EventStorage():
-        for sample in pictures:
+        for sample in images:
             if hasattr(model, "loss_normalizer"):
                 del model.loss_normalizer
             for key, value in model([sample]).items():
@@ -80,22 +80,22 @@ def test_batch_norm_uses_its_running_statistics():
 
 
 @pytest.mark.parametrize("name", ["retinanet_bn", "fcos"])
-def test_what_a_training_saves_is_its_own(name):
-    """Also where a validation came before the first step."""
-    model, pictures = build_architecture(name).train(), _pictures(name)
+def test_validation_does_not_change_what_training_saves(name):
+    """Also if a validation comes before the first step."""
+    model, images = build_architecture(name).train(), _images(name)
     assert gather_process_state(model) == [{"": {}}]
-    validation_losses(model, [pictures])
+    validation_losses(model, [images])
     assert gather_process_state(model) == [{"": {}}]
     with EventStorage():
-        model(pictures)
+        model(images)
     saved = gather_process_state(model)
     assert saved[0][""].keys() == {"loss_normalizer"}
-    validation_losses(model, [pictures])
+    validation_losses(model, [images])
     assert gather_process_state(model) == saved
 
 
 class _Transformer(nn.Module):
-    """What detection transformers have: attention, dropout, losses of several layers, and noise."""
+    """The parts of a detection transformer: attention, dropout, losses of several layers, and noise."""
 
     def __init__(self):
         super().__init__()
@@ -115,7 +115,7 @@ class _Transformer(nn.Module):
         return {**losses, "loss_dn": noise.abs().mean()}
 
 
-def test_transformers_without_dropout_and_with_repeatable_noise():
+def test_transformers_run_without_dropout_and_with_repeatable_noise():
     torch.manual_seed(0)
     model = _Transformer().train()
     samples = [{"image": torch.randn(3, 8), "file_name": f"{i}.jpg"} for i in range(4)]
@@ -138,7 +138,7 @@ def test_transformers_without_dropout_and_with_repeatable_noise():
     assert validation_losses(model, [other])["loss_dn"] != pytest.approx(first["loss_dn"])
 
 
-def test_other_batches_and_a_single_loss():
+def test_batches_in_another_format_and_a_scalar_loss():
     class Single(nn.Module):
         def forward(self, batch):
             return batch["x"].mean()
@@ -147,7 +147,7 @@ def test_other_batches_and_a_single_loss():
     assert losses == {"total_loss": 2.5}
 
 
-def test_what_is_wrong_is_said():
+def test_models_without_losses_and_empty_data_raise_errors():
     model = _Transformer()
     model.forward = lambda samples: [1]
     with pytest.raises(TypeError, match="'?my_val'? needs a model that returns a dict of losses.*got list"):
@@ -158,35 +158,35 @@ def test_what_is_wrong_is_said():
 
 
 def _uneven_shares(path: str) -> None:
-    model, pictures = build_architecture("mask_rcnn"), _pictures("mask_rcnn")
-    share = pictures[:1] if comm.get_rank() == 0 else pictures[1:]
+    model, images = build_architecture("mask_rcnn"), _images("mask_rcnn")
+    share = images[:1] if comm.get_rank() == 0 else images[1:]
     losses = validation_losses(model, [share])
     assert comm.all_gather(losses) == [losses, losses]
     if comm.is_main_process():
         torch.save(losses, path)
 
 
-def test_shares_of_processes_count_by_their_pictures(monkeypatch):
-    model, pictures = build_architecture("fcos"), _pictures("fcos")
-    expected = validation_losses(model, [pictures])
+def test_shards_are_weighted_by_their_numbers_of_images(monkeypatch):
+    model, images = build_architecture("fcos"), _images("fcos")
+    expected = validation_losses(model, [images])
     shares = []
     monkeypatch.setattr(comm, "all_gather", lambda share: shares.append(share) or [share])
-    for part in (pictures[:1], pictures[1:]):
+    for part in (images[:1], images[1:]):
         validation_losses(model, [part])
     monkeypatch.setattr(comm, "all_gather", lambda share: shares)
-    assert validation_losses(model, [pictures[:1]]) == pytest.approx(expected, rel=1e-6)
+    assert validation_losses(model, [images[:1]]) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_two_processes_with_uneven_shares(tmp_path):
+def test_two_processes_with_uneven_shards_agree(tmp_path):
     launch(_uneven_shares, 2, dist_url="auto", args=(str(tmp_path / "losses"),))
-    expected = validation_losses(build_architecture("mask_rcnn"), [_pictures("mask_rcnn")])
+    expected = validation_losses(build_architecture("mask_rcnn"), [_images("mask_rcnn")])
     assert torch.load(tmp_path / "losses") == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_key(tmp_path):
-    """Without augmentation, on every picture, with the weights as they are; training goes its way."""
+def test_val_loss_key_computes_losses_without_changing_training(tmp_path):
+    """Losses use every image without augmentation and the current weights; training is unchanged."""
     names = ("shapes:val?num=3&size=64", "shapes:val?num=2&size=64")
     common = {"DATASETS__TEST": (), "INPUT__RANDOM_FLIP": "horizontal", "SOLVER__MAX_ITER": 2}
     cfg = tiny_cfg(tmp_path / "with", TEST__VAL_LOSS=names, TEST__EVAL_PERIOD=1, **common)
@@ -208,6 +208,6 @@ def test_the_key(tmp_path):
         assert torch.equal(a, b)
 
 
-def test_an_unknown_set_is_told_at_once(tmp_path):
+def test_an_unknown_validation_dataset_raises_an_error_early(tmp_path):
     with pytest.raises(KeyError, match="coco_2017_val"):
         DefaultTrainer(tiny_cfg(tmp_path, TEST__VAL_LOSS=("coco_2017_vla",)))

@@ -1,11 +1,11 @@
-"""Kills trainings at random moments, resumes them, and compares what they end with.
+"""Kill training runs at random moments, resume them, and compare their results.
 
     python tests/scripts/kill_and_resume.py 50
 
-Every run is a forked process, so that it costs its training alone. What it was doing when it was killed
-(training, saving, evaluating) is kept in shared memory. Prints one line and exits with 1 if a run that was
-resumed ends with other parameters than the one that nobody killed, with another best checkpoint, with other
-results of evaluations, or with two rows of one iteration.
+Every run is a forked process, which saves the time of imports. What it was doing when it was killed (training,
+saving, evaluating) is kept in shared memory. The script prints one line, and exits with 1 if a resumed run ends
+with other parameters than an uninterrupted one, with another best checkpoint, with other results of evaluations,
+or with two rows of one iteration.
 """
 
 import csv
@@ -34,7 +34,7 @@ _STEPS = 8
 
 
 def _marking(phase: str, memory: mmap.mmap, function):
-    """`function`, during which the memory says what is going on."""
+    """Return `function` wrapped so that the shared memory names the phase while it runs."""
 
     def marked(*args, **kwargs):
         memory[:1] = phase.encode()
@@ -98,7 +98,7 @@ def _start(folder: Path, memory: mmap.mmap, asynchronous: bool) -> int:
 def _finish(folder: Path, memory: mmap.mmap, asynchronous: bool) -> dict:
     _, status = os.waitpid(_start(folder, memory, asynchronous), 0)
     if status:
-        raise RuntimeError(f"A run in {folder} that nobody killed ended with status {status}")
+        raise RuntimeError(f"A run in {folder} that was not killed ended with status {status}")
     final = torch.load(folder / "model_final.pth", weights_only=True)
     best = torch.load(folder / "model_best.pth", weights_only=True)
     rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
@@ -115,7 +115,7 @@ def _finish(folder: Path, memory: mmap.mmap, asynchronous: bool) -> dict:
 
 
 def _repeated(rows: list[dict]) -> list:
-    """Iterations of more than one row. (That of the last step's losses is missing after a kill just then.)"""
+    """Return the iterations with more than one row. (A kill may lose the row of the last step's losses.)"""
     return [iteration for iteration, n in Counter(row["iteration"] for row in rows).items() if n > 1]
 
 
@@ -128,7 +128,7 @@ def _equal(one, two) -> bool:
 
 
 def main(number: int, seed: int = 0) -> int:
-    """Runs the series; returns how many runs ended with something else."""
+    """Run the series and return how many runs ended with different results."""
     memory = mmap.mmap(-1, 1)
     draw = random.Random(seed)
     phases: Counter = Counter()

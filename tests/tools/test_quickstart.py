@@ -1,4 +1,4 @@
-"""The README's main job, whole: it does what it promises. Its short version is in test_train_net.py."""
+"""The complete quickstart of the README. A short version is in test_train_net.py."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ _ROOT = Path(__file__).parents[2]
 
 
 def train(config: str, out: Path) -> dict[str, float]:
-    """Runs the training script on a shipped config; returns the last value of every metric."""
+    """Run the training script on a shipped config and return the last value of every metric."""
     command = [sys.executable, "tools/train_net.py", "--config-file", config, "OUTPUT_DIR", str(out)]
     start = time.perf_counter()
     subprocess.run(command, cwd=_ROOT, check=True, capture_output=True)

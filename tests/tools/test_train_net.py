@@ -1,4 +1,4 @@
-"""The training script: what it writes, and how it answers slips."""
+"""The training script: its output files and its error messages."""
 
 import importlib.util
 import json
@@ -30,7 +30,7 @@ def _write_config(folder) -> str:
     return str(path)
 
 
-def test_trains_resumes_and_evaluates(script, tmp_path, capsys):
+def test_the_script_trains_resumes_and_evaluates(script, tmp_path, capsys):
     config, out = _write_config(tmp_path), tmp_path / "out"
     script.run(["--config-file", config, "SOLVER.MAX_ITER", "1"])
     printed = capsys.readouterr().out
@@ -40,9 +40,9 @@ def test_trains_resumes_and_evaluates(script, tmp_path, capsys):
     page = (out / "report" / "index.html").read_text()
     assert "1 of 1, finished" in page and "Best pictures" in page
     assert "total_loss" in json.loads((out / "metrics.json").read_text().splitlines()[0])
-    pictures = sorted((out / "predictions").iterdir())
-    assert len(pictures) == 4 and all(path.suffix == ".png" for path in pictures)
-    assert max(Image.open(pictures[0]).size) >= 600
+    drawings = sorted((out / "predictions").iterdir())
+    assert len(drawings) == 4 and all(path.suffix == ".png" for path in drawings)
+    assert max(Image.open(drawings[0]).size) >= 600
 
     script.run(["--config-file", config, "--resume", "SOLVER.MAX_ITER", "2", "TRAIN.REPORT", "False"])
     assert (out / "report" / "index.html").read_text() == page
@@ -69,7 +69,7 @@ def test_trains_resumes_and_evaluates(script, tmp_path, capsys):
         (["MODEL.WEIGHTS", "/no/such/weights.pth"], "/no/such/weights.pth"),
     ],
 )
-def test_slips_cost_one_line(script, tmp_path, capsys, arguments, said):
+def test_mistakes_print_one_line_and_exit_with_2(script, tmp_path, capsys, arguments, said):
     config = [] if "--config-file" in arguments else ["--config-file", _write_config(tmp_path)]
     with pytest.raises(SystemExit) as stop:
         script.run(config + arguments)
@@ -79,7 +79,7 @@ def test_slips_cost_one_line(script, tmp_path, capsys, arguments, said):
     assert not (tmp_path / "out").exists()
 
 
-def test_runs_as_a_program():
+def test_the_script_runs_as_a_program():
     done = subprocess.run(
         [sys.executable, str(_SCRIPT), "--config-file", "/no/such.yaml"],
         capture_output=True,
