@@ -2,10 +2,10 @@
 
     python tests/scripts/kill_and_resume.py 50
 
-Every run is a forked process, which saves the time of imports. What it was doing when it was killed (training,
-saving, evaluating) is kept in shared memory. The script prints one line, and exits with 1 if a resumed run ends
-with other parameters than an uninterrupted one, with another best checkpoint, with other results of evaluations,
-or with two rows of one iteration.
+Every run is a forked process, which saves the time of imports. What it was doing when it was killed
+(training, saving, evaluating) is kept in shared memory. The script prints one line, and exits with 1 if a
+resumed run ends with other parameters than an uninterrupted one, with another best checkpoint, with other
+results of evaluations, or with two rows of one iteration.
 """
 
 import csv
