@@ -1,4 +1,4 @@
-"""Data sets, loaders and transforms."""
+"""Datasets, loaders and transforms."""
 
 # Imported for their effect: the built-in names and the formats that the catalogs know.
 from detlib.data import datasets, formats, samplers, transforms

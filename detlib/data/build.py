@@ -57,13 +57,13 @@ logger = logging.getLogger(__name__)
 
 
 def filter_images_with_only_crowd_annotations(dataset_dicts: list[dict]) -> list[dict]:
-    """Drop pictures without annotations, or with crowd regions only.
+    """Drop images without annotations, or with crowd regions only.
 
     Args:
         dataset_dicts: annotated dataset in the standard format.
 
     Returns:
-        The pictures that stay, in a new list.
+        The images that stay, in a new list.
     """
     kept = [record for record in dataset_dicts if _has_objects(record)]
     logger.info(
@@ -76,7 +76,7 @@ def filter_images_with_only_crowd_annotations(dataset_dicts: list[dict]) -> list
 
 
 def log_images_without_objects(dataset_dicts: list[dict]) -> None:
-    """Log how many pictures without objects, or with crowd regions only, are kept as negatives, if any."""
+    """Log how many images without objects, or with crowd regions only, are kept as negatives, if any."""
     count = sum(not _has_objects(record) for record in dataset_dicts)
     if count:
         logger.info(
@@ -91,14 +91,14 @@ def _has_objects(record: dict) -> bool:
 
 
 def filter_images_with_few_keypoints(dataset_dicts: list[dict], min_keypoints_per_image: int) -> list[dict]:
-    """Drop pictures with fewer than ``min_keypoints_per_image`` labelled keypoints.
+    """Drop images with fewer than ``min_keypoints_per_image`` labeled keypoints.
 
     Args:
         dataset_dicts: annotated dataset in the standard format.
         min_keypoints_per_image: smallest number that stays.
 
     Returns:
-        The pictures that stay, in a new list.
+        The images that stay, in a new list.
     """
 
     def count(record: dict) -> int:
@@ -192,20 +192,20 @@ def get_detection_dataset_dicts(
     proposal_files: list[str] | None = None,
     check_consistency: bool = True,
 ) -> list[dict] | Dataset:
-    """Load datasets by name, check them, and drop the pictures that have nothing to train on.
+    """Load datasets by name, check them, and drop the images that have nothing to train on.
 
     Args:
         names: registered names or addresses.
-        filter_empty: drop pictures without annotations other than crowd regions
+        filter_empty: drop images without annotations other than crowd regions
             (``DATALOADER.FILTER_EMPTY_ANNOTATIONS``).
-        min_keypoints: drop pictures with fewer labelled keypoints
+        min_keypoints: drop images with fewer labeled keypoints
             (``MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE``); 0 for no such filter.
         proposal_files: one file of precomputed proposals for each name, see
             :func:`load_proposals_into_dataset`; None for none.
         check_consistency: require that all datasets have the same ``thing_classes``.
 
     Returns:
-        All pictures in one list; or, where the catalog gives torch Datasets, these as one dataset, as they
+        All images in one list; or, where the catalog gives torch Datasets, these as one dataset, as they
         are.
 
     Raises:
@@ -263,7 +263,7 @@ def _filter(records: list[dict], names: list[str], filter_empty: bool, min_keypo
         records = filter_images_with_few_keypoints(records, min_keypoints)
         if not records:
             raise ValueError(
-                f"none of the {total} images of dataset {quoted} has {min_keypoints} labelled keypoints "
+                f"none of the {total} images of dataset {quoted} has {min_keypoints} labeled keypoints "
                 "(MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE)"
             )
     return records
@@ -316,19 +316,19 @@ def build_batch_data_loader(
 ):
     """Build a loader of batches.
 
-    With a map-style dataset the order of the pictures does not depend on the number of workers.
+    With a map-style dataset the order of the images does not depend on the number of workers.
 
     Args:
         dataset: map-style, or iterable; an iterable one must share itself out between processes and workers.
         sampler: yields indices into a map-style dataset; None for an iterable one.
-        total_batch_size: number of pictures of a batch over all processes, a multiple of their number; None
+        total_batch_size: number of images of a batch over all processes, a multiple of their number; None
             when ``single_gpu_batch_size`` is given.
-        aspect_ratio_grouping: make each batch of pictures that are all wider than high, or all not. Elements
+        aspect_ratio_grouping: make each batch of images that are all wider than high, or all not. Elements
             must be dicts with "width" and "height".
         num_workers: number of loader processes; 0 loads in this process.
         collate_fn: makes a batch of a list of elements; the list itself is the batch when left out.
         drop_last: drop a last batch that is not full; must be True with ``aspect_ratio_grouping``.
-        single_gpu_batch_size: number of pictures of a batch in this process, instead of ``total_batch_size``.
+        single_gpu_batch_size: number of images of a batch in this process, instead of ``total_batch_size``.
         prefetch_factor: number of batches (elements, with ``aspect_ratio_grouping``) that each worker
             prepares.
         persistent_workers: keep the workers when the loader is iterated again.
@@ -406,7 +406,7 @@ _SAMPLERS = (
 
 
 def _build_train_sampler(cfg, dataset, parts: list | None = None) -> Sampler:
-    """The sampler that a config names; ``parts`` are the data sets that ``dataset`` is made of."""
+    """The sampler that a config names; ``parts`` are the datasets that ``dataset`` is made of."""
     name = cfg.DATALOADER.SAMPLER_TRAIN
     logger.info("Using training sampler %s", name)
     if name == "TrainingSampler":
@@ -430,7 +430,7 @@ def _build_train_sampler(cfg, dataset, parts: list | None = None) -> Sampler:
 
 
 def _load_train_sets(cfg) -> tuple[list | Dataset, list]:
-    """The training data as one data set, and the data sets that it is made of where the sampler asks."""
+    """The training data as one dataset, and the datasets that it is made of where the sampler asks."""
     names = as_names(cfg.DATASETS.TRAIN)
     options = {
         "filter_empty": cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
@@ -483,7 +483,7 @@ def _train_loader_from_config(cfg, mapper=None, *, dataset=None, sampler=None) -
 
 
 def _images_per_pass(solver) -> int:
-    """Pictures of one forward and backward pass over all processes."""
+    """Images of one forward and backward pass over all processes."""
     if solver.ACCUM_STEPS < 1 or solver.IMS_PER_BATCH % solver.ACCUM_STEPS:
         raise ValueError(
             f"SOLVER.IMS_PER_BATCH = {solver.IMS_PER_BATCH} must be a multiple of SOLVER.ACCUM_STEPS = "
@@ -516,7 +516,7 @@ def build_detection_train_loader(
         mapper: turns an element into a model's input; None if the elements are such already.
         sampler: yields indices; a shuffling :class:`TrainingSampler` when left out. None for an iterable
             dataset.
-        total_batch_size: number of pictures of a batch over all processes.
+        total_batch_size: number of images of a batch over all processes.
         aspect_ratio_grouping, num_workers, collate_fn, **kwargs: see :func:`build_batch_data_loader`.
 
     Returns:
@@ -568,7 +568,7 @@ def build_detection_test_loader(
     num_workers: int = 0,
     collate_fn: Callable | None = None,
 ) -> DataLoader:
-    """Build the loader for testing, which gives each picture once and in order; also as
+    """Build the loader for testing, which gives each image once and in order; also as
     ``build_detection_test_loader(cfg, dataset_name, mapper=...)``.
 
     Args:
@@ -576,7 +576,7 @@ def build_detection_test_loader(
         mapper: turns an element into a model's input; None if the elements are such already.
         sampler: yields indices; an :class:`InferenceSampler`, which shares them out between the processes,
             when left out. None for an iterable dataset.
-        batch_size: number of pictures of a batch in each process.
+        batch_size: number of images of a batch in each process.
         num_workers: number of loader processes; 0 loads in this process.
         collate_fn: makes a batch of a list of elements; the list itself is the batch when left out.
     """

@@ -273,9 +273,9 @@ def aspect_ratio_group(record: Any) -> bool | None:
 
 
 class AspectRatioGroupedDataset(IterableDataset):
-    """Batches of pictures that are all wider than high, or all not, so that little padding is needed.
+    """Batches of images that are all wider than high, or all not, so that little padding is needed.
 
-    The order of the pictures changes as little as that allows. Pictures that are left over at the end of a
+    The order of the images changes as little as that allows. Images that are left over at the end of a
     finite dataset are dropped.
     """
 

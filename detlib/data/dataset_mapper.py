@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 class DatasetMapper:
     """Turns a dataset dict in the standard format into the input dict of the builtin models.
 
-    It reads the picture, applies augmentations to it and to what is annotated on it, and makes tensors.
+    It reads the image, applies augmentations to it and to what is annotated on it, and makes tensors.
     Projects with other data write their own mapper, any callable, from the parts in `detection_utils`.
     """
 
@@ -55,12 +55,12 @@ class DatasetMapper:
             use_keypoint: whether to keep keypoints.
             instance_mask_format: "polygon" or "bitmask".
             keypoint_hflip_indices: see `detection_utils.create_keypoint_hflip_indices`.
-            precomputed_proposal_topk: keep this many precomputed proposals of each picture; None for no use
+            precomputed_proposal_topk: keep this many precomputed proposals of each image; None for no use
                 of proposals.
             recompute_boxes: replace each box by the tight one around its mask after augmentation.
-            rotated_boxes: whether models get RotatedBoxes; by default, those pictures with a rotated
-                annotation (BoxMode.XYWHA_ABS). If False, rotated annotations become the upright boxes around
-                them.
+            rotated_boxes: whether models get RotatedBoxes; by default, those images with a rotated
+                annotation (BoxMode.XYWHA_ABS). If False, rotated annotations become the axis-aligned boxes
+                around them.
             mixing: the multi-image augmentations, in order; see `detlib.data.multi_image_augmentation`. The
                 mapper then needs a `MapDataset` around it, which the loaders add.
             decoder: see `detection_utils.read_image`.
@@ -106,7 +106,7 @@ class DatasetMapper:
             "use_keypoint": cfg.MODEL.KEYPOINT_ON,
             "recompute_boxes": recompute_boxes,
             "decoder": cfg.INPUT.DECODER,
-            # A picture without objects shows no type: there the model's counts.
+            # An image without objects shows no type: there the model's counts.
             "rotated_boxes": True if cfg.MODEL.ANCHOR_GENERATOR.NAME == "RotatedAnchorGenerator" else None,
         }
         if is_train:
@@ -122,21 +122,21 @@ class DatasetMapper:
         return ret
 
     def _transform_annotations(self, dataset_dict: dict, transforms: T.TransformList, image_shape) -> None:
-        """Put "instances" into the dict of a training picture in place of its "annotations".
+        """Put "instances" into the dict of a training image in place of its "annotations".
 
-        Subclasses override this for annotations of their own. Pictures made by `mixing` do not come by here.
+        Subclasses override this for annotations of their own. Images made by `mixing` do not come by here.
 
         Args:
             dataset_dict: the dict that `__call__` returns; its "annotations" may be changed in place.
-            transforms: what was applied to the picture.
-            image_shape: height and width of the transformed picture.
+            transforms: what was applied to the image.
+            image_shape: height and width of the transformed image.
         """
         moved = self._move_annotations(dataset_dict, transforms, image_shape)
         del dataset_dict["annotations"]
         dataset_dict["instances"] = self._to_instances(moved, image_shape, dataset_dict.get("file_name"))
 
     def _move_annotations(self, dataset_dict: dict, transforms: T.TransformList, image_shape) -> list:
-        """The annotations of a picture, transformed, without crowd regions and what is not used."""
+        """The annotations of an image, transformed, without crowd regions and what is not used."""
         unused = set()
         # Mixing needs masks to know what covers what.
         if not self.use_instance_mask and not self.mixing:
@@ -196,14 +196,14 @@ class DatasetMapper:
         return bool(self.mixing)
 
     def _read(self, dataset_dict: dict) -> Sample:
-        """The picture and its semantic map as they are in their files; annotations stay in the dict."""
+        """The image and its semantic map as they are in their files; annotations stay in the dict."""
         image = utils.read_image(dataset_dict["file_name"], format=self.image_format, decoder=self.decoder)
         utils.check_image_size(dataset_dict, image)
         sem_seg_file = dataset_dict.pop("sem_seg_file_name", None)
         sem_seg = None if sem_seg_file is None else utils.read_label_map(sem_seg_file)
         if sem_seg is not None and sem_seg.shape != image.shape[:2]:
             raise ValueError(
-                f"label map {sem_seg_file} has (height, width) = {sem_seg.shape}, its picture "
+                f"label map {sem_seg_file} has (height, width) = {sem_seg.shape}, its image "
                 f"{dataset_dict['file_name']} has {image.shape[:2]}"
             )
         return Sample(image, dataset_dict.get("annotations", []), sem_seg)
@@ -239,10 +239,10 @@ class DatasetMapper:
         return sample, transforms
 
     def __call__(self, dataset_dict: dict, others: Callable[[], dict] | None = None) -> dict:
-        """Map one picture.
+        """Map one image.
 
         Args:
-            dataset_dict: dict of one picture in the standard format; it stays as it is.
+            dataset_dict: dict of one image in the standard format; it stays as it is.
             others: draws a further dict at random; needed with ``mixing``, and given by `MapDataset`.
 
         Returns:
@@ -262,7 +262,7 @@ class DatasetMapper:
         if self.mixing:
             if others is None:
                 raise ValueError(
-                    "DatasetMapper: with mixing it needs further pictures; put it into a MapDataset, as the "
+                    "DatasetMapper: with mixing it needs further images; put it into a MapDataset, as the "
                     "train loader does"
                 )
             sample, transforms = self._load_mixed(dataset_dict, others)
@@ -282,7 +282,7 @@ class DatasetMapper:
                     sample.annotations, image_shape, dataset_dict.get("file_name")
                 )
         elif self.is_train and dataset_dict.get("annotations") is not None:
-            # Those of the data set stay as they are whatever an override does.
+            # Those of the dataset stay as they are whatever an override does.
             dataset_dict["annotations"] = [copy.copy(x) for x in dataset_dict["annotations"]]
             self._transform_annotations(dataset_dict, transforms, image_shape)
         dataset_dict.pop("annotations", None)
@@ -304,9 +304,9 @@ class _Either(T.Augmentation):
 
 
 class DetrDatasetMapper(DatasetMapper):
-    """A `DatasetMapper` that crops every second training picture, as DETR (arXiv:2005.12872) was trained.
+    """A `DatasetMapper` that crops every second training image, as DETR (arXiv:2005.12872) was trained.
 
-    Half of the pictures, drawn at random, go through `augmentation`, the others through
+    Half of the images, drawn at random, go through `augmentation`, the others through
     `augmentation_with_crop`: a resize to a smaller side, a crop, and a resize to the side of training.
     """
 
@@ -321,7 +321,7 @@ class DetrDatasetMapper(DatasetMapper):
         """
         Args:
             augmentation: Augmentations or Transforms to apply, in order.
-            augmentation_with_crop: the same for every second training picture; None for `augmentation`
+            augmentation_with_crop: the same for every second training image; None for `augmentation`
                 there too.
             is_train: whether the output is for training; for testing `augmentation` alone is applied and
                 annotations are left out.

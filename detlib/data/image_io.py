@@ -1,4 +1,4 @@
-"""Reading pictures from files, and their colour formats.
+"""Reading images from files, and their color formats.
 
 Formats are the names of Pillow's modes ("RGB", "L", ...) and two more: "BGR", and "YUV-BT.601", floating
 point YUV of ITU-R BT.601 with Y in [0, 1].
@@ -60,17 +60,17 @@ _UPRIGHT = {
 
 
 class SizeMismatchError(ValueError):
-    """A picture's size differs from the one that its dataset says."""
+    """An image's size differs from the one that its dataset says."""
 
 
 class ImageReadError(OSError, ValueError):
-    """A file is there, but it is no picture that can be read: truncated, empty, or of another kind."""
+    """A file is there, but it is no image that can be read: truncated, empty, or of another kind."""
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:
-    """A picture of more bits as one of 8, which Pillow's own conversion cuts off: nearly all would be white.
+    """An image of more bits as one of 8, which Pillow's own conversion cuts off: nearly all would be white.
 
-    Of 16 bits the upper 8 are taken, as OpenCV does. Other pictures stay as they are.
+    Of 16 bits the upper 8 are taken, as OpenCV does. Other images stay as they are.
 
     Raises:
         ValueError: the values are whole numbers of 32 bits or floats, and not all from 0 to 255.
@@ -95,7 +95,7 @@ def convert_PIL_to_numpy(image: Image.Image, format: str | None) -> np.ndarray:
             8 bits, see :func:`to_8_bits`.
 
     Returns:
-        (H, W, C) array, uint8 for most formats, float64 for "YUV-BT.601"; "L" has C = 1. With None, a picture
+        (H, W, C) array, uint8 for most formats, float64 for "YUV-BT.601"; "L" has C = 1. With None, an image
         of one channel comes as (H, W).
     """
     mode = "RGB" if format in ("BGR", "YUV-BT.601") else format
@@ -139,7 +139,7 @@ def convert_image_to_rgb(image: np.ndarray | torch.Tensor, format: str) -> np.nd
 
 
 def _upright(image: Image.Image, file_name: str) -> Image.Image:
-    """Turn ``image`` as its EXIF orientation says; broken EXIF data does not spoil a good picture."""
+    """Turn ``image`` as its EXIF orientation says; broken EXIF data does not spoil a good image."""
     try:
         orientation = image.getexif().get(_EXIF_ORIENTATION)
     except (SyntaxError, ValueError, KeyError, TypeError, EOFError, struct.error) as error:
@@ -157,7 +157,7 @@ def _open(file_name: str):
 
 
 def _decode_by_opencv(file_name: str, format: str | None) -> np.ndarray | None:
-    """(H, W, 3) uint8; None for a picture that is better left to Pillow: another format than RGB and BGR, a
+    """(H, W, 3) uint8; None for an image that is better left to Pillow: another format than RGB and BGR, a
     file that OpenCV does not know, or a JPEG without an end, of which it would give a part as if all were
     well."""
     import cv2
@@ -170,13 +170,13 @@ def _decode_by_opencv(file_name: str, format: str | None) -> np.ndarray | None:
         return None
     try:
         image = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR)
-    except cv2.error:  # a picture beyond its limits of size; Pillow says what is wrong
+    except cv2.error:  # an image beyond its limits of size; Pillow says what is wrong
         return None
     return image if image is None or format == "BGR" else image[:, :, ::-1]
 
 
 def read_image(file_name: str, format: str | None = None, decoder: str = "pil") -> np.ndarray:
-    """Read a picture from a file, upright by its EXIF orientation.
+    """Read an image from a file, upright by its EXIF orientation.
 
     Args:
         file_name: path or address that PathManager knows.
@@ -190,7 +190,7 @@ def read_image(file_name: str, format: str | None = None, decoder: str = "pil") 
 
     Raises:
         FileNotFoundError: the file is not there.
-        ImageReadError: the file is not a readable picture.
+        ImageReadError: the file is not a readable image.
     """
     if decoder not in ("pil", "opencv"):
         raise ValueError(f"decoder (INPUT.DECODER) must be 'pil' or 'opencv', got {decoder!r}")
@@ -217,19 +217,19 @@ def _read_by_pillow(file_name: str) -> Image.Image:
 
 
 def read_label_map(file_name: str) -> np.ndarray:
-    """Read a picture whose values are class indices.
+    """Read an image whose values are class indices.
 
     Args:
-        file_name: path or address that PathManager knows. Of pictures with a palette the indices are taken,
-            not the colours; of grey ones the values, whatever bits they have.
+        file_name: path or address that PathManager knows. Of images with a palette the indices are taken,
+            not the colors; of gray ones the values, whatever bits they have.
 
     Returns:
         (H, W) array, uint8, or int32 where there are values above 255.
 
     Raises:
         FileNotFoundError: the file is not there.
-        ImageReadError: the file is not a readable picture.
-        ValueError: it is in colour.
+        ImageReadError: the file is not a readable image.
+        ValueError: it is in color.
     """
     image = _read_by_pillow(file_name)
     labels = np.array(image)
@@ -237,7 +237,7 @@ def read_label_map(file_name: str) -> np.ndarray:
         labels = labels[:, :, : 1 if image.mode == "LA" else 3]  # the rest is transparency
         if (labels != labels[:, :, :1]).any():
             raise ValueError(
-                f"label map {file_name} is in colour (mode {image.mode!r}); it must hold class indices, grey "
+                f"label map {file_name} is in color (mode {image.mode!r}); it must hold class indices, gray "
                 "or with a palette"
             )
         labels = labels[:, :, 0]
@@ -247,11 +247,11 @@ def read_label_map(file_name: str) -> np.ndarray:
 
 
 def read_image_size(file_name: str) -> tuple[int, int]:
-    """Read width and height from the header of a picture, upright by its EXIF orientation.
+    """Read width and height from the header of an image, upright by its EXIF orientation.
 
     Raises:
         FileNotFoundError: the file is not there.
-        ImageReadError: the file is not a picture.
+        ImageReadError: the file is not an image.
     """
     try:
         with PathManager.open(file_name, "rb") as handle, Image.open(handle) as image:
@@ -263,7 +263,7 @@ def read_image_size(file_name: str) -> tuple[int, int]:
 
 
 def stored_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height of a picture just opened, before it is turned as its EXIF orientation says."""
+    """Width and height of an image just opened, before it is turned as its EXIF orientation says."""
     if image.format == "TIFF":  # Pillow turns these by itself, their size at once or when they are loaded
         tags = image.tag_v2  # type: ignore[attr-defined]
         return tags[_TIFF_WIDTH], tags[_TIFF_HEIGHT]
@@ -271,7 +271,7 @@ def stored_size(image: Image.Image) -> tuple[int, int]:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height of a picture just opened, once it is turned as its EXIF orientation says."""
+    """Width and height of an image just opened, once it is turned as its EXIF orientation says."""
     try:
         turned = image.getexif().get(_EXIF_ORIENTATION) in (5, 6, 7, 8)
     except (SyntaxError, ValueError, KeyError, TypeError, EOFError, struct.error):
@@ -281,11 +281,11 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def check_image_size(dataset_dict: dict, image: np.ndarray) -> None:
-    """Compare a picture's size with the dataset's "height" and "width", and fill these in where they are
+    """Compare an image's size with the dataset's "height" and "width", and fill these in where they are
     missing.
 
     Args:
-        dataset_dict: dict of one picture in the standard format.
+        dataset_dict: dict of one image in the standard format.
         image: (H, W) or (H, W, C) array.
 
     Raises:
@@ -298,7 +298,7 @@ def check_image_size(dataset_dict: dict, image: np.ndarray) -> None:
         file_name = f" (file {dataset_dict['file_name']})" if "file_name" in dataset_dict else ""
         hint = ""
         if said == (width, height):
-            hint = "; is the picture turned by its EXIF orientation, or are height and width swapped?"
+            hint = "; is the image turned by its EXIF orientation, or are height and width swapped?"
         raise SizeMismatchError(
             f"{name}{file_name} has width {width} and height {height}, but its annotation says width "
             f"{said[1]} and height {said[0]}{hint}"
@@ -308,7 +308,7 @@ def check_image_size(dataset_dict: dict, image: np.ndarray) -> None:
 
 
 def image_to_tensor(image: np.ndarray) -> torch.Tensor:
-    """A picture as the tensor that models take; from a worker it goes to the main process by shared memory.
+    """An image as the tensor that models take; from a worker it goes to the main process by shared memory.
 
     Args:
         image: (H, W, C) array of any memory layout, flipped views included.

@@ -1,7 +1,7 @@
-"""Training pictures that are made of several.
+"""Training images that are made of several.
 
 A mixing takes a `Sample` and a function that draws further ones. `DatasetMapper(mixing=[...])` applies them;
-those with ``before_augmentation`` get pictures as they are read, the others get augmented ones.
+those with ``before_augmentation`` get images as they are read, the others get augmented ones.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ IGNORED = 255  # the label of semantic pixels that nothing is known of
 
 @dataclass
 class Sample:
-    """A picture with what is annotated on it.
+    """An image with what is annotated on it.
 
     Attributes:
         image: (H, W, C) array.
@@ -39,7 +39,7 @@ class MultiImageAugmentation:
     """Makes one sample of several.
 
     Attributes:
-        before_augmentation: whether it gets pictures as they are read.
+        before_augmentation: whether it gets images as they are read.
         makes_bitmasks: whether the masks that it leaves are arrays.
     """
 
@@ -78,7 +78,7 @@ def mask_of(annotation: dict, height: int, width: int) -> np.ndarray:
         return polygons_to_bitmask(segmentation, height, width).astype(bool)
     mask = decode_rle(segmentation) if isinstance(segmentation, dict) else np.asarray(segmentation)
     if mask.shape != (height, width):
-        raise ValueError(f"the mask has shape {mask.shape}, the picture has {(height, width)}")
+        raise ValueError(f"the mask has shape {mask.shape}, the image has {(height, width)}")
     return mask.astype(bool)
 
 
@@ -96,12 +96,12 @@ def _fit(array: np.ndarray, height: int, width: int, fill: int) -> np.ndarray:
 
 
 class CopyPaste(MultiImageAugmentation):
-    """Pastes a random subset of another picture's objects.
+    """Pastes a random subset of another image's objects.
 
     Paper: "Simple Copy-Paste is a Strong Data Augmentation Method for Instance Segmentation"
     (https://arxiv.org/abs/2012.07177), without blending, which the paper found to change nothing. The other
-    picture is augmented like the first, which should be by large scale jitter. Masks of what is covered lose
-    the covered part, and boxes are recomputed from them; keypoints under it become labelled but not visible.
+    image is augmented like the first, which should be by large scale jitter. Masks of what is covered lose
+    the covered part, and boxes are recomputed from them; keypoints under it become labeled but not visible.
     """
 
     makes_bitmasks = True
@@ -146,7 +146,7 @@ class CopyPaste(MultiImageAugmentation):
             annotation["segmentation"] = mask_of(annotation, height, width).astype(np.uint8)
 
     def _choose(self, other: Sample, height: int, width: int) -> list[dict]:
-        """A random subset of the objects, cut to the size of the picture they go to."""
+        """A random subset of the objects, cut to the size of the image they go to."""
         count = len(other.annotations)
         indices = np.random.permutation(count)[: np.random.randint(count + 1)]
         chosen = []
@@ -192,9 +192,9 @@ class CopyPaste(MultiImageAugmentation):
 
 
 class Mosaic(MultiImageAugmentation):
-    """Puts four pictures together around a random point (YOLOv4, https://arxiv.org/abs/2004.10934).
+    """Puts four images together around a random point (YOLOv4, https://arxiv.org/abs/2004.10934).
 
-    Each picture is fitted into the whole canvas, aspect ratio kept, and shows that part of it which lies next
+    Each image is fitted into the whole canvas, aspect ratio kept, and shows that part of it which lies next
     to the point; where it does not reach, the canvas shows through.
     """
 
@@ -211,10 +211,10 @@ class Mosaic(MultiImageAugmentation):
     ):
         """
         Args:
-            prob: probability of a mosaic; else the picture stays as it is.
+            prob: probability of a mosaic; else the image stays as it is.
             size: (height, width) of the canvas.
             center_range: where the point may lie, in fractions of the canvas.
-            fill: value of pixels that no picture reaches.
+            fill: value of pixels that no image reaches.
             min_visible: objects of whose box less than this fraction is left are dropped.
         """
         _check_prob("Mosaic", prob)
@@ -253,14 +253,14 @@ class Mosaic(MultiImageAugmentation):
         return canvas
 
     def _place(self, canvas: Sample, part: Sample, area: tuple, center: tuple[int, int]) -> None:
-        """Set one picture into its quarter, with its inner corner at the centre."""
+        """Set one image into its quarter, with its inner corner at the center."""
         height, width = part.image.shape[:2]
         scale = min(self.size[0] / height, self.size[1] / width)
         new_h, new_w = max(round(height * scale), 1), max(round(width * scale), 1)
         x0, y0, x1, y1 = area
         w, h = min(new_w, x1 - x0), min(new_h, y1 - y0)
         left, top = x1 == center[0], y1 == center[1]
-        # The part of the picture that is shown, and where.
+        # The part of the image that is shown, and where.
         crop = CropTransform(new_w - w if left else 0, new_h - h if top else 0, w, h)
         cut = TransformList([ResizeTransform(height, width, new_h, new_w), crop])
         to_x, to_y = (x1 - w if left else x0), (y1 - h if top else y0)

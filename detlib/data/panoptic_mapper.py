@@ -63,7 +63,7 @@ class PanopticDatasetMapper(DatasetMapper):
         file_name = dataset_dict.pop("pan_seg_file_name")
         ids = utils.read_image(file_name, "RGB").astype(np.int64) @ [1, 256, 256 * 256]
         if ids.shape != image.shape[:2]:
-            raise ValueError(f"{file_name} has the size {ids.shape}, its picture {image.shape[:2]}")
+            raise ValueError(f"{file_name} has the size {ids.shape}, its image {image.shape[:2]}")
         dataset_dict["annotations"] = []  # there are some, if only none of things
         return Sample(image, [], _places(ids, dataset_dict["segments_info"], file_name))
 

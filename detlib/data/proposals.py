@@ -76,9 +76,9 @@ def transform_proposals(
     ``proposal_boxes`` and ``objectness_logits``.
 
     Args:
-        dataset_dict: dict of one picture, changed in place.
-        image_shape: (height, width) of the transformed picture.
-        transforms: the transforms of the picture.
+        dataset_dict: dict of one image, changed in place.
+        image_shape: (height, width) of the transformed image.
+        transforms: the transforms of the image.
         proposal_topk: keep this many of the best.
         min_box_size: proposals of which a side is not longer than this are dropped.
     """

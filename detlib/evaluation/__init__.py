@@ -1,4 +1,4 @@
-"""Evaluation of models on data sets."""
+"""Evaluation of models on datasets."""
 
 from detlib.evaluation.cityscapes_evaluation import CityscapesInstanceEvaluator, CityscapesSemSegEvaluator
 from detlib.evaluation.coco_evaluation import COCOEvaluator

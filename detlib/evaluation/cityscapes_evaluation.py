@@ -87,13 +87,13 @@ class CityscapesEvaluator(DatasetEvaluator):
 
     def reset(self) -> None:
         """Forgets what was collected."""
-        self._pictures: dict[str, Any] = {}
+        self._images: dict[str, Any] = {}
 
     def _name(self, image: dict) -> str:
         name = os.path.basename(image["file_name"]).removesuffix(".png").removesuffix("_leftImg8bit")
         if name not in self._truth_files:
             raise ValueError(
-                f"{type(self).__name__}: dataset {self._dataset_name!r} has no truth for the picture "
+                f"{type(self).__name__}: dataset {self._dataset_name!r} has no truth for the image "
                 f"{image['file_name']!r} in {self._gt_dir!r}."
             )
         return name
@@ -101,27 +101,27 @@ class CityscapesEvaluator(DatasetEvaluator):
     def _gather(self) -> list[Any] | None:
         """What was collected, in the order of the truth's files, or None but in the main process.
 
-        Pictures without a prediction count as if nothing had been found in them.
+        Images without a prediction count as if nothing had been found in them.
         """
         comm.synchronize()
-        gathered = comm.gather(self._pictures, dst=0)
+        gathered = comm.gather(self._images, dst=0)
         if not comm.is_main_process():
             return None
-        pictures = dict(itertools.chain(*(part.items() for part in gathered)))
-        missing = [name for name in self._truth_files if name not in pictures]
+        images = dict(itertools.chain(*(part.items() for part in gathered)))
+        missing = [name for name in self._truth_files if name not in images]
         if missing:
             self._logger.warning(
-                "%d of %d pictures of %s have no prediction; all that is in them counts as missed.",
+                "%d of %d images of %s have no prediction; all that is in them counts as missed.",
                 len(missing),
                 len(self._truth_files),
                 self._dataset_name,
             )
         for name in missing:
-            pictures[name] = self._compare(name, None)
-        return [pictures[name] for name in sorted(pictures)]
+            images[name] = self._compare(name, None)
+        return [images[name] for name in sorted(images)]
 
     def _compare(self, name: str, prediction: Any) -> Any:
-        """What is kept of a picture: numbers, no pixels; `prediction` is None for nothing."""
+        """What is kept of an image: numbers, no pixels; `prediction` is None for nothing."""
         raise NotImplementedError
 
 
@@ -147,7 +147,7 @@ class CityscapesInstanceEvaluator(CityscapesEvaluator):
         """
         for image, output in zip(inputs, outputs):
             name = self._name(image)
-            self._pictures[name] = self._compare(name, output["instances"])
+            self._images[name] = self._compare(name, output["instances"])
 
     @functools.cached_property
     def _label_ids(self) -> np.ndarray:
@@ -191,10 +191,10 @@ class CityscapesInstanceEvaluator(CityscapesEvaluator):
 
     def evaluate(self) -> OrderedDict[str, dict[str, float]] | None:
         """Returns `{"segm": {"AP", "AP50", "AP-<class>"}}`, in the main process only, else None."""
-        pictures = self._gather()
-        if pictures is None:
+        images = self._gather()
+        if images is None:
             return None
-        table = 100 * instance_average_precision(pictures, [label.id for label in _THINGS])
+        table = 100 * instance_average_precision(images, [label.id for label in _THINGS])
         occurs = ~np.isnan(table[:, 0])
         means = table[occurs].mean(axis=0) if occurs.any() else np.full(table.shape[1], np.nan)
         results = {"AP": float(means.mean()), "AP50": float(means[0])}
@@ -236,7 +236,7 @@ class CityscapesSemSegEvaluator(CityscapesEvaluator):
                     f"{type(self).__name__}: the model's outputs have no 'sem_seg', only {sorted(output)}."
                 )
             name = self._name(image)
-            self._pictures[name] = self._compare(name, output["sem_seg"].argmax(dim=0).cpu().numpy())
+            self._images[name] = self._compare(name, output["sem_seg"].argmax(dim=0).cpu().numpy())
 
     @functools.cached_property
     def _ids_of_training_ids(self) -> np.ndarray:
@@ -269,11 +269,11 @@ class CityscapesSemSegEvaluator(CityscapesEvaluator):
     def evaluate(self) -> OrderedDict[str, dict[str, float]] | None:
         """Returns `{"sem_seg": {"IoU", "iIoU", "IoU_sup", "iIoU_sup", "IoU-<class>"}}`, or None but in the
         main process."""
-        pictures = self._gather()
-        if pictures is None:
+        images = self._gather()
+        if images is None:
             return None
-        confusion = sum(picture[0] for picture in pictures)
-        objects = [entry for picture in pictures for entry in picture[1]]
+        confusion = sum(image[0] for image in images)
+        objects = [entry for image in images for entry in image[1]]
         classes = {label.name: [label] for label in _COUNTED}
         categories: dict[str, list] = {}
         for label in _COUNTED:

@@ -1,6 +1,6 @@
 """Average precision of instance masks as Cityscapes defines it.
 
-P predicted masks and G true ones of a picture.
+P predicted masks and G true ones of an image.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MIN_SIZE = 100
 
 @dataclass(frozen=True)
 class InstanceMatches:
-    """How the masks of one picture overlap, in pixels.
+    """How the masks of one image overlap, in pixels.
 
     Attributes:
         labels: (G,) label ids of the true masks, groups among them.
@@ -58,49 +58,49 @@ class InstanceMatches:
         )
 
 
-def instance_average_precision(pictures: Sequence[InstanceMatches], labels: Sequence[int]) -> np.ndarray:
+def instance_average_precision(images: Sequence[InstanceMatches], labels: Sequence[int]) -> np.ndarray:
     """Computes average precision for each label and each of `THRESHOLDS`: (K, T), nan without objects."""
     table = np.full((len(labels), len(THRESHOLDS)), np.nan)
     for row, label in enumerate(labels):
-        mine = [picture.of_label(label) for picture in pictures]
-        to_find = sum(int(_must_be_found(picture).sum()) for picture in mine)
+        mine = [image.of_label(label) for image in images]
+        to_find = sum(int(_must_be_found(image).sum()) for image in mine)
         if to_find:
             for column, threshold in enumerate(THRESHOLDS):
-                outcomes = [_outcomes(picture, threshold) for picture in mine]
+                outcomes = [_outcomes(image, threshold) for image in mine]
                 right, scores = (np.concatenate(parts) for parts in zip(*outcomes))
                 table[row, column] = _area(right, scores, to_find)
     return table
 
 
-def _must_be_found(picture: InstanceMatches) -> np.ndarray:
-    return ~picture.is_group & (picture.sizes >= _MIN_SIZE)
+def _must_be_found(image: InstanceMatches) -> np.ndarray:
+    return ~image.is_group & (image.sizes >= _MIN_SIZE)
 
 
-def _outcomes(picture: InstanceMatches, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+def _outcomes(image: InstanceMatches, threshold: float) -> tuple[np.ndarray, np.ndarray]:
     """Whether predictions are right, (N,) bool, and their scores; those that do not count are left out.
 
     An object is found by the best of the predictions that match it. Of the others those are wrong which match
     an object that was to be found, and those which match none and lie for the most part where it counts.
     """
-    overlaps = picture.overlaps
-    union = picture.sizes + picture.pred_sizes[:, None] - overlaps
+    overlaps = image.overlaps
+    union = image.sizes + image.pred_sizes[:, None] - overlaps
     matches = overlaps / np.maximum(union, 1) > threshold
-    objects = _must_be_found(picture)
+    objects = _must_be_found(image)
     finds = matches[:, objects]
-    scores = np.where(finds, picture.scores[:, None], -np.inf)
+    scores = np.where(finds, image.scores[:, None], -np.inf)
     found = finds.any(axis=0)
     right = scores.max(axis=0, initial=-np.inf)[found]
 
     is_best = np.zeros_like(finds)
     if len(finds):
         is_best[scores.argmax(axis=0)[found], np.flatnonzero(found)] = True
-    late = picture.scores[np.nonzero(finds & ~is_best)[0]]
+    late = image.scores[np.nonzero(finds & ~is_best)[0]]
 
     # A group that is small counts twice, as in the reference.
-    ignored = picture.void_sizes + overlaps[:, picture.is_group].sum(axis=1)
-    ignored = ignored + overlaps[:, picture.sizes < _MIN_SIZE].sum(axis=1)
-    alone = ~matches.any(axis=1) & (ignored / np.maximum(picture.pred_sizes, 1) <= threshold)
-    scores = np.concatenate([right, late, picture.scores[alone]])
+    ignored = image.void_sizes + overlaps[:, image.is_group].sum(axis=1)
+    ignored = ignored + overlaps[:, image.sizes < _MIN_SIZE].sum(axis=1)
+    alone = ~matches.any(axis=1) & (ignored / np.maximum(image.pred_sizes, 1) <= threshold)
+    scores = np.concatenate([right, late, image.scores[alone]])
     return np.arange(len(scores)) < len(right), scores
 
 

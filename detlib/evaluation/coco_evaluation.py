@@ -49,7 +49,7 @@ class COCOEvaluator(DatasetEvaluator):
 
     The metric is faster-coco-eval's, whose numbers are those of pycocotools. Where boxes are rotated, in the
     ground truth or in the predictions, their overlap is that of the rotated rectangles. The ground truth is
-    the data set's `json_file` if its metadata names one, else the registered data set, converted; it is read
+    the dataset's `json_file` if its metadata names one, else the registered dataset, converted; it is read
     anew for each evaluator, so it is never out of date.
 
     Args:
@@ -60,9 +60,9 @@ class COCOEvaluator(DatasetEvaluator):
         output_dir: folder for `instances_predictions.pth`, `coco_instances_results.json` (in COCO's result
             format) or `box_proposals.pkl`, and for ground truth that was converted. Image ids that are no
             whole numbers from 0 to 2^53 are numbers from 1 in the JSON files, the same in both.
-        max_dets_per_image: so many detections of a picture count, the best first; default 100.
+        max_dets_per_image: so many detections of an image count, the best first; default 100.
         use_fast_impl: if False, use pycocotools.
-        kpt_oks_sigmas: one number for each keypoint; by default those of the data set's metadata
+        kpt_oks_sigmas: one number for each keypoint; by default those of the dataset's metadata
             (`keypoint_oks_sigmas`), or COCO's for 17 keypoints.
         allow_cached_coco: accepted for compatibility. Nothing is taken from earlier runs in any case.
     """
@@ -167,14 +167,14 @@ class COCOEvaluator(DatasetEvaluator):
                 self._predictions.append(prediction)
 
     def _to_json(self, instances: Any, img_id: Any) -> list[dict]:
-        """Converts one picture's instances to COCO's result format, with class indices as category ids."""
+        """Converts one image's instances to COCO's result format, with class indices as category ids."""
         return instances_to_coco_json(instances, img_id)
 
     def evaluate(self, img_ids: Sequence[Any] | None = None) -> dict[str, dict[str, float]]:
         """Computes the metrics of all that was taken in.
 
         Args:
-            img_ids: evaluate on the pictures with these ids only; all by default.
+            img_ids: evaluate on the images with these ids only; all by default.
 
         Returns:
             A dict of "bbox", "segm" and "keypoints", each with "AP", "AP50", "AP75", "APs", "APm", "APl" and
@@ -338,7 +338,7 @@ class COCOEvaluator(DatasetEvaluator):
             raise ValueError(
                 f"The model has predicted class {class_index}, but dataset {self._dataset_name!r} has the "
                 f"{len(category_ids)} classes {', '.join(map(str, sorted(category_ids)[:100]))}. Is "
-                "NUM_CLASSES of the model right, and is it the data set that it was trained for?"
+                "NUM_CLASSES of the model right, and is it the dataset that it was trained for?"
             )
         return category_ids[class_index]
 
@@ -354,7 +354,7 @@ class COCOEvaluator(DatasetEvaluator):
         most = max(len(prediction["instances"]) for prediction in predictions)
         if self._max_dets_per_image is None and most > self._DEFAULT_MAX_DETS:
             self._logger.warning(
-                "There are pictures with up to %d detections, of which the best %d count. Pass "
+                "There are images with up to %d detections, of which the best %d count. Pass "
                 "max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE to the evaluator to let all count.",
                 most,
                 self._DEFAULT_MAX_DETS,
@@ -427,13 +427,13 @@ def evaluate_box_proposals(
 ) -> dict[str, float]:
     """Computes the average recall over the IoU thresholds 0.5, 0.55, ..., 0.95, classes aside.
 
-    In each picture proposals and ground truth boxes are paired off one by one, the pair of highest IoU first.
+    In each image proposals and ground truth boxes are paired off one by one, the pair of highest IoU first.
 
     Args:
         predictions: dicts of `image_id` and `proposals`: Instances with `proposal_boxes` and
             `objectness_logits`.
         ground_truth: boxes of crowds are left out.
-        limits: so many proposals of a picture count, the best first.
+        limits: so many proposals of an image count, the best first.
 
     Returns:
         "AR@100", "ARs@100", "ARm@100", "ARl@100" and so on for each limit, in percent; nan where there is

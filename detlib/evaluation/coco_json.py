@@ -19,13 +19,13 @@ _HIGHEST_ID = 2**53  # faster-coco-eval passes ids on as float64
 
 
 def instances_to_coco_json(instances: Instances, img_id: Any) -> list[dict]:
-    """Converts one picture's predictions to COCO's result format (https://cocodataset.org/#format-results).
+    """Converts one image's predictions to COCO's result format (https://cocodataset.org/#format-results).
 
     Args:
         instances: with `pred_boxes`, `scores` and `pred_classes`, and if there are, `pred_masks` (N, H, W)
             bool (or `ROIMasks`, which are pasted on the way, or a list of RLE dicts) and `pred_keypoints`
             (N, K, 3), with x and y that become COCO's pixel indices (0.5 less).
-        img_id: the picture's id.
+        img_id: the image's id.
 
     Returns:
         One dict for each instance: `image_id`, `category_id` (the class index), `bbox` (XYWH, or center x,
@@ -73,12 +73,12 @@ def _encode_masks(instances: Instances) -> list[dict]:
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """The annotations of a data set, in COCO's format and complete.
+    """The annotations of a dataset, in COCO's format and complete.
 
     Attributes:
         coco: `images`, `categories` and `annotations`, where each annotation has `id` (from 1), `area` and
             `iscrowd`, and image ids are whole numbers.
-        image_numbers: from the data set's image ids, which may be anything, to the numbers in `coco`.
+        image_numbers: from the dataset's image ids, which may be anything, to the numbers in `coco`.
         has_annotations: False for a test set, whose annotations are not known.
     """
 
@@ -103,7 +103,7 @@ class GroundTruth:
 
 
 def load_ground_truth(dataset_name: str, metadata: Metadata) -> GroundTruth:
-    """Reads `metadata.json_file`, or where there is none converts the registered data set."""
+    """Reads `metadata.json_file`, or where there is none converts the registered dataset."""
     json_file = metadata.get("json_file")
     return complete_ground_truth(
         read_coco_json(json_file) if json_file else convert_to_coco_dict(dataset_name)
@@ -138,7 +138,7 @@ def complete_ground_truth(coco: dict) -> GroundTruth:
             complete["segmentation"] = _good_mask(annotation.get("segmentation"))
         if not _is_area(complete.get("area")):
             complete["area"] = _area(complete, *sizes[image_id])
-        if num_values:  # of no keypoints is the same as of none that is labelled
+        if num_values:  # of no keypoints is the same as of none that is labeled
             complete["keypoints"] = annotation.get("keypoints") or [0] * num_values
             complete.setdefault("num_keypoints", sum(v > 0 for v in complete["keypoints"][2::3]))
         annotations.append(complete)

@@ -201,11 +201,11 @@ def make_rotated_iou(annotations: list[dict], results: list[dict], max_dets: int
     Args:
         annotations: the ground truth's, in COCO's format.
         results: the predictions, likewise.
-        max_dets: so many detections of a picture and category count, the best first.
+        max_dets: so many detections of an image and category count, the best first.
 
     Returns:
-        A function of image id and category id. It gives (D, G) float64, the detections by falling score, or
-        an empty list where there are none of one kind.
+        A function of image id and category id. It gives (D, G) float64, the detections by descending score,
+        or an empty list where there are none of one kind.
     """
     gts, dts = by_image_and_category(annotations), by_image_and_category(results)
 
@@ -236,7 +236,7 @@ def keypoint_similarity(
 ) -> np.ndarray:
     """COCO's object keypoint similarity (https://cocodataset.org/#keypoints-eval).
 
-    Objects without a labelled keypoint, which do not count, are compared by how far the keypoints lie outside
+    Objects without a labeled keypoint, which do not count, are compared by how far the keypoints lie outside
     their box, taken three times as large.
 
     Args:
@@ -272,12 +272,12 @@ def make_keypoint_similarity(
     Args:
         annotations: the ground truth's, in COCO's format.
         results: the predictions, likewise.
-        max_dets: so many detections of a picture and category count, the best first.
+        max_dets: so many detections of an image and category count, the best first.
         sigmas: one number for each keypoint.
 
     Returns:
-        A function of image id and category id. It gives (D, G) float64, the detections by falling score, or
-        an empty list where there are none of one kind.
+        A function of image id and category id. It gives (D, G) float64, the detections by descending score,
+        or an empty list where there are none of one kind.
     """
     gts, dts = by_image_and_category(annotations), by_image_and_category(results)
     sigmas = np.asarray(sigmas, dtype=np.float64)
@@ -314,10 +314,10 @@ def evaluate_coco(
         coco_gt: from `make_coco_api`, with the same `fast`.
         results: predictions in COCO's result format; at least one.
         task: "bbox", "segm" or "keypoints".
-        max_dets: limits of detections in a picture; AP counts with the highest. Default: 1, 10, 100, and 20
+        max_dets: limits of detections in an image; AP counts with the highest. Default: 1, 10, 100, and 20
             for keypoints.
         kpt_oks_sigmas: one number for each keypoint; default: those of COCO's 17.
-        img_ids: evaluate on these pictures only.
+        img_ids: evaluate on these images only.
         fast: use faster-coco-eval, else pycocotools. The numbers are the same.
         rotated: whether overlaps of boxes are those of rotated boxes; only for the task "bbox".
     """

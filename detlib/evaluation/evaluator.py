@@ -1,4 +1,4 @@
-"""What an evaluator is, and the loop that runs a model over a data set for it."""
+"""What an evaluator is, and the loop that runs a model over a dataset for it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SECONDS_BETWEEN_REPORTS = 5.0
 
 
 class DatasetEvaluator:
-    """Collects what a model returns for the pictures of a data set, and computes metrics of it in the end.
+    """Collects what a model returns for the images of a dataset, and computes metrics of it in the end.
 
     Subclasses override what they need of the three methods.
     """
@@ -99,9 +99,9 @@ def inference_on_dataset(
     evaluator: DatasetEvaluator | list[DatasetEvaluator] | tuple[DatasetEvaluator, ...] | None,
     callbacks: Mapping[str, Callable[[], Any]] | None = None,
 ) -> dict[str, Any]:
-    """Runs a model over a data set without gradients and evaluates what it returns.
+    """Runs a model over a dataset without gradients and evaluates what it returns.
 
-    The log says how far it is, the time left, and in the end the time for a picture on each device, as model
+    The log says how far it is, the time left, and in the end the time for an image on each device, as model
     zoos have it: in all, and for the model alone ("pure compute"). The first batches, up to five, are left
     out of these times.
 
@@ -195,7 +195,7 @@ class _Progress:
     def _per_image(self) -> str:
         images = max(self.images, 1)
         times = ", ".join(f"{key} {value / images:.4f}" for key, value in self.seconds.items())
-        return f"Seconds a picture: {sum(self.seconds.values()) / images:.4f} ({times})"
+        return f"Seconds an image: {sum(self.seconds.values()) / images:.4f} ({times})"
 
     def finish(self) -> None:
         images = max(self.images, 1)
@@ -204,7 +204,7 @@ class _Progress:
             ("Pure compute time", self.seconds["model"]),
         ):
             logger.info(
-                "%s: %s (%.6f s / im on each device, on %d devices, over %d pictures here, warm-up left out)",
+                "%s: %s (%.6f s / im on each device, on %d devices, over %d images here, warm-up left out)",
                 what,
                 datetime.timedelta(seconds=int(seconds)),
                 seconds / images,

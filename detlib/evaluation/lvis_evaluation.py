@@ -43,11 +43,11 @@ class LVISEvaluator(COCOEvaluator):
         distributed: gather the predictions of all processes into the main one.
         output_dir: folder for `instances_predictions.pth`, `lvis_instances_results.json` (in COCO's result
             format) or `box_proposals.pkl`.
-        max_dets_per_image: so many detections of a picture count, the best first, all classes together;
+        max_dets_per_image: so many detections of an image count, the best first, all classes together;
             default 300, negative for all.
 
     Raises:
-        ValueError: the data set has no annotation file, or a task is unknown.
+        ValueError: the dataset has no annotation file, or a task is unknown.
         FileNotFoundError: the annotation file does not exist.
     """
 
@@ -68,14 +68,14 @@ class LVISEvaluator(COCOEvaluator):
         if not self._metadata.get("json_file"):
             raise ValueError(
                 f"LVISEvaluator: dataset {dataset_name!r} has no 'json_file' in its metadata; the metric "
-                "needs the annotation file to know which categories each picture was searched for."
+                "needs the annotation file to know which categories each image was searched for."
             )
 
     def evaluate(self, img_ids: Sequence[int] | None = None) -> dict[str, dict[str, float]]:
         """Computes the metrics of all that was taken in.
 
         Args:
-            img_ids: evaluate on the pictures with these ids only; all by default.
+            img_ids: evaluate on the images with these ids only; all by default.
 
         Returns:
             A dict of "bbox" and "segm", each with "AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc" and
@@ -129,7 +129,7 @@ class LvisScores(CocoScores):
 
 
 def keep_best_per_image(results: list[dict], limit: int) -> list[dict]:
-    """Returns the results without those of a picture that come after its `limit` best, all classes together.
+    """Returns the results without those of an image that come after its `limit` best, all classes together.
 
     Of equal scores the earlier comes first. A negative limit keeps all.
     """
@@ -154,19 +154,19 @@ def evaluate_lvis(
 ) -> LvisScores:
     """Evaluates predictions by LVIS's metric.
 
-    In a picture, only categories count that are annotated in it or among its `neg_category_ids`. Of those in
+    In an image, only categories count that are annotated in it or among its `neg_category_ids`. Of those in
     `not_exhaustive_category_ids`, detections that match nothing are not held to be wrong.
 
-    The work is done by faster-coco-eval, category by category, on the pictures that matter to it: there are
-    millions of pairs of a picture and a category, nearly all of them empty.
+    The work is done by faster-coco-eval, category by category, on the images that matter to it: there are
+    millions of pairs of an image and a category, nearly all of them empty.
 
     Args:
         lvis: ground truth in LVIS's format. Crowds are unknown to it; `iscrowd` is not looked at.
         results: predictions in COCO's result format, with category ids.
         task: "bbox" or "segm".
-        max_dets: so many detections of a picture count, the best first, all categories together; negative
+        max_dets: so many detections of an image count, the best first, all categories together; negative
             for all.
-        img_ids: evaluate on these pictures only.
+        img_ids: evaluate on these images only.
     """
     images = {image["id"]: image for image in lvis["images"]}
     if img_ids is not None:

@@ -30,7 +30,7 @@ class _GroundTruth:
 
     Attributes:
         coco: "categories" (with "id", "name", "isthing"), and "images".
-        annotations: from image id to the segments ("id", "category_id" of the data set, "iscrowd") and the
+        annotations: from image id to the segments ("id", "category_id" of the dataset, "iscrowd") and the
             path of the PNG with their ids.
     """
 
@@ -39,7 +39,7 @@ class _GroundTruth:
 
 
 class _CategoryIds:
-    """The data set's ids of things and stuff, from the contiguous ids of models.
+    """The dataset's ids of things and stuff, from the contiguous ids of models.
 
     Without maps in the metadata, things are numbered from 1, and stuff after them.
     """
@@ -58,7 +58,7 @@ class _CategoryIds:
         ids = self._maps[bool(isthing)]
         if category not in ids:
             raise ValueError(
-                f"{where}: a segment has the category_id {category}; the data set has {len(ids)} kinds of "
+                f"{where}: a segment has the category_id {category}; the dataset has {len(ids)} kinds of "
                 f"{'things' if isthing else 'stuff'} ({min(ids, default=None)} to {max(ids, default=None)})."
             )
         return ids[category]
@@ -76,10 +76,10 @@ class COCOPanopticEvaluator(DatasetEvaluator):
     """Computes panoptic quality (arXiv:1801.00868): PQ, and its factors SQ and RQ, in percent.
 
     PQ is the mean over all categories that occur, PQ_th over things, PQ_st over stuff; so with SQ and RQ.
-    Pictures are compared as they come, so that nothing is kept but sums.
+    Images are compared as they come, so that nothing is kept but sums.
 
-    The truth is the `panoptic_json` and `panoptic_root` of the data set's metadata; without these, it is what
-    the data set's dicts have under "pan_seg_file_name" and "segments_info" (with contiguous ids, see
+    The truth is the `panoptic_json` and `panoptic_root` of the dataset's metadata; without these, it is what
+    the dataset's dicts have under "pan_seg_file_name" and "segments_info" (with contiguous ids, see
     `load_coco_panoptic_json`).
 
     Args:
@@ -112,7 +112,7 @@ class COCOPanopticEvaluator(DatasetEvaluator):
 
     @functools.cached_property
     def _places(self) -> dict[int, int]:
-        """Places of the categories in the sums, by the data set's ids."""
+        """Places of the categories in the sums, by the dataset's ids."""
         return {category["id"]: i for i, category in enumerate(self._truth.coco["categories"])}
 
     def reset(self) -> None:
@@ -140,7 +140,7 @@ class COCOPanopticEvaluator(DatasetEvaluator):
             where = f"the prediction for {image['file_name']!r}"
             if segments is None:
                 ids, segments = self._segments_from_ids(ids)
-            # Without "isthing", a category is the data set's own already.
+            # Without "isthing", a category is the dataset's own already.
             categories = [
                 self._ids.to_dataset(x["category_id"], x["isthing"], where)
                 if x.get("isthing") is not None
@@ -155,7 +155,7 @@ class COCOPanopticEvaluator(DatasetEvaluator):
             )
             if self._stats is None:
                 self._stats = PanopticStats(len(self._places))
-            self._stats.add_picture(self._true_segments(image["image_id"], where), pred)
+            self._stats.add_image(self._true_segments(image["image_id"], where), pred)
             annotation = {"image_id": image["image_id"], "file_name": _png_name(image["file_name"])}
             if self._output_dir:
                 annotation["segments_info"] = [
@@ -217,7 +217,7 @@ class COCOPanopticEvaluator(DatasetEvaluator):
         missing = self._truth.annotations.keys() - {x["image_id"] for x in predictions}
         if missing:
             self._logger.warning(
-                "%d of %d pictures of %s have no prediction; all their segments count as missed.",
+                "%d of %d images of %s have no prediction; all their segments count as missed.",
                 len(missing),
                 len(self._truth.annotations),
                 self._dataset_name,
@@ -273,7 +273,7 @@ def _read_truth(json_file: str, folder: str) -> _GroundTruth:
 
 
 def _convert_truth(dataset_name: str, metadata: Metadata, ids: _CategoryIds) -> _GroundTruth:
-    """The truth from a data set's dicts."""
+    """The truth from a dataset's dicts."""
     annotations, images = {}, []
     for record in DatasetCatalog.get(dataset_name):
         if "pan_seg_file_name" not in record or "segments_info" not in record:

@@ -1,4 +1,4 @@
-"""Panoptic quality (arXiv:1801.00868): matching of segments in one picture, and the sums over pictures."""
+"""Panoptic quality (arXiv:1801.00868): matching of segments in one image, and the sums over images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["PanopticStats", "Segments"]
 
 @dataclass(frozen=True)
 class Segments:
-    """A picture's segments.
+    """An image's segments.
 
     Attributes:
         ids: (H, W) integers, the segment of each pixel; 0 for none.
@@ -59,7 +59,7 @@ class Segments:
 
 @dataclass
 class PanopticStats:
-    """Sums over pictures, of each category.
+    """Sums over images, of each category.
 
     Attributes:
         num_categories: K.
@@ -84,8 +84,8 @@ class PanopticStats:
             setattr(total, name, getattr(self, name) + getattr(other, name))
         return total
 
-    def add_picture(self, truth: Segments, pred: Segments) -> None:
-        """Match a picture's segments and count them.
+    def add_image(self, truth: Segments, pred: Segments) -> None:
+        """Match an image's segments and count them.
 
         A pair of one category matches when its IoU is above 0.5, where pixels without truth do not count;
         there is one partner at most. Crowd regions are no truth to be found; a prediction that matches
@@ -103,12 +103,12 @@ class PanopticStats:
         overlap = np.bincount(pairs.ravel(), minlength=(num_true + 1) * (num_pred + 1))
         overlap = overlap.reshape(num_true + 1, num_pred + 1)
         true_areas, pred_areas = overlap.sum(axis=1)[1:], overlap.sum(axis=0)[1:]
-        unlabelled, overlap = overlap[0, 1:], overlap[1:, 1:]
+        unlabeled, overlap = overlap[0, 1:], overlap[1:, 1:]
 
         true_kinds, pred_kinds = np.array(truth.categories, int), np.array(pred.categories, int)
         is_crowd = np.array(truth.is_crowd or [False] * num_true, bool)
         same_kind = true_kinds[:, None] == pred_kinds
-        union = true_areas[:, None] + pred_areas - overlap - unlabelled
+        union = true_areas[:, None] + pred_areas - overlap - unlabeled
         iou = overlap / np.maximum(union, 1)
         match = (iou > 0.5) & same_kind & ~is_crowd[:, None]
         rows, columns = match.nonzero()
@@ -117,12 +117,12 @@ class PanopticStats:
 
         is_missed = ~match.any(axis=1) & ~is_crowd & (true_areas > 0)
         np.add.at(self.missed, true_kinds[is_missed], 1)
-        excused = unlabelled + (overlap * (same_kind & is_crowd[:, None])).sum(axis=0)
+        excused = unlabeled + (overlap * (same_kind & is_crowd[:, None])).sum(axis=0)
         is_wrong = ~match.any(axis=0) & (pred_areas > 0) & (2 * excused <= pred_areas)
         np.add.at(self.wrong, pred_kinds[is_wrong], 1)
 
     def miss(self, categories: Sequence[int], is_crowd: Sequence[bool]) -> None:
-        """Count a picture without a prediction: all its segments are missed."""
+        """Count an image without a prediction: all its segments are missed."""
         for category, crowd in zip(categories, is_crowd):
             self.missed[category] += not crowd
 

@@ -27,7 +27,7 @@ _THRESHOLDS = np.arange(50, 100, 5)
 
 @dataclass(frozen=True)
 class _Truth:
-    """The objects of one class in one picture: boxes (G, 4) float64 XYXY; which are difficult, (G,) bool."""
+    """The objects of one class in one image: boxes (G, 4) float64 XYXY; which are difficult, (G,) bool."""
 
     boxes: np.ndarray
     difficult: np.ndarray
@@ -38,8 +38,8 @@ class _Ranking:
     """All detections of one class, the best first.
 
     Attributes:
-        overlap: (N,) IoU with the object that each overlaps most; 0 where its picture has none.
-        object_index: (N,) which object that is, counted over all pictures.
+        overlap: (N,) IoU with the object that each overlaps most; 0 where its image has none.
+        object_index: (N,) which object that is, counted over all images.
         difficult: (N,) whether that object is difficult.
         num_objects: how many objects are to be found, without the difficult ones.
     """
@@ -57,11 +57,11 @@ class PascalVOCDetectionEvaluator(DatasetEvaluator):
     ..., 0.95, all in percent. For the year 2007 the precision is averaged at the recalls 0, 0.1, ..., 1;
     otherwise it is the area under the curve. Difficult objects (whose annotation has "difficult" or
     "iscrowd") need not be found, and detections of them do not count. A class that has no other objects in
-    the data set has nan and is left out of the means.
+    the dataset has nan and is left out of the means.
 
     Args:
         dataset_name: a registered name or an address; its metadata has `thing_classes`, and `year` if the
-            metric of 2007 is wanted. Nothing is read from files but the data set itself.
+            metric of 2007 is wanted. Nothing is read from files but the dataset itself.
     """
 
     def __init__(self, dataset_name: str) -> None:
@@ -74,7 +74,7 @@ class PascalVOCDetectionEvaluator(DatasetEvaluator):
 
     @functools.cached_property
     def _truth(self) -> dict[str, dict[int, _Truth]]:
-        """The objects by picture, in the data set's order, and by class."""
+        """The objects by image, in the dataset's order, and by class."""
         return {
             str(record["image_id"]): _by_class(record) for record in DatasetCatalog.get(self._dataset_name)
         }
@@ -115,10 +115,10 @@ class PascalVOCDetectionEvaluator(DatasetEvaluator):
         unknown = [image_id for image_id, *_ in predictions if image_id not in places]
         if unknown:
             raise ValueError(
-                f"There are detections of {unknown[0]!r}, which is no picture of dataset "
+                f"There are detections of {unknown[0]!r}, which is no image of dataset "
                 f"{self._dataset_name!r}."
             )
-        # Equal scores are ranked by the data set's order, whatever order the pictures came in.
+        # Equal scores are ranked by the dataset's order, whatever order the images came in.
         predictions.sort(key=lambda prediction: places[prediction[0]])
         table = np.full((len(self._class_names), len(_THRESHOLDS)), np.nan)
         for index in range(len(self._class_names)):
@@ -131,7 +131,7 @@ class PascalVOCDetectionEvaluator(DatasetEvaluator):
 
     def _rank(self, index: int, predictions: list[tuple]) -> _Ranking:
         """Ranks the detections of a class and finds the object that each overlaps most."""
-        # Numbers of the objects of each picture begin here.
+        # Numbers of the objects of each image begin here.
         starts, number, to_find = {}, 0, 0
         for image_id, classes in self._truth.items():
             if index in classes:

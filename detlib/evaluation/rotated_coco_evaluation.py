@@ -36,7 +36,7 @@ class RotatedCOCOEvaluator(COCOEvaluator):
             )
 
     def instances_to_json(self, instances: Instances, img_id: Any) -> list[dict]:
-        """Converts one picture's boxes to COCO's result format, see `instances_to_coco_json`."""
+        """Converts one image's boxes to COCO's result format, see `instances_to_coco_json`."""
         fields = {name: instances.get(name) for name in ("pred_boxes", "scores", "pred_classes")}
         return instances_to_coco_json(Instances(instances.image_size, **fields), img_id)
 

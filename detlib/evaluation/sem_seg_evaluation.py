@@ -24,26 +24,26 @@ from detlib.utils.logger import create_small_table
 
 __all__ = ["SemSegEvaluator", "load_image_into_numpy_array"]
 
-# Boundary IoU looks at the pixels this near to an outline, as a fraction of the picture's diagonal.
+# Boundary IoU looks at the pixels this near to an outline, as a fraction of the image's diagonal.
 _BOUNDARY_WIDTH = 0.02
 
 
 def load_image_into_numpy_array(filename: str, copy: bool = False, dtype: Any = None) -> np.ndarray:
-    """Reads a picture as it is, say a PNG of labels: (H, W) or (H, W, C).
+    """Reads an image as it is, say a PNG of labels: (H, W) or (H, W, C).
 
     Args:
-        filename: path of the picture.
+        filename: path of the image.
         copy: whether the array must be writable.
-        dtype: type of the values; the picture's own by default.
+        dtype: type of the values; the image's own by default.
     """
     with PathManager.open(filename, "rb") as file, Image.open(file) as image:
         return np.array(image, dtype=dtype) if copy else np.asarray(image, dtype=dtype)
 
 
 class SemSegEvaluator(DatasetEvaluator):
-    """Computes the metrics of semantic segmentation over a data set with "sem_seg_file_name".
+    """Computes the metrics of semantic segmentation over a dataset with "sem_seg_file_name".
 
-    The results, in percent, where a class's pixels are counted over all pictures and pixels with the ignored
+    The results, in percent, where a class's pixels are counted over all images and pixels with the ignored
     label are left out:
 
     * mIoU, IoU-{class}: intersection over union; fwIoU: its mean weighted by how frequent classes are.
@@ -64,7 +64,7 @@ class SemSegEvaluator(DatasetEvaluator):
         ignore_label: deprecated; overrides the metadata's.
 
     Raises:
-        ValueError: the data set has no label maps or no `stuff_classes`, or `num_classes` is another number.
+        ValueError: the dataset has no label maps or no `stuff_classes`, or `num_classes` is another number.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class SemSegEvaluator(DatasetEvaluator):
 
     @functools.cached_property
     def _gt_files(self) -> dict[str, str]:
-        """Paths of the label maps by those of the pictures."""
+        """Paths of the label maps by those of the images."""
         records = DatasetCatalog.get(self._dataset_name)
         files = {x["file_name"]: x["sem_seg_file_name"] for x in records if "sem_seg_file_name" in x}
         if not files:
@@ -146,10 +146,10 @@ class SemSegEvaluator(DatasetEvaluator):
                 self._predictions.extend(self.encode_json_sem_seg(pred, name))
 
     def _load_labels(self, file_name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """Returns the truth of a picture, (H, W) int64, with `num_classes` for pixels without a label."""
+        """Returns the truth of an image, (H, W) int64, with `num_classes` for pixels without a label."""
         if file_name not in self._gt_files:
             raise ValueError(
-                f"SemSegEvaluator: dataset {self._dataset_name!r} has no label map for the picture "
+                f"SemSegEvaluator: dataset {self._dataset_name!r} has no label map for the image "
                 f"{file_name!r}."
             )
         path = self._gt_files[file_name]
@@ -203,10 +203,10 @@ class SemSegEvaluator(DatasetEvaluator):
 
         Args:
             sem_seg: (H, W) integer classes.
-            input_file_name: the picture's file.
+            input_file_name: the image's file.
 
         Returns:
-            One dict for each class that occurs: "file_name", "category_id" (the data set's own id, where the
+            One dict for each class that occurs: "file_name", "category_id" (the dataset's own id, where the
             metadata has `stuff_dataset_id_to_contiguous_id`) and "segmentation" (compressed RLE).
         """
         labels = np.unique(sem_seg).tolist()
@@ -228,7 +228,7 @@ class SemSegEvaluator(DatasetEvaluator):
 
 
 def _near_outlines(labels: np.ndarray) -> np.ndarray:
-    """Which pixels have one of another class, or the picture's edge, in the square window around them.
+    """Which pixels have one of another class, or the image's edge, in the square window around them.
 
     This is, for all classes at once, what an erosion takes off the class's mask.
 

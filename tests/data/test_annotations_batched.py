@@ -1,4 +1,4 @@
-"""Annotations of a picture transformed together must equal those transformed one by one, to the last bit."""
+"""Annotations of an image transformed together must equal those transformed one by one, to the last bit."""
 
 import copy
 
@@ -19,7 +19,7 @@ CHAINS = {
     "flip twice": [T.HFlipTransform(80), T.HFlipTransform(80), T.VFlipTransform(60)],
     "crop": [T.ResizeTransform(60, 80, 77, 91), T.CropTransform(11, 9, 50, 40), T.HFlipTransform(50)],
     "extent and pad": [T.ExtentTransform((3, 4, 61, 47), (39, 51)), T.PadTransform(3, 4, 5, 6)],
-    "scale and colours": [
+    "scale and colors": [
         T.ScaleTransform(60, 80, 33, 44, "bilinear"),
         T.BlendTransform(1, 0.5, 0.5),
         T.ColorTransform(np.abs),
@@ -150,7 +150,7 @@ def test_missing_keys_and_flips_are_left_alone():
 
 
 def test_mapper_takes_both_ways():
-    """One odd instance sends all of a picture the other way; the figures of the rest stay."""
+    """One odd instance sends all of an image the other way; the figures of the rest stay."""
     mapper = DatasetMapper(
         True,
         augmentations=[],

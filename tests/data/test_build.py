@@ -27,7 +27,7 @@ def annotation(category_id=0, **kwargs):
 
 @pytest.fixture
 def records(tmp_path):
-    """Twelve pictures, every third one high and the others wide, with one object each."""
+    """Twelve images, every third one high and the others wide, with one object each."""
     made = []
     for i in range(12):
         height, width = (16, 12) if i % 3 == 0 else (12, 16)
@@ -249,7 +249,7 @@ def test_iterable_dataset(records):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("grouping", [True, False])
-def test_a_broken_picture_is_named(records, register, workers, grouping):
+def test_a_broken_image_is_named(records, register, workers, grouping):
     name = register("build_broken", records, thing_classes=["a", "b"])
     path = records[4]["file_name"]
     with open(path, "r+b") as f:
@@ -300,8 +300,8 @@ def test_empty_images_are_dropped_and_it_is_said(records, register, caplog):
     (line,) = [r.message for r in caplog.records if "FILTER_EMPTY" in r.message]
     assert "DATALOADER.FILTER_EMPTY_ANNOTATIONS: dropped 2 of 14 images" in line and "12 are left" in line
     assert len(B.get_detection_dataset_dicts(name, filter_empty=False)) == 14
-    unlabelled = [{k: v for k, v in record.items() if k != "annotations"} for record in records]
-    assert len(B.get_detection_dataset_dicts(register("build_unlabelled", unlabelled))) == 12
+    unlabeled = [{k: v for k, v in record.items() if k != "annotations"} for record in records]
+    assert len(B.get_detection_dataset_dicts(register("build_unlabeled", unlabeled))) == 12
 
 
 def test_nothing_left_is_an_error(records, register):

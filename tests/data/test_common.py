@@ -142,7 +142,7 @@ def test_aspect_ratio_groups():
         [{"width": w, "height": h, "id": i} for i, (w, h) in enumerate(sizes)], 2
     )
     assert [[d["id"] for d in batch] for batch in dataset] == [[1, 2], [0, 3], [5, 6]]
-    # A new iteration starts with empty groups: picture 4, which was left over, does not come first.
+    # A new iteration starts with empty groups: image 4, which was left over, does not come first.
     assert [[d["id"] for d in batch] for batch in dataset] == [[1, 2], [0, 3], [5, 6]]
 
 

@@ -210,15 +210,15 @@ def test_wrong_size_is_named(record):
 def test_label_maps_with_a_palette_and_of_many_classes(record, tmp_path):
     mapper = DatasetMapper(True, augmentations=FLIP_AND_DOUBLE, image_format="RGB")
     labels = np.random.default_rng(1).integers(0, 5, (20, 30), dtype=np.uint8)
-    picture = Image.fromarray(labels).convert("P")
-    picture.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0, 9, 9, 9, 200, 1, 2])
-    picture.save(tmp_path / "seg.png")
+    image = Image.fromarray(labels).convert("P")
+    image.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0, 9, 9, 9, 200, 1, 2])
+    image.save(tmp_path / "seg.png")
     expected = labels[:, ::-1].repeat(2, axis=0).repeat(2, axis=1)
     np.testing.assert_array_equal(mapper(record)["sem_seg"].numpy(), expected)
     Image.fromarray(labels.astype(np.uint16) * 100).save(tmp_path / "seg.png")
     np.testing.assert_array_equal(mapper(record)["sem_seg"].numpy(), expected.astype(int) * 100)
     Image.fromarray(labels[:10]).save(tmp_path / "seg.png")
-    with pytest.raises(ValueError, match=r"seg.png has \(height, width\) = \(10, 30\), its picture .*a.png"):
+    with pytest.raises(ValueError, match=r"seg.png has \(height, width\) = \(10, 30\), its image .*a.png"):
         mapper(record)
 
 
@@ -251,7 +251,7 @@ def test_subclasses_may_make_the_instances(record):
     assert "annotations" not in got and got["seen"] == 3
     assert got["instances"].gt_classes.tolist() == [7, 7]
     assert torch.equal(got["instances"].gt_boxes.tensor, want["instances"].gt_boxes.tensor)
-    assert str(record) == str(before)  # the data set's own annotations
+    assert str(record) == str(before)  # the dataset's own annotations
 
     got = CountingMapper(True, **args)(record)
     assert "annotations" not in got and got["instances"].number.tolist() == [0, 1]

@@ -1,4 +1,4 @@
-"""Reading pictures, transforming annotations, Instances, and the tools that read a config."""
+"""Reading images, transforming annotations, Instances, and the tools that read a config."""
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -43,9 +43,9 @@ def test_read_image_formats(tmp_path, rgb):
     np.testing.assert_array_equal(utils.read_image(path, "RGB"), rgb)
     np.testing.assert_array_equal(utils.read_image(path), rgb)
     np.testing.assert_array_equal(utils.read_image(path, "BGR"), rgb[:, :, ::-1])
-    grey = utils.read_image(path, "L")
-    assert grey.shape == (20, 30, 1)
-    np.testing.assert_array_equal(grey[:, :, 0], np.asarray(Image.fromarray(rgb).convert("L")))
+    gray = utils.read_image(path, "L")
+    assert gray.shape == (20, 30, 1)
+    np.testing.assert_array_equal(gray[:, :, 0], np.asarray(Image.fromarray(rgb).convert("L")))
     yuv = utils.read_image(path, "YUV-BT.601")
     scaled = rgb / 255.0
     luma = 0.299 * scaled[..., 0] + 0.587 * scaled[..., 1] + 0.114 * scaled[..., 2]
@@ -62,8 +62,8 @@ def test_convert_image_to_rgb_is_the_way_back(rgb):
     for fmt, tolerance in [("RGB", 0), ("BGR", 0), ("YUV-BT.601", 0.02), ("HSV", 12), ("YCbCr", 4)]:
         back = utils.convert_image_to_rgb(utils.convert_PIL_to_numpy(image, fmt), fmt)
         assert np.abs(back.astype(float) - rgb).max() <= tolerance, fmt
-    grey = utils.convert_image_to_rgb(torch.from_numpy(rgb[:, :, :1].copy()), "L")
-    np.testing.assert_array_equal(grey, np.repeat(rgb[:, :, :1], 3, axis=2))
+    gray = utils.convert_image_to_rgb(torch.from_numpy(rgb[:, :, :1].copy()), "L")
+    np.testing.assert_array_equal(gray, np.repeat(rgb[:, :, :1], 3, axis=2))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_read_image_turns_by_exif(tmp_path, rgb, orientation, upright):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
-def test_size_in_the_header_is_that_of_the_upright_picture(tmp_path, rgb, suffix, orientation):
+def test_size_in_the_header_is_that_of_the_upright_image(tmp_path, rgb, suffix, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = str(tmp_path / f"a.{suffix}")
@@ -117,15 +117,15 @@ def test_values_that_8_bits_cannot_hold_are_refused(tmp_path, values):
 
 
 def test_label_maps_of_any_mode(tmp_path):
-    """Indices of a palette are labels, not the brightness of its colours."""
+    """Indices of a palette are labels, not the brightness of its colors."""
     labels = np.array([[0, 1, 2], [1, 0, 255]], dtype=np.uint8)
     with_palette = Image.fromarray(labels).convert("P")
     with_palette.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0] + [9] * 759)
-    grey = Image.fromarray(labels)
-    pictures = {"L": grey, "P": with_palette, "I;16": Image.fromarray(labels.astype(np.uint16))}
-    pictures |= {mode: grey.convert(mode) for mode in ("RGB", "RGBA", "LA")}
-    for mode, picture in pictures.items():
-        picture.save(tmp_path / "a.png")
+    gray = Image.fromarray(labels)
+    images = {"L": gray, "P": with_palette, "I;16": Image.fromarray(labels.astype(np.uint16))}
+    images |= {mode: gray.convert(mode) for mode in ("RGB", "RGBA", "LA")}
+    for mode, image in images.items():
+        image.save(tmp_path / "a.png")
         assert Image.open(tmp_path / "a.png").mode == mode
         read = utils.read_label_map(str(tmp_path / "a.png"))
         assert read.dtype == np.uint8 and read.tolist() == labels.tolist(), mode
@@ -134,21 +134,21 @@ def test_label_maps_of_any_mode(tmp_path):
     Image.fromarray(labels.astype(np.uint16) * 10).save(tmp_path / "a.png")
     assert utils.read_label_map(str(tmp_path / "a.png")).tolist() == [[0, 10, 20], [10, 0, 2550]]
     with_palette.convert("RGB").save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="label map .*a.png is in colour"):
+    with pytest.raises(ValueError, match="label map .*a.png is in color"):
         utils.read_label_map(str(tmp_path / "a.png"))
 
 
-def test_broken_exif_does_not_spoil_a_picture(tmp_path, rgb):
+def test_broken_exif_does_not_spoil_a_image(tmp_path, rgb):
     path = save(tmp_path / "a.png", rgb, exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\xff\x01\x12")
     np.testing.assert_array_equal(utils.read_image(path, "RGB"), rgb)
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
-def test_broken_picture_is_named(tmp_path, rgb, suffix):
+def test_broken_image_is_named(tmp_path, rgb, suffix):
     whole = tmp_path / f"whole.{suffix}"
     save(whole, rgb)
     data = whole.read_bytes()
-    for name, content in [("cut", data[: len(data) // 2]), ("empty", b""), ("text", b"not a picture")]:
+    for name, content in [("cut", data[: len(data) // 2]), ("empty", b""), ("text", b"not an image")]:
         path = tmp_path / f"{name}.{suffix}"
         path.write_bytes(content)
         with pytest.raises(utils.ImageReadError, match=f"{name}.{suffix}"):
@@ -216,7 +216,7 @@ def test_keypoints_are_moved_swapped_and_dropped():
     flip = T.TransformList([T.HFlipTransform(30), T.CropTransform(5, 0, 25, 20)])
     swap = [1, 0, 2, 3]
     out = utils.transform_keypoint_annotations(keypoints, flip, (20, 25), swap)
-    # x -> 30 - x - 5; the third leaves on the left, the fourth was not labelled.
+    # x -> 30 - x - 5; the third leaves on the left, the fourth was not labeled.
     np.testing.assert_allclose(out, [[15, 5, 1], [23, 4, 2], [0, 0, 0], [0, 0, 0]])
     twice = T.TransformList([T.HFlipTransform(30), T.HFlipTransform(30)])
     np.testing.assert_allclose(utils.transform_keypoint_annotations(keypoints, twice, (20, 30))[0], [2, 4, 2])
@@ -307,7 +307,7 @@ def test_metadata_tools(metadata):
 
 def test_crop_around_an_instance_holds_its_centre():
     np.random.seed(0)
-    anno = make_annotation()  # centre (7, 8)
+    anno = make_annotation()  # center (7, 8)
     for _ in range(200):
         crop = utils.gen_crop_transform_with_instance((6, 5), (20, 30), anno)
         assert crop.x0 <= 7 <= crop.x0 + 5 and crop.y0 <= 8 <= crop.y0 + 6

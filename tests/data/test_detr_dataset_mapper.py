@@ -33,7 +33,7 @@ def record(tmp_path):
 
 
 def test_plain_and_cropped(record):
-    """Half of the pictures go the second way, and boxes with them."""
+    """Half of the images go the second way, and boxes with them."""
     record, pixels = record
     crop = T.CropTransform(5, 4, 50, 40)
     mapper = DetrDatasetMapper([T.NoOpTransform()], [crop], is_train=True)
@@ -85,7 +85,7 @@ def test_the_shipped_policy(record):
         boxes = out["instances"].gt_boxes.tensor
         assert torch.all(boxes >= 0) and len(boxes) in (0, 1)
         ratios.add(round(out["image"].shape[2] / out["image"].shape[1], 1))
-    assert len(ratios) > 3  # crops have other shapes than the picture
+    assert len(ratios) > 3  # crops have other shapes than the image
     assert test(record)["image"].shape == (3, 800, 1067)
 
 

@@ -1,4 +1,4 @@
-"""Pictures made of several: what lies where, what is covered, and that a seed decides it."""
+"""Images made of several: what lies where, what is covered, and that a seed decides it."""
 
 import numpy as np
 import pytest
@@ -47,7 +47,7 @@ def test_copy_paste_covers_and_drops(monkeypatch):
     np.testing.assert_array_equal(out.annotations[3]["segmentation"], pasted)
 
 
-def test_copy_paste_cuts_a_larger_picture(monkeypatch):
+def test_copy_paste_cuts_a_larger_image(monkeypatch):
     monkeypatch.setattr(np.random, "randint", lambda *a, **k: 2)
     other = sample(200, [square(40, 30, 20, 7), square(70, 70, 9, 8)], size=(90, 90))
     out = CopyPaste(1.0)(sample(10, []), lambda: other)
@@ -56,14 +56,14 @@ def test_copy_paste_cuts_a_larger_picture(monkeypatch):
     assert (out.image[30:, 40:] == 200).all() and out.image.shape == (40, 50, 3)
 
 
-def test_mosaic_places_four_pictures(monkeypatch):
+def test_mosaic_places_four_images(monkeypatch):
     monkeypatch.setattr(np.random, "uniform", lambda *a: 0.5)
     parts = iter([sample(v, [square(0, 0, 10, v)], size=(32, 32)) for v in (20, 30, 40)])
     first = sample(10, [square(20, 22, 10, 10), square(0, 0, 10, 11)], size=(32, 32))
     out = Mosaic(1.0, size=(64, 64))(first, lambda: next(parts))
     quarters = out.image[::32, ::32, 0]
     assert quarters.tolist() == [[10, 20], [30, 40]]
-    # Pictures are doubled; each shows the corner next to the middle.
+    # Images are doubled; each shows the corner next to the middle.
     found = {a["category_id"]: a["bbox"].tolist() for a in out.annotations}
     assert found == {10: [8, 12, 28, 32], 40: [32, 32, 52, 52]}
     assert out.annotations[0]["segmentation"][0].min() == 8

@@ -70,7 +70,7 @@ def test_padding_and_cropping(records):
 
 
 def test_many_segments_crowds_and_unlabeled_pixels(tmp_path):
-    """More segments than a byte holds; 255 stays what is not labelled."""
+    """More segments than a byte holds; 255 stays what is not labeled."""
     ids = np.arange(1, 301).reshape(15, 20)
     ids[0, 0] = 0
     rgb = np.stack([ids % 256, ids // 256, ids * 0], axis=2).astype(np.uint8)
@@ -92,7 +92,7 @@ def test_many_segments_crowds_and_unlabeled_pixels(tmp_path):
     assert out["instances"].gt_classes.tolist() == [i % 7 for i in range(281, 296)]
 
 
-def test_pictures_without_things_have_empty_instances(records):
+def test_images_without_things_have_empty_instances(records):
     record = {**records[0]}
     record["segments_info"] = [{**s, "isthing": False} for s in record["segments_info"]]
     assert len(make()(record)["instances"]) == 0

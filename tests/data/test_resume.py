@@ -84,7 +84,7 @@ def test_with_workers(kind, grouping):
     assert take(second, 7) == whole[5:]
 
 
-def test_another_batch_size_goes_on_after_as_many_pictures():
+def test_another_batch_size_goes_on_after_as_many_images():
     order = list(itertools.islice(sampler("all"), 40))
     first = loader(grouping=False, batch=4)
     take(first, 3)

@@ -24,7 +24,7 @@ RUNS = ((1, 0), (6, 0), (5, 2))  # batches taken before the stop, and loader wor
 
 
 class Draw:
-    """A mapper that shows which random numbers an element gets, and refuses some pictures."""
+    """A mapper that shows which random numbers an element gets, and refuses some images."""
 
     def __init__(self, refused=()):
         self.refused = refused
@@ -92,7 +92,7 @@ def test_two_processes(tmp_path, stops):
 
 
 @pytest.mark.parametrize("refused", [(3,), (0, 4, 10)])
-def test_refused_pictures_do_not_shift_the_batches(refused):
+def test_refused_images_do_not_shift_the_batches(refused):
     """What stands in for them is of their group, so a resumed run knows the batches without mapping."""
     whole = take(make_loader(6, 0, refused), 24)
     assert not {element[0] for batch in whole for element in batch} & set(refused)
@@ -105,6 +105,6 @@ def test_refused_pictures_do_not_shift_the_batches(refused):
 
 
 def test_a_group_without_others_is_left():
-    """Where all of a group are refused, a picture of the other group comes in their place."""
+    """Where all of a group are refused, an image of the other group comes in their place."""
     wide = tuple(record["image_id"] for record in RECORDS if record["width"] > record["height"])
     assert all(element[0] not in wide for batch in take(make_loader(6, 0, wide), 12) for element in batch)

@@ -45,7 +45,7 @@ RIGID = {
     "rotation": T.RotationTransform(HEIGHT, WIDTH, 33),
     "rotation within the frame": T.RotationTransform(HEIGHT, WIDTH, -140, expand=False, center=(10, 20)),
     "extent": T.ExtentTransform((10, 5, 50, 35), (60, 80)),
-    "colour": T.ColorTransform(lambda image: image),
+    "color": T.ColorTransform(lambda image: image),
 }
 
 
@@ -56,7 +56,7 @@ def test_corners_go_where_the_transform_takes_them(name):
     before = boxes.copy()
     moved = transform.apply_rotated_box(boxes)
     assert np.array_equal(boxes, before)
-    # What is up stays up; where the picture is mirrored, left and right change places.
+    # What is up stays up; where the image is mirrored, left and right change places.
     order = [1, 0, 3, 2] if "flip" in name else [0, 1, 2, 3]
     for old, new in zip(boxes, moved):
         expected = transform.apply_coords(corners(old))[order]
@@ -97,7 +97,7 @@ def test_lists_and_transforms_of_users():
     np.testing.assert_allclose(moved, [30, 40, 20, 10, 60], atol=1e-9)
 
 
-def test_picture_and_box_turn_alike():
+def test_image_and_box_turn_alike():
     """A painted box is found where its transformed box is."""
     box = np.array([40.0, 30, 30, 12, 25])
     image = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
@@ -115,7 +115,7 @@ def test_picture_and_box_turn_alike():
 
 @pytest.fixture
 def rotated_set(tmp_path):
-    """An annotation file with rotated boxes, one upright box, and a picture without objects."""
+    """An annotation file with rotated boxes, one axis-aligned box, and an image without objects."""
     for name in ("a.png", "b.png"):
         Image.fromarray(np.full((HEIGHT, WIDTH, 3), 90, np.uint8)).save(tmp_path / name)
     size = {"height": HEIGHT, "width": WIDTH}
@@ -189,7 +189,7 @@ class TestMapper:
         np.testing.assert_allclose(boxes.tensor[0].numpy(), [*low, *high], rtol=1e-5)
         assert boxes.tensor[2].tolist() == [5, 6, 15, 26]
 
-    def test_pictures_without_objects(self, rotated_set, tmp_path):
+    def test_images_without_objects(self, rotated_set, tmp_path):
         record = load_coco_json(str(rotated_set), str(tmp_path))[1]
         assert type(self.mapper()(record)["instances"].gt_boxes) is Boxes
         assert type(self.mapper(rotated_boxes=True)(record)["instances"].gt_boxes) is RotatedBoxes

@@ -147,7 +147,7 @@ def test_every_class_comes_equally_often():
     categories = [[0]] * 30 + [[0, 1]] * 5 + [[2, 2]] + [[]] * 2
     order = take(ClassAwareTrainingSampler(categories, seed=0), 39 * 20)
     assert set(order) <= set(range(36))
-    # Class 2 has one picture; class 1 five, in turn; 13 draws of each class in an epoch of 39.
+    # Class 2 has one image; class 1 five, in turn; 13 draws of each class in an epoch of 39.
     counts = Counter(order)
     assert counts[35] == 13 * 20
     of_one = [counts[i] for i in range(30, 35)]
@@ -155,7 +155,7 @@ def test_every_class_comes_equally_often():
     assert abs(sum(counts[i] for i in range(30)) - 260 * 30 / 35) < 15
     assert order == take(ClassAwareTrainingSampler(categories, seed=0), 39 * 20)
     assert order != take(ClassAwareTrainingSampler(categories, seed=1), 39 * 20)
-    with pytest.raises(ValueError, match="no picture has an object"):
+    with pytest.raises(ValueError, match="no image has an object"):
         ClassAwareTrainingSampler([[], []])
 
 

@@ -35,7 +35,7 @@ def test_resize_of_uint8_equals_pillow(channels, interp):
     ]
     assert out.dtype == np.uint8
     assert out.shape == (21, 63) + shape[2:]
-    # An RGBA picture's colours are weighted by its alpha in Pillow; the other kinds resize by plane.
+    # An RGBA image's colors are weighted by its alpha in Pillow; the other kinds resize by plane.
     if channels != 4:
         np.testing.assert_array_equal(out.reshape(21, 63, -1), np.stack(expected, axis=2))
     else:
@@ -110,8 +110,8 @@ def test_rotation_by_quarter_turns_equals_rot90(image):
         labels = np.arange(30 * 44, dtype=np.int16).reshape(30, 44)
         seg = T.RotationTransform(30, 44, 90 * turns).apply_segmentation(labels)
         np.testing.assert_array_equal(seg, np.rot90(labels, turns))
-    grey = T.RotationTransform(30, 44, 90).apply_image(image[:, :, :1])
-    np.testing.assert_array_equal(grey, np.rot90(image[:, :, :1]))
+    gray = T.RotationTransform(30, 44, 90).apply_image(image[:, :, :1])
+    np.testing.assert_array_equal(gray, np.rot90(image[:, :, :1]))
 
 
 def test_rotation_image_and_coords_agree():
@@ -149,8 +149,8 @@ def test_color_transforms_change_colours_only(image):
     np.testing.assert_array_equal(color.apply_coords(points()), points())
     assert color.apply_segmentation(image[:, :, 0]) is not None
     assert isinstance(color.inverse(), T.NoOpTransform)
-    grey = T.PILColorTransform(lambda img: img.convert("L"))
-    np.testing.assert_array_equal(grey.apply_image(image), np.asarray(Image.fromarray(image).convert("L")))
+    gray = T.PILColorTransform(lambda img: img.convert("L"))
+    np.testing.assert_array_equal(gray.apply_image(image), np.asarray(Image.fromarray(image).convert("L")))
     with pytest.raises(TypeError, match="callable"):
         T.ColorTransform(3)
 

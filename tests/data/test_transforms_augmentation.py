@@ -163,11 +163,11 @@ def test_extent(image):
 def test_colours(image):
     w = 0.5
     as_float = image.astype(np.float64)
-    grey = as_float @ [0.299, 0.587, 0.114]
+    gray = as_float @ [0.299, 0.587, 0.114]
     for aug, other in [
         (T.RandomContrast(w, w), image.mean()),
         (T.RandomBrightness(w, w), 0),
-        (T.RandomSaturation(w, w), grey[:, :, None]),
+        (T.RandomSaturation(w, w), gray[:, :, None]),
     ]:
         out = T.apply_augmentations([aug], image)[0]
         expected = (as_float.astype(np.float32) * w + other * (1 - w)).clip(0, 255).astype(np.uint8)
@@ -285,8 +285,8 @@ def test_earlier_names():
 
 
 @pytest.mark.parametrize("size", [(1, 6000), (6000, 1), (1, 1)])
-def test_pictures_of_one_row_or_column_keep_it(size):
-    picture = np.zeros((*size, 3), dtype=np.uint8)
+def test_images_of_one_row_or_column_keep_it(size):
+    image = np.zeros((*size, 3), dtype=np.uint8)
     for augmentation in (T.ResizeScale(0.1, 0.1, 60, 60), T.RandomCrop("relative", (0.3, 0.3))):
-        height, width = augmentation.get_transform(picture).apply_image(picture).shape[:2]
+        height, width = augmentation.get_transform(image).apply_image(image).shape[:2]
         assert height >= 1 and width >= 1 and height <= max(size[0], 6) and width <= max(size[1], 6)

@@ -1,6 +1,6 @@
 """Each transform moves a drawing as it moves the coordinates of what is drawn.
 
-A shape is drawn on a picture which is then transformed; or its coordinates are transformed and then drawn.
+A shape is drawn on an image which is then transformed; or its coordinates are transformed and then drawn.
 The two must cover the same pixels, but for those on the outline, which resampling may give to either side.
 """
 
@@ -20,7 +20,7 @@ HEIGHT, WIDTH = 60, 84
 
 
 def make(kind, draw):
-    """A transform with drawn arguments, for pictures of HEIGHT x WIDTH."""
+    """A transform with drawn arguments, for images of HEIGHT x WIDTH."""
     u = lambda low, high: draw(st.integers(low, high))  # noqa: E731
     if kind == "resize":
         return T.ResizeTransform(HEIGHT, WIDTH, u(30, 150), u(30, 150))

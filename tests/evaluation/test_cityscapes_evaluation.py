@@ -1,4 +1,4 @@
-"""Cityscapes' metrics, against the package cityscapesscripts on generated pictures."""
+"""Cityscapes' metrics, against the package cityscapesscripts on generated images."""
 
 import argparse
 import logging
@@ -147,7 +147,7 @@ def test_perfect_instances(dataset, caplog):
     assert run(CityscapesInstanceEvaluator(NAME), dataset, found)["AP"] == pytest.approx(100.0)
     with caplog.at_level(logging.WARNING, "detlib.evaluation.cityscapes_evaluation"):
         some = run(CityscapesInstanceEvaluator(NAME), dataset, found, NAMES[:-1])
-    assert "1 of 7 pictures" in caplog.text and 30 < some["AP"] < 99
+    assert "1 of 7 images" in caplog.text and 30 < some["AP"] < 99
 
 
 def reference_labels(split, found, folder):
@@ -209,8 +209,8 @@ class TestErrors:
             CityscapesSemSegEvaluator(NAME)
         MetadataCatalog.remove(NAME)
 
-    def test_unknown_picture(self, dataset):
-        with pytest.raises(ValueError, match="has no truth for the picture 'x_leftImg8bit.png'"):
+    def test_unknown_image(self, dataset):
+        with pytest.raises(ValueError, match="has no truth for the image 'x_leftImg8bit.png'"):
             CityscapesSemSegEvaluator(NAME).process(
                 [{"file_name": "x_leftImg8bit.png"}], [{"sem_seg": torch.zeros(19, 2, 2)}]
             )

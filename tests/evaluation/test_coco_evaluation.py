@@ -36,7 +36,7 @@ NAME = "coco_evaluation_test"
 
 @pytest.fixture
 def dataset(tmp_path):
-    """Registers a random data set from an annotation file; returns its content and the file."""
+    """Registers a random dataset from an annotation file; returns its content and the file."""
     coco = make_coco(np.random.RandomState(3))
     path = tmp_path / "annotations.json"
     path.write_text(json.dumps(coco))
@@ -182,13 +182,13 @@ def test_registered_dicts_are_converted_each_time(outputs, dataset, tmp_path):
     name = "coco/evaluation:test dicts"
     dicts = load_coco_json(str(dataset[1]), "")
     for record in dicts:
-        record["image_id"] = f"picture {record['image_id']}"
+        record["image_id"] = f"image {record['image_id']}"
         for annotation in record["annotations"]:
             annotation["category_id"] = CATEGORY_IDS.index(annotation["category_id"])
     DatasetCatalog.register(name, lambda: dicts)
     try:
         MetadataCatalog.get(name).set(thing_classes=["a", "b", "c"])
-        named = {f"picture {i}": instances for i, instances in outputs.items()}
+        named = {f"image {i}": instances for i, instances in outputs.items()}
         evaluate = feed(COCOEvaluator(name, output_dir=str(tmp_path)), named).evaluate
         first = evaluate()
         for task in first:

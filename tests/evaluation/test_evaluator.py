@@ -106,9 +106,9 @@ def test_progress_and_times(log, monkeypatch):
         return [{} for _ in inputs]
 
     inference_on_dataset(model, [[{}, {}]] * 12, None)
-    assert re.search(r"Inference done \d+/12\. Seconds a picture: .* ETA 0:00:0\d", log.text)
+    assert re.search(r"Inference done \d+/12\. Seconds an image: .* ETA 0:00:0\d", log.text)
     # Seven of the twelve batches are timed.
-    pattern = r": 0:00:00 \((\d\.\d{6}) s / im on each device, on 1 devices, over 14 pictures here"
+    pattern = r": 0:00:00 \((\d\.\d{6}) s / im on each device, on 1 devices, over 14 images here"
     total = float(re.search("Total inference time" + pattern, log.text)[1])
     model_alone = float(re.search("Pure compute time" + pattern, log.text)[1])
     assert 0.014 < model_alone <= total < 0.2
@@ -117,7 +117,7 @@ def test_progress_and_times(log, monkeypatch):
 
 
 def test_the_ground_truth_as_prediction_is_perfect(tmp_path, monkeypatch):
-    """Data set by address, loader, loop and evaluator together."""
+    """Dataset by address, loader, loop and evaluator together."""
     monkeypatch.setenv("DETLIB_CACHE", str(tmp_path))
     name = "shapes:val?num=5&size=64"
     loader = build_detection_test_loader(DatasetCatalog.get(name), mapper=lambda record: record, batch_size=2)

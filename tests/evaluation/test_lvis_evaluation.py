@@ -112,7 +112,7 @@ def iou_of_masks(a, b):
 
 
 def slow_matches(truth, found, overlap, threshold, low, high, not_exhaustive):
-    """(score, is a hit, counts) of each detection of a picture and category, and how many objects count."""
+    """(score, is a hit, counts) of each detection of an image and category, and how many objects count."""
     counts = [low <= t["area"] <= high for t in truth]
     order = sorted(range(len(truth)), key=lambda j: not counts[j])  # those that count are matched first
     taken, rows = set(), []
@@ -256,8 +256,8 @@ def test_against_the_lvis_package(task, max_dets, seed, tmp_path, monkeypatch):
     assert scores.ar() == pytest.approx(recall * 100, abs=1e-9)
 
 
-def one_picture(boxes, categories, **image):
-    """Ground truth of one picture with three categories, r, c and f."""
+def one_image(boxes, categories, **image):
+    """Ground truth of one image with three categories, r, c and f."""
     return {
         "images": [{"id": 1, "height": 100, "width": 100, "file_name": "1.jpg", **image}],
         "categories": [{"id": i, "name": f"c{i}", "frequency": "rcf"[i - 1]} for i in (1, 2, 3)],
@@ -285,20 +285,20 @@ BOX, FAR = [0, 0, 40, 40], [50, 50, 40, 40]
 def test_federated_by_hand():
     hit, miss = (BOX, 1, 0.5), (FAR, 1, 0.9)
     # The better detection is wrong: precision is 1/2 at every recall.
-    assert evaluate_lvis(one_picture([BOX], [1]), detections(hit, miss), "bbox").ap("AP") == pytest.approx(50)
+    assert evaluate_lvis(one_image([BOX], [1]), detections(hit, miss), "bbox").ap("AP") == pytest.approx(50)
     # Not all objects of the category are annotated, so it may be right.
-    lenient = one_picture([BOX], [1], not_exhaustive_category_ids=[1])
+    lenient = one_image([BOX], [1], not_exhaustive_category_ids=[1])
     assert evaluate_lvis(lenient, detections(hit, miss), "bbox").ap("AP") == pytest.approx(100)
     # Of category 2 nothing is known, or else that it is absent; without any object it has no precision.
     other = detections(hit, (FAR, 2, 0.9))
-    for lvis in (one_picture([BOX], [1]), one_picture([BOX], [1], neg_category_ids=[2])):
+    for lvis in (one_image([BOX], [1]), one_image([BOX], [1], neg_category_ids=[2])):
         scores = evaluate_lvis(lvis, other, "bbox")
         assert scores.ap("AP") == pytest.approx(100) and math.isnan(scores.ap("APc"))
         assert scores.ap("APr") == pytest.approx(100)
 
 
 def test_absent_categories_count_where_they_are_known_to_be_absent():
-    lvis = one_picture([BOX], [1])
+    lvis = one_image([BOX], [1])
     lvis["images"].append({"id": 2, "height": 100, "width": 100, "file_name": "2.jpg"})
     results = [*detections((BOX, 1, 0.5)), {"image_id": 2, "category_id": 1, "bbox": BOX, "score": 0.9}]
     assert evaluate_lvis(lvis, results, "bbox").ap("AP") == pytest.approx(100)
@@ -310,7 +310,7 @@ def test_absent_categories_count_where_they_are_known_to_be_absent():
 
 
 def test_an_object_without_detection_counts():
-    scores = evaluate_lvis(one_picture([BOX, FAR], [1, 3]), detections((BOX, 1, 0.5)), "bbox")
+    scores = evaluate_lvis(one_image([BOX, FAR], [1, 3]), detections((BOX, 1, 0.5)), "bbox")
     assert scores.ap("AP") == pytest.approx(50)
     assert scores.ap("APr") == pytest.approx(100) and scores.ap("APf") == 0
 
@@ -319,7 +319,7 @@ def test_limit_goes_over_all_categories():
     results = detections((BOX, 1, 0.2), (FAR, 2, 0.9), (FAR, 3, 0.9), (BOX, 1, 0.2))
     assert [r["category_id"] for r in keep_best_per_image(results, 3)] == [2, 3, 1]
     assert keep_best_per_image(results, -1) == results and len(keep_best_per_image(results, 4)) == 4
-    lvis = one_picture([BOX], [1])
+    lvis = one_image([BOX], [1])
     assert evaluate_lvis(lvis, results, "bbox", max_dets=2).ap("AP") == 0
     assert evaluate_lvis(lvis, results, "bbox", max_dets=3).ap("AP") == pytest.approx(100)
 

@@ -58,10 +58,10 @@ def dataset_id(segment) -> int:
     return next(k for k, v in ids.items() if v == segment["category_id"])
 
 
-def slow_quality(pictures) -> dict[int, tuple[float, float, float]]:
+def slow_quality(images) -> dict[int, tuple[float, float, float]]:
     """PQ, SQ, RQ of each category that occurs, by sets of pixels."""
     sums = {}
-    for (ids, info), (pred_ids, segments) in pictures:
+    for (ids, info), (pred_ids, segments) in images:
 
         def pixels(array, i):
             return set(map(tuple, np.argwhere(array == i).tolist()))
@@ -101,19 +101,19 @@ METADATA = {
 
 
 @pytest.fixture
-def pictures():
+def images():
     random = np.random.RandomState(1)
     truths = [random_panoptic_image(random) for _ in range(8)]
     return [(truth, guess(random, *truth)) for truth in truths]
 
 
 @pytest.fixture
-def data(tmp_path, pictures):
-    """The pictures as a registered data set in COCO's panoptic format."""
+def data(tmp_path, images):
+    """The images as a registered dataset in COCO's panoptic format."""
     root = tmp_path / "panoptic"
     root.mkdir()
     annotations, images = [], []
-    for i, ((ids, info), _) in enumerate(pictures):
+    for i, ((ids, info), _) in enumerate(images):
         Image.fromarray(id_to_rgb(ids)).save(root / f"{i:03d}.png")
         segments = [{"id": k, "category_id": c, "iscrowd": int(crowd)} for k, (c, crowd) in info.items()]
         annotations.append({"image_id": 7 * i, "file_name": f"{i:03d}.png", "segments_info": segments})
@@ -128,15 +128,15 @@ def data(tmp_path, pictures):
     MetadataCatalog.pop(NAME)
 
 
-def process(evaluator, pictures):
+def process(evaluator, images):
     evaluator.reset()
-    for i, (_, (ids, segments)) in enumerate(pictures):
+    for i, (_, (ids, segments)) in enumerate(images):
         image = {"image_id": 7 * i, "file_name": f"img/{i:03d}.jpg"}
         evaluator.process([image], [{"panoptic_seg": (torch.from_numpy(ids), segments)}])
 
 
-def check(results, pictures):
-    quality = slow_quality(pictures)
+def check(results, images):
+    quality = slow_quality(images)
     assert set(quality) == {3, 5, 40, 41}
     for suffix, kinds in (("", quality), ("_th", quality.keys() & THINGS), ("_st", quality.keys() & STUFF)):
         for k, name in enumerate(("PQ", "SQ", "RQ")):
@@ -145,23 +145,23 @@ def check(results, pictures):
     assert 10 < results["PQ"] < 90 and len(results) == 9
 
 
-def test_quality_equals_the_slow_one(data, pictures):
+def test_quality_equals_the_slow_one(data, images):
     evaluator = COCOPanopticEvaluator(NAME)
-    process(evaluator, pictures)
+    process(evaluator, images)
     results = evaluator.evaluate()
-    check(results["panoptic_seg"], pictures)
-    process(evaluator, pictures)
+    check(results["panoptic_seg"], images)
+    process(evaluator, images)
     assert evaluator.evaluate() == results
 
 
-def test_processes_add_up(data, pictures, monkeypatch):
+def test_processes_add_up(data, images, monkeypatch):
     whole, first, second = (COCOPanopticEvaluator(NAME) for _ in range(3))
-    process(whole, pictures)
-    process(first, pictures[:3])
-    process(second, pictures)
+    process(whole, images)
+    process(first, images[:3])
+    process(second, images)
     second.reset()
-    for i in range(3, len(pictures)):
-        ids, segments = pictures[i][1]
+    for i in range(3, len(images)):
+        ids, segments = images[i][1]
         image = {"image_id": 7 * i, "file_name": f"{i:03d}.jpg"}
         second.process([image], [{"panoptic_seg": (torch.from_numpy(ids), segments)}])
     want = whole.evaluate()["panoptic_seg"]
@@ -172,7 +172,7 @@ def test_processes_add_up(data, pictures, monkeypatch):
     assert first.evaluate() is None
 
 
-def test_truth_from_the_data_sets_own_dicts(data, pictures):
+def test_truth_from_the_data_sets_own_dicts(data, images):
     """The same without `panoptic_json`, and without maps of category ids."""
     records = DatasetCatalog.get(NAME)
     name = NAME + "_dicts"
@@ -181,64 +181,64 @@ def test_truth_from_the_data_sets_own_dicts(data, pictures):
     MetadataCatalog.get(name).set(**classes)
     try:
         evaluator = COCOPanopticEvaluator(name, str(data / "out"))
-        process(evaluator, pictures)
-        check(evaluator.evaluate()["panoptic_seg"], pictures)
+        process(evaluator, images)
+        check(evaluator.evaluate()["panoptic_seg"], images)
         written = json.loads((data / "out" / "predictions.json").read_text())
         assert [c["id"] for c in written["categories"]] == [1, 2, 3, 4, 5, 6]
         assert [c["isthing"] for c in written["categories"]] == [1, 1, 1, 0, 0, 0]
         del records[0]["segments_info"]
         with pytest.raises(ValueError, match="no panoptic_json, and its dicts lack"):
-            process(COCOPanopticEvaluator(name), pictures)
+            process(COCOPanopticEvaluator(name), images)
     finally:
         DatasetCatalog.pop(name)
         MetadataCatalog.pop(name)
 
 
-def test_files(data, pictures):
+def test_files(data, images):
     evaluator = COCOPanopticEvaluator(NAME, str(data / "out"))
-    process(evaluator, pictures)
+    process(evaluator, images)
     evaluator.evaluate()
     written = json.loads((data / "out" / "predictions.json").read_text())
     truth = json.loads((data / "panoptic.json").read_text())
     assert written["images"] == truth["images"] and written["categories"] == truth["categories"]
-    assert len(written["annotations"]) == len(pictures)
-    for annotation, (_, (ids, segments)) in zip(written["annotations"], pictures):
+    assert len(written["annotations"]) == len(images)
+    for annotation, (_, (ids, segments)) in zip(written["annotations"], images):
         png = np.asarray(Image.open(data / "out" / "predictions" / annotation["file_name"]))
         np.testing.assert_array_equal(rgb_to_id(png), ids)
         want = [{"id": x["id"], "category_id": dataset_id(x)} for x in segments]
         assert annotation["segments_info"] == want
 
 
-def test_ids_that_tell_the_category(data, pictures):
+def test_ids_that_tell_the_category(data, images):
     """Predictions without a list of segments: category * label_divisor + number, -1 for none."""
     evaluator = COCOPanopticEvaluator(NAME)
     MetadataCatalog.get(NAME).set(overwrite=True, stuff_dataset_id_to_contiguous_id={40: 10, 41: 11})
     evaluator = COCOPanopticEvaluator(NAME)
-    for i, (_, (ids, segments)) in enumerate(pictures):
+    for i, (_, (ids, segments)) in enumerate(images):
         out = np.full(ids.shape, -1, np.int64)
         for x in segments:
             category = x["category_id"] + (0 if x["isthing"] else 9)
             out[ids == x["id"]] = 1000 * category + x["id"]
         image = {"image_id": 7 * i, "file_name": f"{i:03d}.jpg"}
         evaluator.process([image], [{"panoptic_seg": (torch.from_numpy(out), None)}])
-    check(evaluator.evaluate()["panoptic_seg"], pictures)
+    check(evaluator.evaluate()["panoptic_seg"], images)
 
 
-def test_pictures_without_prediction_count_as_missed(data, pictures, log):
+def test_images_without_prediction_count_as_missed(data, images, log):
     evaluator = COCOPanopticEvaluator(NAME)
-    process(evaluator, pictures[:5])
+    process(evaluator, images[:5])
     results = evaluator.evaluate()["panoptic_seg"]
-    assert "3 of 8 pictures" in log.text
+    assert "3 of 8 images" in log.text
     nothing = np.zeros((HEIGHT, WIDTH), np.int32), []
-    check(results, pictures[:5] + [(truth, nothing) for truth, _ in pictures[5:]])
+    check(results, images[:5] + [(truth, nothing) for truth, _ in images[5:]])
     evaluator.reset()
     assert evaluator.evaluate()["panoptic_seg"]["PQ"] == 0
 
 
-def test_perfect_predictions_and_kinds_that_do_not_occur(data, pictures):
+def test_perfect_predictions_and_kinds_that_do_not_occur(data, images):
     evaluator = COCOPanopticEvaluator(NAME)
     perfect = []
-    for (ids, info), _ in pictures:
+    for (ids, info), _ in images:
         segments = [
             {"id": i, "isthing": c in THINGS, "category_id": (THINGS | STUFF)[c]}
             for i, (c, crowd) in info.items()
@@ -257,13 +257,13 @@ def test_half_is_no_match():
     pred = np.where(np.arange(6) < 6, 4, 0) * np.ones((2, 1), np.int64)
     truth[:, 3:] = 2
     stats = PanopticStats(2)
-    stats.add_picture(Segments(truth, [1, 2], [0, 1]), Segments(pred, [4], [0]))
+    stats.add_image(Segments(truth, [1, 2], [0, 1]), Segments(pred, [4], [0]))
     assert stats.matched.tolist() == [0, 0] and stats.missed.tolist() == [1, 1]
     assert stats.wrong.tolist() == [1, 0]
     # Without truth on the other half, the union is smaller and they match.
     truth[:, 3:] = 0
     stats = PanopticStats(2)
-    stats.add_picture(Segments(truth, [1], [0]), Segments(pred, [4], [0]))
+    stats.add_image(Segments(truth, [1], [0]), Segments(pred, [4], [0]))
     assert stats.matched.tolist() == [1, 0] and stats.iou.tolist() == [1.0, 0.0]
 
 
@@ -274,7 +274,7 @@ def test_just_half_on_pixels_without_truth_is_no_excuse():
         pred = np.zeros((1, 4), np.int64)
         pred[0, columns] = 1
         stats = PanopticStats(2)
-        stats.add_picture(Segments(truth, [1], [0]), Segments(pred, [1], [1]))
+        stats.add_image(Segments(truth, [1], [0]), Segments(pred, [1], [1]))
         assert stats.wrong.tolist() == [0, wrong] and stats.missed.tolist() == [1, 0]
 
 
@@ -301,7 +301,7 @@ SEGMENT = {"id": 1, "category_id": 0, "isthing": True}
         (
             GOOD,
             [{**SEGMENT, "category_id": 7}],
-            "category_id 7; the data set has 3 kinds of things .0 to 2",
+            "category_id 7; the dataset has 3 kinds of things .0 to 2",
         ),
         (GOOD, [{**SEGMENT, "isthing": False}], "category_id 0; .*2 kinds of stuff"),
         (GOOD, [{"id": 1, "category_id": 2}], "category 2, which the truth does not list"),

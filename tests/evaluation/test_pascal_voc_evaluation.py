@@ -29,7 +29,7 @@ def register():
 
 
 def make(seed=0, num_images=12):
-    """Pictures with objects on whole pixels, some difficult; one picture is empty and "never" never occurs.
+    """Images with objects on whole pixels, some difficult; one image is empty and "never" never occurs.
 
     Predictions are moved objects, doubles, and others; scores come in steps, so that many are equal.
     """
@@ -145,7 +145,7 @@ def test_difficult_objects_matter(register):
     assert run(register(records, 2012), records, predictions)["AP"] != pytest.approx(with_them["AP"], abs=0.1)
 
 
-def test_order_of_pictures_does_not_matter(register):
+def test_order_of_images_does_not_matter(register):
     """Equal scores abound, so an order that depends on arrival would show."""
     records, predictions = make(num_images=20)
     evaluator = register(records, 2012)
@@ -187,5 +187,5 @@ def test_errors(register):
     with pytest.raises(ValueError, match="predicted class .* has 4 classes"):
         evaluator.process([{"image_id": "p0"}], [{"instances": predictions[0]}])
     evaluator.process([{"image_id": "other"}], [{"instances": predictions[1]}])
-    with pytest.raises(ValueError, match="'other', which is no picture"):
+    with pytest.raises(ValueError, match="'other', which is no image"):
         evaluator.evaluate()

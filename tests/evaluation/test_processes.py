@@ -1,4 +1,4 @@
-"""Every metric is the same for one process and two, and whatever order the pictures come in."""
+"""Every metric is the same for one process and two, and whatever order the images come in."""
 
 import json
 import zlib
@@ -25,7 +25,7 @@ NAME = "shapes:val?num=9&size=64&task=panoptic"
 
 
 def predict(inputs):
-    """Something like the truth, with doubles and equal scores; the same for a picture whenever it comes."""
+    """Something like the truth, with doubles and equal scores; the same for an image whenever it comes."""
     outputs = []
     for record in inputs:
         rng = np.random.default_rng(zlib.crc32(str(record["image_id"]).encode()))
@@ -61,7 +61,7 @@ def predict(inputs):
 
 
 def evaluate(path: str, seed: int | None) -> None:
-    """What each process does: evaluates its share of the pictures; the main one writes the figures."""
+    """What each process does: evaluates its share of the images; the main one writes the figures."""
     records = DatasetCatalog.get(NAME)
     order = np.arange(len(records)) if seed is None else np.random.default_rng(seed).permutation(len(records))
     mine = order[comm.get_rank() :: comm.get_world_size()]

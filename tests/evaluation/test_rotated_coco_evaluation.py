@@ -1,4 +1,4 @@
-"""The COCO metric of rotated boxes, against that of upright boxes."""
+"""The COCO metric of rotated boxes, against that of axis-aligned boxes."""
 
 import json
 
@@ -26,7 +26,7 @@ METADATA = {
 
 
 def random_scene(random):
-    """Ground truth and noisy detections, as upright boxes (x0, y0, width, height)."""
+    """Ground truth and noisy detections, as axis-aligned boxes (x0, y0, width, height)."""
     images = [{"id": 4 * i, "file_name": f"{i}.png", "height": SIZE, "width": SIZE} for i in range(10)]
     annotations, detections = [], {image["id"]: [] for image in images}
     for image in images[1:]:
@@ -117,7 +117,7 @@ def test_one_side_alone_may_be_rotated(scene, names, box_type, index):
 
 
 def covered(box, step=0.1):
-    """Which points of a grid over the picture lie in a rotated box."""
+    """Which points of a grid over the image lie in a rotated box."""
     x, y = np.meshgrid(*[np.arange(0, SIZE, step) + step / 2] * 2)
     x, y, angle = x - box[0], y - box[1], np.deg2rad(box[4])
     along_width, along_height = x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)

@@ -28,7 +28,7 @@ def blocks(random, num_classes=3, side=12) -> np.ndarray:
 
 @pytest.fixture
 def data(tmp_path):
-    """A registered data set of three label maps, and predictions that are right in most places."""
+    """A registered dataset of three label maps, and predictions that are right in most places."""
     random = np.random.RandomState(0)
     records, predictions = [], []
     for i in range(3):
@@ -192,7 +192,7 @@ def test_wrong_use(data, tmp_path):
     MetadataCatalog.pop("sem_seg_evaluation_unknown")
     evaluator = SemSegEvaluator(NAME)
     for image, out, message in (
-        ({"file_name": "x.jpg"}, output(predictions[0]), "no label map for the picture 'x.jpg'"),
+        ({"file_name": "x.jpg"}, output(predictions[0]), "no label map for the image 'x.jpg'"),
         ({"file_name": "0.jpg"}, output(predictions[0][:9]), r"0.png' has the size \(60, 80\).*\(9, 80\)"),
         ({"file_name": "0.jpg"}, {"instances": 0}, r"no 'sem_seg', only \['instances'\]"),
     ):

@@ -1,4 +1,4 @@
-"""COCO 2017 as DETR-like models take it: boxes, several scales, and in every second picture a crop."""
+"""COCO 2017 as DETR-like models take it: boxes, several scales, and in every second image a crop."""
 
 import detlib.data.transforms as T
 from detlib.config import LazyCall as L

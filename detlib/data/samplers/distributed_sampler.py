@@ -178,7 +178,7 @@ class RandomSubsetTrainingSampler(TrainingSampler):
 
 
 class RepeatFactorTrainingSampler(EndlessSampler):
-    """Endless stream in which pictures with rare categories come more often.
+    """Endless stream in which images with rare categories come more often.
 
     Paper: "LVIS: A Dataset for Large Vocabulary Instance Segmentation" (https://arxiv.org/abs/1908.03195),
     appendix B.2.
@@ -209,9 +209,9 @@ class RepeatFactorTrainingSampler(EndlessSampler):
     def repeat_factors_from_category_frequency(
         dataset_dicts: list[dict], repeat_thresh: float, sqrt: bool = True
     ) -> torch.Tensor:
-        """Repeat factor of each picture: the largest one of its categories.
+        """Repeat factor of each image: the largest one of its categories.
 
-        That of category c is ``max(1, sqrt(repeat_thresh / f(c)))``, with f(c) the part of the pictures that
+        That of category c is ``max(1, sqrt(repeat_thresh / f(c)))``, with f(c) the part of the images that
         contain c.
 
         Args:
@@ -246,55 +246,55 @@ def _draw(elements: torch.Tensor, count: int, generator: torch.Generator) -> tor
 
 
 class ClassAwareTrainingSampler(EndlessSampler):
-    """Endless stream that draws each class equally often, and then a picture that shows it.
+    """Endless stream that draws each class equally often, and then an image that shows it.
 
     Paper: "Relay Backpropagation for Effective Learning of Deep Convolutional Neural Networks"
-    (https://arxiv.org/abs/1512.05830), section 4.1. An epoch is at least as long as the data set and has each
-    class the same number of times; pictures of a class come in turn. Pictures without objects never come.
+    (https://arxiv.org/abs/1512.05830), section 4.1. An epoch is at least as long as the dataset and has each
+    class the same number of times; images of a class come in turn. Images without objects never come.
     """
 
     def __init__(self, categories: Sequence[Sequence[int]], *, seed: int | None = None):
         """
         Args:
-            categories: the classes of the objects of each picture; repetitions do not count.
+            categories: the classes of the objects of each image; repetitions do not count.
             seed: see `TrainingSampler`.
         """
-        pictures: dict[int, list[int]] = {}
+        images: dict[int, list[int]] = {}
         for index, found in enumerate(categories):
             for category in set(found):
-                pictures.setdefault(int(category), []).append(index)
-        if not pictures:
-            raise ValueError("ClassAwareTrainingSampler: no picture has an object")
+                images.setdefault(int(category), []).append(index)
+        if not images:
+            raise ValueError("ClassAwareTrainingSampler: no image has an object")
         super().__init__(seed)
-        self._pictures = [torch.tensor(pictures[category]) for category in sorted(pictures)]
-        self._rounds = -(-len(categories) // len(pictures))
+        self._images = [torch.tensor(images[category]) for category in sorted(images)]
+        self._rounds = -(-len(categories) // len(images))
 
     @staticmethod
     def categories_of(dataset_dicts: list[dict]) -> list[list[int]]:
-        """The classes of each picture's objects; crowd regions are left out."""
+        """The classes of each image's objects; crowd regions are left out."""
         return [
             [a["category_id"] for a in record.get("annotations", ()) if not a.get("iscrowd", 0)]
             for record in dataset_dicts
         ]
 
     def _draw_epoch(self, generator: torch.Generator) -> torch.Tensor:
-        drawn = torch.stack([_draw(found, self._rounds, generator) for found in self._pictures])
+        drawn = torch.stack([_draw(found, self._rounds, generator) for found in self._images])
         order = [torch.randperm(len(drawn), generator=generator) for _ in range(self._rounds)]
         return torch.cat([drawn[classes, turn] for turn, classes in enumerate(order)])
 
 
 class MultiDatasetTrainingSampler(EndlessSampler):
-    """Endless stream over several data sets, of each as much as its weight says.
+    """Endless stream over several datasets, of each as much as its weight says.
 
-    An epoch is as long as the data sets together. Each has its share of it, rounded at random, and gives all
-    its pictures before it gives one again.
+    An epoch is as long as the datasets together. Each has its share of it, rounded at random, and gives all
+    its images before it gives one again.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float] = (), *, seed: int | None = None):
         """
         Args:
-            sizes: number of pictures of each data set, in the order in which they are concatenated.
-            weights: of each data set, not negative; only their ratios count. Equal ones when left out.
+            sizes: number of images of each dataset, in the order in which they are concatenated.
+            weights: of each dataset, not negative; only their ratios count. Equal ones when left out.
             seed: see `TrainingSampler`.
         """
         sizes, weights = list(sizes), list(weights) or [1.0] * len(sizes)
@@ -303,7 +303,7 @@ class MultiDatasetTrainingSampler(EndlessSampler):
         if len(weights) != len(sizes) or min(weights) < 0 or sum(weights) <= 0:
             raise ValueError(
                 f"MultiDatasetTrainingSampler: weights (DATALOADER.DATASET_WEIGHTS) must be {len(sizes)} "
-                f"numbers, one for each data set, none negative and not all 0; got {weights}"
+                f"numbers, one for each dataset, none negative and not all 0; got {weights}"
             )
         super().__init__(seed)
         self._sets = torch.arange(sum(sizes)).split(sizes)

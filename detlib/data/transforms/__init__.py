@@ -1,4 +1,4 @@
-"""Transforms (deterministic) and augmentations (random policies that yield transforms) of pictures."""
+"""Transforms (deterministic) and augmentations (random policies that yield transforms) of images."""
 
 from fvcore.transforms.transform import (
     BlendTransform,

@@ -1,4 +1,4 @@
-"""Augmentations of colour. Intensities are factors: below 1 lowers, 1 keeps, above 1 raises."""
+"""Augmentations of color. Intensities are factors: below 1 lowers, 1 keeps, above 1 raises."""
 
 import numpy as np
 from fvcore.transforms.transform import BlendTransform, Transform, TransformList
@@ -11,7 +11,7 @@ __all__ = ["RandomBrightness", "RandomColorJitter", "RandomContrast", "RandomLig
 # ITU-R BT.601 luma of R, G, B.
 _LUMA = (0.299, 0.587, 0.114)
 
-# Principal components of the RGB values of ImageNet (AlexNet's colour augmentation), one column each.
+# Principal components of the RGB values of ImageNet (AlexNet's color augmentation), one column each.
 _EIGEN_VECTORS = np.array(
     [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]],
 )
@@ -38,21 +38,21 @@ class _RandomIntensity(Augmentation):
 
 
 class RandomContrast(_RandomIntensity):
-    """Blend the picture with its mean value."""
+    """Blend the image with its mean value."""
 
     def get_transform(self, image) -> Transform:
         return self._blend_with(image.mean())
 
 
 class RandomBrightness(_RandomIntensity):
-    """Blend the picture with black."""
+    """Blend the image with black."""
 
     def get_transform(self, image) -> Transform:
         return self._blend_with(0)
 
 
 class RandomSaturation(_RandomIntensity):
-    """Blend the picture, which must be RGB, with its grey version."""
+    """Blend the image, which must be RGB, with its gray version."""
 
     def get_transform(self, image) -> Transform:
         _check_three_channels("RandomSaturation", image)
@@ -60,7 +60,7 @@ class RandomSaturation(_RandomIntensity):
 
 
 class RandomLighting(Augmentation):
-    """Add a random mixture of ImageNet's principal colours to a picture, which must be RGB.
+    """Add a random mixture of ImageNet's principal colors to an image, which must be RGB.
 
     Paper: "ImageNet Classification with Deep Convolutional Neural Networks", section 4.1.
     """
@@ -86,7 +86,7 @@ def _luma(image: np.ndarray, is_bgr: bool) -> np.ndarray:
 
 
 def turn_hue(image: np.ndarray, turn: float, is_bgr: bool) -> np.ndarray:
-    """Turn the hue of a uint8 RGB or BGR picture by a fraction of the circle (HSV; hue in 180 steps)."""
+    """Turn the hue of a uint8 RGB or BGR image by a fraction of the circle (HSV; hue in 180 steps)."""
     import cv2
 
     to_hsv, back = (

@@ -2,7 +2,7 @@
 
 An :class:`Augmentation` looks at its inputs (an image, perhaps boxes), draws its random numbers and returns a
 :class:`fvcore.transforms.transform.Transform`, which can then be applied to everything that belongs to the
-same picture (image, boxes, polygons, keypoints, segmentation) and, for geometry, inverted.
+same image (image, boxes, polygons, keypoints, segmentation) and, for geometry, inverted.
 
 All random numbers come from numpy's global generator, so seeding that one makes a run repeatable.
 """
@@ -166,7 +166,7 @@ def _check_image(image: np.ndarray) -> None:
 
 
 class AugInput:
-    """The data of one picture that augmentations may look at and that is transformed along with it.
+    """The data of one image that augmentations may look at and that is transformed along with it.
 
     A project with other data writes a class with an own :meth:`transform`; only the attributes that the
     augmentations name have to exist.
@@ -211,7 +211,7 @@ def apply_augmentations(augmentations: Sequence[Augmentation | Transform], input
 
     Returns:
         ``(result, transforms)``: the new image, or ``inputs`` itself when it is an AugInput; and the
-        TransformList that was applied, for use on other data of the same picture.
+        TransformList that was applied, for use on other data of the same image.
     """
     if isinstance(inputs, np.ndarray):
         aug_input = AugInput(inputs)

@@ -86,7 +86,7 @@ class RandomApply(Augmentation):
 
 
 class RandomFlip(Augmentation):
-    """Mirror the picture, left-right or upside-down, with a given probability."""
+    """Mirror the image, left-right or upside-down, with a given probability."""
 
     def __init__(self, prob: float = 0.5, *, horizontal: bool = True, vertical: bool = False):
         """
@@ -145,7 +145,7 @@ class RandomResize(Augmentation):
 
 
 class ResizeShortestEdge(Augmentation):
-    """Scale the picture so that its shorter side gets a drawn length, keeping the aspect ratio.
+    """Scale the image so that its shorter side gets a drawn length, keeping the aspect ratio.
 
     Where the longer side would exceed ``max_size``, the scale is lowered until it has that length.
     """
@@ -160,7 +160,7 @@ class ResizeShortestEdge(Augmentation):
         """
         Args:
             short_edge_length: list of lengths to choose from, or (min, max), both included, when
-                ``sample_style`` is "range"; an int is a fixed length. A drawn length of 0 leaves the picture
+                ``sample_style`` is "range"; an int is a fixed length. A drawn length of 0 leaves the image
                 as it is.
             max_size: largest allowed length of the longer side.
             sample_style: "range" or "choice".
@@ -193,8 +193,8 @@ class ResizeShortestEdge(Augmentation):
 
     @staticmethod
     def get_output_shape(oldh: int, oldw: int, short_edge_length: int, max_size: int) -> tuple[int, int]:
-        """The (height, width) that a picture of size (``oldh``, ``oldw``) gets; halves are rounded up, and a
-        very long picture keeps one pixel."""
+        """The (height, width) that an image of size (``oldh``, ``oldw``) gets; halves are rounded up, and a
+        very long image keeps one pixel."""
         short = short_edge_length * 1.0
         scale = short / min(oldh, oldw)
         new_height, new_width = (short, scale * oldw) if oldh < oldw else (scale * oldh, short)
@@ -206,7 +206,7 @@ class ResizeShortestEdge(Augmentation):
 
 
 class ResizeScale(Augmentation):
-    """Fit the picture, aspect ratio kept, into a target size times a random factor (scale jittering)."""
+    """Fit the image, aspect ratio kept, into a target size times a random factor (scale jittering)."""
 
     def __init__(
         self,
@@ -237,15 +237,15 @@ class ResizeScale(Augmentation):
 
 
 class RandomRotation(Augmentation):
-    """Rotate the picture by a random angle, counter-clockwise in degrees."""
+    """Rotate the image by a random angle, counter-clockwise in degrees."""
 
     def __init__(self, angle, expand: bool = True, center=None, sample_style: str = "range", interp=None):
         """
         Args:
             angle: [min, max] degrees, or a list to choose from; a number is a fixed angle.
-            expand: enlarge the result so that it holds the whole rotated picture.
+            expand: enlarge the result so that it holds the whole rotated image.
             center: two (x, y) corners of the region that the fixed point is drawn from, or a list of points
-                to choose from; in fractions of width and height. The middle of the picture when left out.
+                to choose from; in fractions of width and height. The middle of the image when left out.
             sample_style: "range" or "choice".
             interp: an OpenCV interpolation flag, linear when left out.
         """
@@ -278,12 +278,12 @@ class RandomRotation(Augmentation):
 
 
 class RandomExtent(Augmentation):
-    """Cut out a random rectangle of the picture's own aspect ratio, which may reach beyond the picture."""
+    """Cut out a random rectangle of the image's own aspect ratio, which may reach beyond the image."""
 
     def __init__(self, scale_range, shift_range):
         """
         Args:
-            scale_range: (min, max) of the rectangle's size relative to the picture.
+            scale_range: (min, max) of the rectangle's size relative to the image.
             shift_range: (x, y): its middle moves by up to half of these fractions of width and height.
         """
         super().__init__()
@@ -304,11 +304,11 @@ class RandomCrop(Augmentation):
 
     ``crop_type`` says how its size is found from ``crop_size``:
 
-    - "relative": ``crop_size`` = (h, w) are fractions of the picture, in (0, 1].
+    - "relative": ``crop_size`` = (h, w) are fractions of the image, in (0, 1].
     - "relative_range": each fraction is drawn from [h, 1] and [w, 1].
-    - "absolute": ``crop_size`` = (h, w) in pixels, at most the picture.
+    - "absolute": ``crop_size`` = (h, w) in pixels, at most the image.
     - "absolute_range": height and width are drawn from [min, max] = ``crop_size`` in pixels, at most the
-      picture.
+      image.
     """
 
     def __init__(self, crop_type: str, crop_size):
@@ -342,7 +342,7 @@ class RandomCrop(Augmentation):
         return CropTransform(x0, y0, crop_w, crop_h)
 
     def get_crop_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """Draw the (height, width) of the rectangle for a picture of size (height, width)."""
+        """Draw the (height, width) of the rectangle for an image of size (height, width)."""
         height, width = image_size
         if self.crop_type == "absolute":
             return min(self.crop_size[0], height), min(self.crop_size[1], width)
@@ -399,7 +399,7 @@ class RandomCrop_CategoryAreaConstraint(Augmentation):  # noqa: N801 (the public
 
 
 class FixedSizeCrop(Augmentation):
-    """Cut a random rectangle of a fixed size; a picture that is smaller is padded at the right and bottom."""
+    """Cut a random rectangle of a fixed size; an image that is smaller is padded at the right and bottom."""
 
     def __init__(
         self,
@@ -411,7 +411,7 @@ class FixedSizeCrop(Augmentation):
         """
         Args:
             crop_size: (height, width) in pixels.
-            pad: whether to pad smaller pictures up to ``crop_size``.
+            pad: whether to pad smaller images up to ``crop_size``.
             pad_value: value of padded image pixels.
             seg_pad_value: value of padded segmentation pixels.
         """
@@ -452,7 +452,7 @@ def _iou_with_boxes(patch: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 
 
 class MinIoURandomCrop(Augmentation):
-    """Random crop that has at least a drawn IoU with every box and holds the centre of at least one (SSD).
+    """Random crop that has at least a drawn IoU with every box and holds the center of at least one (SSD).
 
     Paper: "SSD: Single Shot MultiBox Detector" (https://arxiv.org/abs/1512.02325), section 2.2.
     """
@@ -463,7 +463,7 @@ class MinIoURandomCrop(Augmentation):
         """
         Args:
             min_ious: thresholds to draw from, besides "no crop" and "any crop".
-            min_crop_size: smallest side of the crop, as a fraction of the picture's.
+            min_crop_size: smallest side of the crop, as a fraction of the image's.
             mode_trials: how often a threshold is drawn.
             crop_trials: how many crops are tried for each.
         """

@@ -1,9 +1,9 @@
 """Transforms of `torchvision.transforms.v2` as augmentations of this package.
 
 A v2 transform draws its random numbers when it is called, on all data at once. Here a seed is drawn instead,
-and the transform runs once for each kind of data, each time with the numbers of that seed and with a picture
+and the transform runs once for each kind of data, each time with the numbers of that seed and with an image
 of the same size beside the data. Coordinates of any kind go through it as boxes without extent: as in this
-package, a picture spans [0, W] for boxes, while torchvision's key points are numbers of pixels.
+package, an image spans [0, W] for boxes, while torchvision's key points are numbers of pixels.
 """
 
 from typing import Any
@@ -26,13 +26,13 @@ class TorchvisionTransform(Transform):
         Args:
             transform: callable of `torchvision.transforms.v2`.
             seed: of the random numbers while it runs.
-            height, width, channels: of the pictures it is applied to.
+            height, width, channels: of the images it is applied to.
         """
         super().__init__()
         self._set_attributes(locals())
 
     def _run(self, kind: str, data: torch.Tensor, dtype: torch.dtype | None = torch.uint8) -> torch.Tensor:
-        """The v2 transform of ``data``, which comes beside a picture unless it is one."""
+        """The v2 transform of ``data``, which comes beside an image unless it is one."""
         from torchvision import tv_tensors
 
         image = tv_tensors.Image(torch.zeros(self.channels, self.height, self.width, dtype=dtype))
@@ -49,7 +49,7 @@ class TorchvisionTransform(Transform):
         return out
 
     def apply_image(self, img: np.ndarray) -> np.ndarray:
-        """Transform (H, W) or (H, W, C) pictures."""
+        """Transform (H, W) or (H, W, C) images."""
         from torchvision import tv_tensors
 
         planes = img[None] if img.ndim == 2 else img.transpose(2, 0, 1)
@@ -94,7 +94,7 @@ class TorchvisionTransform(Transform):
 class TorchvisionAugmentation(Augmentation):
     """Any transform of `torchvision.transforms.v2`, photometric or geometric.
 
-    Those that need several pictures (CutMix, MixUp), boxes to draw from (RandomIoUCrop) or that drop objects
+    Those that need several images (CutMix, MixUp), boxes to draw from (RandomIoUCrop) or that drop objects
     are refused with an error.
     """
 
@@ -102,7 +102,7 @@ class TorchvisionAugmentation(Augmentation):
         """
         Args:
             transform: callable of `torchvision.transforms.v2`, a Compose for example. Photometric ones that
-                tell the channels apart (hue, grey) need ``INPUT.FORMAT`` "RGB".
+                tell the channels apart (hue, gray) need ``INPUT.FORMAT`` "RGB".
         """
         super().__init__()
         from torchvision.transforms import v2
@@ -115,7 +115,7 @@ class TorchvisionAugmentation(Augmentation):
         for part in parts:
             if isinstance(part, refused):
                 raise TypeError(
-                    f"TorchvisionAugmentation: {type(part).__name__} needs or drops more than one picture's "
+                    f"TorchvisionAugmentation: {type(part).__name__} needs or drops more than one image's "
                     "coordinates; use this package's own augmentation of that kind"
                 )
         if not callable(transform):

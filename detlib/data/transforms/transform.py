@@ -44,12 +44,12 @@ __all__ = [
 def transform_rotated_boxes(transform: Transform, rotated_boxes: np.ndarray) -> np.ndarray:
     """Moves rotated boxes as an affine transform moves points.
 
-    An unequal resize makes a rectangle a parallelogram. The result is a rectangle with its centre, with sides
+    An unequal resize makes a rectangle a parallelogram. The result is a rectangle with its center, with sides
     as long as its and turned as its height is, as published with detectron2. What is up in a box stays up in
     it: a vertical flip gives 180 degrees minus the angle.
 
     Args:
-        transform: maps points by ``apply_coords``, the same way everywhere in the picture.
+        transform: maps points by ``apply_coords``, the same way everywhere in the image.
         rotated_boxes: (N, 5) of any float type, pixels and degrees counter-clockwise.
 
     Returns:
@@ -164,7 +164,7 @@ def _resize(img: np.ndarray, new_height: int, new_width: int, method: int, rule:
 
 
 def resize_as_pillow(img: np.ndarray, new_height: int, new_width: int, method: int) -> np.ndarray:
-    """Resize a picture as `PIL.Image.Image.resize` does, to the last bit.
+    """Resize an image as `PIL.Image.Image.resize` does, to the last bit.
 
     Args:
         img: (H, W) or (H, W, C) uint8, of any memory layout.
@@ -175,7 +175,7 @@ def resize_as_pillow(img: np.ndarray, new_height: int, new_width: int, method: i
         uint8 array of as many dimensions; its memory may be laid out as planes.
     """
     channels = 1 if img.ndim == 2 else img.shape[2]
-    # Pillow weighs colours by alpha, if there are two or four channels.
+    # Pillow weighs colors by alpha, if there are two or four channels.
     rule = _order_rule() if method in _FAST and channels in (1, 3) and img.size > 0 else None
     if rule is None or img.shape[:2] == (new_height, new_width):
         return from_pil(to_pil(img).resize((new_width, new_height), method), img)
@@ -198,7 +198,7 @@ def _nearest_indices(size: int, new_size: int) -> np.ndarray:
 
 
 class ResizeTransform(Transform):
-    """Resize a picture to a given size.
+    """Resize an image to a given size.
 
     uint8 images are resized as Pillow does, which filters over the whole source area when it shrinks; other
     types by `torch.nn.functional.interpolate` with ``align_corners=False`` and no such filter.
@@ -236,7 +236,7 @@ class ResizeTransform(Transform):
         return self._interpolate(img, method)
 
     def _pick_nearest(self, img: np.ndarray) -> np.ndarray:
-        """Nearest neighbour for any dtype (ids, masks): the pixels that Pillow picks from a uint8 picture."""
+        """Nearest neighbor for any dtype (ids, masks): the pixels that Pillow picks from a uint8 image."""
         rows = _nearest_indices(self.h, self.new_h)
         cols = _nearest_indices(self.w, self.new_w)
         axis = 1 if img.ndim == 4 else 0
@@ -277,7 +277,7 @@ class ResizeTransform(Transform):
         return coords
 
     def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
-        """Resize by nearest neighbour, so that no new ids appear."""
+        """Resize by nearest neighbor, so that no new ids appear."""
         return self.apply_image(segmentation, interp=Image.Resampling.NEAREST)
 
     def inverse(self) -> Transform:
@@ -285,18 +285,18 @@ class ResizeTransform(Transform):
 
 
 class ExtentTransform(Transform):
-    """Cut a sub-rectangle out of a picture and scale it to an output size (Pillow's EXTENT).
+    """Cut a sub-rectangle out of an image and scale it to an output size (Pillow's EXTENT).
 
-    What of the rectangle lies outside the picture is filled.
+    What of the rectangle lies outside the image is filled.
     """
 
     def __init__(self, src_rect, output_size, interp: int = Image.Resampling.BILINEAR, fill: float = 0):
         """
         Args:
-            src_rect: (x0, y0, x1, y1) in the source picture, absolute pixels.
+            src_rect: (x0, y0, x1, y1) in the source image, absolute pixels.
             output_size: (height, width) of the result.
             interp: a `PIL.Image.Resampling` method.
-            fill: value of pixels outside the source picture; a segmentation is filled with 0.
+            fill: value of pixels outside the source image; a segmentation is filled with 0.
         """
         super().__init__()
         self._set_attributes(locals())
@@ -326,23 +326,23 @@ class ExtentTransform(Transform):
         return (coords.astype(np.float64) - np.array([x0, y0], dtype=np.float64)) * scale
 
     def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
-        """Cut and scale by nearest neighbour."""
+        """Cut and scale by nearest neighbor."""
         return self._extent(segmentation, Image.Resampling.NEAREST, 0)
 
 
 class RotationTransform(Transform):
-    """Rotate a picture by an angle, counter-clockwise in degrees, about a point."""
+    """Rotate an image by an angle, counter-clockwise in degrees, about a point."""
 
     def __init__(
         self, h: int, w: int, angle: float, expand: bool = True, center=None, interp: int | None = None
     ):
         """
         Args:
-            h, w: size of the pictures it is applied to.
+            h, w: size of the images it is applied to.
             angle: degrees, counter-clockwise as seen on the screen.
-            expand: enlarge the result so that it holds the whole rotated picture; ``center`` then has no
+            expand: enlarge the result so that it holds the whole rotated image; ``center`` then has no
                 effect.
-            center: (x, y) of the fixed point, absolute pixels; the middle of the picture when left out.
+            center: (x, y) of the fixed point, absolute pixels; the middle of the image when left out.
             interp: an OpenCV interpolation flag; ``cv2.INTER_LINEAR`` when left out.
         """
         super().__init__()
@@ -360,7 +360,7 @@ class RotationTransform(Transform):
             bound_w, bound_h = w, h
         self._set_attributes(locals())
         self.rm_coords = self.create_rotation_matrix()
-        # OpenCV places pixel centres at whole numbers: half a pixel before and after.
+        # OpenCV places pixel centers at whole numbers: half a pixel before and after.
         self.rm_image = self.create_rotation_matrix(offset=-0.5)
 
     def create_rotation_matrix(self, offset: float = 0) -> np.ndarray:
@@ -378,7 +378,7 @@ class RotationTransform(Transform):
         return self.angle % 360 == 0
 
     def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
-        """Rotate ``img`` of shape (H, W) or (H, W, C); pixels from outside the picture become 0."""
+        """Rotate ``img`` of shape (H, W) or (H, W, C); pixels from outside the image become 0."""
         import cv2
 
         if len(img) == 0 or self._is_identity():
@@ -401,7 +401,7 @@ class RotationTransform(Transform):
         return coords @ self.rm_coords[:, :2].T + self.rm_coords[:, 2]
 
     def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
-        """Rotate by nearest neighbour."""
+        """Rotate by nearest neighbor."""
         import cv2
 
         return self.apply_image(segmentation, interp=cv2.INTER_NEAREST)
@@ -416,7 +416,7 @@ class RotationTransform(Transform):
 
 
 class ColorTransform(Transform):
-    """Change the colours of a picture by any function; its geometry stays."""
+    """Change the colors of an image by any function; its geometry stays."""
 
     def __init__(self, op):
         """
@@ -467,7 +467,7 @@ def clip_polygon(points: np.ndarray, x0: float, y0: float, x1: float, y1: float)
     """Clip a polygon to a rectangle (Sutherland and Hodgman, 1974).
 
     A concave polygon that falls into several parts stays one polygon, whose parts are joined along the border
-    of the rectangle by edges without area; area and rasterised mask are the same as those of the parts.
+    of the rectangle by edges without area; area and rasterized mask are the same as those of the parts.
 
     Args:
         points: (P, 2) float, xy.
