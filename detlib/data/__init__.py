@@ -1,4 +1,4 @@
-"""Datasets, loaders and transforms."""
+"""Datasets, data loaders and transforms."""
 
 # Imported for their effect: the built-in names and the formats that the catalogs know.
 from detlib.data import datasets, formats, samplers, transforms

@@ -1,4 +1,4 @@
-"""Datasets for training and testing, loaded, filtered and checked, and the data loaders over them."""
+"""Loading, filtering and checking datasets for training and testing, and the data loaders over them."""
 
 import logging
 import sys
@@ -57,17 +57,17 @@ logger = logging.getLogger(__name__)
 
 
 def filter_images_with_only_crowd_annotations(dataset_dicts: list[dict]) -> list[dict]:
-    """Drop images without annotations, or with crowd regions only.
+    """Drop images without annotations or with only crowd regions.
 
     Args:
         dataset_dicts: annotated dataset in the standard format.
 
     Returns:
-        The images that stay, in a new list.
+        The remaining images, in a new list.
     """
     kept = [record for record in dataset_dicts if _has_objects(record)]
     logger.info(
-        "DATALOADER.FILTER_EMPTY_ANNOTATIONS: dropped %d of %d images, those without objects; %d are left",
+        "DATALOADER.FILTER_EMPTY_ANNOTATIONS: dropped %d of %d images that have no objects, %d are left",
         len(dataset_dicts) - len(kept),
         len(dataset_dicts),
         len(kept),
@@ -76,7 +76,7 @@ def filter_images_with_only_crowd_annotations(dataset_dicts: list[dict]) -> list
 
 
 def log_images_without_objects(dataset_dicts: list[dict]) -> None:
-    """Log how many images without objects, or with crowd regions only, are kept as negatives, if any."""
+    """Log the number of images that are kept as negatives: without objects, or with only crowd regions."""
     count = sum(not _has_objects(record) for record in dataset_dicts)
     if count:
         logger.info(
@@ -95,10 +95,10 @@ def filter_images_with_few_keypoints(dataset_dicts: list[dict], min_keypoints_pe
 
     Args:
         dataset_dicts: annotated dataset in the standard format.
-        min_keypoints_per_image: smallest number that stays.
+        min_keypoints_per_image: smallest number of keypoints of an image that is kept.
 
     Returns:
-        The images that stay, in a new list.
+        The remaining images, in a new list.
     """
 
     def count(record: dict) -> int:
@@ -107,8 +107,8 @@ def filter_images_with_few_keypoints(dataset_dicts: list[dict], min_keypoints_pe
 
     kept = [record for record in dataset_dicts if count(record) >= min_keypoints_per_image]
     logger.info(
-        "MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE: dropped %d of %d images, those with fewer than %d "
-        "keypoints; %d are left",
+        "MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE: dropped %d of %d images that have fewer than %d "
+        "keypoints, %d are left",
         len(dataset_dicts) - len(kept),
         len(dataset_dicts),
         min_keypoints_per_image,
@@ -123,12 +123,12 @@ def check_category_ids(dataset_dicts: list[dict], num_classes: int, source: str)
     Args:
         dataset_dicts: dataset in the standard format.
         num_classes: number of classes.
-        source: what the number of classes comes from, for the message.
+        source: where the number of classes comes from, for the message.
 
     Raises:
-        ValueError: one is not; image and file are named.
+        ValueError: if one is not, naming image and file.
     """
-    legal = frozenset(range(num_classes))  # 1.0 and numpy's numbers are found in it as well
+    legal = frozenset(range(num_classes))  # also contains 1.0 and numpy scalars
     annotations = chain.from_iterable(record.get("annotations", ()) for record in dataset_dicts)
     if legal.issuperset(anno.get("category_id") for anno in annotations):
         return
@@ -144,7 +144,7 @@ def check_category_ids(dataset_dicts: list[dict], num_classes: int, source: str)
 
 
 def print_instances_class_histogram(dataset_dicts: list[dict], class_names: list[str]) -> None:
-    """Log how many objects of each class there are; crowd regions do not count.
+    """Log the number of objects of each class, without crowd regions.
 
     Args:
         dataset_dicts: annotated dataset in the standard format.
@@ -155,7 +155,7 @@ def print_instances_class_histogram(dataset_dicts: list[dict], class_names: list
     ids = [anno["category_id"] for anno in annotations if not anno.get("iscrowd", 0)]
     counts = np.bincount(np.asarray(ids, dtype=np.int64), minlength=len(class_names))
 
-    def shorten(name: str) -> str:  # LVIS has names that would break the table
+    def shorten(name: str) -> str:  # LVIS has names that are too long for the table
         return name if len(name) <= 13 else name[:11] + ".."
 
     cells = list(chain.from_iterable((shorten(name), int(n)) for name, n in zip(class_names, counts)))
@@ -171,16 +171,20 @@ def print_instances_class_histogram(dataset_dicts: list[dict], class_names: list
         numalign="right",
         stralign="center",
     )
-    log_first_n(logging.INFO, f"Objects of all {len(class_names)} categories:\n{table}", key="message")
+    log_first_n(
+        logging.INFO,
+        f"Number of objects of each of the {len(class_names)} categories:\n{table}",
+        key="message",
+    )
 
 
 def _load(names: list[str]) -> list:
-    """The datasets of these names; none of them empty."""
+    """Load datasets by name; raise ValueError if one is empty."""
     datasets = []
     for name in names:
         dataset = DatasetCatalog.get(name)
         if not isinstance(dataset, IterableDataset) and len(dataset) == 0:
-            raise ValueError(f"dataset {name!r} is empty: it holds no image")
+            raise ValueError(f"dataset {name!r} is empty: it has no images")
         datasets.append(dataset)
     return datasets
 
@@ -192,39 +196,39 @@ def get_detection_dataset_dicts(
     proposal_files: list[str] | None = None,
     check_consistency: bool = True,
 ) -> list[dict] | Dataset:
-    """Load datasets by name, check them, and drop the images that have nothing to train on.
+    """Load datasets by name, check them, and drop images that have nothing to train on.
 
     Args:
-        names: registered names or addresses.
+        names: registered names or dataset URIs.
         filter_empty: drop images without annotations other than crowd regions
             (``DATALOADER.FILTER_EMPTY_ANNOTATIONS``).
         min_keypoints: drop images with fewer labeled keypoints
-            (``MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE``); 0 for no such filter.
-        proposal_files: one file of precomputed proposals for each name, see
-            :func:`load_proposals_into_dataset`; None for none.
+            (``MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE``); 0 keeps all.
+        proposal_files: one file of precomputed proposals for each name, see `load_proposals_into_dataset`.
         check_consistency: require that all datasets have the same ``thing_classes``.
 
     Returns:
-        All images in one list; or, where the catalog gives torch Datasets, these as one dataset, as they
-        are.
+        All images in one list; if the catalog returns torch Datasets, these unchanged as one dataset.
 
     Raises:
-        KeyError: a name is not known.
-        ValueError: a dataset is empty, or nothing is left of it; a category id has no class; the classes
-            differ; there are not as many files of proposals as names.
+        KeyError: if a name is unknown.
+        ValueError: if a dataset is empty or the filters leave nothing of it, a category id has no class, the
+            classes differ, or the numbers of proposal files and names differ.
     """
     names = as_names(names)
     if not names:
-        raise ValueError("no dataset is named; set DATASETS.TRAIN or DATASETS.TEST")
+        raise ValueError("no dataset is given; set DATASETS.TRAIN or DATASETS.TEST")
     if proposal_files is not None and len(proposal_files) != len(names):
         raise ValueError(
-            "there must be one file of proposals for each dataset (DATASETS.PROPOSAL_FILES_TRAIN for "
+            "there must be one proposal file for each dataset (DATASETS.PROPOSAL_FILES_TRAIN for "
             f"DATASETS.TRAIN, when MODEL.LOAD_PROPOSALS is True): got {list(proposal_files)} for {names}"
         )
     datasets = _load(names)
     if any(isinstance(dataset, Dataset) for dataset in datasets):
         if proposal_files:
-            raise ValueError("precomputed proposals are added to lists of dicts, not to torch Datasets")
+            raise ValueError(
+                "precomputed proposals can be added to lists of dicts only, not to torch Datasets"
+            )
         return datasets[0] if len(datasets) == 1 else ConcatDataset(datasets)
     if proposal_files:
         datasets = [load_proposals_into_dataset(*pair) for pair in zip(datasets, proposal_files)]
@@ -247,7 +251,7 @@ def get_detection_dataset_dicts(
 
 
 def _filter(records: list[dict], names: list[str], filter_empty: bool, min_keypoints: int) -> list[dict]:
-    """Apply the two filters; an empty result is an error that names the key."""
+    """Apply the two filters; raise ValueError, naming the config key, if nothing is left."""
     quoted = ", ".join(repr(name) for name in names)
     total = len(records)
     if filter_empty:
@@ -270,21 +274,21 @@ def _filter(records: list[dict], names: list[str], filter_empty: bool, min_keypo
 
 
 def trivial_batch_collator(batch: list) -> list:
-    """A batch is the list of its elements."""
+    """Return the list of elements itself as the batch."""
     return batch
 
 
 def worker_init_reset_seed(worker_id: int) -> None:
-    """Give each loader worker random numbers of its own, in Python, numpy and torch."""
+    """Seed Python, numpy and torch of a loader worker with a seed of its own."""
     seed_all_rng(torch.initial_seed() % 2**31 + worker_id)
-    if "cv2" in sys.modules:  # its threads do not survive a fork, and workers are parallel already
+    if "cv2" in sys.modules:  # OpenCV's threads do not survive a fork, and workers run in parallel already
         sys.modules["cv2"].setNumThreads(0)
 
 
 def _batch_size_per_process(total_batch_size: int | None, single_gpu_batch_size: int | None) -> int:
     if (total_batch_size is None) == (single_gpu_batch_size is None):
         raise ValueError(
-            "build_batch_data_loader: give either total_batch_size or single_gpu_batch_size, got "
+            "build_batch_data_loader: pass either total_batch_size or single_gpu_batch_size, got "
             f"{total_batch_size} and {single_gpu_batch_size}"
         )
     if total_batch_size is None:
@@ -316,32 +320,32 @@ def build_batch_data_loader(
 ):
     """Build a loader of batches.
 
-    With a map-style dataset the order of the images does not depend on the number of workers.
+    The order of the images of a map-style dataset does not depend on the number of workers.
 
     Args:
-        dataset: map-style, or iterable; an iterable one must share itself out between processes and workers.
+        dataset: map-style or iterable; an iterable one must shard itself across processes and workers.
         sampler: yields indices into a map-style dataset; None for an iterable one.
-        total_batch_size: number of images of a batch over all processes, a multiple of their number; None
-            when ``single_gpu_batch_size`` is given.
-        aspect_ratio_grouping: make each batch of images that are all wider than high, or all not. Elements
-            must be dicts with "width" and "height".
+        total_batch_size: number of images of a batch over all processes, a multiple of their number; None if
+            ``single_gpu_batch_size`` is set.
+        aspect_ratio_grouping: build each batch from images that are all wider than high, or all not.
+            Elements must be dicts with "width" and "height".
         num_workers: number of loader processes; 0 loads in this process.
-        collate_fn: makes a batch of a list of elements; the list itself is the batch when left out.
-        drop_last: drop a last batch that is not full; must be True with ``aspect_ratio_grouping``.
+        collate_fn: turns a list of elements into a batch; by default, the list itself is the batch.
+        drop_last: drop the last batch if it is not full; must be True with ``aspect_ratio_grouping``.
         single_gpu_batch_size: number of images of a batch in this process, instead of ``total_batch_size``.
         prefetch_factor: number of batches (elements, with ``aspect_ratio_grouping``) that each worker
             prepares.
-        persistent_workers: keep the workers when the loader is iterated again.
+        persistent_workers: keep the workers for the next iteration over the loader.
         pin_memory: see `torch.utils.data.DataLoader`.
-        seed: of the workers' random numbers; None derives it from torch's global generator.
+        seed: seed of the workers' random numbers; by default derived from torch's global generator.
         **kwargs: further arguments of `torch.utils.data.DataLoader`.
 
     Returns:
-        An iterable of batches. With an endless sampler of `detlib.data.samplers` its ``state_dict`` and
-        ``load_state_dict`` save and restore the position, see `ResumableLoader`.
+        A `ResumableLoader`, an iterable of batches. With an endless sampler of `detlib.data.samplers`, its
+        ``state_dict`` and ``load_state_dict`` save and restore the position.
 
     Raises:
-        ValueError: arguments do not go together, or the batch cannot be shared out between the processes.
+        ValueError: if arguments contradict each other, or the processes cannot get equal shares of the batch.
     """
     batch_size = _batch_size_per_process(total_batch_size, single_gpu_batch_size)
     if isinstance(dataset, IterableDataset) and sampler is not None:
@@ -364,7 +368,9 @@ def build_batch_data_loader(
         return ResumableLoader(loader, batch_size, positioned)
     if not drop_last:
         raise ValueError("build_batch_data_loader: aspect_ratio_grouping needs drop_last=True")
-    if isinstance(dataset, MapDataset):  # a position is restored from the groups of the unmapped elements
+    if isinstance(
+        dataset, MapDataset
+    ):  # the groups must be known from the unmapped elements to restore a position
         dataset.keep_groups(aspect_ratio_group)
     elements = DataLoader(dataset, batch_size=None, collate_fn=identity, **kwargs)
     batches = AspectRatioGroupedDataset(elements, batch_size)
@@ -373,14 +379,15 @@ def build_batch_data_loader(
 
 
 def images_per_epoch(loader: Any) -> int | None:
-    """Number of elements that a loader of `build_batch_data_loader` draws from; None if that is not known."""
+    """Return the number of elements that a loader of `build_batch_data_loader` draws from, None if
+    unknown."""
     while hasattr(loader, "dataset"):
         loader = loader.dataset
     return len(loader) if isinstance(loader, Sized) else None
 
 
 def _check_num_classes(cfg, dataset_dicts: list[dict]) -> None:
-    """Compare the model's number of classes with the data, before a label fails in the middle of a loss."""
+    """Compare the model's number of classes with the data, before a label fails inside a loss."""
     from detlib.modeling import facts_of
 
     key = facts_of(cfg).num_classes_keys(cfg).get("thing_classes")
@@ -406,7 +413,7 @@ _SAMPLERS = (
 
 
 def _build_train_sampler(cfg, dataset, parts: list | None = None) -> Sampler:
-    """The sampler that a config names; ``parts`` are the datasets that ``dataset`` is made of."""
+    """Build the sampler of a config; ``parts`` are the datasets that ``dataset`` was concatenated from."""
     name = cfg.DATALOADER.SAMPLER_TRAIN
     logger.info("Using training sampler %s", name)
     if name == "TrainingSampler":
@@ -419,7 +426,9 @@ def _build_train_sampler(cfg, dataset, parts: list | None = None) -> Sampler:
     if name == "RandomSubsetTrainingSampler":
         ratio = cfg.DATALOADER.get("RANDOM_SUBSET_RATIO")
         if ratio is None:
-            raise KeyError("DATALOADER.RANDOM_SUBSET_RATIO is needed by RandomSubsetTrainingSampler, not set")
+            raise KeyError(
+                "RandomSubsetTrainingSampler needs DATALOADER.RANDOM_SUBSET_RATIO, which is not set"
+            )
         return RandomSubsetTrainingSampler(len(dataset), ratio, seed_shuffle=cfg.SEED, seed_subset=cfg.SEED)
     if name == "ClassAwareTrainingSampler":
         return ClassAwareTrainingSampler(ClassAwareTrainingSampler.categories_of(dataset), seed=cfg.SEED)
@@ -430,7 +439,7 @@ def _build_train_sampler(cfg, dataset, parts: list | None = None) -> Sampler:
 
 
 def _load_train_sets(cfg) -> tuple[list | Dataset, list]:
-    """The training data as one dataset, and the datasets that it is made of where the sampler asks."""
+    """Return the training data as one dataset, and its parts if the sampler needs them."""
     names = as_names(cfg.DATASETS.TRAIN)
     options = {
         "filter_empty": cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
@@ -450,7 +459,7 @@ def _load_train_sets(cfg) -> tuple[list | Dataset, list]:
 
 
 def _check_proposals(cfg, dataset: list | Dataset, key: str) -> None:
-    """Tells of missing proposals before a model without a proposal generator misses them."""
+    """Raise ValueError if a model without a proposal generator would get no proposals."""
     if cfg.MODEL.LOAD_PROPOSALS and isinstance(dataset, list):
         if any("proposal_boxes" not in record for record in dataset):
             raise ValueError(
@@ -465,7 +474,7 @@ def _train_loader_from_config(cfg, mapper=None, *, dataset=None, sampler=None) -
         dataset, parts = _load_train_sets(cfg)
         if isinstance(dataset, list) and not cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
             log_images_without_objects(dataset)
-        if mapper is None and isinstance(dataset, list):  # a mapper of the user's may change category ids
+        if mapper is None and isinstance(dataset, list):  # a custom mapper may change category ids
             _check_num_classes(cfg, dataset)
     if mapper is None:
         _check_proposals(cfg, dataset, "TRAIN")
@@ -483,11 +492,11 @@ def _train_loader_from_config(cfg, mapper=None, *, dataset=None, sampler=None) -
 
 
 def _images_per_pass(solver) -> int:
-    """Images of one forward and backward pass over all processes."""
+    """Return the number of images of one forward and backward pass over all processes."""
     if solver.ACCUM_STEPS < 1 or solver.IMS_PER_BATCH % solver.ACCUM_STEPS:
         raise ValueError(
             f"SOLVER.IMS_PER_BATCH = {solver.IMS_PER_BATCH} must be a multiple of SOLVER.ACCUM_STEPS = "
-            f"{solver.ACCUM_STEPS}, which is at least 1"
+            f"{solver.ACCUM_STEPS}, which must be at least 1"
         )
     if solver.ACCUM_STEPS > 1 and solver.IMS_PER_BATCH % (solver.ACCUM_STEPS * comm.get_world_size()):
         raise ValueError(
@@ -509,18 +518,17 @@ def build_detection_train_loader(
     collate_fn: Callable | None = None,
     **kwargs,
 ):
-    """Build the endless loader for training; also as ``build_detection_train_loader(cfg, mapper=...)``.
+    """Build the endless training loader; also called as ``build_detection_train_loader(cfg, mapper=...)``.
 
     Args:
         dataset: list of dicts in the standard format, or a map-style or iterable dataset.
-        mapper: turns an element into a model's input; None if the elements are such already.
-        sampler: yields indices; a shuffling :class:`TrainingSampler` when left out. None for an iterable
-            dataset.
+        mapper: turns an element into a model's input; None if the elements are model inputs already.
+        sampler: yields indices; by default a shuffling `TrainingSampler`. None for an iterable dataset.
         total_batch_size: number of images of a batch over all processes.
-        aspect_ratio_grouping, num_workers, collate_fn, **kwargs: see :func:`build_batch_data_loader`.
+        aspect_ratio_grouping, num_workers, collate_fn, **kwargs: see `build_batch_data_loader`.
 
     Returns:
-        An iterable of batches, each a list of the mapper's results, or what ``collate_fn`` makes of it.
+        An iterable of batches, each a list of the mapper's results, or the result of ``collate_fn`` on it.
     """
     if isinstance(dataset, list):
         dataset = DatasetFromList(dataset, copy=False)
@@ -543,7 +551,7 @@ def _test_loader_from_config(cfg, dataset_name, mapper=None) -> dict:
     names = as_names(dataset_name)
     proposal_files = None
     if cfg.MODEL.LOAD_PROPOSALS:
-        # The files are listed in the order of the datasets.
+        # The files come in the order of the datasets.
         files = dict(zip(as_names(cfg.DATASETS.TEST), cfg.DATASETS.PROPOSAL_FILES_TEST))
         proposal_files = [files[name] for name in names if name in files] or None
     dataset = get_detection_dataset_dicts(names, filter_empty=False, proposal_files=proposal_files)
@@ -568,17 +576,18 @@ def build_detection_test_loader(
     num_workers: int = 0,
     collate_fn: Callable | None = None,
 ) -> DataLoader:
-    """Build the loader for testing, which gives each image once and in order; also as
-    ``build_detection_test_loader(cfg, dataset_name, mapper=...)``.
+    """Build the test loader, which yields each image once and in order.
+
+    Also called as ``build_detection_test_loader(cfg, dataset_name, mapper=...)``.
 
     Args:
         dataset: list of dicts in the standard format, or a map-style or iterable dataset.
-        mapper: turns an element into a model's input; None if the elements are such already.
-        sampler: yields indices; an :class:`InferenceSampler`, which shares them out between the processes,
-            when left out. None for an iterable dataset.
+        mapper: turns an element into a model's input; None if the elements are model inputs already.
+        sampler: yields indices; by default an `InferenceSampler`, which shards them across the processes.
+            None for an iterable dataset.
         batch_size: number of images of a batch in each process.
         num_workers: number of loader processes; 0 loads in this process.
-        collate_fn: makes a batch of a list of elements; the list itself is the batch when left out.
+        collate_fn: turns a list of elements into a batch; by default, the list itself is the batch.
     """
     if isinstance(dataset, list):
         dataset = DatasetFromList(dataset, copy=False)

@@ -1,8 +1,8 @@
 """Datasets built from other datasets, and loaders whose position can be saved and restored.
 
-The position of a loader is the number of batches that the training run has taken: workers load ahead. The
-order is a function of the sampler's seed, and the random numbers of an element are a function of its position
-in that order, so a resumed run draws the same augmentations, on any number of workers.
+The position of a loader is the number of batches that the training run has consumed; workers load ahead of
+it. The order is a function of the sampler's seed, and the random numbers of an element are a function of its
+position in that order, so a resumed run draws the same augmentations, on any number of workers.
 """
 
 import copy
@@ -38,11 +38,11 @@ logger = logging.getLogger(__name__)
 
 
 class _SerializedList:
-    """A list kept as the pickles of its elements, one after the other in one buffer.
+    """A list stored as the pickles of its elements, concatenated in one buffer.
 
-    Forked processes share memory until it is written to, and Python writes the reference count of each object
-    it looks at; a list of dicts is therefore copied bit by bit into every worker that reads it. One buffer
-    has one count. As a torch tensor it also travels to spawned processes by shared memory.
+    Forked processes share memory until it is written to, and Python writes to the reference count of each
+    object that it reads; a list of dicts is therefore copied bit by bit into every worker. One buffer has one
+    reference count. As a torch tensor it is passed to spawned processes by shared memory, too.
     """
 
     def __init__(self, elements: list):
@@ -52,7 +52,7 @@ class _SerializedList:
             buffer += pickle.dumps(element, protocol=pickle.HIGHEST_PROTOCOL)
             ends[i] = len(buffer)
         self._ends = torch.from_numpy(ends)
-        # frombuffer refuses an empty buffer.
+        # frombuffer does not take an empty buffer.
         self._bytes = torch.frombuffer(buffer or bytearray(1), dtype=torch.uint8)
         logger.info("Serialized %d dataset elements into %.2f MiB", len(elements), len(buffer) / 2**20)
 
@@ -68,16 +68,16 @@ class _SerializedList:
 
 
 class DatasetFromList(Dataset):
-    """A list as a map-style dataset, held once for all loader workers."""
+    """A list as a map-style dataset whose memory all loader workers share."""
 
     def __init__(self, lst: list, copy: bool = True, serialize: bool | Callable = True):
         """
         Args:
             lst: the elements.
-            copy: return deep copies, so that users may change them. Elements that were serialized are fresh
-                ones in any case.
-            serialize: keep the elements as bytes in one buffer that workers share, instead of as Python
-                objects that each of them copies. A callable takes the list and returns a list-like object to
+            copy: return deep copies, so that users may change them. Serialized elements are copies in any
+                case.
+            serialize: store the elements as bytes in one buffer that workers share, instead of as Python
+                objects that each worker copies. A callable takes the list and returns the list-like object to
                 use.
         """
         self._copy = copy
@@ -96,7 +96,7 @@ class DatasetFromList(Dataset):
 
 
 def _describe(element: Any) -> str:
-    """What to say about a dataset element in an error."""
+    """Return a description of a dataset element for error messages."""
     if not isinstance(element, dict):
         return f"a dataset element of type {type(element).__name__}"
     keys = [key for key in ("file_name", "image_id") if key in element]
@@ -105,7 +105,7 @@ def _describe(element: Any) -> str:
 
 
 def _apply(map_func: Callable, element: Any, *others: Callable) -> Any:
-    """``map_func(element, *others)``; an exception gets a note about the element and goes on its way."""
+    """Return ``map_func(element, *others)``; add a note about the element to an exception."""
     try:
         return map_func(element, *others)
     except Exception as error:
@@ -132,7 +132,7 @@ class MapDataset(Dataset):
     """
 
     def __new__(cls, dataset: Dataset, map_func: Callable):
-        # PyTorch tells iterable datasets by their type, and `MapDataset` of either type is a public name.
+        # DataLoader recognizes iterable datasets by their type, and `MapDataset(...)` must serve both types.
         if isinstance(dataset, IterableDataset):
             if getattr(map_func, "takes_others", False):
                 raise TypeError(
@@ -233,7 +233,7 @@ class _MapIterableDataset(IterableDataset):
 
 
 class ToIterableDataset(IterableDataset):
-    """A map-style dataset as an iterable one, in the order of a sampler."""
+    """An iterable dataset that yields the elements of a map-style one in the order of a sampler."""
 
     def __init__(
         self, dataset: Dataset, sampler: Sampler, shard_sampler: bool = True, shard_chunk_size: int = 1
@@ -242,12 +242,14 @@ class ToIterableDataset(IterableDataset):
         Args:
             dataset: map-style dataset.
             sampler: yields indices into it.
-            shard_sampler: share the sampler's indices out between loader workers. Without it every worker
-                goes through all of them, as is right for a sampler that knows of workers itself.
-            shard_chunk_size: number of consecutive indices that go to one worker.
+            shard_sampler: split the sampler's indices across loader workers. If False, every worker iterates
+                over all of them, as a sampler that handles workers itself needs.
+            shard_chunk_size: number of consecutive indices of one worker.
         """
         if isinstance(dataset, IterableDataset):
-            raise TypeError(f"ToIterableDataset: dataset is iterable already: {type(dataset).__name__}")
+            raise TypeError(
+                f"ToIterableDataset: dataset must be map-style, got the iterable {type(dataset).__name__}"
+            )
         if not isinstance(sampler, Sampler):
             raise TypeError(f"ToIterableDataset: sampler must be a Sampler, got {type(sampler).__name__}")
         self.dataset = dataset
@@ -275,8 +277,8 @@ def aspect_ratio_group(record: Any) -> bool | None:
 class AspectRatioGroupedDataset(IterableDataset):
     """Batches of images that are all wider than high, or all not, so that little padding is needed.
 
-    The order of the images changes as little as that allows. Images that are left over at the end of a
-    finite dataset are dropped.
+    The order of the images changes as little as possible. Images left over at the end of a finite dataset are
+    dropped.
     """
 
     def __init__(self, dataset: Any, batch_size: int):

@@ -1,4 +1,4 @@
-"""From a dataset dict to a model's input."""
+"""Dataset mappers: from a dataset dict to the input dict of a model."""
 
 import copy
 import logging
@@ -23,10 +23,10 @@ logger = logging.getLogger(__name__)
 
 
 class DatasetMapper:
-    """Turns a dataset dict in the standard format into the input dict of the builtin models.
+    """The default mapper from a dataset dict in the standard format to the input dict of the built-in models.
 
-    It reads the image, applies augmentations to it and to what is annotated on it, and makes tensors.
-    Projects with other data write their own mapper, any callable, from the parts in `detection_utils`.
+    It reads the image, applies augmentations to it and to its annotations, and converts both to tensors.
+    Projects with other data write their own mapper, any callable, from the functions of `detection_utils`.
     """
 
     @configurable
@@ -48,18 +48,18 @@ class DatasetMapper:
     ):
         """
         Args:
-            is_train: whether the output is for training; for testing, annotations are left out.
+            is_train: whether the output is for training; for testing, annotations are dropped.
             augmentations: Augmentations or Transforms to apply, in order.
             image_format: see `detection_utils.read_image`.
             use_instance_mask: whether to keep instance masks.
             use_keypoint: whether to keep keypoints.
             instance_mask_format: "polygon" or "bitmask".
             keypoint_hflip_indices: see `detection_utils.create_keypoint_hflip_indices`.
-            precomputed_proposal_topk: keep this many precomputed proposals of each image; None for no use
-                of proposals.
-            recompute_boxes: replace each box by the tight one around its mask after augmentation.
-            rotated_boxes: whether models get RotatedBoxes; by default, those images with a rotated
-                annotation (BoxMode.XYWHA_ABS). If False, rotated annotations become the axis-aligned boxes
+            precomputed_proposal_topk: keep this many precomputed proposals of each image; None ignores
+                proposals.
+            recompute_boxes: replace each box by the tight box around its mask after augmentation.
+            rotated_boxes: whether to return RotatedBoxes; by default for images with a rotated annotation
+                (BoxMode.XYWHA_ABS). If False, rotated annotations are replaced by the axis-aligned boxes
                 around them.
             mixing: the multi-image augmentations, in order; see `detlib.data.multi_image_augmentation`. The
                 mapper then needs a `MapDataset` around it, which the loaders add.
@@ -69,10 +69,12 @@ class DatasetMapper:
             raise ValueError("DatasetMapper: recompute_boxes=True needs use_instance_mask=True")
         mixing = list(mixing) if is_train else []
         if mixing and precomputed_proposal_topk is not None:
-            raise ValueError("DatasetMapper: precomputed proposals do not go together with mixing")
+            raise ValueError(
+                "DatasetMapper: precomputed proposals cannot be combined with multi-image augmentation"
+            )
         if any(m.makes_bitmasks for m in mixing) and use_instance_mask and instance_mask_format != "bitmask":
             raise ValueError(
-                f"DatasetMapper: mixing={mixing} makes masks that polygons cannot hold; set "
+                f"DatasetMapper: mixing={mixing} creates masks that polygons cannot represent; set "
                 "instance_mask_format (INPUT.MASK_FORMAT) to 'bitmask'"
             )
         self.is_train = is_train
@@ -106,7 +108,7 @@ class DatasetMapper:
             "use_keypoint": cfg.MODEL.KEYPOINT_ON,
             "recompute_boxes": recompute_boxes,
             "decoder": cfg.INPUT.DECODER,
-            # An image without objects shows no type: there the model's counts.
+            # An image without objects has no box type of its own; it gets the model's.
             "rotated_boxes": True if cfg.MODEL.ANCHOR_GENERATOR.NAME == "RotatedAnchorGenerator" else None,
         }
         if is_train:
@@ -122,23 +124,23 @@ class DatasetMapper:
         return ret
 
     def _transform_annotations(self, dataset_dict: dict, transforms: T.TransformList, image_shape) -> None:
-        """Put "instances" into the dict of a training image in place of its "annotations".
+        """Replace the "annotations" of a training image by "instances".
 
-        Subclasses override this for annotations of their own. Images made by `mixing` do not come by here.
+        Subclasses override this for annotations of their own. It is not called for multi-image augmentations.
 
         Args:
             dataset_dict: the dict that `__call__` returns; its "annotations" may be changed in place.
-            transforms: what was applied to the image.
-            image_shape: height and width of the transformed image.
+            transforms: the transforms of the image.
+            image_shape: (height, width) of the transformed image.
         """
         moved = self._move_annotations(dataset_dict, transforms, image_shape)
         del dataset_dict["annotations"]
         dataset_dict["instances"] = self._to_instances(moved, image_shape, dataset_dict.get("file_name"))
 
     def _move_annotations(self, dataset_dict: dict, transforms: T.TransformList, image_shape) -> list:
-        """The annotations of an image, transformed, without crowd regions and what is not used."""
+        """Return the transformed annotations, without crowd regions and unused fields."""
         unused = set()
-        # Mixing needs masks to know what covers what.
+        # Copy-paste needs the masks to find out which objects are covered.
         if not self.use_instance_mask and not self.mixing:
             unused.add("segmentation")
         if not self.use_keypoint:
@@ -192,24 +194,24 @@ class DatasetMapper:
 
     @property
     def takes_others(self) -> bool:
-        """Whether `MapDataset` is to give a function that draws further records."""
+        """Whether `MapDataset` has to pass a function that draws further records."""
         return bool(self.mixing)
 
     def _read(self, dataset_dict: dict) -> Sample:
-        """The image and its semantic map as they are in their files; annotations stay in the dict."""
+        """Read the image and its label map; the annotations stay in the dict."""
         image = utils.read_image(dataset_dict["file_name"], format=self.image_format, decoder=self.decoder)
         utils.check_image_size(dataset_dict, image)
         sem_seg_file = dataset_dict.pop("sem_seg_file_name", None)
         sem_seg = None if sem_seg_file is None else utils.read_label_map(sem_seg_file)
         if sem_seg is not None and sem_seg.shape != image.shape[:2]:
             raise ValueError(
-                f"label map {sem_seg_file} has (height, width) = {sem_seg.shape}, its image "
+                f"label map {sem_seg_file} has (height, width) = {sem_seg.shape}, but its image "
                 f"{dataset_dict['file_name']} has {image.shape[:2]}"
             )
         return Sample(image, dataset_dict.get("annotations", []), sem_seg)
 
     def _augment(self, sample: Sample, dataset_dict: dict) -> T.TransformList:
-        """Apply the augmentations to a sample, in place, but for its annotations."""
+        """Augment the image and the label map of a sample in place; return the transforms."""
         aug_input = T.AugInput(sample.image, sem_seg=sample.sem_seg)
         transforms = self.augmentations(aug_input)
         sample.image, sample.sem_seg = aug_input.image, aug_input.sem_seg
@@ -242,28 +244,28 @@ class DatasetMapper:
         """Map one image.
 
         Args:
-            dataset_dict: dict of one image in the standard format; it stays as it is.
-            others: draws a further dict at random; needed with ``mixing``, and given by `MapDataset`.
+            dataset_dict: dict of one image in the standard format; it is not changed.
+            others: function that draws another dict at random; `MapDataset` passes it, ``mixing`` needs it.
 
         Returns:
-            A dict with all entries of ``dataset_dict`` ("file_name", "image_id", "height", "width", ...) but
-            "annotations" and "sem_seg_file_name", and with
+            A dict with all entries of ``dataset_dict`` ("file_name", "image_id", "height", "width", ...)
+            except "annotations" and "sem_seg_file_name", and with
 
             - "image": (C, H, W) tensor in ``image_format``, uint8 for most formats;
-            - "instances" (training): see `detection_utils.annotations_to_instances`, or of rotated boxes
+            - "instances" (training): see `detection_utils.annotations_to_instances`, or for rotated boxes
               `detection_utils.annotations_to_instances_rotated`, in pixels of "image";
-            - "sem_seg": (H, W) int64 tensor, where the dataset has one;
-            - "proposals": where precomputed ones are used.
+            - "sem_seg": (H, W) int64 tensor, if the dataset has label maps;
+            - "proposals": if precomputed proposals are used.
 
         Raises:
-            FileNotFoundError, ImageReadError, SizeMismatchError, ValueError: with the file's name.
+            FileNotFoundError, ImageReadError, SizeMismatchError, ValueError: naming the file.
         """
         dataset_dict = copy.copy(dataset_dict)
         if self.mixing:
             if others is None:
                 raise ValueError(
-                    "DatasetMapper: with mixing it needs further images; put it into a MapDataset, as the "
-                    "train loader does"
+                    "DatasetMapper: multi-image augmentation needs further images; wrap the mapper in a "
+                    "MapDataset, as the train loader does"
                 )
             sample, transforms = self._load_mixed(dataset_dict, others)
         else:
@@ -282,7 +284,7 @@ class DatasetMapper:
                     sample.annotations, image_shape, dataset_dict.get("file_name")
                 )
         elif self.is_train and dataset_dict.get("annotations") is not None:
-            # Those of the dataset stay as they are whatever an override does.
+            # An override may change annotations, which must not change the dataset.
             dataset_dict["annotations"] = [copy.copy(x) for x in dataset_dict["annotations"]]
             self._transform_annotations(dataset_dict, transforms, image_shape)
         dataset_dict.pop("annotations", None)
@@ -290,7 +292,7 @@ class DatasetMapper:
 
 
 class _Either(T.Augmentation):
-    """One of two lists of augmentations, with equal chances."""
+    """One of two lists of augmentations, with equal probability."""
 
     def __init__(self, first: T.AugmentationList, second: T.AugmentationList):
         super().__init__()
@@ -304,10 +306,11 @@ class _Either(T.Augmentation):
 
 
 class DetrDatasetMapper(DatasetMapper):
-    """A `DatasetMapper` that crops every second training image, as DETR (arXiv:2005.12872) was trained.
+    """A `DatasetMapper` that crops half of the training images, as for DETR
+    (https://arxiv.org/abs/2005.12872).
 
-    Half of the images, drawn at random, go through `augmentation`, the others through
-    `augmentation_with_crop`: a resize to a smaller side, a crop, and a resize to the side of training.
+    Each training image gets, at random, `augmentation` or `augmentation_with_crop`: a resize to a smaller
+    size, a crop, and a resize to the training size.
     """
 
     def __init__(
@@ -321,10 +324,9 @@ class DetrDatasetMapper(DatasetMapper):
         """
         Args:
             augmentation: Augmentations or Transforms to apply, in order.
-            augmentation_with_crop: the same for every second training image; None for `augmentation`
-                there too.
-            is_train: whether the output is for training; for testing `augmentation` alone is applied and
-                annotations are left out.
+            augmentation_with_crop: the same with a crop; None always applies `augmentation`.
+            is_train: whether the output is for training; for testing, only `augmentation` is applied and
+                annotations are dropped.
             mask_on: whether to keep instance masks.
             img_format: see `detection_utils.read_image`.
         """

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 _RGB_TO_YUV = np.array([[0.299, 0.587, 0.114], [-0.14713, -0.28886, 0.436], [0.615, -0.51499, -0.10001]])
 _YUV_TO_RGB = np.array([[1.0, 0.0, 1.13983], [1.0, -0.39465, -0.58060], [1.0, 2.03211, 0.0]])
 
-# What Pillow's decoders raise on files that are not as they should be.
+# Raised by Pillow's decoders on malformed files.
 _PIL_ERRORS = (
     OSError,
     SyntaxError,
@@ -60,29 +60,27 @@ _UPRIGHT = {
 
 
 class SizeMismatchError(ValueError):
-    """An image's size differs from the one that its dataset says."""
+    """The size of an image differs from the size that its dataset states."""
 
 
 class ImageReadError(OSError, ValueError):
-    """A file is there, but it is no image that can be read: truncated, empty, or of another kind."""
+    """A file exists but is not a readable image: truncated, empty, or of another type."""
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:
-    """An image of more bits as one of 8, which Pillow's own conversion cuts off: nearly all would be white.
+    """Reduce an image of 16 bits to its upper 8, as OpenCV does; return others unchanged.
 
-    Of 16 bits the upper 8 are taken, as OpenCV does. Other images stay as they are.
+    Pillow's own conversion clips at 255, which makes nearly all pixels white.
 
     Raises:
-        ValueError: the values are whole numbers of 32 bits or floats, and not all from 0 to 255.
+        ValueError: if the values are 32-bit integers or floats that are not all in [0, 255].
     """
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         low, high = cast(tuple[float, float], image.getextrema())
         if not (low >= 0 and high <= 255):
-            raise ValueError(
-                f"its values (mode {image.mode!r}) go from {low} to {high}; legal are 0 to 255, or 16 bits"
-            )
+            raise ValueError(f"its values (mode {image.mode!r}) are in [{low}, {high}], not in [0, 255]")
     return image
 
 
@@ -91,12 +89,12 @@ def convert_PIL_to_numpy(image: Image.Image, format: str | None) -> np.ndarray:
 
     Args:
         image: any PIL image.
-        format: one of the formats above; None keeps the image's own mode. Other formats than its own take
-            8 bits, see :func:`to_8_bits`.
+        format: one of the formats above; None keeps the image's own mode. Other formats have 8 bits, see
+            `to_8_bits`.
 
     Returns:
         (H, W, C) array, uint8 for most formats, float64 for "YUV-BT.601"; "L" has C = 1. With None, an image
-        of one channel comes as (H, W).
+        of one channel has shape (H, W).
     """
     mode = "RGB" if format in ("BGR", "YUV-BT.601") else format
     if mode is not None and image.mode != mode:
@@ -115,11 +113,12 @@ def convert_image_to_rgb(image: np.ndarray | torch.Tensor, format: str) -> np.nd
     """Convert an image of a given format to RGB.
 
     Args:
-        image: (H, W, C) array or tensor, in the value range of its format.
+        image: (H, W, C) array or tensor in the value range of its format.
         format: one of the formats above.
 
     Returns:
-        (H, W, 3) array in [0, 255]; uint8, but for "YUV-BT.601" (float) and "BGR" (the dtype of ``image``).
+        (H, W, 3) array in [0, 255]; uint8, except for "YUV-BT.601" (float) and "BGR" (the dtype of
+        ``image``).
     """
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu().numpy()
@@ -133,17 +132,19 @@ def convert_image_to_rgb(image: np.ndarray | torch.Tensor, format: str) -> np.nd
     if format == "L" and image.ndim == 3:
         image = image[:, :, 0]
     pil_image = Image.fromarray(image)
-    if pil_image.mode != format:  # same bytes, other meaning (HSV, LAB, YCbCr)
+    if pil_image.mode != format:  # same bytes with another meaning (HSV, LAB, YCbCr)
         pil_image = Image.frombytes(format, pil_image.size, pil_image.tobytes())
     return np.asarray(pil_image.convert("RGB"))
 
 
 def _upright(image: Image.Image, file_name: str) -> Image.Image:
-    """Turn ``image`` as its EXIF orientation says; broken EXIF data does not spoil a good image."""
+    """Apply the EXIF orientation of ``image``; ignore broken EXIF data with a warning."""
     try:
         orientation = image.getexif().get(_EXIF_ORIENTATION)
     except (SyntaxError, ValueError, KeyError, TypeError, EOFError, struct.error) as error:
-        logger.warning("%s: EXIF data cannot be read (%s); orientation taken as upright", file_name, error)
+        logger.warning(
+            "%s: cannot read the EXIF data (%s); assuming that the image is upright", file_name, error
+        )
         return image
     method = _UPRIGHT.get(cast(int, orientation))
     return image if method is None else image.transpose(method)
@@ -157,9 +158,11 @@ def _open(file_name: str):
 
 
 def _decode_by_opencv(file_name: str, format: str | None) -> np.ndarray | None:
-    """(H, W, 3) uint8; None for an image that is better left to Pillow: another format than RGB and BGR, a
-    file that OpenCV does not know, or a JPEG without an end, of which it would give a part as if all were
-    well."""
+    """Return (H, W, 3) uint8, or None if Pillow has to decode the image.
+
+    This is the case for formats other than RGB and BGR, for files that OpenCV does not support, and for
+    truncated JPEGs, of which OpenCV silently returns a part.
+    """
     import cv2
 
     if format not in ("RGB", "BGR"):
@@ -170,27 +173,27 @@ def _decode_by_opencv(file_name: str, format: str | None) -> np.ndarray | None:
         return None
     try:
         image = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR)
-    except cv2.error:  # an image beyond its limits of size; Pillow says what is wrong
+    except cv2.error:  # the image exceeds its size limits; Pillow raises a clearer error
         return None
     return image if image is None or format == "BGR" else image[:, :, ::-1]
 
 
 def read_image(file_name: str, format: str | None = None, decoder: str = "pil") -> np.ndarray:
-    """Read an image from a file, upright by its EXIF orientation.
+    """Read an image from a file and apply its EXIF orientation.
 
     Args:
-        file_name: path or address that PathManager knows.
-        format: see :func:`convert_PIL_to_numpy`.
-        decoder: "pil"; or "opencv", which is faster for JPEG, and gives equal values where both are built
-            with the same JPEG library. Formats other than "RGB" and "BGR", and what OpenCV cannot read, go
-            to Pillow in any case.
+        file_name: path or URL that PathManager supports.
+        format: see `convert_PIL_to_numpy`.
+        decoder: "pil", or "opencv", which is faster for JPEG and returns equal values if both are built with
+            the same JPEG library. Pillow decodes formats other than "RGB" and "BGR" and files that OpenCV
+            cannot read in any case.
 
     Returns:
-        (H, W, C) array, see :func:`convert_PIL_to_numpy`.
+        (H, W, C) array, see `convert_PIL_to_numpy`.
 
     Raises:
-        FileNotFoundError: the file is not there.
-        ImageReadError: the file is not a readable image.
+        FileNotFoundError: if the file does not exist.
+        ImageReadError: if the file is not a readable image.
     """
     if decoder not in ("pil", "opencv"):
         raise ValueError(f"decoder (INPUT.DECODER) must be 'pil' or 'opencv', got {decoder!r}")
@@ -220,25 +223,25 @@ def read_label_map(file_name: str) -> np.ndarray:
     """Read an image whose values are class indices.
 
     Args:
-        file_name: path or address that PathManager knows. Of images with a palette the indices are taken,
-            not the colors; of gray ones the values, whatever bits they have.
+        file_name: path or URL that PathManager supports. The labels are the palette indices of a palette
+            image, and the values of a grayscale image of any bit depth.
 
     Returns:
-        (H, W) array, uint8, or int32 where there are values above 255.
+        (H, W) array, uint8, or int32 if there are values above 255.
 
     Raises:
-        FileNotFoundError: the file is not there.
-        ImageReadError: the file is not a readable image.
-        ValueError: it is in color.
+        FileNotFoundError: if the file does not exist.
+        ImageReadError: if the file is not a readable image.
+        ValueError: if it is a color image.
     """
     image = _read_by_pillow(file_name)
     labels = np.array(image)
     if labels.ndim == 3:
-        labels = labels[:, :, : 1 if image.mode == "LA" else 3]  # the rest is transparency
+        labels = labels[:, :, : 1 if image.mode == "LA" else 3]  # drop the alpha channel
         if (labels != labels[:, :, :1]).any():
             raise ValueError(
-                f"label map {file_name} is in color (mode {image.mode!r}); it must hold class indices, gray "
-                "or with a palette"
+                f"label map {file_name} is a color image (mode {image.mode!r}); class indices must be stored "
+                "as a grayscale or palette image"
             )
         labels = labels[:, :, 0]
     if labels.dtype == np.uint8:
@@ -247,11 +250,11 @@ def read_label_map(file_name: str) -> np.ndarray:
 
 
 def read_image_size(file_name: str) -> tuple[int, int]:
-    """Read width and height from the header of an image, upright by its EXIF orientation.
+    """Read width and height, after applying the EXIF orientation, from the header of an image.
 
     Raises:
-        FileNotFoundError: the file is not there.
-        ImageReadError: the file is not an image.
+        FileNotFoundError: if the file does not exist.
+        ImageReadError: if the file is not an image.
     """
     try:
         with PathManager.open(file_name, "rb") as handle, Image.open(handle) as image:
@@ -263,15 +266,15 @@ def read_image_size(file_name: str) -> tuple[int, int]:
 
 
 def stored_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height of an image just opened, before it is turned as its EXIF orientation says."""
-    if image.format == "TIFF":  # Pillow turns these by itself, their size at once or when they are loaded
+    """Return width and height of a newly opened image before its EXIF orientation is applied."""
+    if image.format == "TIFF":  # Pillow applies the orientation itself, on opening or on loading
         tags = image.tag_v2  # type: ignore[attr-defined]
         return tags[_TIFF_WIDTH], tags[_TIFF_HEIGHT]
     return image.size
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height of an image just opened, once it is turned as its EXIF orientation says."""
+    """Return width and height of a newly opened image after its EXIF orientation is applied."""
     try:
         turned = image.getexif().get(_EXIF_ORIENTATION) in (5, 6, 7, 8)
     except (SyntaxError, ValueError, KeyError, TypeError, EOFError, struct.error):
@@ -281,43 +284,44 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def check_image_size(dataset_dict: dict, image: np.ndarray) -> None:
-    """Compare an image's size with the dataset's "height" and "width", and fill these in where they are
-    missing.
+    """Compare an image's size with the dataset's "height" and "width", or add these if they are missing.
 
     Args:
         dataset_dict: dict of one image in the standard format.
         image: (H, W) or (H, W, C) array.
 
     Raises:
-        SizeMismatchError: they differ.
+        SizeMismatchError: if they differ.
     """
     height, width = image.shape[:2]
-    said = dataset_dict.get("height", height), dataset_dict.get("width", width)
-    if said != (height, width):
+    stated = dataset_dict.get("height", height), dataset_dict.get("width", width)
+    if stated != (height, width):
         name = f"image {dataset_dict['image_id']!r}" if "image_id" in dataset_dict else "an image"
         file_name = f" (file {dataset_dict['file_name']})" if "file_name" in dataset_dict else ""
         hint = ""
-        if said == (width, height):
-            hint = "; is the image turned by its EXIF orientation, or are height and width swapped?"
+        if stated == (width, height):
+            hint = "; is the image rotated by its EXIF orientation, or are height and width swapped?"
         raise SizeMismatchError(
-            f"{name}{file_name} has width {width} and height {height}, but its annotation says width "
-            f"{said[1]} and height {said[0]}{hint}"
+            f"{name}{file_name} has width {width} and height {height}, but its annotation states width "
+            f"{stated[1]} and height {stated[0]}{hint}"
         )
     dataset_dict.setdefault("height", height)
     dataset_dict.setdefault("width", width)
 
 
 def image_to_tensor(image: np.ndarray) -> torch.Tensor:
-    """An image as the tensor that models take; from a worker it goes to the main process by shared memory.
+    """Convert an image to the tensor that models take.
 
     Args:
-        image: (H, W, C) array of any memory layout, flipped views included.
+        image: (H, W, C) array of any memory layout, including flipped views.
 
     Returns:
-        (C, H, W) contiguous tensor; it shares its memory with ``image`` where that already lies as planes.
+        (C, H, W) contiguous tensor; it shares its memory with ``image`` if that is already stored as planes.
     """
     planes = image.transpose(2, 0, 1)
-    flipped = [axis for axis, stride in enumerate(planes.strides) if stride < 0]  # tensors cannot be such
+    flipped = [
+        axis for axis, stride in enumerate(planes.strides) if stride < 0
+    ]  # tensors have no negative strides
     if flipped:
         planes = planes[tuple(slice(None, None, -1 if axis in flipped else 1) for axis in range(3))]
     if not planes.flags.writeable:

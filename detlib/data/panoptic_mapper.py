@@ -1,4 +1,4 @@
-"""Training data from dicts in the panoptic format, as instances and a label map."""
+"""A dataset mapper for dicts in the panoptic format."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["PanopticDatasetMapper"]
 class PanopticDatasetMapper(DatasetMapper):
     """`DatasetMapper` for dicts with "pan_seg_file_name" and "segments_info", as of `register_coco_panoptic`.
 
-    Things become instances with bit masks and tight boxes, crowds left out; all segments together become the
-    label map. So data in COCO's panoptic format train a Panoptic FPN as they are, without maps of stuff.
-    What "annotations" and "sem_seg_file_name" such dicts have besides is not looked at.
+    Things become instances with bit masks and tight boxes, without crowds; all segments together become the
+    label map. Data in COCO's panoptic format can thus train a Panoptic FPN without separate stuff maps.
+    "annotations" and "sem_seg_file_name" of such dicts are ignored.
     """
 
     @configurable
@@ -29,9 +29,9 @@ class PanopticDatasetMapper(DatasetMapper):
         """
         Args:
             is_train: see `DatasetMapper`.
-            things_label: the label of all things in the label map, for `PanopticFPN`; None gives each its own
-                class.
-            **kwargs: of `DatasetMapper`. Masks are bit masks; there is no mixing.
+            things_label: label of all things in the label map, as `PanopticFPN` needs it; None keeps the
+                class of each.
+            **kwargs: arguments of `DatasetMapper`. Masks are bit masks; `mixing` is not supported.
         """
         kwargs.setdefault("instance_mask_format", "bitmask")
         if kwargs["instance_mask_format"] != "bitmask":
@@ -41,7 +41,7 @@ class PanopticDatasetMapper(DatasetMapper):
             )
         if is_train and list(kwargs.get("mixing", ())):
             raise ValueError(
-                "PanopticDatasetMapper: INPUT.MOSAIC and INPUT.COPY_PASTE are not for panoptic data"
+                "PanopticDatasetMapper: INPUT.MOSAIC and INPUT.COPY_PASTE do not support panoptic data"
             )
         super().__init__(is_train, **kwargs)
         self.things_label = things_label
@@ -63,19 +63,19 @@ class PanopticDatasetMapper(DatasetMapper):
         file_name = dataset_dict.pop("pan_seg_file_name")
         ids = utils.read_image(file_name, "RGB").astype(np.int64) @ [1, 256, 256 * 256]
         if ids.shape != image.shape[:2]:
-            raise ValueError(f"{file_name} has the size {ids.shape}, its image {image.shape[:2]}")
-        dataset_dict["annotations"] = []  # there are some, if only none of things
-        return Sample(image, [], _places(ids, dataset_dict["segments_info"], file_name))
+            raise ValueError(f"{file_name} has the size {ids.shape}, but its image has {image.shape[:2]}")
+        dataset_dict["annotations"] = []  # the image is annotated, perhaps without things
+        return Sample(image, [], _segment_codes(ids, dataset_dict["segments_info"], file_name))
 
     def _augment(self, sample: Sample, dataset_dict: dict) -> T.TransformList:
         transforms = super()._augment(sample, dataset_dict)
         segments = dataset_dict.pop("segments_info")
         table = np.full(max(_code(len(segments)), IGNORED) + 1, IGNORED, dtype=np.int64)
-        for place, segment in enumerate(segments):
+        for index, segment in enumerate(segments):
             is_thing = segment["isthing"]
             own = not is_thing or self.things_label is None
-            table[_code(place)] = segment["category_id"] if own else cast(int, self.things_label)
-            mask: Any = sample.sem_seg == _code(place) if is_thing and not segment.get("iscrowd", 0) else None
+            table[_code(index)] = segment["category_id"] if own else cast(int, self.things_label)
+            mask: Any = sample.sem_seg == _code(index) if is_thing and not segment.get("iscrowd", 0) else None
             if self.is_train and mask is not None and mask.any():
                 annotation = {"bbox": box_of(mask), "bbox_mode": BoxMode.XYXY_ABS}
                 annotation |= {"category_id": segment["category_id"], "segmentation": mask.astype(np.uint8)}
@@ -84,21 +84,21 @@ class PanopticDatasetMapper(DatasetMapper):
         return transforms
 
     def _transform_annotations(self, dataset_dict: dict, transforms: T.TransformList, image_shape) -> None:
-        annos = dataset_dict.pop("annotations")  # of the transformed map, see `_augment`
+        annos = dataset_dict.pop("annotations")  # already transformed, see `_augment`
         dataset_dict["instances"] = self._to_instances(annos, image_shape, dataset_dict.get("file_name"))
 
 
-def _code(place: int) -> int:
-    """The number that stands for the ``place``-th segment: neither 0 nor 255, which transforms pad with."""
-    return place + 1 if place + 1 < IGNORED else place + 2
+def _code(index: int) -> int:
+    """Return the code of the ``index``-th segment: neither 0 nor 255, which transforms pad with."""
+    return index + 1 if index + 1 < IGNORED else index + 2
 
 
-def _places(ids: np.ndarray, segments: list[dict], file_name: str) -> np.ndarray:
-    """(H, W) array of the segments' numbers, 255 where there is none."""
-    codes = {segment["id"]: _code(place) for place, segment in enumerate(segments)} | {0: IGNORED}
+def _segment_codes(ids: np.ndarray, segments: list[dict], file_name: str) -> np.ndarray:
+    """Return an (H, W) array of segment codes, 255 where there is no segment."""
+    codes = {segment["id"]: _code(index) for index, segment in enumerate(segments)} | {0: IGNORED}
     found, where = np.unique(ids, return_inverse=True)
     unknown = [int(segment) for segment in found if int(segment) not in codes]
     if unknown:
-        raise ValueError(f"{file_name} has segments {unknown[:10]}, which segments_info does not name")
+        raise ValueError(f"{file_name} has segments {unknown[:10]}, which segments_info does not list")
     dtype = np.uint8 if _code(len(segments)) <= IGNORED else np.int32
     return np.array([codes[int(segment)] for segment in found], dtype=dtype)[where].reshape(ids.shape)

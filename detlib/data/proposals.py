@@ -1,4 +1,4 @@
-"""Precomputed box proposals, as a region proposal network wrote them for another model."""
+"""Precomputed box proposals, which a region proposal network wrote for another model."""
 
 import logging
 import pickle
@@ -17,7 +17,7 @@ __all__ = ["load_proposals_into_dataset", "transform_proposals"]
 
 logger = logging.getLogger(__name__)
 
-# Names that Detectron's files have for them.
+# The keys of Detectron's files.
 _OLD_KEYS = {"indexes": "ids", "scores": "objectness_logits"}
 _KEYS = ("ids", "boxes", "objectness_logits")
 
@@ -25,37 +25,37 @@ _KEYS = ("ids", "boxes", "objectness_logits")
 def load_proposals_into_dataset(dataset_dicts: list[dict], proposal_file: str) -> list[dict]:
     """Add precomputed proposals to dataset dicts, in place.
 
-    The file is a pickle of plain data, such as the ``box_proposals.pkl`` that evaluating a proposal network
-    leaves in its output folder: a dict of "ids" (image ids), "boxes" (for each image an array (P, 4), or
-    (P, 5) rotated), "objectness_logits" ((P,) for each image; or "scores") and "bbox_mode" (the number of a
-    `BoxMode`; absolute corners when it is missing). Nothing in it is executed.
+    The file is a pickle of plain data, such as the ``box_proposals.pkl`` that the evaluation of a proposal
+    network writes: a dict of "ids" (image ids), "boxes" (for each image an array (P, 4), or (P, 5) for
+    rotated boxes), "objectness_logits" ((P,) for each image; or "scores") and "bbox_mode" (the number of a
+    `BoxMode`; XYXY_ABS if missing). Nothing in it is executed.
 
     Args:
         dataset_dicts: dataset in the standard format, with "image_id".
-        proposal_file: path or address of the pickle.
+        proposal_file: path or URL of the pickle.
 
     Returns:
-        ``dataset_dicts``, with "proposal_boxes", "proposal_objectness_logits" (both best first) and
-        "proposal_bbox_mode" in every dict.
+        ``dataset_dicts``, with "proposal_boxes", "proposal_objectness_logits" (both in descending score
+        order) and "proposal_bbox_mode" in every dict.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no such pickle, or lacks an image.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it is not such a pickle, or an image is missing.
     """
     ids, boxes, logits, mode = _read(proposal_file)
-    places = {str(image_id): i for i, image_id in enumerate(ids)}
-    missing = [record["image_id"] for record in dataset_dicts if str(record["image_id"]) not in places]
+    positions = {str(image_id): i for i, image_id in enumerate(ids)}
+    missing = [record["image_id"] for record in dataset_dicts if str(record["image_id"]) not in positions]
     if missing:
         raise ValueError(
-            f"{proposal_file}: there are no proposals for {len(missing)} of {len(dataset_dicts)} images, "
-            f"such as image {missing[0]!r}; the file is about {len(places)} images, such as "
-            f"{next(iter(places), 'none')!r}. Was it made for this dataset?"
+            f"{proposal_file} has no proposals for {len(missing)} of {len(dataset_dicts)} images, "
+            f"such as image {missing[0]!r}; it has {len(positions)} images, such as "
+            f"{next(iter(positions), 'none')!r}. Was it computed on this dataset?"
         )
     for record in dataset_dicts:
-        place = places[str(record["image_id"])]
-        order = np.argsort(-np.asarray(logits[place]), kind="stable")
-        record["proposal_boxes"] = np.asarray(boxes[place])[order]
-        record["proposal_objectness_logits"] = np.asarray(logits[place])[order]
+        position = positions[str(record["image_id"])]
+        order = np.argsort(-np.asarray(logits[position]), kind="stable")
+        record["proposal_boxes"] = np.asarray(boxes[position])[order]
+        record["proposal_objectness_logits"] = np.asarray(logits[position])[order]
         record["proposal_bbox_mode"] = mode
     logger.info("Loaded proposals of %d images from %s", len(dataset_dicts), proposal_file)
     return dataset_dicts
@@ -72,15 +72,15 @@ def transform_proposals(
     """Apply transforms to the precomputed proposals in a dataset dict, if it has any.
 
     The fields "proposal_boxes" ((P, 4), or (P, 5) rotated ones), "proposal_bbox_mode" and
-    "proposal_objectness_logits" ((P,), falling) are replaced by "proposals", an Instances with
+    "proposal_objectness_logits" ((P,), descending) are replaced by "proposals", an Instances with
     ``proposal_boxes`` and ``objectness_logits``.
 
     Args:
         dataset_dict: dict of one image, changed in place.
         image_shape: (height, width) of the transformed image.
         transforms: the transforms of the image.
-        proposal_topk: keep this many of the best.
-        min_box_size: proposals of which a side is not longer than this are dropped.
+        proposal_topk: number of the best proposals to keep.
+        min_box_size: drop proposals with a side of at most this length.
     """
     if "proposal_boxes" not in dataset_dict:
         return
@@ -100,24 +100,23 @@ def transform_proposals(
 
 
 def _read(proposal_file: str) -> tuple[Sequence, Sequence, Sequence, BoxMode]:
-    """Image ids, boxes, logits and mode of a file, checked against each other."""
+    """Return image ids, boxes, logits and box mode of a file, after checking them against each other."""
     path = PathManager.get_local_path(proposal_file)
     if not PathManager.isfile(path):
         raise FileNotFoundError(
-            f"The file of proposals {proposal_file!r} (DATASETS.PROPOSAL_FILES_TRAIN or _TEST) does not "
-            "exist."
+            f"The proposal file {proposal_file!r} (DATASETS.PROPOSAL_FILES_TRAIN or _TEST) does not exist."
         )
     with PathManager.open(path, "rb") as file:
         try:
             content = load_plain_pickle(file)
         except pickle.UnpicklingError as error:
-            raise ValueError(f"{proposal_file} is no file of proposals: {error}.") from error
+            raise ValueError(f"{proposal_file} is not a proposal file: {error}.") from error
     if isinstance(content, dict):
         content = {_OLD_KEYS.get(key, key): value for key, value in content.items()}
     if not isinstance(content, dict) or not all(key in content for key in _KEYS):
-        there = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        found = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise ValueError(
-            f"{proposal_file} is no file of proposals: it must have {', '.join(_KEYS)}, not {there}."
+            f"{proposal_file} is not a proposal file: it must have {', '.join(_KEYS)}, but has {found}."
         )
     ids, boxes, logits = (content[key] for key in _KEYS)
     _check_lengths(proposal_file, ids, boxes, logits)

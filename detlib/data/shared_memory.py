@@ -1,7 +1,8 @@
-"""How much memory records take in loader processes.
+"""Measuring how much memory records take in loader processes.
 
-Measured as PSS (proportional set size, Linux), in which a page that several processes share counts once in
-all: what the processes hold with the records, less what they hold without.
+The measure is the PSS (proportional set size, Linux), which counts a page that several processes share once
+in
+all: the PSS of the processes with the records minus their PSS without.
 """
 
 import gc
@@ -23,7 +24,7 @@ __all__ = ["SharedMemory", "measure"]
 
 @dataclass
 class SharedMemory:
-    """Bytes: of the pickled records, and of what all processes together hold of them."""
+    """Size of the pickled records, and memory that they take in all processes together, in bytes."""
 
     serialized: int
     records: int
@@ -34,8 +35,10 @@ class SharedMemory:
 
 
 class _Records(Sequence):
-    """Records like COCO's, seven objects with boxes and polygons of twenty points, made when asked for, so
-    that the measured process never holds them as objects."""
+    """Records like COCO's, with seven objects that have a box and a polygon of twenty points.
+
+    They are created on access, so that the measured process never holds them as objects.
+    """
 
     def __init__(self, count: int):
         self._count = count
@@ -70,8 +73,11 @@ class _Records(Sequence):
 
 
 def pss(pid: int | str = "self") -> int:
-    """Bytes of a process, shared pages counted in part; Linux only. Pages of files (libraries) are left out:
-    they are no data, and their part changes with every other process that maps them."""
+    """Return the PSS of a process in bytes; Linux only.
+
+    Pages of files (libraries) are left out: they are not data, and their share changes with every other
+    process that maps them.
+    """
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     parts = [line.split()[1] for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:"))]
     if len(parts) != 2:
@@ -80,7 +86,7 @@ def pss(pid: int | str = "self") -> int:
 
 
 def _read_all(dataset: DatasetFromList, connection: Connection) -> None:
-    """What a worker does: look at every record, then wait until it has been measured."""
+    """Do what a worker does: read every record, then wait until the memory has been measured."""
     for index in range(len(dataset)):
         dataset[index]
     gc.collect()
@@ -106,18 +112,18 @@ def _held(dataset: DatasetFromList, workers: int, start_method: str) -> int:
 
 
 def measure(count: int, workers: int, start_method: str = "fork") -> SharedMemory:
-    """Measure `DatasetFromList` with ``count`` records that ``workers`` processes read wholly.
+    """Measure `DatasetFromList` with ``count`` records that ``workers`` processes read completely.
 
     Args:
         count: number of records.
-        workers: number of processes besides this one.
-        start_method: of `multiprocessing`.
+        workers: number of processes in addition to this one.
+        start_method: start method of `multiprocessing`.
 
     Returns:
-        Sizes over all processes, this one included.
+        Sizes over all processes, including this one.
     """
     few = DatasetFromList(_Records(1))  # type: ignore[arg-type]
-    _held(few, 1, start_method)  # what starts on the first use (the fork server, a tracker) is no record
+    _held(few, 1, start_method)  # starts what the first use starts (the fork server, a tracker)
     before = _held(few, workers, start_method)
     dataset = DatasetFromList(_Records(count))  # type: ignore[arg-type]
     gc.collect()

@@ -130,7 +130,7 @@ def test_to_iterable_shares_out_between_workers(num_workers, chunk):
 def test_to_iterable_without_sharing_and_refusals():
     dataset = ToIterableDataset(list(range(3)), InferenceSampler(3), shard_sampler=False)
     assert sorted(DataLoader(dataset, batch_size=None, num_workers=2)) == [0, 0, 1, 1, 2, 2]
-    with pytest.raises(TypeError, match="iterable already: Numbers"):
+    with pytest.raises(TypeError, match="must be map-style, got the iterable Numbers"):
         ToIterableDataset(Numbers(), InferenceSampler(3))
     with pytest.raises(TypeError, match="must be a Sampler, got list"):
         ToIterableDataset([1], [0])

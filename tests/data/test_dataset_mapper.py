@@ -218,7 +218,9 @@ def test_label_maps_with_a_palette_and_of_many_classes(record, tmp_path):
     Image.fromarray(labels.astype(np.uint16) * 100).save(tmp_path / "seg.png")
     np.testing.assert_array_equal(mapper(record)["sem_seg"].numpy(), expected.astype(int) * 100)
     Image.fromarray(labels[:10]).save(tmp_path / "seg.png")
-    with pytest.raises(ValueError, match=r"seg.png has \(height, width\) = \(10, 30\), its image .*a.png"):
+    with pytest.raises(
+        ValueError, match=r"seg.png has \(height, width\) = \(10, 30\), but its image .*a.png"
+    ):
         mapper(record)
 
 

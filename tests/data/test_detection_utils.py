@@ -134,7 +134,7 @@ def test_label_maps_of_any_mode(tmp_path):
     Image.fromarray(labels.astype(np.uint16) * 10).save(tmp_path / "a.png")
     assert utils.read_label_map(str(tmp_path / "a.png")).tolist() == [[0, 10, 20], [10, 0, 2550]]
     with_palette.convert("RGB").save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="label map .*a.png is in color"):
+    with pytest.raises(ValueError, match="label map .*a.png is a color image"):
         utils.read_label_map(str(tmp_path / "a.png"))
 
 

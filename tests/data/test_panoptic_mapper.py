@@ -115,7 +115,7 @@ def test_errors(records):
         make(instance_mask_format="polygon")
     with pytest.raises(ValueError, match=r"lacks \['segments_info'\]"):
         make()({k: v for k, v in records[0].items() if k != "segments_info"})
-    with pytest.raises(ValueError, match="which segments_info does not name"):
+    with pytest.raises(ValueError, match="which segments_info does not list"):
         make()({**records[0], "segments_info": records[0]["segments_info"][:1]})
     cfg = get_cfg()
     cfg.INPUT.MOSAIC.PROB = 0.5

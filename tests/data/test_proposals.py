@@ -78,15 +78,15 @@ class Evil:
 @pytest.mark.parametrize(
     "content, message",
     [
-        ([1, 2], "must have ids, boxes, objectness_logits, not list"),
-        ({"ids": [], "boxes": []}, r"not \['boxes', 'ids'\]"),
+        ([1, 2], "must have ids, boxes, objectness_logits, but has list"),
+        ({"ids": [], "boxes": []}, r"but has \['boxes', 'ids'\]"),
         ({**CONTENT, "ids": [7, 8]}, "one entry for each image, but have 2, 3 and 3"),
         ({**CONTENT, "ids": [7, 8, 9]}, "no proposals for 1 of 2 images, such as image 'a'"),
         (
             {**CONTENT, "boxes": [np.zeros(4)] * 3},
             r"'a' has boxes of shape \(4,\) and logits .*\(2,\)",
         ),
-        (Evil(), "is no file of proposals: it wants to import 'builtins.print'"),
+        (Evil(), "is not a proposal file: it wants to import 'builtins.print'"),
     ],
 )
 def test_bad_files(tmp_path, content, message, capsys):

@@ -155,7 +155,7 @@ def test_every_class_comes_equally_often():
     assert abs(sum(counts[i] for i in range(30)) - 260 * 30 / 35) < 15
     assert order == take(ClassAwareTrainingSampler(categories, seed=0), 39 * 20)
     assert order != take(ClassAwareTrainingSampler(categories, seed=1), 39 * 20)
-    with pytest.raises(ValueError, match="no image has an object"):
+    with pytest.raises(ValueError, match="no image has any objects"):
         ClassAwareTrainingSampler([[], []])
 
 

@@ -112,15 +112,15 @@ def data(tmp_path, images):
     """The images as a registered dataset in COCO's panoptic format."""
     root = tmp_path / "panoptic"
     root.mkdir()
-    annotations, images = [], []
+    annotations, records = [], []
     for i, ((ids, info), _) in enumerate(images):
         Image.fromarray(id_to_rgb(ids)).save(root / f"{i:03d}.png")
         segments = [{"id": k, "category_id": c, "iscrowd": int(crowd)} for k, (c, crowd) in info.items()]
         annotations.append({"image_id": 7 * i, "file_name": f"{i:03d}.png", "segments_info": segments})
-        images.append({"id": 7 * i, "file_name": f"{i:03d}.jpg", "height": HEIGHT, "width": WIDTH})
+        records.append({"id": 7 * i, "file_name": f"{i:03d}.jpg", "height": HEIGHT, "width": WIDTH})
     names = dict(zip([*THINGS, *STUFF], "abcde"))
     categories = [{"id": k, "name": names[k], "isthing": int(k in THINGS)} for k in names]
-    coco = {"info": {}, "images": images, "annotations": annotations, "categories": categories}
+    coco = {"info": {}, "images": records, "annotations": annotations, "categories": categories}
     (tmp_path / "panoptic.json").write_text(json.dumps(coco))
     register_coco_panoptic(NAME, METADATA, str(tmp_path / "img"), str(root), str(tmp_path / "panoptic.json"))
     yield tmp_path

@@ -1,8 +1,8 @@
 """Samplers: which images, in which order, and which of them in which process.
 
 For training, all processes follow one endless stream of indices, epoch after epoch, and each takes every n-th
-of it; so with a fixed seed a step sees the same images on any number of processes. The stream depends on the
-seed alone and can be entered at any position, which costs the drawing of the epochs before it and no loading.
+index, so that with a fixed seed a step sees the same images on any number of processes. The stream depends on
+the seed alone and can be entered at any position, at the cost of drawing the indices of the epochs before it.
 """
 
 import itertools
@@ -36,17 +36,17 @@ def check_size(owner: str, size: int) -> None:
 
 
 def resolve_seed(seed: int | None) -> int:
-    """``seed``, or, for None or a negative one, a random seed that all processes share."""
+    """Return ``seed``; if it is None or negative, a random seed that all processes share."""
     return comm.shared_random_seed() if seed is None or seed < 0 else int(seed)
 
 
 class StreamPosition(NamedTuple):
-    """An index and its place in a sampler's stream, from which the random numbers of its element follow.
+    """An index and its position in a sampler's stream, which seeds the random numbers of its element.
 
     Attributes:
-        index: into the dataset.
-        seed: the stream's seed.
-        position: the index's number in the stream of all processes together.
+        index: index into the dataset.
+        seed: seed of the stream.
+        position: position of the index in the stream of all processes together.
     """
 
     index: int  # type: ignore[assignment]  # hides `tuple.index`
@@ -55,11 +55,11 @@ class StreamPosition(NamedTuple):
 
 
 class EndlessSampler(Sampler):
-    """An endless stream of indices, made of epochs, shared out between the processes.
+    """An endless stream of indices, epoch after epoch, split across the processes.
 
     Attributes:
-        start: position in the stream of all processes together at which iteration begins; set it before
-            iterating, to go on where an earlier run stopped.
+        start: position in the stream of all processes together at which iteration starts; set it before
+            iterating to resume where an earlier run stopped.
     """
 
     def __init__(self, seed: int | None):
@@ -69,7 +69,7 @@ class EndlessSampler(Sampler):
         self.start = 0
 
     def _draw_epoch(self, generator: torch.Generator) -> torch.Tensor:
-        """The (L,) int64 indices of the next epoch."""
+        """Return the (L,) int64 indices of the next epoch."""
         raise NotImplementedError(f"{type(self).__name__} does not implement _draw_epoch")
 
     def _epochs(self, start: int) -> Iterator[list[int]]:
@@ -96,15 +96,15 @@ class EndlessSampler(Sampler):
         return map(StreamPosition, self._local_stream(begin), itertools.repeat(self._seed), positions)
 
     def state_dict(self) -> dict[str, int]:
-        """The seed, also one that was drawn, and ``start``: with them another process gives the same stream.
+        """Return the seed, also a random one, and ``start``, which reproduce the stream in another process.
 
-        How far a loader has come is known to the loader, which draws ahead; see
+        The position within the stream belongs to the loader, which draws ahead; see
         `detlib.data.common.ResumableLoader`.
         """
         return {"seed": self._seed, "start": self.start}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Take over the seed and the start of a saved sampler."""
+        """Restore the seed and the start of a saved sampler."""
         if missing := {"seed", "start"} - set(state):
             raise KeyError(f"{type(self).__name__}: the saved state lacks {sorted(missing)}")
         self._seed, self.start = int(state["seed"]), int(state["start"])
@@ -118,8 +118,8 @@ class TrainingSampler(EndlessSampler):
         Args:
             size: number of elements of the dataset.
             shuffle: whether to shuffle each epoch.
-            seed: of the shuffle, equal in all processes. None or a negative one (``cfg.SEED = -1``) draws
-                another order in each run.
+            seed: seed of the shuffle, equal in all processes. None or a negative one (``cfg.SEED = -1``)
+                draws another order in each run.
         """
         check_size(type(self).__name__, size)
         super().__init__(seed)
@@ -131,7 +131,7 @@ class TrainingSampler(EndlessSampler):
 
 
 class RandomSubsetTrainingSampler(TrainingSampler):
-    """:class:`TrainingSampler` on a random subset of the dataset, which is drawn once."""
+    """A `TrainingSampler` on a random subset of the dataset, which is drawn once."""
 
     def __init__(
         self,
@@ -144,10 +144,10 @@ class RandomSubsetTrainingSampler(TrainingSampler):
         """
         Args:
             size: number of elements of the dataset.
-            subset_ratio: part of it to use, in (0, 1].
+            subset_ratio: fraction of the dataset to use, in (0, 1].
             shuffle: whether to shuffle each epoch.
-            seed_shuffle: of the shuffle; see :class:`TrainingSampler`.
-            seed_subset: of the choice of the subset; likewise.
+            seed_shuffle: seed of the shuffle, see `TrainingSampler`.
+            seed_subset: seed of the choice of the subset, see `TrainingSampler`.
         """
         if not 0.0 < subset_ratio <= 1.0:
             raise ValueError(f"{type(self).__name__}: subset_ratio must be in (0, 1], got {subset_ratio}")
@@ -178,7 +178,7 @@ class RandomSubsetTrainingSampler(TrainingSampler):
 
 
 class RepeatFactorTrainingSampler(EndlessSampler):
-    """Endless stream in which images with rare categories come more often.
+    """Endless stream in which images with rare categories occur more often.
 
     Paper: "LVIS: A Dataset for Large Vocabulary Instance Segmentation" (https://arxiv.org/abs/1908.03195),
     appendix B.2.
@@ -187,10 +187,10 @@ class RepeatFactorTrainingSampler(EndlessSampler):
     def __init__(self, repeat_factors: torch.Tensor, *, shuffle: bool = True, seed: int | None = None):
         """
         Args:
-            repeat_factors: (N,) float, how often each element comes in an epoch, on average: the fractional
-                part is the probability of one time more.
+            repeat_factors: (N,) float, how often each element occurs in an epoch on average: the fractional
+                part is the probability of one more repetition.
             shuffle: whether to shuffle each epoch.
-            seed: see :class:`TrainingSampler`.
+            seed: see `TrainingSampler`.
         """
         repeat_factors = torch.as_tensor(repeat_factors, dtype=torch.float32)
         if repeat_factors.dim() != 1 or len(repeat_factors) == 0:
@@ -209,10 +209,10 @@ class RepeatFactorTrainingSampler(EndlessSampler):
     def repeat_factors_from_category_frequency(
         dataset_dicts: list[dict], repeat_thresh: float, sqrt: bool = True
     ) -> torch.Tensor:
-        """Repeat factor of each image: the largest one of its categories.
+        """Return the repeat factor of each image: the largest one of its categories.
 
-        That of category c is ``max(1, sqrt(repeat_thresh / f(c)))``, with f(c) the part of the images that
-        contain c.
+        A category c has the factor ``max(1, sqrt(repeat_thresh / f(c)))``, where f(c) is the fraction of
+        images that contain c.
 
         Args:
             dataset_dicts: annotated dataset in the standard format.
@@ -239,24 +239,24 @@ class RepeatFactorTrainingSampler(EndlessSampler):
 
 
 def _draw(elements: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
-    """``count`` of ``elements`` in random order; none comes once more before all others have come."""
+    """Draw ``count`` of ``elements`` in random order; none is repeated before all others have been drawn."""
     rounds = -(-count // len(elements))
     orders = [torch.randperm(len(elements), generator=generator) for _ in range(rounds)]
     return elements[torch.cat(orders)[:count]] if rounds else elements[:0]
 
 
 class ClassAwareTrainingSampler(EndlessSampler):
-    """Endless stream that draws each class equally often, and then an image that shows it.
+    """Endless stream that draws each class equally often, and then an image that contains it.
 
     Paper: "Relay Backpropagation for Effective Learning of Deep Convolutional Neural Networks"
     (https://arxiv.org/abs/1512.05830), section 4.1. An epoch is at least as long as the dataset and has each
-    class the same number of times; images of a class come in turn. Images without objects never come.
+    class the same number of times; the images of a class take turns. Images without objects never occur.
     """
 
     def __init__(self, categories: Sequence[Sequence[int]], *, seed: int | None = None):
         """
         Args:
-            categories: the classes of the objects of each image; repetitions do not count.
+            categories: the classes of the objects of each image; duplicates do not count.
             seed: see `TrainingSampler`.
         """
         images: dict[int, list[int]] = {}
@@ -264,14 +264,14 @@ class ClassAwareTrainingSampler(EndlessSampler):
             for category in set(found):
                 images.setdefault(int(category), []).append(index)
         if not images:
-            raise ValueError("ClassAwareTrainingSampler: no image has an object")
+            raise ValueError("ClassAwareTrainingSampler: no image has any objects")
         super().__init__(seed)
         self._images = [torch.tensor(images[category]) for category in sorted(images)]
         self._rounds = -(-len(categories) // len(images))
 
     @staticmethod
     def categories_of(dataset_dicts: list[dict]) -> list[list[int]]:
-        """The classes of each image's objects; crowd regions are left out."""
+        """Return the classes of each image's objects, without crowd regions."""
         return [
             [a["category_id"] for a in record.get("annotations", ()) if not a.get("iscrowd", 0)]
             for record in dataset_dicts
@@ -284,17 +284,17 @@ class ClassAwareTrainingSampler(EndlessSampler):
 
 
 class MultiDatasetTrainingSampler(EndlessSampler):
-    """Endless stream over several datasets, of each as much as its weight says.
+    """Endless stream over several datasets, in proportion to their weights.
 
-    An epoch is as long as the datasets together. Each has its share of it, rounded at random, and gives all
-    its images before it gives one again.
+    An epoch is as long as all datasets together. Each dataset gets its share of it, rounded at random, and no
+    image is repeated before all others of its dataset have occurred.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float] = (), *, seed: int | None = None):
         """
         Args:
-            sizes: number of images of each dataset, in the order in which they are concatenated.
-            weights: of each dataset, not negative; only their ratios count. Equal ones when left out.
+            sizes: number of images of each dataset, in the order of concatenation.
+            weights: weight of each dataset, not negative; only their ratios matter. By default all are equal.
             seed: see `TrainingSampler`.
         """
         sizes, weights = list(sizes), list(weights) or [1.0] * len(sizes)
@@ -303,7 +303,7 @@ class MultiDatasetTrainingSampler(EndlessSampler):
         if len(weights) != len(sizes) or min(weights) < 0 or sum(weights) <= 0:
             raise ValueError(
                 f"MultiDatasetTrainingSampler: weights (DATALOADER.DATASET_WEIGHTS) must be {len(sizes)} "
-                f"numbers, one for each dataset, none negative and not all 0; got {weights}"
+                f"numbers, one for each dataset, none negative and not all 0, got {weights}"
             )
         super().__init__(seed)
         self._sets = torch.arange(sum(sizes)).split(sizes)
@@ -311,7 +311,7 @@ class MultiDatasetTrainingSampler(EndlessSampler):
         self._bounds = (share / share.sum()).cumsum(0) * sum(sizes)
 
     def _draw_epoch(self, generator: torch.Generator) -> torch.Tensor:
-        # One random offset rounds all bounds, so that each count is right on average and they add up.
+        # One random offset rounds all bounds, so that counts are right on average and add up.
         total = sum(len(elements) for elements in self._sets)
         offset = torch.rand((), generator=generator, dtype=torch.float64)
         bounds = (self._bounds + offset).floor().long().clamp(max=total)
@@ -323,7 +323,7 @@ class MultiDatasetTrainingSampler(EndlessSampler):
 
 
 class InferenceSampler(Sampler):
-    """Each index once: every process gets one contiguous part; sizes differ by at most 1."""
+    """Yields each index once: every process gets one contiguous part, and sizes differ by at most 1."""
 
     def __init__(self, size: int):
         """

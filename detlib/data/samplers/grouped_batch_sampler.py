@@ -1,4 +1,4 @@
-"""Batches of elements that belong to one group."""
+"""Batches of elements of the same group."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,15 +8,14 @@ __all__ = ["GroupedBatchSampler"]
 
 
 class GroupedBatchSampler(BatchSampler):
-    """Batches of indices of one group each, in an order as close to the sampler's as this allows."""
+    """Batches of indices of one group each, in an order as close to the sampler's as possible."""
 
     def __init__(self, sampler: Sampler, group_ids: Sequence[int], batch_size: int):
         """
         Args:
             sampler: yields indices of elements.
             group_ids: the group of each element.
-            batch_size: size of all batches; at the end of a finite sampler, groups that lack elements are
-                dropped.
+            batch_size: size of all batches; incomplete batches at the end of a finite sampler are dropped.
         """
         if not isinstance(sampler, Sampler):
             raise TypeError(f"GroupedBatchSampler: sampler must be a Sampler, got {type(sampler).__name__}")
@@ -34,4 +33,4 @@ class GroupedBatchSampler(BatchSampler):
                 group.clear()
 
     def __len__(self) -> int:
-        raise TypeError("the number of batches of a GroupedBatchSampler is not known before it has run")
+        raise TypeError("the number of batches of a GroupedBatchSampler is unknown before iterating over it")
