@@ -98,8 +98,8 @@ COCO = [
     ("duplicate-file-name", change("images.1.file_name", "a.jpg"), "'a.jpg'", "kept"),
     ("empty-image", change("annotations", []), "'b.jpg'", "kept"),
     ("size-mismatch", change("images.1.width", 40.5), "'b.jpg'", "must be integers above 0"),
-    ("size-mismatch", change("images.1.width", 41), "'b.jpg'", "says width 41"),
-    ("size-mismatch", lambda c: c["images"][1].update(width=30, height=40), "'b.jpg'", "says width 30"),
+    ("size-mismatch", change("images.1.width", 41), "'b.jpg'", "states width 41"),
+    ("size-mismatch", lambda c: c["images"][1].update(width=30, height=40), "'b.jpg'", "states width 30"),
     ("missing-image", change("images.1.file_name", "c.jpg"), "'c.jpg'", "image file not found"),
     ("annotation-broken", append("annotations"), "annotation 'number 3'", "left out"),
     ("annotation-broken", change("annotations.0.category_id", None), "annotation 1", "has category id None"),
@@ -159,7 +159,7 @@ VOC = [
     ("bad-file", "<annotation>", "Annotations/a.xml", "not valid XML"),
     ("image-without-size", voc_xml(("owl", (1, 1, 4, 4)), size=None), "a.xml", "kept"),
     ("image-wrong-type", voc_xml(size=("4px", 3)), "a.xml", "the size is"),
-    ("size-mismatch", voc_xml(size=(30, 40)), "'a.jpg'", "says width 30"),
+    ("size-mismatch", voc_xml(size=(30, 40)), "'a.jpg'", "states width 30"),
     ("annotation-broken", voc_xml(("", (1, 1, 4, 4))), "a.xml, object 1", "the class '' of an object"),
     ("annotation-broken", voc_xml(("owl", (1, 1, 4))), "a.xml, object 1", "not four numbers"),
     ("bad-box", voc_xml(("owl", (1, "x", 4, 4))), "a.xml, object 1 (owl)", "not four numbers"),
@@ -306,7 +306,7 @@ def test_faults_of_image_files_are_found(tmp_path, log):
     exif[0x0112] = 6
     make_image().save(file, exif=exif)
     checked = find(uri, "size-mismatch-exif", "'b.jpg'")
-    load_as(uri, "turned by its EXIF", log)
+    load_as(uri, "rotated by its EXIF", log)
     check_repaired(checked, tmp_path)
 
 

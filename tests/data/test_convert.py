@@ -205,7 +205,7 @@ def test_voc_refuses_image_names_it_cannot_hold(tmp_path):
 def test_yolo_refuses_a_wrong_image_size(tmp_path):
     start = write_voc(tmp_path / "start", a=voc_xml(("owl", (5, 6, 7, 8)), size=(30, 40)))
     with pytest.raises(
-        ValueError, match="a.jpg.* has width 40 and height 30, .* says width 30 and height 40"
+        ValueError, match="a.jpg.* has width 40 and height 30, .* states width 30 and height 40"
     ):
         convert_dataset(start, "yolo", f"{tmp_path}/yolo")
 

@@ -119,5 +119,5 @@ def test_errors(records):
         make()({**records[0], "segments_info": records[0]["segments_info"][:1]})
     cfg = get_cfg()
     cfg.INPUT.MOSAIC.PROB = 0.5
-    with pytest.raises(ValueError, match="not for panoptic data"):
+    with pytest.raises(ValueError, match="do not support panoptic data"):
         PanopticDatasetMapper(cfg, True)
