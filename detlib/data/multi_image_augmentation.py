@@ -1,7 +1,8 @@
-"""Training images that are made of several.
+"""Multi-image augmentation: training images composed of several images.
 
-A mixing takes a `Sample` and a function that draws further ones. `DatasetMapper(mixing=[...])` applies them;
-those with ``before_augmentation`` get images as they are read, the others get augmented ones.
+An augmentation takes a `Sample` and a function that draws further samples. `DatasetMapper(mixing=[...])`
+applies
+it: before the other augmentations if ``before_augmentation`` is true, else after them.
 """
 
 from collections.abc import Callable
@@ -16,17 +17,17 @@ from detlib.structures import BoxMode, polygons_to_bitmask
 
 __all__ = ["CopyPaste", "Mosaic", "MultiImageAugmentation", "Sample", "build_multi_image_augmentations"]
 
-IGNORED = 255  # the label of semantic pixels that nothing is known of
+IGNORED = 255  # label of pixels of unknown class in label maps
 
 
 @dataclass
 class Sample:
-    """An image with what is annotated on it.
+    """An image with its annotations.
 
     Attributes:
         image: (H, W, C) array.
         annotations: dicts in the standard format, coordinates in pixels of ``image``; "segmentation" may also
-            be an (H, W) array. No crowd regions.
+            be an (H, W) array. There are no crowd regions.
         sem_seg: (H, W) integer array, or None.
     """
 
@@ -36,18 +37,18 @@ class Sample:
 
 
 class MultiImageAugmentation:
-    """Makes one sample of several.
+    """Base class of augmentations that compose one sample from several.
 
     Attributes:
-        before_augmentation: whether it gets images as they are read.
-        makes_bitmasks: whether the masks that it leaves are arrays.
+        before_augmentation: whether it takes images as they are read, not augmented ones.
+        makes_bitmasks: whether the resulting masks are arrays.
     """
 
     before_augmentation = False
     makes_bitmasks = False
 
     def __call__(self, sample: Sample, draw: Callable[[], Sample]) -> Sample:
-        """Mix ``sample`` with as many samples from ``draw()`` as needed; both may be changed."""
+        """Compose ``sample`` with as many samples from ``draw()`` as needed; both may be changed."""
         raise NotImplementedError(f"{type(self).__name__} does not implement __call__")
 
 
@@ -57,7 +58,7 @@ def _check_prob(owner: str, prob: float) -> None:
 
 
 def _corners_of(annotation: dict) -> np.ndarray:
-    """The box of an annotation as a polygon, (8,)."""
+    """Return the box of an annotation as a polygon, (8,)."""
     if annotation["bbox_mode"] == BoxMode.XYWHA_ABS:
         x, y, width, height, angle = annotation["bbox"]
         radians = np.deg2rad(angle)
@@ -70,7 +71,7 @@ def _corners_of(annotation: dict) -> np.ndarray:
 
 
 def mask_of(annotation: dict, height: int, width: int) -> np.ndarray:
-    """The mask of an annotation, or where it has none, its box, as an (height, width) bool array."""
+    """Return the mask of an annotation, or its box if it has no mask, as a (height, width) bool array."""
     segmentation = annotation.get("segmentation")
     if segmentation is None:
         segmentation = [_corners_of(annotation)]
@@ -78,30 +79,31 @@ def mask_of(annotation: dict, height: int, width: int) -> np.ndarray:
         return polygons_to_bitmask(segmentation, height, width).astype(bool)
     mask = decode_rle(segmentation) if isinstance(segmentation, dict) else np.asarray(segmentation)
     if mask.shape != (height, width):
-        raise ValueError(f"the mask has shape {mask.shape}, the image has {(height, width)}")
+        raise ValueError(f"the mask has shape {mask.shape}, but the image has {(height, width)}")
     return mask.astype(bool)
 
 
 def box_of(mask: np.ndarray) -> np.ndarray:
-    """The tight box around a mask that is not empty, (4,) float64 xyxy."""
+    """Return the tight box around a nonempty mask, (4,) float64 xyxy."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], dtype=np.float64)
 
 
 def _fit(array: np.ndarray, height: int, width: int, fill: int) -> np.ndarray:
-    """Crop, or pad at the right and bottom, to a size."""
+    """Crop or pad an array at the right and bottom to a size."""
     cropped = array[:height, :width]
     room = [(0, height - cropped.shape[0]), (0, width - cropped.shape[1])] + [(0, 0)] * (array.ndim - 2)
     return np.pad(cropped, room, constant_values=fill)
 
 
 class CopyPaste(MultiImageAugmentation):
-    """Pastes a random subset of another image's objects.
+    """Copy-paste: adds a random subset of another image's objects.
 
     Paper: "Simple Copy-Paste is a Strong Data Augmentation Method for Instance Segmentation"
-    (https://arxiv.org/abs/2012.07177), without blending, which the paper found to change nothing. The other
-    image is augmented like the first, which should be by large scale jitter. Masks of what is covered lose
-    the covered part, and boxes are recomputed from them; keypoints under it become labeled but not visible.
+    (https://arxiv.org/abs/2012.07177), without blending, which the paper found to have no effect. The other
+    image is augmented like the first, which should be by large scale jitter. Covered parts are removed from
+    the masks of the objects below, and boxes are recomputed from them; covered keypoints become labeled but
+    not visible.
     """
 
     makes_bitmasks = True
@@ -109,9 +111,9 @@ class CopyPaste(MultiImageAugmentation):
     def __init__(self, prob: float = 1.0, *, min_visible: float = 0.1, min_pixels: int = 16):
         """
         Args:
-            prob: probability that anything is pasted.
-            min_visible: covered objects of which less than this fraction stays visible are dropped.
-            min_pixels: and those of which less than so many pixels do; pasted objects likewise.
+            prob: probability of pasting.
+            min_visible: drop covered objects with a smaller visible fraction.
+            min_pixels: drop covered or pasted objects with fewer visible pixels.
         """
         _check_prob("CopyPaste", prob)
         self.prob = prob
@@ -146,7 +148,7 @@ class CopyPaste(MultiImageAugmentation):
             annotation["segmentation"] = mask_of(annotation, height, width).astype(np.uint8)
 
     def _choose(self, other: Sample, height: int, width: int) -> list[dict]:
-        """A random subset of the objects, cut to the size of the image they go to."""
+        """Choose a random subset of the objects, cropped to the size of the target image."""
         count = len(other.annotations)
         indices = np.random.permutation(count)[: np.random.randint(count + 1)]
         chosen = []
@@ -168,11 +170,11 @@ class CopyPaste(MultiImageAugmentation):
 
     @staticmethod
     def _set_box(annotation: dict, mask: np.ndarray) -> None:
-        if annotation["bbox_mode"] != BoxMode.XYWHA_ABS:  # a mask says nothing about the angle
+        if annotation["bbox_mode"] != BoxMode.XYWHA_ABS:  # a mask does not determine the angle
             annotation.update(bbox=box_of(mask), bbox_mode=BoxMode.XYXY_ABS)
 
     def _hide(self, annotation: dict, cover: np.ndarray) -> bool:
-        """Take the covered part away from an object; whether enough of it is left."""
+        """Remove the covered part of an object; return whether enough of it is left."""
         mask = annotation["segmentation"].astype(bool)
         visible = mask & ~cover
         before, after = int(mask.sum()), int(visible.sum())
@@ -192,10 +194,11 @@ class CopyPaste(MultiImageAugmentation):
 
 
 class Mosaic(MultiImageAugmentation):
-    """Puts four images together around a random point (YOLOv4, https://arxiv.org/abs/2004.10934).
+    """Mosaic: composes four images around a random point (YOLOv4, https://arxiv.org/abs/2004.10934).
 
-    Each image is fitted into the whole canvas, aspect ratio kept, and shows that part of it which lies next
-    to the point; where it does not reach, the canvas shows through.
+    Each image is scaled to fit the full canvas, keeping the aspect ratio, and cropped to one of the four
+    areas around the point, with one of its corners at the point. Pixels that no image covers keep the fill
+    value.
     """
 
     before_augmentation = True
@@ -211,11 +214,11 @@ class Mosaic(MultiImageAugmentation):
     ):
         """
         Args:
-            prob: probability of a mosaic; else the image stays as it is.
+            prob: probability of a mosaic; otherwise the image is not changed.
             size: (height, width) of the canvas.
-            center_range: where the point may lie, in fractions of the canvas.
-            fill: value of pixels that no image reaches.
-            min_visible: objects of whose box less than this fraction is left are dropped.
+            center_range: range of the point, as fractions of the canvas size.
+            fill: value of pixels that no image covers.
+            min_visible: drop objects whose box keeps a smaller fraction of its area.
         """
         _check_prob("Mosaic", prob)
         low, high = center_range
@@ -253,14 +256,14 @@ class Mosaic(MultiImageAugmentation):
         return canvas
 
     def _place(self, canvas: Sample, part: Sample, area: tuple, center: tuple[int, int]) -> None:
-        """Set one image into its quarter, with its inner corner at the center."""
+        """Put one image into its area of the canvas, with its inner corner at the center."""
         height, width = part.image.shape[:2]
         scale = min(self.size[0] / height, self.size[1] / width)
         new_h, new_w = max(round(height * scale), 1), max(round(width * scale), 1)
         x0, y0, x1, y1 = area
         w, h = min(new_w, x1 - x0), min(new_h, y1 - y0)
         left, top = x1 == center[0], y1 == center[1]
-        # The part of the image that is shown, and where.
+        # The visible part of the image, and its position on the canvas.
         crop = CropTransform(new_w - w if left else 0, new_h - h if top else 0, w, h)
         cut = TransformList([ResizeTransform(height, width, new_h, new_w), crop])
         to_x, to_y = (x1 - w if left else x0), (y1 - h if top else y0)
@@ -277,7 +280,7 @@ class Mosaic(MultiImageAugmentation):
 
     @staticmethod
     def _area(cut: TransformList, annotation: dict) -> float:
-        """Area of the box when nothing were cut off."""
+        """Return the area of the scaled box before it is clipped."""
         if annotation["bbox_mode"] == BoxMode.XYWHA_ABS:
             return 0.0
         box = BoxMode.convert(list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS)

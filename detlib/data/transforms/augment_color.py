@@ -1,4 +1,4 @@
-"""Augmentations of color. Intensities are factors: below 1 lowers, 1 keeps, above 1 raises."""
+"""Color augmentations. Intensities are factors: below 1 decreases, 1 keeps, above 1 increases."""
 
 import numpy as np
 from fvcore.transforms.transform import BlendTransform, Transform, TransformList
@@ -27,7 +27,7 @@ class _RandomIntensity(Augmentation):
     def __init__(self, intensity_min: float, intensity_max: float):
         """
         Args:
-            intensity_min, intensity_max: range of the factor.
+            intensity_min, intensity_max: range of the random factor.
         """
         super().__init__()
         self._init(locals())
@@ -38,21 +38,21 @@ class _RandomIntensity(Augmentation):
 
 
 class RandomContrast(_RandomIntensity):
-    """Blend the image with its mean value."""
+    """Change the contrast: blend the image with its mean value."""
 
     def get_transform(self, image) -> Transform:
         return self._blend_with(image.mean())
 
 
 class RandomBrightness(_RandomIntensity):
-    """Blend the image with black."""
+    """Change the brightness: blend the image with black."""
 
     def get_transform(self, image) -> Transform:
         return self._blend_with(0)
 
 
 class RandomSaturation(_RandomIntensity):
-    """Blend the image, which must be RGB, with its gray version."""
+    """Change the saturation: blend the image, which must be RGB, with its grayscale version."""
 
     def get_transform(self, image) -> Transform:
         _check_three_channels("RandomSaturation", image)
@@ -86,7 +86,7 @@ def _luma(image: np.ndarray, is_bgr: bool) -> np.ndarray:
 
 
 def turn_hue(image: np.ndarray, turn: float, is_bgr: bool) -> np.ndarray:
-    """Turn the hue of a uint8 RGB or BGR image by a fraction of the circle (HSV; hue in 180 steps)."""
+    """Rotate the hue of a uint8 RGB or BGR image by a fraction of the circle (HSV with 180 hue steps)."""
     import cv2
 
     to_hsv, back = (
@@ -116,8 +116,8 @@ class RandomColorJitter(Augmentation):
         """
         Args:
             brightness, contrast, saturation: the factor is drawn from [max(0, 1 - x), 1 + x].
-            hue: the turn is drawn from [-x, x] of the circle; at most 0.5.
-            prob: probability that anything changes.
+            hue: the rotation is drawn from [-x, x], as a fraction of the circle; at most 0.5.
+            prob: probability of a change.
             image_format: "BGR" or "RGB".
         """
         super().__init__()

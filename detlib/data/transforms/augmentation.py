@@ -1,10 +1,10 @@
-"""The machinery of data augmentation: random policies that return deterministic transforms.
+"""Base classes of data augmentation: random policies that return deterministic transforms.
 
-An :class:`Augmentation` looks at its inputs (an image, perhaps boxes), draws its random numbers and returns a
-:class:`fvcore.transforms.transform.Transform`, which can then be applied to everything that belongs to the
-same image (image, boxes, polygons, keypoints, segmentation) and, for geometry, inverted.
+An `Augmentation` inspects its inputs (an image, perhaps boxes), draws its random numbers and returns a
+`fvcore.transforms.transform.Transform`, which can be applied to all data of the same image (image, boxes,
+polygons, keypoints, segmentation) and, if it is geometric, inverted.
 
-All random numbers come from numpy's global generator, so seeding that one makes a run repeatable.
+All random numbers come from numpy's global generator, so that seeding it makes a run reproducible.
 """
 
 import inspect
@@ -26,34 +26,33 @@ __all__ = [
 
 
 def _input_names(aug: "Augmentation") -> tuple[str, ...]:
-    """Names of the AugInput attributes that ``aug.get_transform`` takes, in order."""
+    """Return the names of the AugInput attributes that ``aug.get_transform`` takes, in order."""
     parameters = list(inspect.signature(aug.get_transform).parameters.values())
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     if any(p.kind in variadic for p in parameters):
         raise TypeError(
-            f"{type(aug).__name__}.get_transform takes *args or **kwargs, so its inputs cannot be told from "
+            f"{type(aug).__name__}.get_transform takes *args or **kwargs, so its inputs are not known from "
             "its signature; name the parameters, set `input_args`, or override `__call__`"
         )
-    if len(parameters) == 1:  # a lone argument is the image, however it is called
+    if len(parameters) == 1:  # a single parameter is the image, whatever its name
         return ("image",)
     return tuple(p.name for p in parameters)
 
 
 class Augmentation:
-    """A random policy. Subclasses implement :meth:`get_transform`.
+    """A random policy. Subclasses implement `get_transform`.
 
-    The parameter names of ``get_transform`` say which attributes of the :class:`AugInput` it needs
-    (``image``, ``boxes``, ``sem_seg`` or what a custom input class defines); a single parameter is always the
-    image.
+    The parameter names of ``get_transform`` specify which attributes of the `AugInput` it needs (``image``,
+    ``boxes``, ``sem_seg`` or those of a custom input class); a single parameter is always the image.
 
     Attributes:
-        input_args: these names, found on first use; a subclass may set them by hand.
+        input_args: these names, read from the signature on first use; a subclass may set them.
     """
 
     input_args: tuple[str, ...] | None = None
 
     def _init(self, params: dict | None = None) -> None:
-        """Keep constructor arguments as attributes; called as ``self._init(locals())``."""
+        """Store constructor arguments as attributes; called as ``self._init(locals())``."""
         for name, value in (params or {}).items():
             if name != "self" and not name.startswith("_"):
                 setattr(self, name, value)
@@ -62,7 +61,7 @@ class Augmentation:
         """Draw the random numbers and return the transform to apply.
 
         Args:
-            *args: attributes of the AugInput, as the subclass names them. An image is (H, W, C) or (H, W),
+            *args: the attributes of the AugInput that the subclass names. An image is (H, W, C) or (H, W),
                 uint8 in [0, 255] or floating point; ``boxes`` is (N, 4) float, absolute xyxy pixels;
                 ``sem_seg`` is (H, W) integer class ids.
         """
@@ -88,7 +87,7 @@ class Augmentation:
         return tfm
 
     def _rand_range(self, low: float = 1.0, high: float | None = None, size=None):
-        """Uniform random number in [low, high), or in [0, low) when ``high`` is left out."""
+        """Draw a uniform random number in [low, high), or in [0, low) if ``high`` is None."""
         if high is None:
             low, high = 0, low
         return np.random.uniform(low, high, [] if size is None else size)
@@ -125,7 +124,7 @@ class _FixedTransform(Augmentation):
 
 
 def to_augmentation(tfm_or_aug: "Augmentation | Transform") -> Augmentation:
-    """Return an Augmentation for ``tfm_or_aug``, wrapping a Transform in one that draws nothing.
+    """Return an Augmentation for ``tfm_or_aug``; one that always returns it if it is a Transform.
 
     Raises:
         TypeError: if it is neither.
@@ -140,7 +139,7 @@ def to_augmentation(tfm_or_aug: "Augmentation | Transform") -> Augmentation:
 
 
 class AugmentationList(Augmentation):
-    """Augmentations applied one after the other; each sees the result of the one before it."""
+    """Augmentations applied in order, each to the result of the previous one."""
 
     def __init__(self, augs: Sequence[Augmentation | Transform]):
         """
@@ -166,10 +165,10 @@ def _check_image(image: np.ndarray) -> None:
 
 
 class AugInput:
-    """The data of one image that augmentations may look at and that is transformed along with it.
+    """The data of one image that augmentations may inspect, and that is transformed with it.
 
-    A project with other data writes a class with an own :meth:`transform`; only the attributes that the
-    augmentations name have to exist.
+    Projects with other data write a class with its own `transform`; it needs only the attributes that the
+    augmentations name.
 
     Attributes:
         image: (H, W) or (H, W, C) array, uint8 in [0, 255] or floating point.
@@ -190,7 +189,7 @@ class AugInput:
         self.sem_seg = sem_seg
 
     def transform(self, tfm: Transform) -> None:
-        """Apply ``tfm`` to every attribute, in place: they all change, or stay, together."""
+        """Apply ``tfm`` to every attribute, in place."""
         self.image = tfm.apply_image(self.image)
         if self.boxes is not None:
             self.boxes = tfm.apply_box(self.boxes)
@@ -203,15 +202,15 @@ class AugInput:
 
 
 def apply_augmentations(augmentations: Sequence[Augmentation | Transform], inputs):
-    """Apply augmentations to an image, or to all that an AugInput holds.
+    """Apply augmentations to an image or to the data of an AugInput.
 
     Args:
         augmentations: Augmentations or Transforms, in the order of application.
         inputs: an image array, or an AugInput (changed in place).
 
     Returns:
-        ``(result, transforms)``: the new image, or ``inputs`` itself when it is an AugInput; and the
-        TransformList that was applied, for use on other data of the same image.
+        ``(result, transforms)``: the new image, or ``inputs`` itself if it is an AugInput; and the applied
+        TransformList, which can be applied to other data of the same image.
     """
     if isinstance(inputs, np.ndarray):
         aug_input = AugInput(inputs)
@@ -221,7 +220,7 @@ def apply_augmentations(augmentations: Sequence[Augmentation | Transform], input
     return inputs, transforms
 
 
-# Earlier names of the same things, still found in projects.
+# detectron2's earlier names.
 apply_transform_gens = apply_augmentations
 StandardAugInput = AugInput
 TransformGen = Augmentation

@@ -60,12 +60,12 @@ def _check_style(owner: str, sample_style: str) -> None:
 
 
 class RandomApply(Augmentation):
-    """Apply an augmentation with a given probability, else nothing."""
+    """Apply an augmentation with a given probability."""
 
     def __init__(self, tfm_or_aug: Augmentation | Transform, prob: float = 0.5):
         """
         Args:
-            tfm_or_aug: what to apply.
+            tfm_or_aug: the augmentation or transform to apply.
             prob: probability, in [0, 1].
         """
         if not 0.0 <= prob <= 1.0:
@@ -86,14 +86,14 @@ class RandomApply(Augmentation):
 
 
 class RandomFlip(Augmentation):
-    """Mirror the image, left-right or upside-down, with a given probability."""
+    """Flip the image horizontally or vertically with a given probability."""
 
     def __init__(self, prob: float = 0.5, *, horizontal: bool = True, vertical: bool = False):
         """
         Args:
             prob: probability of a flip.
             horizontal: swap left and right.
-            vertical: swap top and bottom. Exactly one of the two must be set; for both, use two RandomFlips.
+            vertical: swap top and bottom. Exactly one of the two must be True; for both, use two RandomFlips.
         """
         super().__init__()
         if bool(horizontal) == bool(vertical):
@@ -129,7 +129,7 @@ class Resize(Augmentation):
 
 
 class RandomResize(Augmentation):
-    """Resize to a size drawn from a list."""
+    """Resize to a random size from a list."""
 
     def __init__(self, shape_list, interp: int = Image.Resampling.BILINEAR):
         """
@@ -145,9 +145,9 @@ class RandomResize(Augmentation):
 
 
 class ResizeShortestEdge(Augmentation):
-    """Scale the image so that its shorter side gets a drawn length, keeping the aspect ratio.
+    """Scale the image so that its shorter side has a random length, keeping the aspect ratio.
 
-    Where the longer side would exceed ``max_size``, the scale is lowered until it has that length.
+    If the longer side would exceed ``max_size``, the scale is reduced so that it has that length.
     """
 
     def __init__(
@@ -159,9 +159,8 @@ class ResizeShortestEdge(Augmentation):
     ):
         """
         Args:
-            short_edge_length: list of lengths to choose from, or (min, max), both included, when
-                ``sample_style`` is "range"; an int is a fixed length. A drawn length of 0 leaves the image
-                as it is.
+            short_edge_length: list of lengths to choose from, or (min, max), both inclusive, if
+                ``sample_style`` is "range"; an int is a fixed length. The length 0 does not resize the image.
             max_size: largest allowed length of the longer side.
             sample_style: "range" or "choice".
             interp: a `PIL.Image.Resampling` method.
@@ -193,8 +192,10 @@ class ResizeShortestEdge(Augmentation):
 
     @staticmethod
     def get_output_shape(oldh: int, oldw: int, short_edge_length: int, max_size: int) -> tuple[int, int]:
-        """The (height, width) that an image of size (``oldh``, ``oldw``) gets; halves are rounded up, and a
-        very long image keeps one pixel."""
+        """Return the new (height, width) of an image of size (``oldh``, ``oldw``).
+
+        Halves are rounded up, and each side has at least one pixel.
+        """
         short = short_edge_length * 1.0
         scale = short / min(oldh, oldw)
         new_height, new_width = (short, scale * oldw) if oldh < oldw else (scale * oldh, short)
@@ -206,7 +207,8 @@ class ResizeShortestEdge(Augmentation):
 
 
 class ResizeScale(Augmentation):
-    """Fit the image, aspect ratio kept, into a target size times a random factor (scale jittering)."""
+    """Scale the image, keeping the aspect ratio, to fit a target size times a random factor (scale
+    jitter)."""
 
     def __init__(
         self,
@@ -219,7 +221,7 @@ class ResizeScale(Augmentation):
         """
         Args:
             min_scale, max_scale: range of the random factor.
-            target_height, target_width: size that factor 1 stands for.
+            target_height, target_width: target size for the factor 1.
             interp: a `PIL.Image.Resampling` method.
         """
         super().__init__()
@@ -243,11 +245,11 @@ class RandomRotation(Augmentation):
         """
         Args:
             angle: [min, max] degrees, or a list to choose from; a number is a fixed angle.
-            expand: enlarge the result so that it holds the whole rotated image.
+            expand: enlarge the result so that it contains the full rotated image.
             center: two (x, y) corners of the region that the fixed point is drawn from, or a list of points
-                to choose from; in fractions of width and height. The middle of the image when left out.
+                to choose from; in fractions of width and height. By default the center of the image.
             sample_style: "range" or "choice".
-            interp: an OpenCV interpolation flag, linear when left out.
+            interp: an OpenCV interpolation flag, by default linear.
         """
         super().__init__()
         _check_style("RandomRotation", sample_style)
@@ -278,13 +280,13 @@ class RandomRotation(Augmentation):
 
 
 class RandomExtent(Augmentation):
-    """Cut out a random rectangle of the image's own aspect ratio, which may reach beyond the image."""
+    """Crop a random rectangle with the image's aspect ratio, which may extend beyond the image."""
 
     def __init__(self, scale_range, shift_range):
         """
         Args:
             scale_range: (min, max) of the rectangle's size relative to the image.
-            shift_range: (x, y): its middle moves by up to half of these fractions of width and height.
+            shift_range: (x, y); its center moves by up to half of these fractions of width and height.
         """
         super().__init__()
         self._init(locals())
@@ -300,9 +302,9 @@ class RandomExtent(Augmentation):
 
 
 class RandomCrop(Augmentation):
-    """Cut out a rectangle at a random place.
+    """Crop a rectangle at a random position.
 
-    ``crop_type`` says how its size is found from ``crop_size``:
+    ``crop_type`` specifies how its size follows from ``crop_size``:
 
     - "relative": ``crop_size`` = (h, w) are fractions of the image, in (0, 1].
     - "relative_range": each fraction is drawn from [h, 1] and [w, 1].
@@ -314,7 +316,7 @@ class RandomCrop(Augmentation):
     def __init__(self, crop_type: str, crop_size):
         """
         Args:
-            crop_type: one of the four above.
+            crop_type: one of the four types above.
             crop_size: two numbers.
         """
         super().__init__()
@@ -323,10 +325,10 @@ class RandomCrop(Augmentation):
                 f"RandomCrop: crop_type must be one of {', '.join(_CROP_TYPES)}, got {crop_type!r}"
             )
         if len(crop_size) != 2:
-            raise ValueError(f"RandomCrop: crop_size must hold two numbers, got {crop_size}")
+            raise ValueError(f"RandomCrop: crop_size must be two numbers, got {crop_size}")
         if crop_type.startswith("relative") and not all(0 < size <= 1 for size in crop_size):
             raise ValueError(
-                f"RandomCrop: crop_size of type {crop_type!r} must lie in (0, 1], got {crop_size}"
+                f"RandomCrop: crop_size of type {crop_type!r} must be in (0, 1], got {crop_size}"
             )
         if crop_type == "absolute_range" and crop_size[0] > crop_size[1]:
             raise ValueError(
@@ -342,7 +344,7 @@ class RandomCrop(Augmentation):
         return CropTransform(x0, y0, crop_w, crop_h)
 
     def get_crop_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """Draw the (height, width) of the rectangle for an image of size (height, width)."""
+        """Draw the (height, width) of the crop of an image of size (height, width)."""
         height, width = image_size
         if self.crop_type == "absolute":
             return min(self.crop_size[0], height), min(self.crop_size[1], width)
@@ -359,10 +361,9 @@ class RandomCrop(Augmentation):
 
 
 class RandomCrop_CategoryAreaConstraint(Augmentation):  # noqa: N801 (the public name)
-    """:class:`RandomCrop` that avoids crops of which one category covers nearly all (for semantic
-    segmentation).
+    """A `RandomCrop` for semantic segmentation that avoids crops that one category dominates.
 
-    Ten crops are tried; the last is taken if none fits.
+    The last of ten random crops is used if none satisfies the constraint.
     """
 
     def __init__(
@@ -374,10 +375,10 @@ class RandomCrop_CategoryAreaConstraint(Augmentation):  # noqa: N801 (the public
     ):
         """
         Args:
-            crop_type, crop_size: as for :class:`RandomCrop`.
-            single_category_max_area: largest fraction of the crop that one category may cover; 1.0 for no
+            crop_type, crop_size: see `RandomCrop`.
+            single_category_max_area: largest fraction of the crop that one category may cover; 1.0 sets no
                 limit.
-            ignored_category: label that does not count.
+            ignored_category: label that is not counted.
         """
         self.crop_aug = RandomCrop(crop_type, crop_size)
         self._init(locals())
@@ -399,7 +400,7 @@ class RandomCrop_CategoryAreaConstraint(Augmentation):  # noqa: N801 (the public
 
 
 class FixedSizeCrop(Augmentation):
-    """Cut a random rectangle of a fixed size; an image that is smaller is padded at the right and bottom."""
+    """Crop a random rectangle of a fixed size; pad smaller images at the right and bottom."""
 
     def __init__(
         self,
@@ -421,7 +422,7 @@ class FixedSizeCrop(Augmentation):
     def _get_crop(self, image: np.ndarray) -> Transform:
         input_size, output_size = image.shape[:2], self.crop_size
         room = np.maximum(np.subtract(input_size, output_size), 0)
-        # One draw serves both directions.
+        # One random number determines both offsets.
         y0, x0 = np.round(np.multiply(room, np.random.uniform(0.0, 1.0))).astype(int)
         return CropTransform(
             int(x0), int(y0), output_size[1], output_size[0], orig_w=input_size[1], orig_h=input_size[0]
@@ -443,7 +444,7 @@ class FixedSizeCrop(Augmentation):
 
 
 def _iou_with_boxes(patch: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """IoU of one rectangle (4,) with boxes (N, 4), all xyxy; 0 where both are empty."""
+    """Return the IoU of one rectangle (4,) with boxes (N, 4), all xyxy; 0 where both are empty."""
     top_left = np.maximum(patch[:2], boxes[:, :2])
     bottom_right = np.minimum(patch[2:], boxes[:, 2:])
     overlap = np.prod(np.clip(bottom_right - top_left, 0, None), axis=1)
@@ -452,7 +453,7 @@ def _iou_with_boxes(patch: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 
 
 class MinIoURandomCrop(Augmentation):
-    """Random crop that has at least a drawn IoU with every box and holds the center of at least one (SSD).
+    """Random crop of SSD: it has a minimum IoU with every box and contains the center of at least one.
 
     Paper: "SSD: Single Shot MultiBox Detector" (https://arxiv.org/abs/1512.02325), section 2.2.
     """
@@ -462,10 +463,10 @@ class MinIoURandomCrop(Augmentation):
     ):
         """
         Args:
-            min_ious: thresholds to draw from, besides "no crop" and "any crop".
-            min_crop_size: smallest side of the crop, as a fraction of the image's.
-            mode_trials: how often a threshold is drawn.
-            crop_trials: how many crops are tried for each.
+            min_ious: thresholds to draw from, in addition to "no crop" and "any crop".
+            min_crop_size: smallest side of the crop, as a fraction of the image's side.
+            mode_trials: maximum number of thresholds to draw.
+            crop_trials: maximum number of crops to draw for each threshold.
         """
         self.sample_mode = (1, *min_ious, 0)
         self._init(locals())

@@ -1,9 +1,9 @@
 """Transforms of `torchvision.transforms.v2` as augmentations of this package.
 
-A v2 transform draws its random numbers when it is called, on all data at once. Here a seed is drawn instead,
-and the transform runs once for each kind of data, each time with the numbers of that seed and with an image
-of the same size beside the data. Coordinates of any kind go through it as boxes without extent: as in this
-package, an image spans [0, W] for boxes, while torchvision's key points are numbers of pixels.
+A v2 transform draws its random numbers when it is called, for all data together. Here a seed is drawn
+instead, and the transform runs once for each type of data, with that seed and with an image of the same size
+as second input. Coordinates are passed as boxes without extent: as in this package, an image spans [0, W] for
+boxes, while torchvision's keypoints are pixel indices.
 """
 
 from typing import Any
@@ -25,14 +25,14 @@ class TorchvisionTransform(Transform):
         """
         Args:
             transform: callable of `torchvision.transforms.v2`.
-            seed: of the random numbers while it runs.
-            height, width, channels: of the images it is applied to.
+            seed: seed of its random numbers.
+            height, width, channels: size of the input images.
         """
         super().__init__()
         self._set_attributes(locals())
 
     def _run(self, kind: str, data: torch.Tensor, dtype: torch.dtype | None = torch.uint8) -> torch.Tensor:
-        """The v2 transform of ``data``, which comes beside an image unless it is one."""
+        """Apply the v2 transform to ``data``, together with an image unless it is one."""
         from torchvision import tv_tensors
 
         image = tv_tensors.Image(torch.zeros(self.channels, self.height, self.width, dtype=dtype))
@@ -45,7 +45,9 @@ class TorchvisionTransform(Transform):
                     f"torchvision's {self.transform} cannot be applied to {kind}: {error}"
                 ) from error
         if not isinstance(out, torch.Tensor):
-            raise ValueError(f"torchvision's {self.transform} makes {type(out).__name__} of {kind}")
+            raise ValueError(
+                f"torchvision's {self.transform} turns {kind} into {type(out).__name__}, not a tensor"
+            )
         return out
 
     def apply_image(self, img: np.ndarray) -> np.ndarray:
@@ -94,29 +96,32 @@ class TorchvisionTransform(Transform):
 class TorchvisionAugmentation(Augmentation):
     """Any transform of `torchvision.transforms.v2`, photometric or geometric.
 
-    Those that need several images (CutMix, MixUp), boxes to draw from (RandomIoUCrop) or that drop objects
-    are refused with an error.
+    Not supported are transforms of several images (CutMix, MixUp), and those that sample from boxes
+    (RandomIoUCrop) or drop objects.
     """
 
     def __init__(self, transform: Any):
         """
         Args:
-            transform: callable of `torchvision.transforms.v2`, a Compose for example. Photometric ones that
-                tell the channels apart (hue, gray) need ``INPUT.FORMAT`` "RGB".
+            transform: callable of `torchvision.transforms.v2`, such as a Compose. Photometric ones that
+                distinguish the channels (hue, grayscale) need ``INPUT.FORMAT`` "RGB".
+
+        Raises:
+            TypeError: if the transform is not supported.
         """
         super().__init__()
         from torchvision.transforms import v2
 
         parts = [transform]
-        for part in parts:  # grows as containers are found
+        for part in parts:  # the list grows by the contents of containers
             inner = getattr(part, "transforms", None)
             parts += inner if isinstance(inner, (list, tuple, torch.nn.ModuleList)) else []
-        refused = (v2.CutMix, v2.MixUp, v2.RandomIoUCrop, v2.SanitizeBoundingBoxes)
+        unsupported = (v2.CutMix, v2.MixUp, v2.RandomIoUCrop, v2.SanitizeBoundingBoxes)
         for part in parts:
-            if isinstance(part, refused):
+            if isinstance(part, unsupported):
                 raise TypeError(
-                    f"TorchvisionAugmentation: {type(part).__name__} needs or drops more than one image's "
-                    "coordinates; use this package's own augmentation of that kind"
+                    f"TorchvisionAugmentation: {type(part).__name__} needs several images or boxes, or drops "
+                    "objects, which is not supported; use an augmentation of this package instead"
                 )
         if not callable(transform):
             raise TypeError(f"TorchvisionAugmentation: {type(transform).__name__} is not callable")

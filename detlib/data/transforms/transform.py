@@ -1,4 +1,4 @@
-"""Deterministic transforms of images and of what is annotated on them.
+"""Deterministic transforms of images and their annotations.
 
 Coordinates are continuous: an image of shape (H, W) spans [0, W] x [0, H], and pixel (row i, column j) has
 its center at (j + 0.5, i + 0.5). A rotated box is (x, y, width, height, angle) as in
@@ -42,18 +42,19 @@ __all__ = [
 
 
 def transform_rotated_boxes(transform: Transform, rotated_boxes: np.ndarray) -> np.ndarray:
-    """Moves rotated boxes as an affine transform moves points.
+    """Apply an affine transform to rotated boxes.
 
-    An unequal resize makes a rectangle a parallelogram. The result is a rectangle with its center, with sides
-    as long as its and turned as its height is, as published with detectron2. What is up in a box stays up in
-    it: a vertical flip gives 180 degrees minus the angle.
+    A resize by different factors turns a rectangle into a parallelogram. The result is the rectangle with the
+    same center and side lengths and with the direction of its height, as in detectron2. The up direction of a
+    box is
+    kept: a vertical flip results in 180 degrees minus the angle.
 
     Args:
-        transform: maps points by ``apply_coords``, the same way everywhere in the image.
+        transform: transform whose ``apply_coords`` is affine.
         rotated_boxes: (N, 5) of any float type, pixels and degrees counter-clockwise.
 
     Returns:
-        (N, 5) float64, angles within [-180, 180].
+        (N, 5) float64, angles in [-180, 180].
     """
     boxes = np.asarray(rotated_boxes, dtype=np.float64).reshape(-1, 5)
     radians = np.deg2rad(boxes[:, 4])
@@ -69,46 +70,48 @@ def transform_rotated_boxes(transform: Transform, rotated_boxes: np.ndarray) -> 
     return np.concatenate([center, np.stack([width, height, angle], axis=1)], axis=1)
 
 
-def _flip(transform: HFlipTransform, rotated_boxes: np.ndarray) -> np.ndarray:
-    """A horizontal flip to the last digit: the angle changes its sign."""
+def _flip_rotated_boxes(transform: HFlipTransform, rotated_boxes: np.ndarray) -> np.ndarray:
+    """Flip rotated boxes horizontally, without rounding: the angle changes its sign."""
     boxes = np.array(rotated_boxes, dtype=np.float64).reshape(-1, 5)
     boxes[:, 0] = transform.width - boxes[:, 0]
     boxes[:, 4] = -boxes[:, 4]
     return boxes
 
 
-def _leave(t: NoOpTransform, x: np.ndarray) -> np.ndarray:
-    return x
+def _keep_rotated_boxes(transform: NoOpTransform, rotated_boxes: np.ndarray) -> np.ndarray:
+    return rotated_boxes
 
 
-# fvcore's own way of teaching transforms a new type of data. On the base class, so that a user's transform
-# has it too.
+# Registered for the base class, so that transforms of users have it too.
 Transform.register_type("rotated_box", transform_rotated_boxes)
-HFlipTransform.register_type("rotated_box", _flip)
-NoOpTransform.register_type("rotated_box", _leave)
+HFlipTransform.register_type("rotated_box", _flip_rotated_boxes)
+NoOpTransform.register_type("rotated_box", _keep_rotated_boxes)
 
 
-# RESIZE
+# Resizing as Pillow does, by the compiled operator if its values are equal. Pillow filters along x first;
+# from version 13 on, along y first if that saves work. Which of the two the installed version does is found
+# out once, with small images; if neither rule fits, Pillow itself resizes.
+
 _FAST = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
 
 OrderRule = Callable[[int, int, int, int], bool]
 
 
 def to_pil(img: np.ndarray) -> Image.Image:
-    """A uint8 array of shape (H, W), (H, W, 1) or (H, W, C) as a PIL image."""
+    """Convert a uint8 array of shape (H, W), (H, W, 1) or (H, W, C) to a PIL image."""
     if img.ndim == 3 and img.shape[2] == 1:
         img = img[:, :, 0]
     return Image.fromarray(img)
 
 
 def from_pil(image: Image.Image, like: np.ndarray) -> np.ndarray:
-    """``image`` as an array with as many dimensions as ``like``."""
+    """Convert a PIL image to an array with as many dimensions as ``like``."""
     array = np.asarray(image)
     return array[:, :, None] if like.ndim == 3 and array.ndim == 2 else array
 
 
 def _rows_first(height: int, width: int, new_height: int, new_width: int) -> bool:
-    """Whether Pillow 13 filters along y first."""
+    """Return whether Pillow 13 filters along y first."""
     return new_height < height and height - new_height > 2 * (width - new_width)
 
 
@@ -116,7 +119,7 @@ def _never(height: int, width: int, new_height: int, new_width: int) -> bool:
     return False
 
 
-# (height, width, new height, new width) of all kinds: larger, smaller, both; on either side of the rule.
+# (height, width, new height, new width): up, down and mixed scaling, on either side of the rule.
 _PROBES = (
     (12, 15, 19, 26),
     (12, 15, 7, 26),
@@ -132,7 +135,7 @@ _PROBES = (
 
 
 def _fits(rule: OrderRule) -> bool:
-    """Whether the operator, in the order of ``rule``, gives what Pillow gives."""
+    """Return whether the operator, with the order of ``rule``, has the same results as Pillow."""
     rng = np.random.default_rng(0)
     for height, width, new_height, new_width in _PROBES:
         img = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -145,14 +148,14 @@ def _fits(rule: OrderRule) -> bool:
 
 @cache
 def _order_rule() -> OrderRule | None:
-    """The rule that the installed Pillow follows; None where it is not known or there is no fast operator."""
+    """Return the rule of the installed Pillow; None if it is unknown or there is no compiled operator."""
     if not has_native_kernel("resize_image", "cpu"):
         return None
     return next((rule for rule in (_rows_first, _never) if _fits(rule)), None)
 
 
 def _resize(img: np.ndarray, new_height: int, new_width: int, method: int, rule: OrderRule) -> np.ndarray:
-    reverse = img.strides[2] < 0  # the channels of a BGR view of RGB; tensors have no negative strides
+    reverse = img.strides[2] < 0  # a BGR view of RGB; tensors have no negative strides
     source = img[:, :, ::-1] if reverse else img
     if min(source.strides) < 0 or not source.flags.writeable:
         source = source.copy()
@@ -172,10 +175,10 @@ def resize_as_pillow(img: np.ndarray, new_height: int, new_width: int, method: i
         method: a `PIL.Image.Resampling`.
 
     Returns:
-        uint8 array of as many dimensions; its memory may be laid out as planes.
+        uint8 array with as many dimensions as ``img``; its memory may be laid out as planes.
     """
     channels = 1 if img.ndim == 2 else img.shape[2]
-    # Pillow weighs colors by alpha, if there are two or four channels.
+    # Pillow weights colors by alpha if there are two or four channels.
     rule = _order_rule() if method in _FAST and channels in (1, 3) and img.size > 0 else None
     if rule is None or img.shape[:2] == (new_height, new_width):
         return from_pil(to_pil(img).resize((new_width, new_height), method), img)
@@ -192,7 +195,7 @@ _TORCH_MODES = {
 
 
 def _nearest_indices(size: int, new_size: int) -> np.ndarray:
-    """Which of ``size`` pixels Pillow picks for each of ``new_size``; asked of Pillow, which breaks ties."""
+    """Return which of ``size`` pixels Pillow picks for each of ``new_size``, with its rule for ties."""
     line = Image.fromarray(np.arange(size, dtype=np.int32)[None])
     return np.asarray(line.resize((new_size, 1), Image.Resampling.NEAREST))[0]
 
@@ -200,16 +203,16 @@ def _nearest_indices(size: int, new_size: int) -> np.ndarray:
 class ResizeTransform(Transform):
     """Resize an image to a given size.
 
-    uint8 images are resized as Pillow does, which filters over the whole source area when it shrinks; other
-    types by `torch.nn.functional.interpolate` with ``align_corners=False`` and no such filter.
+    uint8 images are resized as Pillow does, which antialiases when it downscales; other types by
+    `torch.nn.functional.interpolate` with ``align_corners=False``, without antialiasing.
     """
 
     def __init__(self, h: int, w: int, new_h: int, new_w: int, interp: int | None = None):
         """
         Args:
-            h, w: size of the images it is applied to.
-            new_h, new_w: size afterwards.
-            interp: a `PIL.Image.Resampling` method; bilinear when left out.
+            h, w: size of the input images.
+            new_h, new_w: size of the output images.
+            interp: a `PIL.Image.Resampling` method, by default bilinear.
         """
         super().__init__()
         if interp is None:
@@ -217,15 +220,15 @@ class ResizeTransform(Transform):
         self._set_attributes(locals())
 
     def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
-        """Resize ``img``, an array of shape (H, W), (H, W, C) or (N, H, W, C); the dtype stays.
+        """Resize ``img``, an array of shape (H, W), (H, W, C) or (N, H, W, C), and keep its dtype.
 
         Raises:
-            ValueError: if the size of ``img`` is not the one the transform was made for.
+            ValueError: if the size of ``img`` is not (h, w).
         """
         spatial = img.shape[1:3] if img.ndim == 4 else img.shape[:2]
         if img.ndim not in (2, 3, 4) or tuple(spatial) != (self.h, self.w):
             raise ValueError(
-                f"ResizeTransform was made for images of height {self.h} and width {self.w}, "
+                f"ResizeTransform is for images of height {self.h} and width {self.w}, "
                 f"got an array of shape {img.shape}"
             )
         method = Image.Resampling(self.interp if interp is None else interp)
@@ -236,7 +239,7 @@ class ResizeTransform(Transform):
         return self._interpolate(img, method)
 
     def _pick_nearest(self, img: np.ndarray) -> np.ndarray:
-        """Nearest neighbor for any dtype (ids, masks): the pixels that Pillow picks from a uint8 image."""
+        """Resize arrays of any dtype (ids, masks) to the pixels that Pillow picks from a uint8 image."""
         rows = _nearest_indices(self.h, self.new_h)
         cols = _nearest_indices(self.w, self.new_w)
         axis = 1 if img.ndim == 4 else 0
@@ -277,7 +280,7 @@ class ResizeTransform(Transform):
         return coords
 
     def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
-        """Resize by nearest neighbor, so that no new ids appear."""
+        """Resize with nearest-neighbor interpolation, which creates no new ids."""
         return self.apply_image(segmentation, interp=Image.Resampling.NEAREST)
 
     def inverse(self) -> Transform:
@@ -285,24 +288,24 @@ class ResizeTransform(Transform):
 
 
 class ExtentTransform(Transform):
-    """Cut a sub-rectangle out of an image and scale it to an output size (Pillow's EXTENT).
+    """Crop a rectangle from an image and scale it to an output size (Pillow's EXTENT).
 
-    What of the rectangle lies outside the image is filled.
+    The part of the rectangle outside the image is filled.
     """
 
     def __init__(self, src_rect, output_size, interp: int = Image.Resampling.BILINEAR, fill: float = 0):
         """
         Args:
-            src_rect: (x0, y0, x1, y1) in the source image, absolute pixels.
-            output_size: (height, width) of the result.
+            src_rect: (x0, y0, x1, y1) in absolute pixels of the input image.
+            output_size: (height, width) of the output image.
             interp: a `PIL.Image.Resampling` method.
-            fill: value of pixels outside the source image; a segmentation is filled with 0.
+            fill: value of pixels outside the input image; a segmentation is filled with 0.
         """
         super().__init__()
         self._set_attributes(locals())
 
     def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
-        """Cut and scale ``img``, a uint8 array of shape (H, W) or (H, W, C)."""
+        """Crop and scale ``img``, a uint8 array of shape (H, W) or (H, W, C)."""
         return self._extent(img, self.interp if interp is None else interp, self.fill)
 
     def _extent(self, img: np.ndarray, interp: int, fill: float) -> np.ndarray:
@@ -319,31 +322,31 @@ class ExtentTransform(Transform):
         return from_pil(out, img)
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
-        """Move and scale (N, 2) xy coordinates."""
+        """Shift and scale (N, 2) xy coordinates."""
         height, width = self.output_size
         x0, y0, x1, y1 = self.src_rect
         scale = np.array([width / (x1 - x0), height / (y1 - y0)], dtype=np.float64)
         return (coords.astype(np.float64) - np.array([x0, y0], dtype=np.float64)) * scale
 
     def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
-        """Cut and scale by nearest neighbor."""
+        """Crop and scale with nearest-neighbor interpolation."""
         return self._extent(segmentation, Image.Resampling.NEAREST, 0)
 
 
 class RotationTransform(Transform):
-    """Rotate an image by an angle, counter-clockwise in degrees, about a point."""
+    """Rotate an image about a point."""
 
     def __init__(
         self, h: int, w: int, angle: float, expand: bool = True, center=None, interp: int | None = None
     ):
         """
         Args:
-            h, w: size of the images it is applied to.
+            h, w: size of the input images.
             angle: degrees, counter-clockwise as seen on the screen.
-            expand: enlarge the result so that it holds the whole rotated image; ``center`` then has no
+            expand: enlarge the result so that it contains the full rotated image; ``center`` then has no
                 effect.
-            center: (x, y) of the fixed point, absolute pixels; the middle of the image when left out.
-            interp: an OpenCV interpolation flag; ``cv2.INTER_LINEAR`` when left out.
+            center: (x, y) of the fixed point, absolute pixels; by default the center of the image.
+            interp: an OpenCV interpolation flag, by default ``cv2.INTER_LINEAR``.
         """
         super().__init__()
         import cv2
@@ -360,11 +363,11 @@ class RotationTransform(Transform):
             bound_w, bound_h = w, h
         self._set_attributes(locals())
         self.rm_coords = self.create_rotation_matrix()
-        # OpenCV places pixel centers at whole numbers: half a pixel before and after.
+        # OpenCV has pixel centers at integers: shift by half a pixel before and after.
         self.rm_image = self.create_rotation_matrix(offset=-0.5)
 
     def create_rotation_matrix(self, offset: float = 0) -> np.ndarray:
-        """The (2, 3) affine matrix of the rotation in a frame shifted by ``offset`` pixels."""
+        """Return the (2, 3) affine matrix of the rotation in a frame shifted by ``offset`` pixels."""
         import cv2
 
         center = (self.center[0] + offset, self.center[1] + offset)
@@ -378,14 +381,14 @@ class RotationTransform(Transform):
         return self.angle % 360 == 0
 
     def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
-        """Rotate ``img`` of shape (H, W) or (H, W, C); pixels from outside the image become 0."""
+        """Rotate ``img`` of shape (H, W) or (H, W, C); fill pixels from outside the image with 0."""
         import cv2
 
         if len(img) == 0 or self._is_identity():
             return img
         if tuple(img.shape[:2]) != (self.h, self.w):
             raise ValueError(
-                f"RotationTransform was made for images of height {self.h} and width {self.w}, "
+                f"RotationTransform is for images of height {self.h} and width {self.w}, "
                 f"got an array of shape {img.shape}"
             )
         interp = self.interp if interp is None else interp
@@ -401,13 +404,13 @@ class RotationTransform(Transform):
         return coords @ self.rm_coords[:, :2].T + self.rm_coords[:, 2]
 
     def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
-        """Rotate by nearest neighbor."""
+        """Rotate with nearest-neighbor interpolation."""
         import cv2
 
         return self.apply_image(segmentation, interp=cv2.INTER_NEAREST)
 
     def inverse(self) -> Transform:
-        """Rotate back; with ``expand``, the frame that grew is cut to the original size again."""
+        """Return the rotation back, with ``expand`` followed by a crop to the original size."""
         if not self.expand:
             return RotationTransform(self.h, self.w, -self.angle, False, self.center, self.interp)
         back = RotationTransform(self.bound_h, self.bound_w, -self.angle, True, None, self.interp)
@@ -416,12 +419,12 @@ class RotationTransform(Transform):
 
 
 class ColorTransform(Transform):
-    """Change the colors of an image by any function; its geometry stays."""
+    """Change the colors of an image by any function, but not its geometry."""
 
     def __init__(self, op):
         """
         Args:
-            op: function from an image array to an image array of the same size.
+            op: function from an image array to one of the same size.
         """
         if not callable(op):
             raise TypeError(f"{type(self).__name__}: op must be callable, got {type(op).__name__}")
@@ -442,14 +445,14 @@ class ColorTransform(Transform):
 
 
 class PILColorTransform(ColorTransform):
-    """:class:`ColorTransform` whose function takes and returns a PIL image."""
+    """A `ColorTransform` whose function takes and returns a PIL image."""
 
     def apply_image(self, img: np.ndarray) -> np.ndarray:
         return np.asarray(self.op(Image.fromarray(img)))
 
 
 def _clip_half_plane(points: np.ndarray, axis: int, limit: float, sign: int) -> np.ndarray:
-    """One step of Sutherland-Hodgman: the part of a polygon where ``sign * (coordinate - limit) >= 0``."""
+    """Do one step of Sutherland-Hodgman: clip a polygon to ``sign * (coordinate - limit) >= 0``."""
     if len(points) == 0:
         return points
     distance = (points[:, axis] - limit) * sign
@@ -466,15 +469,15 @@ def _clip_half_plane(points: np.ndarray, axis: int, limit: float, sign: int) -> 
 def clip_polygon(points: np.ndarray, x0: float, y0: float, x1: float, y1: float) -> np.ndarray:
     """Clip a polygon to a rectangle (Sutherland and Hodgman, 1974).
 
-    A concave polygon that falls into several parts stays one polygon, whose parts are joined along the border
-    of the rectangle by edges without area; area and rasterized mask are the same as those of the parts.
+    A concave polygon that is cut into several parts remains one polygon, whose parts are joined by edges
+    along the border of the rectangle; area and rasterized mask equal those of the parts.
 
     Args:
         points: (P, 2) float, xy.
         x0, y0, x1, y1: the rectangle.
 
     Returns:
-        (Q, 2) float64 array; Q = 0 where nothing of positive area is left.
+        (Q, 2) float64 array; Q = 0 if the clipped polygon has no area.
     """
     points = np.array(points, dtype=np.float64).reshape(-1, 2)
     for axis, limit, sign in ((0, x0, 1), (0, x1, -1), (1, y0, 1), (1, y1, -1)):
@@ -487,20 +490,20 @@ def clip_polygon(points: np.ndarray, x0: float, y0: float, x1: float, y1: float)
 
 
 class CropTransform(fvt.CropTransform):
-    """Cut out ``image[y0 : y0 + h, x0 : x0 + w]``; polygons are clipped to it, boxes only moved."""
+    """Crop ``image[y0 : y0 + h, x0 : x0 + w]``; polygons are clipped to it, boxes only shifted."""
 
     def apply_polygons(self, polygons: list) -> list:
-        """Clip polygons ((P, 2) arrays, xy) to the rectangle; those wholly outside are dropped."""
+        """Clip polygons ((P, 2) arrays, xy) to the rectangle; drop those outside it."""
         corners = (self.x0, self.y0, self.x0 + self.w, self.y0 + self.h)
         clipped = [clip_polygon(polygon, *corners) for polygon in polygons]
         return [self.apply_coords(points) for points in clipped if len(points)]
 
 
 class PadTransform(fvt.PadTransform):
-    """Add margins of ``x0``, ``y0`` (left, top) and ``x1``, ``y1`` (right, bottom) pixels."""
+    """Pad by ``x0``, ``y0`` (left, top) and ``x1``, ``y1`` (right, bottom) pixels."""
 
     def inverse(self) -> Transform:
         if self.orig_w is None or self.orig_h is None:
-            raise ValueError("PadTransform can be inverted only when orig_w and orig_h are given")
+            raise ValueError("PadTransform can be inverted only if orig_w and orig_h are given")
         width, height = self.orig_w + self.x0 + self.x1, self.orig_h + self.y0 + self.y1
         return CropTransform(self.x0, self.y0, self.orig_w, self.orig_h, orig_w=width, orig_h=height)
