@@ -27,13 +27,10 @@ from detlib.data.dataset_mapper import DatasetMapper
 from detlib.data.detection_utils import as_names, check_metadata_consistency
 from detlib.data.proposals import load_proposals_into_dataset
 from detlib.data.samplers.distributed_sampler import (
-    ClassAwareTrainingSampler,
     EndlessSampler,
     InferenceSampler,
-    MultiDatasetTrainingSampler,
-    RandomSubsetTrainingSampler,
-    RepeatFactorTrainingSampler,
     TrainingSampler,
+    build_train_sampler,
 )
 from detlib.utils import comm
 from detlib.utils.env import seed_all_rng
@@ -403,41 +400,6 @@ def _check_num_classes(cfg, dataset_dicts: list[dict]) -> None:
         logger.warning("%s is %d, but dataset %r has %d classes", key, num_classes, name, len(class_names))
 
 
-_SAMPLERS = (
-    "TrainingSampler",
-    "RepeatFactorTrainingSampler",
-    "RandomSubsetTrainingSampler",
-    "ClassAwareTrainingSampler",
-    "MultiDatasetTrainingSampler",
-)
-
-
-def _build_train_sampler(cfg, dataset, parts: list | None = None) -> Sampler:
-    """Build the sampler of a config; ``parts`` are the datasets that ``dataset`` was concatenated from."""
-    name = cfg.DATALOADER.SAMPLER_TRAIN
-    logger.info("Using training sampler %s", name)
-    if name == "TrainingSampler":
-        return TrainingSampler(len(dataset), seed=cfg.SEED)
-    if name == "RepeatFactorTrainingSampler":
-        repeat_factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            dataset, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
-        )
-        return RepeatFactorTrainingSampler(repeat_factors, seed=cfg.SEED)
-    if name == "RandomSubsetTrainingSampler":
-        ratio = cfg.DATALOADER.get("RANDOM_SUBSET_RATIO")
-        if ratio is None:
-            raise KeyError(
-                "RandomSubsetTrainingSampler needs DATALOADER.RANDOM_SUBSET_RATIO, which is not set"
-            )
-        return RandomSubsetTrainingSampler(len(dataset), ratio, seed_shuffle=cfg.SEED, seed_subset=cfg.SEED)
-    if name == "ClassAwareTrainingSampler":
-        return ClassAwareTrainingSampler(ClassAwareTrainingSampler.categories_of(dataset), seed=cfg.SEED)
-    if name == "MultiDatasetTrainingSampler":
-        sizes = [len(part) for part in parts or [dataset]]
-        return MultiDatasetTrainingSampler(sizes, cfg.DATALOADER.DATASET_WEIGHTS, seed=cfg.SEED)
-    raise ValueError(f"DATALOADER.SAMPLER_TRAIN must be one of {', '.join(_SAMPLERS)}, got {name!r}")
-
-
 def _load_train_sets(cfg) -> tuple[list | Dataset, list]:
     """Return the training data as one dataset, and its parts if the sampler needs them."""
     names = as_names(cfg.DATASETS.TRAIN)
@@ -480,7 +442,7 @@ def _train_loader_from_config(cfg, mapper=None, *, dataset=None, sampler=None) -
         _check_proposals(cfg, dataset, "TRAIN")
         mapper = DatasetMapper(cfg, True)
     if sampler is None and not isinstance(dataset, IterableDataset):
-        sampler = _build_train_sampler(cfg, dataset, parts)
+        sampler = build_train_sampler(cfg, dataset, parts)
     return {
         "dataset": dataset,
         "sampler": sampler,

@@ -6,6 +6,7 @@ the seed alone and can be entered at any position, at the cost of drawing the in
 """
 
 import itertools
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,10 @@ __all__ = [
     "RepeatFactorTrainingSampler",
     "StreamPosition",
     "TrainingSampler",
+    "build_train_sampler",
 ]
+
+logger = logging.getLogger(__name__)
 
 
 def check_size(owner: str, size: int) -> None:
@@ -320,6 +324,41 @@ class MultiDatasetTrainingSampler(EndlessSampler):
         parts = [_draw(elements, n, generator) for elements, n in zip(self._sets, counts)]
         drawn = torch.cat(parts)
         return drawn[torch.randperm(len(drawn), generator=generator)]
+
+
+_SAMPLERS = (
+    "TrainingSampler",
+    "RepeatFactorTrainingSampler",
+    "RandomSubsetTrainingSampler",
+    "ClassAwareTrainingSampler",
+    "MultiDatasetTrainingSampler",
+)
+
+
+def build_train_sampler(cfg, dataset, parts: list | None = None) -> Sampler:
+    """Build the sampler of a config; ``parts`` are the datasets that ``dataset`` was concatenated from."""
+    name = cfg.DATALOADER.SAMPLER_TRAIN
+    logger.info("Using training sampler %s", name)
+    if name == "TrainingSampler":
+        return TrainingSampler(len(dataset), seed=cfg.SEED)
+    if name == "RepeatFactorTrainingSampler":
+        repeat_factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            dataset, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
+        )
+        return RepeatFactorTrainingSampler(repeat_factors, seed=cfg.SEED)
+    if name == "RandomSubsetTrainingSampler":
+        ratio = cfg.DATALOADER.get("RANDOM_SUBSET_RATIO")
+        if ratio is None:
+            raise KeyError(
+                "RandomSubsetTrainingSampler needs DATALOADER.RANDOM_SUBSET_RATIO, which is not set"
+            )
+        return RandomSubsetTrainingSampler(len(dataset), ratio, seed_shuffle=cfg.SEED, seed_subset=cfg.SEED)
+    if name == "ClassAwareTrainingSampler":
+        return ClassAwareTrainingSampler(ClassAwareTrainingSampler.categories_of(dataset), seed=cfg.SEED)
+    if name == "MultiDatasetTrainingSampler":
+        sizes = [len(part) for part in parts or [dataset]]
+        return MultiDatasetTrainingSampler(sizes, cfg.DATALOADER.DATASET_WEIGHTS, seed=cfg.SEED)
+    raise ValueError(f"DATALOADER.SAMPLER_TRAIN must be one of {', '.join(_SAMPLERS)}, got {name!r}")
 
 
 class InferenceSampler(Sampler):

@@ -46,7 +46,7 @@ class TorchvisionTransform(Transform):
                 ) from error
         if not isinstance(out, torch.Tensor):
             raise ValueError(
-                f"torchvision's {self.transform} turns {kind} into {type(out).__name__}, not a tensor"
+                f"torchvision's {self.transform} turns {kind} into {type(out).__name__}, no tensor"
             )
         return out
 
