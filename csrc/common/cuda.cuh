@@ -1,4 +1,4 @@
-// What every CUDA file needs: the current stream, a device guard, launch sizes and checks.
+// Helpers of the CUDA files: current stream, device guard, launch sizes and checks.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -23,7 +23,7 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
 #endif
 }
 
-// Blocks for a grid-stride loop over `count` elements.
+// Returns the number of blocks for a grid-stride loop over `count` elements.
 inline unsigned int num_blocks(int64_t count) {
   return static_cast<unsigned int>(std::min<int64_t>((count + kThreads - 1) / kThreads, 1 << 20));
 }

@@ -1,11 +1,11 @@
-// Non-maximum suppression on CUDA, for every kind of box.
+// Non-maximum suppression on CUDA, for every type of box.
 //
-// Boxes are put in order and cut into tiles of kTile. One kernel writes, for each box, a bit per later box that it would
-// remove; a second one, a single block, goes through the tiles in order and settles which boxes stay. Only the number of
-// these returns to the host.
+// Boxes are ordered and split into tiles of kTile. The first kernel writes for each box one bit per later box that it
+// would suppress. The second kernel, a single block, goes through the tiles in order and decides which boxes stay. Only
+// the number of kept boxes returns to the host.
 //
-// The order is by falling score. Many boxes of several categories are grouped by category first, so that tiles without a
-// category in common need no look.
+// The order is descending score. Many boxes of several categories are grouped by category first, so that tiles without
+// a common category can be skipped.
 #pragma once
 
 #include "cuda.cuh"
@@ -13,21 +13,21 @@
 namespace detlib {
 
 constexpr int kTile = 64;
-constexpr int64_t kGroupedBoxes = 1024;  // from so many on, grouping pays for its sort
+constexpr int64_t kGroupedBoxes = 1024;  // number of boxes from which grouping is worth its sort
 
 // The boxes in order, on the device.
 struct SuppressionOrder {
-  const int64_t* boxes;       // the number of the box at each position
-  const int64_t* categories;  // of the box at each position; nullptr if there is one only
-  const int64_t* ranks;       // each position's place by score, if boxes are grouped by rising category; else nullptr
+  const int64_t* boxes;       // index of the box at each position
+  const int64_t* categories;  // category of the box at each position; nullptr for a single category
+  const int64_t* ranks;       // rank by score of each position if boxes are grouped by category, else nullptr
 
   __device__ __forceinline__ int64_t category(int64_t position) const {
     return categories == nullptr ? 0 : categories[position];
   }
 };
 
-// Bit j of mask[i * words + w] says that the box at position i, if it stays, removes the one at w * kTile + j. Written
-// from the diagonal on, as far as tiles have categories in common.
+// Sets bit j of mask[i * words + w] if the box at position i, when kept, suppresses the box at w * kTile + j. Only tiles
+// on and above the diagonal that have a common category are written.
 template <typename Box, typename Removes>
 __global__ void __launch_bounds__(kTile) suppression_kernel(
     const Box* boxes, SuppressionOrder order, int64_t num_boxes, int64_t words, Removes removes,
@@ -63,13 +63,13 @@ __global__ void __launch_bounds__(kTile) suppression_kernel(
   mask[row * words + column_tile] = bits;
 }
 
-// One block. keep[i] for the boxes by score; `removed` holds `words` zeros.
+// Runs as one block. Sets keep[i] of the box with rank i by score; `removed` must hold `words` zeros.
 static __global__ void settle_kernel(
     const unsigned long long* mask, SuppressionOrder order, int64_t num_boxes, int64_t words,
     unsigned long long* removed, bool* keep) {
   __shared__ unsigned long long diagonal[kTile];
   __shared__ unsigned long long kept;
-  __shared__ int64_t end;  // of the tiles that have a category in common with this one
+  __shared__ int64_t end;  // end of the tiles that have a common category with this one
   if (threadIdx.x == 0) {
     end = order.ranks == nullptr ? words : 1;
   }
@@ -103,8 +103,8 @@ static __global__ void settle_kernel(
       const int64_t position = first + threadIdx.x;
       keep[order.ranks == nullptr ? position : order.ranks[position]] = kept >> threadIdx.x & 1;
     }
-    // With fewer later words than threads, several threads take one word, each with some of the tile's boxes, so that
-    // many loads are under way at once.
+    // With fewer later words than threads, several threads share a word, each for some boxes of the tile, so that many
+    // loads are in flight.
     const int later = static_cast<int>(end - tile - 1), threads = static_cast<int>(blockDim.x);
     const int parts = later < threads ? min(kTile, threads / max(later, 1)) : 1;
     const int span = threads / parts, part = static_cast<int>(threadIdx.x) / span;
@@ -122,13 +122,13 @@ static __global__ void settle_kernel(
   }
 }
 
-// The indices of the boxes that stay, by falling score.
+// Returns the indices of the kept boxes, in descending score order.
 //
 // Args:
-//   scores: (N,), N > 0, which the caller has checked.
-//   idxs: each box's category, (N,), or nullptr.
-//   boxes: N of them, on the device of the scores.
-//   removes: called with two boxes on the device, whether the first removes the second.
+//   scores: (N,), N > 0; checked by the caller.
+//   idxs: (N,) category of each box, or nullptr.
+//   boxes: N boxes, on the device of the scores.
+//   removes: device function of two boxes; returns whether the first suppresses the second.
 template <typename Box, typename Removes>
 Tensor suppress(const Tensor& scores, const Tensor* idxs, const Box* boxes, Removes removes) {
   const int64_t num_boxes = scores.size(0), words = (num_boxes + kTile - 1) / kTile;

@@ -1,7 +1,7 @@
-// Where the pixels of a picture lie in a mask that is stretched over a box, for host and device.
+// Positions of image pixels in a mask that is stretched over a box, for host and device.
 //
-// Rounding keeps order, so positions never fall from one pixel to the next, and between two cells `blend` only rises or
-// only falls. The run lengths on the CPU rest on this (see cpu/paste_masks.cpp).
+// Rounding is monotonic, so positions never decrease from one pixel to the next, and `blend` is monotonic between two
+// cells. The run lengths on the CPU depend on this (see cpu/paste_masks.cpp).
 #pragma once
 
 #include <cstdint>
@@ -14,25 +14,26 @@
 
 namespace detlib {
 
-// One side of a box and the cells of the mask along it.
+// One side of a box, and the cells of the mask along it.
 template <typename T>
 struct PasteSide {
   T low, extent, cells;
-  bool valid;  // false where there is nothing to paste: no cells, no extent, or not finite
+  bool valid;  // false if there is nothing to paste: no cells, no extent, or not finite
 
   DETLIB_HOST_DEVICE PasteSide(T first, T last, int64_t num_cells)
       : low(first), extent(last - first), cells(static_cast<T>(num_cells)), valid(false) {
-    // Only a finite number less itself is 0.
+    // x - x is 0 only for finite x.
     valid = num_cells > 0 && extent > T(0) && first - first == T(0) && last - last == T(0);
   }
 
-  // Where a pixel's centre lies; cell i has its centre at i. By way of [-1, 1], for detectron2's rounding.
+  // Returns the position of a pixel's center; the center of cell i is at i. Normalizes to [-1, 1] first, for the same
+  // rounding as detectron2.
   DETLIB_HOST_DEVICE T position(int64_t pixel) const {
     const T normalized = (static_cast<T>(pixel) + T(0.5) - low) / extent * T(2) - T(1);
     return ((normalized + T(1)) * cells - T(1)) / T(2);
   }
 
-  // The mask fades out over the cell before its first and the one after its last.
+  // The mask fades to zero over the width of one cell on each side.
   DETLIB_HOST_DEVICE bool after_start(T position) const {
     return position > T(-1);
   }
@@ -47,7 +48,7 @@ DETLIB_HOST_DEVICE T blend(T first, T second, T fraction) {
   return first + fraction * (second - first);
 }
 
-// A soft value as a byte, rounded down.
+// Converts a soft value to a byte, rounded down.
 template <typename T>
 DETLIB_HOST_DEVICE uint8_t to_byte(T value) {
   const T scaled = value * T(255);

@@ -1,10 +1,10 @@
 // RoIAlign's geometry along one axis, for host and device.
 //
-// A box is cut into bins and a regular grid of samples is laid into each bin. Rows and columns are independent: a
-// bin's value is the sum over map cells of (weight of the row) * (weight of the column) * cell.
+// A box is divided into bins, and each bin has a regular grid of samples. Rows and columns are independent: the value
+// of a bin is the sum over map cells of (weight of the row) * (weight of the column) * cell.
 //
-// The arithmetic runs in the compute type, in this order, as the published implementations do it: the number of
-// samples is a ceil(), so another rounding would give another grid.
+// The order of operations is that of published implementations, in the compute type: the number of samples is a
+// ceil(), so different rounding would give a different grid.
 #pragma once
 
 #include <cmath>
@@ -20,7 +20,7 @@ namespace detlib {
 
 template <typename T>
 struct RoiAxis {
-  T start;        // of the box, in cells
+  T start;        // start of the box, in cells
   T bin;          // side of a bin, in cells
   int64_t count;  // samples per bin, 0 for an empty or inverted box on an adaptive grid
 };
@@ -42,7 +42,7 @@ DETLIB_HOST_DEVICE RoiAxis<T> roi_axis(
   return axis;
 }
 
-// Samples [first, last) of bin `index` that can lie within [-1, size]; the rest of a huge box is never visited.
+// Finds the samples [first, last) of bin `index` that can be in [-1, size]; the rest of a huge box is skipped.
 template <typename T>
 DETLIB_HOST_DEVICE void roi_sample_range(
     const RoiAxis<T>& axis, int64_t index, int64_t size, int64_t& first, int64_t& last) {
@@ -66,8 +66,8 @@ DETLIB_HOST_DEVICE void roi_sample_range(
   }
 }
 
-// The two cells that one sample reads, and their weights. `inside` is false more than a cell beyond the map. GPUs are
-// quicker with an int_t of 32 bits.
+// The two cells that one sample reads, and their weights. `inside` is false more than a cell outside the map. GPUs are
+// faster with an int_t of 32 bits.
 template <typename T, typename int_t = int64_t>
 struct RoiSample {
   int_t low, high;

@@ -1,8 +1,8 @@
 // RoIAlign's sampling grid in a rotated box, for host and device.
 //
-// Samples lie on a regular grid along the axes of the box, whose geometry along one axis is that of roi_align_grid.h. The
-// arithmetic runs in the compute type, as the published implementations do it: the number of samples is a ceil(), so
-// another rounding would give another grid.
+// Samples are on a regular grid along the axes of the box; roi_align_grid.h has the geometry of one axis. The order of
+// operations is that of published implementations, in the compute type: the number of samples is a ceil(), so different
+// rounding would give a different grid.
 #pragma once
 
 #include "roi_align_grid.h"
@@ -11,9 +11,9 @@ namespace detlib {
 
 template <typename T>
 struct RotatedGrid {
-  T x, y, cosine, sine;      // centre of the box in cells, and its angle
-  RoiAxis<T> rows, columns;  // along the height and the width, from the centre
-  // Along each axis, where samples can lie within the map: `reach` cells from here on.
+  T x, y, cosine, sine;      // center of the box in cells, and its angle
+  RoiAxis<T> rows, columns;  // along the height and the width, from the center
+  // Along each axis, samples can be inside the map only in `reach` cells from here on.
   T first_row, first_column;
   int64_t reach;
 
@@ -32,7 +32,7 @@ DETLIB_HOST_DEVICE RoiAxis<T> rotated_axis(T extent, int64_t bins, int64_t sampl
   return axis;
 }
 
-// `box` is centre x and y, width, height and angle in degrees.
+// `box` is center x and y, width, height and angle in degrees.
 template <typename T>
 DETLIB_HOST_DEVICE RotatedGrid<T> rotated_grid(
     const T* box, T scale, int64_t bins_y, int64_t bins_x, int64_t height, int64_t width, int64_t sampling_ratio) {
@@ -44,7 +44,7 @@ DETLIB_HOST_DEVICE RotatedGrid<T> rotated_grid(
   grid.sine = std::sin(radians);
   grid.rows = rotated_axis<T>(box[3] * scale, bins_y, sampling_ratio);
   grid.columns = rotated_axis<T>(box[2] * scale, bins_x, sampling_ratio);
-  // The circle around the map, seen along the axes of the box.
+  // The circle around the map, in the coordinates of the box.
   const T to_x = static_cast<T>(width) / T(2) - grid.x, to_y = static_cast<T>(height) / T(2) - grid.y;
   const T radius = std::sqrt(static_cast<T>(width) * static_cast<T>(width) +
                              static_cast<T>(height) * static_cast<T>(height)) / T(2) + T(2);
@@ -54,21 +54,21 @@ DETLIB_HOST_DEVICE RotatedGrid<T> rotated_grid(
   return grid;
 }
 
-// Samples [first, last) of bin `index` along one axis that can lie within the map; `start` is first_row or first_column.
+// Finds the samples [first, last) of bin `index` that can be inside the map; `start` is first_row or first_column.
 template <typename T>
 DETLIB_HOST_DEVICE void rotated_sample_range(
     const RoiAxis<T>& axis, T start, int64_t reach, int64_t index, int64_t& first, int64_t& last) {
   roi_sample_range(RoiAxis<T>{axis.start - start, axis.bin, axis.count}, index, reach, first, last);
 }
 
-// Where a sample lies along one axis, in cells from the centre of the box.
+// Returns the position of a sample along one axis, in cells from the center of the box.
 template <typename T>
 DETLIB_HOST_DEVICE T rotated_position(const RoiAxis<T>& axis, int64_t index, int64_t sample) {
   return axis.start + static_cast<T>(index) * axis.bin +
       (static_cast<T>(sample) + T(0.5)) * axis.bin / static_cast<T>(axis.count);
 }
 
-// The four cells that a sample reads, as offsets between rows and columns of the map, and their weights.
+// The four cells that a sample reads, as rows and columns of the map, and their weights.
 template <typename T>
 struct RotatedSample {
   int64_t top, bottom, left, right;

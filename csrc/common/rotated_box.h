@@ -1,7 +1,7 @@
-// A rotated box in the form that the geometry of rotated_iou.h works on, for host and device.
+// A rotated box in the form that rotated_iou.h needs, for host and device.
 //
-// Boxes are given as centre x and y, width, height and an angle in degrees. In image coordinates, y pointing down, the
-// width lies along (cos, -sin) and the height along (sin, cos) of the angle: positive angles turn counter-clockwise.
+// Boxes are center x and y, width, height and an angle in degrees. In image coordinates, with y pointing down, the
+// width is along (cos, -sin) and the height along (sin, cos) of the angle: positive angles are counter-clockwise.
 #pragma once
 
 #include <cmath>
@@ -15,11 +15,11 @@
 
 namespace detlib {
 
-// One box, or with a vector as V one box per lane. Always in double precision: float32 loses thin boxes.
+// One box, or one box per lane if V is a vector. Always in double precision: float32 loses thin boxes.
 template <typename V>
 struct RotatedBox {
   V x, y, half_width, half_height, cosine, sine;
-  V radius;  // of the circle through the corners; nan for a box that overlaps nothing, whose other fields do not count
+  V radius;  // of the circumscribed circle; nan for a box that overlaps nothing, whose other fields are unused
 };
 
 template <typename T>
@@ -34,7 +34,7 @@ DETLIB_GEOMETRY RotatedBox<double> rotated_box(const T* numbers) {
   box.half_height = height / 2;
   box.cosine = cos(radians);
   box.sine = sin(radians);
-  // Differences with themselves are zero for finite numbers only.
+  // x - x is 0 only for finite x.
   const double area = width * height, finite = (box.x - box.x) + (box.y - box.y) + (area - area) + (degrees - degrees);
   const bool valid = width > 0 && height > 0 && area > 0 && finite == 0;
   box.radius = valid ? sqrt(box.half_width * box.half_width + box.half_height * box.half_height) : NAN;

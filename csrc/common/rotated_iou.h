@@ -1,12 +1,12 @@
 // Intersection over union of two rotated boxes, for host and device. Types and conventions are in rotated_box.h.
 //
-// The second box is brought into the frame of the first, where the first is |x| <= W, |y| <= H. There the area of the
-// intersection is the integral over -W <= x <= W of (upper edge of the second box, clamped to [-H, H]) minus (its lower
-// edge, clamped likewise), so it is a sum over the four edges of one closed form. No corner is ever classified and no
-// polygon is built: touching or coinciding edges, which break such algorithms, are no special cases.
+// The second box is transformed to the frame of the first, where the first is |x| <= W, |y| <= H. There the area of the
+// intersection is the integral over -W <= x <= W of the upper edge of the second box minus its lower edge, both clamped
+// to [-H, H]. This is a sum of the same closed form over the four edges. No corner is classified and no polygon is
+// built, so touching or coinciding edges, which break other algorithms, need no special case.
 //
-// There is no include guard: CPU files include this once per instruction set (cpu/vector.h says why), in a namespace of
-// its own and with DETLIB_TARGET set. V is double, or a vector of doubles with one pair of boxes per lane.
+// There is no include guard: CPU files include this once per instruction set (see cpu/each_instruction_set.inc), each
+// time in its own namespace and with DETLIB_TARGET set. V is double, or a vector of doubles with a pair of boxes per lane.
 
 template <typename V>
 DETLIB_TARGET DETLIB_GEOMETRY V rotated_clamp(const V& value, const V& low, const V& high) {
@@ -19,8 +19,8 @@ DETLIB_TARGET DETLIB_GEOMETRY V rotated_abs(const V& value) {
   return value < 0 ? -value : value;
 }
 
-// Integral of clamp(y, 0, top) dx along the part of an edge with |x| <= half. The edge starts at (x0, y0) and ends at
-// x1; `slope` is dy/dx and `run` dx/dy, each 0 where it is not finite.
+// Returns the integral of clamp(y, 0, top) dx along the part of an edge with |x| <= half. The edge starts at (x0, y0)
+// and ends at x1; `slope` is dy/dx and `run` dx/dy, each 0 if it is not finite.
 template <typename V>
 DETLIB_TARGET DETLIB_GEOMETRY V
 area_under_edge(const V& x0, const V& y0, const V& x1, const V& slope, const V& run, const V& half, const V& top) {
@@ -28,7 +28,7 @@ area_under_edge(const V& x0, const V& y0, const V& x1, const V& slope, const V& 
   const V begin = rotated_clamp<V>(x0, -half, half), end = rotated_clamp<V>(x1, -half, half);
   const V left = begin < end ? begin : end, right = begin < end ? end : begin;
   const V y_begin = y0 + (begin - x0) * slope, y_end = y0 + (end - x0) * slope;
-  // The clamped edge is linear but for two kinks, where y is 0 and where it is top.
+  // The clamped edge is linear except for two kinks, where y is 0 and where y is top.
   const V at_zero = rotated_clamp<V>(begin - y_begin * run, left, right);
   const V at_top = rotated_clamp<V>(begin + (top - y_begin) * run, left, right);
   const V first = y_end > y_begin ? at_zero : at_top, second = y_end > y_begin ? at_top : at_zero;
@@ -43,12 +43,12 @@ area_under_edge(const V& x0, const V& y0, const V& x1, const V& slope, const V& 
 template <typename V>
 DETLIB_TARGET DETLIB_GEOMETRY V rotated_intersection(const RotatedBox<V>& a, const RotatedBox<V>& b) {
   const V zero = {};
-  // The second box in the frame of the first: centre (x, y), width along (cosine, -sine), height along (sine, cosine).
+  // The second box in the frame of the first: center (x, y), width along (cosine, -sine), height along (sine, cosine).
   const V cosine = a.cosine * b.cosine + a.sine * b.sine, sine = b.sine * a.cosine - b.cosine * a.sine;
   const V shift_x = b.x - a.x, shift_y = b.y - a.y;
   const V x = shift_x * a.cosine - shift_y * a.sine, y = shift_x * a.sine + shift_y * a.cosine;
 
-  // Boxes are apart if they are along one of their four axes. Beyond what the integral would round to, this is exact.
+  // Boxes are disjoint if they are disjoint along one of their four axes. Unlike the integral, this test is exact.
   const V c = rotated_abs<V>(cosine), s = rotated_abs<V>(sine);
   const V back_x = rotated_abs<V>(x * cosine - y * sine), back_y = rotated_abs<V>(x * sine + y * cosine);
   const V reach_x = a.half_width + b.half_width * c + b.half_height * s - rotated_abs<V>(x);
@@ -85,7 +85,7 @@ DETLIB_TARGET DETLIB_GEOMETRY V rotated_iou(const RotatedBox<V>& a, const Rotate
   return intersection / (areas - intersection);
 }
 
-// Whether the circles around two boxes meet: a cheap test that most pairs fail. Never if one of them overlaps nothing.
+// Returns whether the circles around two boxes meet, a cheap test that most pairs fail; false if a radius is nan.
 DETLIB_TARGET DETLIB_GEOMETRY bool circles_meet(
     double x, double y, double radius, double other_x, double other_y, double other_radius) {
   const double dx = other_x - x, dy = other_y - y, reach = radius + other_radius;

@@ -1,4 +1,4 @@
-// The one door to LibTorch: its stable ABI, the names used from it, and calls it has no wrapper for.
+// The only header that includes LibTorch: the names used from its stable ABI, and calls that have no wrapper there.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -14,7 +14,7 @@
 #include <optional>
 #include <tuple>
 
-// Turns a failed call across the border into an exception; torch 2.11 knows it by its older name.
+// Converts a failed call of the C interface to an exception. torch 2.11 has the macro under an older name.
 #ifdef STABLE_TORCH_ERROR_CODE_CHECK
 #define DETLIB_CALL(call) STABLE_TORCH_ERROR_CODE_CHECK(call)
 #else
@@ -29,7 +29,7 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The type that sums are formed in: float for everything but double.
+// The compute type: double for double, else float.
 template <typename scalar_t>
 using compute_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
@@ -59,18 +59,18 @@ void dispatch_floating(ScalarType type, const char* argument, const Body& body) 
   }
 }
 
-// The tensor itself if it is of this dtype, else a copy that is, of the same layout.
+// Returns the tensor itself if it has this dtype, else a converted copy of the same layout.
 inline Tensor as_type(const Tensor& tensor, ScalarType type) {
   return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
 }
 
-// The tensor itself if it is contiguous and of this dtype, else a copy that is.
+// Returns the tensor itself if it is contiguous and has this dtype, else a converted copy.
 inline Tensor as_contiguous(const Tensor& tensor, ScalarType type) {
   const Tensor typed = as_type(tensor, type);
   return typed.is_contiguous() ? typed : torch::stable::contiguous(typed);
 }
 
-// Whether a map (N, C, H, W) lies in memory as (N, H, W, C). One that can be read either way does not count.
+// Returns whether a map (N, C, H, W) is stored as (N, H, W, C); false if it can be read as contiguous too.
 inline bool is_channels_last(const Tensor& map) {
   int64_t stride = 1;
   for (const int64_t dim : {1, 3, 2, 0}) {
@@ -82,7 +82,7 @@ inline bool is_channels_last(const Tensor& map) {
   return !map.is_contiguous();
 }
 
-// An empty map (N, C, H, W) of the given layout. It is no view of another tensor, which autograd would not let be changed.
+// Returns an empty map (N, C, H, W) in a layout. It is not a view: autograd forbids in-place changes of views.
 inline Tensor new_map(const Tensor& like, std::array<int64_t, 4> size, ScalarType type, bool channels_last) {
   const auto [images, channels, height, width] = size;
   const int64_t cells = std::max<int64_t>(height, 1) * std::max<int64_t>(width, 1), columns = std::max<int64_t>(width, 1);
@@ -103,7 +103,7 @@ struct Sorted {
   Tensor values, indices;
 };
 
-// A vector in rising or falling order, and where each element was; equal ones keep their order.
+// Sorts a vector stably; returns the values and their former indices.
 inline Sorted stable_sort(const Tensor& values, bool descending) {
   using torch::stable::detail::from;
   using torch::stable::detail::to;
@@ -113,7 +113,7 @@ inline Sorted stable_sort(const Tensor& values, bool descending) {
   return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
 }
 
-// The elements of a vector at the given indices.
+// Returns the elements of a vector at the given indices.
 inline Tensor index_select(const Tensor& values, const Tensor& indices) {
   using torch::stable::detail::from;
   std::array<StableIValue, 3> stack{from(values), from(int64_t{0}), from(indices)};
@@ -121,7 +121,7 @@ inline Tensor index_select(const Tensor& values, const Tensor& indices) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// The elements of `values` where `mask` is true, as a vector. Waits for the device.
+// Returns the elements of `values` where `mask` is true, as a vector. Synchronizes with the device.
 inline Tensor masked_select(const Tensor& values, const Tensor& mask) {
   using torch::stable::detail::from;
   std::array<StableIValue, 2> stack{from(values), from(mask)};

@@ -1,7 +1,7 @@
 // Non-maximum suppression on the CPU.
 //
-// Boxes of one category are visited by falling score; each is compared with the boxes kept so far, some vectors at a
-// time, until one overlaps it. Categories are independent and run in parallel.
+// Boxes of one category are visited in descending score order. Each is compared with the boxes kept so far, a few
+// vectors at a time, until one overlaps it. Categories are independent and run in parallel.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -40,7 +40,7 @@ struct KeptBoxes {
 #define DETLIB_KERNELS "nms_kernels.inc"
 #include "each_instruction_set.inc"
 
-// The largest T that is at most `threshold`, so that `iou > threshold` means the same in T as in double.
+// Returns the largest T that is at most `threshold`, so that `iou > threshold` means the same in T as in double.
 template <typename T>
 T round_down(double threshold) {
   const T rounded = static_cast<T>(threshold);

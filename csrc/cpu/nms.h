@@ -1,4 +1,4 @@
-// What non-maximum suppression of both box types shares on the CPU: the score order, the categories and the result.
+// Non-maximum suppression on the CPU, for every type of box: score order, categories and result.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +20,7 @@ inline void check_nms_arguments(const Tensor& boxes, const Tensor& scores, const
 // Args:
 //   scores: (N,).
 //   idxs: (N,) the category of each box, or nullptr for one category.
-//   parallel_boxes: number of boxes from which categories run in parallel; waking threads costs more than a smaller set.
+//   parallel_boxes: number of boxes from which categories run in parallel; for fewer, starting threads takes longer.
 //   suppress_category: called as (begin, end, keep) with the indices of the boxes of one category, in descending score
 //     order; sets keep[i] to 1 for each box i that stays.
 template <typename SuppressCategory>

@@ -1,9 +1,9 @@
-// Resizing of 8-bit pictures on the CPU, to the last bit as Pillow does it.
+// Resizing of 8-bit images on the CPU, bit-exact to Pillow.
 //
-// A separable filter that widens with the scale when it shrinks. Weights have 22 binary digits; a picture is filtered
-// along x, rounded to bytes, and then filtered along y, or the other way round. Along x, 32 rows are turned into columns
-// of 32 bytes, so that one weight serves a whole vector of pixels; along y, the pixels of a row are the vector. The
-// result has planes, as models take pictures, whether the picture comes as planes or with its channels side by side.
+// The filter is separable, and wider by the scale when it shrinks the image. Weights have 22 binary digits. An image is
+// filtered along x, rounded to bytes, and then filtered along y, or in the reverse order. Along x, 32 rows are
+// transposed to columns of 32 bytes, so that one weight applies to a vector of pixels; along y, the pixels of a row are
+// the vector. The result is planar, as models need it, for planar and interleaved input.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -14,10 +14,10 @@
 namespace detlib {
 namespace {
 
-// Columns that are filtered along x before they are turned into rows again: they stay in the innermost cache.
+// Number of columns that are filtered along x before they are transposed back: they stay in the L1 cache.
 constexpr int64_t kColumnBlock = 64;
 
-// Numbers of PIL.Image.Resampling.
+// Values of PIL.Image.Resampling.
 enum FilterKind : int64_t { kBilinear = 2, kBicubic = 3 };
 
 double triangle(double x) {
@@ -35,7 +35,7 @@ double cubic(double x) {
   return x < 2.0 ? (((x - 5.0) * x + 8.0) * x - 4.0) * a : 0.0;
 }
 
-// For each pixel of the result along one axis: the first source pixel that it takes from, how many, and their weights.
+// For each pixel of the result along one axis: the first source pixel, the number of source pixels, and their weights.
 struct Filter {
   std::vector<int64_t> first, count;
   std::vector<int32_t> weights;
@@ -45,7 +45,7 @@ struct Filter {
   Filter(int64_t source, int64_t target, int64_t kind) : first(target), count(target) {
     const double scale = static_cast<double>(source) / target, widening = std::max(scale, 1.0);
     const double reach = (kind == kBilinear ? 1.0 : 2.0) * widening, narrowing = 1.0 / widening;
-    stride = static_cast<int64_t>(std::ceil(reach)) * 2 + 2;  // even, with a 0 behind the last tap
+    stride = static_cast<int64_t>(std::ceil(reach)) * 2 + 2;  // even, with a 0 after the last tap
     weights.resize(target * stride);
     pairs.resize(target * stride / 2);
     std::vector<double> values(stride);
@@ -105,7 +105,7 @@ void transpose_16(Bytes (&rows)[16]) {
   }
 }
 
-// Sixteen rows of `length` bytes as `length` columns, kBlock apart; of rows beyond `count`, the last one is taken.
+// Transposes sixteen rows of `length` bytes to `length` columns, kBlock apart. Past `count`, the last row is repeated.
 void rows_to_columns(const uint8_t* source, int64_t row_step, int64_t count, int64_t length, uint8_t* columns) {
   Bytes block[16];
   for (int64_t x = 0; x < length; x += 16) {
@@ -125,7 +125,7 @@ void rows_to_columns(const uint8_t* source, int64_t row_step, int64_t count, int
   }
 }
 
-// The reverse, for the first `count` of sixteen rows.
+// Transposes `length` columns back to the first `count` of sixteen rows.
 void columns_to_rows(const uint8_t* columns, int64_t row_step, int64_t count, int64_t length, uint8_t* target) {
   Bytes block[16];
   for (int64_t x = 0; x < length; x += 16) {
@@ -145,13 +145,13 @@ void columns_to_rows(const uint8_t* columns, int64_t row_step, int64_t count, in
   }
 }
 
-// A picture in memory: `groups` planes of rows that hold `channels` channels side by side.
+// An image in memory: `groups` planes of rows with `channels` interleaved channels.
 struct Source {
   const uint8_t* data;
   int64_t groups, channels, height, width, row_step;
 };
 
-// Filters along x; `target` takes planes (groups * channels, height, filter.size()).
+// Filters along x; writes planes (groups * channels, height, filter.size()) to `target`.
 void resize_rows(const Source& source, const Filter& filter, uint8_t* target) {
   const auto filter_columns = DETLIB_FASTEST(filter_columns);
   const int64_t blocks = (source.height + kBlock - 1) / kBlock, length = source.width * source.channels;
@@ -199,7 +199,7 @@ Tensor resize_image(const Tensor& image, int64_t height, int64_t width, int64_t 
   DETLIB_CHECK(height > 0 && width > 0 && image.numel() > 0, "sizes before and after must be positive");
   DETLIB_CHECK(filter == kBilinear || filter == kBicubic, "filter must be 2 (bilinear) or 3 (bicubic)");
   const int64_t rows = image.size(0), columns = image.size(1), channels = image.size(2);
-  // Planes lie one after the other; pixels, in rows that may be parts of longer ones.
+  // Planes must be contiguous; interleaved pixels may be in rows that are parts of longer ones.
   const bool planes = channels > 1 && image.stride(1) == 1 && image.stride(0) == columns &&
       image.stride(2) == rows * columns;
   const bool pixels = image.stride(2) == 1 && image.stride(1) == channels &&

@@ -1,4 +1,4 @@
-// The innermost step of resizing: 32 bytes, each the weighted sum of bytes `step` apart. See resize.cpp.
+// The innermost step of resizing: 32 bytes, each a weighted sum of bytes that are `step` apart. See resize.cpp.
 #pragma once
 
 #include <algorithm>
@@ -21,15 +21,15 @@ inline uint8_t to_byte(int32_t sum) {
   return static_cast<uint8_t>(std::clamp(sum >> kDigits, 0, 255));
 }
 
-// The weights of two neighbouring taps as 16-bit numbers, which AVX2 multiplies and adds in pairs: the first tap in the
-// low half of each word. A weight is 256 times its upper part, which has a sign, and its lower byte.
+// The weights of two adjacent taps as 16-bit numbers, which AVX2 multiplies and adds in pairs; the first tap is in the
+// low half of each word. A weight is 256 times its signed upper part plus its lower byte.
 struct TapPair {
   int32_t upper, lower;
 };
 
 struct Taps {
   const int32_t* weights;
-  const TapPair* pairs;  // (count + 1) / 2 of them, the last one with a weight of 0 where count is odd
+  const TapPair* pairs;  // (count + 1) / 2 pairs; if count is odd, the last weight is 0
   int64_t count;
 };
 
@@ -42,7 +42,7 @@ inline TapPair make_pair(int32_t first, int32_t second) {
 
 namespace baseline {
 
-// target[i] = sum over k of weights[k] * source[k * step + i]; `count` 0 stands for `taps.count`.
+// target[i] = sum over k of weights[k] * source[k * step + i]; a `count` of 0 means `taps.count`.
 template <int count>
 inline void weigh_32(const uint8_t* __restrict source, int64_t step, const Taps& taps, uint8_t* __restrict target) {
   int32_t sums[kBlock];
@@ -67,8 +67,8 @@ namespace avx2 {
 
 #define DETLIB_TARGET __attribute__((target("avx2")))
 
-// A 32-bit product takes several steps, one of 16-bit numbers is half a step: so the weights are taken in two parts.
-// With U and L the sums over the upper and lower parts, (256 U + L + 2^21) >> 22 is (U + 2^13 + (L >> 8)) >> 14.
+// A 32-bit multiplication is several times as slow as two 16-bit ones, so weights are split into two parts. With U and L
+// the sums over upper and lower parts, (256 U + L + 2^21) >> 22 is (U + 2^13 + (L >> 8)) >> 14.
 template <int count>
 DETLIB_TARGET inline void weigh_32(
     const uint8_t* __restrict source, int64_t step, const Taps& taps, uint8_t* __restrict target) {
@@ -84,7 +84,7 @@ DETLIB_TARGET inline void weigh_32(
     const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
     const __m256i second =
         k + 1 < number ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + step)) : zero;
-    // Interleaving works within halves of 16 bytes; packing, below, undoes it.
+    // Interleaving works on halves of 16 bytes; packing, below, reverses it.
     const __m256i low = _mm256_unpacklo_epi8(first, second), high = _mm256_unpackhi_epi8(first, second);
     const __m256i values[4] = {
         _mm256_unpacklo_epi8(low, zero),

@@ -1,7 +1,7 @@
 // Run-length encoding of masks on the CPU.
 //
-// Runs go down the columns, but the mask is read along its rows, a word at a time: wherever a row differs from the one
-// above it, a run begins. The places found are then sorted by column; within a column they come in order.
+// Runs go down the columns, but the mask is read along its rows, a word at a time: a run starts wherever a row differs
+// from the row above. The positions are then sorted by column; inside a column they are already in order.
 #include <algorithm>
 
 #include "rle.h"
@@ -9,7 +9,7 @@
 namespace detlib {
 namespace {
 
-// Calls `found(column)` where two rows of `width` bytes of 0 and 1 differ, from left to right.
+// Calls `found(column)` for each difference of two rows of `width` bytes of 0 and 1, from left to right.
 template <typename Found>
 inline void for_differences(const uint8_t* row, const uint8_t* above, int64_t width, const Found& found) {
   constexpr int64_t kWord = sizeof(uint64_t), kWords = 4;
@@ -37,7 +37,7 @@ inline void for_differences(const uint8_t* row, const uint8_t* above, int64_t wi
   find_up_to(width);
 }
 
-// Lists kept from mask to mask for their memory.
+// Reuses its buffers from mask to mask.
 class MaskEncoder {
  public:
   MaskEncoder(int64_t height, int64_t width)
@@ -58,13 +58,13 @@ class MaskEncoder {
   void find_changes(const uint8_t* mask) {
     changes_.clear();
     std::fill(first_of_column_.begin(), first_of_column_.end(), 0);
-    // Above a column's first pixel stands the last one of the column before it.
+    // The pixel before the first one of a column is the last one of the previous column.
     above_[0] = 0;
     std::copy_n(mask + (height_ - 1) * width_, width_ - 1, above_.begin() + 1);
     const uint8_t* above = above_.data();
     for (int64_t y = 0; y < height_; ++y) {
       const uint8_t* row = mask + y * width_;
-      if (std::memcmp(row, above, width_) != 0) {  // the C library's is fast, and most rows are alike
+      if (std::memcmp(row, above, width_) != 0) {  // memcmp is fast, and most rows are equal
         for_differences(row, above, width_, [&](int64_t x) {
           changes_.push_back({x, y});
           ++first_of_column_[x + 1];

@@ -1,4 +1,4 @@
-// COCO's compressed run lengths: a mask's pixels, column by column, as the lengths of runs of zeros and ones in turn.
+// COCO's compressed run lengths: lengths of alternating runs of zeros and ones, column by column.
 #pragma once
 
 #include <cstdint>
@@ -10,12 +10,12 @@
 
 namespace detlib {
 
-// Writes the run lengths of one mask. From the fourth on a length is written as its difference to the one before the
-// last. A number goes out in groups of five bits, lowest first, as characters from '0' on, with a sixth bit where more
-// follow; the last group's highest bit is the sign.
+// Writes the run lengths of one mask. From the fourth on, a length is written as the difference to the length two
+// before. A number is written in groups of five bits, lowest first, as characters from '0' on. A sixth bit marks that
+// more groups follow; the highest bit of the last group is the sign.
 class RleWriter {
  public:
-  // From this pixel on (counted column by column, never falling) the mask is `value`.
+  // Sets the mask to `value` from this pixel on. Pixels are counted column by column and must not decrease.
   void set(bool value, int64_t pixel) {
     if (value != value_) {
       write_run(pixel - begin_);
@@ -28,7 +28,7 @@ class RleWriter {
     set(!value_, pixel);
   }
 
-  // The string of a mask of `num_pixels` pixels.
+  // Returns the string of a mask with `num_pixels` pixels.
   std::vector<uint8_t> finish(int64_t num_pixels) {
     write_run(num_pixels - begin_);
     return std::move(text_);
@@ -54,7 +54,7 @@ class RleWriter {
   bool value_ = false;
 };
 
-// The strings one after the other, uint8, and their lengths, int64; on the CPU.
+// Returns the concatenated strings, uint8, and their lengths, int64, on the CPU.
 inline std::tuple<Tensor, Tensor> join_strings(const std::vector<std::vector<uint8_t>>& strings, const Tensor& like) {
   const int64_t count = static_cast<int64_t>(strings.size());
   Tensor lengths = torch::stable::new_empty(like, {count}, ScalarType::Long);

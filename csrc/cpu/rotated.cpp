@@ -1,7 +1,7 @@
 // Intersection over union and non-maximum suppression of rotated boxes on the CPU.
 //
-// Most pairs of boxes are far apart and are settled by the circles around them; the others are worked on some at a time,
-// one pair per lane of a vector. Both operators compute in double precision, whatever the dtype of the boxes.
+// Most pairs of boxes are far apart, and a test of the circles around them is enough. The others are computed one pair
+// per lane of a vector. Both operators use double precision for any dtype of the boxes.
 #include <algorithm>
 #include <vector>
 

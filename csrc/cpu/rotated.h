@@ -1,4 +1,4 @@
-// Rotated boxes as columns, for the CPU's vectors; see rotated.cpp.
+// Rotated boxes as columns, for vector loads on the CPU; see rotated.cpp.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace detlib {
 
-// Padded with boxes that overlap nothing, so that a vector may be read from any box on.
+// Padded with boxes that overlap nothing, so that a vector can be loaded from any index.
 struct RotatedColumns {
   std::vector<double> x, y, half_width, half_height, cosine, sine, radius;
   int64_t count = 0;
@@ -44,7 +44,7 @@ struct RotatedColumns {
   }
 };
 
-// The boxes of a tensor (N, 5) of any floating point type.
+// Converts a tensor (N, 5) of any floating point type.
 inline RotatedColumns rotated_columns(const Tensor& boxes) {
   RotatedColumns columns;
   const Tensor numbers = as_contiguous(boxes, ScalarType::Double);

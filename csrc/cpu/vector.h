@@ -22,7 +22,7 @@ inline bool use_avx2() {
 #endif
 }
 
-// AVX-512 in the flavour that servers have had from the start, and AVX2 beside it.
+// AVX-512 with the extensions of all server processors that have it, and AVX2.
 inline bool use_avx512() {
 #if DETLIB_HAS_AVX2
   static const bool supported = use_avx2() && __builtin_cpu_supports("avx512f") &&
@@ -33,7 +33,7 @@ inline bool use_avx512() {
 #endif
 }
 
-// A vector of `bytes` bytes, with memory access at any address.
+// A vector of `bytes` bytes; `unaligned` may be at any address.
 template <typename T, int bytes>
 struct VectorOf;
 
