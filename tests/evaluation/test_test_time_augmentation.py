@@ -104,7 +104,7 @@ def same(actual, expected, atol=1e-4):
                 torch.testing.assert_close(mine, value, rtol=1e-3, atol=1e-3)
 
 
-def test_views():
+def test_views_are_sizes_with_and_without_flip():
     mapper = DatasetMapperTTA([32, 64], 90, True)
     given = item(height=128, width=192, file_name="x")
     views = mapper(given)
@@ -124,7 +124,7 @@ def test_views():
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_one_view_of_the_pictures_own_size_is_the_model(name):
+def test_one_view_of_the_original_size_equals_the_model(name):
     # Boxes are clipped before they are merged, so that NMS may drop more; here it drops none.
     cfg, model = build(name, MODEL__RETINANET__NMS_THRESH_TEST=1.0)
     tta = GeneralizedRCNNWithTTA(one_view(cfg), model)
@@ -161,7 +161,7 @@ def mirrored(output):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_mirrored_picture_gives_mirrored_results(name):
+def test_flipped_image_gives_flipped_results(name):
     """Models are not symmetric, but the set of views is."""
     cfg, model = build(name)
     cfg.TEST.AUG.MIN_SIZES = (HEIGHT,)
@@ -185,7 +185,7 @@ def voted(boxes, scores, classes, keep):
 
 
 @pytest.mark.parametrize("box_voting", [False, True])
-def test_boxes_and_masks_by_hand(box_voting):
+def test_merged_boxes_and_masks_equal_manual_merging(box_voting):
     cfg, model = build("mask")
     tta = GeneralizedRCNNWithTTA(cfg, model, box_voting=box_voting)
     got = tta([item(height=128, width=192)])[0]["instances"]
@@ -225,7 +225,7 @@ def test_boxes_and_masks_by_hand(box_voting):
     assert model.roi_heads.mask_on
 
 
-def test_semantic_maps_by_hand():
+def test_semantic_maps_equal_manual_averaging():
     cfg, model = build("semantic")
     tta = GeneralizedRCNNWithTTA(cfg, model)
     got = tta([item(height=32, width=48)])[0]["sem_seg"]
@@ -238,7 +238,7 @@ def test_semantic_maps_by_hand():
     torch.testing.assert_close(got.exp().sum(0), torch.ones(32, 48))
 
 
-def test_views_run_in_batches_of_one_size():
+def test_batches_have_views_of_one_size():
     cfg, model = build("faster")
     shapes = []
     model.backbone.register_forward_hook(lambda module, args, output: shapes.append(tuple(args[0].shape)))
@@ -249,7 +249,7 @@ def test_views_run_in_batches_of_one_size():
     same(*results)
 
 
-def test_the_original_picture_is_used(tmp_path):
+def test_views_are_generated_from_the_original_image(tmp_path):
     cfg, model = build("faster")
     tta = GeneralizedRCNNWithTTA(one_view(cfg), model)
     array = random_image(128, 192).permute(1, 2, 0).numpy()
@@ -269,7 +269,7 @@ def test_the_original_picture_is_used(tmp_path):
         tta([{"height": 4}])
 
 
-def test_given_proposals_move_with_the_views():
+def test_given_proposals_are_transformed_to_the_views():
     cfg, model = build("faster")
     proposals = model.inference([item()], do_postprocess=False)[0].pred_boxes
     given = Instances(
@@ -286,7 +286,7 @@ def test_given_proposals_move_with_the_views():
     same(tta([{"image": random_image(HEIGHT, WIDTH).flip(2), "proposals": other}])[0], mirrored(got))
 
 
-def test_a_mapper_of_ones_own():
+def test_custom_mapper_is_used():
     def turned(angle, input_dict):
         image = input_dict["image"].permute(1, 2, 0).numpy()
         transform = T.TransformList([T.RotationTransform(*image.shape[:2], angle)])
@@ -301,7 +301,7 @@ def test_a_mapper_of_ones_own():
         GeneralizedRCNNWithTTA(cfg, model, lambda x: turned(90, x))([item()])
 
 
-def test_errors():
+def test_unsupported_model_and_wrong_arguments_raise():
     cfg = small_config(RPN)
     with pytest.raises(TypeError, match="does not support ProposalNetwork; .* RetinaNet, Semantic"):
         GeneralizedRCNNWithTTA(cfg, build_model(cfg))
@@ -315,7 +315,7 @@ def test_errors():
         GeneralizedRCNNWithTTA(cfg, model, batch_size=0)
 
 
-def test_no_detections():
+def test_views_without_detections_give_empty_results():
     cfg, model = build("mask", MODEL__ROI_HEADS__SCORE_THRESH_TEST=1.0)
     instances = GeneralizedRCNNWithTTA(cfg, model)([item()])[0]["instances"]
     assert len(instances) == 0 and instances.pred_masks.shape == (0, HEIGHT, WIDTH)

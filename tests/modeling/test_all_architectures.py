@@ -54,7 +54,7 @@ other_precision = pytest.mark.parametrize(
 
 
 @other_precision
-def test_double(name):
+def test_float64_models_train_and_predict(name):
     losses = train_and_predict(name, torch.float64)
     expected = train_and_predict(name)
     for key, value in expected.items():
@@ -64,18 +64,18 @@ def test_double(name):
 
 
 @other_precision
-def test_bfloat16(name):
+def test_bfloat16_models_train_and_predict(name):
     train_and_predict(name, torch.bfloat16)
 
 
 @other_precision
-def test_autocast(name):
+def test_models_train_and_predict_under_autocast(name):
     train_and_predict(name, autocast=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_gpu_gives_what_the_cpu_gives(name, exact_float32):
+def test_gpu_agrees_with_cpu(name, exact_float32):
     """Losses and the norm of the gradient; then a step in float16 and a prediction."""
     results = []
     for device in ("cpu", "cuda"):
@@ -112,7 +112,7 @@ def trained(model: torch.nn.Module, items: list[dict]) -> set[str]:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_pictures_without_objects_train_the_same_parameters(name):
+def test_images_without_objects_train_the_same_parameters(name):
     model = build_architecture(name)
     usual = trained(model, architecture_batch(name))
     assert usual == {key for key, p in model.named_parameters() if p.requires_grad}
@@ -120,7 +120,7 @@ def test_pictures_without_objects_train_the_same_parameters(name):
     assert trained(model, architecture_batch(name, empty=(True, False))) == usual
 
 
-def test_deformable_convolutions_train_on_the_cpu():
+def test_deformable_convolutions_train_on_cpu():
     model = build_architecture("deformable")
     offsets = [m for name, m in model.named_modules() if name.endswith("conv2_offset")]
     assert len(offsets) == 13 and all(not m.weight.any() for m in offsets)  # res3 to res5 of ResNet-50

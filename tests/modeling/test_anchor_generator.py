@@ -27,7 +27,7 @@ def slow_anchors(size, stride, sizes, ratios, offset):
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.5])
-def test_values_and_order(offset):
+def test_anchors_equal_a_loop_over_pixels(offset):
     sizes, ratios, strides = [[32, 50], [64, 100]], [[0.5, 1.0, 2.0], [1.0, 3.0, 0.3]], [8, 16]
     generator = DefaultAnchorGenerator(sizes=sizes, aspect_ratios=ratios, strides=strides, offset=offset)
     maps = [torch.zeros(2, 5, 3, 4), torch.zeros(2, 5, 2, 1)]
@@ -39,7 +39,7 @@ def test_values_and_order(offset):
         np.testing.assert_allclose(level.tensor.numpy(), want, atol=1e-4)
 
 
-def test_known_cell_anchors():
+def test_cell_anchors_have_published_values():
     cells = DefaultAnchorGenerator(sizes=[32], aspect_ratios=[1.0], strides=[4]).generate_cell_anchors(
         (64,), (0.25, 1, 4)
     )
@@ -47,7 +47,7 @@ def test_known_cell_anchors():
 
 
 @pytest.mark.parametrize("sizes", [[32, 64], [[32, 64]], [[32, 64]] * 3, ((32, 64),)])
-def test_sizes_are_broadcast(sizes):
+def test_sizes_for_all_levels_are_repeated(sizes):
     generator = DefaultAnchorGenerator(sizes=sizes, aspect_ratios=[1.0, 2.0], strides=[4, 8, 16])
     assert generator.num_anchors == [4, 4, 4]
     assert all(torch.equal(cell, generator.cell_anchors[0]) for cell in generator.cell_anchors)
@@ -62,12 +62,12 @@ def test_sizes_are_broadcast(sizes):
         ([[32], [], [64]], "either numbers or non-empty lists"),
     ],
 )
-def test_sizes_that_do_not_fit(sizes, words):
+def test_sizes_that_do_not_fit_the_levels_raise(sizes, words):
     with pytest.raises(ValueError, match=words):
         DefaultAnchorGenerator(sizes=sizes, aspect_ratios=[1.0], strides=[4, 8, 16])
 
 
-def test_other_errors():
+def test_wrong_offset_or_number_of_feature_maps_raises():
     with pytest.raises(ValueError, match="OFFSET"):
         DefaultAnchorGenerator(sizes=[32], aspect_ratios=[1.0], strides=[4], offset=1.0)
     with pytest.raises(ValueError, match="ASPECT_RATIOS has 2 lists"):
@@ -77,14 +77,14 @@ def test_other_errors():
         generator([torch.zeros(1, 1, 2, 2)])
 
 
-def test_anchors_are_no_state_and_move_with_the_module():
+def test_cell_anchors_are_not_saved_and_move_with_the_module():
     generator = DefaultAnchorGenerator(sizes=[32], aspect_ratios=[1.0], strides=[4])
     assert not generator.state_dict() and not list(generator.parameters())
     assert generator.to("meta").cell_anchors[0].device.type == "meta"
     assert len(BufferList([torch.ones(1), torch.zeros(2)])) == 2
 
 
-def test_from_config():
+def test_generator_from_config_has_its_values():
     cfg = get_cfg()
     cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[32], [64]]
     cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS = [[1.0]]

@@ -60,7 +60,7 @@ def built(name: str) -> torch.nn.Module:
         ("SEM_SEG_HEAD.NAME", "SemSegFPN", "SemSegFPNHead", PANOPTIC),
     ],
 )
-def test_unknown_names(key, name, near, config):
+def test_unknown_component_names_raise_with_suggestions(key, name, near, config):
     message = error_of(KeyError, {key: name}, config)
     assert f"MODEL.{key} is {name!r}" in message and f"{near}" in message, message
 
@@ -79,7 +79,7 @@ def test_unknown_names(key, name, near, config):
         ("SEM_SEG_HEAD.NORM", PANOPTIC),
     ],
 )
-def test_unknown_norms(key, config):
+def test_unknown_norm_raises_with_its_key(key, config):
     message = error_of(ValueError, {key: "GNN"}, config)
     assert f"MODEL.{key}" in message and "'GNN'" in message, message
     assert "FrozenBN" in message and "Did you mean 'GN'" in message, message
@@ -104,7 +104,7 @@ def test_unknown_norms(key, config):
     ],
 )
 @pytest.mark.parametrize("value", [["x9"], []])
-def test_unknown_features(key, config, given, value):
+def test_unknown_features_raise_with_their_key(key, config, given, value):
     message = error_of(ValueError, {key: value}, config)
     assert f"MODEL.{key} is {value}" in message and f"'{given}'" in message, message
     assert ("'x9' is not among them" if value else "at least one") in message, message
@@ -112,7 +112,7 @@ def test_unknown_features(key, config, given, value):
 
 @pytest.mark.parametrize("config, levels", [(MASK_RCNN, 5), (RETINANET, 5), (C4, 1)])
 @pytest.mark.parametrize("key", ["ANCHOR_GENERATOR.SIZES", "ANCHOR_GENERATOR.ASPECT_RATIOS"])
-def test_anchors_that_do_not_fit_the_levels(key, config, levels):
+def test_anchors_that_do_not_fit_the_levels_raise(key, config, levels):
     message = error_of(ValueError, {key: [[1.0], [2.0], [3.0]]}, config)
     assert f"MODEL.{key} has 3 lists for {levels} feature levels" in message, message
 
@@ -158,7 +158,7 @@ def test_anchors_that_do_not_fit_the_levels(key, config, levels):
         ({"SEM_SEG_HEAD.COMMON_STRIDE": 8}, SEMANTIC, "8"),
     ],
 )
-def test_illegal_values(overrides, config, words):
+def test_illegal_values_raise_with_their_key(overrides, config, words):
     message = error_of(ValueError, overrides, config)
     assert f"MODEL.{next(iter(overrides))}" in message and words in message, message
 
@@ -181,7 +181,7 @@ SEM_SEG = torch.zeros(64, 96, dtype=torch.int64)
         (PANOPTIC, "instances", {"sem_seg": SEM_SEG}),
     ],
 )
-def test_training_input_that_lacks_a_key(config, lacks, has):
+def test_training_input_without_a_key_raises(config, lacks, has):
     model = built(config)
     items = [training_batch()[0] | {"sem_seg": SEM_SEG, "proposals": ground_truth()}]
     items.append({"image": random_image(seed=1), "file_name": "second.jpg"} | has)
@@ -192,7 +192,7 @@ def test_training_input_that_lacks_a_key(config, lacks, has):
 @pytest.mark.parametrize(
     "config, key", [(MASK_RCNN, "gt_masks"), (KEYPOINTS, "gt_keypoints"), (C4, "gt_masks")]
 )
-def test_truth_that_lacks_what_a_head_learns(config, key):
+def test_ground_truth_without_a_required_field_raises(config, key):
     items = training_batch()
     for item in items:
         if item["instances"].has(key):
@@ -202,7 +202,7 @@ def test_truth_that_lacks_what_a_head_learns(config, key):
 
 
 @torch.no_grad()
-def test_inference_without_proposals():
+def test_inference_without_proposals_raises():
     with pytest.raises(ValueError, match="'proposals'.*item 0 of the batch"):
         built(FAST_RCNN).eval()([{"image": random_image()}])
 
@@ -216,7 +216,7 @@ def test_inference_without_proposals():
         ("roi_heads", "mask_in_features"),
     ],
 )
-def test_features_that_do_not_exist_in_a_model_without_config(config, part, argument):
+def test_unknown_features_of_a_model_without_config_raise(config, part, argument):
     model = built(config)
     setattr(getattr(model, part), argument, ["p2", "p9"])
     with pytest.raises(ValueError, match=r"in_features .*IN_FEATURES\).*'p9'\].*'p6'"):

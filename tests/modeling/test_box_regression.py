@@ -16,7 +16,7 @@ from tests.builders import random_boxes
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0, 1.0), (10.0, 5.0, 4.0, 2.0)])
-def test_deltas_are_torchvisions(weights):
+def test_deltas_equal_torchvision(weights):
     src, dst = random_boxes(50, (305, 305), 5, 105, seed=1), random_boxes(50, (305, 305), 5, 105, seed=2)
     transform, coder = Box2BoxTransform(weights), BoxCoder(weights)
     deltas = transform.get_deltas(src, dst)
@@ -27,7 +27,7 @@ def test_deltas_are_torchvisions(weights):
     torch.testing.assert_close(transform.apply_deltas(several, src), want, rtol=1e-5, atol=1e-3)
 
 
-def test_growth_is_clamped():
+def test_large_size_deltas_are_clamped():
     box = torch.tensor([[0.0, 0.0, 16.0, 16.0]])
     grown = Box2BoxTransform((1, 1, 1, 1)).apply_deltas(torch.tensor([[0.0, 0.0, 50.0, 50.0]]), box)
     torch.testing.assert_close(grown, torch.tensor([[-492.0, -492.0, 508.0, 508.0]]))
@@ -38,7 +38,7 @@ def test_growth_is_clamped():
 
 
 @pytest.mark.parametrize("transform", [Box2BoxTransform((1, 1, 1, 1)), Box2BoxTransformLinear()])
-def test_dtypes_and_empty(transform):
+def test_half_precision_and_empty_boxes_are_decoded(transform):
     boxes = random_boxes(3, (305, 305), 5, 105)
     assert transform.apply_deltas(torch.zeros(3, 4, dtype=torch.half), boxes).dtype == torch.float32
     assert transform.apply_deltas(torch.zeros(3, 4, dtype=torch.double), boxes).dtype == torch.float64
@@ -46,7 +46,7 @@ def test_dtypes_and_empty(transform):
     assert transform.get_deltas(boxes[:0], boxes[:0]).shape == (0, 4)
 
 
-def test_errors():
+def test_wrong_weights_and_source_boxes_raise():
     transform = Box2BoxTransform((1, 1, 1, 1))
     boxes = random_boxes(3, (305, 305), 5, 105)
     flat = boxes.clone()
@@ -62,7 +62,7 @@ def test_errors():
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-def test_linear(normalize):
+def test_linear_deltas_equal_a_loop(normalize):
     transform = Box2BoxTransformLinear(normalize_by_size=normalize)
     src, dst = random_boxes(20, (305, 305), 5, 105, seed=1), random_boxes(20, (305, 305), 5, 105, seed=2)
     deltas = transform.get_deltas(src, dst)
@@ -80,7 +80,7 @@ def test_linear(normalize):
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
-def test_smooth_l1(beta):
+def test_smooth_l1_loss_equals_the_formula(beta):
     src, dst = random_boxes(30, (305, 305), 5, 105, seed=1), random_boxes(30, (305, 305), 5, 105, seed=2)
     transform = Box2BoxTransform((10, 10, 5, 5))
     pred = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
@@ -98,7 +98,7 @@ def test_smooth_l1(beta):
         ("ciou", torchvision.ops.complete_box_iou_loss),
     ],
 )
-def test_iou_losses(name, reference):
+def test_iou_losses_equal_torchvision(name, reference):
     src, dst = random_boxes(30, (305, 305), 5, 105, seed=1), random_boxes(30, (305, 305), 5, 105, seed=2)
     transform = Box2BoxTransform((1, 1, 1, 1))
     pred = (0.3 * torch.randn(30, 4, generator=torch.Generator().manual_seed(0))).requires_grad_()
@@ -110,7 +110,7 @@ def test_iou_losses(name, reference):
 
 
 @pytest.mark.parametrize("name", ["smooth_l1", "giou", "diou", "ciou"])
-def test_loss_of_nothing_is_zero_with_a_gradient(name):
+def test_loss_without_boxes_is_zero_and_requires_grad(name):
     pred = torch.zeros(0, 4, requires_grad=True)
     loss = box_regression_loss(Box2BoxTransform((1, 1, 1, 1)), pred.detach(), pred, pred.detach(), name)
     loss.backward()

@@ -8,7 +8,7 @@ from detlib.modeling import META_ARCH_REGISTRY, build_model
 from tests.builders import FAST_RCNN, FASTER_RCNN, MASK_RCNN, RPN, small_config
 
 
-def test_build_model_builds_what_the_config_names():
+def test_build_model_builds_the_parts_in_the_config():
     model = build_model(small_config(MASK_RCNN))
     assert isinstance(model, modeling.GeneralizedRCNN)
     assert isinstance(model.roi_heads, modeling.StandardROIHeads)
@@ -18,7 +18,7 @@ def test_build_model_builds_what_the_config_names():
     assert not build_model(small_config(FASTER_RCNN)).roi_heads.mask_on
 
 
-def test_config_values_arrive():
+def test_config_values_reach_the_parts():
     model = build_model(
         small_config(
             MASK_RCNN,
@@ -64,16 +64,16 @@ def test_config_values_arrive():
     assert heads.mask_head.predictor.out_channels == 1 and heads.mask_head.mask_fcn1.norm is not None
 
 
-def test_pixel_statistics_are_no_part_of_the_weights():
+def test_pixel_statistics_are_not_in_the_state_dict():
     names = build_model(small_config(FASTER_RCNN)).state_dict()
     assert not [n for n in names if n.startswith("pixel")]
 
 
-def test_device():
+def test_model_is_built_on_the_device_of_the_config():
     assert build_model(small_config(RPN, MODEL__DEVICE="auto")).device.type in ("cpu", "cuda", "mps")
 
 
-def test_wrong_configs_are_named():
+def test_wrong_configs_raise_with_suggestions():
     with pytest.raises(TypeError, match="CfgNode.*dict"):
         build_model({"MODEL": {}})
     with pytest.raises(KeyError, match="GeneralizedRCNN"):
@@ -88,7 +88,7 @@ def test_wrong_configs_are_named():
         build_model(small_config(MODEL__KEYPOINT_ON=True, MODEL__ROI_KEYPOINT_HEAD__NAME="KRCNNHead"))
 
 
-def test_a_registered_architecture_is_built():
+def test_registered_architecture_is_built_by_name():
     class Plain(nn.Module):
         def __init__(self, cfg):
             super().__init__()
@@ -101,12 +101,12 @@ def test_a_registered_architecture_is_built():
     assert build_model(small_config(MODEL__META_ARCHITECTURE=name)).layer.in_features == 3
 
 
-def test_public_names():
+def test_public_names_are_importable():
     missing = [name for name in modeling.__all__ if not hasattr(modeling, name)]
     assert not missing
 
 
-def test_build_model_takes_lazy_nodes():
+def test_build_model_instantiates_lazy_nodes():
     model = build_model(LazyCall(nn.Linear)(in_features=2, out_features=3))
     assert isinstance(model, nn.Linear) and model.out_features == 3
     assert isinstance(build_model({"_target_": "torch.nn.ReLU"}), nn.ReLU)

@@ -96,7 +96,7 @@ def slow_labels(boxes, target, threshold):
     return classes, target.gt_boxes.tensor[matched]
 
 
-def test_training_losses_are_those_of_the_stages():
+def test_training_losses_equal_those_of_separate_stages():
     heads = make_heads()
     features = make_features(2)
     targets = [ground_truth(), ground_truth(boxes=())]
@@ -132,7 +132,7 @@ def test_training_losses_are_those_of_the_stages():
     assert len(set(foregrounds)) == 3  # else the test would not see the thresholds
 
 
-def test_stages_pull_at_the_features_with_the_weight_of_one():
+def test_gradient_of_features_is_scaled_by_the_number_of_stages():
     heads = make_heads()
     features = {"p3": make_features(1)["p3"].requires_grad_()}
     torch.manual_seed(3)
@@ -153,7 +153,7 @@ def test_stages_pull_at_the_features_with_the_weight_of_one():
 
 
 @torch.no_grad()
-def test_inference_averages_scores_and_takes_the_last_boxes():
+def test_inference_averages_scores_and_uses_the_last_boxes():
     heads = make_heads().eval()
     features = make_features(2)
     proposals = [proposals_near_objects(20, 0), proposals_near_objects(15, 1)]
@@ -173,7 +173,7 @@ def test_inference_averages_scores_and_takes_the_last_boxes():
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_images_without_regions(seed):
+def test_images_without_regions_give_finite_losses(seed):
     heads = make_heads(proposal_append_gt=False)
     none = proposals_near_objects(0, 0)[:0]
     _, losses = heads(None, make_features(2), [none, none], [ground_truth(), ground_truth(boxes=())])
@@ -185,7 +185,7 @@ def test_images_without_regions(seed):
     assert len(out[0]) == 0 and len(out[1]) > 0
 
 
-def test_regions_without_area_or_label_are_left_out():
+def test_later_stages_drop_regions_without_area_or_label():
     matchers = [Matcher([0.5], [0, 1]), Matcher([0.3, 0.6], [0, -1, 1]), Matcher([0.7], [0, 1])]
     heads = make_heads(proposal_matchers=matchers)
     boxes = [(8, 8, 40, 40), (8, 8, 40, 22), (8, 8, 40, 8), (96, 0, 96, 9), (60, 0, 90, 9)]
@@ -196,7 +196,7 @@ def test_regions_without_area_or_label_are_left_out():
     assert got.gt_boxes.tensor[0].tolist() == [8, 8, 40, 40]
 
 
-def test_wrong_use_is_named():
+def test_wrong_arguments_raise():
     with pytest.raises(ValueError, match="targets"):
         make_heads()(None, make_features(1), [proposals_near_objects(3, 0)])
     with pytest.raises(ValueError, match="instead of proposal_matcher"):
@@ -216,12 +216,12 @@ def test_wrong_use_is_named():
         ({"MODEL__ROI_HEADS__IOU_THRESHOLDS": [0.4]}, r"IOU_THRESHOLDS.*\[0.4\].*\[0.5, 0.6, 0.7\]"),
     ],
 )
-def test_wrong_configs_are_named(overrides, message):
+def test_wrong_configs_raise_with_their_key(overrides, message):
     with pytest.raises(ValueError, match=message):
         build_model(small_config(CASCADE, **overrides))
 
 
-def test_config():
+def test_config_values_reach_the_stages():
     cfg = small_config(
         CASCADE,
         MODEL__ROI_BOX_CASCADE_HEAD__IOUS=(0.5, 0.65),

@@ -53,7 +53,7 @@ def detector(**kwargs):
     return Detector(Pyramid(), Head(), pixel_mean=[0.0] * 3, pixel_std=[1.0] * 3, **kwargs)
 
 
-def test_features_by_rising_stride():
+def test_default_features_are_in_ascending_stride_order():
     model = detector().eval()
     assert model.head_in_features == ["fine", "coarse"]
     model([{"image": random_image(64, 96)}])
@@ -61,7 +61,7 @@ def test_features_by_rising_stride():
     assert detector(head_in_features=("coarse",)).head_in_features == ["coarse"]
 
 
-def test_outputs_are_scaled_and_clipped():
+def test_outputs_are_scaled_and_clipped_to_the_output_size():
     model = detector().eval()
     items = [{"image": random_image(64, 96), "height": 32, "width": 192}, {"image": random_image(40, 48)}]
     first, second = (x["instances"] for x in model(items))
@@ -69,11 +69,11 @@ def test_outputs_are_scaled_and_clipped():
     assert second.image_size == (40, 48) and second.pred_boxes.tensor.tolist() == [[1, 2, 48, 30]]
 
 
-def test_training_gets_the_truth():
+def test_training_gets_ground_truth_on_the_model_device():
     assert detector().train()(training_batch((False, True)))["objects"] == 2
 
 
-def test_errors():
+def test_wrong_inputs_and_features_raise():
     with pytest.raises(ValueError, match=r"head_in_features is \['p3'\]; .* \['coarse', 'fine'\]"):
         detector(head_in_features=["p3"])
     with pytest.raises(ValueError, match="must be of one length"):
@@ -87,7 +87,7 @@ def test_errors():
         model(batch)
 
 
-def test_methods_to_fill_in():
+def test_subclass_without_abstract_methods_cannot_be_built():
     class Half(DenseDetector):
         def forward_training(self, images, features, predictions, gt_instances):
             return {}
@@ -96,14 +96,14 @@ def test_methods_to_fill_in():
         Half(Pyramid(), Head(), pixel_mean=[0.0] * 3, pixel_std=[1.0] * 3)
 
 
-def test_average_is_no_part_of_the_state():
+def test_moving_average_is_not_in_the_state_dict():
     model = detector()
     assert model._ema_update("average", 10, 100) == pytest.approx(91)
     assert model._ema_update("average", 1, 100, momentum=0.5) == pytest.approx(46)
     assert model.average == pytest.approx(46) and not model.state_dict()
 
 
-def test_transposed_predictions():
+def test_predictions_are_rearranged_to_rows_per_anchor():
     maps = [torch.arange(2 * 6 * 4.0).view(2, 6, 2, 2), torch.zeros(2, 6, 1, 1)]
     logits, deltas = detector()._transpose_dense_predictions([maps, maps], [3, 2])
     assert [tuple(x.shape) for x in logits + deltas] == [(2, 8, 3), (2, 2, 3), (2, 12, 2), (2, 3, 2)]

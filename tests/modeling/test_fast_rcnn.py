@@ -91,7 +91,7 @@ def test_inference_score_on_the_threshold_is_dropped():
     assert got.scores.tolist() == scores[1:, 0].tolist()
 
 
-def test_inference_of_nothing():
+def test_inference_without_regions_gives_no_detections():
     (got,), (rows,) = fast_rcnn_inference(
         [torch.zeros(0, 8)], [torch.zeros(0, 3)], [(20, 30)], 0.05, 0.5, 100
     )
@@ -194,7 +194,7 @@ def test_iou_losses_equal_torchvision(kind, reference):
     torch.testing.assert_close(loss, want)
 
 
-def test_boxes_of_true_classes():
+def test_boxes_of_ground_truth_classes_are_selected():
     torch.manual_seed(4)
     layers = make_layers()
     proposals = labeled_proposals()
@@ -206,7 +206,7 @@ def test_boxes_of_true_classes():
         assert torch.equal(torch.cat(chosen)[i], every[i, 4 * c : 4 * c + 4])
 
 
-def test_sigmoid_loss_and_probabilities():
+def test_sigmoid_loss_and_probabilities_equal_the_formulas():
     torch.manual_seed(5)
     layers = make_layers(use_sigmoid_ce=True)
     proposals = labeled_proposals()
@@ -224,7 +224,7 @@ def test_sigmoid_loss_and_probabilities():
     )
 
 
-def test_federated_loss_counts_the_chosen_classes_only():
+def test_federated_loss_uses_the_selected_classes_only():
     torch.manual_seed(6)
     weights = torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0])
     layers = make_layers(
@@ -247,7 +247,7 @@ def test_federated_loss_counts_the_chosen_classes_only():
     assert min(abs(got - w) for w in wants) < 1e-5
 
 
-def test_federated_loss_needs_weights():
+def test_federated_loss_without_weights_raises():
     with pytest.raises(ValueError, match="use_sigmoid_ce"):
         make_layers(use_fed_loss=True, get_fed_loss_cls_weights=torch.ones(NUM_CLASSES))
     with pytest.raises(ValueError, match="get_fed_loss_cls_weights.*got none"):
@@ -261,7 +261,7 @@ def test_federated_loss_needs_weights():
         layers.sigmoid_cross_entropy_loss(torch.zeros(1, 6), torch.tensor([2]))
 
 
-def test_federated_loss_by_config(monkeypatch):
+def test_federated_loss_from_config_gets_weights_of_the_datasets(monkeypatch):
     calls = []
 
     def weights(dataset_names, freq_weight_power=1.0):
@@ -300,7 +300,7 @@ def test_federated_loss_by_config(monkeypatch):
 
 @pytest.mark.parametrize("sigmoid", [False, True])
 @pytest.mark.parametrize("num_images", [0, 2])
-def test_no_regions_give_zero_losses_with_a_graph(sigmoid, num_images):
+def test_losses_without_regions_are_zero_and_require_grad(sigmoid, num_images):
     layers = make_layers(use_sigmoid_ce=sigmoid)
     proposals = [
         Instances(
@@ -315,7 +315,7 @@ def test_no_regions_give_zero_losses_with_a_graph(sigmoid, num_images):
     assert all(p.grad is not None and not p.grad.any() for p in layers.parameters())
 
 
-def test_background_alone_gives_no_box_loss():
+def test_background_alone_gives_zero_box_loss():
     layers = make_layers()
     proposals = labeled_proposals((6,), empty_last=True)
     with EventStorage() as storage:
@@ -326,7 +326,7 @@ def test_background_alone_gives_no_box_loss():
     assert not layers.bbox_pred.weight.grad.any()
 
 
-def test_names_shapes_and_first_values():
+def test_layers_have_published_names_and_initial_values():
     layers = FastRCNNOutputLayers(
         ShapeSpec(channels=8, height=3, width=2), box2box_transform=Box2BoxTransform(WEIGHTS), num_classes=3
     )
@@ -344,6 +344,6 @@ def test_names_shapes_and_first_values():
     assert not big.cls_score.bias.any() and not big.bbox_pred.bias.any()
 
 
-def test_unknown_loss_type_is_named():
+def test_unknown_loss_type_raises():
     with pytest.raises(ValueError, match="'l2'.*'giou'"):
         make_layers(box_reg_loss_type="l2")

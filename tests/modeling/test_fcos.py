@@ -69,7 +69,7 @@ def slow_match(x, y, stride, boxes, radius):
 
 @pytest.mark.parametrize("radius", [1.5, 0.5])
 @pytest.mark.parametrize("max_pairs", [None, 2000])
-def test_labels(anchors, radius, max_pairs, monkeypatch):
+def test_labels_equal_a_loop_over_points(anchors, radius, max_pairs, monkeypatch):
     if max_pairs:
         monkeypatch.setattr(fcos, "_MAX_PAIRS", max_pairs)  # two boxes at once
     model = small_fcos(center_sampling_radius=radius)
@@ -88,7 +88,7 @@ def test_labels(anchors, radius, max_pairs, monkeypatch):
         assert image_labels.shape == (len(points()),) and image_boxes.shape == (len(points()), 4)
 
 
-def test_the_smallest_box_wins_however_near_in_size(anchors):
+def test_point_in_several_boxes_gets_the_smallest(anchors):
     boxes = torch.tensor([[0.0, 0, 100, 100], [0, 0, 100, 99.99], [0, 0, 100, 99.995]])
     gt = Instances((128, 256), gt_boxes=Boxes(boxes), gt_classes=torch.arange(3))
     labels, _ = small_fcos().label_anchors(anchors, [gt])
@@ -104,7 +104,7 @@ def slow_centerness(x, y, box):
     )
 
 
-def test_centerness(model, anchors):
+def test_centerness_equals_the_formula(model, anchors):
     boxes = [
         b.tensor.repeat(len(points()), 1)[: len(points())]
         for b in (objects(50).gt_boxes, objects(3).gt_boxes)
@@ -122,7 +122,7 @@ def predictions(anchors, seed=0):
     ]
 
 
-def test_losses(anchors):
+def test_losses_equal_the_formulas(anchors):
     model = small_fcos(focal_loss_alpha=0.4, focal_loss_gamma=1.0)
     logits, deltas, centerness = predictions(anchors)
     labels, boxes = model.label_anchors(anchors, [objects(20), objects(5, seed=1)])
@@ -160,7 +160,7 @@ def rows(detections: Instances) -> torch.Tensor:
     return torch.cat(columns, dim=1)
 
 
-def test_detections(anchors):
+def test_detections_equal_a_loop(anchors):
     model = small_fcos(
         test_score_thresh=0.75, test_topk_candidates=50, test_nms_thresh=0.3, max_detections_per_image=25
     ).eval()
@@ -190,7 +190,7 @@ def test_detections(anchors):
         torch.testing.assert_close(rows(single), want)
 
 
-def test_head():
+def test_head_has_published_names_and_outputs():
     shapes = [ShapeSpec(channels=8)] * 2
     head = FCOSHead(input_shape=shapes, num_classes=K, conv_dims=[32], norm="GN", prior_prob=0.05)
     out = head([torch.randn(1, 8, 4, 6), torch.randn(1, 8, 2, 3)])
@@ -205,20 +205,20 @@ def test_head():
         head([torch.zeros(1, 8, 4, 4)])
 
 
-def test_all_features_by_default():
+def test_head_uses_all_features_by_default():
     model = small_fcos(head_in_features=None)
     assert model.head_in_features == ["p3", "p4", "p5", "p6", "p7"]
     assert model.anchor_generator.strides == list(STRIDES)
 
 
-def test_learns():
+def test_overfits_a_batch():
     torch.manual_seed(0)
     head = FCOSHead(input_shape=[ShapeSpec(channels=16)] * 3, num_classes=K, conv_dims=[32], norm="GN")
     model = small_fcos(backbone=TinyFPN(), head=head, head_in_features=None, test_score_thresh=0.3)
     assert overfits_training_batch(model, num_steps=60)
 
 
-class ByPicture(FCOS):
+class OneByOne(FCOS):
     """Has steps of its own for one picture's detections and for centerness."""
 
     def inference_single_image(self, anchors, box_cls, box_delta, image_size):
@@ -229,13 +229,13 @@ class ByPicture(FCOS):
         return torch.full_like(super().compute_ctrness_targets(anchors, gt_boxes), 0.25)
 
 
-def test_steps_of_a_subclass_are_taken(anchors):
+def test_methods_overridden_by_a_subclass_are_used(anchors):
     model = small_fcos(test_score_thresh=0.75).eval()
     flat = predictions(anchors)
     maps = [[x.view(2, h, w, -1).permute(0, 3, 1, 2) for x, (h, w) in zip(p, MAPS)] for p in flat]
     images = model.preprocess_image([{"image": random_image(128, 256)}, {"image": random_image(96, 200)}])
     want = model.forward_inference(images, maps[0], maps)
-    model.__class__ = ByPicture
+    model.__class__ = OneByOne
     for a, b in zip(model.forward_inference(images, maps[0], maps), want):
         assert len(a) > 20
         torch.testing.assert_close(rows(a), rows(b))

@@ -30,7 +30,7 @@ def slow(logits, labels, alpha, gamma):
 
 
 @pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (0.6, 1.5), (-1, 2.0), (0.25, 0.0), (0.0, 1.0)])
-def test_value_and_gradient(alpha, gamma):
+def test_value_and_gradient_equal_the_formula(alpha, gamma):
     logits, labels = example()
     assert focal_loss_sum(logits, labels, alpha, gamma).item() == pytest.approx(
         slow(logits, labels, alpha, gamma), rel=1e-9
@@ -40,7 +40,7 @@ def test_value_and_gradient(alpha, gamma):
     )
 
 
-def test_gradient_is_scaled_by_what_follows():
+def test_gradient_is_multiplied_by_the_incoming_gradient():
     logits, labels = example()
     a, b = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     focal_loss_sum(a, labels).backward()
@@ -49,7 +49,7 @@ def test_gradient_is_scaled_by_what_follows():
     assert not a.grad[labels < 0].any() and a.grad[labels >= 0].all()
 
 
-def test_sure_logits_stay_finite():
+def test_extreme_logits_give_finite_loss_and_gradient():
     logits = torch.tensor([[[500.0, -500.0, 500.0, -500.0]]], requires_grad=True)
     loss = focal_loss_sum(logits, torch.tensor([[1]]))
     loss.backward()
@@ -57,7 +57,7 @@ def test_sure_logits_stay_finite():
     torch.testing.assert_close(logits.grad[0, 0], torch.tensor([0.75, -0.25, 0.75, 0.0]))
 
 
-def test_nothing_counts():
+def test_all_anchors_ignored_gives_zero_that_requires_grad():
     logits, labels = example()
     logits.requires_grad_()
     loss = focal_loss_sum(logits, torch.full_like(labels, -1))
@@ -68,7 +68,7 @@ def test_nothing_counts():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_summed_in_float32(dtype):
+def test_half_precision_logits_are_summed_in_float32(dtype):
     logits, labels = example(dtype=dtype)
     logits.requires_grad_()
     loss = focal_loss_sum(logits, labels)
@@ -77,13 +77,13 @@ def test_half_precision_is_summed_in_float32(dtype):
     assert loss.item() == pytest.approx(slow(logits.detach().double(), labels, 0.25, 2.0), rel=1e-5)
 
 
-def test_arguments_are_left_as_they_are():
+def test_arguments_are_not_changed():
     logits, labels = example()
     before = logits.clone(), labels.clone()
     focal_loss_sum(logits.requires_grad_(), labels).backward()
     assert torch.equal(logits.detach(), before[0]) and torch.equal(labels, before[1])
 
 
-def test_shapes_must_fit():
+def test_mismatched_shapes_raise():
     with pytest.raises(ValueError, match=r"\(2, 6, 4\) need labels of the shape \(2, 6\), got \(2, 5\)"):
         focal_loss_sum(torch.zeros(2, 6, K), torch.zeros(2, 5, dtype=torch.int64))

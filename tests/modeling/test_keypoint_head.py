@@ -65,7 +65,7 @@ def test_loss_equals_the_formula(normalizer):
     assert learns == [[r, k] for r, k, _, _ in VISIBLE]
 
 
-def test_nothing_visible_gives_a_zero_loss_with_a_graph():
+def test_loss_without_visible_keypoints_is_zero_and_requires_grad():
     head = make_head(loss_normalizer="visible")
     with EventStorage() as storage:
         for _ in range(2):
@@ -80,7 +80,7 @@ def test_nothing_visible_gives_a_zero_loss_with_a_graph():
     assert all(p.grad is not None and not p.grad.any() for p in head.parameters())
 
 
-def test_loss_weight_and_normalizers():
+def test_loss_is_scaled_by_weight_and_normalizer():
     features = torch.randn(3, 4, 2, 2)
     head = make_head(loss_normalizer="visible", loss_weight=3.0)
     static = make_head(loss_normalizer=10.0)
@@ -94,7 +94,7 @@ def test_loss_weight_and_normalizers():
         make_head(loss_normalizer="seen")
 
 
-def test_regions_with_a_visible_keypoint_are_selected():
+def test_only_regions_with_a_visible_keypoint_are_selected():
     x = Instances((50, 50), proposal_boxes=Boxes([[10.0, 10, 20, 20]] * 6))
     points = [(15, 15, 2), (10, 20, 1), (15, 15, 0), (21, 15, 2), (15, 9.5, 2), (20, 10, 2)]
     x.gt_keypoints = Keypoints([[list(p), [0, 0, 2]] for p in points])
@@ -105,7 +105,7 @@ def test_regions_with_a_visible_keypoint_are_selected():
     assert storage.latest()["keypoint_head/num_fg_samples"][0] == 1
 
 
-def test_wrong_truth_is_named():
+def test_wrong_ground_truth_raises():
     x = Instances((9, 9), proposal_boxes=Boxes([[0.0, 0, 4, 4]]), gt_boxes=Boxes([[0.0, 0, 4, 4]]))
     with pytest.raises(ValueError, match=r"'gt_keypoints'.*\['gt_boxes'\].*KEYPOINT_ON"):
         select_proposals_with_visible_keypoints([x])
@@ -114,7 +114,7 @@ def test_wrong_truth_is_named():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_inference_finds_the_peaks(dtype):
+def test_inference_returns_the_peaks_of_heatmaps(dtype):
     logits = torch.full((3, K, SIDE, SIDE), -4.0, dtype=dtype)
     boxes = torch.tensor([[0.0, 0, 80, 40], [100, 20, 116, 36], [5, 5, 45, 85]])
     cells = [[(1, 2), (7, 7), (0, 0)], [(3, 3), (4, 4), (5, 6)], [(2, 5), (6, 1), (3, 0)]]
@@ -140,7 +140,7 @@ def test_inference_finds_the_peaks(dtype):
             assert got[r, k, 2].item() == pytest.approx(peak.exp().item() / own.exp().sum().item(), rel=1e-4)
 
 
-def test_head_layers_names_and_first_values():
+def test_layers_have_published_names_and_initial_values():
     head = make_head()
     assert {name: tuple(p.shape) for name, p in head.named_parameters()} == {
         "conv_fcn1.weight": (6, 4, 3, 3),
@@ -165,7 +165,7 @@ def test_head_layers_names_and_first_values():
     assert not wide.conv_fcn1.bias.any()
 
 
-def test_config():
+def test_config_values_reach_the_head():
     shape = ShapeSpec(channels=32, height=14, width=14)
     cfg = small_config(KEYPOINT_RCNN, MODEL__ROI_KEYPOINT_HEAD__CONV_DIMS=(8, 8, 8))
     cfg.MODEL.ROI_KEYPOINT_HEAD.LOSS_WEIGHT = 0.5

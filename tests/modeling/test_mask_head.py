@@ -76,7 +76,7 @@ def test_loss_equals_the_formula(kind, agnostic):
         assert touched.nonzero().tolist() == [[0, 2], [1, 0], [2, 1]]
 
 
-def test_images_without_regions_count_for_nothing():
+def test_images_without_regions_do_not_change_the_loss():
     with_empty = [Instances((9, 9)), *foreground(), Instances((9, 9))]
     for x in (with_empty[0], with_empty[-1]):
         x.proposal_boxes, x.gt_classes = Boxes(torch.zeros(0, 4)), torch.zeros(0, dtype=torch.int64)
@@ -85,7 +85,7 @@ def test_images_without_regions_count_for_nothing():
         assert mask_rcnn_loss(logits, with_empty) == mask_rcnn_loss(logits, foreground())
 
 
-def test_no_regions_give_a_zero_loss_with_a_graph():
+def test_loss_without_regions_is_zero_and_requires_grad():
     head = make_head()
     empty = Instances((9, 9), proposal_boxes=Boxes(torch.zeros(0, 4)), gt_classes=torch.zeros(0).long())
     with EventStorage():
@@ -95,7 +95,7 @@ def test_no_regions_give_a_zero_loss_with_a_graph():
     assert all(p.grad is not None and not p.grad.any() for p in head.parameters())
 
 
-def test_missing_masks_are_named():
+def test_missing_masks_raise():
     instances = foreground()
     instances[1].remove("gt_masks")
     with EventStorage(), pytest.raises(ValueError, match="'gt_masks'.*MASK_ON"):
@@ -103,7 +103,7 @@ def test_missing_masks_are_named():
 
 
 @pytest.mark.parametrize("agnostic", [False, True])
-def test_inference_takes_the_channel_of_the_class(agnostic):
+def test_inference_uses_the_channel_of_the_class(agnostic):
     logits = torch.randn(3, 1 if agnostic else NUM_CLASSES, 8, 8)
     instances = [Instances((9, 9), pred_classes=torch.tensor(c)) for c in ([2, 0], [1])]
     mask_rcnn_inference(logits, instances)
@@ -118,7 +118,7 @@ def make_head(**kwargs) -> MaskRCNNConvUpsampleHead:
     return MaskRCNNConvUpsampleHead(ShapeSpec(channels=4), **(args | kwargs))
 
 
-def test_names_and_shapes():
+def test_layers_have_published_names_and_shapes():
     head = make_head()
     assert {k: tuple(v.shape) for k, v in head.state_dict().items()} == {
         "mask_fcn1.weight": (5, 4, 3, 3),
@@ -135,7 +135,7 @@ def test_names_and_shapes():
     assert {"mask_fcn1.norm.weight", "mask_fcn2.norm.bias"} < names and "mask_fcn1.bias" not in names
 
 
-def test_loss_weight_and_modes():
+def test_loss_is_weighted_and_inference_adds_masks():
     features = torch.randn(3, 4, 4, 4)
     head, double = make_head(), make_head(loss_weight=2.0)
     double.load_state_dict(head.state_dict())
@@ -148,6 +148,6 @@ def test_loss_weight_and_modes():
     assert instances[0].pred_masks.shape == (3, 1, 8, 8)
 
 
-def test_no_layers_is_an_error():
+def test_head_without_layers_raises():
     with pytest.raises(ValueError, match="conv_dims"):
         make_head(conv_dims=[])

@@ -9,7 +9,7 @@ from detlib.structures import Boxes
 from tests.builders import random_boxes
 
 
-def test_worked_example():
+def test_labels_of_a_worked_example():
     quality = torch.tensor(
         [
             [0.15, 0.45, 0.20, 0.60],
@@ -26,13 +26,13 @@ def test_worked_example():
     assert labels.tolist() == [0, 1, 0, 1]
 
 
-def test_thresholds_belong_to_the_upper_interval():
+def test_quality_on_a_threshold_gets_the_upper_label():
     _, labels = Matcher([0.25, 0.5], [0, -1, 1])(torch.tensor([[0.0, 0.2499, 0.25, 0.4999, 0.5, 1.0]]))
     assert labels.tolist() == [0, 0, -1, -1, 1, 1]
 
 
 @pytest.mark.parametrize("low_quality", [False, True])
-def test_against_torchvision(low_quality):
+def test_matches_equal_torchvision(low_quality):
     quality = torch.rand(7, 400, generator=torch.Generator().manual_seed(0)) ** 2
     quality[3] *= 0.3
     quality[4, ::5] = quality[4].max()  # ties
@@ -42,14 +42,14 @@ def test_against_torchvision(low_quality):
     assert torch.equal(matches[want >= 0], want[want >= 0])
 
 
-def test_a_ground_truth_that_overlaps_nothing_labels_nothing():
+def test_ground_truth_without_overlap_sets_no_label():
     quality = torch.tensor([[0.6, 0.0, 0.2], [0.0, 0.0, 0.0]])
     _, labels = Matcher([0.5], [0, 1], allow_low_quality_matches=True)(quality)
     assert labels.tolist() == [1, 0, 0]
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)])
-def test_empty(shape):
+def test_empty_inputs_give_empty_or_background_matches(shape):
     matches, labels = Matcher([0.5], [-1, 1], True)(torch.zeros(shape))
     assert matches.tolist() == [0] * shape[1] and labels.tolist() == [-1] * shape[1]
     assert matches.dtype == torch.int64 and labels.dtype == torch.int8
@@ -64,7 +64,7 @@ def test_empty(shape):
         ([0.5], [0, 2], "-1 .ignore."),
     ],
 )
-def test_errors(thresholds, labels, words):
+def test_wrong_thresholds_labels_and_matrix_raise(thresholds, labels, words):
     with pytest.raises(ValueError, match=words):
         Matcher(thresholds, labels)
     with pytest.raises(ValueError, match=r"\(M, N\) matrix, got \(3,\)"):
@@ -73,7 +73,7 @@ def test_errors(thresholds, labels, words):
 
 @pytest.mark.parametrize("low_quality", [False, True])
 @pytest.mark.parametrize("max_pairs", [1, 700, 2**20])
-def test_matching_in_parts_changes_nothing(low_quality, max_pairs):
+def test_matching_in_chunks_equals_the_full_matrix(low_quality, max_pairs):
     matcher = Matcher([0.3, 0.7], [0, -1, 1], low_quality)
     gt, boxes = Boxes(random_boxes(23, seed=0)), Boxes(random_boxes(300, seed=1))
     gt = Boxes.cat([gt, gt[:4]])  # duplicates tie
@@ -83,7 +83,7 @@ def test_matching_in_parts_changes_nothing(low_quality, max_pairs):
     assert labels.dtype == torch.int8 and {-1, 0, 1} == set(labels.tolist())
 
 
-def test_memory_is_bounded():
+def test_chunks_bound_the_size_of_matrices():
     sizes = []
 
     class Watched(Boxes):
@@ -96,7 +96,7 @@ def test_memory_is_bounded():
     assert max(sizes) <= 1000 and sum(sizes) == 5000
 
 
-def test_a_subclass_sees_the_whole_matrix():
+def test_subclass_of_matcher_gets_the_full_matrix():
     class Mine(Matcher):
         def __call__(self, match_quality_matrix):
             assert match_quality_matrix.shape == (5, 40)

@@ -61,7 +61,7 @@ def slow_merge(instances, semantic, overlap: float, area: int, score: float):
     [(0.5, 60, 0.3), (0.0, 0, 0.0), (0.8, 150, 0.5), (1.0, 1, 0.1), (0.5, 10**6, 0.9), (0.3, 0, 2.0)],
 )
 @pytest.mark.parametrize("seed", range(3))
-def test_merge_equals_the_slow_one(overlap, area, score, seed):
+def test_merge_equals_a_slow_merge(overlap, area, score, seed):
     instances, semantic = scene(12, seed)
     before = instances.pred_masks.clone(), semantic.clone()
     ids, segments = combine_semantic_and_instance_outputs(instances, semantic, overlap, area, score)
@@ -71,7 +71,7 @@ def test_merge_equals_the_slow_one(overlap, area, score, seed):
     assert torch.equal(instances.pred_masks, before[0]) and torch.equal(semantic, before[1])
 
 
-def test_merge_written_out():
+def test_merge_of_a_worked_example():
     masks = torch.zeros(3, 4, 6, dtype=torch.bool)
     masks[0, :2, :3] = True  # score 0.6: half of it lies under the next
     masks[1, :2, 1:4] = True  # the best
@@ -89,7 +89,7 @@ def test_merge_written_out():
     ]
 
 
-def test_merge_without_instances():
+def test_merge_without_instances_has_stuff_only():
     instances, semantic = scene(4, 0)
     ids, segments = combine_semantic_and_instance_outputs(instances[:0], semantic, 0.5, 0, 0.5)
     assert torch.equal(ids > 0, semantic > 0) and not any(x["isthing"] for x in segments)
@@ -99,7 +99,7 @@ def test_merge_without_instances():
     assert not ids.any() and segments == []
 
 
-def test_merge_of_unfit_results():
+def test_merge_of_results_that_do_not_fit_raises():
     instances, semantic = scene(4, 0)
     with pytest.raises(ValueError, match=r"\(40, 59\), got \(4, 40, 60\)"):
         combine_semantic_and_instance_outputs(instances, semantic[:, :59], 0.5, 0, 0.5)
@@ -139,7 +139,7 @@ def losses_of(model: PanopticFPN) -> dict[str, float]:
         return {key: x.item() for key, x in model.train()(batch()).items()}
 
 
-def test_losses(model):
+def test_losses_equal_those_of_the_parts(model):
     losses = losses_of(model)
     detection = {"loss_cls", "loss_box_reg", "loss_mask", "loss_rpn_cls", "loss_rpn_loc"}
     assert losses.keys() == {"loss_sem_seg"} | detection
@@ -149,7 +149,7 @@ def test_losses(model):
         assert half[key] == pytest.approx(factors.get(key, 0.5) * value, rel=1e-4), key
 
 
-def test_instance_loss_weight_of_a_cascade():
+def test_instance_loss_weight_scales_all_stages_of_a_cascade():
     agnostic = {
         "MODEL__ROI_HEADS__NAME": "CascadeROIHeads",
         "MODEL__ROI_BOX_HEAD__CLS_AGNOSTIC_BBOX_REG": True,
@@ -163,7 +163,7 @@ def test_instance_loss_weight_of_a_cascade():
 
 
 @torch.no_grad()
-def test_outputs_of_each_picture(model):
+def test_outputs_have_the_size_and_merge_of_each_image(model):
     items = [{"image": random_image(), "height": 128, "width": 144}, {"image": random_image(40, 96, seed=1)}]
     # The stuff predictor of a fresh model prefers one class; let it prefer another than things'.
     model.sem_seg_head.predictor.bias.copy_(torch.tensor([-9.0, 0, 0, 0]))
@@ -192,7 +192,7 @@ def test_outputs_of_each_picture(model):
 
 
 @torch.no_grad()
-def test_raw_results_and_given_boxes(model):
+def test_inference_without_postprocessing_and_with_given_boxes(model):
     item = {"image": random_image(60, 90), "height": 128, "width": 192}
     model.eval()
     (raw,), sem_seg = model.inference([item], do_postprocess=False)
@@ -206,19 +206,19 @@ def test_raw_results_and_given_boxes(model):
 
 
 @torch.no_grad()
-def test_without_the_merge():
+def test_outputs_without_merge_have_no_panoptic_seg():
     model = built(MODEL__PANOPTIC_FPN__COMBINE__ENABLED=False, MODEL__MASK_ON=False).eval()
     (out,) = model([{"image": random_image()}])
     assert out.keys() == {"sem_seg", "instances"}
 
 
-def test_merging_needs_masks():
+def test_merge_without_masks_raises():
     with pytest.raises(ValueError, match="MODEL.MASK_ON = True, or MODEL.PANOPTIC_FPN.COMBINE.ENABLED"):
         built(MODEL__MASK_ON=False)
 
 
 @pytest.mark.parametrize("key", ["sem_seg", "instances"])
-def test_training_without_truth_is_named(model, key):
+def test_training_without_ground_truth_raises(model, key):
     items = batch()
     del items[1][key]
     with pytest.raises(ValueError, match=f"needs '{key}'.*item 1"):
@@ -227,7 +227,7 @@ def test_training_without_truth_is_named(model, key):
         assert len(model.eval()(items)) == 2
 
 
-def test_constructor_defaults_merge(model):
+def test_merge_is_on_by_default(model):
     parts = {name: getattr(model, name) for name in ("backbone", "proposal_generator", "roi_heads")}
     other = PanopticFPN(
         **parts, sem_seg_head=model.sem_seg_head, pixel_mean=[0.0, 0, 0], pixel_std=[1.0, 1, 1]

@@ -33,7 +33,7 @@ def test_levels_follow_the_formula():
     assert len(set(got.tolist())) == 4
 
 
-def test_levels_at_the_borders():
+def test_levels_are_clamped_to_the_pyramid():
     def boxes_of_sides(*sides):
         return [Boxes(torch.tensor([[0.0, 0.0, s, s] for s in sides]))]
 
@@ -45,7 +45,7 @@ def test_levels_at_the_borders():
     assert assign_boxes_to_levels(boxes_of_sides(31.9, 32.0, 64.0), 3, 5, 32, 4).tolist() == [0, 1, 2]
 
 
-def test_pooler_format_names_the_image():
+def test_pooler_format_prepends_the_image_index():
     first, second = torch.tensor([[1.0, 2, 3, 4], [5, 6, 7, 8]]), torch.tensor([[9.0, 10, 11, 12]])
     rois = convert_boxes_to_pooler_format([Boxes(first), Boxes(torch.empty(0, 4)), Boxes(second)])
     assert rois.tolist() == [[0, 1, 2, 3, 4], [0, 5, 6, 7, 8], [2, 9, 10, 11, 12]]
@@ -90,7 +90,7 @@ def test_pooling_equals_torchvision_box_by_box(kind, sampling_ratio, num_levels)
         )
 
 
-def test_no_boxes_leaves_a_graph():
+def test_pooling_without_boxes_requires_grad():
     features = [torch.randn(2, 3, 256 // s, 320 // s, requires_grad=True) for s in STRIDES]
     pooler = ROIPooler(7, [1 / s for s in STRIDES], 0, "ROIAlignV2")
     out = pooler(features, [Boxes(torch.empty(0, 4))] * 2)
@@ -99,7 +99,7 @@ def test_no_boxes_leaves_a_graph():
     assert all(f.grad is not None and not f.grad.any() for f in features)
 
 
-def test_every_level_stays_in_the_graph():
+def test_levels_without_boxes_get_a_gradient():
     features = [torch.randn(1, 3, 256 // s, 320 // s, requires_grad=True) for s in STRIDES]
     pooler = ROIPooler(7, [1 / s for s in STRIDES], 0, "ROIAlignV2")
     pooler(features, [Boxes(torch.tensor([[0.0, 0, 20, 20]]))]).sum().backward()
@@ -119,13 +119,13 @@ def test_every_level_stays_in_the_graph():
         ({"canonical_box_size": 0}, "canonical_box_size"),
     ],
 )
-def test_wrong_arguments_are_named(change, message):
+def test_wrong_arguments_raise(change, message):
     args = {"output_size": 7, "scales": [1 / 4, 1 / 8], "sampling_ratio": 0, "pooler_type": "ROIAlignV2"}
     with pytest.raises(ValueError, match=message):
         ROIPooler(**(args | change))
 
 
-def test_wrong_inputs_are_named():
+def test_wrong_inputs_raise():
     pooler = ROIPooler(7, [1 / 4, 1 / 8], 0, "ROIAlignV2")
     features = [torch.zeros(2, 1, 8, 8), torch.zeros(2, 1, 4, 4)]
     with pytest.raises(ValueError, match="2 levels, got 1"):
@@ -156,13 +156,13 @@ def test_rotated_boxes_are_pooled_from_their_level():
     assert len(set(levels)) == 4
 
 
-def test_pooler_and_boxes_of_different_types():
+def test_boxes_of_another_type_than_the_pooler_raise():
     pooler, axis_aligned = ROIPooler(2, [0.25], 0, "ROIAlignRotated"), Boxes([[0, 0, 9, 9]])
     with pytest.raises(ValueError, match="ROIAlignRotated pools boxes of 5 numbers, got Boxes"):
         pooler([torch.zeros(1, 1, 8, 8)], [axis_aligned])
 
 
-def test_features_of_a_pyramid_are_contiguous():
+def test_features_pooled_from_a_pyramid_are_contiguous():
     """So box heads of users may flatten them with view(); also where some level has no box."""
     maps = [torch.randn(1, 3, 64 >> i, 80 >> i).to(memory_format=torch.channels_last) for i in range(3)]
     pooler = ROIPooler(7, [1 / 4, 1 / 8, 1 / 16], 0, "ROIAlignV2")

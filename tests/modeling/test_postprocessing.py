@@ -28,7 +28,7 @@ def test_boxes_are_scaled_clipped_and_empty_ones_dropped():
     assert torch.equal(x.pred_boxes.tensor, before) and x.image_size == (100, 100)
 
 
-def test_proposals_are_scaled_too():
+def test_proposals_are_scaled():
     x = Instances((10, 20), proposal_boxes=Boxes(torch.tensor([[1.0, 2, 3, 4]])))
     x.objectness_logits = torch.tensor([0.5])
     out = detector_postprocess(x, 30, 40)
@@ -78,14 +78,14 @@ def test_keypoints_are_scaled():
     assert x.pred_keypoints[0, 0].tolist()[:2] == [10, 20]
 
 
-def test_nothing_detected():
+def test_results_without_detections_stay_empty():
     x = detections()[:0]
     x.pred_masks = torch.zeros(0, 1, 28, 28)
     out = detector_postprocess(x, 50, 60)
     assert len(out) == 0 and out.pred_masks.shape == (0, 50, 60)
 
 
-def test_wrong_arguments_are_named():
+def test_wrong_arguments_raise():
     with pytest.raises(ValueError, match="0 x 10"):
         detector_postprocess(detections(), 0, 10)
     with pytest.raises(ValueError, match="'pred_boxes' nor 'proposal_boxes'"):

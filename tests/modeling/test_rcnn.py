@@ -63,7 +63,7 @@ def batch_for(name: str, empty=(False, False)) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_training_step_reaches_every_parameter(models, name):
+def test_training_step_gives_every_parameter_a_gradient(models, name):
     model = models(name)
     with EventStorage() as storage:
         losses = model(batch_for(name))
@@ -84,7 +84,7 @@ def test_a_training_step_reaches_every_parameter(models, name):
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("empty", [(True, True), (False, True)])
-def test_images_without_objects_train(models, name, empty):
+def test_images_without_objects_give_finite_losses(models, name, empty):
     model = models(name)
     with EventStorage():
         losses = model(batch_for(name, empty))
@@ -98,7 +98,7 @@ def test_images_without_objects_train(models, name, empty):
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
 
 
-def test_training_needs_no_event_storage(models):
+def test_training_works_without_event_storage(models):
     model = models(MASK_RCNN)
     batch = training_batch()
     bare = model(batch)
@@ -109,7 +109,7 @@ def test_training_needs_no_event_storage(models):
 
 
 @pytest.mark.parametrize("name", [MASK_RCNN, FAST_RCNN])
-def test_bfloat16_autocast(models, name):
+def test_losses_are_float32_under_bfloat16_autocast(models, name):
     model = models(name)
     batch = batch_for(name)
     full = model(batch)
@@ -133,7 +133,7 @@ def test_bfloat16_autocast(models, name):
 
 
 @torch.no_grad()
-def test_an_image_does_not_depend_on_its_batch(models):
+def test_detections_of_an_image_do_not_depend_on_its_batch(models):
     model = models(MASK_RCNN).eval()
     items = [{"image": random_image(seed=s)} for s in (1, 2)]
     together = model(items)
@@ -147,7 +147,7 @@ def test_an_image_does_not_depend_on_its_batch(models):
 
 
 @torch.no_grad()
-def test_outputs_have_the_size_that_was_asked_for(models):
+def test_outputs_have_the_requested_size(models):
     model = models(MASK_RCNN).eval()
     plain = model([{"image": random_image()}])[0]["instances"]
     larger = model([{"image": random_image(), "height": 128, "width": 288}])[0]["instances"]
@@ -158,7 +158,7 @@ def test_outputs_have_the_size_that_was_asked_for(models):
 
 
 @torch.no_grad()
-def test_raw_results_and_given_boxes(models):
+def test_inference_without_postprocessing_and_with_given_boxes(models):
     model = models(MASK_RCNN).eval()
     item = {"image": random_image(), "height": 128, "width": 192}
     (raw,) = model.inference([item], do_postprocess=False)
@@ -173,7 +173,7 @@ def test_raw_results_and_given_boxes(models):
 
 
 @torch.no_grad()
-def test_given_proposals_are_what_is_classified(models):
+def test_given_proposals_are_classified(models):
     model = models(FAST_RCNN).eval()
     assert model.proposal_generator is None
     model.roi_heads.box_predictor.test_score_thresh = 0.0
@@ -186,7 +186,7 @@ def test_given_proposals_are_what_is_classified(models):
 
 
 @torch.no_grad()
-def test_proposal_network_outputs(models):
+def test_proposal_network_returns_sorted_proposals(models):
     model = models(RPN).eval()
     (out,) = model([{"image": random_image(), "height": 128, "width": 192}])
     x = out["proposals"]
@@ -196,7 +196,7 @@ def test_proposal_network_outputs(models):
     assert (boxes >= 0).all() and (boxes <= torch.tensor([192.0, 128, 192, 128])).all()
 
 
-def test_preprocessing_normalizes_and_pads():
+def test_preprocessing_normalizes_and_pads_images():
     mean, std = torch.tensor([10.0, 20, 30]).view(3, 1, 1), torch.tensor([1.0, 2, 4]).view(3, 1, 1)
     images = [random_image(40, 64), random_image(32, 72).float()]
     model = MetaArchitecture()
@@ -233,13 +233,13 @@ def test_preprocessing_normalizes_and_pads():
         ([{"image": random_image()[:, :0]}], ValueError, "empty"),
     ],
 )
-def test_wrong_images_are_named(models, batch, error, message):
+def test_malformed_images_raise(models, batch, error, message):
     for name in (FASTER_RCNN, RPN):
         with pytest.raises(error, match=message):
             models(name).eval()(batch)
 
 
-def test_training_without_truth_is_named(models):
+def test_training_without_ground_truth_raises(models):
     batch = training_batch()
     del batch[1]["instances"]
     batch[1]["file_name"] = "b.jpg"
@@ -248,7 +248,7 @@ def test_training_without_truth_is_named(models):
             models(name)(batch)
 
 
-def test_missing_proposals_are_named(models):
+def test_missing_proposals_raise(models):
     with pytest.raises(ValueError, match="'proposals'.*item 0"):
         models(FAST_RCNN)(training_batch())
     with pytest.raises(ValueError, match="'proposals'.*item 0"):
@@ -256,14 +256,14 @@ def test_missing_proposals_are_named(models):
 
 
 @pytest.mark.parametrize("label", [NUM_CLASSES, -1])
-def test_labels_beyond_the_classes_are_named(models, label):
+def test_labels_out_of_range_raise(models, label):
     batch = training_batch()
     batch[1]["instances"].gt_classes[0] = label
     with pytest.raises(ValueError, match=rf"item 1 .*\[0, {NUM_CLASSES}\).*NUM_CLASSES.*{label}"):
         models(FASTER_RCNN)(batch)
 
 
-def test_missing_masks_are_named(models):
+def test_missing_masks_raise(models):
     batch = training_batch()
     for item in batch:
         item["instances"].remove("gt_masks")
@@ -271,12 +271,12 @@ def test_missing_masks_are_named(models):
         models(MASK_RCNN)(batch)
 
 
-def test_inference_in_training_mode_is_refused(models):
+def test_inference_in_training_mode_raises(models):
     with pytest.raises(ValueError, match="eval()"):
         models(FASTER_RCNN).inference([{"image": random_image()}])
 
 
-def test_training_leaves_the_inputs_alone(models):
+def test_training_does_not_change_its_inputs(models):
     batch = batch_for(FAST_RCNN)
     models(FAST_RCNN)(batch)
     for item in batch:
@@ -286,7 +286,7 @@ def test_training_leaves_the_inputs_alone(models):
         assert torch.equal(item["instances"].gt_boxes.tensor, ground_truth().gt_boxes.tensor)
 
 
-def test_postprocessing_by_itself(models):
+def test_postprocess_scales_each_image_to_its_size(models):
     """What users' own `inference` ends with, in the size that each dict asks for or in the input's."""
     model = models(MASK_RCNN).eval()
     batch = [

@@ -54,7 +54,7 @@ def make_features(num_images: int) -> dict[str, torch.Tensor]:
 NEAR_FIRST, APART = (8, 8, 40, 36), (50, 0, 90, 10)
 
 
-def test_training_losses_are_those_of_the_branches():
+def test_training_losses_equal_those_of_the_branches():
     heads = make_heads()
     assert isinstance(heads.res5, nn.Sequential) and "res5.1.conv3.weight" in heads.state_dict()
     features = make_features(2)
@@ -79,7 +79,7 @@ def test_training_losses_are_those_of_the_branches():
 
 
 @torch.no_grad()
-def test_inference_pools_anew_from_the_detections():
+def test_mask_features_are_pooled_from_the_detections():
     heads = make_heads().eval()
     nn.init.constant_(heads.box_predictor.bbox_pred.bias, 0.7)
     features = make_features(2)
@@ -97,7 +97,7 @@ def test_inference_pools_anew_from_the_detections():
     assert torch.equal(again[0].pred_masks, whole[0].pred_masks)
 
 
-def test_heads_without_masks():
+def test_heads_without_mask_head_predict_boxes():
     heads = make_heads(mask_head=None, res5=nn.Conv2d(4, 8, 3, stride=2, padding=1))
     assert not heads.mask_on and isinstance(heads.res5, nn.Conv2d)
     _, losses = heads(None, make_features(1), [make_proposals([NEAR_FIRST])], [ground_truth()])
@@ -106,7 +106,7 @@ def test_heads_without_masks():
     assert set(out[0].get_fields()) == {"pred_boxes", "scores", "pred_classes"}
 
 
-def test_wrong_use_is_named():
+def test_wrong_arguments_raise():
     heads = make_heads()
     with pytest.raises(ValueError, match="targets"):
         heads(None, make_features(1), [make_proposals([APART])])
@@ -116,7 +116,7 @@ def test_wrong_use_is_named():
         heads.eval().forward_with_given_boxes(make_features(1), [make_proposals([APART])])
 
 
-def test_config():
+def test_config_values_reach_the_heads():
     cfg = small_config(C4, MODEL__RESNETS__STRIDE_IN_1X1=False, MODEL__RESNETS__NORM="FrozenBN")
     heads = build_model(cfg).roi_heads
     blocks = heads.res5
@@ -155,6 +155,6 @@ def test_config():
         ({"MODEL__ROI_HEADS__IN_FEATURES": ["res9"]}, r"\['res9'\].*\['res4'\]"),
     ],
 )
-def test_wrong_configs_are_named(overrides, message):
+def test_wrong_configs_raise_with_their_key(overrides, message):
     with pytest.raises(ValueError, match=message):
         build_model(small_config(C4, **overrides))

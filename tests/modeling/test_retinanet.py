@@ -54,7 +54,7 @@ def predictions(anchors, num_images=2, seed=0):
     return logits, deltas
 
 
-def test_labels(model, anchors):
+def test_labels_equal_a_loop_over_anchors(model, anchors):
     gt = [ground_truth(boxes=((8, 8, 40, 40), (30, 20, 90, 60), (100, 50, 104, 54))), ground_truth(boxes=())]
     labels, boxes = model.label_anchors(anchors, gt)
     iou = pairwise_iou(gt[0].gt_boxes, Boxes.cat(anchors))
@@ -71,7 +71,7 @@ def test_labels(model, anchors):
 
 
 @pytest.mark.parametrize("loss_type", ["smooth_l1", "giou"])
-def test_losses(anchors, loss_type):
+def test_losses_equal_the_formulas(anchors, loss_type):
     model = small_retinanet(BBOX_REG_LOSS_TYPE=loss_type, SMOOTH_L1_LOSS_BETA=0.1)
     logits, deltas = predictions(anchors)
     labels, boxes = model.label_anchors(anchors, [ground_truth(), ground_truth(boxes=((50, 10, 80, 40),))])
@@ -127,7 +127,7 @@ def rows(detections: Instances) -> torch.Tensor:
     return torch.cat(columns, dim=1)
 
 
-def test_detections(anchors):
+def test_detections_equal_a_loop(anchors):
     model = small_retinanet(SCORE_THRESH_TEST=0.7, TOPK_CANDIDATES_TEST=40, NMS_THRESH_TEST=0.3).eval()
     logits, deltas = predictions(anchors)
     maps = [
@@ -148,7 +148,7 @@ def test_detections(anchors):
         torch.testing.assert_close(rows(single), rows(result))
 
 
-def test_images_of_a_batch_do_not_mix():
+def test_detections_of_an_image_do_not_depend_on_its_batch():
     model = small_retinanet(SCORE_THRESH_TEST=0.0).eval()
     items = [{"image": random_image(64, 128, seed=seed)} for seed in range(2)]
     with torch.no_grad():
@@ -159,7 +159,7 @@ def test_images_of_a_batch_do_not_mix():
             torch.testing.assert_close(rows(alone), rows(output["instances"]), rtol=1e-4, atol=1e-4)
 
 
-def test_learns():
+def test_overfits_a_batch():
     torch.manual_seed(0)
     model = RetinaNet(
         backbone=TinyFPN(),
@@ -189,7 +189,7 @@ def head(**kwargs):
     )
 
 
-def test_head():
+def test_head_has_published_names_and_outputs():
     net = head(prior_prob=0.02)
     logits, deltas = net([torch.zeros(1, 8, 4, 6), torch.zeros(1, 8, 2, 3)])
     assert [tuple(x.shape) for x in logits] == [(1, 6, 4, 6), (1, 6, 2, 3)]
@@ -203,7 +203,7 @@ def test_head():
     }  # fmt: skip
 
 
-def test_norms_of_the_head(caplog):
+def test_batch_norms_of_the_head_are_separate_per_level(caplog):
     assert [type(m) for m in head(norm="GN", conv_dims=[32, 64]).cls_subnet] == [
         nn.Conv2d,
         nn.GroupNorm,
@@ -245,12 +245,12 @@ def test_norms_of_the_head(caplog):
         ({"BBOX_REG_WEIGHTS": (1.0, 1.0)}, "MODEL.RETINANET.BBOX_REG_WEIGHTS"),
     ],
 )
-def test_config_errors(overrides, message):
+def test_wrong_configs_raise_with_their_key(overrides, message):
     with pytest.raises(ValueError, match=message):
         small_retinanet(**overrides)
 
 
-def test_anchors_must_fit():
+def test_anchors_that_do_not_fit_the_head_raise():
     sizes = [[32.0]] * 4 + [[32.0, 64.0]]
     with pytest.raises(ValueError, match=r"MODEL.ANCHOR_GENERATOR\) must be the same .* \[3, 3, 3, 3, 6\]"):
         build_model(small_config(RETINANET, MODEL__ANCHOR_GENERATOR__SIZES=sizes))
@@ -264,14 +264,14 @@ def test_anchors_must_fit():
         model(training_batch())
 
 
-def test_labels_must_be_classes():
+def test_labels_out_of_range_raise():
     batch = training_batch()
     batch[0]["instances"].gt_classes[0] = K
     with pytest.raises(ValueError, match=r"'gt_classes' of item 0 .*MODEL.RETINANET.NUM_CLASSES"):
         small_retinanet()(batch)
 
 
-class ByPicture(RetinaNet):
+class OneByOne(RetinaNet):
     """Keeps what its own step for one picture was given."""
 
     def inference_single_image(self, anchors, box_cls, box_delta, image_size):
@@ -279,12 +279,12 @@ class ByPicture(RetinaNet):
         return super().inference_single_image(anchors, box_cls, box_delta, image_size)
 
 
-def test_detections_go_through_the_step_of_a_subclass():
+def test_methods_overridden_by_a_subclass_are_used():
     model = small_retinanet(SCORE_THRESH_TEST=0.0).eval()
     items = [{"image": random_image(64, 128)}, {"image": random_image(48, 128, seed=1)}]
     with torch.no_grad():
         want = model(items)
-        model.__class__ = ByPicture
+        model.__class__ = OneByOne
         got = model(items)
     assert [size for _, size in model.given] == [(64, 128), (48, 128)]
     assert all(x.dim() == 2 and 0 < x.min() < x.max() < 1 for x in model.given[0][0])

@@ -64,7 +64,7 @@ HALF_FIRST = (8, 8, 40, 24)  # overlaps the first by exactly one half: not below
 LESS_THAN_HALF = (8, 8, 40, 23)
 
 
-def test_proposals_are_labelled_by_overlap():
+def test_proposals_are_labeled_by_overlap():
     heads = make_heads(proposal_append_gt=False)
     boxes = [APART, NEAR_SECOND, NEAR_FIRST, HALF_FIRST, LESS_THAN_HALF]
     targets = ground_truth()
@@ -85,7 +85,7 @@ def test_proposals_are_labelled_by_overlap():
     assert scalars == {"roi_head/num_fg_samples": 3, "roi_head/num_bg_samples": 2}
 
 
-def test_true_boxes_join_the_proposals():
+def test_ground_truth_boxes_are_added_to_the_proposals():
     heads = make_heads()
     (got,) = heads.label_and_sample_proposals([make_proposals([APART])], [ground_truth()])
     found = sorted(tuple(map(int, b)) for b in got.proposal_boxes.tensor)
@@ -93,14 +93,14 @@ def test_true_boxes_join_the_proposals():
     assert sorted(got.gt_classes.tolist()) == [0, 1, 3]
 
 
-def test_an_image_without_objects_is_background():
+def test_regions_of_an_image_without_objects_are_background():
     heads = make_heads()
     (got,) = heads.label_and_sample_proposals([make_proposals([APART, NEAR_FIRST])], [ground_truth(boxes=())])
     assert got.gt_classes.tolist() == [3, 3]
     assert not got.has("gt_boxes") and not got.has("gt_masks")
 
 
-def test_the_sample_keeps_to_its_size_and_fraction():
+def test_sample_has_its_size_and_foreground_fraction():
     heads = make_heads(batch_size_per_image=8, positive_fraction=0.25, proposal_append_gt=False)
     torch.manual_seed(0)
     (got,) = heads.label_and_sample_proposals(
@@ -111,7 +111,7 @@ def test_the_sample_keeps_to_its_size_and_fraction():
     assert got.gt_classes.tolist() == [0] + [3] * 3
 
 
-def test_select_foreground():
+def test_foreground_regions_are_selected():
     xs = [
         Instances(SIZE, gt_classes=torch.tensor([3, 0, -1, 2])),
         Instances(SIZE, gt_classes=torch.tensor([3])),
@@ -123,7 +123,7 @@ def test_select_foreground():
         select_foreground_proposals([Instances(SIZE)], 3)
 
 
-def test_training_losses_are_those_of_the_branches():
+def test_training_losses_equal_those_of_the_branches():
     heads = make_heads()
     features, boxes = make_features(2), [NEAR_FIRST, NEAR_SECOND, APART]
     proposals = [make_proposals(boxes), make_proposals(boxes)]
@@ -152,7 +152,7 @@ def test_training_losses_are_those_of_the_branches():
     torch.testing.assert_close(losses["loss_mask"], want)
 
 
-def test_training_on_predicted_boxes_moves_the_boxes():
+def test_train_on_pred_boxes_replaces_the_proposals():
     features, proposals = make_features(1), [make_proposals([NEAR_FIRST, APART])]
     plain, moved = make_heads(), make_heads(train_on_pred_boxes=True)
     for heads in (plain, moved):
@@ -168,7 +168,7 @@ def test_training_on_predicted_boxes_moves_the_boxes():
 
 
 @torch.no_grad()
-def test_inference_in_parts_equals_the_whole():
+def test_heads_on_given_boxes_equal_full_inference():
     heads = make_heads().eval()
     features = make_features(2)
     proposals = [make_proposals([NEAR_FIRST, APART]), make_proposals([NEAR_SECOND])]
@@ -183,13 +183,13 @@ def test_inference_in_parts_equals_the_whole():
 
 
 @torch.no_grad()
-def test_no_proposals_give_no_detections():
+def test_inference_without_proposals_gives_no_detections():
     heads = make_heads().eval()
     out, _ = heads(None, make_features(2), [make_proposals([]), make_proposals([])])
     assert [len(x) for x in out] == [0, 0] and out[0].pred_masks.shape == (0, 1, 14, 14)
 
 
-def test_heads_without_masks():
+def test_heads_without_mask_head_predict_boxes():
     heads = make_heads(mask_in_features=None, mask_pooler=None, mask_head=None)
     assert not heads.mask_on and not [n for n in heads.state_dict() if n.startswith("mask")]
     _, losses = heads(None, make_features(1), [make_proposals([NEAR_FIRST])], [ground_truth()])
@@ -198,7 +198,7 @@ def test_heads_without_masks():
     assert set(out[0].get_fields()) == {"pred_boxes", "scores", "pred_classes"}
 
 
-def test_a_mask_head_without_pooler_gets_the_maps():
+def test_mask_head_without_pooler_gets_the_feature_maps():
     class Head(nn.Module):
         def forward(self, x, instances):
             self.seen = x
@@ -210,7 +210,7 @@ def test_a_mask_head_without_pooler_gets_the_maps():
     assert set(heads.mask_head.seen) == set(SHAPES) and heads.mask_head.seen["p2"] is features["p2"]
 
 
-def test_wrong_use_is_named():
+def test_wrong_arguments_raise():
     heads = make_heads()
     with pytest.raises(ValueError, match="targets"):
         heads(None, make_features(1), [make_proposals([APART])])
@@ -220,7 +220,7 @@ def test_wrong_use_is_named():
         heads.eval().forward_with_given_boxes(make_features(1), [make_proposals([APART])])
 
 
-def test_box_head_shapes_and_names():
+def test_box_head_has_published_names_and_shapes():
     head = FastRCNNConvFCHead(
         ShapeSpec(channels=4, height=5, width=6), conv_dims=[32, 64], fc_dims=[8], conv_norm="GN"
     )
@@ -234,7 +234,7 @@ def test_box_head_shapes_and_names():
     assert only_convs(torch.randn(3, 4, 5, 6)).shape == (3, 7, 5, 6)
 
 
-def test_convolutions_of_a_box_head_work_in_channels_last_layout():
+def test_convolutions_of_a_box_head_are_channels_last():
     shape, layouts = ShapeSpec(channels=4, height=5, width=6), []
     head = FastRCNNConvFCHead(shape, conv_dims=[7], fc_dims=[8])
     head.conv1.register_forward_pre_hook(
@@ -261,7 +261,7 @@ class HeadsWithOwnMasks(StandardROIHeads):
         return {"loss_mask": self.scale * 3} if self.training else instances
 
 
-def test_subclasses_may_make_a_head_by_a_method_of_the_instance():
+def test_subclass_may_build_a_head_in_an_instance_method():
     shapes = {f"p{i}": ShapeSpec(channels=4, stride=2**i) for i in range(2, 6)}
     heads = HeadsWithOwnMasks(small_config(), shapes)
     assert not hasattr(heads, "mask_head") and heads.box_head.fc1.in_features == 4 * 7 * 7

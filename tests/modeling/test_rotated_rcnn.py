@@ -48,7 +48,7 @@ def published():
 
 
 class TestAnchors:
-    def test_published_anchors(self, published):
+    def test_anchors_have_published_values(self, published):
         generator = RotatedAnchorGenerator(
             sizes=[[32], [64]], aspect_ratios=[[0.5, 1.0]], angles=[[-45, 0, 30]], strides=[8, 16], offset=0.5
         )
@@ -59,7 +59,7 @@ class TestAnchors:
         assert generator.num_anchors == generator.num_cell_anchors == [6, 6]
         assert generator.box_dim == 5 and not generator.state_dict()
 
-    def test_order_is_sizes_ratios_angles(self):
+    def test_order_is_sizes_then_ratios_then_angles(self):
         cells = RotatedAnchorGenerator(
             sizes=[8], aspect_ratios=[1.0], angles=[0], strides=[4]
         ).generate_cell_anchors((8, 16), (1.0, 4.0), (-90, 45))
@@ -80,7 +80,7 @@ class TestAnchors:
         assert first.tensor.tolist() == [[0, 0, 32, 32, 10], [4, 0, 32, 32, 10]]
         assert second.tensor[1].tolist() == [0, 0, 64, 64, 30]
 
-    def test_angles_that_do_not_fit(self):
+    def test_angles_that_do_not_fit_the_levels_raise(self):
         with pytest.raises(ValueError, match="ANGLES has 2 lists for 3 feature levels"):
             RotatedAnchorGenerator(
                 sizes=[32], aspect_ratios=[1.0], angles=[[0], [45]], strides=[4, 8, 16], offset=0.0
@@ -88,7 +88,7 @@ class TestAnchors:
 
 
 class TestTransform:
-    def test_published_deltas(self, published):
+    def test_deltas_have_published_values(self, published):
         transform = Box2BoxTransformRotated((10, 10, 5, 5, 1))
         src, dst = published["boxes"].split(30)
         deltas = transform.get_deltas(src, dst)
@@ -97,7 +97,7 @@ class TestTransform:
         torch.testing.assert_close(applied, published["applied"], rtol=1e-5, atol=1e-4)
         assert published["applied"][:, 4].abs().max() <= 180
 
-    def test_several_classes(self, published):
+    def test_deltas_of_several_classes_are_decoded(self, published):
         transform = Box2BoxTransformRotated((10, 10, 5, 5, 2.0))
         boxes = published["boxes"][:7]
         deltas = torch.randn(7, 15, generator=torch.Generator().manual_seed(0))
@@ -114,14 +114,14 @@ class TestTransform:
         deltas = Box2BoxTransformRotated((1, 1, 1, 1, 3.0)).get_deltas(src, dst)
         torch.testing.assert_close(deltas, torch.tensor([[0.0, 0, 0, 0, 3 * math.radians(turn)]]))
 
-    def test_growth_is_clamped(self):
+    def test_large_size_deltas_are_clamped(self):
         box = torch.tensor([[1.0, 2.0, 16.0, 8.0, 30.0]])
         grown = Box2BoxTransformRotated((1, 1, 1, 1, 1)).apply_deltas(
             torch.tensor([[0.0, 0, 50, 50, 0]]), box
         )
         torch.testing.assert_close(grown, torch.tensor([[1.0, 2.0, 1000.0, 500.0, 30.0]]))
 
-    def test_dtypes_and_empty(self, published):
+    def test_half_precision_and_empty_boxes_are_decoded(self, published):
         transform = Box2BoxTransformRotated((1, 1, 1, 1, 1))
         boxes = published["boxes"][:3]
         assert transform.apply_deltas(torch.zeros(3, 5, dtype=torch.half), boxes).dtype == torch.float32
@@ -129,7 +129,7 @@ class TestTransform:
         assert transform.apply_deltas(torch.zeros(0, 10), boxes[:0]).shape == (0, 10)
         assert transform.get_deltas(boxes[:0], boxes[:0]).shape == (0, 5)
 
-    def test_errors(self, published):
+    def test_wrong_weights_and_source_boxes_raise(self, published):
         with pytest.raises(ValueError, match=r"five numbers.*\(1, 1, 1, 1\)"):
             Box2BoxTransformRotated((1, 1, 1, 1))
         flat = published["boxes"][:3].clone()
@@ -142,7 +142,7 @@ class TestTransform:
 
 
 @pytest.fixture(scope="module")
-def upright_and_rotated():
+def axis_aligned_and_rotated():
     """Two models with the same weights: with axis-aligned boxes, and with rotated anchors at angle 0."""
     torch.manual_seed(0)
     axis_aligned = build_model(small_config(FASTER_RCNN, MODEL__ROI_HEADS__SCORE_THRESH_TEST=0.0))
@@ -162,7 +162,7 @@ def upright_and_rotated():
     return axis_aligned, rotated
 
 
-class TestUprightBoxesAreTheSame:
+class TestAngleZeroEqualsAxisAligned:
     """With no angle anywhere, a rotated model is the usual one, whose numbers other tests hold."""
 
     @staticmethod
@@ -175,18 +175,18 @@ class TestUprightBoxesAreTheSame:
             )
         return batch
 
-    def test_losses(self, upright_and_rotated):
+    def test_losses(self, axis_aligned_and_rotated):
         losses = []
-        for model, batch in zip(upright_and_rotated, (training_batch(), self.as_rotated(training_batch()))):
+        for model, batch in zip(axis_aligned_and_rotated, (training_batch(), self.as_rotated(training_batch()))):
             torch.manual_seed(3)
             losses.append(model.train()(batch))
         assert losses[0]["loss_rpn_loc"] > 0 and losses[0]["loss_box_reg"] > 0
         torch.testing.assert_close(losses[1], losses[0], rtol=2e-4, atol=1e-5)
 
-    def test_detections(self, upright_and_rotated):
+    def test_detections(self, axis_aligned_and_rotated):
         axis_aligned, rotated = (
             model.eval()([{"image": random_image(), "height": 100, "width": 120}])[0]["instances"]
-            for model in upright_and_rotated
+            for model in axis_aligned_and_rotated
         )
         assert len(rotated) == len(axis_aligned) == 20
         boxes = BoxMode.convert(rotated.pred_boxes.tensor, BoxMode.XYWHA_ABS, BoxMode.XYXY_ABS)
@@ -220,7 +220,7 @@ class TestModel:
         assert isinstance(model.roi_heads.box_predictor, RotatedFastRCNNOutputLayers)
 
     @pytest.mark.parametrize("empty", [(False, False), (True, False), (True, True)])
-    def test_a_step_of_training(self, model, empty):
+    def test_training_step_gives_every_parameter_a_gradient(self, model, empty):
         model.train().zero_grad(set_to_none=True)
         losses = model(rotated_batch(empty))
         assert set(losses) == {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"}
@@ -230,7 +230,7 @@ class TestModel:
         if all(empty):
             assert losses["loss_box_reg"] == losses["loss_rpn_loc"] == 0
 
-    def test_outputs_are_in_the_wanted_frame(self, model):
+    def test_outputs_are_in_the_output_frame(self, model):
         model.eval()
         (plain,), (scaled,) = (
             model([{"image": random_image(), "height": height, "width": width}])
@@ -255,7 +255,7 @@ class TestModel:
             assert (p.objectness_logits.diff() <= 0).all()
 
     @pytest.mark.parametrize("thresh, num_left", [(-1, 3), (0, 1), (10, 2)])
-    def test_anchors_beyond_the_border_do_not_count(self, thresh, num_left):
+    def test_anchors_beyond_the_border_are_ignored(self, thresh, num_left):
         """What decides is the center, for an anchor that is turned has no side along the border."""
         rrpn = build_model(rotated_config(MODEL__RPN__BOUNDARY_THRESH=thresh)).proposal_generator
         anchors = RotatedBoxes([[90, 60, 50, 50, 45], [100, 60, 20, 20, 0], [-20, 5, 20, 20, 0]])
@@ -263,7 +263,7 @@ class TestModel:
         assert (labels == 0).tolist() == [True] + [thresh < 0 or thresh > 5, thresh < 0]
         assert (labels >= 0).sum() == num_left
 
-    def test_builds_on_meta(self):
+    def test_model_can_be_built_on_the_meta_device(self):
         with torch.device("meta"):
             model = build_model(rotated_config(MODEL__DEVICE="meta"))
         assert all(p.is_meta for p in model.parameters())
@@ -310,11 +310,11 @@ class TestErrors:
             ({"MODEL__KEYPOINT_ON": True}, "KEYPOINT_ON"),
         ],
     )
-    def test_configs(self, overrides, words):
+    def test_wrong_configs_raise(self, overrides, words):
         with pytest.raises(ValueError, match=words):
             build_model(rotated_config(**overrides))
 
-    def test_parts_that_do_not_fit(self):
+    def test_parts_that_do_not_fit_raise(self):
         only_rpn = {k: v for k, v in ROTATED.items() if "RPN" in k or "ANCHOR" in k}
         with pytest.raises(ValueError, match="ROIAlign pools boxes of 4 numbers, got RotatedBoxes"):
             build_model(small_config(FASTER_RCNN, **only_rpn)).eval()([{"image": random_image()}])
@@ -323,14 +323,14 @@ class TestErrors:
                 rotated_config(MODEL__PROPOSAL_GENERATOR__NAME="RPN", MODEL__RPN__BBOX_REG_WEIGHTS=(1.0,) * 4)
             )
 
-    def test_empty_ground_truth_of_another_type(self):
+    def test_empty_ground_truth_may_be_of_another_type(self):
         """A picture without objects does not show what its boxes would have been."""
         batch = rotated_batch((False, True))
         batch[1]["instances"].gt_boxes = Boxes(torch.zeros(0, 4))
         losses = build_model(rotated_config())(batch)
         assert all(loss.isfinite() for loss in losses.values()) and losses["loss_rpn_loc"] > 0
 
-    def test_ground_truth_of_another_type(self):
+    def test_ground_truth_of_another_type_raises(self):
         with pytest.raises(ValueError, match="works on RotatedBoxes.*'gt_boxes' are Boxes"):
             build_model(rotated_config())(training_batch())
         with pytest.raises(ValueError, match="works on Boxes.*'gt_boxes' are RotatedBoxes"):

@@ -87,7 +87,7 @@ def flat_predictions(rpn, features):
         {"anchor_boundary_thresh": 0.0},
     ],
 )
-def test_losses(kwargs):
+def test_losses_equal_the_formulas(kwargs):
     """All anchors are drawn, so no chance is involved."""
     rpn = build_rpn(batch_size_per_image=2000, **kwargs).train()
     images, features, targets = batch()
@@ -131,7 +131,7 @@ def test_losses(kwargs):
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in rpn.parameters())
 
 
-def test_forward_proposes_the_best():
+def test_forward_returns_the_best_proposals():
     rpn = build_rpn().eval()
     images, features, _ = batch()
     proposals, losses = rpn(images, features)
@@ -151,13 +151,13 @@ def test_forward_proposes_the_best():
         torch.testing.assert_close(inst.objectness_logits, reference.objectness_logits)
 
 
-def test_training_keeps_the_training_number():
+def test_training_keeps_its_own_number_of_proposals():
     rpn = build_rpn(post_nms_topk=(7, 3)).train()
     proposals, _ = rpn(*batch())
     assert [len(p) for p in proposals] == [7, 7]
 
 
-def test_labels_and_sample():
+def test_sampled_labels_fit_the_ground_truth():
     rpn = build_rpn()
     _, features, targets = batch()
     anchors = rpn.anchor_generator([features["p3"], features["p4"]])
@@ -170,7 +170,7 @@ def test_labels_and_sample():
         assert torch.equal(matched[label == 1], target.gt_boxes.tensor[iou.max(0).indices][label == 1])
 
 
-def test_pictures_without_objects():
+def test_images_without_objects_have_background_only():
     rpn = build_rpn().train()
     images, features, targets = batch()
     targets = [targets[0][:0], targets[1][:0]]
@@ -180,7 +180,7 @@ def test_pictures_without_objects():
     assert all(p.grad is not None for p in rpn.parameters())
 
 
-def test_training_needs_ground_truth_and_finite_numbers():
+def test_training_without_ground_truth_or_with_nan_raises():
     rpn = build_rpn().train()
     images, features, targets = batch()
     with pytest.raises(ValueError, match="gt_instances"):
@@ -203,7 +203,7 @@ def test_autocast_keeps_boxes_and_losses_in_float32():
     assert proposals[0].objectness_logits.dtype == torch.float32
 
 
-def test_another_box_type_needs_no_other_rpn():
+def test_rpn_works_with_another_box_type():
     """Boxes as (cx, cy, w, h): the box type brings IoU, clipping and NMS, as rotated boxes do."""
 
     class CenterBoxes(Boxes):
@@ -249,7 +249,7 @@ def test_another_box_type_needs_no_other_rpn():
         )
 
 
-def test_head_names_and_initial_weights():
+def test_head_has_published_names_and_initial_weights():
     head = StandardRPNHead(in_channels=64, num_anchors=3)
     assert [k for k, _ in head.named_parameters() if k.endswith("weight")] == [
         "conv.weight",
@@ -282,7 +282,7 @@ def rpn_config():
     return cfg
 
 
-def test_from_config():
+def test_config_values_reach_the_rpn():
     cfg = rpn_config()
     cfg.MODEL.RPN.LOSS_WEIGHT, cfg.MODEL.RPN.BBOX_REG_LOSS_WEIGHT = 2.0, 3.0
     cfg.MODEL.RPN.CONV_DIMS = [-1, 16]
@@ -314,7 +314,7 @@ def test_config_errors_name_the_key():
 
 
 @pytest.mark.gpu
-def test_gpu_gives_what_the_cpu_gives():
+def test_gpu_agrees_with_cpu():
     rpn = build_rpn(batch_size_per_image=2000)
     images, features, targets = batch()
     want, want_losses = rpn.train()(images, features, targets)

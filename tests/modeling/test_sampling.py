@@ -26,7 +26,7 @@ MATCHER = Matcher([0.3, 0.5], [0, -1, 1])
     "num_samples, fraction, num_pos, num_neg",
     [(64, 0.5, 30, 34), (40, 0.5, 20, 20), (40, 0.26, 10, 30), (1000, 0.5, 30, 60), (10, 0.0, 0, 10)],
 )
-def test_subsample_counts(num_samples, fraction, num_pos, num_neg):
+def test_sample_has_its_size_and_foreground_fraction(num_samples, fraction, num_pos, num_neg):
     labels = torch.tensor([7] * 30 + [80] * 60 + [-1] * 10)[torch.randperm(100)]
     pos, neg = subsample_labels(labels, num_samples, fraction, bg_label=80)
     assert (len(pos), len(neg)) == (num_pos, num_neg)
@@ -34,7 +34,7 @@ def test_subsample_counts(num_samples, fraction, num_pos, num_neg):
     assert len(set(pos.tolist())) == num_pos and len(set(neg.tolist())) == num_neg
 
 
-def test_subsample_is_uniform_and_follows_the_seed():
+def test_sampling_is_uniform_and_repeatable_with_a_seed():
     labels = torch.tensor([1, 1, 1, 1, 0, 0, 0, 0, 0, 0])
     counts = torch.zeros(10)
     for _ in range(600):
@@ -48,18 +48,18 @@ def test_subsample_is_uniform_and_follows_the_seed():
     assert all(torch.equal(a, b) for a, b in zip(first, subsample_labels(labels, 4, 0.5, 0)))
 
 
-def test_labels_without_classes():
+def test_labels_without_classes_are_one_zero_or_ignored():
     matched, labels = label_boxes(BOXES, GT, MATCHER)
     assert matched.tolist() == [0, 1, 0, 0] and labels.tolist() == [1, 1, -1, 0]
 
 
-def test_labels_with_classes():
+def test_labels_with_classes_are_those_of_the_matches():
     _, labels = label_boxes(BOXES, GT, MATCHER, gt_classes=torch.tensor([3, 5]), bg_label=20)
     assert labels.tolist() == [3, 5, -1, 20] and labels.dtype == torch.int64
 
 
 @pytest.mark.parametrize("classes", [None, torch.zeros(0, dtype=torch.int64)])
-def test_without_ground_truth_all_is_background(classes):
+def test_boxes_without_ground_truth_are_background(classes):
     sample = label_and_sample(
         BOXES, GT[:0], MATCHER, num_samples=3, positive_fraction=0.5, bg_label=20, gt_classes=classes
     )
@@ -67,12 +67,12 @@ def test_without_ground_truth_all_is_background(classes):
     assert len(sample.fg_idxs) == 0 and len(sample.bg_idxs) == 3
 
 
-def test_without_boxes():
+def test_empty_boxes_give_an_empty_sample():
     sample = label_and_sample(BOXES[:0], GT, MATCHER, num_samples=3, positive_fraction=0.5, bg_label=0)
     assert all(len(x) == 0 for x in sample)
 
 
-def test_ignored_boxes_are_not_drawn():
+def test_ignored_boxes_are_not_sampled():
     sample = label_and_sample(
         BOXES,
         GT,
@@ -86,7 +86,7 @@ def test_ignored_boxes_are_not_drawn():
     assert sample.fg_idxs.tolist() == [1] and sample.bg_idxs.tolist() == []
 
 
-def test_the_draw_can_be_replaced(monkeypatch):
+def test_subsample_labels_can_be_replaced(monkeypatch):
     seen = []
 
     def draw(labels, num_samples, positive_fraction, bg_label):

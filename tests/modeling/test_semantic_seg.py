@@ -79,7 +79,7 @@ def predicted(head: SemSegFPNHead, maps: dict[str, torch.Tensor], names, common:
         (("p2",), 4, {}),
     ],
 )
-def test_head_is_the_sum_of_enlarged_levels(names, common, kwargs):
+def test_head_equals_the_sum_of_upsampled_levels(names, common, kwargs):
     shapes = {name: SHAPES[name] for name in reversed(names)}  # sorted by stride inside
     head, maps = head_of(shapes, common_stride=common, **kwargs).eval(), maps_of()
     logits, losses = head(maps)
@@ -89,14 +89,14 @@ def test_head_is_the_sum_of_enlarged_levels(names, common, kwargs):
     torch.testing.assert_close(logits, enlarge(want, 64, 96))
 
 
-def test_levels_that_were_rounded_up_are_cut():
+def test_rounded_up_levels_are_cropped():
     head = head_of().eval()
     maps = maps_of()
     maps["p5"] = F.pad(maps["p5"], (0, 1, 0, 1))
     assert head.layers(maps).shape == (2, NUM_CLASSES, 16, 24)
 
 
-def test_loss_is_the_mean_over_labelled_pixels():
+def test_loss_is_the_mean_over_labeled_pixels():
     head, maps, labels = head_of(loss_weight=0.5), maps_of(), labels_of()
     none, losses = head(maps, labels)
     logits = enlarge(predicted(head, maps, head.in_features, 4), 64, 96).detach().numpy()
@@ -112,7 +112,7 @@ def test_loss_is_the_mean_over_labelled_pixels():
     assert losses["loss_sem_seg"].item() == pytest.approx(0.5 * np.mean(terms), rel=1e-9)
 
 
-def test_no_labelled_pixel_gives_zero_with_a_graph():
+def test_loss_without_labeled_pixels_is_zero_and_requires_grad():
     head = head_of()
     _, losses = head(maps_of(), torch.full((2, 64, 96), 255))
     losses["loss_sem_seg"].backward()
@@ -129,13 +129,13 @@ def test_no_labelled_pixel_gives_zero_with_a_graph():
         ({"norm": "GroupNorm"}, "GroupNorm"),
     ],
 )
-def test_wrong_arguments_of_the_head(change, message):
+def test_wrong_arguments_of_the_head_raise(change, message):
     args = dict(input_shape=SHAPES, num_classes=3, conv_dims=32, common_stride=4) | change
     with pytest.raises(ValueError, match=message):
         SemSegFPNHead(**args)
 
 
-def test_wrong_calls_of_the_head():
+def test_wrong_calls_of_the_head_raise():
     head = head_of()
     with pytest.raises(ValueError, match="targets"):
         head(maps_of())
@@ -155,13 +155,13 @@ def test_wrong_calls_of_the_head():
         ("NAME", "SemSegFPN", "SemSegFPNHead"),
     ],
 )
-def test_wrong_configs_are_named(key, value, message):
+def test_wrong_configs_raise_with_their_key(key, value, message):
     cfg = small_config(SEMANTIC, **{f"MODEL__SEM_SEG_HEAD__{key}": value})
     with pytest.raises((ValueError, KeyError), match=message):
         build_sem_seg_head(cfg, SHAPES)
 
 
-def test_config_values_arrive():
+def test_config_values_reach_the_head():
     values = {"NUM_CLASSES": 7, "CONVS_DIM": 64, "COMMON_STRIDE": 8, "LOSS_WEIGHT": 0.25, "IGNORE_VALUE": 9}
     values |= {"IN_FEATURES": ["p5", "p3"], "NORM": ""}
     cfg = small_config(SEMANTIC, **{f"MODEL__SEM_SEG_HEAD__{key}": x for key, x in values.items()})
@@ -173,7 +173,7 @@ def test_config_values_arrive():
 
 
 class TestPostprocess:
-    def test_padding_is_cut_before_resizing(self):
+    def test_padding_is_cropped_before_resizing(self):
         x = torch.randn(3, 40, 64, generator=torch.Generator().manual_seed(0))
         out = sem_seg_postprocess(x, (30, 50), 47, 21)
         torch.testing.assert_close(out, enlarge(x[:, :30, :50], 47, 21))
@@ -181,18 +181,18 @@ class TestPostprocess:
         other[:, 30:] = other[:, :, 50:] = 1e6
         assert torch.equal(sem_seg_postprocess(other, (30, 50), 47, 21), out)
 
-    def test_nothing_is_copied_at_the_own_size(self):
+    def test_logits_of_the_output_size_are_not_copied(self):
         x = torch.randn(3, 40, 64)
         out = sem_seg_postprocess(x, (30, 50), 30, 50)
         assert out.shape == (3, 30, 50) and out.data_ptr() == x.data_ptr()
         assert torch.equal(out, F.interpolate(x[None, :, :30, :50], size=(30, 50), mode="bilinear")[0])
 
     @pytest.mark.parametrize("shape, size", [((3, 20, 64), (30, 50)), ((1, 3, 40, 64), (30, 50))])
-    def test_results_smaller_than_the_image(self, shape, size):
+    def test_results_smaller_than_the_image_raise(self, shape, size):
         with pytest.raises(ValueError, match="30 x 50"):
             sem_seg_postprocess(torch.zeros(shape), size, 10, 10)
 
-    def test_output_without_pixels(self):
+    def test_output_size_below_one_raises(self):
         with pytest.raises(ValueError, match="0 x 10"):
             sem_seg_postprocess(torch.zeros(3, 8, 8), (8, 8), 0, 10)
 
@@ -213,7 +213,7 @@ def batch() -> list[dict]:
     ]
 
 
-def test_model_trains_without_the_padding(model):
+def test_padding_does_not_enter_the_loss(model):
     head = model.train().sem_seg_head
     losses = model(batch())
     items = batch()
@@ -229,7 +229,7 @@ def test_model_trains_without_the_padding(model):
 
 
 @torch.no_grad()
-def test_outputs_have_the_size_that_was_asked_for(model):
+def test_outputs_have_the_requested_size(model):
     items = batch()
     items[1] |= {"height": 80, "width": 200}
     first, second = model.eval()(items)
@@ -242,7 +242,7 @@ def test_outputs_have_the_size_that_was_asked_for(model):
 
 
 @torch.no_grad()
-def test_half_precision_logits_are_enlarged_in_float32(model):
+def test_half_precision_logits_are_upsampled_in_float32(model):
     with torch.autocast("cpu", torch.bfloat16):
         half = model.eval()(batch())[0]["sem_seg"]
     assert half.dtype == torch.float32
@@ -267,7 +267,7 @@ def test_half_precision_logits_are_enlarged_in_float32(model):
         (torch.full((40, 96), -1), ValueError, r"got \[-1\]"),
     ],
 )
-def test_wrong_label_maps_are_named(model, labels, error, message):
+def test_wrong_label_maps_raise(model, labels, error, message):
     items = batch()
     items[1]["file_name"] = "b.png"
     items[1]["sem_seg"] = labels

@@ -76,7 +76,7 @@ def batch(empty=(False, False)) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_training_step_reaches_every_parameter(models, name):
+def test_training_step_gives_every_parameter_a_gradient(models, name):
     model = models(name)
     with EventStorage() as storage:
         losses = model(batch())
@@ -92,7 +92,7 @@ def test_a_training_step_reaches_every_parameter(models, name):
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("empty", [(True, True), (False, True)])
-def test_images_without_objects_train(models, name, empty):
+def test_images_without_objects_give_finite_losses(models, name, empty):
     model = models(name)
     losses = model(batch(empty))
     assert set(losses) == MODELS[name][2] | RPN_LOSSES
@@ -105,7 +105,7 @@ def test_images_without_objects_train(models, name, empty):
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("kind", ["float64", "bfloat16", "autocast"])
-def test_other_precisions(models, name, kind):
+def test_losses_are_finite_in_other_precisions(models, name, kind):
     if kind == "autocast":
         model = models(name)
     else:
@@ -122,7 +122,7 @@ def test_other_precisions(models, name, kind):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", MODELS)
-def test_outputs(models, name):
+def test_outputs_have_the_fields_and_sizes_of_the_heads(models, name):
     model = models(name).eval()
     items = [{**item, "height": 128, "width": 192} for item in batch()]
     x = model(items)[0]["instances"]
@@ -145,6 +145,6 @@ def test_outputs(models, name):
         assert again.pred_keypoint_heatmaps.shape == (3, 17, 56, 56)
 
 
-def test_missing_keypoints_are_named(models):
+def test_missing_keypoints_raise(models):
     with pytest.raises(ValueError, match="gt_keypoints.*KEYPOINT_ON"):
         models("keypoint")(training_batch())

@@ -38,7 +38,7 @@ def slow_proposals(boxes, scores, sizes, thresh, pre, post, min_size):
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("pre, post, min_size", [(30, 1000, 0.0), (1000, 20, 0.0), (25, 15, 12.0)])
-def test_find_top_proposals(training, pre, post, min_size):
+def test_top_proposals_equal_a_slow_selection(training, pre, post, min_size):
     g = torch.Generator().manual_seed(0)
     boxes = [
         (random_boxes(2 * 60, (90, 90), 0, 40, seed=1) - 10).reshape(2, 60, 4),
@@ -58,7 +58,7 @@ def test_find_top_proposals(training, pre, post, min_size):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["boxes", "scores"])
-def test_numbers_that_are_not_finite(bad, where):
+def test_non_finite_predictions_raise_in_training_and_are_dropped_otherwise(bad, where):
     boxes, scores = (
         [(random_boxes(2 * 10, (90, 90), 0, 40, seed=1) - 10).reshape(2, 10, 4)],
         [torch.arange(20.0).view(2, 10)],
@@ -75,13 +75,13 @@ def test_numbers_that_are_not_finite(bad, where):
     assert second.objectness_logits.max() == 18
 
 
-def test_no_proposal_survives():
+def test_images_may_have_no_proposals_left():
     boxes, scores = [torch.full((1, 4, 4), 500.0)], [torch.zeros(1, 4)]
     (inst,) = find_top_rpn_proposals(boxes, scores, SIZES[:1], 0.7, 10, 10, 0.0, False)
     assert len(inst) == 0 and inst.proposal_boxes.tensor.shape == (0, 4)
 
 
-def test_ground_truth_joins_the_proposals():
+def test_ground_truth_is_appended_to_the_proposals():
     proposals = make_proposals(random_boxes(3, (90, 90), 0, 40), (50, 60))
     proposals.objectness_logits = torch.arange(3.0)
     gt = Instances((50, 60))
@@ -96,7 +96,7 @@ def test_ground_truth_joins_the_proposals():
     assert len(add_ground_truth_to_proposals_single_image(gt[:0], proposals)) == 3
 
 
-def test_ground_truth_must_have_the_proposals_fields():
+def test_ground_truth_without_a_field_of_the_proposals_raises():
     proposals = make_proposals(random_boxes(2, (90, 90), 0, 40), (50, 60))
     proposals.objectness_logits = torch.arange(2.0)
     proposals.keep_me = torch.tensor([1, 2])

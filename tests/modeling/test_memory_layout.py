@@ -33,7 +33,7 @@ def convolutions(model: torch.nn.Module) -> list[torch.nn.Module]:
 @pytest.mark.parametrize(
     "name", ["mask_rcnn", "dc5", "deformable", "gn", "frozen", "syncbn", "c4", "retinanet", "regnety"]
 )
-def test_convolutions_of_backbones_get_channels_last_maps(name):
+def test_convolutions_of_backbones_get_channels_last_features(name):
     model = build_architecture(name)
     assert layouts(model, convolutions(model), architecture_batch(name)) == {"channels-last"}
 
@@ -50,13 +50,13 @@ def test_box_heads_get_contiguous_features(name):
     ("name", "head"),
     [("mask_rcnn", "mask_head"), ("keypoint", "keypoint_head"), ("gn", "box_head"), ("c4", "mask_head")],
 )
-def test_convolutions_of_heads_get_channels_last_maps(name, head):
+def test_convolutions_of_heads_get_channels_last_features(name, head):
     model = build_architecture(name)
     convolutions = [m for m in getattr(model.roi_heads, head).modules() if isinstance(m, torch.nn.Conv2d)]
     assert layouts(model, convolutions, architecture_batch(name)) == {"channels-last"}
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_convolutions_of_detrs_get_contiguous_maps(name):
+def test_convolutions_of_detr_models_get_contiguous_features(name):
     model = MODELS[name]()
     assert layouts(model, convolutions(model), detr_batch()) == {"contiguous"}

@@ -22,7 +22,7 @@ TRANSFORM = Box2BoxTransform((1, 1, 1, 1))
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_permute(memory_format):
+def test_permutation_keeps_the_order_of_anchors(memory_format):
     n, a, k, h, w = 2, 3, 4, 5, 6
     x = torch.arange(n * a * k * h * w).view(n, a * k, h, w).to(memory_format=memory_format)
     out = permute_to_N_HWA_K(x, k)
@@ -32,12 +32,12 @@ def test_permute(memory_format):
 
 
 @pytest.mark.parametrize("shape", [(2, 7, 3, 3), (2, 8, 3)])
-def test_permute_errors(shape):
+def test_permutation_of_wrong_shape_raises(shape):
     with pytest.raises(ValueError, match=r"\(N, A\*4, H, W\)"):
         permute_to_N_HWA_K(torch.zeros(shape), 4)
 
 
-def test_top_per_level():
+def test_top_predictions_are_selected_per_level():
     scores = [torch.tensor([[1.0, 5.0, 3.0], [9.0, 8.0, 7.0]]), torch.tensor([[2.0], [4.0]])]
     top, indices, levels = top_per_level(scores, 2)
     assert top.tolist() == [[5, 3, 2], [9, 8, 4]]
@@ -45,7 +45,7 @@ def test_top_per_level():
     assert levels.tolist() == [0, 0, 1] and levels.dtype == torch.int64
 
 
-def test_decode_top_is_the_top_of_all_decoded():
+def test_decoding_the_top_equals_the_top_of_all_decoded():
     g = torch.Generator().manual_seed(0)
     anchors = [Boxes(random_boxes(40, seed=1)), Boxes(random_boxes(9, seed=2))]
     scores = [torch.randn(2, len(a), generator=g) for a in anchors]
@@ -64,7 +64,7 @@ def test_decode_top_is_the_top_of_all_decoded():
 
 
 @pytest.mark.parametrize("loss_type", ["smooth_l1", "giou"])
-def test_dense_box_loss(loss_type):
+def test_dense_box_loss_equals_a_loop(loss_type):
     g = torch.Generator().manual_seed(0)
     anchors, gt = Boxes(random_boxes(30, seed=1)), [random_boxes(30, seed=s) for s in (2, 3)]
     pred = [torch.randn(2, 20, 4, generator=g), torch.randn(2, 10, 4, generator=g)]
@@ -98,7 +98,7 @@ def rows_of(candidates):
 
 @pytest.mark.parametrize("with_quality", [False, True])
 @pytest.mark.parametrize("threshold", [0.3, 0.9, 0.0, -1.0, 1.0])
-def test_candidates_from_logits(threshold, with_quality):
+def test_candidates_equal_all_scores_above_the_threshold(threshold, with_quality):
     g = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(2, 30, 3, generator=g)
     quality = torch.randn(2, 30, 1, generator=g) if with_quality else None
@@ -121,7 +121,7 @@ def test_candidates_of_half_precision_are_scored_in_float32():
     assert {key: s for key, s in found.items() if s > 0.05} == pytest.approx(want, rel=1e-6)
 
 
-def test_best_candidates():
+def test_best_candidates_are_selected_per_image():
     scores = torch.tensor([[[0.5], [0.9], [0.7], [0.6]], [[0.2], [0.1], [0.3], [0.0]]])
     found = best_candidates(candidates_from_scores(scores, 0.0), 2)
     assert rows_of(found) == pytest.approx(
@@ -131,7 +131,7 @@ def test_best_candidates():
     assert rows_of(best_candidates(second_alone, 2)).keys() == {(1, 2, 0), (1, 0, 0)}
 
 
-def test_decode_candidates():
+def test_decoded_candidates_equal_a_loop():
     g = torch.Generator().manual_seed(0)
     anchors = [Boxes(random_boxes(20, seed=1)), Boxes(random_boxes(6, seed=2))]
     deltas = [torch.randn(2, len(a), 4, generator=g) for a in anchors]
@@ -151,7 +151,7 @@ def test_decode_candidates():
     torch.testing.assert_close(have, torch.tensor(want))
 
 
-def test_detections_per_image():
+def test_nms_does_not_mix_images_or_classes():
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 11], [0, 0, 10, 10], [50, 0, 60, 10], [0, 0, 10, 10]])
     images, classes = torch.tensor([0, 0, 2, 0, 0]), torch.tensor([1, 1, 1, 1, 0])
     scores = torch.tensor([0.5, 0.6, 0.1, 0.7, 0.9])
@@ -169,7 +169,7 @@ def test_detections_per_image():
     assert detect(2)[0].scores.tolist() == pytest.approx([0.9, 0.7])
 
 
-def test_no_candidates():
+def test_images_without_candidates_have_no_detections():
     none = candidates_from_scores(torch.zeros(2, 5, 3), 0.5)
     assert isinstance(none, Candidates) and len(none.scores) == 0
     found = decode_candidates(
@@ -179,7 +179,7 @@ def test_no_candidates():
     assert [len(r) for r in results] == [0, 0] and results[0].pred_boxes.tensor.shape == (0, 4)
 
 
-def test_checks():
+def test_mismatched_levels_raise():
     assert same_on_all_levels([3, 3], "channels") == 3
     with pytest.raises(ValueError, match=r"channels must be the same on each; got \[3, 4\]"):
         same_on_all_levels([3, 4], "channels")
