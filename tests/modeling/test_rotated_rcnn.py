@@ -177,7 +177,9 @@ class TestAngleZeroEqualsAxisAligned:
 
     def test_losses(self, axis_aligned_and_rotated):
         losses = []
-        for model, batch in zip(axis_aligned_and_rotated, (training_batch(), self.as_rotated(training_batch()))):
+        for model, batch in zip(
+            axis_aligned_and_rotated, (training_batch(), self.as_rotated(training_batch()))
+        ):
             torch.manual_seed(3)
             losses.append(model.train()(batch))
         assert losses[0]["loss_rpn_loc"] > 0 and losses[0]["loss_box_reg"] > 0
