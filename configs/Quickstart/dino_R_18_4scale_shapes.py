@@ -1,4 +1,4 @@
-"""DINO with ResNet-18 on generated pictures of circles, squares and triangles: needs no data, and trains from
+"""DINO with ResNet-18 on generated images of circles, squares and triangles: needs no data, and trains from
 random weights on two CPU cores. Group norm, and nothing is frozen; three narrow layers and 100 queries."""
 
 from ..DINO.dino_R_50_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train

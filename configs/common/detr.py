@@ -39,7 +39,7 @@ def decay_at(milestone, end):
     )
 
 
-# Epochs of COCO, 7500 steps of 16 pictures each; those of the last one 1848 of 64.
+# Epochs of COCO, 7500 steps of 16 images each; those of the last one 1848 of 64.
 lr_multiplier_12ep = decay_at(82500, 90000)
 lr_multiplier_24ep = decay_at(150000, 180000)
 lr_multiplier_50ep = decay_at(300000, 375000)

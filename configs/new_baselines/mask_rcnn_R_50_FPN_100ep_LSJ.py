@@ -33,7 +33,7 @@ optimizer.weight_decay = 4e-5
 
 train.amp.enabled = True
 train.ddp.fp16_compression = True
-train.max_iter = 184375  # 100 epochs of 118 000 pictures
+train.max_iter = 184375  # 100 epochs of 118 000 images
 lr_multiplier = steps(
     [163889, 177546], train.max_iter, warmup_length=500 / train.max_iter, warmup_factor=0.067
 )

@@ -110,7 +110,7 @@ def plan_tree(
     Args:
         source: nested dicts, as read from a file, or a config.
         node: the section that receives them, `root` or below.
-        root: the whole config.
+        root: the full config.
         where: tells for a dotted key where its value is from.
         prefix: dotted key of `node`, with a dot at its end; "" for `root`.
 

@@ -31,7 +31,7 @@ _DATA = {
         "TRAIN": (),
         "TEST": (),
         # With MODEL.LOAD_PROPOSALS: files with proposals, one for each data set of TRAIN and TEST, and how
-        # many of the best of each picture are used.
+        # many of the best of each image are used.
         "PROPOSAL_FILES_TRAIN": (),
         "PROPOSAL_FILES_TEST": (),
         "PRECOMPUTED_PROPOSAL_TOPK_TRAIN": 2000,
@@ -40,18 +40,18 @@ _DATA = {
     "DATALOADER": {
         # Worker processes of each training or test process; 0 loads in the process itself.
         "NUM_WORKERS": 4,
-        # Whether a batch holds pictures of one orientation only (width > height, or not), which saves
+        # Whether a batch holds images of one orientation only (width > height, or not), which saves
         # padding.
         "ASPECT_RATIO_GROUPING": True,
-        # Whether pictures without a usable annotation are left out of training.
+        # Whether images without a usable annotation are left out of training.
         "FILTER_EMPTY_ANNOTATIONS": True,
-        # How pictures are drawn: TrainingSampler (all, shuffled), RepeatFactorTrainingSampler (pictures with
+        # How images are drawn: TrainingSampler (all, shuffled), RepeatFactorTrainingSampler (images with
         # rare categories more often), RandomSubsetTrainingSampler, ClassAwareTrainingSampler (each category
         # equally often), MultiDatasetTrainingSampler (each data set of DATASETS.TRAIN by its weight).
         "SAMPLER_TRAIN": "TrainingSampler",
         # For MultiDatasetTrainingSampler: a weight for each data set; () for equal ones.
         "DATASET_WEIGHTS": (),
-        # For RepeatFactorTrainingSampler: categories in a smaller fraction of the pictures than this are
+        # For RepeatFactorTrainingSampler: categories in a smaller fraction of the images than this are
         # repeated, by threshold / fraction, or the square root of that (as in LVIS,
         # https://arxiv.org/abs/1908.03195).
         "REPEAT_THRESHOLD": 0.0,
@@ -60,32 +60,32 @@ _DATA = {
     "INPUT": {
         # Order of the channels the model gets: "BGR" or "RGB" (or another mode of PIL).
         "FORMAT": "BGR",
-        # What decodes pictures: "pil", or "opencv", which is faster for JPEG (for RGB and BGR only).
+        # What decodes images: "pil", or "opencv", which is faster for JPEG (for RGB and BGR only).
         "DECODER": "pil",
         # The shorter side in training: one of these lengths ("choice"), or any length between two ("range").
         "MIN_SIZE_TRAIN": (800,),
         "MIN_SIZE_TRAIN_SAMPLING": "choice",
         # The longer side is at most this long; the shorter side gives way.
         "MAX_SIZE_TRAIN": 1333,
-        # The same in testing. MIN_SIZE_TEST 0 leaves pictures at their size.
+        # The same in testing. MIN_SIZE_TEST 0 leaves images at their size.
         "MIN_SIZE_TEST": 800,
         "MAX_SIZE_TEST": 1333,
-        # Flips half of the training pictures: "horizontal", "vertical", "none".
+        # Flips half of the training images: "horizontal", "vertical", "none".
         "RANDOM_FLIP": "horizontal",
         # Random crops in training. SIZE is (height, width), and TYPE says of what:
-        # "relative" fractions of the picture; "relative_range" fractions drawn between SIZE and 1;
+        # "relative" fractions of the image; "relative_range" fractions drawn between SIZE and 1;
         # "absolute" pixels; "absolute_range" pixels drawn between SIZE[0] and SIZE[1].
         "CROP": {"ENABLED": False, "TYPE": "relative_range", "SIZE": [0.9, 0.9]},
-        # Large scale jitter, instead of MIN_SIZE_TRAIN and MAX_SIZE_TRAIN: the picture is fitted into SIZE
+        # Large scale jitter, instead of MIN_SIZE_TRAIN and MAX_SIZE_TRAIN: the image is fitted into SIZE
         # (height, width) times a factor from SCALE, and cropped or padded to SIZE
         # (https://arxiv.org/abs/2012.07177).
         "LSJ": {"ENABLED": False, "SCALE": [0.1, 2.0], "SIZE": [1024, 1024]},
-        # Random colours in training, each drawn from [1 - x, 1 + x] (HUE: [-x, x] of the circle, x <= 0.5).
+        # Random colors in training, each drawn from [1 - x, 1 + x] (HUE: [-x, x] of the circle, x <= 0.5).
         "COLOR_JITTER": {"BRIGHTNESS": 0.0, "CONTRAST": 0.0, "SATURATION": 0.0, "HUE": 0.0},
-        # Probability that objects of another picture are pasted into a training picture (Simple Copy-Paste,
+        # Probability that objects of another image are pasted into a training image (Simple Copy-Paste,
         # https://arxiv.org/abs/2012.07177; made for LSJ). With masks, MASK_FORMAT must be "bitmask".
         "COPY_PASTE": {"PROB": 0.0},
-        # Probability that a training picture is put together of four, on SIZE (height, width) pixels, before
+        # Probability that a training image is put together of four, on SIZE (height, width) pixels, before
         # it is augmented.
         "MOSAIC": {"PROB": 0.0, "SIZE": [640, 640]},
         # How masks are held: "polygon" (small, exact under scaling) or "bitmask" (needed for RLE
@@ -146,7 +146,7 @@ _BACKBONE = {
     },
     # A network of torchvision, for BACKBONE.NAME "build_torchvision_backbone",
     # "build_torchvision_fpn_backbone" and "build_retinanet_torchvision_fpn_backbone". Its weights want
-    # pictures as those of timm do.
+    # images as those of timm do.
     "TORCHVISION": {
         # One of torchvision.models.list_models(torchvision.models).
         "MODEL_NAME": "resnet50",
@@ -181,7 +181,7 @@ _PROPOSALS = {
         "ASPECT_RATIOS": [[0.5, 1.0, 2.0]],
         # Degrees, counter-clockwise, for rotated anchors; lists as in SIZES.
         "ANGLES": [[-90, 0, 90]],
-        # Where in its cell of the feature map an anchor has its centre, as a fraction of the stride: 0 is the
+        # Where in its cell of the feature map an anchor has its center, as a fraction of the stride: 0 is the
         # corner, as most published models have it, 0.5 the middle.
         "OFFSET": 0.0,
     },
@@ -202,10 +202,10 @@ _PROPOSALS = {
         # (1); between them they are ignored (-1).
         "IOU_THRESHOLDS": [0.3, 0.7],
         "IOU_LABELS": [0, -1, 1],
-        # In training, anchors that reach further than this many pixels out of the picture are ignored; -1:
+        # In training, anchors that reach further than this many pixels out of the image are ignored; -1:
         # none.
         "BOUNDARY_THRESH": -1,
-        # Anchors of each picture that enter the loss, and at most which fraction of them is foreground.
+        # Anchors of each image that enter the loss, and at most which fraction of them is foreground.
         "BATCH_SIZE_PER_IMAGE": 256,
         "POSITIVE_FRACTION": 0.5,
         # Weights of (dx, dy, dw, dh) in the regression targets.
@@ -217,7 +217,7 @@ _PROPOSALS = {
         # Factors of the regression loss, and of both losses of the RPN.
         "BBOX_REG_LOSS_WEIGHT": 1.0,
         "LOSS_WEIGHT": 1.0,
-        # Candidates before NMS: the best of each feature map. After NMS: the best of each picture, over all
+        # Candidates before NMS: the best of each feature map. After NMS: the best of each image, over all
         # maps.
         "PRE_NMS_TOPK_TRAIN": 12000,
         "PRE_NMS_TOPK_TEST": 6000,
@@ -240,13 +240,13 @@ _ROI_HEADS = {
         # Proposals with an IoU of at least the threshold are foreground (label 1), the others background (0).
         "IOU_THRESHOLDS": [0.5],
         "IOU_LABELS": [0, 1],
-        # Proposals of each picture that enter the loss, and at most which fraction of them is foreground.
+        # Proposals of each image that enter the loss, and at most which fraction of them is foreground.
         "BATCH_SIZE_PER_IMAGE": 512,
         "POSITIVE_FRACTION": 0.25,
         # Whether ground truth joins the proposals in training, which guarantees some foreground.
         "PROPOSAL_APPEND_GT": True,
         # Detections below this score are dropped, then those with a higher IoU than NMS_THRESH_TEST with a
-        # better one of their class. The COCO metric gains from a low score; pictures want a higher one.
+        # better one of their class. The COCO metric gains from a low score; images want a higher one.
         "SCORE_THRESH_TEST": 0.05,
         "NMS_THRESH_TEST": 0.5,
     },
@@ -278,7 +278,7 @@ _ROI_HEADS = {
         # Sigmoid (one yes or no for each class) in place of softmax cross entropy.
         "USE_SIGMOID_CE": False,
         # Federated loss of CenterNet2 (https://arxiv.org/abs/2103.07461), for LVIS: classes in each loss, and
-        # the power of the number of pictures of a class by which the others are drawn. Needs USE_SIGMOID_CE.
+        # the power of the number of images of a class by which the others are drawn. Needs USE_SIGMOID_CE.
         "USE_FED_LOSS": False,
         "FED_LOSS_NUM_CLASSES": 50,
         "FED_LOSS_FREQ_WEIGHT_POWER": 0.5,
@@ -318,7 +318,7 @@ _ROI_HEADS = {
         "POOLER_RESOLUTION": 14,
         "POOLER_SAMPLING_RATIO": 0,
         "POOLER_TYPE": "ROIAlignV2",
-        # Training pictures with fewer visible keypoints are left out.
+        # Training images with fewer visible keypoints are left out.
         "MIN_KEYPOINTS_PER_IMAGE": 1,
         # Whether the loss is divided by the visible keypoints, or by as many as a full batch could have.
         "NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS": True,
@@ -372,7 +372,7 @@ _DENSE_HEADS = {
     "PANOPTIC_FPN": {
         # Factor of all losses of detection and masks, against that of semantic segmentation.
         "INSTANCE_LOSS_WEIGHT": 1.0,
-        # Merging instances and stuff into one picture. By falling score, instances below the confidence are
+        # Merging instances and stuff into one image. By falling score, instances below the confidence are
         # dropped, and those of which a larger fraction than the overlap is covered already; stuff of fewer
         # pixels goes as well.
         "COMBINE": {
@@ -437,7 +437,7 @@ _SOLVER = {
 
 # Keys of evaluation: TEST.
 _TEST = {
-    # Detections kept for each picture, best first.
+    # Detections kept for each image, best first.
     "DETECTIONS_PER_IMAGE": 100,
     # Results that a run must reach, as [task, metric, value, tolerance]: [["bbox", "AP", 38.5, 0.2]]. Used by
     # tests.

@@ -91,7 +91,7 @@ def test_pooling_attention(stride_q, stride_kv, window, hw, residual, fold_from,
     x = rand(2, *hw, 6)
     windows = (window // stride_q, window // stride_kv) if window else None
     with torch.no_grad():
-        expected = [slow_attention(attn, picture, stride_q, stride_kv, windows) for picture in x]
+        expected = [slow_attention(attn, image, stride_q, stride_kv, windows) for image in x]
         torch.testing.assert_close(attn(x), torch.stack(expected))
 
 
@@ -182,7 +182,7 @@ def test_absolute_positions():
 
 
 @pytest.mark.parametrize("hw", [(61, 83), (33, 130), (5, 9)])
-def test_pictures_of_any_size(hw):
+def test_images_of_any_size(hw):
     out = small_mvit().eval()(rand(1, 3, *hw, dtype=torch.float32))
     height, width = hw
     for stride, name in ((4, "scale2"), (8, "scale3"), (16, "scale4"), (32, "scale5")):

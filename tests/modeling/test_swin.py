@@ -153,7 +153,7 @@ def test_patch_merging():
         merging(x, 4, 4)
 
 
-def test_patches_of_any_picture():
+def test_patches_of_any_image():
     embed = PatchEmbed(4, 3, 5, nn.LayerNorm)
     x = torch.randn(1, 3, 9, 7)
     want = F.conv2d(F.pad(x, (0, 1, 0, 3)), embed.proj.weight, embed.proj.bias, stride=4)
@@ -198,7 +198,7 @@ def test_outputs_of_some_stages_and_odd_sizes():
     out = net(torch.randn(1, 3, 37, 50))
     assert {k: tuple(v.shape) for k, v in out.items()} == {"p0": (1, 8, 10, 13), "p2": (1, 32, 3, 4)}
     assert not hasattr(net, "norm1")
-    assert out["p0"].permute(0, 2, 3, 1).mean(-1).abs().max() < 1e-5  # normalised
+    assert out["p0"].permute(0, 2, 3, 1).mean(-1).abs().max() < 1e-5  # normalized
 
 
 def test_padding_at_the_end_changes_no_window_before_it():

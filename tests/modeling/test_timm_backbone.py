@@ -148,7 +148,7 @@ def test_other_norms():
         ({"out_features": ["p7"]}, r"out_features is \['p7'\].*gives \['p0', 'p1', 'p2', 'p3'\]"),
         ({"features_only": False}, "features_only=True"),
         ({"norm_layer": "FrozenBM"}, "Unknown norm 'FrozenBM'.*Did you mean 'FrozenBN'"),
-        ({"model_name": "mixer_s32_224"}, "cannot be run on pictures of other sizes"),
+        ({"model_name": "mixer_s32_224"}, "cannot be run on images of other sizes"),
     ],
 )
 def test_bad_arguments(kwargs, words):

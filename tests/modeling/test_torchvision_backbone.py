@@ -116,7 +116,7 @@ def test_nodes_for_training_and_inference():
         ({"return_nodes": {}}, "at least one node"),
         ({"return_nodes": {"layer2": "x", "layer3": "x"}}, "two nodes one name"),
         ({"return_nodes": {"fc": "x"}}, "gives 'x' as a .1, 1000. tensor.*no feature map"),
-        ({"model_name": "vit_b_32", "return_nodes": {"encoder.ln": "x"}}, "pictures of other sizes"),
+        ({"model_name": "vit_b_32", "return_nodes": {"encoder.ln": "x"}}, "images of other sizes"),
     ],
 )
 def test_bad_arguments(kwargs, words):

@@ -42,11 +42,11 @@ def test_windows_are_cut_row_by_row_and_put_back(hw):
     x = rand(2, *hw, 4)
     windows, padded = utils.window_partition(x, 3)
     expected = []
-    for picture in x:
-        picture = pad_to_multiple(picture, 3)
-        for top in range(0, picture.shape[0], 3):
-            expected += [picture[top : top + 3, left : left + 3] for left in range(0, picture.shape[1], 3)]
-    assert padded == tuple(picture.shape[:2])
+    for image in x:
+        image = pad_to_multiple(image, 3)
+        for top in range(0, image.shape[0], 3):
+            expected += [image[top : top + 3, left : left + 3] for left in range(0, image.shape[1], 3)]
+    assert padded == tuple(image.shape[:2])
     torch.testing.assert_close(windows, torch.stack(expected), rtol=0, atol=0)
     assert torch.equal(utils.window_unpartition(windows, 3, padded, hw), x)
 
@@ -124,7 +124,7 @@ def test_attention_without_positions():
 
 
 def cubic_resize(row, size):
-    """Cubic convolution (a = -0.75) of one row of numbers, half-pixel centres, the ends repeated."""
+    """Cubic convolution (a = -0.75) of one row of numbers, half-pixel centers, the ends repeated."""
 
     def kernel(x, a=-0.75):
         x = abs(x)
@@ -176,16 +176,16 @@ def test_windowed_block_equals_a_loop_over_windows():
     block = randomize(Block(6, 2, use_rel_pos=True, window_size=3).double(), seed=1)
     x = rand(2, 4, 5, 6)
     expected = []
-    for picture in x:
+    for image in x:
         # Padding comes after the norm, so that the projections see zeros there.
-        padded = pad_to_multiple(block.norm1(picture), 3)
+        padded = pad_to_multiple(block.norm1(image), 3)
         for top in range(0, padded.shape[0], 3):
             for left in range(0, padded.shape[1], 3):
                 window = padded[top : top + 3, left : left + 3]
                 padded[top : top + 3, left : left + 3] = slow_attention(block.attn, window.clone())
-        picture = picture + padded[:4, :5]
-        hidden = F.gelu(F.linear(block.norm2(picture), block.mlp.fc1.weight, block.mlp.fc1.bias))
-        expected.append(picture + F.linear(hidden, block.mlp.fc2.weight, block.mlp.fc2.bias))
+        image = image + padded[:4, :5]
+        hidden = F.gelu(F.linear(block.norm2(image), block.mlp.fc1.weight, block.mlp.fc1.bias))
+        expected.append(image + F.linear(hidden, block.mlp.fc2.weight, block.mlp.fc2.bias))
     with torch.no_grad():
         torch.testing.assert_close(block(x), torch.stack(expected))
 
@@ -210,7 +210,7 @@ def test_propagation_block():
     torch.testing.assert_close(block(x), (before + out).permute(0, 2, 3, 1))
 
 
-def test_drop_path_drops_pictures_and_keeps_the_mean():
+def test_drop_path_drops_images_and_keeps_the_mean():
     drop = DropPath(0.25)
     x = torch.ones(4000, 2, 3)
     torch.manual_seed(0)
@@ -264,7 +264,7 @@ def test_initial_weights():
 
 
 @pytest.mark.parametrize("hw", [(64, 64), (61, 83), (8, 130), (16, 9)])
-def test_pictures_of_any_size(hw):
+def test_images_of_any_size(hw):
     out = small_vit().eval()(rand(1, 3, *hw, dtype=torch.float32))["last_feat"]
     assert out.shape == (1, 8, hw[0] // 8, hw[1] // 8) and out.isfinite().all()
 
@@ -365,7 +365,7 @@ def test_pyramid_without_norm_keeps_the_positions_of_its_layers():
 
 
 @pytest.mark.parametrize("square_pad, padded", [(0, (50, 70)), (128, (128, 128))])
-def test_pictures_are_padded_to_the_square_alone(square_pad, padded):
+def test_images_are_padded_to_the_square_alone(square_pad, padded):
     net = pyramid(square_pad=square_pad)
     model = MetaArchitecture()
     model.register_pixel_stats([0.0] * 3, [1.0] * 3)

@@ -1,4 +1,4 @@
-"""Slow formulas for the tests of the transformer backbones: a loop over every picture, head and position."""
+"""Slow formulas for the tests of the transformer backbones: a loop over every image, head and position."""
 
 import torch
 

@@ -39,7 +39,7 @@ def use_vit(model, embed_dim, depth, num_heads, drop_path_rate):
             mlp_ratio=4,
             qkv_bias=True,
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
-            # The last block of each quarter attends to the whole picture.
+            # The last block of each quarter attends to the whole image.
             window_block_indexes=[i for i in range(depth) if (i + 1) % (depth // 4)],
             residual_block_indexes=[],
             use_rel_pos=True,

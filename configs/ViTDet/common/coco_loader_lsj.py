@@ -1,4 +1,4 @@
-"""COCO with large-scale jitter: pictures of 1024 pixels, which the models pad to squares themselves."""
+"""COCO with large-scale jitter: images of 1024 pixels, which the models pad to squares themselves."""
 
 import detlib.data.transforms as T
 from detlib.config import LazyCall as L

@@ -11,7 +11,7 @@ from ...common.coco_schedule import steps
 
 
 def use_lvis(dataloader, model):
-    """Data, classes, and a loss that takes the few annotated classes of a picture for what they are."""
+    """Data, classes, and a loss that takes the few annotated classes of an image for what they are."""
     dataloader.train.dataset.names = "lvis_v1_train"
     dataloader.train.sampler = L(RepeatFactorTrainingSampler)(
         repeat_factors=L(RepeatFactorTrainingSampler.repeat_factors_from_category_frequency)(
@@ -34,7 +34,7 @@ def use_lvis(dataloader, model):
 
 
 def schedule_100ep(train):
-    """100 epochs of 100 000 pictures, 64 at a time. Returns the schedule of the learning rate."""
+    """100 epochs of 100 000 images, 64 at a time. Returns the schedule of the learning rate."""
     train.max_iter, train.eval_period = 156250, 30000
     return steps([138889, 150463], train.max_iter, warmup_length=250 / train.max_iter)
 

@@ -6,7 +6,7 @@ from detlib.modeling import get_vit_lr_decay_rate
 
 
 def _windows(depth):
-    """All blocks but every fourth part's last, which attends to the whole picture."""
+    """All blocks but every fourth part's last, which attends to the whole image."""
     return [i for i in range(depth) if (i + 1) % (depth // 4)]
 
 

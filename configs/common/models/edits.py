@@ -10,7 +10,7 @@ from ..data.constants import constants as _constants
 
 
 def use_rgb(model):
-    """RGB pictures of ImageNet's statistics, which newer backbones were trained on."""
+    """RGB images of ImageNet's statistics, which newer backbones were trained on."""
     model.pixel_mean = _constants.imagenet_rgb256_mean
     model.pixel_std = _constants.imagenet_rgb256_std
     model.input_format = "RGB"

@@ -1,4 +1,4 @@
-"""Feature extractors: from a batch of pictures to named feature maps."""
+"""Backbones: networks that map a batch of images to named feature maps."""
 
 from detlib.modeling.backbone.backbone import Backbone, get_backbone_lr_factor
 from detlib.modeling.backbone.build import BACKBONE_REGISTRY, build_backbone

@@ -1,4 +1,4 @@
-"""The interface that every feature extractor has towards the rest of a model."""
+"""The interface of feature extractors."""
 
 from abc import ABCMeta, abstractmethod
 
@@ -10,10 +10,10 @@ __all__ = ["Backbone", "get_backbone_lr_factor"]
 
 
 class Backbone(nn.Module, metaclass=ABCMeta):
-    """A network from a batch of pictures to a dict of named feature maps.
+    """Base class of networks that map a batch of images to a dict of named feature maps.
 
-    A subclass either fills `_out_features` (names), `_out_feature_channels` and `_out_feature_strides`
-    (dicts by name), or overrides `output_shape`.
+    A subclass either sets `_out_features` (names), `_out_feature_channels` and `_out_feature_strides` (dicts
+    by name), or overrides `output_shape`.
     """
 
     @abstractmethod
@@ -21,27 +21,27 @@ class Backbone(nn.Module, metaclass=ABCMeta):
         """Compute the feature maps.
 
         Args:
-            x: (N, C, H, W) float tensor, normalised and padded pictures.
+            x: (N, C, H, W) float tensor of normalized and padded images.
 
         Returns:
-            dict[str, Tensor]: a (N, C_f, H_f, W_f) map for each feature name, highest resolution first.
+            dict[str, Tensor]: name to (N, C_f, H_f, W_f) feature map, highest resolution first.
         """
 
     @property
     def size_divisibility(self) -> int:
-        """Padded picture height and width must be multiples of this; 0 where any size will do."""
+        """Divisor of the padded image height and width; 0 if images may have any size."""
         return 0
 
     @property
     def padding_constraints(self) -> dict[str, int]:
-        """What else padding must respect, for `ImageList.from_tensors`.
+        """Other constraints on padding, for `ImageList.from_tensors`.
 
-        "size_divisibility" and/or "square_size", in pixels; empty where `size_divisibility` says all.
+        "size_divisibility" and "square_size", in pixels; empty if `size_divisibility` is the only constraint.
         """
         return {}
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        """Channels and stride of each feature map that `forward` returns."""
+        """Return the number of channels and the stride of each feature map that `forward` returns."""
         return {
             name: ShapeSpec(channels=self._out_feature_channels[name], stride=self._out_feature_strides[name])
             for name in self._out_features
@@ -49,13 +49,13 @@ class Backbone(nn.Module, metaclass=ABCMeta):
 
 
 def get_backbone_lr_factor(name: str, factor: float = 0.1) -> float:
-    """The factor on the learning rate of a parameter: `factor` within the backbone, 1 elsewhere.
+    """Return the learning rate factor of a parameter: `factor` in the backbone, 1 elsewhere.
 
-    For `detlib.solver.get_default_optimizer_params(lr_factor_func=...)`; DETR-like models train their
-    backbone more slowly than what is built upon it.
+    For `detlib.solver.get_default_optimizer_params(lr_factor_func=...)`: DETR-like models train the backbone
+    with a smaller learning rate than the other parts.
 
     Args:
-        name: the parameter's full name in the model.
-        factor: what the learning rate is multiplied with where "backbone" is in the name.
+        name: full name of the parameter in the model.
+        factor: factor for names that contain "backbone".
     """
     return factor if "backbone" in name else 1.0

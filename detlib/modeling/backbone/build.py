@@ -8,7 +8,7 @@ __all__ = ["BACKBONE_REGISTRY", "build_backbone"]
 
 BACKBONE_REGISTRY = Registry("BACKBONE")
 BACKBONE_REGISTRY.__doc__ = """
-Callables `(cfg, input_shape: ShapeSpec) -> Backbone`, found by `cfg.MODEL.BACKBONE.NAME`.
+Callables `(cfg, input_shape: ShapeSpec) -> Backbone`, selected by `cfg.MODEL.BACKBONE.NAME`.
 """
 
 
@@ -16,11 +16,11 @@ def build_backbone(cfg, input_shape: ShapeSpec | None = None) -> Backbone:
     """Build the backbone that `cfg.MODEL.BACKBONE.NAME` names.
 
     Args:
-        cfg: the whole config.
-        input_shape: what goes in; by default as many channels as `cfg.MODEL.PIXEL_MEAN` has entries.
+        cfg: the full config.
+        input_shape: shape of the images; by default as many channels as `cfg.MODEL.PIXEL_MEAN` has entries.
 
     Raises:
-        TypeError: the registered builder returned something that is no `Backbone`.
+        TypeError: the registered builder did not return a `Backbone`.
     """
     if input_shape is None:
         input_shape = ShapeSpec(channels=len(cfg.MODEL.PIXEL_MEAN))

@@ -1,4 +1,4 @@
-"""Feature Pyramid Networks (arXiv:1612.03144) and the extra levels of RetinaNet (arXiv:1708.02002)."""
+"""Feature Pyramid Network (arXiv:1612.03144), with the extra levels of RetinaNet (arXiv:1708.02002)."""
 
 from torch import nn
 from torch.nn import functional as F
@@ -34,16 +34,16 @@ def _pyramid_conv(in_channels, out_channels, kernel_size, norm=""):
 
 
 def _level(name: str, stride: int) -> int:
-    """log2 of a stride, which is the number in "p2" to "p7"."""
+    """Return log2 of a stride, which is the number in "p2" to "p7"."""
     if stride < 1 or stride & (stride - 1):
         raise ValueError(f"FPN needs strides that are powers of two; the feature {name!r} has {stride}")
     return stride.bit_length() - 1
 
 
 class FPN(Backbone):
-    """A top-down pathway with lateral connections over another backbone's features.
+    """A feature pyramid: a top-down pathway with lateral connections to the features of another backbone.
 
-    The features are named by their level: "p2" has stride 2**2, "p6" stride 2**6.
+    The features are named by their level: "p2" has stride 2**2, "p6" has stride 2**6.
     """
 
     def __init__(
@@ -51,19 +51,20 @@ class FPN(Backbone):
     ):
         """
         Args:
-            bottom_up: the `Backbone` whose features go in.
-            in_features: names of its features to use, high to low resolution, each stride double the last.
+            bottom_up: the `Backbone` below the pyramid.
+            in_features: names of its features to use, high to low resolution; each stride is twice the one
+                before.
             out_channels: channels of every output level.
-            norm: norm of the lateral and output convolutions, see `detlib.layers.get_norm`; with a norm
-                they have no bias.
-            top_block: a module that makes further, coarser levels out of one feature. It has the attributes
-                `num_levels` and `in_feature` (a feature of the bottom-up network or of the pyramid; of the
-                pyramid alone if it has `of_pyramid` and that is True) and returns a list of maps.
-            fuse_type: "sum" or "avg" of the lateral and the top-down map.
-            square_pad: if above 0, pictures are padded to squares of this side, in pixels.
+            norm: norm of the lateral and output convolutions, see `detlib.layers.get_norm`; convolutions with
+                a norm have no bias.
+            top_block: a module that computes additional, coarser levels from one feature and returns them as
+                a list. Its attributes are `num_levels` and `in_feature`, the name of a feature of the
+                bottom-up network or the pyramid (of the pyramid only if its attribute `of_pyramid` is True).
+            fuse_type: "sum" or "avg" of the lateral and the top-down feature map.
+            square_pad: if above 0, images are padded to squares of this side length, in pixels.
 
         Raises:
-            ValueError: features that do not exist or do not double in stride, or another fuse type.
+            ValueError: unknown features, strides that do not double, or an unknown fuse type.
         """
         super().__init__()
         shapes = bottom_up.output_shape()
@@ -100,22 +101,23 @@ class FPN(Backbone):
 
     @property
     def size_divisibility(self) -> int:
-        """The stride of the coarsest bottom-up feature: only then do the maps double exactly."""
+        """The stride of the coarsest bottom-up feature, so that each feature map has twice the size of the next."""
         return self._size_divisibility
 
     @property
     def padding_constraints(self) -> dict[str, int]:
-        """{"square_size": side in pixels, 0 for none}."""
+        """{"square_size": side length in pixels, 0 for none}."""
         return {"square_size": self._square_pad}
 
     def forward(self, x):
-        """Compute the pyramid.
+        """Compute the feature pyramid.
 
         Args:
-            x: what the bottom-up network takes, (N, C, H, W) pictures.
+            x: input of the bottom-up network, (N, C, H, W) images.
 
         Returns:
-            dict[str, Tensor]: (N, out_channels, H/stride, W/stride) maps, high to low resolution.
+            dict[str, Tensor]: name to (N, out_channels, H/stride, W/stride) feature map, high to low
+            resolution.
         """
         features = self.bottom_up(x)
         merged = None
@@ -124,7 +126,7 @@ class FPN(Backbone):
             current = lateral(features[name])
             if merged is not None:
                 up = F.interpolate(merged, scale_factor=2.0, mode="nearest")
-                # Odd sizes were rounded up on the way down; a picture padded as asked for loses nothing here.
+                # Odd sizes are rounded up on the way down. Images padded to `size_divisibility` lose nothing.
                 current += up[..., : current.shape[-2], : current.shape[-1]]
                 if self._fuse_type == "avg":
                     current /= 2
@@ -140,7 +142,7 @@ class FPN(Backbone):
 
 
 class LastLevelMaxPool(nn.Module):
-    """One more level by taking every second pixel of "p5", as FPN has for Faster R-CNN's largest anchors."""
+    """The level "p6" of Faster R-CNN with FPN: every second pixel of "p5"."""
 
     def __init__(self):
         super().__init__()
@@ -148,19 +150,19 @@ class LastLevelMaxPool(nn.Module):
         self.in_feature, self.of_pyramid = "p5", True
 
     def forward(self, x):
-        """Map (N, C, H, W) to a list with one (N, C, ceil(H/2), ceil(W/2)) map."""
+        """Map (N, C, H, W) to a list with one (N, C, ceil(H/2), ceil(W/2)) feature map."""
         return [F.max_pool2d(x, kernel_size=1, stride=2, padding=0)]
 
 
 class LastLevelP6P7(nn.Module):
-    """RetinaNet's two more levels, by strided convolutions."""
+    """The levels "p6" and "p7" of RetinaNet, by strided convolutions."""
 
     def __init__(self, in_channels, out_channels, in_feature="res5"):
         """
         Args:
             in_channels: channels of `in_feature`.
             out_channels: channels of both levels.
-            in_feature: name of the feature that goes in.
+            in_feature: name of the input feature.
         """
         super().__init__()
         self.num_levels = 2
@@ -171,25 +173,25 @@ class LastLevelP6P7(nn.Module):
             weight_init.c2_xavier_fill(conv)
 
     def forward(self, c5):
-        """Map (N, in_channels, H, W) to two maps of half and a quarter of the size."""
+        """Map (N, in_channels, H, W) to two feature maps of half and a quarter of the size."""
         p6 = self.p6(c5)
         return [p6, self.p7(F.relu(p6))]
 
 
-_RESNET_MAPS = "the bottom-up network (MODEL.RESNETS.OUT_FEATURES)"
+_RESNET_FEATURES = "the bottom-up network (MODEL.RESNETS.OUT_FEATURES)"
 
 
-def fpn_from_config(cfg, bottom_up: Backbone, top_block: nn.Module | None, giver: str = _RESNET_MAPS) -> FPN:
-    """Build the pyramid that `cfg.MODEL.FPN` describes.
+def fpn_from_config(cfg, bottom_up: Backbone, top_block: nn.Module | None, giver: str = _RESNET_FEATURES) -> FPN:
+    """Build an FPN from `cfg.MODEL.FPN`.
 
     Args:
-        cfg: the whole config.
-        bottom_up: the network below it.
-        top_block: as for `FPN`.
-        giver: what to call `bottom_up` in messages, with the key that says what it gives.
+        cfg: the full config.
+        bottom_up: the backbone below the pyramid.
+        top_block: see `FPN`.
+        giver: name of `bottom_up` for messages, with the config key of its output features.
 
     Raises:
-        ValueError: a key with an illegal value; the key is named.
+        ValueError: an illegal value; the message names the key.
     """
     fpn = cfg.MODEL.FPN
     check_features(fpn.IN_FEATURES, bottom_up.output_shape(), "MODEL.FPN.IN_FEATURES", giver)
@@ -207,7 +209,11 @@ def fpn_from_config(cfg, bottom_up: Backbone, top_block: nn.Module | None, giver
 
 
 def retinanet_fpn_from_config(cfg, bottom_up: Backbone, giver: str) -> FPN:
-    """With RetinaNet's "p6" and "p7" from the coarsest map that the pyramid takes."""
+    """Build an FPN with RetinaNet's "p6" and "p7", computed from the last of `cfg.MODEL.FPN.IN_FEATURES`.
+
+    Args:
+        cfg, bottom_up, giver: see `fpn_from_config`.
+    """
     shapes, names = bottom_up.output_shape(), cfg.MODEL.FPN.IN_FEATURES
     last = names[-1] if names and names[-1] in shapes else next(reversed(shapes))
     top_block = LastLevelP6P7(shapes[last].channels, cfg.MODEL.FPN.OUT_CHANNELS, in_feature=last)
@@ -216,11 +222,11 @@ def retinanet_fpn_from_config(cfg, bottom_up: Backbone, giver: str) -> FPN:
 
 @BACKBONE_REGISTRY.register()
 def build_resnet_fpn_backbone(cfg, input_shape: ShapeSpec):
-    """Build a ResNet with FPN, and "p6" by `LastLevelMaxPool`, from `cfg.MODEL.RESNETS` and `cfg.MODEL.FPN`.
+    """Build a ResNet with FPN and `LastLevelMaxPool` from `cfg.MODEL.RESNETS` and `cfg.MODEL.FPN`.
 
     Args:
-        cfg: the whole config.
-        input_shape: channels of the picture.
+        cfg: the full config.
+        input_shape: `ShapeSpec` with the number of image channels.
 
     Returns:
         FPN: the backbone.
@@ -230,11 +236,11 @@ def build_resnet_fpn_backbone(cfg, input_shape: ShapeSpec):
 
 @BACKBONE_REGISTRY.register()
 def build_retinanet_resnet_fpn_backbone(cfg, input_shape: ShapeSpec):
-    """Build a ResNet with FPN, and RetinaNet's "p6" and "p7" from "res5".
+    """Build a ResNet with FPN and RetinaNet's "p6" and "p7", computed from "res5".
 
     Args:
-        cfg: the whole config.
-        input_shape: channels of the picture.
+        cfg: the full config.
+        input_shape: `ShapeSpec` with the number of image channels.
 
     Returns:
         FPN: the backbone.
@@ -242,6 +248,6 @@ def build_retinanet_resnet_fpn_backbone(cfg, input_shape: ShapeSpec):
     bottom_up = build_resnet_backbone(cfg, input_shape)
     shapes = bottom_up.output_shape()
     if "res5" not in shapes:
-        raise ValueError(f"MODEL.RESNETS.OUT_FEATURES must hold 'res5' for p6 and p7, got {list(shapes)}")
+        raise ValueError(f"MODEL.RESNETS.OUT_FEATURES must contain 'res5' for p6 and p7, got {list(shapes)}")
     top_block = LastLevelP6P7(shapes["res5"].channels, cfg.MODEL.FPN.OUT_CHANNELS)
     return fpn_from_config(cfg, bottom_up, top_block)

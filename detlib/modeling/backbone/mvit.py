@@ -1,6 +1,6 @@
 """Multiscale vision transformers, version 2 (MViTv2, arXiv:2112.01526), as backbones of detectors.
 
-N pictures, H and W height and width of a map in tokens, C channels, D channels of one head.
+N images, H and W height and width of a map in tokens, C channels, D channels of one head.
 """
 
 from typing import cast
@@ -122,7 +122,7 @@ class MultiScaleAttention(nn.Module):
                     "change adaptive_window_size or adaptive_kv_stride"
                 )
         q_size, k_size = q.shape[1:3], k.shape[1:3]
-        # Heads of a picture or of its windows are a part of the batch here: one "head" each.
+        # Heads of an image or of its windows are a part of the batch here: one "head" each.
         q, k, v = (t.flatten(1, 2)[:, None] for t in (q, k, v))
         x = decomposed_attention(q, k, v, self.rel_pos_h, self.rel_pos_w, q_size, k_size)
         x = x.reshape(-1, *q_size, x.shape[-1])
@@ -237,10 +237,10 @@ class MViT(Backbone):
     ):
         """
         Args:
-            img_size: side of the square picture that the tables of relative positions are made for, in
-                pixels. Pictures of any size go in; the tables are interpolated for them.
+            img_size: side of the square image that the tables of relative positions are made for, in
+                pixels. Images of any size go in; the tables are interpolated for them.
             patch_kernel, patch_stride, patch_padding: (height, width) of the first convolution.
-            in_chans: channels of the picture.
+            in_chans: channels of the image.
             embed_dim: channels of the first stage.
             depth: number of blocks.
             num_heads: heads of the first stage.
@@ -258,7 +258,7 @@ class MViT(Backbone):
             use_rel_pos: whether attention has relative position embeddings.
             rel_pos_zero_init: whether these start at zero.
             use_act_checkpoint: whether to compute activations again in backward instead of keeping them.
-            pretrain_img_size: side of the pretraining pictures: absolute positions have that map's size.
+            pretrain_img_size: side of the pretraining images: absolute positions have that map's size.
             pretrain_use_cls_token: whether the absolute positions have one for a class token in front.
             out_features: names of the stages to return.
 
@@ -324,7 +324,7 @@ class MViT(Backbone):
         """Compute the feature maps.
 
         Args:
-            x: (N, in_chans, H, W) pictures.
+            x: (N, in_chans, H, W) images.
 
         Returns:
             dict[str, Tensor]: for each name in `out_features`, (N, C_f, H / stride, W / stride), rounded up.

@@ -29,7 +29,7 @@ def _norm(norm, width):
 
 
 def _init_weights(module):
-    """He initialisation that counts all output channels, grouped convolutions' too, as pycls does."""
+    """He initialization that counts all output channels, grouped convolutions' too, as pycls does."""
     if isinstance(module, nn.Conv2d):
         fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
         nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out))
@@ -306,7 +306,7 @@ class AnyNet(Backbone):
         """Compute the features.
 
         Args:
-            x: (N, 3, H, W) float tensor, normalised pictures.
+            x: (N, 3, H, W) float tensor, normalized images.
 
         Returns:
             dict[str, Tensor]: (N, C_f, H/stride, W/stride) maps by name.

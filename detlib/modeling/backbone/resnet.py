@@ -45,7 +45,7 @@ ResNetBlockBase = CNNBlockBase
 def _normed_conv(
     in_channels, out_channels, kernel_size, *, norm, stride=1, dilation=1, conv_class=Conv2d, **kwargs
 ):
-    """A bias-free convolution that keeps the size (up to `stride`), normalised, with MSRA weights."""
+    """Return a convolution without bias, with "same" padding, a norm and MSRA initialization."""
     conv = conv_class(
         in_channels,
         out_channels,
@@ -62,20 +62,20 @@ def _normed_conv(
 
 
 def _projection(in_channels, out_channels, *, norm, stride):
-    """The 1x1 convolution on the shortcut, or None where the identity fits."""
+    """Return the 1x1 convolution of the shortcut, or None where the shortcut is the identity."""
     if in_channels == out_channels and stride == 1:
         return None
     return _normed_conv(in_channels, out_channels, 1, norm=norm, stride=stride)
 
 
 class BasicStem(CNNBlockBase):
-    """7x7 convolution and 3x3 max pooling: (N, in_channels, H, W) to (N, out_channels, H/4, W/4)."""
+    """The standard ResNet stem: a 7x7 convolution and 3x3 max pooling, stride 4 in total."""
 
     def __init__(self, in_channels=3, out_channels=64, norm="BN"):
         """
         Args:
-            in_channels: channels of the picture.
-            out_channels: channels of the result.
+            in_channels: number of image channels.
+            out_channels: number of output channels.
             norm: a norm's name or a callable, see `detlib.layers.get_norm`.
         """
         super().__init__(in_channels, out_channels, 4)
@@ -88,13 +88,13 @@ class BasicStem(CNNBlockBase):
 
 
 class BasicBlock(CNNBlockBase):
-    """Two 3x3 convolutions and a shortcut: the block of ResNet-18 and ResNet-34."""
+    """The residual block of ResNet-18 and ResNet-34: two 3x3 convolutions and a shortcut."""
 
     def __init__(self, in_channels, out_channels, *, stride=1, norm="BN"):
         """
         Args:
-            in_channels: channels that go in.
-            out_channels: channels that come out.
+            in_channels: number of input channels.
+            out_channels: number of output channels.
             stride: stride of the first convolution and of the shortcut.
             norm: a norm's name or a callable, see `detlib.layers.get_norm`.
         """
@@ -110,7 +110,7 @@ class BasicBlock(CNNBlockBase):
 
 
 class BottleneckBlock(CNNBlockBase):
-    """1x1, 3x3, 1x1 convolutions and a shortcut: the block of ResNet-50 and deeper, and of ResNeXt."""
+    """The residual block of ResNeXt and of ResNet-50 and deeper: 1x1, 3x3, 1x1 convolutions and a shortcut."""
 
     def __init__(
         self,
@@ -126,14 +126,14 @@ class BottleneckBlock(CNNBlockBase):
     ):
         """
         Args:
-            in_channels: channels that go in.
-            out_channels: channels that come out.
-            bottleneck_channels: channels of the 3x3 convolution.
+            in_channels: number of input channels.
+            out_channels: number of output channels.
+            bottleneck_channels: number of channels of the 3x3 convolution.
             stride: stride of the block.
-            num_groups: groups of the 3x3 convolution (ResNeXt has 32 or 64).
+            num_groups: groups of the 3x3 convolution (32 or 64 in ResNeXt).
             norm: a norm's name or a callable, see `detlib.layers.get_norm`.
-            stride_in_1x1: whether the first 1x1 convolution strides (the original MSRA models, Caffe) or
-                the 3x3 one does (torchvision, fb.resnet.torch, ResNeXt).
+            stride_in_1x1: whether the stride is in the first 1x1 convolution (the original MSRA models, Caffe)
+                or in the 3x3 convolution (torchvision, fb.resnet.torch, ResNeXt).
             dilation: dilation of the 3x3 convolution.
         """
         super().__init__(in_channels, out_channels, stride)
@@ -159,11 +159,11 @@ class BottleneckBlock(CNNBlockBase):
 
 
 class DeformBottleneckBlock(CNNBlockBase):
-    """A bottleneck block whose 3x3 convolution is deformable: its taps read where learnt offsets move them.
+    """A bottleneck block with a deformable 3x3 convolution.
 
-    A further 3x3 convolution, `conv2_offset`, gives the offsets and starts at zero, so that a new block
-    computes what a `BottleneckBlock` of the same weights does (times one half, the initial factor of each
-    tap, before the norm of a modulated one).
+    Another 3x3 convolution, `conv2_offset`, predicts the sampling offsets. It is initialized to zero, so a new
+    block computes the same as a `BottleneckBlock` with the same weights. In a modulated block the output of
+    the 3x3 convolution is halved at first, as each modulation factor starts at 0.5.
     """
 
     def __init__(
@@ -184,8 +184,9 @@ class DeformBottleneckBlock(CNNBlockBase):
         Args:
             in_channels, out_channels, bottleneck_channels, stride, num_groups, norm, stride_in_1x1,
             dilation: as for `BottleneckBlock`.
-            deform_modulated: whether each tap also has a factor in (0, 1), as in Deformable ConvNets v2.
-            deform_num_groups: groups of channels with offsets of their own.
+            deform_modulated: whether each sampling position also has a factor in (0, 1), as in Deformable
+                ConvNets v2.
+            deform_num_groups: number of channel groups with separate offsets.
         """
         super().__init__(in_channels, out_channels, stride)
         stride_1x1, stride_3x3 = (stride, 1) if stride_in_1x1 else (1, stride)
@@ -229,21 +230,21 @@ class DeformBottleneckBlock(CNNBlockBase):
 
 
 class ResNet(Backbone):
-    """A stem followed by stages of residual blocks, named "res2", "res3" and so on."""
+    """A stem followed by stages of residual blocks, which are named "res2", "res3" and so on."""
 
     def __init__(self, stem, stages, num_classes=None, out_features=None, freeze_at=0):
         """
         Args:
             stem: a module with the attributes `out_channels` and `stride`.
-            stages: for each stage the list of its blocks, modules with `out_channels` and `stride`.
-            num_classes: if given, a linear classifier over the average of the last stage is added, and its
-                (N, num_classes) scores are the feature "linear".
-            out_features: names of the features to return, from "stem", "res2", ..., "linear"; by default
-                the last one there is. Stages behind the last of them are not kept.
+            stages: one list of blocks per stage; blocks are modules with `out_channels` and `stride`.
+            num_classes: if given, add average pooling and a linear classifier after the last stage; its
+                (N, num_classes) logits are the feature "linear".
+            out_features: names of the features to return, from "stem", "res2", ..., "linear"; the last one by
+                default. Stages after the last of them are dropped.
             freeze_at: see `freeze`.
 
         Raises:
-            ValueError: no stages, an empty stage, or an out feature that does not exist.
+            ValueError: no stages, an empty stage, or an unknown output feature.
         """
         super().__init__()
         if not stages or not all(len(blocks) for blocks in stages):
@@ -256,7 +257,7 @@ class ResNet(Backbone):
         unknown = [name for name in out_features if name not in known]
         if unknown or not out_features:
             raise ValueError(f"out_features {unknown or out_features} not among the features {known}")
-        if "linear" not in out_features:  # what lies behind the last feature would never be used
+        if "linear" not in out_features:  # the stages after the last feature would never be used
             last = max(known.index(name) for name in out_features)
             names, stages = names[:last], stages[:last]
 
@@ -288,14 +289,13 @@ class ResNet(Backbone):
         """Compute the features.
 
         Args:
-            x: (N, C, H, W) float tensor, normalised pictures.
+            x: (N, C, H, W) float tensor of normalized images.
 
         Returns:
-            dict[str, Tensor]: (N, C_f, H/stride, W/stride) maps by name, and (N, num_classes) scores
-            as "linear" where asked for.
+            dict[str, Tensor]: name to (N, C_f, H/stride, W/stride) feature map; "linear" is (N, num_classes).
 
         Raises:
-            ValueError: `x` has not four dimensions.
+            ValueError: `x` does not have four dimensions.
         """
         if x.dim() != 4:
             raise ValueError(f"ResNet takes a (N, C, H, W) tensor, got the shape {tuple(x.shape)}")
@@ -312,13 +312,14 @@ class ResNet(Backbone):
         return outputs
 
     def freeze(self, freeze_at=0):
-        """Stop the first parts from training: their parameters, and their batch norms become FrozenBN.
+        """Freeze the first stages: fix their parameters and replace their batch norms by FrozenBN.
 
         Args:
-            freeze_at: how many parts: 0 none, 1 the stem, 2 the stem and "res2", and so on.
+            freeze_at: number of stages to freeze, the stem included: 0 for none, 1 for the stem, 2 for the
+                stem and "res2", and so on.
 
         Returns:
-            ResNet: itself.
+            ResNet: self.
         """
         if freeze_at >= 1:
             self.stem.freeze()
@@ -332,20 +333,20 @@ class ResNet(Backbone):
         """Build the blocks of one stage.
 
         Args:
-            block_class: a class such as `BottleneckBlock`, with `in_channels` and `out_channels`.
-            num_blocks: how many.
-            in_channels: channels that go into the first block; the others take `out_channels`.
-            out_channels: channels that come out of every block.
-            **kwargs: further arguments of `block_class`, the same for all blocks; `NAME_per_block=[...]`
-                gives the argument NAME a value for each block.
+            block_class: a class such as `BottleneckBlock`, with arguments `in_channels` and `out_channels`.
+            num_blocks: number of blocks.
+            in_channels: input channels of the first block; the others have `out_channels`.
+            out_channels: output channels of every block.
+            **kwargs: other arguments of `block_class`, the same for all blocks; `NAME_per_block=[...]` gives
+                each block its own value of the argument NAME.
 
         Returns:
             list[nn.Module]: the blocks.
 
         Raises:
-            ValueError: a `_per_block` list of another length than `num_blocks`, or NAME given both ways.
+            ValueError: a `_per_block` list does not have `num_blocks` entries, or NAME is given both ways.
 
-        Example: a stage of three blocks, the first of which halves the resolution::
+        Example: three blocks, of which the first halves the resolution::
 
             ResNet.make_stage(BottleneckBlock, 3, in_channels=256, out_channels=512,
                               bottleneck_channels=128, stride_per_block=[2, 1, 1])
@@ -371,8 +372,8 @@ class ResNet(Backbone):
 
         Args:
             depth: 18, 34, 50, 101 or 152.
-            block_class: by default `BasicBlock` below depth 50, else `BottleneckBlock`.
-            **kwargs: further arguments of the block class for all blocks (not strides or channels).
+            block_class: `BasicBlock` below depth 50 and `BottleneckBlock` otherwise, by default.
+            **kwargs: other arguments of the block class, for all blocks (strides and channels excluded).
 
         Returns:
             list[list[nn.Module]]: the blocks of "res2" to "res5", for `ResNet(stages=...)`.
@@ -384,33 +385,33 @@ class ResNet(Backbone):
         if block_class is None:
             block_class = BasicBlock if depth < 50 else BottleneckBlock
         if block_class is BasicBlock:
-            kwargs.pop("stride_in_1x1", None)  # it has no 1x1 convolution; so that depth alone can be changed
-        return _make_all(depth, lambda index: (block_class, kwargs))
+            # The block has no 1x1 convolution; ignoring the argument lets a config change `depth` alone.
+            kwargs.pop("stride_in_1x1", None)
+        return _make_all_stages(depth, lambda index: (block_class, kwargs))
 
 
-def _make_all(
+def _make_all_stages(
     depth: int,
-    kind_of: Callable[[int], tuple[type[nn.Module], dict[str, Any]]],
+    block_of_stage: Callable[[int], tuple[type[nn.Module], dict[str, Any]]],
     *,
     in_channels: int = 64,
     out_channels: int | None = None,
     bottleneck_channels: int = 64,
     strides: Sequence[int] = (1, 2, 2, 2),
 ) -> list[list[nn.Module]]:
-    """As many stages as there are `strides`, each of twice as many channels as the one before.
+    """Build `len(strides)` stages; the number of channels doubles from stage to stage.
 
     Args:
         depth: a key of `_BLOCKS_PER_STAGE`.
-        kind_of: from a stage's number to the class of its blocks and further arguments of theirs.
-        in_channels, out_channels, bottleneck_channels: those of the first stage; by default the published
-            ones.
-        strides: of each stage's first block.
+        block_of_stage: maps the index of a stage to its block class and the class's other arguments.
+        in_channels, out_channels, bottleneck_channels: channels of the first stage, as published by default.
+        strides: stride of the first block of each stage.
     """
     if out_channels is None:
         out_channels = 64 if depth < 50 else 256
     stages = []
     for index, (num_blocks, stride) in enumerate(zip(_BLOCKS_PER_STAGE[depth], strides)):
-        block_class, kwargs = kind_of(index)
+        block_class, kwargs = block_of_stage(index)
         if depth >= 50:
             kwargs = {**kwargs, "bottleneck_channels": bottleneck_channels * 2**index}
         blocks = ResNet.make_stage(
@@ -441,10 +442,10 @@ def _make_stages(
     *,
     num_stages: int = 4,
 ) -> list[list[nn.Module]]:
-    """The first `num_stages` stages of a ResNet or ResNeXt; see `make_stage`."""
+    """Build the first `num_stages` stages of a ResNet or ResNeXt; see `make_stage`."""
     _check_stages(depth, num_groups, out_channels, res5_dilation, deform_on_per_stage)
 
-    def kind_of(index):
+    def block_of_stage(index):
         if depth < 50:
             return BasicBlock, {"norm": norm}
         kwargs = {
@@ -458,11 +459,11 @@ def _make_stages(
         kwargs |= {"deform_modulated": deform_modulated, "deform_num_groups": deform_num_groups}
         return DeformBottleneckBlock, kwargs
 
-    # A dilated stage keeps the resolution: the dilation stands in for the stride.
+    # Dilation replaces the stride, so a dilated stage keeps the resolution.
     strides = (1, 2, 2, 1 if res5_dilation > 1 else 2)
-    return _make_all(
+    return _make_all_stages(
         depth,
-        kind_of,
+        block_of_stage,
         in_channels=in_channels,
         out_channels=out_channels,
         bottleneck_channels=num_groups * width_per_group,
@@ -473,30 +474,31 @@ def _make_stages(
 def make_stage(*args, **kwargs):
     """Build the four stages of a ResNet, or the blocks of one stage.
 
-    Called with a block class first, it is `ResNet.make_stage`. Otherwise it makes all stages of a network, as
-    `ResNet.make_default_stages` does, but with dilation, groups and deformable convolutions::
+    If the first argument is a block class, this is `ResNet.make_stage`. Otherwise it builds all stages like
+    `ResNet.make_default_stages`, with support for dilation, groups and deformable convolutions::
 
         stages=L(make_stage)(depth=50, stride_in_1x1=False, norm="FrozenBN", res5_dilation=2)  # DC5
 
     Args:
-        depth: 18, 34, 50 (default), 101 or 152.
-        norm: a norm's name or a callable, see `detlib.layers.get_norm`; "FrozenBN" by default.
-        num_groups: groups of the 3x3 convolutions (1; ResNeXt has 32 or 64).
-        width_per_group: channels of each group in "res2" (64).
-        in_channels: channels that the stem gives (64).
-        out_channels: channels of "res2"; each later stage has twice as many as the one before. By default
-            256, and 64 for depths 18 and 34.
-        stride_in_1x1: as in `BottleneckBlock` (False); without effect on depths 18 and 34.
-        res5_dilation: 2 keeps "res5" at stride 16 (1).
-        deform_on_per_stage: for each of the four stages whether its 3x3 convolutions are deformable (none).
-        deform_modulated, deform_num_groups: as in `DeformBottleneckBlock` (False, 1).
+        depth: 18, 34, 50, 101 or 152. Default: 50.
+        norm: a norm's name or a callable, see `detlib.layers.get_norm`. Default: "FrozenBN".
+        num_groups: groups of the 3x3 convolutions, 32 or 64 in ResNeXt. Default: 1.
+        width_per_group: channels of each group in "res2". Default: 64.
+        in_channels: output channels of the stem. Default: 64.
+        out_channels: channels of "res2"; they double from stage to stage. Default: 256, or 64 for depths 18
+            and 34.
+        stride_in_1x1: see `BottleneckBlock`; ignored for depths 18 and 34. Default: False.
+        res5_dilation: 1, or 2 to keep "res5" at stride 16. Default: 1.
+        deform_on_per_stage: whether the 3x3 convolutions are deformable, for each of the four stages.
+            Default: none of them.
+        deform_modulated, deform_num_groups: see `DeformBottleneckBlock`. Default: False, 1.
 
     Returns:
         list[list[nn.Module]]: the blocks of "res2" to "res5", for `ResNet(stages=...)`; or the blocks of one
         stage.
 
     Raises:
-        ValueError: an unknown depth, or arguments that do not go together.
+        ValueError: an unknown depth, or arguments that contradict each other.
     """
     if "block_class" in kwargs or (args and callable(args[0])):
         return ResNet.make_stage(*args, **kwargs)
@@ -511,11 +513,9 @@ def _check_stages(
     deform_on_per_stage: Sequence[bool],
     names: Mapping[str, str] | None = None,
 ) -> None:
-    """Raise ValueError where the arguments ask for a network that does not exist.
+    """Raise ValueError if these arguments of `make_stage` describe a network that does not exist.
 
-    Args:
-        depth, num_groups, out_channels, res5_dilation, deform_on_per_stage: see `make_stage`.
-        names: what to call an argument in messages, such as its config key; by default its own name.
+    `names` maps arguments to their names in messages, such as their config keys.
     """
     names = names or {}
 
@@ -526,8 +526,8 @@ def _check_stages(
     check_choice(res5_dilation, (1, 2), call("res5_dilation"))
     if len(deform_on_per_stage) != len(_STAGE_NAMES):
         raise ValueError(
-            f"{call('deform_on_per_stage')} is {list(deform_on_per_stage)}; it needs a flag for each "
-            f"of {', '.join(_STAGE_NAMES)}"
+            f"{call('deform_on_per_stage')} is {list(deform_on_per_stage)}; it needs one flag for each of "
+            f"{', '.join(_STAGE_NAMES)}"
         )
     if depth >= 50:
         return
@@ -542,12 +542,12 @@ def _check_stages(
     if any(deform_on_per_stage):
         raise ValueError(
             f"{call('deform_on_per_stage')} is {list(deform_on_per_stage)}, but {call('depth')} "
-            f"{depth} has no bottleneck blocks to make deformable; depths 50, 101 and 152 have"
+            f"{depth} has no bottleneck blocks; deformable convolutions need depth 50, 101 or 152"
         )
 
 
 def _check_config(resnets) -> None:
-    """Raise ValueError, naming the key, where `cfg.MODEL.RESNETS` asks for a network that does not exist."""
+    """Raise ValueError that names the key if `cfg.MODEL.RESNETS` describes a network that does not exist."""
     where = "MODEL.RESNETS"
     names = ("depth", "num_groups", "res5_dilation", "deform_on_per_stage")
     keys = {name: f"{where}.{name.upper()}" for name in names}
@@ -569,14 +569,14 @@ def build_resnet_backbone(cfg, input_shape):
     """Build a ResNet from `cfg.MODEL.RESNETS` and `cfg.MODEL.BACKBONE.FREEZE_AT`.
 
     Args:
-        cfg: the whole config.
-        input_shape: a `ShapeSpec` with the channels of the picture.
+        cfg: the full config.
+        input_shape: `ShapeSpec` with the number of image channels.
 
     Returns:
-        ResNet: with the stages up to the last of `MODEL.RESNETS.OUT_FEATURES`.
+        ResNet: the network up to the last of `MODEL.RESNETS.OUT_FEATURES`.
 
     Raises:
-        ValueError: a key with an illegal value, or values that do not go together; the key is named.
+        ValueError: illegal or contradictory values; the message names the key.
     """
     resnets = cfg.MODEL.RESNETS
     _check_config(resnets)

@@ -1,8 +1,8 @@
-"""Swin Transformer (arXiv:2103.14030) as a detection backbone: window attention at any picture size.
+"""Swin Transformer (arXiv:2103.14030) as a detection backbone: window attention at any image size.
 
 The parameters have the names of the published detection models.
 
-Shape legend: B pictures, H and W of a feature map, C channels.
+Shape legend: B images, H and W of a feature map, C channels.
 """
 
 import math
@@ -27,7 +27,7 @@ __all__ = [
     "window_reverse",
 ]
 
-# What is added to the logit of two tokens that are no neighbours; as published, not minus infinity.
+# What is added to the logit of two tokens that are no neighbors; as published, not minus infinity.
 _APART = -100.0
 
 
@@ -49,7 +49,7 @@ def window_partition(x, window_size):
         window_size: side w of a window.
 
     Returns:
-        (B * nW, w, w, C): the windows of the first picture row by row, then those of the second, ...
+        (B * nW, w, w, C): the windows of the first image row by row, then those of the second, ...
     """
     B, H, W, C = x.shape
     x = x.reshape(B, H // window_size, window_size, W // window_size, window_size, C)
@@ -73,10 +73,10 @@ def window_reverse(windows, window_size, H, W):
 
 
 def shifted_window_mask(H, W, window_size, shift, like):
-    """What to add to the logits of shifted windows, so that only true neighbours attend to each other.
+    """What to add to the logits of shifted windows, so that only true neighbors attend to each other.
 
     Rolling the map by `shift` brings its first rows below its last ones, and its columns likewise; windows
-    at the seam hold parts that lie apart in the picture.
+    at the seam hold parts that lie apart in the image.
 
     Returns:
         (nW, N, N) of the dtype and device of `like`.
@@ -118,7 +118,7 @@ class Mlp(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Multi-head self-attention within windows, with a learnt bias for each relative position."""
+    """Multi-head self-attention within windows, with a learned bias for each relative position."""
 
     def __init__(
         self, dim, window_size, num_heads, qkv_bias=True, qk_scale=None, attn_drop=0.0, proj_drop=0.0
@@ -339,7 +339,7 @@ class BasicLayer(nn.Module):
         """
         x = x.unflatten(1, (H, W))
         w = self.window_size
-        # One mask serves all blocks of the stage. It is not kept for the next picture: it costs far less than
+        # One mask serves all blocks of the stage. It is not kept for the next image: it costs far less than
         # a block, and would have to follow size, device and dtype, and keep out of compiled graphs.
         mask = None
         if self.shift_size and self.depth > 1:
@@ -356,13 +356,13 @@ class BasicLayer(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Maps each patch of the picture to a token by a convolution, `proj`."""
+    """Maps each patch of the image to a token by a convolution, `proj`."""
 
     def __init__(self, patch_size=4, in_chans=3, embed_dim=96, norm_layer=None):
         """
         Args:
             patch_size: side of a patch in pixels, or (height, width).
-            in_chans: channels of the picture.
+            in_chans: channels of the image.
             embed_dim: channels C of a token.
             norm_layer: makes the tokens' norm, called with the number of channels; None for none.
         """
@@ -409,9 +409,9 @@ class SwinTransformer(Backbone):
     ):
         """
         Args:
-            pretrain_img_size: picture size of pre-training, which is that of the absolute position embedding.
+            pretrain_img_size: image size of pre-training, which is that of the absolute position embedding.
             patch_size: side of a patch in pixels, or (height, width).
-            in_chans: channels of the picture.
+            in_chans: channels of the image.
             embed_dim: channels of the first stage; each further stage has twice as many.
             depths: number of blocks of each stage.
             num_heads: number of heads of each stage.
@@ -424,7 +424,7 @@ class SwinTransformer(Backbone):
             drop_path_rate: probability of leaving out the last block's branches; it grows from 0 to this.
             norm_layer: makes a norm, called with the number of channels.
             ape: whether an absolute position embedding is added.
-            patch_norm: whether the patches' tokens are normalised.
+            patch_norm: whether the patches' tokens are normalized.
             out_indices: stages whose output is returned, index i as "p{i}".
             frozen_stages: what does not train: below 0 nothing, 0 the patch embedding, 1 the position
                 embedding too, 2 the first stage too, 3 the second too, and so on.
@@ -508,7 +508,7 @@ class SwinTransformer(Backbone):
         """Compute the features.
 
         Args:
-            x: (B, in_chans, H, W) float tensor, normalised pictures of any size.
+            x: (B, in_chans, H, W) float tensor, normalized images of any size.
 
         Returns:
             dict[str, Tensor]: (B, C_i, ceil(H/stride), ceil(W/stride)) maps, high to low resolution.

@@ -22,7 +22,7 @@ class MapLayout:
 
     channels: int
     stride: int
-    """Pixels of the picture per pixel of the map."""
+    """Pixels of the image per pixel of the map."""
     channels_last: bool
     """Whether the network gives it as (N, H, W, C)."""
 
@@ -42,7 +42,7 @@ def _shapes(
     in_channels: int,
     sizes: Sequence[tuple[int, int]],
 ) -> list[list[torch.Size]]:
-    """The shapes that `run(model, pictures)` gives for pictures of these (height, width)."""
+    """The shapes that `run(model, images)` gives for images of these (height, width)."""
     model = _on_meta(model).eval()
     with torch.device("meta"), torch.no_grad():
         return [[y.shape for y in run(model, torch.empty(1, in_channels, h, w))] for h, w in sizes]
@@ -71,8 +71,8 @@ def probe_maps(model: nn.Module, run, in_channels: int, names: Sequence[str], wh
 
     Args:
         model: the network.
-        run: called as `run(model, pictures)` with (1, in_channels, H, W) pictures; gives the maps.
-        in_channels: channels of the pictures.
+        run: called as `run(model, images)` with (1, in_channels, H, W) images; gives the maps.
+        in_channels: channels of the images.
         names: what to call each map in messages.
         what: what to call the network in messages.
 
@@ -80,14 +80,14 @@ def probe_maps(model: nn.Module, run, in_channels: int, names: Sequence[str], wh
         A layout for each map.
 
     Raises:
-        ValueError: the network does not take pictures of different sizes, or gives something else than maps
-            that grow with the picture.
+        ValueError: the network does not take images of different sizes, or gives something else than maps
+            that grow with the image.
     """
     try:
         square, wide = _shapes(model, run, in_channels, [(_SIDE, _SIDE), (_SIDE, 2 * _SIDE)])
     except Exception as error:
         raise ValueError(
-            f"{what} is of no use to a detector: it cannot be run on pictures of other sizes than its own "
+            f"{what} is of no use to a detector: it cannot be run on images of other sizes than its own "
             f"({type(error).__name__}: {error})"
         ) from error
     layouts = []
@@ -95,8 +95,8 @@ def probe_maps(model: nn.Module, run, in_channels: int, names: Sequence[str], wh
         growing = [axis for axis, (x, y) in enumerate(zip(a, b)) if x != y]
         if len(a) != 4 or growing not in ([2], [3]):
             raise ValueError(
-                f"{what} gives {name!r} as a {tuple(a)} tensor for a {_SIDE} x {_SIDE} picture and as a "
-                f"{tuple(b)} one for a picture twice as wide: that is no feature map"
+                f"{what} gives {name!r} as a {tuple(a)} tensor for a {_SIDE} x {_SIDE} image and as a "
+                f"{tuple(b)} one for an image twice as wide: that is no feature map"
             )
         axis = growing[0]
         stride = round(_SIDE / (b[axis] - a[axis]))
@@ -106,7 +106,7 @@ def probe_maps(model: nn.Module, run, in_channels: int, names: Sequence[str], wh
 
 
 def probe_size_divisibility(model: nn.Module, run, in_channels: int) -> int:
-    """The number that heights and widths of pictures must be multiples of; 0 if any will do.
+    """The number that heights and widths of images must be multiples of; 0 if any will do.
 
     Args:
         model, run, in_channels: as for `probe_maps`.
@@ -120,7 +120,7 @@ def probe_size_divisibility(model: nn.Module, run, in_channels: int) -> int:
             except Exception:
                 continue
             return step
-        return 128  # `probe_maps` has seen it run on such pictures
+        return 128  # `probe_maps` has seen it run on such images
     return 0
 
 
@@ -140,7 +140,7 @@ class ThirdPartyBackbone(Backbone):
         """Finds out what there is to know, and stops those parameters from training that no map depends on.
 
         Args:
-            in_channels: channels of the pictures.
+            in_channels: channels of the images.
             names: of the maps.
             what: what to call the network in messages.
 
@@ -162,14 +162,14 @@ class ThirdPartyBackbone(Backbone):
 
     @property
     def size_divisibility(self) -> int:
-        """0, but for the few networks (HRNet, DLA) whose parts meet only in pictures of such sizes."""
+        """0, but for the few networks (HRNet, DLA) whose parts meet only in images of such sizes."""
         return self._size_divisibility
 
     def forward(self, x):
         """Compute the maps.
 
         Args:
-            x: (N, C, H, W) float tensor, normalised pictures.
+            x: (N, C, H, W) float tensor, normalized images.
 
         Returns:
             dict[str, Tensor]: (N, C_f, H_f, W_f) maps by name, in the order of `output_shape`.

@@ -27,7 +27,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# What timm's networks call the permission to take pictures of any size; the others need none.
+# What timm's networks call the permission to accept images of any size; the others need none.
 _ANY_SIZE: tuple[dict[str, Any], ...] = (
     {"dynamic_img_size": True, "dynamic_img_pad": True},
     {"strict_img_size": False},
@@ -41,7 +41,7 @@ class TimmBackbone(ThirdPartyBackbone):
     Strides follow from the network: of a ResNet "p0" has 2 and "p4" 32, of a ConvNeXt or Swin transformer
     "p0" has 4 and "p3" 32; `output_shape()` tells. Parameters are those of timm's feature extractor, below
     ``timm_model``; those that no map depends on, which timm leaves in a few networks, do not train. Vision
-    transformers, all of whose maps have one stride, take pictures of any size too.
+    transformers, all of whose maps have one stride, take images of any size too.
     """
 
     _network_name = "timm_model"
@@ -66,7 +66,7 @@ class TimmBackbone(ThirdPartyBackbone):
             pretrained: load timm's weights, over the network unless they are in its cache.
             checkpoint_path: a file of timm's weights for this model (``.safetensors``, ``.pth``), loaded as
                 `pretrained` ones are, without network.
-            in_channels: channels of the pictures; pretrained weights of other numbers are adapted by timm.
+            in_channels: channels of the images; pretrained weights of other numbers are adapted by timm.
             out_indices: numbers of timm's features; negative ones count from the last.
             norm_layer: None for the network's own norms. `FrozenBatchNorm2d` ("FrozenBN") turns its batch
                 norms into frozen ones of the same values and eps, `torch.nn.SyncBatchNorm` ("SyncBN") into
@@ -76,7 +76,7 @@ class TimmBackbone(ThirdPartyBackbone):
         Raises:
             ImportError: timm is not installed.
             ValueError: an unknown model (near names are listed), indices beyond its features, a model that
-                has no feature maps or cannot take pictures of any size, or a norm that does not fit.
+                has no feature maps or cannot take images of any size, or a norm that does not fit.
             FileNotFoundError: there is no file at `checkpoint_path`, or pretrained weights are neither in the
                 cache nor to be had; what to put where is told.
         """
@@ -167,7 +167,7 @@ def _numbers(model_name: str, out_indices: Sequence[int], kwargs: dict[str, Any]
 
 
 def _build(model_name: str, kwargs: dict[str, Any]) -> nn.Module:
-    """timm's feature extractor, which takes pictures of any size if it can."""
+    """timm's feature extractor, which takes images of any size if it can."""
     timm = _import_timm()
     for permission in _ANY_SIZE:
         try:
@@ -284,7 +284,7 @@ def _for_timm(norm_layer: str | Callable[[int], nn.Module]) -> Callable[[int], n
     return lambda channels, **_: cast(nn.Module, get_norm(norm_layer, channels))
 
 
-_TIMM_MAPS = "timm's network (MODEL.TIMM.OUT_INDICES)"
+_TIMM_FEATURES = "timm's network (MODEL.TIMM.OUT_INDICES)"
 
 
 @BACKBONE_REGISTRY.register()
@@ -292,8 +292,8 @@ def build_timm_backbone(cfg, input_shape: ShapeSpec) -> TimmBackbone:
     """Build a network of timm from `cfg.MODEL.TIMM`.
 
     Args:
-        cfg: the whole config.
-        input_shape: channels of the picture.
+        cfg: the full config.
+        input_shape: channels of the image.
 
     Raises:
         ValueError: a key with an illegal value; the key is named.
@@ -318,10 +318,10 @@ def build_timm_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     `MODEL.FPN.IN_FEATURES` names timm's maps: "p1" to "p4" of a ResNet become levels "p2" to "p5".
 
     Args:
-        cfg: the whole config.
-        input_shape: channels of the picture.
+        cfg: the full config.
+        input_shape: channels of the image.
     """
-    return fpn_from_config(cfg, build_timm_backbone(cfg, input_shape), LastLevelMaxPool(), _TIMM_MAPS)
+    return fpn_from_config(cfg, build_timm_backbone(cfg, input_shape), LastLevelMaxPool(), _TIMM_FEATURES)
 
 
 @BACKBONE_REGISTRY.register()
@@ -329,7 +329,7 @@ def build_retinanet_timm_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     """Build a network of timm with FPN, and RetinaNet's "p6" and "p7" from the last of its maps.
 
     Args:
-        cfg: the whole config.
-        input_shape: channels of the picture.
+        cfg: the full config.
+        input_shape: channels of the image.
     """
-    return retinanet_fpn_from_config(cfg, build_timm_backbone(cfg, input_shape), _TIMM_MAPS)
+    return retinanet_fpn_from_config(cfg, build_timm_backbone(cfg, input_shape), _TIMM_FEATURES)

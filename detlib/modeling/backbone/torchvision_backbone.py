@@ -168,7 +168,7 @@ def _create(model_name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Mod
         ) from error
 
 
-_TORCHVISION_MAPS = "torchvision's network (MODEL.TORCHVISION.OUT_FEATURES)"
+_TORCHVISION_FEATURES = "torchvision's network (MODEL.TORCHVISION.OUT_FEATURES)"
 
 
 @BACKBONE_REGISTRY.register()
@@ -176,8 +176,8 @@ def build_torchvision_backbone(cfg, input_shape: ShapeSpec) -> TorchvisionBackbo
     """Build a network of torchvision from `cfg.MODEL.TORCHVISION`.
 
     Args:
-        cfg: the whole config.
-        input_shape: channels of the picture, which must be 3.
+        cfg: the full config.
+        input_shape: channels of the image, which must be 3.
 
     Raises:
         ValueError: a key with an illegal value; the key is named.
@@ -187,7 +187,7 @@ def build_torchvision_backbone(cfg, input_shape: ShapeSpec) -> TorchvisionBackbo
     where = "MODEL.TORCHVISION"
     if input_shape.channels != 3:
         raise ValueError(
-            f"{where}: torchvision's networks take pictures of 3 channels, MODEL.PIXEL_MEAN has "
+            f"{where}: torchvision's networks take images of 3 channels, MODEL.PIXEL_MEAN has "
             f"{input_shape.channels}"
         )
     if len(keys.RETURN_NODES) != len(keys.OUT_FEATURES):
@@ -208,11 +208,11 @@ def build_torchvision_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     """Build a network of torchvision with FPN, and "p6", from `cfg.MODEL.TORCHVISION` and `cfg.MODEL.FPN`.
 
     Args:
-        cfg: the whole config.
-        input_shape: channels of the picture.
+        cfg: the full config.
+        input_shape: channels of the image.
     """
     bottom_up = build_torchvision_backbone(cfg, input_shape)
-    return fpn_from_config(cfg, bottom_up, LastLevelMaxPool(), _TORCHVISION_MAPS)
+    return fpn_from_config(cfg, bottom_up, LastLevelMaxPool(), _TORCHVISION_FEATURES)
 
 
 @BACKBONE_REGISTRY.register()
@@ -220,7 +220,7 @@ def build_retinanet_torchvision_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN
     """Build a network of torchvision with FPN, and RetinaNet's "p6" and "p7" from the last of its maps.
 
     Args:
-        cfg: the whole config.
-        input_shape: channels of the picture.
+        cfg: the full config.
+        input_shape: channels of the image.
     """
-    return retinanet_fpn_from_config(cfg, build_torchvision_backbone(cfg, input_shape), _TORCHVISION_MAPS)
+    return retinanet_fpn_from_config(cfg, build_torchvision_backbone(cfg, input_shape), _TORCHVISION_FEATURES)

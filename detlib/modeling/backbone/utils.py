@@ -1,6 +1,6 @@
 """Parts that the transformer backbones share: windows, position embeddings and attention with them.
 
-Token maps are channels-last here. B maps (pictures, or pictures x heads), H and W height and width in
+Token maps are channels-last here. B maps (images, or images x heads), H and W height and width in
 tokens, C channels, S the side of a square window, L the length of a table of relative positions.
 """
 
@@ -204,15 +204,15 @@ def get_abs_pos(abs_pos, has_cls_token, hw):
 
 
 class PatchEmbed(nn.Module):
-    """Turn pictures into maps of tokens with one convolution."""
+    """Turn images into maps of tokens with one convolution."""
 
     def __init__(self, kernel_size=(16, 16), stride=(16, 16), padding=(0, 0), in_chans=3, embed_dim=768):
         """
         Args:
             kernel_size: (height, width) of a patch, in pixels.
             stride: distance of the patches.
-            padding: zeros around the picture.
-            in_chans: channels of the picture.
+            padding: zeros around the image.
+            in_chans: channels of the image.
             embed_dim: channels C of the tokens.
         """
         super().__init__()
@@ -226,7 +226,7 @@ class PatchEmbed(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (arXiv:1603.09382): in training, drop a residual branch for some of the pictures.
+    """Stochastic depth (arXiv:1603.09382): in training, drop a residual branch for some of the images.
 
     The branches that stay are divided by the probability to stay, so that the mean does not change.
     """
@@ -234,7 +234,7 @@ class DropPath(nn.Module):
     def __init__(self, drop_prob=0.0):
         """
         Args:
-            drop_prob: probability that a picture's branch is dropped, in [0, 1].
+            drop_prob: probability that an image's branch is dropped, in [0, 1].
 
         Raises:
             ValueError: a probability outside that range.
@@ -245,7 +245,7 @@ class DropPath(nn.Module):
         self.drop_prob = drop_prob
 
     def forward(self, x):
-        """Map (N, ...) to the same shape; N pictures are drawn independently."""
+        """Map (N, ...) to the same shape; N images are drawn independently."""
         if self.drop_prob == 0 or not self.training:
             return x
         keep = 1 - self.drop_prob

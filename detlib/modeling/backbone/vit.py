@@ -1,6 +1,6 @@
 """Plain vision transformers as backbones of detectors: ViTDet (arXiv:2203.16527).
 
-N pictures, H and W height and width of a map in tokens, C channels.
+N images, H and W height and width of a map in tokens, C channels.
 """
 
 from typing import Any
@@ -198,10 +198,10 @@ class ViT(Backbone):
     ):
         """
         Args:
-            img_size: side of the square picture that the tables of relative positions are made for, in
-                pixels. Pictures of any size go in; the tables are interpolated for them.
+            img_size: side of the square image that the tables of relative positions are made for, in
+                pixels. Images of any size go in; the tables are interpolated for them.
             patch_size: side of a patch, in pixels.
-            in_chans: channels of the picture.
+            in_chans: channels of the image.
             embed_dim: channels C of the tokens.
             depth: number of blocks.
             num_heads: heads of each attention.
@@ -217,7 +217,7 @@ class ViT(Backbone):
             window_block_indexes: the blocks whose attention stays within windows.
             residual_block_indexes: the blocks that a convolutional propagation block follows.
             use_act_checkpoint: whether to compute activations again in backward instead of keeping them.
-            pretrain_img_size: side of the pretraining pictures: absolute positions have that map's size.
+            pretrain_img_size: side of the pretraining images: absolute positions have that map's size.
             pretrain_use_cls_token: whether the absolute positions have one for a class token in front.
             out_feature: name of the feature map.
         """
@@ -259,7 +259,7 @@ class ViT(Backbone):
         """Compute the feature map.
 
         Args:
-            x: (N, in_chans, H, W) pictures; what is over a multiple of the patch size is not seen.
+            x: (N, in_chans, H, W) images; what is over a multiple of the patch size is not seen.
 
         Returns:
             dict[str, Tensor]: `out_feature` -> (N, C, H // patch_size, W // patch_size).
@@ -320,7 +320,7 @@ class SimpleFeaturePyramid(Backbone):
                 high to low resolution, each half the last.
             top_block: a module that makes further, coarser levels, see `FPN`.
             norm: norm of the convolutions, see `detlib.layers.get_norm`; without one they have a bias.
-            square_pad: if above 0, pictures are padded to squares of this side, in pixels.
+            square_pad: if above 0, images are padded to squares of this side, in pixels.
 
         Raises:
             ValueError: a feature that does not exist, scale factors that are not as above, or strides that
@@ -379,7 +379,7 @@ class SimpleFeaturePyramid(Backbone):
         """Compute the pyramid.
 
         Args:
-            x: what the network takes, (N, C, H, W) pictures.
+            x: what the network takes, (N, C, H, W) images.
 
         Returns:
             dict[str, Tensor]: (N, out_channels, H/stride, W/stride) maps, high to low resolution.

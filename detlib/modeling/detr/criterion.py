@@ -32,19 +32,6 @@ class SetCriterion(nn.Module):
     """Matches predictions with objects and compares them, for the last decoder layer and for all others.
 
     The losses come without the weights of `weight_dict`; the model puts them on.
-
-    Args:
-        num_classes: K, the background not counted.
-        matcher: a `HungarianMatcher`, or a module with its `match_layers`.
-        weight_dict: the weight of each loss by name, such as "loss_bbox_0".
-        losses: which losses: "class" and "boxes".
-        eos_coef: weight of the background in "ce_loss".
-        loss_class_type: "focal_loss", of sigmoids of K logits; or "ce_loss", of the softmax of K + 1, with
-            the background last.
-        alpha, gamma: of the focal loss, see `detlib.modeling.focal_loss.focal_loss_sum`.
-
-    Raises:
-        ValueError: another `loss_class_type`.
     """
 
     def __init__(
@@ -58,6 +45,20 @@ class SetCriterion(nn.Module):
         alpha: float = 0.25,
         gamma: float = 2.0,
     ):
+        """
+        Args:
+            num_classes: K, the background not counted.
+            matcher: a `HungarianMatcher`, or a module with its `match_layers`.
+            weight_dict: the weight of each loss by name, such as "loss_bbox_0".
+            losses: which losses: "class" and "boxes".
+            eos_coef: weight of the background in "ce_loss".
+            loss_class_type: "focal_loss", of sigmoids of K logits; or "ce_loss", of the softmax of K + 1,
+                with the background last.
+            alpha, gamma: of the focal loss, see `detlib.modeling.focal_loss.focal_loss_sum`.
+
+        Raises:
+            ValueError: another `loss_class_type`.
+        """
         super().__init__()
         check_choice(loss_class_type, _LOSS_TYPES, f"{type(self).__name__}'s loss_class_type")
         self.num_classes = num_classes
@@ -157,7 +158,7 @@ class SetCriterion(nn.Module):
             targets, indices, num_boxes: see `loss_labels`.
 
         Returns:
-            "loss_bbox", the L1 distance of cx, cy, w, h; and "loss_giou", 1 - generalised IoU.
+            "loss_bbox", the L1 distance of cx, cy, w, h; and "loss_giou", 1 - generalized IoU.
         """
         images, queries, objects = flat_matches(indices, targets)
         boxes = outputs["pred_boxes"][images, queries]
@@ -171,13 +172,7 @@ class SetCriterion(nn.Module):
 
 
 class TwoStageCriterion(SetCriterion):
-    """The losses of a model whose encoder predicts boxes too: the first guesses of the queries.
-
-    Args:
-        num_classes, matcher, weight_dict, losses, eos_coef, loss_class_type, alpha, gamma: see
-            `SetCriterion`.
-        two_stage_binary_cls: whether the encoder tells objects from background only, by class 0.
-    """
+    """The losses of a model whose encoder predicts boxes too: the first guesses of the queries."""
 
     def __init__(
         self,
@@ -191,6 +186,12 @@ class TwoStageCriterion(SetCriterion):
         gamma: float = 2.0,
         two_stage_binary_cls: bool = False,
     ):
+        """
+        Args:
+            num_classes, matcher, weight_dict, losses, eos_coef, loss_class_type, alpha, gamma: see
+                `SetCriterion`.
+            two_stage_binary_cls: whether the encoder tells objects from background only, by class 0.
+        """
         eos_coef = 0.1 if eos_coef is None else eos_coef
         super().__init__(num_classes, matcher, weight_dict, losses, eos_coef, loss_class_type, alpha, gamma)
         self.two_stage_binary_cls = two_stage_binary_cls

@@ -16,31 +16,7 @@ __all__ = ["DeformableDETR"]
 
 
 class DeformableDETR(MultiScaleQueryDetector):
-    """Queries attend to a few points on several scales.
-
-    Args:
-        backbone: pictures to a dict of feature maps.
-        position_embedding: (N, H, W) masks to (N, C, H, W) embeddings.
-        neck: the backbone's features to L maps (N, C, H, W), such as `ChannelMapper`.
-        transformer: a `DeformableDetrTransformer`.
-        embed_dim: C.
-        num_classes: K.
-        num_queries: Q.
-        criterion: a `DeformableCriterion`.
-        pixel_mean: mean of each channel, in the pixels' own unit.
-        pixel_std: standard deviation of each channel.
-        aux_loss: whether all decoder layers are compared with the truth, or the last.
-        with_box_refine: whether each decoder layer refines the boxes of the one before, with heads of its
-            own; else one head predicts all layers' boxes around references that stay.
-        as_two_stage: whether queries come from the encoder's proposals; as `transformer.as_two_stage`, and
-            only with `with_box_refine`.
-        select_box_nums_for_evaluation: how many detections of an image.
-        device: has no effect; the model lies where it is moved.
-        mask_padding_at_test: see `QueryDetector`.
-
-    Raises:
-        ValueError: parts that do not fit each other; the message names them.
-    """
+    """Queries attend to a few points on several scales."""
 
     def __init__(
         self,
@@ -62,6 +38,30 @@ class DeformableDETR(MultiScaleQueryDetector):
         *,
         mask_padding_at_test: bool = False,
     ):
+        """
+        Args:
+            backbone: images to a dict of feature maps.
+            position_embedding: (N, H, W) masks to (N, C, H, W) embeddings.
+            neck: the backbone's features to L maps (N, C, H, W), such as `ChannelMapper`.
+            transformer: a `DeformableDetrTransformer`.
+            embed_dim: C.
+            num_classes: K.
+            num_queries: Q.
+            criterion: a `DeformableCriterion`.
+            pixel_mean: mean of each channel, in the pixels' own unit.
+            pixel_std: standard deviation of each channel.
+            aux_loss: whether all decoder layers are compared with the truth, or the last.
+            with_box_refine: whether each decoder layer refines the boxes of the one before, with heads of its
+                own; else one head predicts all layers' boxes around references that stay.
+            as_two_stage: whether queries come from the encoder's proposals; as `transformer.as_two_stage`,
+                and only with `with_box_refine`.
+            select_box_nums_for_evaluation: how many detections of an image.
+            device: has no effect; the model lies where it is moved.
+            mask_padding_at_test: see `QueryDetector`.
+
+        Raises:
+            ValueError: parts that do not fit each other; the message names them.
+        """
         super().__init__(
             backbone=backbone,
             position_embedding=position_embedding,

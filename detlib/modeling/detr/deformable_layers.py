@@ -24,7 +24,7 @@ __all__ = [
     "DeformableDetrTransformerDecoder",
     "DeformableDetrTransformerEncoder",
     "Levels",
-    "cell_centres",
+    "cell_centers",
     "flatten_levels",
     "refine_boxes",
     "valid_ratio",
@@ -42,8 +42,8 @@ class Levels:
         shapes: L pairs (height, width).
         spatial_shapes: (L, 2) int64, the same on the device.
         level_start_index: (L,) int64, where each level begins.
-        valid_ratios: (N, L, 2), which part of each level's width and height the picture fills.
-        centres: (N, S, 2), x and y of each cell's centre as fractions of the picture; above 1 in the padding.
+        valid_ratios: (N, L, 2), which part of each level's width and height the image fills.
+        centers: (N, S, 2), x and y of each cell's center as fractions of the image; above 1 in the padding.
     """
 
     cells: torch.Tensor
@@ -53,7 +53,7 @@ class Levels:
     spatial_shapes: torch.Tensor
     level_start_index: torch.Tensor
     valid_ratios: torch.Tensor
-    centres: torch.Tensor
+    centers: torch.Tensor
 
 
 def valid_ratio(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -64,25 +64,25 @@ def valid_ratio(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.stack([width, height], dim=1).to(dtype)
 
 
-def cell_centres(shapes: Sequence[tuple[int, int]], valid_ratios: torch.Tensor) -> torch.Tensor:
-    """Where each cell lies in its picture.
+def cell_centers(shapes: Sequence[tuple[int, int]], valid_ratios: torch.Tensor) -> torch.Tensor:
+    """Where each cell lies in its image.
 
     Args:
         shapes: L pairs (height, width).
-        valid_ratios: (N, L, 2), which part of each level's width and height the picture fills.
+        valid_ratios: (N, L, 2), which part of each level's width and height the image fills.
 
     Returns:
-        (N, S, 2) of `valid_ratios`' dtype: x and y as fractions of the picture.
+        (N, S, 2) of `valid_ratios`' dtype: x and y as fractions of the image.
     """
     like: dict[str, Any] = {"dtype": valid_ratios.dtype, "device": valid_ratios.device}
-    centres = []
+    centers = []
     for level, (height, width) in enumerate(shapes):
         y, x = torch.meshgrid(
             torch.arange(height, **like) + 0.5, torch.arange(width, **like) + 0.5, indexing="ij"
         )
         filled = valid_ratios[:, level] * valid_ratios.new_tensor([width, height])
-        centres.append(torch.stack([x, y], dim=2).flatten(0, 1) / filled[:, None])
-    return torch.cat(centres, dim=1)
+        centers.append(torch.stack([x, y], dim=2).flatten(0, 1) / filled[:, None])
+    return torch.cat(centers, dim=1)
 
 
 def flatten_levels(
@@ -114,7 +114,7 @@ def flatten_levels(
         spatial_shapes=spatial_shapes,
         level_start_index=sizes.cumsum(0) - sizes,
         valid_ratios=ratios,
-        centres=cell_centres(shapes, ratios),
+        centers=cell_centers(shapes, ratios),
     )
 
 
@@ -123,7 +123,7 @@ def refine_boxes(deltas: torch.Tensor, references: torch.Tensor) -> torch.Tensor
 
     Args:
         deltas: (N, Q, 4).
-        references: (N, Q, 4) cx, cy, w, h or (N, Q, 2) cx, cy, as fractions of the picture; a point moves by
+        references: (N, Q, 4) cx, cy, w, h or (N, Q, 2) cx, cy, as fractions of the image; a point moves by
             the first two of `deltas`, and the others are the size's logits.
 
     Returns:
@@ -136,18 +136,7 @@ def refine_boxes(deltas: torch.Tensor, references: torch.Tensor) -> torch.Tensor
 
 
 class DeformableDetrTransformerEncoder(TransformerLayerSequence):
-    """Layers in which each cell attends to a few points on all levels.
-
-    Args:
-        embed_dim: C.
-        num_heads: heads of the attention, which divide C.
-        feedforward_dim: channels within the feed-forward parts.
-        attn_dropout, ffn_dropout: probabilities of dropout.
-        num_layers: how many layers.
-        post_norm: whether a norm follows the last layer.
-        num_feature_levels: L.
-        use_checkpoint: see `TransformerLayerSequence`.
-    """
+    """Layers in which each cell attends to a few points on all levels."""
 
     def __init__(
         self,
@@ -161,6 +150,17 @@ class DeformableDetrTransformerEncoder(TransformerLayerSequence):
         num_feature_levels: int = 4,
         use_checkpoint: bool = False,
     ):
+        """
+        Args:
+            embed_dim: C.
+            num_heads: heads of the attention, which divide C.
+            feedforward_dim: channels within the feed-forward parts.
+            attn_dropout, ffn_dropout: probabilities of dropout.
+            num_layers: how many layers.
+            post_norm: whether a norm follows the last layer.
+            num_feature_levels: L.
+            use_checkpoint: see `TransformerLayerSequence`.
+        """
         layer = BaseTransformerLayer(
             attn=MultiScaleDeformableAttention(
                 embed_dim, num_heads, num_feature_levels, dropout=attn_dropout, batch_first=True
@@ -184,11 +184,6 @@ class DeformableDecoder(TransformerLayerSequence):
     Attributes:
         bbox_embed: the model's heads for boxes, one for each layer; or None for references that stay.
         class_embed: the model's heads for classes, or None.
-
-    Args:
-        embed_dim, num_heads, feedforward_dim, attn_dropout, ffn_dropout, num_layers, num_feature_levels,
-            use_checkpoint: see `DeformableDetrTransformerEncoder`.
-        return_intermediate: whether all layers' queries and references are returned, or the last layer's.
     """
 
     def __init__(
@@ -204,6 +199,12 @@ class DeformableDecoder(TransformerLayerSequence):
         num_feature_levels: int,
         use_checkpoint: bool = False,
     ):
+        """
+        Args:
+            embed_dim, num_heads, feedforward_dim, attn_dropout, ffn_dropout, num_layers, num_feature_levels,
+                use_checkpoint: see `DeformableDetrTransformerEncoder`.
+            return_intermediate: whether all layers' queries and references are returned, or the last layer's.
+        """
         layer = BaseTransformerLayer(
             attn=[
                 MultiheadAttention(embed_dim, num_heads, attn_drop=attn_dropout, batch_first=True),
@@ -258,8 +259,8 @@ class DeformableDecoder(TransformerLayerSequence):
             attn_masks: masks of the two attentions of a layer, or None.
             query_key_padding_mask: (N, Q) bool, true for queries that none may see, or None.
             key_padding_mask: (N, S) bool, true for cells of the padding.
-            reference_points: (N, Q, 2) or (N, Q, 4): cx, cy and w, h as fractions of the picture.
-            valid_ratios: (N, L, 2), which part of each level's width and height the picture fills.
+            reference_points: (N, Q, 2) or (N, Q, 4): cx, cy and w, h as fractions of the image.
+            valid_ratios: (N, L, 2), which part of each level's width and height the image fills.
             **kwargs: `spatial_shapes` and `level_start_index` of `MultiScaleDeformableAttention`.
 
         Returns:

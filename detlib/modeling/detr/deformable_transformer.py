@@ -11,24 +11,24 @@ import torch
 from torch import nn
 
 from detlib.layers import MultiScaleDeformableAttention, get_sine_pos_embed
-from detlib.modeling.detr.deformable_layers import Levels, cell_centres, flatten_levels, valid_ratio
+from detlib.modeling.detr.deformable_layers import Levels, cell_centers, flatten_levels, valid_ratio
 
 __all__ = ["DeformableDetrTransformer", "DeformableTransformer"]
 
 
 class DeformableTransformer(nn.Module):
-    """What the transformers of Deformable DETR and DINO share: levels, encoder, and the encoder's proposals.
-
-    Args:
-        encoder: over the cells of all levels, see `DeformableDetrTransformerEncoder`.
-        decoder: see `DeformableDecoder`.
-        num_feature_levels: L.
-        two_stage_num_proposals: how many of the encoder's proposals become queries.
-    """
+    """What the transformers of Deformable DETR and DINO share: levels, encoder, and the encoder's proposals."""
 
     def __init__(
         self, encoder: nn.Module, decoder: nn.Module, num_feature_levels: int, two_stage_num_proposals: int
     ):
+        """
+        Args:
+            encoder: over the cells of all levels, see `DeformableDetrTransformerEncoder`.
+            decoder: see `DeformableDecoder`.
+            num_feature_levels: L.
+            two_stage_num_proposals: how many of the encoder's proposals become queries.
+        """
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
@@ -70,7 +70,7 @@ class DeformableTransformer(nn.Module):
             levels.cells,
             query_pos=levels.pos,
             query_key_padding_mask=levels.mask,
-            reference_points=levels.centres[:, :, None] * levels.valid_ratios[:, None],
+            reference_points=levels.centers[:, :, None] * levels.valid_ratios[:, None],
             spatial_shapes=levels.spatial_shapes,
             level_start_index=levels.level_start_index,
         )
@@ -101,7 +101,7 @@ class DeformableTransformer(nn.Module):
             (N, S, C), what the heads saw; (N, S, K) logits; (N, S, 4) logits of boxes, infinite for cells of
             the padding and near the border.
         """
-        cells, anchors = self._proposals(memory, levels.mask, levels.centres, levels.shapes)
+        cells, anchors = self._proposals(memory, levels.mask, levels.centers, levels.shapes)
         head = self.decoder.num_layers
         logits = self.decoder.class_embed[head](cells)
         return cells, logits, self.decoder.bbox_embed[head](cells) + anchors
@@ -110,19 +110,19 @@ class DeformableTransformer(nn.Module):
         """The cells of the highest of (N, S) scores, (N, `two_stage_num_proposals`).
 
         Raises:
-            ValueError: the picture has fewer cells.
+            ValueError: the image has fewer cells.
         """
         if scores.shape[1] < self.two_stage_num_proposals:
             raise ValueError(
                 f"num_queries (two_stage_num_proposals) is {self.two_stage_num_proposals}, but these "
-                f"pictures have {scores.shape[1]} cells on all levels; give larger ones or fewer queries"
+                f"images have {scores.shape[1]} cells on all levels; give larger ones or fewer queries"
             )
         return scores.topk(self.two_stage_num_proposals, dim=1).indices
 
-    def _proposals(self, memory, mask, centres, shapes):
-        sides = [centres.new_full((h * w,), 0.05 * 2.0**i) for i, (h, w) in enumerate(shapes)]
-        sides = torch.cat(sides)[:, None].expand(len(centres), -1, 2)
-        boxes = torch.cat([centres, sides], dim=2)
+    def _proposals(self, memory, mask, centers, shapes):
+        sides = [centers.new_full((h * w,), 0.05 * 2.0**i) for i, (h, w) in enumerate(shapes)]
+        sides = torch.cat(sides)[:, None].expand(len(centers), -1, 2)
+        boxes = torch.cat([centers, sides], dim=2)
         usable = ((boxes > 0.01) & (boxes < 0.99)).all(dim=2, keepdim=True) & ~mask[..., None]
         anchors = torch.logit(boxes).masked_fill(~usable, float("inf"))
         return self.enc_output_norm(self.enc_output(memory.masked_fill(~usable, 0))), anchors
@@ -148,21 +148,21 @@ class DeformableTransformer(nn.Module):
         sizes = [h * w for h, w in shapes]
         masks = [m.unflatten(1, shape) for m, shape in zip(memory_padding_mask.split(sizes, dim=1), shapes)]
         ratios = torch.stack([valid_ratio(m, memory.dtype) for m in masks], dim=1)
-        return self._proposals(memory, memory_padding_mask, cell_centres(shapes, ratios), shapes)
+        return self._proposals(memory, memory_padding_mask, cell_centers(shapes, ratios), shapes)
 
     @staticmethod
     def get_reference_points(
         spatial_shapes: Sequence[tuple[int, int]] | torch.Tensor, valid_ratios: torch.Tensor, device=None
     ) -> torch.Tensor:
-        """The centre of every cell, as fractions of each level's width and height: (N, S, L, 2).
+        """The center of every cell, as fractions of each level's width and height: (N, S, L, 2).
 
         Args:
             spatial_shapes: height and width of each level.
-            valid_ratios: (N, L, 2), which part of the width and height the picture fills.
+            valid_ratios: (N, L, 2), which part of the width and height the image fills.
             device: has no effect; the result lies where `valid_ratios` do.
         """
         shapes = [(int(h), int(w)) for h, w in spatial_shapes]
-        return cell_centres(shapes, valid_ratios)[:, :, None] * valid_ratios[:, None]
+        return cell_centers(shapes, valid_ratios)[:, :, None] * valid_ratios[:, None]
 
     def get_valid_ratio(self, mask: torch.Tensor) -> torch.Tensor:
         """Which part of the width and height of (N, H, W) masks is no padding: (N, 2) float32."""
@@ -170,15 +170,7 @@ class DeformableTransformer(nn.Module):
 
 
 class DeformableDetrTransformer(DeformableTransformer):
-    """The transformer of Deformable DETR.
-
-    Args:
-        encoder: a `DeformableDetrTransformerEncoder`.
-        decoder: a `DeformableDetrTransformerDecoder`.
-        num_feature_levels: L.
-        as_two_stage: whether queries come from the encoder's proposals; else they are learnt.
-        two_stage_num_proposals: how many proposals become queries.
-    """
+    """The transformer of Deformable DETR."""
 
     def __init__(
         self,
@@ -188,6 +180,14 @@ class DeformableDetrTransformer(DeformableTransformer):
         as_two_stage: bool = False,
         two_stage_num_proposals: int = 300,
     ):
+        """
+        Args:
+            encoder: a `DeformableDetrTransformerEncoder`.
+            decoder: a `DeformableDetrTransformerDecoder`.
+            num_feature_levels: L.
+            as_two_stage: whether queries come from the encoder's proposals; else they are learned.
+            two_stage_num_proposals: how many proposals become queries.
+        """
         super().__init__(encoder, decoder, num_feature_levels, two_stage_num_proposals)
         self.as_two_stage = as_two_stage
         if as_two_stage:
@@ -245,7 +245,7 @@ class DeformableDetrTransformer(DeformableTransformer):
             query_pos, query = self.pos_trans_norm(self.pos_trans(embedded)).chunk(2, dim=2)
         else:
             query_pos, query = cast(torch.Tensor, query_embed).expand(len(memory), -1, -1).chunk(2, dim=2)
-            dtype = levels.centres.dtype
+            dtype = levels.centers.dtype
             references = self.reference_points(query_pos).to(dtype).sigmoid()
         states, inter_references = self.decode(
             levels, memory, query=query, query_pos=query_pos, reference_points=references

@@ -65,12 +65,12 @@ def apply_box_noise(
     """Moves each side of boxes by a random part of half their width or height.
 
     Args:
-        boxes: (..., 4) cx, cy, w, h as fractions of the picture.
+        boxes: (..., 4) cx, cy, w, h as fractions of the image.
         box_noise_scale: how far: up to so many halves, and of negative ones by one to two times that.
         is_negative: bool that broadcasts with (...); None for no negative boxes.
 
     Returns:
-        (..., 4), within the picture; `boxes` itself for a scale of 0.
+        (..., 4), within the image; `boxes` itself for a scale of 0.
     """
     if box_noise_scale <= 0:
         return boxes
@@ -115,7 +115,7 @@ def make_denoising_queries(
 
     Args:
         targets: N dicts of "labels" (M_i,) int64 and "boxes" (M_i, 4): cx, cy, w, h as fractions of the
-            picture.
+            image.
         dn_number: see `num_denoising_groups`; 0 for none.
         label_noise_ratio: twice the probability that a label is drawn anew.
         box_noise_scale: see `apply_box_noise`.

@@ -18,27 +18,7 @@ __all__ = ["DETR"]
 
 
 class DETR(QueryDetector):
-    """Queries attend to all cells of one feature map, and each predicts one object or nothing.
-
-    Args:
-        backbone: pictures to a dict of feature maps.
-        in_features: names of features; the last one is used.
-        in_channels: its channels.
-        position_embedding: (N, H, W) masks to (N, C, H, W) embeddings.
-        transformer: a `DetrTransformer`.
-        embed_dim: C.
-        num_classes: K.
-        num_queries: Q.
-        criterion: a `SetCriterion` of "ce_loss".
-        aux_loss: whether all decoder layers are compared with the truth, or the last.
-        pixel_mean: mean of each channel, in the pixels' own unit.
-        pixel_std: standard deviation of each channel.
-        device: has no effect; the model lies where it is moved.
-        mask_padding_at_test: see `QueryDetector`.
-
-    Raises:
-        ValueError: parts that do not fit each other, or a feature that the backbone does not give.
-    """
+    """Queries attend to all cells of one feature map, and each predicts one object or nothing."""
 
     reference_lr_per_image = 1e-4 / 64  # of AdamW
 
@@ -60,6 +40,26 @@ class DETR(QueryDetector):
         *,
         mask_padding_at_test: bool = False,
     ):
+        """
+        Args:
+            backbone: images to a dict of feature maps.
+            in_features: names of features; the last one is used.
+            in_channels: its channels.
+            position_embedding: (N, H, W) masks to (N, C, H, W) embeddings.
+            transformer: a `DetrTransformer`.
+            embed_dim: C.
+            num_classes: K.
+            num_queries: Q.
+            criterion: a `SetCriterion` of "ce_loss".
+            aux_loss: whether all decoder layers are compared with the truth, or the last.
+            pixel_mean: mean of each channel, in the pixels' own unit.
+            pixel_std: standard deviation of each channel.
+            device: has no effect; the model lies where it is moved.
+            mask_padding_at_test: see `QueryDetector`.
+
+        Raises:
+            ValueError: parts that do not fit each other, or a feature that the backbone does not give.
+        """
         super().__init__(backbone, criterion, num_classes, pixel_mean, pixel_std, mask_padding_at_test)
         check_embed_dim(embed_dim, position_embedding, transformer)
         self.in_features = list(in_features)

@@ -15,18 +15,7 @@ __all__ = ["DetrTransformer", "DetrTransformerDecoder", "DetrTransformerEncoder"
 
 
 class DetrTransformerEncoder(TransformerLayerSequence):
-    """Layers in which each cell attends to all cells.
-
-    Args:
-        embed_dim: C.
-        num_heads: heads of the attention, which divide C.
-        attn_dropout: probability that an attention weight is zeroed.
-        feedforward_dim: channels within the feed-forward parts.
-        ffn_dropout: probability of dropout there.
-        num_layers: how many layers.
-        post_norm: whether a norm follows the last layer.
-        batch_first: whether tensors are (N, H * W, C); else (H * W, N, C).
-    """
+    """Layers in which each cell attends to all cells."""
 
     def __init__(
         self,
@@ -39,6 +28,17 @@ class DetrTransformerEncoder(TransformerLayerSequence):
         post_norm: bool = True,
         batch_first: bool = False,
     ):
+        """
+        Args:
+            embed_dim: C.
+            num_heads: heads of the attention, which divide C.
+            attn_dropout: probability that an attention weight is zeroed.
+            feedforward_dim: channels within the feed-forward parts.
+            ffn_dropout: probability of dropout there.
+            num_layers: how many layers.
+            post_norm: whether a norm follows the last layer.
+            batch_first: whether tensors are (N, H * W, C); else (H * W, N, C).
+        """
         layer = BaseTransformerLayer(
             attn=MultiheadAttention(embed_dim, num_heads, attn_drop=attn_dropout, batch_first=batch_first),
             ffn=FFN(embed_dim, feedforward_dim, ffn_drop=ffn_dropout),
@@ -53,14 +53,7 @@ class DetrTransformerEncoder(TransformerLayerSequence):
 
 
 class DetrTransformerDecoder(TransformerLayerSequence):
-    """Layers in which queries attend to each other and to the cells.
-
-    Args:
-        embed_dim, num_heads, attn_dropout, feedforward_dim, ffn_dropout, num_layers, batch_first: see
-            `DetrTransformerEncoder`.
-        post_norm: whether a norm follows each layer whose queries are returned.
-        return_intermediate: whether all layers' queries are returned, or the last layer's.
-    """
+    """Layers in which queries attend to each other and to the cells."""
 
     def __init__(
         self,
@@ -74,6 +67,13 @@ class DetrTransformerDecoder(TransformerLayerSequence):
         return_intermediate: bool = True,
         batch_first: bool = False,
     ):
+        """
+        Args:
+            embed_dim, num_heads, attn_dropout, feedforward_dim, ffn_dropout, num_layers, batch_first: see
+                `DetrTransformerEncoder`.
+            post_norm: whether a norm follows each layer whose queries are returned.
+            return_intermediate: whether all layers' queries are returned, or the last layer's.
+        """
         layer = BaseTransformerLayer(
             attn=MultiheadAttention(embed_dim, num_heads, attn_drop=attn_dropout, batch_first=batch_first),
             ffn=FFN(embed_dim, feedforward_dim, ffn_drop=ffn_dropout),
@@ -116,14 +116,14 @@ class DetrTransformerDecoder(TransformerLayerSequence):
 
 
 class DetrTransformer(nn.Module):
-    """Encoder and decoder.
-
-    Args:
-        encoder: a `DetrTransformerEncoder`.
-        decoder: a `DetrTransformerDecoder`.
-    """
+    """Encoder and decoder."""
 
     def __init__(self, encoder: Any = None, decoder: Any = None):
+        """
+        Args:
+            encoder: a `DetrTransformerEncoder`.
+            decoder: a `DetrTransformerDecoder`.
+        """
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder

@@ -19,30 +19,6 @@ __all__ = ["DINO"]
 class DINO(MultiScaleQueryDetector):
     """Queries begin as the encoder's best boxes, each decoder layer refines them, and in training further
     queries learn to repair boxes that were spoilt.
-
-    Args:
-        backbone: pictures to a dict of feature maps.
-        position_embedding: (N, H, W) masks to (N, C, H, W) embeddings.
-        neck: the backbone's features to L maps (N, C, H, W), such as `ChannelMapper`.
-        transformer: a `DINOTransformer`.
-        embed_dim: C.
-        num_classes: K.
-        num_queries: Q, as many as `transformer.two_stage_num_proposals`.
-        criterion: a `DINOCriterion`.
-        pixel_mean: mean of each channel, in the pixels' own unit.
-        pixel_std: standard deviation of each channel.
-        aux_loss: whether all decoder layers are compared with the truth, or the last.
-        select_box_nums_for_evaluation: how many detections of an image.
-        device: has no effect; the model lies where it is moved.
-        dn_number: there are about twice so many denoising queries, see `num_denoising_groups`; 0 for none.
-        label_noise_ratio: twice the probability that a denoising query gets any class.
-        box_noise_scale: how far denoising queries lie from their boxes, see `apply_box_noise`.
-        input_format: the channels' order, "RGB" or "BGR"; for whoever draws the pictures.
-        vis_period: has no effect; models do not draw.
-        mask_padding_at_test: see `QueryDetector`.
-
-    Raises:
-        ValueError: parts that do not fit each other; the message names them.
     """
 
     def __init__(
@@ -68,6 +44,32 @@ class DINO(MultiScaleQueryDetector):
         *,
         mask_padding_at_test: bool = False,
     ):
+        """
+        Args:
+            backbone: images to a dict of feature maps.
+            position_embedding: (N, H, W) masks to (N, C, H, W) embeddings.
+            neck: the backbone's features to L maps (N, C, H, W), such as `ChannelMapper`.
+            transformer: a `DINOTransformer`.
+            embed_dim: C.
+            num_classes: K.
+            num_queries: Q, as many as `transformer.two_stage_num_proposals`.
+            criterion: a `DINOCriterion`.
+            pixel_mean: mean of each channel, in the pixels' own unit.
+            pixel_std: standard deviation of each channel.
+            aux_loss: whether all decoder layers are compared with the truth, or the last.
+            select_box_nums_for_evaluation: how many detections of an image.
+            device: has no effect; the model lies where it is moved.
+            dn_number: there are about twice so many denoising queries, see `num_denoising_groups`; 0 for
+                none.
+            label_noise_ratio: twice the probability that a denoising query gets any class.
+            box_noise_scale: how far denoising queries lie from their boxes, see `apply_box_noise`.
+            input_format: the channels' order, "RGB" or "BGR"; for whoever draws the images.
+            vis_period: has no effect; models do not draw.
+            mask_padding_at_test: see `QueryDetector`.
+
+        Raises:
+            ValueError: parts that do not fit each other; the message names them.
+        """
         super().__init__(
             backbone=backbone,
             position_embedding=position_embedding,

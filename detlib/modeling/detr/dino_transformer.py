@@ -22,18 +22,7 @@ class DINOTransformerEncoder(DeformableDetrTransformerEncoder):
 
 
 class DINOTransformerDecoder(DeformableDecoder):
-    """The decoder of DINO, whose references are boxes and tell where the queries are.
-
-    Args:
-        embed_dim, num_heads, feedforward_dim, attn_dropout, ffn_dropout, num_layers, return_intermediate,
-            num_feature_levels: see `DeformableDecoder`.
-        look_forward_twice: whether gradients of the next layer's boxes reach this layer.
-        use_checkpoint: whether the inner activations of a layer are computed again in the backward pass, to
-            save memory.
-
-    Raises:
-        ValueError: `embed_dim` is no multiple of 4.
-    """
+    """The decoder of DINO, whose references are boxes and tell where the queries are."""
 
     def __init__(
         self,
@@ -48,6 +37,17 @@ class DINOTransformerDecoder(DeformableDecoder):
         look_forward_twice: bool = True,
         use_checkpoint: bool = True,
     ):
+        """
+        Args:
+            embed_dim, num_heads, feedforward_dim, attn_dropout, ffn_dropout, num_layers, return_intermediate,
+                num_feature_levels: see `DeformableDecoder`.
+            look_forward_twice: whether gradients of the next layer's boxes reach this layer.
+            use_checkpoint: whether the inner activations of a layer are computed again in the backward pass,
+                to save memory.
+
+        Raises:
+            ValueError: `embed_dim` is no multiple of 4.
+        """
         if embed_dim % 4:
             raise ValueError(f"DINOTransformerDecoder's embed_dim must be a multiple of 4, got {embed_dim}")
         super().__init__(
@@ -79,15 +79,7 @@ class DINOTransformerDecoder(DeformableDecoder):
 
 
 class DINOTransformer(DeformableTransformer):
-    """The transformer of DINO. Boxes of queries come from the encoder's proposals, their contents are learnt.
-
-    Args:
-        encoder: a `DINOTransformerEncoder`.
-        decoder: a `DINOTransformerDecoder`.
-        num_feature_levels: L.
-        two_stage_num_proposals: Q, how many proposals become queries.
-        learnt_init_query: whether the contents are learnt; else they are those of the proposals' cells.
-    """
+    """The transformer of DINO. Boxes of queries come from the encoder's proposals, their contents are learned."""
 
     def __init__(
         self,
@@ -97,6 +89,14 @@ class DINOTransformer(DeformableTransformer):
         two_stage_num_proposals: int = 900,
         learnt_init_query: bool = True,
     ):
+        """
+        Args:
+            encoder: a `DINOTransformerEncoder`.
+            decoder: a `DINOTransformerDecoder`.
+            num_feature_levels: L.
+            two_stage_num_proposals: Q, how many proposals become queries.
+            learnt_init_query: whether the contents are learned; else they are those of the proposals' cells.
+        """
         super().__init__(encoder, decoder, num_feature_levels, two_stage_num_proposals)
         self.learnt_init_query = learnt_init_query
         if learnt_init_query:

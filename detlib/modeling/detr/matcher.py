@@ -99,19 +99,9 @@ def class_cost(
 
 
 class HungarianMatcher(nn.Module):
-    """Matches each object of a picture with one query, at the least total cost.
+    """Matches each object of an image with one query, at the least total cost.
 
-    All layers and pictures share one cost tensor, which goes to the host once.
-
-    Args:
-        cost_class: weight of the class cost.
-        cost_bbox: weight of the L1 distance of boxes.
-        cost_giou: weight of the generalised IoU.
-        cost_class_type: "focal_loss_cost" or "ce_cost", see `class_cost`.
-        alpha, gamma: of the focal loss.
-
-    Raises:
-        ValueError: another `cost_class_type`, or all costs are 0.
+    All layers and images share one cost tensor, which goes to the host once.
     """
 
     def __init__(
@@ -123,6 +113,17 @@ class HungarianMatcher(nn.Module):
         alpha: float = 0.25,
         gamma: float = 2.0,
     ):
+        """
+        Args:
+            cost_class: weight of the class cost.
+            cost_bbox: weight of the L1 distance of boxes.
+            cost_giou: weight of the generalized IoU.
+            cost_class_type: "focal_loss_cost" or "ce_cost", see `class_cost`.
+            alpha, gamma: of the focal loss.
+
+        Raises:
+            ValueError: another `cost_class_type`, or all costs are 0.
+        """
         super().__init__()
         check_choice(cost_class_type, _COST_TYPES, "HungarianMatcher's cost_class_type")
         if cost_class == cost_bbox == cost_giou == 0:
@@ -148,7 +149,7 @@ class HungarianMatcher(nn.Module):
 
     @torch.no_grad()
     def match_layers(self, outputs: Sequence[Mapping], targets: Sequence[Sequence[Mapping]]) -> list[Matches]:
-        """Matches L layers of the same N pictures at once.
+        """Matches L layers of the same N images at once.
 
         Args:
             outputs: L dicts as `forward` takes them.
@@ -181,7 +182,7 @@ class HungarianMatcher(nn.Module):
         return Matches.on_device(layers, num_objects, device)
 
     def cost(self, logits: torch.Tensor, boxes: torch.Tensor, targets: Sequence[Mapping]) -> torch.Tensor:
-        """The cost of every query for every object of its picture.
+        """The cost of every query for every object of its image.
 
         Args:
             logits: (L, N, Q, K).

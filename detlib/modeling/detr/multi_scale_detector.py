@@ -50,21 +50,7 @@ def _check_neck(neck: nn.Module, backbone: nn.Module, embed_dim: int) -> None:
 
 
 class MultiScaleQueryDetector(QueryDetector):
-    """What Deformable DETR and DINO share: several scales, a head for each layer, and sigmoid scores.
-
-    Args:
-        backbone, criterion, num_classes, pixel_mean, pixel_std, mask_padding_at_test: see `QueryDetector`.
-        position_embedding: (N, H, W) masks to (N, C, H, W) embeddings.
-        neck: the backbone's features to L maps (N, C, H, W).
-        transformer: see `DeformableTransformer`.
-        embed_dim: C.
-        num_queries: Q.
-        aux_loss: whether all decoder layers are compared with the truth, or the last.
-        select_box_nums_for_evaluation: how many detections of an image.
-
-    Raises:
-        ValueError: parts that do not fit each other, or features that the backbone does not give.
-    """
+    """What Deformable DETR and DINO share: several scales, a head for each layer, and sigmoid scores."""
 
     def __init__(
         self,
@@ -83,6 +69,21 @@ class MultiScaleQueryDetector(QueryDetector):
         select_box_nums_for_evaluation: int,
         mask_padding_at_test: bool,
     ):
+        """
+        Args:
+            backbone, criterion, num_classes, pixel_mean, pixel_std, mask_padding_at_test: see
+                `QueryDetector`.
+            position_embedding: (N, H, W) masks to (N, C, H, W) embeddings.
+            neck: the backbone's features to L maps (N, C, H, W).
+            transformer: see `DeformableTransformer`.
+            embed_dim: C.
+            num_queries: Q.
+            aux_loss: whether all decoder layers are compared with the truth, or the last.
+            select_box_nums_for_evaluation: how many detections of an image.
+
+        Raises:
+            ValueError: parts that do not fit each other, or features that the backbone does not give.
+        """
         super().__init__(backbone, criterion, num_classes, pixel_mean, pixel_std, mask_padding_at_test)
         check_embed_dim(embed_dim, position_embedding, transformer)
         _check_decoder(transformer)

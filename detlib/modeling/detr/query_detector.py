@@ -1,4 +1,4 @@
-"""What DETR-like models share: pictures and masks in, targets, weighted losses, and detections out.
+"""What DETR-like models share: images and masks in, targets, weighted losses, and detections out.
 
 Shape legend: N images of H x W padded pixels, Q queries, K classes.
 """
@@ -42,7 +42,7 @@ def check_embed_dim(embed_dim: int, position_embedding: nn.Module, transformer: 
 
 
 def padding_masks(images: ImageList) -> torch.Tensor:
-    """(N, H, W) bool, true where a batch of pictures is padded."""
+    """(N, H, W) bool, true where a batch of images is padded."""
     height, width = images.tensor.shape[-2:]
     device = images.tensor.device
     heights, widths = torch.tensor(images.image_sizes).t()[:, :, None].to(device, non_blocking=True)
@@ -64,20 +64,7 @@ def stack_layers(logits: torch.Tensor, boxes: torch.Tensor, aux_loss: bool) -> d
 class QueryDetector(MetaArchitecture, metaclass=ABCMeta):
     """A backbone, and queries that each predict one object or nothing.
 
-    A subclass says how pictures become predictions (`predict`) and predictions detections (`inference`).
-
-    Args:
-        backbone: pictures to a dict of feature maps.
-        criterion: the losses, with their `weight_dict`.
-        num_classes: K.
-        pixel_mean: mean of each channel, in the pixels' own unit (0 to 255 for the built-in models).
-        pixel_std: standard deviation of each channel.
-        mask_padding_at_test: whether padding is masked outside training too. The published models see it as
-            part of the picture, which does no harm where pictures are predicted one by one: they have none.
-            In a batch of several sizes, boxes are right only with True.
-
-    Raises:
-        ValueError: the criterion has another number of classes.
+    A subclass says how images become predictions (`predict`) and predictions detections (`inference`).
     """
 
     reference_lr_per_image = 1e-4 / 16  # of AdamW
@@ -100,6 +87,20 @@ class QueryDetector(MetaArchitecture, metaclass=ABCMeta):
         pixel_std: Sequence[float],
         mask_padding_at_test: bool = False,
     ):
+        """
+        Args:
+            backbone: images to a dict of feature maps.
+            criterion: the losses, with their `weight_dict`.
+            num_classes: K.
+            pixel_mean: mean of each channel, in the pixels' own unit (0 to 255 for the built-in models).
+            pixel_std: standard deviation of each channel.
+            mask_padding_at_test: whether padding is masked outside training too. The published models see it
+                as part of the image, which does no harm where images are predicted one by one: they have
+                none. In a batch of several sizes, boxes are right only with True.
+
+        Raises:
+            ValueError: the criterion has another number of classes.
+        """
         super().__init__()
         if getattr(criterion, "num_classes", num_classes) != num_classes:
             raise ValueError(
@@ -124,8 +125,8 @@ class QueryDetector(MetaArchitecture, metaclass=ABCMeta):
         if len(set(images.image_sizes)) > 1:
             log_first_n(
                 logging.WARNING,
-                "Pictures of several sizes are predicted in one batch without a mask for the padding, so the "
-                "boxes of smaller ones are off: set mask_padding_at_test, or give single pictures.",
+                "Images of several sizes are predicted in one batch without a mask for the padding, so the "
+                "boxes of smaller ones are off: set mask_padding_at_test, or give single images.",
             )
         return images.tensor.new_zeros((len(images), *images.tensor.shape[-2:]), dtype=torch.bool)
 
@@ -136,7 +137,7 @@ class QueryDetector(MetaArchitecture, metaclass=ABCMeta):
             targets: N `Instances` with `gt_boxes` and `gt_classes` in pixels.
 
         Returns:
-            N dicts of "labels" (M_i,) int64 and "boxes" (M_i, 4): cx, cy, w, h as fractions of the picture.
+            N dicts of "labels" (M_i,) int64 and "boxes" (M_i, 4): cx, cy, w, h as fractions of the image.
         """
         prepared = []
         for instances in targets:
@@ -154,7 +155,7 @@ class QueryDetector(MetaArchitecture, metaclass=ABCMeta):
 
                 * "image": (3, H_i, W_i) uint8 or float tensor;
                 * "instances": `Instances` with `gt_boxes` and `gt_classes` in pixels of "image"; training
-                  only. A picture may be without objects;
+                  only. An image may be without objects;
                 * "height", "width": the size that outputs shall have; the image's own when left out.
 
         Returns:
@@ -183,7 +184,7 @@ class QueryDetector(MetaArchitecture, metaclass=ABCMeta):
         """Predict on a batch.
 
         Args:
-            images: N pictures, as `preprocess_image` returns them.
+            images: N images, as `preprocess_image` returns them.
             targets: the truth, see `prepare_targets`; None outside training.
 
         Returns:
@@ -202,7 +203,7 @@ class QueryDetector(MetaArchitecture, metaclass=ABCMeta):
 
         Args:
             box_cls: (N, Q, K) logits, or (N, Q, K + 1) with the background last.
-            box_pred: (N, Q, 4): cx, cy, w, h as fractions of the picture.
+            box_pred: (N, Q, 4): cx, cy, w, h as fractions of the image.
             image_sizes: N pairs (height, width), without padding.
 
         Returns:

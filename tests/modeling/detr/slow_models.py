@@ -17,9 +17,9 @@ def linear(w, name, x):
 
 
 def norm(w, name, x):
-    centred = x - x.mean(-1, keepdim=True)
-    deviation = torch.sqrt(centred.square().mean(-1, keepdim=True) + 1e-5)
-    return centred / deviation * w[f"{name}.weight"] + w[f"{name}.bias"]
+    centered = x - x.mean(-1, keepdim=True)
+    deviation = torch.sqrt(centered.square().mean(-1, keepdim=True) + 1e-5)
+    return centered / deviation * w[f"{name}.weight"] + w[f"{name}.bias"]
 
 
 def mlp(w, name, x, depth=3):
@@ -44,7 +44,7 @@ def sines(x, count):
 
 
 def embed_cells(mask, dim, offset):
-    """(N, H, W), true for padding, to (N, H * W, dim): row and column as parts of the picture."""
+    """(N, H, W), true for padding, to (N, H * W, dim): row and column as parts of the image."""
     y, x = (~mask).double().cumsum(1), (~mask).double().cumsum(2)
     y, x = (y + offset) / (y[:, -1:] + 1e-6), (x + offset) / (x[:, :, -1:] + 1e-6)
     return torch.cat([sines(y, dim // 2), sines(x, dim // 2)], -1).flatten(1, 2)
@@ -84,12 +84,12 @@ def attend_to_points(w, name, query, cells, hidden, references, shapes):
     weights = weights.unflatten(3, sizes[1:])
     total, start = 0, 0
     for level, (height, width) in enumerate(shapes):
-        centre = references[:, :, None, None, level]
-        if centre.shape[-1] == 2:
+        center = references[:, :, None, None, level]
+        if center.shape[-1] == 2:
             step = offsets[:, :, :, level] / torch.tensor([width, height])
         else:
-            step = offsets[:, :, :, level] / NUM_POINTS * centre[..., 2:] / 2
-        x, y = (centre[..., :2] + step).unbind(-1)
+            step = offsets[:, :, :, level] / NUM_POINTS * center[..., 2:] / 2
+        x, y = (center[..., :2] + step).unbind(-1)
         found = sample(value[:, start : start + height * width], height, width, x, y)
         total = total + (found * weights[:, :, :, level, :, None]).sum(3)
         start += height * width
@@ -136,13 +136,13 @@ class SlowLevels:
         self.ratios = torch.stack(
             [f / torch.tensor([x.shape[3], x.shape[2]]) for f, x in zip(filled, maps)], 1
         )
-        centres = []
+        centers = []
         for (height, width), f in zip(self.shapes, filled):
             y, x = torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
-            centres.append((torch.stack([x, y], 1) + 0.5) / f[:, None])
-        self.centres = torch.cat(centres, 1)
+            centers.append((torch.stack([x, y], 1) + 0.5) / f[:, None])
+        self.centers = torch.cat(centers, 1)
         cells = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1)
-        references = self.centres[:, :, None] * self.ratios[:, None]
+        references = self.centers[:, :, None] * self.ratios[:, None]
         for i in range(num_layers):
             name = f"transformer.encoder.layers.{i}"
             seen = self.look(f"{name}.attentions.0", cells + pos, references, cells)
@@ -157,8 +157,8 @@ class SlowLevels:
         """What the heads see of every cell, logits, and logits of boxes."""
         w, head = self.w, self.num_layers
         sides = [0.05 * 2**i for i, shape in enumerate(self.shapes) for _ in range(math.prod(shape))]
-        sides = torch.tensor(sides, dtype=torch.float64)[:, None].expand(len(self.centres), -1, 2)
-        boxes = torch.cat([self.centres, sides], 2)
+        sides = torch.tensor(sides, dtype=torch.float64)[:, None].expand(len(self.centers), -1, 2)
+        boxes = torch.cat([self.centers, sides], 2)
         usable = ((boxes > 0.01) & (boxes < 0.99)).all(2) & ~self.hidden
         anchors = torch.where(usable[..., None], (boxes / (1 - boxes).clamp(min=1e-9)).log(), math.inf)
         cells = linear(w, "transformer.enc_output", self.cells * usable[..., None])
@@ -217,7 +217,7 @@ def slow_deformable_detr(w, maps, masks, num_layers, num_queries, refines, two_s
 def slow_dino(w, maps, masks, num_layers, num_queries, denoising, looks_twice):
     """Logits and boxes of every decoder layer and of the encoder.
 
-    Contents of the queries are learnt if there are weights for them, and those of the best cells otherwise.
+    Contents of the queries are learned if there are weights for them, and those of the best cells otherwise.
 
     `denoising`: contents (N, D, C) and boxes (N, D, 4) of queries to put first, and (D, D) who of them must
     not see whom.
@@ -229,8 +229,8 @@ def slow_dino(w, maps, masks, num_layers, num_queries, denoising, looks_twice):
     assert enc_boxes.max() < 1, "the best cells must be such with a proposal"
     contents, dn_boxes, apart = denoising
     seen = rows(cells, best)
-    learnt = w.get("transformer.tgt_embed.weight")
-    own = seen.detach() if learnt is None else learnt.expand(len(cells), -1, -1)
+    learned = w.get("transformer.tgt_embed.weight")
+    own = seen.detach() if learned is None else learned.expand(len(cells), -1, -1)
     query = torch.cat([contents, own], 1)
     references, count = torch.cat([dn_boxes, enc_boxes.detach()], 1), len(apart)
     hidden = torch.zeros(count + num_queries, count + num_queries, dtype=torch.bool)
@@ -261,7 +261,7 @@ def focal(logits, alpha=0.25, gamma=2):
 
 
 def slow_matches(logits, boxes, truth, weights, is_softmax):
-    """For each picture the queries and their objects, at the least cost."""
+    """For each image the queries and their objects, at the least cost."""
     matches = []
     for own_logits, own_boxes, target in zip(logits.detach(), boxes.detach(), truth):
         being, not_being = focal(own_logits)

@@ -154,7 +154,7 @@ MODELS = {
 
 
 def batch(counts=(3, 1), sizes=((64, 96), (80, 64)), seed=0):
-    """Pictures with so many objects, or without "instances" where a count is None."""
+    """Images with so many objects, or without "instances" where a count is None."""
     generator = torch.Generator().manual_seed(seed)
     items = []
     for count, (height, width) in zip(counts, sizes):
@@ -175,9 +175,9 @@ def targets(counts=(3, 0, 1), seed=0, num_classes=NUM_CLASSES, dtype=torch.float
     made = []
     for count in counts:
         corners = torch.rand(count, 2, 2, generator=generator).sort(dim=1).values.to(dtype)
-        centre, size = corners.mean(1), corners[:, 1] - corners[:, 0]
+        center, size = corners.mean(1), corners[:, 1] - corners[:, 0]
         labels = torch.randint(0, num_classes, (count,), generator=generator)
-        made.append({"labels": labels, "boxes": torch.cat([centre, size], 1)})
+        made.append({"labels": labels, "boxes": torch.cat([center, size], 1)})
     return made
 
 

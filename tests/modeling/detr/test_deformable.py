@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from detlib.layers import get_sine_pos_embed, inverse_sigmoid
-from detlib.modeling.detr.deformable_layers import cell_centres, flatten_levels, refine_boxes, valid_ratio
+from detlib.modeling.detr.deformable_layers import cell_centers, flatten_levels, refine_boxes, valid_ratio
 from detlib.modeling.detr.query_detector import padding_masks
 from detlib.structures import ImageList
 from tests.modeling.detr.small_models import DIM, MODELS, batch, small_deformable_detr, small_dino
 
 SHAPES = [(4, 6), (2, 3)]
-# (height, width) in cells that each of two pictures fills on each level.
+# (height, width) in cells that each of two images fills on each level.
 FILLED = [[(4, 6), (2, 3)], [(3, 2), (2, 1)]]
 
 
@@ -27,8 +27,8 @@ def masks():
     return made
 
 
-def slow_centres():
-    """Of each picture, level, row and column: x and y as fractions of the picture."""
+def slow_centers():
+    """Of each image, level, row and column: x and y as fractions of the image."""
     rows = []
     for image in range(2):
         rows.append([])
@@ -50,11 +50,11 @@ def test_cells():
     ratios = torch.stack([valid_ratio(m, torch.float32) for m in masks()], 1)
     want = [[[1, 1], [1, 1]], [[2 / 6, 3 / 4], [1 / 3, 1]]]
     torch.testing.assert_close(ratios, torch.tensor(want))
-    torch.testing.assert_close(cell_centres(SHAPES, ratios), slow_centres())
+    torch.testing.assert_close(cell_centers(SHAPES, ratios), slow_centers())
 
 
 def test_cells_and_proposals_of_double_precision():
-    """Parts of a picture such as a third, and sides such as 0.05, have all the digits of the model."""
+    """Parts of an image such as a third, and sides such as 0.05, have all the digits of the model."""
     ratios = torch.stack([valid_ratio(m, torch.float64) for m in masks()], 1)
     want = torch.tensor([[[1, 1], [1, 1]], [[2 / 6, 3 / 4], [1 / 3, 1]]], dtype=torch.float64)
     torch.testing.assert_close(ratios, want, rtol=1e-15, atol=0)
@@ -81,16 +81,16 @@ def test_levels_in_one_sequence():
 
 
 def test_proposals():
-    """A box of 0.05 times 2 to the level around each cell, where that lies well within the picture."""
+    """A box of 0.05 times 2 to the level around each cell, where that lies well within the image."""
     transformer = small_dino().transformer
     memory = torch.rand(2, 30, DIM)
     mask = torch.cat([m.flatten(1) for m in masks()], 1)
     cells, anchors = transformer.gen_encoder_output_proposals(memory, mask, torch.tensor(SHAPES))
     empty = transformer.enc_output_norm(transformer.enc_output(torch.zeros(DIM)))
-    centres = slow_centres()
+    centers = slow_centers()
     for image in range(2):
         for cell in range(30):
-            x, y = centres[image, cell].tolist()
+            x, y = centers[image, cell].tolist()
             side = 0.05 if cell < 24 else 0.1
             if mask[image, cell] or not (0.01 < x < 0.99 and 0.01 < y < 0.99):
                 assert anchors[image, cell].isinf().all()
@@ -107,7 +107,7 @@ def test_reference_points():
     ratios = torch.stack([transformer.get_valid_ratio(m) for m in masks()], 1)
     found = transformer.get_reference_points(torch.tensor(SHAPES), ratios)
     assert found.shape == (2, 30, 2, 2)
-    want = slow_centres()[1, 7] * torch.tensor([[2 / 6, 3 / 4], [1 / 3, 1]])
+    want = slow_centers()[1, 7] * torch.tensor([[2 / 6, 3 / 4], [1 / 3, 1]])
     torch.testing.assert_close(found[1, 7], want)
 
 

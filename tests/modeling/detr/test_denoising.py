@@ -67,7 +67,7 @@ def test_which_queries_are_negative():
     assert off[1] > 2 * off[0] > 0
 
 
-def test_noise_stays_in_the_picture():
+def test_noise_stays_in_the_image():
     boxes = torch.tensor([[0.05, 0.9, 0.1, 0.2]]).expand(500, 4)
     corners = box_cxcywh_to_xyxy(apply_box_noise(boxes, 2.0, torch.tensor(True)))
     assert corners.min() >= -1e-6 and corners.max() <= 1 + 1e-6

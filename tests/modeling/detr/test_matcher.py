@@ -14,7 +14,7 @@ from tests.modeling.detr.small_models import predictions, targets
 
 
 def slow_cost(matcher, outputs, image, target):
-    """Of one picture: a list of Q rows of M costs."""
+    """Of one image: a list of Q rows of M costs."""
     table = []
     logits, boxes = outputs["pred_logits"][image].detach(), outputs["pred_boxes"][image].detach()
     for logit, box in zip(logits, boxes):

@@ -1,4 +1,4 @@
-"""Whole models: what goes in and comes out, pictures without objects, dtypes, checkpoints and mistakes."""
+"""Whole models: what goes in and comes out, images without objects, dtypes, checkpoints and mistakes."""
 
 from collections import Counter
 
@@ -50,7 +50,7 @@ def test_detections(model):
 
 @pytest.mark.parametrize("counts", [(3, 1), (2, 0), (0, 0)])
 def test_all_parameters_train(model, counts):
-    """Without objects too, in one picture or all: DDP waits for every gradient."""
+    """Without objects too, in one image or all: DDP waits for every gradient."""
     losses = model(batch(counts))
     assert all(loss.dim() == 0 and loss.isfinite() for loss in losses.values())
     sum(losses.values()).backward()
@@ -158,7 +158,7 @@ def test_weights(model):
 
 
 def test_masked_padding():
-    """With masks a picture's detections do not depend on the pictures beside it."""
+    """With masks an image's detections do not depend on the images beside it."""
     model = small_detr(mask_padding_at_test=True).eval()
     items = batch((None, None), ((64, 64), (96, 128)))
     with torch.no_grad():
@@ -297,7 +297,7 @@ def test_necks_that_do_not_fit():
 
 
 def test_more_queries_than_cells():
-    with pytest.raises(ValueError, match="num_queries .*is 500, but these pictures have 163 cells"):
+    with pytest.raises(ValueError, match="num_queries .*is 500, but these images have 163 cells"):
         small_dino(num_queries=500)(batch())
 
 

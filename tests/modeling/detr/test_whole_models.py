@@ -155,7 +155,7 @@ def denoising_by_hand(case, groups, part):
 
 
 @pytest.mark.parametrize(
-    "counts, num_levels, looks_twice, learnt",
+    "counts, num_levels, looks_twice, learned",
     [
         ((5, 0, 1), 4, True, True),
         ((1, 0, 0), 4, False, True),
@@ -163,12 +163,12 @@ def denoising_by_hand(case, groups, part):
         ((0, 0, 0), 4, True, True),
     ],
 )
-def test_dino(counts, num_levels, looks_twice, learnt, monkeypatch):
+def test_dino(counts, num_levels, looks_twice, learned, monkeypatch):
     groups, part = 6, 0.25
     monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, part))
     monkeypatch.setattr(torch, "randint_like", lambda x, high: torch.ones_like(x))
     model = small_dino(
-        learnt_init_query=learnt,
+        learnt_init_query=learned,
         num_levels=num_levels,
         look_forward_twice=looks_twice,
         dn_number=groups // 2,
