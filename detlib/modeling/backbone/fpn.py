@@ -101,7 +101,7 @@ class FPN(Backbone):
 
     @property
     def size_divisibility(self) -> int:
-        """The stride of the coarsest bottom-up feature, so that each feature map has twice the size of the next."""
+        """The stride of the coarsest bottom-up feature map; each map is twice the size of the next."""
         return self._size_divisibility
 
     @property
@@ -181,7 +181,9 @@ class LastLevelP6P7(nn.Module):
 _RESNET_FEATURES = "the bottom-up network (MODEL.RESNETS.OUT_FEATURES)"
 
 
-def fpn_from_config(cfg, bottom_up: Backbone, top_block: nn.Module | None, giver: str = _RESNET_FEATURES) -> FPN:
+def fpn_from_config(
+    cfg, bottom_up: Backbone, top_block: nn.Module | None, giver: str = _RESNET_FEATURES
+) -> FPN:
     """Build an FPN from `cfg.MODEL.FPN`.
 
     Args:

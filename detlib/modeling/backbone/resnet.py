@@ -110,7 +110,7 @@ class BasicBlock(CNNBlockBase):
 
 
 class BottleneckBlock(CNNBlockBase):
-    """The residual block of ResNeXt and of ResNet-50 and deeper: 1x1, 3x3, 1x1 convolutions and a shortcut."""
+    """The residual block of ResNet-50 and deeper, and of ResNeXt: 1x1, 3x3, 1x1 convolutions, a shortcut."""
 
     def __init__(
         self,
@@ -132,8 +132,8 @@ class BottleneckBlock(CNNBlockBase):
             stride: stride of the block.
             num_groups: groups of the 3x3 convolution (32 or 64 in ResNeXt).
             norm: a norm's name or a callable, see `detlib.layers.get_norm`.
-            stride_in_1x1: whether the stride is in the first 1x1 convolution (the original MSRA models, Caffe)
-                or in the 3x3 convolution (torchvision, fb.resnet.torch, ResNeXt).
+            stride_in_1x1: whether the stride is in the first 1x1 convolution (the original MSRA models,
+                Caffe) or in the 3x3 convolution (torchvision, fb.resnet.torch, ResNeXt).
             dilation: dilation of the 3x3 convolution.
         """
         super().__init__(in_channels, out_channels, stride)
@@ -161,9 +161,9 @@ class BottleneckBlock(CNNBlockBase):
 class DeformBottleneckBlock(CNNBlockBase):
     """A bottleneck block with a deformable 3x3 convolution.
 
-    Another 3x3 convolution, `conv2_offset`, predicts the sampling offsets. It is initialized to zero, so a new
-    block computes the same as a `BottleneckBlock` with the same weights. In a modulated block the output of
-    the 3x3 convolution is halved at first, as each modulation factor starts at 0.5.
+    Another 3x3 convolution, `conv2_offset`, predicts the sampling offsets. It is initialized to zero, so a
+    new block computes the same as a `BottleneckBlock` with the same weights. In a modulated block the output
+    of the 3x3 convolution is halved at first, as each modulation factor starts at 0.5.
     """
 
     def __init__(

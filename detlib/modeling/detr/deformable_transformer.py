@@ -17,7 +17,7 @@ __all__ = ["DeformableDetrTransformer", "DeformableTransformer"]
 
 
 class DeformableTransformer(nn.Module):
-    """What the transformers of Deformable DETR and DINO share: levels, encoder, and the encoder's proposals."""
+    """The base of the transformers of Deformable DETR and DINO: levels, encoder, encoder proposals."""
 
     def __init__(
         self, encoder: nn.Module, decoder: nn.Module, num_feature_levels: int, two_stage_num_proposals: int

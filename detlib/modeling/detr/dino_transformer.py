@@ -79,7 +79,7 @@ class DINOTransformerDecoder(DeformableDecoder):
 
 
 class DINOTransformer(DeformableTransformer):
-    """The transformer of DINO. Boxes of queries come from the encoder's proposals, their contents are learned."""
+    """The transformer of DINO: query boxes come from the encoder's proposals, query contents are learned."""
 
     def __init__(
         self,
