@@ -78,8 +78,8 @@ def _flip_rotated_boxes(transform: HFlipTransform, rotated_boxes: np.ndarray) ->
     return boxes
 
 
-def _keep_rotated_boxes(transform: NoOpTransform, rotated_boxes: np.ndarray) -> np.ndarray:
-    return rotated_boxes
+def _keep_rotated_boxes(t: NoOpTransform, x: np.ndarray) -> np.ndarray:
+    return x
 
 
 # Registered for the base class, so that transforms of users have it too.
