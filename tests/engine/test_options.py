@@ -96,7 +96,7 @@ def test_documented_options_are_the_declared_ones():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"TRAIN__WRITERS": ("json", "csvv")}, "no writer 'csvv'.*legal are console, json, csv"),
+        ({"TRAIN__WRITERS": ("json", "csvv")}, "Unknown writer 'csvv'.*choose from console, json, csv"),
         (
             {"SOLVER__BEST_CHECKPOINT__METRIC": "val/total_loss"},
             r"SOLVER.BEST_CHECKPOINT.MODE \(train.best_checkpoint.mode\) is 'max', but lower is better",
