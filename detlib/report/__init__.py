@@ -1,4 +1,4 @@
-"""The report of a run: figures, tables and one page, made of what it left in its output folder.
+"""Report on a training run: figures, tables and an HTML page built from the run's output folder.
 
 python -m detlib.report OUTPUT_DIR
 """

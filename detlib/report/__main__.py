@@ -1,4 +1,4 @@
-"""Makes the report of a run that was made earlier, or is still going.
+"""Write the report of a training run that has finished, was killed, or is still running.
 
 python -m detlib.report OUTPUT_DIR
 """
@@ -13,9 +13,9 @@ from detlib.utils.logger import setup_logger
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Return the exit status: 0, or 2 if there is no report."""
+    """Write the report and return the exit status: 0, or 2 if no report was written."""
     parser = argparse.ArgumentParser(prog="python -m detlib.report", description=__doc__)
-    parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="the output folder of a run")
+    parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="output folder of a training run")
     arguments = parser.parse_args(argv)
     if not logging.getLogger("detlib").handlers:
         setup_logger()

@@ -1,4 +1,4 @@
-"""The table of classes: what is there, what was found, how well."""
+"""Tables of per-class metrics and of confusions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from detlib.report.matching import F1Curve
 
 __all__ = ["Table", "class_table", "confusion_table", "metrics_class_table", "to_csv"]
 
-# Columns and rows of a table; numbers are None where there is none.
+# Column names and rows of a table; None is an empty cell.
 Table = tuple[list[str], list[list[Any]]]
 
 _AREAS = {"small": "APs", "medium": "APm", "large": "APl"}
@@ -27,7 +27,7 @@ def _number(value: float, digits: int = 2) -> float | None:
 
 
 def _ap_columns(scores: CocoScores, index: int) -> dict[str, float | None]:
-    """AP of a class, in percent: of the whole, at two thresholds, and by size."""
+    """Return the AP of a class in percent: overall, at two IoU thresholds, and by object size."""
     columns = {"AP": scores.ap_of_class(index)}
     for name, threshold in (("AP50", 0.5), ("AP75", 0.75)):
         at = np.isclose(scores.iou_thresholds, threshold)
@@ -40,12 +40,13 @@ def _ap_columns(scores: CocoScores, index: int) -> dict[str, float | None]:
 
 
 def class_table(found: Detections, scores: Mapping[str, CocoScores], curve: F1Curve) -> Table:
-    """One row a class, in the order of the category ids.
+    """Return a table with one row per class, in the order of the category ids.
 
     Args:
-        found: detections and ground truth.
-        scores: by task; AP of boxes comes first, that of other tasks follows under "segm AP" and so on.
-        curve: gives precision, recall and F1 in percent, and the number of detections, at its threshold.
+        found: The detections and the ground truth.
+        scores: The scores of each task. Box AP comes first; other tasks follow as "segm AP" and so on.
+        curve: Source of precision, recall and F1 (in percent) and of the number of detections, at its
+            selected threshold.
     """
     rows = []
     for index, name in enumerate(found.class_names):
@@ -64,7 +65,7 @@ def class_table(found: Detections, scores: Mapping[str, CocoScores], curve: F1Cu
 
 
 def metrics_class_table(per_class: Mapping[str, Mapping[str, float]]) -> Table:
-    """One row a class, from the metrics that an evaluation gave of each."""
+    """Return a table with one row per class, from the per-class metrics of an evaluation."""
     metrics = list(dict.fromkeys(metric for values in per_class.values() for metric in values))
     metrics.sort(key=lambda metric: metric not in ("AP", "IoU", "PQ"))
     rows = [
@@ -75,7 +76,10 @@ def metrics_class_table(per_class: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def confusion_table(matrix: np.ndarray, names: Sequence[str]) -> Table:
-    """What was taken for what, the most frequent first; the last row and column are the background."""
+    """Return the off-diagonal entries of a confusion matrix, the most frequent first.
+
+    The last row and the last column of the matrix are the background.
+    """
     labels = [*names, "background"]
     off_diagonal = matrix * (1 - np.eye(len(matrix), dtype=matrix.dtype))
     true, predicted = np.nonzero(off_diagonal)
@@ -85,7 +89,7 @@ def confusion_table(matrix: np.ndarray, names: Sequence[str]) -> Table:
 
 
 def to_csv(table: Table) -> str:
-    """The table as CSV with a line of names; what is not there is empty."""
+    """Return the table as CSV with a header line; missing values are empty."""
     columns, rows = table
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -1,6 +1,6 @@
-"""Predictions of a run beside the ground truth, as files and as arrays.
+"""Predictions of a run and their ground truth, as files and as arrays.
 
-G objects of the ground truth, D detections, K classes in the order of their category ids.
+Shapes: G ground-truth objects, D detections, K classes in the order of their category ids.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ _DEFAULT_MAX_DETS, _LVIS_MAX_DETS = 100, 300
 def find_predictions(
     output_dir: str, datasets: Sequence[str], config: Mapping[str, Any] | None = None
 ) -> dict[str, str]:
-    """The files of predictions of a run, by data set.
+    """Return the paths of a run's prediction files, by dataset name.
 
-    They lie in ``inference/``, or in a folder of each data set there; of a lazy config, also where the
-    evaluator says. A file that lies in ``inference/`` itself is that of the last data set, which has written
-    over the others.
+    They are in ``inference/`` or in its subfolder of the dataset; with a lazy config, also in the output
+    folder of the evaluator. A file in ``inference/`` itself belongs to the last dataset, which has
+    overwritten the others.
     """
     inference = os.path.join(output_dir, "inference")
     evaluators = setting(config, "dataloader.evaluator", default=())
     evaluators = [evaluators] if isinstance(evaluators, Mapping) else list(evaluators)
-    own = [folder for e in evaluators if (folder := setting(e, "output_dir"))]
+    configured = [folder for e in evaluators if (folder := setting(e, "output_dir"))]
     found = {}
     for dataset in datasets:
         folders = [os.path.join(inference, name) for name in dict.fromkeys((safe_name(dataset), dataset))]
         if dataset == datasets[-1]:
-            folders += [inference, *own]
+            folders += [inference, *configured]
         paths = [os.path.join(folder, name) for folder in folders for name in _RESULT_FILES]
         existing = [path for path in paths if PathManager.isfile(path)]
         if existing:
@@ -65,27 +65,28 @@ def find_predictions(
 
 @dataclass
 class Detections:
-    """What was there and what was found. The arrays leave out what the metric does not look at.
+    """Detections and ground truth of a dataset. The arrays leave out what the metric ignores.
 
     Attributes:
-        dataset: the data set's name.
-        path: the file that the predictions are from.
-        ground_truth: as the metric has it.
-        results: the predictions, in COCO's result format.
-        class_names: K names.
-        image_ids: (N,) int64, the pictures' numbers, rising.
+        dataset: Name of the dataset.
+        path: File of the predictions.
+        ground_truth: Ground truth as the metric uses it.
+        results: Predictions in COCO's result format.
+        class_names: K class names.
+        image_ids: (N,) int64 image ids in ascending order.
         gt_image, gt_class: (G,) int64, indices into `image_ids` and `class_names`.
-        gt_boxes: (G, 4) float64, x, y, width, height in pixels; (G, 5) of rotated boxes, center x, center y,
+        gt_boxes: (G, 4) float64, x, y, width, height in pixels; rotated boxes are (G, 5), center x, center y,
             width, height, angle in degrees counter-clockwise.
-        gt_crowd: (G,) bool; crowds are no objects, but what is found in them is not wrong.
-        dt_image, dt_class, dt_boxes: likewise, (D,) and (D, 4 or 5).
+        gt_crowd: (G,) bool. Crowds are not counted as objects, and detections in them are not false
+            positives.
+        dt_image, dt_class, dt_boxes: The same for detections, (D,) and (D, 4 or 5).
         dt_score: (D,) float64.
-        dt_uncounted: (D,) bool, whether a detection that matches nothing is not wrong, since its picture was
-            not searched for all objects of its class (LVIS).
-        dt_results: the D results that the arrays are made of.
-        is_lvis: whether the metric is that of LVIS.
-        limit: how many detections of a picture count; None for the metric's usual number.
-        sigmas: of keypoints; empty for COCO's.
+        dt_uncounted: (D,) bool, detections that are not false positives if unmatched, since not every object
+            of their class is annotated in their image (LVIS).
+        dt_results: The D results that the arrays are built from.
+        is_lvis: Whether the metric is LVIS's.
+        limit: Maximum number of counted detections per image; None for the metric's default.
+        sigmas: Keypoint sigmas of OKS; empty for COCO's.
     """
 
     dataset: str
@@ -118,26 +119,28 @@ class Detections:
 
     @cached_property
     def gt_counts(self) -> np.ndarray:
-        """(K,) numbers of objects."""
+        """Number of objects per class, (K,)."""
         return np.bincount(self.gt_class[~self.gt_crowd], minlength=self.num_classes)
 
     @cached_property
     def tasks(self) -> tuple[str, ...]:
-        """The tasks that there are predictions for."""
+        """Tasks that have predictions and annotations."""
         if not self.results:
             return ()
-        there = [task for task, key in _TASKS.items() if any(key in result for result in self.results[:1])]
+        predicted = [
+            task for task, key in _TASKS.items() if any(key in result for result in self.results[:1])
+        ]
         if self.is_rotated or self.is_lvis:
-            there = [task for task in there if task == "bbox" or (self.is_lvis and task == "segm")]
+            predicted = [task for task in predicted if task == "bbox" or (self.is_lvis and task == "segm")]
         annotated = [
             task
-            for task in there
+            for task in predicted
             if task == "bbox" or any(a.get(_TASKS[task]) for a in self.ground_truth.coco["annotations"])
         ]
         return tuple(annotated)
 
     def scores(self, task: str) -> CocoScores:
-        """Precision and recall, computed as the evaluator computes them."""
+        """Compute precision and recall the same way as the evaluator."""
         coco = self.ground_truth.coco
         if self.is_lvis:
             return evaluate_lvis(coco, self.results, task, max_dets=self.limit or _LVIS_MAX_DETS)
@@ -152,55 +155,59 @@ class Detections:
         )
 
 
-def _load_truth(dataset: str, folder: str) -> GroundTruth:
-    """The ground truth of a data set; without it, what the evaluator has left beside the predictions."""
+def _load_ground_truth(dataset: str, folder: str) -> GroundTruth:
+    """Load the ground truth of a dataset, falling back to the evaluator's copy next to the predictions."""
     try:
         return load_ground_truth(dataset, MetadataCatalog.get(dataset))
     except (KeyError, OSError, ValueError) as error:
         converted = os.path.join(folder, f"{safe_name(dataset)}_coco_format.json")
         if not PathManager.isfile(converted):
             raise
-        logger.info("Report: %s; the ground truth is taken from %s", error, converted)
+        logger.info("Report: %s; using the ground truth in %s", error, converted)
         with PathManager.open(converted) as file:
             return complete_ground_truth(json.load(file))
 
 
 def load_detections(path: str, dataset: str, config: Mapping[str, Any] | None = None) -> Detections:
-    """Read predictions and the ground truth that they are held against.
+    """Read predictions and their ground truth.
 
     Args:
-        path: predictions in COCO's result format.
-        dataset: a registered name or an address.
-        config: for the number of detections that count and the sigmas of keypoints.
+        path: File of predictions in COCO's result format.
+        dataset: A registered name or a dataset URI.
+        config: Config of the run; source of the maximum number of detections and of the keypoint sigmas.
 
     Raises:
-        KeyError, FileNotFoundError: the data set is not known here, or its files are not there.
-        ValueError: it has no annotations, or the predictions are of other pictures or classes.
+        KeyError, FileNotFoundError: The dataset is not registered, or its files do not exist.
+        ValueError: The dataset has no annotations, or the predictions have unknown images or classes.
     """
-    truth = _load_truth(dataset, os.path.dirname(path))
-    if not truth.has_annotations:
+    ground_truth = _load_ground_truth(dataset, os.path.dirname(path))
+    if not ground_truth.has_annotations:
         raise ValueError(f"Dataset {dataset!r} has no annotations.")
     with gc_paused(), PathManager.open(path) as file:
         results = json.load(file)
     is_lvis = os.path.basename(path).startswith("lvis")
     limit = max_dets(config)
     if is_lvis:
-        annotations = [{**a, "iscrowd": 0} for a in truth.coco["annotations"]]
-        truth = GroundTruth({**truth.coco, "annotations": annotations}, truth.image_numbers, True)
-    category_ids = np.array(truth.category_ids, dtype=np.int64)
-    image_ids = np.unique(np.array([image["id"] for image in truth.coco["images"]], dtype=np.int64))
+        annotations = [{**a, "iscrowd": 0} for a in ground_truth.coco["annotations"]]
+        ground_truth = GroundTruth(
+            {**ground_truth.coco, "annotations": annotations}, ground_truth.image_numbers, True
+        )
+    category_ids = np.array(ground_truth.category_ids, dtype=np.int64)
+    image_ids = np.unique(np.array([image["id"] for image in ground_truth.coco["images"]], dtype=np.int64))
     for key, known in (("image_id", image_ids), ("category_id", category_ids)):
-        strange = np.setdiff1d([result[key] for result in results], known)
-        if len(strange):
+        unknown = np.setdiff1d([result[key] for result in results], known)
+        if len(unknown):
             raise ValueError(
-                f"{path}: predictions have the {key} {strange[:3].tolist()}, which dataset {dataset!r} "
-                "lacks; they are those of another data set, or it has changed since."
+                f"{path}: the predictions have {key} {unknown[:3].tolist()}, which dataset {dataset!r} does "
+                "not have. They belong to another dataset, or the dataset has changed."
             )
 
     counted, uncounted = results, np.zeros(len(results), dtype=bool)
     if is_lvis:
-        counted, uncounted = _searched_only(truth.coco, keep_best_per_image(results, limit or _LVIS_MAX_DETS))
-    annotations = truth.coco["annotations"]
+        counted, uncounted = _searched_only(
+            ground_truth.coco, keep_best_per_image(results, limit or _LVIS_MAX_DETS)
+        )
+    annotations = ground_truth.coco["annotations"]
     rotated = are_rotated(annotations) or are_rotated(results)
     to_boxes = to_rotated if rotated else lambda b: np.array(b, dtype=np.float64).reshape(-1, 4)
     arrays: dict[str, np.ndarray] = {}
@@ -213,9 +220,9 @@ def load_detections(path: str, dataset: str, config: Mapping[str, Any] | None = 
     found = Detections(
         dataset=dataset,
         path=path,
-        ground_truth=truth,
+        ground_truth=ground_truth,
         results=results,
-        class_names=[str(name) for name in truth.class_names],
+        class_names=[str(name) for name in ground_truth.class_names],
         image_ids=image_ids,
         gt_crowd=np.array([bool(row["iscrowd"]) for row in annotations], dtype=bool),
         dt_score=np.array([row["score"] for row in counted], dtype=np.float64),
@@ -235,7 +242,7 @@ def _sigmas(dataset: str, config: Mapping[str, Any] | None) -> tuple[float, ...]
 
 
 def _searched_only(lvis: dict, results: list[dict]) -> tuple[list[dict], np.ndarray]:
-    """The results of classes that their pictures were searched for, and which of them cannot be wrong."""
+    """Return the results of classes annotated in their image, and a mask of those never counted as wrong."""
     searched = {image["id"]: set(image.get("neg_category_ids") or ()) for image in lvis["images"]}
     for annotation in lvis["annotations"]:
         searched[annotation["image_id"]].add(annotation["category_id"])
@@ -245,7 +252,7 @@ def _searched_only(lvis: dict, results: list[dict]) -> tuple[list[dict], np.ndar
 
 
 def _limited(found: Detections) -> Detections:
-    """Without the detections of a picture and a class beyond the number that the metric looks at."""
+    """Drop the detections of each image and class beyond the metric's limit."""
     group = found.dt_image * found.num_classes + found.dt_class
     order = np.lexsort((-found.dt_score, group))
     starts = np.r_[0, np.flatnonzero(np.diff(group[order])) + 1] if len(order) else np.zeros(0, dtype=int)

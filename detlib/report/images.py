@@ -1,4 +1,4 @@
-"""The pictures on which a model does best and worst, ground truth beside predictions."""
+"""The images on which a model does best and worst, drawn with ground truth next to predictions."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from detlib.report.style import COLORS
 from detlib.structures import BoxMode
 from detlib.visualization.visualizer import Visualizer
 
-__all__ = ["draw_comparison", "encode_picture", "picture_files", "rank_pictures"]
+__all__ = ["draw_comparison", "encode_image", "image_files", "rank_images"]
 
-_SIDE = 560  # of either half, in pixels
-_RIGHT, _WRONG, _NEITHER = COLORS[2], COLORS[1], "#999999"
+_SIDE = 560  # longest side of either half, in pixels
+_CORRECT, _WRONG, _NEITHER = COLORS[2], COLORS[1], "#999999"
 _GAP, _HEADER = 12, 26
 
 
-def rank_pictures(scores: Mapping[str, np.ndarray], count: int) -> tuple[list[int], list[int]]:
-    """Indices of the best pictures, the best first, and of the worst, the worst first.
+def rank_images(scores: Mapping[str, np.ndarray], count: int) -> tuple[list[int], list[int]]:
+    """Return the indices of the best images, best first, and of the worst images, worst first.
 
-    Of equal scores, the picture with more objects is better, and the one with more mistakes worse. Pictures
-    with nothing to find are left out, and none is among both.
+    Ties are broken by the number of objects (more is better) and of mistakes (more is worse). Images with
+    neither objects nor detections are left out. No image is in both lists.
 
     Args:
-        scores: from `picture_scores`.
-        count: how many of each at most.
+        scores: Result of `image_scores`.
+        count: Maximum length of each list.
     """
     known = np.flatnonzero(~np.isnan(scores["score"]))
     score, objects = scores["score"][known], scores["objects"][known]
-    mistakes = objects + scores["detections"][known] - 2 * scores["right"][known]
+    mistakes = objects + scores["detections"][known] - 2 * scores["correct"][known]
     best = known[np.lexsort((-objects, -score))]
     worst = known[np.lexsort((-mistakes, score))]
     num_best = min(count, (len(known) + 1) // 2)
@@ -43,11 +43,11 @@ def rank_pictures(scores: Mapping[str, np.ndarray], count: int) -> tuple[list[in
     return chosen, [i for i in worst.tolist() if i not in chosen][: min(count, len(known) - num_best)]
 
 
-def picture_files(found: Detections) -> dict[int, str]:
-    """The files of the pictures by their numbers.
+def image_files(found: Detections) -> dict[int, str]:
+    """Return the image files by image id.
 
     Raises:
-        KeyError, FileNotFoundError: the data set is not known here, or its files are not there.
+        KeyError, FileNotFoundError: The dataset is not registered, or its files do not exist.
     """
     numbers = found.ground_truth.image_numbers
     records = DatasetCatalog.get(found.dataset)
@@ -63,19 +63,19 @@ def _boxes(rows: Sequence[dict], rotated: bool) -> np.ndarray:
     return BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
 
 
-def _half(
-    picture: np.ndarray, rows: Sequence[dict], labels: list[str], colors: list, found: Detections
+def _draw_half(
+    image: np.ndarray, rows: Sequence[dict], labels: list[str], colors: list, found: Detections
 ) -> np.ndarray:
-    """The picture with objects, (H, W, 3) uint8."""
+    """Draw objects on an image, (H, W, 3) uint8."""
     metadata = MetadataCatalog.get(found.dataset)
-    visualizer = Visualizer(picture, metadata, scale=_SIDE / max(picture.shape[:2]))
+    visualizer = Visualizer(image, metadata, scale=_SIDE / max(image.shape[:2]))
     masks = keypoints = None
-    # Of the ground truth, too, only what the model predicts.
+    # Ground-truth masks and keypoints are drawn only if the model predicts them.
     if rows and "segm" in found.tasks and all(row.get("segmentation") for row in rows):
         masks = [row["segmentation"] for row in rows]
     if rows and "keypoints" in found.tasks and all(row.get("keypoints") for row in rows):
         keypoints = np.array([row["keypoints"] for row in rows], dtype=np.float64).reshape(len(rows), -1, 3)
-        keypoints[:, :, :2] += 0.5  # from COCO's pixel indices
+        keypoints[:, :, :2] += 0.5  # COCO's keypoints are pixel indices
     visualizer.overlay_instances(
         boxes=_boxes(rows, found.is_rotated),
         labels=labels,
@@ -90,44 +90,44 @@ def _half(
 def draw_comparison(
     found: Detections, matches: Matches, threshold: float, image: int, file_name: str
 ) -> np.ndarray:
-    """Draw a picture twice: with its ground truth on the left, with the predictions on the right.
+    """Draw an image twice, with its ground truth on the left and the predictions on the right.
 
-    What is matched is green; what was missed, or found where it is not, is orange-red; crowds and what lies
-    in them are grey.
+    Matched objects are green, missed objects and false positives orange-red, crowds and detections in them
+    gray.
 
     Args:
-        found: detections and ground truth.
-        matches: from `match_classes`.
-        threshold: detections with less confidence are left out.
-        image: index of the picture in `found.image_ids`.
-        file_name: its file.
+        found: The detections and the ground truth.
+        matches: Result of `match_classes`.
+        threshold: Minimum confidence of the drawn detections.
+        image: Index of the image in `found.image_ids`.
+        file_name: Path of the image.
 
     Returns:
         (H, W, 3) uint8.
 
     Raises:
-        OSError: the picture cannot be read.
+        OSError: The image cannot be read.
     """
-    picture = read_image(file_name, "RGB")
+    pixels = read_image(file_name, "RGB")
     dts = np.flatnonzero((found.dt_image == image) & (found.dt_score >= threshold))
     gts = np.flatnonzero(found.gt_image == image)
-    hit = set(matches.dt_match[dts].tolist())
+    matched = set(matches.dt_match[dts].tolist())
     gt_labels, gt_colors = [], []
     for i in gts.tolist():
-        state = "" if i in hit else " missed"
+        state = "" if i in matched else " missed"
         state = " crowd" if found.gt_crowd[i] else state
         gt_labels.append(found.class_names[found.gt_class[i]] + state)
-        gt_colors.append(_NEITHER if found.gt_crowd[i] else _RIGHT if i in hit else _WRONG)
+        gt_colors.append(_NEITHER if found.gt_crowd[i] else _CORRECT if i in matched else _WRONG)
     dt_labels, dt_colors = [], []
     for i in dts.tolist():
-        is_right = matches.dt_match[i] >= 0
-        state = "" if is_right or matches.dt_ignored[i] else " wrong"
+        is_correct = matches.dt_match[i] >= 0
+        state = "" if is_correct or matches.dt_ignored[i] else " wrong"
         dt_labels.append(f"{found.class_names[found.dt_class[i]]} {found.dt_score[i]:.2f}{state}")
-        dt_colors.append(_RIGHT if is_right else _NEITHER if matches.dt_ignored[i] else _WRONG)
+        dt_colors.append(_CORRECT if is_correct else _NEITHER if matches.dt_ignored[i] else _WRONG)
     annotations = found.ground_truth.coco["annotations"]
-    left = _half(picture, [annotations[i] for i in gts.tolist()], gt_labels, gt_colors, found)
-    right = _half(picture, [found.dt_results[i] for i in dts.tolist()], dt_labels, dt_colors, found)
-    return _side_by_side(left, right, "ground truth", f"predictions, confidence from {threshold:.3f}")
+    left = _draw_half(pixels, [annotations[i] for i in gts.tolist()], gt_labels, gt_colors, found)
+    right = _draw_half(pixels, [found.dt_results[i] for i in dts.tolist()], dt_labels, dt_colors, found)
+    return _side_by_side(left, right, "ground truth", f"predictions, confidence >= {threshold:.3f}")
 
 
 def _side_by_side(left: np.ndarray, right: np.ndarray, left_title: str, right_title: str) -> np.ndarray:
@@ -142,10 +142,10 @@ def _side_by_side(left: np.ndarray, right: np.ndarray, left_title: str, right_ti
     return np.asarray(sheet)
 
 
-def encode_picture(picture: np.ndarray, form: str, **kwargs: Any) -> bytes:
-    """The picture, (H, W, 3) uint8, as "PNG" or "JPEG"."""
+def encode_image(image: np.ndarray, file_format: str, **kwargs: Any) -> bytes:
+    """Encode an image, (H, W, 3) uint8, as "PNG" or "JPEG"."""
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, form, **kwargs)
+    Image.fromarray(image).save(buffer, file_format, **kwargs)
     return buffer.getvalue()

@@ -1,11 +1,11 @@
-"""Which detection is which object: matches, confusion matrix, F1 and a score for each picture.
+"""Matching of detections to objects: matches, confusion matrix, F1 and a score per image.
 
-G objects of the ground truth, D detections, K classes, N pictures, P pairs of a detection and an object.
+Shapes: G ground-truth objects, D detections, K classes, N images, P pairs of a detection and an object.
 
-Within a class COCO's rule holds: the detections of a picture take, the most confident first, the object that
-they overlap most among those that are left, from an IoU of 0.5. So what is matched at a confidence threshold
-does not depend on the threshold. What is left over above the threshold is matched across classes, the largest
-overlap first: these are the confusions.
+Matches within a class follow COCO's rule: in descending confidence, each detection of an image takes the
+free object with the highest IoU, if that is at least 0.5. The matches above a confidence threshold therefore
+do not depend on the threshold. The remaining detections above the threshold are matched across classes, in
+descending order of IoU: these are the confusions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from detlib.evaluation.coco_metrics import rotated_iou
 from detlib.report.detections import Detections
 
-__all__ = ["F1Curve", "Matches", "confusion_matrix", "f1_curve", "match_classes", "picture_scores"]
+__all__ = ["F1Curve", "Matches", "confusion_matrix", "f1_curve", "match_classes", "image_scores"]
 
 IOU_THRESHOLD = 0.5
 _THRESHOLDS = np.linspace(0, 1, 1001)
@@ -28,10 +28,10 @@ class Matches:
     """Matches within classes.
 
     Attributes:
-        dt_match: (D,) int64, the object that a detection has matched, or -1.
-        dt_iou: (D,) float64, the overlap with it, or 0.
-        dt_ignored: (D,) bool, detections that are neither right nor wrong: they lie in a crowd, or nobody
-            has looked for all objects of their class in their picture.
+        dt_match: (D,) int64, the object matched by each detection, or -1.
+        dt_iou: (D,) float64, the IoU with that object, or 0.
+        dt_ignored: (D,) bool, detections that count neither as correct nor as wrong: they are in a crowd, or
+            not every object of their class is annotated in their image.
     """
 
     dt_match: np.ndarray
@@ -41,14 +41,14 @@ class Matches:
 
 @dataclass(frozen=True)
 class F1Curve:
-    """Precision, recall and F1 at rising thresholds of confidence, T of them.
+    """Precision, recall and F1 at T ascending confidence thresholds.
 
     Attributes:
-        thresholds: (T,).
-        true_positives, num_detections: (T, K), of the detections with at least that confidence.
-        num_objects: (K,).
-        best: the index of the threshold with the best F1 over all detections together; where nothing is right
-            at any, that of 0.5.
+        thresholds: (T,) confidence thresholds.
+        true_positives, num_detections: (T, K) counts of the detections with at least that confidence.
+        num_objects: (K,) counts of the objects.
+        best: Index of the threshold with the best F1 over all detections; if there is no true positive at any
+            threshold, the index of 0.5.
     """
 
     thresholds: np.ndarray
@@ -59,20 +59,20 @@ class F1Curve:
 
     @property
     def threshold(self) -> float:
-        """The chosen threshold."""
+        """Threshold with the best F1."""
         return float(self.thresholds[self.best])
 
     def rates(self, class_index: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Precision, recall and F1 at each threshold, (T,) in 0..1, of a class or of all together.
+        """Return precision, recall and F1 at each threshold, (T,) in [0, 1], of one class or of all.
 
-        Precision is nan without detections, recall and F1 are without objects.
+        Precision is nan where there are no detections, recall and F1 where there are no objects.
         """
         columns = slice(None) if class_index is None else slice(class_index, class_index + 1)
-        right = self.true_positives[:, columns].sum(axis=1)
+        correct = self.true_positives[:, columns].sum(axis=1)
         found = self.num_detections[:, columns].sum(axis=1)
-        there = np.full(len(right), self.num_objects[columns].sum())
-        f1 = _ratio(2 * right, found + there)
-        return _ratio(right, found), _ratio(right, there), np.where(there > 0, f1, np.nan)
+        objects = np.full(len(correct), self.num_objects[columns].sum())
+        f1 = _ratio(2 * correct, found + objects)
+        return _ratio(correct, found), _ratio(correct, objects), np.where(objects > 0, f1, np.nan)
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
@@ -80,7 +80,7 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 
 def _cross(dt_group: np.ndarray, gt_group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All pairs of a detection and an object of the same group: (P,) indices of each."""
+    """Return all pairs of a detection and an object of the same group, as (P,) indices of each."""
     order = np.argsort(gt_group, kind="stable")
     first = np.searchsorted(gt_group[order], dt_group, side="left")
     count = np.searchsorted(gt_group[order], dt_group, side="right") - first
@@ -90,7 +90,7 @@ def _cross(dt_group: np.ndarray, gt_group: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def _overlaps(found: Detections, dt: np.ndarray, gt: np.ndarray) -> np.ndarray:
-    """(P,) overlaps of pairs; with crowds, it is the part of the detection that lies within."""
+    """Return the (P,) IoUs of pairs; for crowds, the fraction of the detection inside the crowd."""
     if found.is_rotated:
         return _rotated_overlaps(found, dt, gt)
     a, b, crowd = found.dt_boxes[dt], found.gt_boxes[gt], found.gt_crowd[gt]
@@ -116,7 +116,7 @@ def _rotated_overlaps(found: Detections, dt: np.ndarray, gt: np.ndarray) -> np.n
 
 
 def _first_of(group: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """For each pair, whether it comes first in `order` among those of its group."""
+    """Return for each pair whether it is the first of its group in `order`."""
     sorted_group = group[order]
     is_first = np.zeros(len(group), dtype=bool)
     at = np.argsort(sorted_group, kind="stable")
@@ -125,19 +125,20 @@ def _first_of(group: np.ndarray, order: np.ndarray) -> np.ndarray:
     return is_first
 
 
-def _pair_off(dt: np.ndarray, gt: np.ndarray, for_dt: np.ndarray, for_gt: np.ndarray) -> np.ndarray:
-    """Greedy matching of all pictures at once.
+def _match_greedily(dt: np.ndarray, gt: np.ndarray, for_dt: np.ndarray, for_gt: np.ndarray) -> np.ndarray:
+    """Match greedily in all images together.
 
-    Every round takes each pair that is the best left both for its detection and for its object. The object's
-    order is that in which detections choose, so this is what choosing one after the other comes to.
+    Every round takes each pair that is the best remaining one both for its detection and for its object. The
+    objects rank the detections in the order in which these choose, so the result equals that of choosing one
+    detection after the other.
 
     Args:
-        dt, gt: (P,) pairs.
-        for_dt: (P,) the order of the pairs in a detection's eyes, smaller is better, without ties.
-        for_gt: likewise in an object's.
+        dt, gt: (P,) indices of the detection and of the object of each pair.
+        for_dt: (P,) preference of the detection, lower is better, without ties.
+        for_gt: (P,) preference of the object, likewise.
 
     Returns:
-        Indices of the pairs that are matched.
+        Indices of the matched pairs.
     """
     left = np.arange(len(dt))
     taken = []
@@ -151,7 +152,7 @@ def _pair_off(dt: np.ndarray, gt: np.ndarray, for_dt: np.ndarray, for_gt: np.nda
 
 
 def _ranks(*keys: np.ndarray) -> np.ndarray:
-    """The place of each pair when sorted by the first key, then the second."""
+    """Return the rank of each pair when sorted by the first key, then by the second."""
     order = np.lexsort(keys[::-1])
     ranks = np.empty(len(order), dtype=np.int64)
     ranks[order] = np.arange(len(order))
@@ -159,7 +160,7 @@ def _ranks(*keys: np.ndarray) -> np.ndarray:
 
 
 def match_classes(found: Detections) -> Matches:
-    """Match detections with objects of their class."""
+    """Match detections to objects of their class."""
     dt_group = found.dt_image * found.num_classes + found.dt_class
     dt, gt = _cross(dt_group, found.gt_image * found.num_classes + found.gt_class)
     iou = _overlaps(found, dt, gt)
@@ -167,9 +168,9 @@ def match_classes(found: Detections) -> Matches:
     dt, gt, iou = dt[near], gt[near], iou[near]
     in_crowd = found.gt_crowd[gt]
     real = np.flatnonzero(~in_crowd)
-    # Sorting by the detection's number as well: of equal confidence, the earlier comes first.
+    # Also sorted by detection index: of equally confident detections, the earlier one comes first.
     chosen = real[
-        _pair_off(
+        _match_greedily(
             dt[real],
             gt[real],
             _ranks(-iou[real], -gt[real]),
@@ -186,10 +187,10 @@ def match_classes(found: Detections) -> Matches:
 
 
 def f1_curve(found: Detections, matches: Matches) -> F1Curve:
-    """Count detections by threshold, and chooses the threshold of the best F1."""
+    """Count the detections at each threshold and select the threshold with the best F1."""
     counted = ~matches.dt_ignored
     num_thresholds, num_classes = len(_THRESHOLDS), found.num_classes
-    # A detection counts up to the last threshold that its confidence reaches.
+    # A detection counts at every threshold up to the last one that its confidence reaches.
     last = np.searchsorted(_THRESHOLDS, found.dt_score, side="right") - 1
 
     def count(which: np.ndarray) -> np.ndarray:
@@ -198,24 +199,24 @@ def f1_curve(found: Detections, matches: Matches) -> F1Curve:
         table = np.bincount(cells, minlength=num_thresholds * num_classes)
         return table.reshape(num_thresholds, num_classes)[::-1].cumsum(axis=0)[::-1]
 
-    right, all_found = count(matches.dt_match >= 0), count(counted)
-    f1 = _ratio(2 * right.sum(axis=1), all_found.sum(axis=1) + found.gt_counts.sum())
+    correct, all_found = count(matches.dt_match >= 0), count(counted)
+    f1 = _ratio(2 * correct.sum(axis=1), all_found.sum(axis=1) + found.gt_counts.sum())
     best = int(np.nanargmax(f1)) if np.nanmax(f1, initial=0) > 0 else num_thresholds // 2
-    return F1Curve(_THRESHOLDS, right, all_found, found.gt_counts, best)
+    return F1Curve(_THRESHOLDS, correct, all_found, found.gt_counts, best)
 
 
 def confusion_matrix(found: Detections, matches: Matches, threshold: float) -> np.ndarray:
-    """Count what is taken for what.
+    """Count detections by true and predicted class.
 
     Args:
-        found: detections and ground truth.
-        matches: from `match_classes`.
-        threshold: detections with less confidence are left out.
+        found: The detections and the ground truth.
+        matches: Result of `match_classes`.
+        threshold: Minimum confidence of the counted detections.
 
     Returns:
-        (K + 1, K + 1) int64: rows are the true classes, columns the predicted ones, the last of each stands
-        for the background. Its diagonal has the matches within classes; the last column what was missed, the
-        last row what was found where nothing is.
+        (K + 1, K + 1) int64. Rows are the true classes, columns the predicted classes; the last row and the
+        last column are the background. The diagonal counts the matches within a class, the last column the
+        missed objects, the last row the detections that match no object.
     """
     size = found.num_classes + 1
     above = (found.dt_score >= threshold) & ~matches.dt_ignored
@@ -231,7 +232,7 @@ def confusion_matrix(found: Detections, matches: Matches, threshold: float) -> n
     near = (iou >= IOU_THRESHOLD) & (found.dt_class[dt] != found.gt_class[gt])
     dt, gt, iou = dt[near], gt[near], iou[near]
     order = _ranks(-iou, dt)
-    chosen = _pair_off(dt, gt, order, order)
+    chosen = _match_greedily(dt, gt, order, order)
     dt, gt = dt[chosen], gt[chosen]
 
     background = found.num_classes
@@ -246,25 +247,26 @@ def confusion_matrix(found: Detections, matches: Matches, threshold: float) -> n
     return cells.reshape(size, size)
 
 
-def picture_scores(found: Detections, matches: Matches, threshold: float) -> dict[str, np.ndarray]:
-    """How good the detections on each picture are.
+def image_scores(found: Detections, matches: Matches, threshold: float) -> dict[str, np.ndarray]:
+    """Score the detections of each image.
 
-    The score is the sum of the overlaps of all matches, divided by the mean of the numbers of objects and of
-    detections: 1 where everything is found exactly and nothing else, 0 where nothing is.
+    The score is the sum of the IoUs of all matches, divided by the mean of the number of objects and the
+    number of detections. It is 1 if every object is detected exactly and nothing else, and 0 if there is no
+    match.
 
     Returns:
-        Arrays of (N,): "score" (nan where there is nothing to find and nothing is found), "objects",
-        "detections", "right".
+        Arrays of (N,): "score" (nan if there are neither objects nor detections), "objects", "detections",
+        "correct".
     """
     number = len(found.image_ids)
     above = (found.dt_score >= threshold) & ~matches.dt_ignored
-    right = above & (matches.dt_match >= 0)
+    correct = above & (matches.dt_match >= 0)
     objects = np.bincount(found.gt_image[~found.gt_crowd], minlength=number)
     detections = np.bincount(found.dt_image[above], minlength=number)
-    overlaps = np.bincount(found.dt_image[right], weights=matches.dt_iou[right], minlength=number)
+    overlaps = np.bincount(found.dt_image[correct], weights=matches.dt_iou[correct], minlength=number)
     return {
         "score": _ratio(overlaps, (objects + detections) / 2),
         "objects": objects,
         "detections": detections,
-        "right": np.bincount(found.dt_image[right], minlength=number),
+        "correct": np.bincount(found.dt_image[correct], minlength=number),
     }

@@ -1,4 +1,4 @@
-"""The page of a report: one HTML file that needs nothing else, for any screen, light or dark."""
+"""The page of a report: a self-contained, responsive HTML file with a light and a dark color scheme."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from detlib.report.class_table import Table
 
 __all__ = ["Page"]
 
-# Nothing is loaded from anywhere, and the page says so to the browser.
+# The page loads nothing from elsewhere, and this policy makes the browser enforce it.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 _STYLE = """
@@ -49,7 +49,7 @@ dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .
 dt { color: var(--soft); } dd { margin: 0; }
 """
 
-# Numbers sort from the largest at the first click; cells without one stay at the end.
+# The first click sorts numbers in descending order. Empty cells stay at the end.
 _SCRIPT = """
 document.querySelectorAll("th button").forEach(function (button) {
   button.addEventListener("click", function () {
@@ -72,27 +72,28 @@ document.querySelectorAll("th button").forEach(function (button) {
 
 
 class Page:
-    """Collects what a page says, section by section; every text is escaped.
-
-    Args:
-        title: of the page.
-    """
+    """An HTML page that is built section by section. All texts are escaped."""
 
     def __init__(self, title: str) -> None:
+        """Create an empty page.
+
+        Args:
+            title: The title of the page.
+        """
         self._title = title
         self._sections: list[tuple[str, list[str]]] = []
 
     def section(self, title: str) -> None:
-        """Begin a section, which all that follows goes into."""
+        """Begin a section; everything added afterwards goes into it."""
         self._sections.append((title, []))
 
     def _add(self, html: str) -> None:
         if not self._sections:
-            raise ValueError(f"Page {self._title!r}: there is no section yet to write into.")
+            raise ValueError(f"Page {self._title!r} has no section yet; call section() first.")
         self._sections[-1][1].append(html)
 
     def heading(self, text: str) -> None:
-        """Add a heading within the section."""
+        """Add a heading inside the section."""
         self._add(f"<h3>{escape(text)}</h3>")
 
     def text(self, text: str) -> None:
@@ -100,46 +101,47 @@ class Page:
         self._add(f"<p>{escape(text)}</p>")
 
     def note(self, text: str) -> None:
-        """Add a paragraph that says what is missing or needs attention."""
+        """Add a highlighted paragraph about something missing or in need of attention."""
         self._add(f'<p class="note">{escape(text)}</p>')
 
     def facts(self, facts: Mapping[str, Any]) -> None:
-        """Add names and values."""
+        """Add a list of names and values."""
         rows = "".join(
             f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items()
         )
         self._add(f"<dl>{rows}</dl>")
 
-    def figure(self, picture: bytes, alt: str, caption: str = "", mime: str = "image/png") -> None:
-        """Add a picture.
+    def figure(self, image: bytes, alt: str, caption: str = "", mime: str = "image/png") -> None:
+        """Add an image.
 
         Args:
-            picture: the content of the file.
-            alt: what it shows, for those who do not see it.
-            caption: what stands below it.
-            mime: of the file.
+            image: The encoded image.
+            alt: The alternative text for screen readers.
+            caption: The text below the image.
+            mime: The MIME type of the image.
         """
-        source = f"data:{mime};base64,{base64.b64encode(picture).decode('ascii')}"
+        source = f"data:{mime};base64,{base64.b64encode(image).decode('ascii')}"
         below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-        # A narrow screen scrolls figures sideways, and so must the keyboard be able to.
+        # Narrow screens scroll figures sideways; the tabindex makes that possible with the keyboard.
         self._add(f'<figure><div tabindex="0"><img src="{source}" alt="{escape(alt)}"></div>{below}</figure>')
 
     def table(self, table: Table, label: str) -> None:
         """Add a table whose columns can be sorted.
 
         Args:
-            table: names of the columns, and rows; None is an empty cell.
-            label: what the table is, for those who do not see it.
+            table: The column names and the rows; None is an empty cell.
+            label: The label for screen readers.
         """
         columns, rows = table
         is_text = [any(isinstance(row[k], str) for row in rows) for k in range(len(columns))]
-        kinds = [' class="text"' if text else "" for text in is_text]
+        attributes = [' class="text"' if text else "" for text in is_text]
         head = "".join(
-            f'<th scope="col"{kind}><button type="button">{escape(name)}</button></th>'
-            for name, kind in zip(columns, kinds)
+            f'<th scope="col"{attribute}><button type="button">{escape(name)}</button></th>'
+            for name, attribute in zip(columns, attributes)
         )
         body = "".join(
-            "<tr>" + "".join(_cell(value, kind) for value, kind in zip(row, kinds)) + "</tr>" for row in rows
+            "<tr>" + "".join(_cell(value, attribute) for value, attribute in zip(row, attributes)) + "</tr>"
+            for row in rows
         )
         self._add(
             f'<div class="table" tabindex="0"><table aria-label="{escape(label)}">'
@@ -147,7 +149,7 @@ class Page:
         )
 
     def render(self) -> str:
-        """The page as HTML."""
+        """Return the page as HTML."""
         names = [f"part-{number}" for number in range(1, len(self._sections) + 1)]
         links = "".join(
             f'<a href="#{name}">{escape(title)}</a>' for name, (title, _) in zip(names, self._sections)
@@ -166,8 +168,8 @@ class Page:
         )
 
 
-def _cell(value: Any, kind: str) -> str:
+def _cell(value: Any, attribute: str) -> str:
     if value is None:
-        return f'<td data-value=""{kind}>–</td>'
+        return f'<td data-value=""{attribute}>–</td>'
     shown = f"{value:.2f}" if isinstance(value, float) else str(value)
-    return f'<td data-value="{escape(str(value))}"{kind}>{escape(shown)}</td>'
+    return f'<td data-value="{escape(str(value))}"{attribute}>{escape(shown)}</td>'

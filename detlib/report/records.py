@@ -1,4 +1,4 @@
-"""What a run wrote into its ``metrics.json``, one JSON object a line, put in order."""
+"""The scalars of a run, read from its ``metrics.json`` (one JSON object per line)."""
 
 import json
 import math
@@ -12,22 +12,22 @@ __all__ = ["EvaluationName", "Records", "parse_evaluation", "read_records"]
 
 _VALIDATION = re.compile(r"^(?:val|validation)[/_]")
 _LOSS = re.compile(r"(?:^|[/_])loss")
-_RATE = re.compile(r"^(?:lr|lr/.+|.+/lr|lr_.+)$")
+_LEARNING_RATE = re.compile(r"^(?:lr|lr/.+|.+/lr|lr_.+)$")
 _TASKS = "bbox|segm|keypoints|box_proposals|sem_seg|panoptic_seg"
 _EVALUATION = re.compile(rf"^(?:(?P<dataset>.+)/)?(?P<task>(?:{_TASKS})(?:_TTA)?)/(?P<metric>.+)$")
-# What the trainer measures beside losses, under names that look like those of an evaluation.
+# Training statistics whose names look like those of evaluation results.
 _TRAINING_GROUPS = {"fast_rcnn", "keypoint_head", "mask_rcnn", "roi_head", "rpn"}
 
 
 @dataclass(frozen=True)
 class EvaluationName:
-    """The parts of a name such as ``bbox/AP-cat``, or with several data sets ``shapes:val/bbox/AP``.
+    """The parts of a name such as ``bbox/AP-cat``, or ``shapes:val/bbox/AP`` if there are several datasets.
 
     Attributes:
-        dataset: "" where there is one data set only.
+        dataset: Name of the dataset, or "" if there is only one.
         task: "bbox", "segm", "sem_seg_TTA" and so on.
-        metric: "AP", "AP50", "mIoU".
-        of_class: the class; "" for metrics of the whole.
+        metric: "AP", "AP50", "mIoU" and so on.
+        of_class: The class, or "" for metrics over all classes.
     """
 
     dataset: str
@@ -37,19 +37,19 @@ class EvaluationName:
 
     @property
     def group(self) -> str:
-        """The task, with the data set before it if there are several."""
+        """Task, prefixed with the dataset if there are several."""
         return f"{self.dataset}/{self.task}" if self.dataset else self.task
 
 
 def parse_evaluation(name: str) -> EvaluationName | None:
-    """Take the name of a scalar apart; None if it is no result of an evaluation."""
+    """Parse the name of a scalar. Return None if it is not an evaluation result."""
     found = _EVALUATION.match(name)
     if found is None:
-        # A task that only its user knows.
+        # A user-defined task.
         group, slash, metric = name.rpartition("/")
         if not slash or set(group.split("/")) & _TRAINING_GROUPS or _VALIDATION.match(name):
             return None
-        if _LOSS.search(metric) or _RATE.match(name):
+        if _LOSS.search(metric) or _LEARNING_RATE.match(name):
             return None
         return EvaluationName("", group, metric)
     metric, _, of_class = found["metric"].partition("-")
@@ -66,9 +66,9 @@ class Records:
     """The scalars of a run.
 
     Attributes:
-        by_iteration: the scalars of each iteration, which rise.
-        skipped_lines: numbers, from 1, of lines that are no JSON object with an iteration.
-        restarts: iterations at which a run went on after an earlier one had come further.
+        by_iteration: Scalars by iteration, in ascending order.
+        skipped_lines: 1-based numbers of the lines that are not a JSON object with an iteration.
+        restarts: Iterations from which the run was resumed after it had already come further.
     """
 
     by_iteration: dict[int, dict[str, float]] = field(default_factory=dict)
@@ -77,28 +77,28 @@ class Records:
 
     @property
     def names(self) -> list[str]:
-        """All names that occur, sorted."""
+        """Names of all scalars, sorted."""
         return sorted({name for scalars in self.by_iteration.values() for name in scalars})
 
     @property
     def last_iteration(self) -> int:
-        """The last iteration that something is known of, from 0; -1 without any."""
+        """Last recorded iteration, 0-based; -1 if there is none."""
         return max(self.by_iteration, default=-1)
 
     def series(self, name: str) -> Series:
-        """The iterations and the finite values of a scalar."""
+        """Return the iterations and the values of a scalar, without values that are not finite."""
         pairs = [(i, scalars[name]) for i, scalars in self.by_iteration.items() if name in scalars]
         pairs = [(i, value) for i, value in pairs if math.isfinite(value)]
         return [i for i, _ in pairs], [value for _, value in pairs]
 
     def losses(self) -> list[str]:
-        """Names of the losses of training, the total first."""
+        """Return the names of the training losses, the total loss first."""
         names = [name for name in self.names if _LOSS.search(name) and not _VALIDATION.match(name)]
         names = [name for name in names if parse_evaluation(name) is None]
         return sorted(names, key=lambda name: (name != "total_loss", name))
 
     def validation_losses(self) -> dict[str, list[str]]:
-        """Names of the validation losses, on one or more sets, by the losses that they correspond to."""
+        """Return the names of the validation losses, grouped by the corresponding training loss."""
         found: dict[str, list[str]] = {}
         for name in self.names:
             prefix = _VALIDATION.match(name)
@@ -108,11 +108,11 @@ class Records:
         return found
 
     def learning_rates(self) -> list[str]:
-        """Names of the learning rates."""
-        return [name for name in self.names if _RATE.match(name)]
+        """Return the names of the learning rates."""
+        return [name for name in self.names if _LEARNING_RATE.match(name)]
 
     def evaluations(self) -> dict[str, dict[str, str]]:
-        """Names of scalars by task and metric, without those of single classes."""
+        """Return the names of the evaluation scalars by task and metric, without per-class metrics."""
         groups: dict[str, dict[str, str]] = {}
         for name in self.names:
             parsed = parse_evaluation(name)
@@ -121,11 +121,11 @@ class Records:
         return groups
 
     def last_values(self) -> dict[str, tuple[int, float]]:
-        """The iteration and the value of the last occurrence of each scalar, nan among them."""
+        """Return the iteration and the value of the last occurrence of each scalar, which may be nan."""
         return {name: (i, v) for i, scalars in self.by_iteration.items() for name, v in scalars.items()}
 
     def per_class(self) -> dict[str, dict[str, dict[str, float]]]:
-        """The last metrics of single classes: ``{"sem_seg": {"sky": {"IoU": 81.0, ...}}}``."""
+        """Return the last per-class metrics: ``{"sem_seg": {"sky": {"IoU": 81.0, ...}}}``."""
         groups: dict[str, dict[str, dict[str, float]]] = {}
         for name, (_, value) in self.last_values().items():
             parsed = parse_evaluation(name)
@@ -135,23 +135,23 @@ class Records:
         return groups
 
     def training_seconds(self) -> float:
-        """The time of all iterations, each as long as the lines say; 0 if they say nothing."""
-        total, before = 0.0, -1
+        """Return the total time of all iterations from the recorded times; 0 if none is recorded."""
+        total, previous = 0.0, -1
         for iteration, scalars in self.by_iteration.items():
             if math.isfinite(scalars.get("time", math.nan)):
-                total += scalars["time"] * (iteration - before)
-                before = iteration
+                total += scalars["time"] * (iteration - previous)
+                previous = iteration
         return total
 
 
 def read_records(path: str) -> Records:
     """Read ``metrics.json``.
 
-    Lines that a kill has cut short are skipped. Where the iteration goes back, a run was resumed or begun
-    anew: what was written of that iteration and later ones before is replaced.
+    Lines truncated by a killed process are skipped. Where the iteration decreases, the run was resumed or
+    restarted: earlier records of that iteration and later ones are replaced.
 
     Args:
-        path: the file; without it the records are empty.
+        path: Path of the file. If it does not exist, the records are empty.
     """
     records = Records()
     if not PathManager.isfile(os.fspath(path)):

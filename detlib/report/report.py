@@ -17,23 +17,25 @@ logger = logging.getLogger(__name__)
 
 
 def reason_of(error: Exception) -> str:
-    """What an error says, in one line."""
+    """Return the message of an error, or its type if it has none."""
     message = error.args[0] if isinstance(error, KeyError) and error.args else error
     return f"{message}" if f"{message}" else type(error).__name__
 
 
 class Report:
-    """The folder and the page that the parts of a report go into.
-
-    Args:
-        output_dir: the run's output folder.
+    """The folder and the page that the sections of a report are written to.
 
     Attributes:
         folder: ``OUTPUT_DIR/report``.
-        page: the page.
+        page: The HTML page.
     """
 
     def __init__(self, output_dir: str) -> None:
+        """Create the folder and an empty page.
+
+        Args:
+            output_dir: The output folder of the run.
+        """
         self.output_dir = output_dir
         self.folder = os.path.join(output_dir, "report")
         PathManager.mkdirs(self.folder)
@@ -41,28 +43,32 @@ class Report:
         self.page = Page(f"Training report: {name}")
 
     def save(self, name: str, content: bytes) -> None:
-        """Write a file of the report; its name may have a folder."""
+        """Write a file of the report. Its name may include a subfolder."""
         path = os.path.join(self.folder, name)
         PathManager.mkdirs(os.path.dirname(path))
         write_bytes_atomically(path, lambda file: file.write(content))
 
-    def figure(self, name: str, picture: bytes, alt: str, caption: str) -> None:
-        """Write a figure as a file and puts it into the page."""
-        self.save(name, picture)
-        self.page.figure(picture, alt, caption)
+    def figure(self, name: str, image: bytes, alt: str, caption: str) -> None:
+        """Write a figure as a file and add it to the page."""
+        self.save(name, image)
+        self.page.figure(image, alt, caption)
 
     def attempt(self, what: str, make: Callable[[], Any]) -> bool:
-        """Make a part; if that fails, page and log say why, and the others are made all the same.
+        """Call `make` to add a part of the report. If it fails, note the reason in the page and the log.
+
+        Args:
+            what: The name of the part for the message.
+            make: Adds the part.
 
         Returns:
-            Whether it was made.
+            Whether `make` succeeded.
         """
         try:
             make()
             return True
-        except Exception as error:  # whatever it is, the rest of the report is worth having
+        except Exception as error:  # a failed part must not lose the others
             expected = isinstance(error, (KeyError, OSError, ValueError))
             reason = reason_of(error) if expected else f"{type(error).__name__}: {reason_of(error)}"
-            logger.warning("Report: no %s: %s", what, reason, exc_info=None if expected else error)
-            self.page.note(f"No {what}: {reason}")
+            logger.warning("Report: skipped the %s: %s", what, reason, exc_info=None if expected else error)
+            self.page.note(f"Skipped the {what}: {reason}")
             return False

@@ -1,4 +1,4 @@
-"""What is known of a run: its config, where it ran, how far it came."""
+"""Facts about a run, read from its config and its log."""
 
 import logging
 import os
@@ -27,10 +27,10 @@ _LOGGED = ("platform", "processor", "Python", "detlib", "torch", "torch built fo
 
 
 def read_config(output_dir: str) -> Mapping[str, Any] | None:
-    """The config that a run saved as ``config.yaml``, of either kind, as a mapping; None if it is not there.
+    """Read the yacs or lazy config that a run saved as ``config.yaml``. Return None if there is no such file.
 
     Raises:
-        ValueError: the file is no YAML mapping.
+        ValueError: The file is not a YAML mapping.
     """
     path = os.path.join(output_dir, "config.yaml")
     if not PathManager.isfile(path):
@@ -41,13 +41,13 @@ def read_config(output_dir: str) -> Mapping[str, Any] | None:
         except yaml.YAMLError as error:
             raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(config, Mapping):
-        raise ValueError(f"{path} holds a {type(config).__name__}; a config is a mapping.")
-    # A lazy config may have interpolations, which its own reader resolves.
+        raise ValueError(f"{path} contains a {type(config).__name__}; a config must be a mapping.")
+    # LazyConfig resolves the interpolations that a lazy config may have.
     return LazyConfig.load(path) if "dataloader" in config else config
 
 
 def setting(config: Mapping[str, Any] | None, *paths: str, default: Any = None) -> Any:
-    """What the first of several dotted paths leads to in a config, such as "SOLVER.MAX_ITER"."""
+    """Return the value at the first dotted path, such as "SOLVER.MAX_ITER", that exists in a config."""
     for path in paths:
         node: Any = config
         for key in path.split("."):
@@ -58,19 +58,19 @@ def setting(config: Mapping[str, Any] | None, *paths: str, default: Any = None) 
 
 
 def dataset_names(config: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """The data sets to test on, of a config of either kind."""
+    """Return the names of the test datasets of a yacs or lazy config."""
     names = setting(config, "DATASETS.TEST", "dataloader.test.dataset.names", default=())
     return (names,) if isinstance(names, str) else tuple(map(str, names))
 
 
 def max_iter(config: Mapping[str, Any] | None) -> int | None:
-    """The number of iterations that were to be made."""
+    """Return the configured number of training iterations."""
     number = setting(config, "SOLVER.MAX_ITER", "train.max_iter")
     return number if isinstance(number, int) else None
 
 
 def max_dets(config: Mapping[str, Any] | None) -> int | None:
-    """How many detections of a picture the evaluation took, where it is not the metric's usual number."""
+    """Return the maximum number of evaluated detections per image, or None for the metric's default."""
     number = setting(config, "dataloader.evaluator.max_dets_per_image")
     if number is None:
         number = setting(config, "TEST.DETECTIONS_PER_IMAGE", default=0)
@@ -79,7 +79,7 @@ def max_dets(config: Mapping[str, Any] | None) -> int | None:
 
 
 def model_name(config: Mapping[str, Any] | None) -> str | None:
-    """What kind of model the config builds."""
+    """Return the name of the model that the config builds."""
     name = setting(config, "MODEL.META_ARCHITECTURE")
     if name is not None:
         return str(name)
@@ -90,9 +90,9 @@ def model_name(config: Mapping[str, Any] | None) -> str | None:
 
 
 def logged_facts(output_dir: str) -> dict[str, str]:
-    """What ``log.txt`` says of the last start of the run: the config file, the machine, the versions.
+    """Read the config file, the machine and the versions of the last start of the run from ``log.txt``.
 
-    It is the run's own log, so it holds for a report that is made elsewhere, too.
+    The log is the run's own, so the facts are also true for a report that is written on another machine.
     """
     path = os.path.join(output_dir, "log.txt")
     if not PathManager.isfile(path):

@@ -1,4 +1,4 @@
-"""How all figures of a report look."""
+"""The common style of the figures of a report."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 __all__ = ["COLORS", "INK", "line_styles", "new_figure", "png", "shorten"]
 
-# The palette of Okabe and Ito (https://jfly.uni-koeln.de/color/), which colour-blind people can tell apart;
-# without its yellow, which is faint on white.
+# The color-blind safe palette of Okabe and Ito (https://jfly.uni-koeln.de/color/), without its yellow, which
+# is hard to see on white.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 INK = "#333333"
 _GRID = "#e3e3e3"
@@ -18,21 +18,22 @@ _DPI = 110
 
 
 def line_styles(count: int) -> Iterator[dict[str, Any]]:
-    """Colours, and dashes where there are more lines than colours."""
+    """Yield line styles: the colors of the palette, then the same colors with dashes."""
     for i in range(count):
         dashes = _DASHES[i // len(COLORS) % len(_DASHES)]
         yield {"color": COLORS[i % len(COLORS)], "linestyle": dashes}
 
 
 def new_figure(columns: int = 1, rows: int = 1, *, width: float = 9.0, height: float = 4.6) -> tuple:
-    """An empty figure.
+    """Create an empty figure.
 
     Args:
-        columns, rows: of axes.
-        width, height: of the whole figure, and of a row of axes, in inches.
+        columns, rows: Number of columns and rows of axes.
+        width: Width of the figure in inches.
+        height: Height of each row of axes in inches.
 
     Returns:
-        The figure, and its axes as a list, row by row.
+        The figure and the list of its axes, row by row.
     """
     from matplotlib.figure import Figure
 
@@ -40,11 +41,11 @@ def new_figure(columns: int = 1, rows: int = 1, *, width: float = 9.0, height: f
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr, call-arg]  # it is constrained
     axes = list(figure.subplots(rows, columns, squeeze=False).ravel())
     for ax in axes:
-        _dress(ax)
+        _style_axes(ax)
     return figure, axes
 
 
-def _dress(ax: Any) -> None:
+def _style_axes(ax: Any) -> None:
     ax.grid(True, color=_GRID, linewidth=0.8)
     ax.set_axisbelow(True)
     ax.tick_params(which="both", colors=INK, labelsize=9, length=0)
@@ -56,18 +57,18 @@ def _dress(ax: Any) -> None:
 
 
 def label_axes(ax: Any, title: str, x: str, y: str) -> None:
-    """Write title and names of the axes."""
+    """Set the title and the axis labels."""
     ax.set_title(title, fontsize=11, loc="left", color=INK, parse_math=False)
     ax.set_xlabel(x, fontsize=9.5, parse_math=False)
     ax.set_ylabel(y, fontsize=9.5, parse_math=False)
 
 
-def legend(ax: Any, *, beside: bool = False, **kwargs: Any) -> None:
-    """Add a legend, within the axes or to the right of them.
+def legend(ax: Any, *, outside: bool = False, **kwargs: Any) -> None:
+    """Add a legend, inside the axes or to the right of them.
 
-    Names of classes and metrics are no mathematics, whatever they contain.
+    Math parsing is off: a class name may contain "$".
     """
-    if beside:
+    if outside:
         kwargs |= {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
     made = ax.legend(frameon=True, framealpha=0.85, edgecolor="none", fontsize=8.5, labelcolor=INK, **kwargs)
     for text in made.get_texts():
@@ -75,7 +76,7 @@ def legend(ax: Any, *, beside: bool = False, **kwargs: Any) -> None:
 
 
 def plain_ticks(ax: Any, axis: str, labels: Sequence[str], **kwargs: Any) -> None:
-    """Label the places 0, 1, 2, ... of an axis."""
+    """Label the ticks at 0, 1, 2, ... of an axis."""
     set_ticks = ax.set_xticks if axis == "x" else ax.set_yticks
     set_ticks(range(len(labels)), [shorten(label) for label in labels], **kwargs)
     for text in ax.get_xticklabels() if axis == "x" else ax.get_yticklabels():
@@ -83,18 +84,18 @@ def plain_ticks(ax: Any, axis: str, labels: Sequence[str], **kwargs: Any) -> Non
 
 
 def shorten(text: str, limit: int = 22) -> str:
-    """A name that does not push everything else out of the figure."""
+    """Truncate a name to `limit` characters, so that it leaves room for the plot."""
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def png(figure: Any) -> bytes:
-    """Draw a figure and returns it as PNG."""
+    """Render a figure as PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 
-def hide_rest(axes: Iterable[Any]) -> None:
-    """Take away axes that nothing was drawn into."""
+def hide_unused(axes: Iterable[Any]) -> None:
+    """Hide unused axes."""
     for ax in axes:
         ax.set_visible(False)

@@ -1,4 +1,4 @@
-"""What stands at the top of a report: the run in short."""
+"""The summary at the top of a report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["describe_seconds", "metrics_table", "run_facts"]
 
 
 def describe_seconds(seconds: float) -> str:
-    """A duration in its two largest units: "2 h 05 min"."""
+    """Format a duration in its two largest units, such as "2 h 05 min"."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"
@@ -35,15 +35,15 @@ def describe_seconds(seconds: float) -> str:
 def _iterations(config: Mapping[str, Any] | None, records: Records) -> str:
     planned = max_iter(config)
     trained = [i for i, scalars in records.by_iteration.items() if "total_loss" in scalars or "lr" in scalars]
-    # The last evaluation comes after the last iteration, and bears the number of the one that would follow.
+    # The last evaluation runs after the last iteration and is recorded under the next iteration's number.
     done = max(trained[-1] + 1 if trained else 0, records.last_iteration)
     if not records.by_iteration:
-        return "not known, there is no metrics.json"
+        return "unknown: there is no metrics.json"
     if planned is None:
         return f"{done}"
     if done >= planned:
         return f"{done} of {planned}, finished"
-    return f"{done} of {planned}: still going, or stopped early"
+    return f"{done} of {planned}: still running, or stopped early"
 
 
 def _names(names: Any) -> str:
@@ -53,7 +53,7 @@ def _names(names: Any) -> str:
 
 
 def run_facts(output_dir: str, config: Mapping[str, Any] | None, records: Records) -> dict[str, str]:
-    """Names and values of what is worth knowing of a run; what is not known is left out."""
+    """Return the names and values of the summary. Unknown values are left out."""
     logged = logged_facts(output_dir)
     saved = os.path.join(output_dir, "config.yaml")
     seconds = records.training_seconds()
@@ -64,7 +64,7 @@ def run_facts(output_dir: str, config: Mapping[str, Any] | None, records: Record
         hardware = [logged["processor"]]
     versions = {name: logged[name] for name in ("detlib", "torch", "Python") if name in logged}
     here = {"detlib": detlib.__version__, "torch": torch.__version__, "Python": sys.version.split()[0]}
-    scored = metrics_in_short(records)
+    metrics = metrics_summary_line(records)
     facts = {
         "model": model_name(config) or "",
         "config file": logged.get("config file") or (saved if os.path.isfile(saved) else ""),
@@ -73,32 +73,34 @@ def run_facts(output_dir: str, config: Mapping[str, Any] | None, records: Record
         "tested on": ", ".join(dataset_names(config)),
         "iterations": _iterations(config, records),
         "batch size": setting(config, "SOLVER.IMS_PER_BATCH", "dataloader.train.total_batch_size") or "",
-        "training time": f"about {describe_seconds(seconds)}, without evaluation" if seconds else "",
-        "last metrics": scored,
+        "training time": f"about {describe_seconds(seconds)} without evaluation" if seconds else "",
+        "last metrics": metrics,
         "device": ": ".join([str(device), ", ".join(hardware)]) if device and hardware else device or "",
         "versions": ", ".join(f"{name} {version}" for name, version in (versions or here).items()),
-        "resumed": f"at iteration {', '.join(map(str, records.restarts))}" if records.restarts else "",
-        "report made": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "resumed": f"from iteration {', '.join(map(str, records.restarts))}" if records.restarts else "",
+        "report written": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
     if records.skipped_lines:
         shown = ", ".join(map(str, records.skipped_lines[:5]))
         number = len(records.skipped_lines)
-        facts["damaged lines"] = f"{number} of metrics.json left out (line {shown}), cut short by a kill"
+        facts["damaged lines"] = (
+            f"{number} in metrics.json skipped (line {shown}), truncated by a killed process"
+        )
     return {name: value for name, value in facts.items() if value}
 
 
-def metrics_in_short(records: Records) -> str:
-    """The chief metric of each task, as the last evaluation had it."""
+def metrics_summary_line(records: Records) -> str:
+    """Return the main metric of each task in the last evaluation, as one line."""
     last = records.last_values()
     parts = []
     for group, metrics in records.evaluations().items():
-        chief = next((m for m in ("AP", "PQ", "mIoU") if m in metrics), next(iter(metrics)))
-        parts.append(f"{group} {chief} {last[metrics[chief]][1]:.2f}")
+        main = next((m for m in ("AP", "PQ", "mIoU") if m in metrics), next(iter(metrics)))
+        parts.append(f"{group} {main} {last[metrics[main]][1]:.2f}")
     return ", ".join(parts)
 
 
 def metrics_table(records: Records) -> Table:
-    """The last and the best value of each metric of an evaluation, with their iterations."""
+    """Return a table of the last and the best value of each evaluation metric, with their iterations."""
     last = records.last_values()
     rows: list[list[Any]] = []
     for group, metrics in records.evaluations().items():

@@ -1,4 +1,4 @@
-"""Figures of the course of a training: losses, learning rates, metrics."""
+"""Figures of a training run: losses, learning rates, metrics."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 
 from detlib.report.records import Records
-from detlib.report.style import COLORS, INK, hide_rest, label_axes, legend, line_styles, new_figure, png
+from detlib.report.style import COLORS, INK, hide_unused, label_axes, legend, line_styles, new_figure, png
 
 __all__ = ["evaluation_figure", "learning_rate_figure", "losses_figure", "smooth"]
 
-_LOG_RANGE = 30  # losses that span more than this factor are drawn on a logarithmic scale
-_SMOOTHING_SHARE = 0.05  # of all points, on either side
+_LOG_RANGE = 30  # losses that span more than this factor are drawn on a log scale
+_SMOOTHING_SHARE = 0.05  # fraction of the points on either side
 _FEWEST_TO_SMOOTH = 8
 
 
 def smooth(values: Sequence[float]) -> np.ndarray:
-    """The mean over a centred window of a tenth of the points, three at least.
+    """Return the moving average over a centered window of a tenth of the points, but at least three.
 
-    At the ends it is over what there is of the window. Very short series stay as they are.
+    The window is truncated at the ends. Very short series are returned unchanged.
     """
     values = np.asarray(values, dtype=np.float64)
     reach = max(int(len(values) * _SMOOTHING_SHARE), len(values) >= _FEWEST_TO_SMOOTH)
@@ -33,22 +33,22 @@ def smooth(values: Sequence[float]) -> np.ndarray:
 
 
 def losses_figure(records: Records) -> bytes:
-    """The total loss and its parts, and the validation losses in the same axes.
+    """Plot the total loss and its components, with the validation losses in the same axes.
 
     Raises:
-        ValueError: there are no losses.
+        ValueError: There are no losses.
     """
     names = records.losses()
     validation = records.validation_losses()
     total = [name for name in names if name == "total_loss"]
     parts = [name for name in names if name != "total_loss"]
-    # A validation loss that no training loss corresponds to is drawn beside the total.
-    beside_total = ["total_loss", *sorted(set(validation) - set(names) - {"total_loss"})]
+    # A validation loss without a corresponding training loss is drawn with the total loss.
+    with_total = ["total_loss", *sorted(set(validation) - set(names) - {"total_loss"})]
     if not names and not validation:
         raise ValueError("metrics.json has no losses")
-    panels = [("Total loss", total, beside_total)]
+    panels = [("Total loss", total, with_total)]
     if parts:
-        panels.append(("Parts of the loss", parts, [name for name in parts if name in validation]))
+        panels.append(("Loss components", parts, [name for name in parts if name in validation]))
     figure, axes = new_figure(1, len(panels))
     for ax, (title, training, held_out) in zip(axes, panels):
         lowest, highest = math.inf, 0.0
@@ -71,7 +71,7 @@ def losses_figure(records: Records) -> bytes:
             ax.set_yscale("log")
         label_axes(ax, title, "iteration", "loss")
         if ax.lines:
-            legend(ax, beside=True, ncols=1 + len(ax.lines) // 32)
+            legend(ax, outside=True, ncols=1 + len(ax.lines) // 32)
     return png(figure)
 
 
@@ -85,10 +85,10 @@ def _marker(values: Sequence[float]) -> str | None:
 
 
 def learning_rate_figure(records: Records) -> bytes:
-    """The learning rate, of each group of parameters that the run tells one of.
+    """Plot the learning rate of each parameter group that has a recorded one.
 
     Raises:
-        ValueError: there is none.
+        ValueError: No learning rate is recorded.
     """
     names = records.learning_rates()
     if not names:
@@ -106,25 +106,25 @@ def learning_rate_figure(records: Records) -> bytes:
 
 
 def evaluation_figure(records: Records) -> bytes:
-    """The metrics of each task over the iterations, the best value of the first metric marked.
+    """Plot the metrics of each task over the iterations and mark the best value of the main metric.
 
     Raises:
-        ValueError: nothing was evaluated.
+        ValueError: There are no evaluation results.
     """
     groups = records.evaluations()
     if not groups:
-        raise ValueError("metrics.json has no results of an evaluation")
+        raise ValueError("metrics.json has no evaluation results")
     columns = min(2, len(groups))
     rows = math.ceil(len(groups) / columns)
     figure, axes = new_figure(columns, rows, width=9.0 if columns == 1 else 12.5, height=4.2)
     for ax, (group, metrics) in zip(axes, groups.items()):
         _draw_metrics(ax, records, group, _ordered(metrics))
-    hide_rest(axes[len(groups) :])
+    hide_unused(axes[len(groups) :])
     return png(figure)
 
 
 def _ordered(metrics: dict[str, str]) -> dict[str, str]:
-    """The metrics with the chief one first."""
+    """Return the metrics with the main one first."""
     first = [name for name in ("AP", "PQ", "mIoU") if name in metrics]
     return {name: metrics[name] for name in (*first, *(name for name in metrics if name not in first))}
 
@@ -133,10 +133,10 @@ def _draw_metrics(ax: Any, records: Records, group: str, metrics: dict[str, str]
     drawn = {metric: records.series(name) for metric, name in metrics.items()}
     drawn = {metric: series for metric, series in drawn.items() if series[0]}
     for (metric, (iterations, values)), style in zip(drawn.items(), line_styles(len(drawn))):
-        chief = metric == next(iter(drawn))
-        width = 2.5 if chief else 1.4
+        is_main = metric == next(iter(drawn))
+        width = 2.5 if is_main else 1.4
         ax.plot(iterations, values, **style, linewidth=width, marker="o", markersize=3.5, label=metric)
-        if chief and len(values) > 1:
+        if is_main and len(values) > 1:
             best = int(np.argmax(values))
             note = {"fontsize": 9, "color": INK, "textcoords": "offset points", "ha": "right"}
             ax.plot(iterations[best], values[best], "o", markersize=10, mfc="none", mec=INK)
@@ -144,7 +144,7 @@ def _draw_metrics(ax: Any, records: Records, group: str, metrics: dict[str, str]
     label_axes(ax, group, "iteration", "percent")
     ax.margins(y=0.12)
     if drawn:
-        legend(ax, beside=True)
+        legend(ax, outside=True)
         if min(min(values) for _, values in drawn.values()) >= 0:
             ax.set_ylim(bottom=0)
     else:

@@ -1,4 +1,4 @@
-"""Puts a report together."""
+"""Assembly of a report from its sections."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def _add_training(report: Report, records: Records) -> None:
     page = report.page
     page.section("Training")
     if not records.by_iteration:
-        page.note("No curves: there is no metrics.json with any line, so nothing is known of the training.")
+        page.note("No curves: there is no metrics.json, or it is empty.")
         return
 
     def losses() -> None:
         caption = (
-            "Faint: as in metrics.json, which has medians over 20 iterations. Strong: the mean over a tenth "
-            "of the points. With dots: validation losses, if the run has measured any."
+            "Faint: values from metrics.json, which are medians over 20 iterations. Strong: moving average "
+            "over a tenth of the points. Dots: validation losses, if the run has any."
         )
         report.figure("losses.png", losses_figure(records), "Losses over the iterations", caption)
 
@@ -45,18 +45,18 @@ def _add_training(report: Report, records: Records) -> None:
         figure = learning_rate_figure(records)
         report.figure("learning_rate.png", figure, "Learning rate over the iterations", "")
 
-    report.attempt("figure of losses", losses)
+    report.attempt("loss figure", losses)
     if not records.validation_losses():
-        page.text("The run has measured no validation loss.")
-    report.attempt("figure of the learning rate", learning_rate)
+        page.text("The run has no validation losses.")
+    report.attempt("learning rate figure", learning_rate)
 
 
 def _add_evaluation(report: Report, records: Records) -> None:
     report.page.section("Evaluation")
     if not records.evaluations():
         report.page.note(
-            "No metrics: metrics.json has no results of an evaluation. They are there after the first one, "
-            "every TEST.EVAL_PERIOD (train.eval_period) iterations or at the end of training."
+            "No metrics: metrics.json has no evaluation results yet. The model is evaluated every "
+            "TEST.EVAL_PERIOD (train.eval_period) iterations and at the end of training."
         )
         return
     report.page.table(metrics_table(records), "Metrics")
@@ -65,63 +65,63 @@ def _add_evaluation(report: Report, records: Records) -> None:
         alt = "Metrics over the iterations"
         report.figure("evaluation.png", evaluation_figure(records), alt, "Metrics of each evaluation.")
 
-    report.attempt("figure of the metrics", figure)
+    report.attempt("figure of metrics", figure)
 
 
 def _add_class_metrics(report: Report, records: Records, done: bool) -> None:
-    """What the evaluations said of single classes, unless it is in the report already."""
+    """Add the per-class metrics of the evaluations, except for those already in the report."""
     for group, per_class in records.per_class().items():
         task = group.rpartition("/")[2]
         if done and task in _INSTANCE_TASKS:
             continue
         table = metrics_class_table(per_class)
-        chief = next((m for m in ("IoU", "AP", "PQ") if m in table[0]), table[0][1])
+        main = next((m for m in ("IoU", "AP", "PQ") if m in table[0]), table[0][1])
         report.page.section(f"Classes: {group}")
 
-        def make(table=table, chief=chief, per_class=per_class, group=group) -> None:
+        def make(table=table, main=main, per_class=per_class, group=group) -> None:
             name = f"per_class_{safe_name(group)}"
             report.save(f"{name}.csv", to_csv(table).encode())
-            values = {c: metrics[chief] for c, metrics in per_class.items() if chief in metrics}
-            figure = class_metric_figure(chief, values)
-            report.figure(f"{name}.png", figure, f"{chief} of each class", "Of the last evaluation.")
+            values = {c: metrics[main] for c, metrics in per_class.items() if main in metrics}
+            figure = class_metric_figure(main, values)
+            report.figure(f"{name}.png", figure, f"{main} of each class", "From the last evaluation.")
             report.page.table(table, f"Metrics of each class, {group}")
 
-        report.attempt(f"table of classes for {group}", make)
+        report.attempt(f"table of class metrics for {group}", make)
 
 
 def _missing_predictions(config: Mapping[str, Any] | None, datasets: tuple[str, ...]) -> str:
     if config is None:
-        return "No predictions: there is no config.yaml, so the data set that they belong to is not known."
+        return "No predictions: there is no config.yaml, so the test dataset is unknown."
     if not datasets:
-        return "No predictions: the config names no data set to test on (DATASETS.TEST)."
+        return "No predictions: the config has no test dataset (DATASETS.TEST)."
     return (
-        "No precision and recall, confusions and pictures: inference/ has no coco_instances_results.json. It "
-        "is written by the evaluation of boxes and masks in COCO's or LVIS's way; so nothing has been "
-        "evaluated yet, or the data set is evaluated in another way, or the evaluator has no output folder."
+        "No precision and recall, confusions and images: inference/ has no coco_instances_results.json. The "
+        "COCO and LVIS evaluators write it. Either there was no evaluation yet, the dataset has another "
+        "evaluator, or the evaluator has no output folder."
     )
 
 
 def make_report(output_dir: str, cfg: Mapping[str, Any] | None = None) -> str:
-    """Write the report of a run; `write_report` without its silence.
+    """Write the report of a run like `write_report`, but raise errors.
 
     Args:
-        output_dir: the run's output folder.
-        cfg: the config of either kind; None reads ``config.yaml``.
+        output_dir: The output folder of the run.
+        cfg: The yacs or lazy config of the run; None reads ``config.yaml``.
 
     Returns:
         The path of the page.
 
     Raises:
-        FileNotFoundError: there is no such folder, or nothing of a run in it.
-        OSError: the report cannot be written.
+        FileNotFoundError: The folder does not exist or is not the output folder of a run.
+        OSError: The report cannot be written.
     """
     output_dir = os.fspath(output_dir)
     if not PathManager.isdir(output_dir):
-        raise FileNotFoundError(f"{output_dir} is no folder; the report is made of a run's output folder.")
+        raise FileNotFoundError(f"{output_dir} is not a folder; a report needs the output folder of a run.")
     parts = ("metrics.json", "config.yaml", "inference")
     if not any(PathManager.exists(os.path.join(output_dir, part)) for part in parts):
         raise FileNotFoundError(
-            f"{output_dir} is no output folder of a run: it has none of {', '.join(parts)}."
+            f"{output_dir} is not the output folder of a run: it has none of {', '.join(parts)}."
         )
     start = time.perf_counter()
     report = Report(output_dir)
@@ -163,27 +163,26 @@ def make_report(output_dir: str, cfg: Mapping[str, Any] | None = None) -> str:
         report.page.note(_missing_predictions(config, datasets))
     path = os.path.join(report.folder, "index.html")
     report.save("index.html", report.page.render().encode())
-    logger.info("The report is in %s (made in %.1f s)", path, time.perf_counter() - start)
+    logger.info("Wrote the report to %s in %.1f s", path, time.perf_counter() - start)
     return path
 
 
 def write_report(output_dir: str, cfg: Mapping[str, Any] | None = None) -> str:
-    """Write ``OUTPUT_DIR/report``: figures, tables, and a page of all of them.
+    """Write ``OUTPUT_DIR/report``: figures, tables, and an HTML page with all of them.
 
-    It reads what a run leaves in its output folder: ``metrics.json``, ``config.yaml``, ``log.txt`` and the
-    predictions in ``inference/``; the ground truth is that of the data set in DATASETS.TEST. What is missing
-    the page names. To be called in the main process alone.
+    The sources are ``metrics.json``, ``config.yaml``, ``log.txt`` and the predictions in ``inference/`` of
+    the output folder, and the ground truth of the dataset in DATASETS.TEST. The page states what is missing.
+    Call this in the main process only.
 
     Args:
-        output_dir: the run's output folder.
-        cfg: the config of either kind; None reads ``config.yaml``.
+        output_dir: The output folder of the run.
+        cfg: The yacs or lazy config of the run; None reads ``config.yaml``.
 
     Returns:
-        The path of the page, or "" if it could not be made: a report never ends a program. The log has the
-        reason.
+        The path of the page, or "" if it could not be written. Errors are logged, not raised.
     """
     try:
         return make_report(output_dir, cfg)
-    except Exception as error:  # a training that has succeeded does not fail for its report
-        logger.exception("The report of %s is not made: %s", output_dir, reason_of(error))
+    except Exception as error:  # a successful training run must not fail because of its report
+        logger.exception("Could not write the report of %s: %s", output_dir, reason_of(error))
         return ""

@@ -1,4 +1,4 @@
-"""The page: whole, well formed, escaped, and in need of nothing else."""
+"""The HTML page: well-formed, escaped and self-contained."""
 
 from html.parser import HTMLParser
 
@@ -10,7 +10,7 @@ VOID = {"meta", "img", "br", "link", "input"}
 
 
 class Checker(HTMLParser):
-    """Raises AssertionError on tags that do not nest; collects texts, tags and what is referred to."""
+    """An HTML parser that asserts that tags nest and collects texts, tags and references."""
 
     def __init__(self, text):
         super().__init__()
@@ -34,7 +34,7 @@ class Checker(HTMLParser):
 
 
 def check_page(text):
-    """Checks a page as a whole and returns what it consists of."""
+    """Check a complete page and return its parsed content."""
     checked = Checker(text)
     for reference in checked.references:
         assert reference.startswith(("data:image/", "#part-")), reference[:80]
@@ -51,7 +51,7 @@ def check_page(text):
     return checked
 
 
-def test_everything_is_escaped():
+def test_all_texts_are_escaped():
     evil = '<script>alert("1")</script> & \'"><img src=x>'
     page = Page(evil)
     page.section(evil)
@@ -64,11 +64,11 @@ def test_everything_is_escaped():
     checked = check_page(page.render())
     assert sum(tag == "script" for tag, _ in checked.tags) == 1
     assert sum(tag == "img" for tag, _ in checked.tags) == 1
-    assert checked.texts.count(evil) == 12  # title twice, link, section, and eight in it
+    assert checked.texts.count(evil) == 12  # title twice, link, section, and eight inside it
     assert dict(checked.tags)["table"]["aria-label"] == evil
 
 
-def test_tables_show_two_digits_and_sort_by_the_number():
+def test_table_cells_show_two_digits_and_sort_by_full_value():
     page = Page("p")
     page.section("s")
     page.table((["class", "AP", "n"], [["a", 12.3456, 3], ["b", None, 10]]), "t")
@@ -79,12 +79,12 @@ def test_tables_show_two_digits_and_sort_by_the_number():
     assert sum(tag == "button" for tag, _ in checked.tags) == 3
 
 
-def test_it_is_made_for_small_and_dark_screens():
+def test_page_supports_small_and_dark_screens():
     text = Page("p").render()
     assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text
     assert "default-src 'none'" in text
 
 
-def test_nothing_is_written_outside_of_a_section():
+def test_writing_outside_a_section_raises():
     with pytest.raises(ValueError, match="no section"):
         Page("p").text("lost")

@@ -1,4 +1,4 @@
-"""metrics.json: damaged lines, resumed runs, and which scalar is what."""
+"""metrics.json: damaged lines, resumed runs, and the types of scalars."""
 
 import json
 import math
@@ -15,12 +15,12 @@ def read(tmp_path, *lines):
     return read_records(str(path))
 
 
-def test_a_file_that_is_not_there_is_an_empty_one(tmp_path):
+def test_missing_file_gives_empty_records(tmp_path):
     records = read_records(str(tmp_path / "metrics.json"))
     assert records.by_iteration == {} and records.last_iteration == -1 and records.training_seconds() == 0
 
 
-def test_lines_cut_short_are_left_out(tmp_path):
+def test_truncated_lines_are_skipped(tmp_path):
     cut = record(59)[:40]
     records = read(tmp_path, record(19), cut + "\n", "17\n", '{"lr": 1}\n', "\n", record(39), cut)
     assert list(records.by_iteration) == [19, 39]
@@ -28,9 +28,9 @@ def test_lines_cut_short_are_left_out(tmp_path):
     assert records.series("total_loss") == ([19, 39], [2.0 / 20, 2.0 / 40])
 
 
-def test_of_a_resumed_run_the_later_lines_count(tmp_path):
+def test_resumed_run_replaces_earlier_lines(tmp_path):
     first = [record(i, source=1) for i in (9, 19, 29, 39)]
-    # Resumed from iteration 20, with another period between lines; then killed, and resumed once more.
+    # Resumed from iteration 20 with another logging period; then killed and resumed again.
     second = [record(i, source=2) for i in (24, 34, 44)]
     third = [record(i, source=3) for i in (44, 54)]
     records = read(tmp_path, *first, *second, *third)
@@ -38,7 +38,7 @@ def test_of_a_resumed_run_the_later_lines_count(tmp_path):
     assert records.restarts == [24]
 
 
-def test_of_an_iteration_made_again_nothing_is_left(tmp_path):
+def test_repeated_iteration_drops_its_earlier_scalars(tmp_path):
     first = [record(9), record(19, **{"bbox/AP": 1.0}), record(29)]
     records = read(tmp_path, *first, record(19), record(29))
     assert "bbox/AP" not in records.names and list(records.by_iteration) == [9, 19, 29]
@@ -58,13 +58,13 @@ def test_what_is_no_number_is_no_point_of_a_curve(tmp_path):
     assert "note" not in records.names
 
 
-def test_time_is_that_of_all_iterations(tmp_path):
+def test_training_seconds_cover_all_iterations(tmp_path):
     # 20 iterations of 0.5 s, 20 of 0.25 s.
     records = read(tmp_path, record(19), record(39, time=0.25), '{"iteration": 40, "bbox/AP": 1.0}\n')
     assert records.training_seconds() == pytest.approx(15.0)
 
 
-def test_which_scalar_is_what(tmp_path):
+def test_scalars_are_sorted_into_losses_rates_and_metrics(tmp_path):
     scalars = {
         "loss_box_reg": 0.1,
         "val/loss_cls": 0.2,
@@ -106,10 +106,10 @@ def test_which_scalar_is_what(tmp_path):
         ("panoptic_seg/PQ_th", ("", "panoptic_seg", "PQ_th", "")),
     ],
 )
-def test_names_of_metrics(name, parts):
+def test_parse_evaluation(name, parts):
     assert parse_evaluation(name) == EvaluationName(*parts)
 
 
 @pytest.mark.parametrize("name", ["lr", "time", "rpn/num_pos_anchors", "val/loss_cls", "val/total_loss"])
-def test_names_that_are_no_metrics(name):
+def test_parse_evaluation_of_other_scalars_is_none(name):
     assert parse_evaluation(name) is None
