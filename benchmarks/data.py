@@ -1,12 +1,13 @@
-"""Time the default training mapper against the plain way of doing the same, and measure what records cost.
+"""Time the default training mapper against a plain implementation, and measure the memory of dataset records.
 
-    python benchmarks/data.py [--pictures 50] [--rounds 3] [--decoders pil opencv]
+    python benchmarks/data.py [--images 50] [--rounds 3] [--decoders pil opencv]
     python benchmarks/data.py --memory 120000 [--workers 8] [--start-method fork]
 
-The first form makes photographs-like JPEGs of 640 x 480 pixels with 8 polygons each, and maps each of them in
-turn by the plain way (what detectron2's mapper is documented to do, with Pillow and numpy) and by
-`DatasetMapper`, on one thread; the arrays and labels must be equal to the last bit. Times are CPU times of
-the process, which other programs on the machine disturb less; figures are medians over pictures and rounds.
+The first form writes JPEGs of 640 x 480 pixels with 8 polygons each. It maps each of them in turn with
+`DatasetMapper` and with a plain implementation in Pillow and numpy of what detectron2's mapper is documented
+to do. Both use one thread, and arrays and labels must be bit-equal. Times are CPU times of the process, which
+depend less on other programs; figures are medians over images and rounds.
+
 The second form loads records in worker processes and prints the memory of all of them as PSS, which counts a
 shared page once.
 """
@@ -34,7 +35,15 @@ from detlib.structures import Boxes, BoxMode, Instances, PolygonMasks
 
 
 def make_records(directory: Path, count: int) -> list[dict]:
-    """Pictures with large shapes, edges and noise, which compress like photographs (about 110 kB)."""
+    """Write images with large shapes, edges and noise, which compress like photographs (about 110 kB).
+
+    Args:
+        directory: an existing folder for the JPEG files.
+        count: number of images.
+
+    Returns:
+        A record for each image, with 8 polygons.
+    """
     rng = np.random.default_rng(0)
     records = []
     for i in range(count):
@@ -65,7 +74,7 @@ def make_records(directory: Path, count: int) -> list[dict]:
 
 
 class PlainMapper:
-    """The same result by the shortest way through Pillow and numpy; notes the time of each part."""
+    """A plain mapper with Pillow and numpy that has the same results; records the time of each part."""
 
     def __init__(self):
         self.seconds: dict[str, float] = defaultdict(float)
@@ -132,9 +141,9 @@ class PlainMapper:
 
 
 def check_equal(plain: dict, ours: dict) -> None:
-    """Raise unless both hold the same bits."""
+    """Raise an AssertionError unless both results are bit-equal."""
     if not torch.equal(plain["image"], ours["image"]):
-        raise AssertionError(f"the pictures of {plain['file_name']} differ")
+        raise AssertionError(f"the images of {plain['file_name']} differ")
     first, second = plain["instances"], ours["instances"]
     same = torch.equal(first.gt_boxes.tensor, second.gt_boxes.tensor)
     same &= torch.equal(first.gt_classes, second.gt_classes)
@@ -155,7 +164,7 @@ PARTS = ("decode", "resize", "to tensor", "annotations")
 
 
 def our_parts(mapper: DatasetMapper, records: list[dict]) -> dict[str, float]:
-    """Seconds a picture of the parts of our way."""
+    """Return the median seconds per image of each part of `DatasetMapper`."""
     from detlib.data import detection_utils as utils
     from detlib.data import transforms as T  # noqa: N812
 
@@ -180,7 +189,7 @@ def our_parts(mapper: DatasetMapper, records: list[dict]) -> dict[str, float]:
 def time_mappers(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:
-        records = make_records(Path(directory), args.pictures)
+        records = make_records(Path(directory), args.images)
         plain = PlainMapper()
         mappers = {"plain": plain} | {f"detlib, {name}": our_mapper(name) for name in args.decoders}
         seconds: dict[str, list[float]] = {name: [] for name in mappers}
@@ -205,25 +214,27 @@ def time_mappers(args: argparse.Namespace) -> None:
 def print_table(seconds: dict[str, list[float]], parts: dict[str, dict[str, float]]) -> None:
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {load}, one thread;")
-    print(f"torch {torch.__version__}, Pillow {PIL.__version__}; arrays and labels equal to the last bit\n")
+    print(f"torch {torch.__version__}, Pillow {PIL.__version__}; arrays and labels are bit-equal\n")
     base = median(seconds["plain"])
-    print(f"| way | pictures / s | ratio | {', '.join(PARTS).replace(', ', ', ms | ')}, ms | the rest, ms |")
+    print(f"| mapper | images / s | ratio | {', '.join(PARTS).replace(', ', ', ms | ')}, ms | other, ms |")
     print("|---|---:|---:|" + "---:|" * (len(PARTS) + 1))
     for name, values in seconds.items():
-        whole = median(values)
+        total = median(values)
         known = [parts[name][part] for part in PARTS]
-        columns = [f"{1000 * part:.2f}" for part in [*known, max(whole - sum(known), 0.0)]]
-        print(f"| {name} | {1 / whole:.1f} | {base / whole:.2f} | {' | '.join(columns)} |")
+        columns = [f"{1000 * part:.2f}" for part in [*known, max(total - sum(known), 0.0)]]
+        print(f"| {name} | {1 / total:.1f} | {base / total:.2f} | {' | '.join(columns)} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pictures", type=int, default=50)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--images", type=int, default=50, help="number of images")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds over all images")
     parser.add_argument("--decoders", nargs="+", default=["pil", "opencv"], choices=["pil", "opencv"])
-    parser.add_argument("--memory", type=int, metavar="RECORDS", help="measure the memory of so many records")
+    parser.add_argument(
+        "--memory", type=int, metavar="RECORDS", help="measure the memory of this many records"
+    )
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--start-method", default="fork", choices=["fork", "spawn", "forkserver"])
     args = parser.parse_args()
@@ -232,9 +243,9 @@ def main() -> None:
         return
     result = measure(args.memory, args.workers, args.start_method)
     print(
-        f"{args.memory} records, {args.workers} workers by {args.start_method}: serialized "
-        f"{result.serialized / 2**20:.1f} MiB; all processes together hold {result.records / 2**20:.1f} MiB "
-        f"of them, {result.ratio:.2f} times as much"
+        f"{args.memory} records, {args.workers} workers ({args.start_method}): serialized "
+        f"{result.serialized / 2**20:.1f} MiB; all processes together use {result.records / 2**20:.1f} MiB "
+        f"for them, {result.ratio:.2f} times as much"
     )
 
 

@@ -2,10 +2,11 @@
 
     python benchmarks/eval.py [--images 2000] [--detections 99000] [--runs 3] [--tasks bbox segm keypoints]
 
-Both sides get the same ground truth and predictions in memory: faster-coco-eval its result dicts, made ready
-beforehand, COCOEvaluator `Instances`, which it converts itself. They run in turn, so that they meet the same
-noise; the figures are the best of all runs, by the clock and as CPU time, and in the end both must say the
-same AP. Keypoints are those of one category, 17 of each, with as many detections.
+Both sides get the same ground truth and predictions in memory. faster-coco-eval gets result dicts, which are
+prepared beforehand; COCOEvaluator gets `Instances` and converts them itself. Both run in turn, so that other
+programs slow them down equally. The figures are the best of all runs, as wall-clock time and CPU time, and
+both must compute the same AP. The keypoint task has one category with 17 keypoints, and the same number of
+detections.
 """
 
 import argparse
@@ -33,14 +34,14 @@ TASKS = ("bbox", "segm", "keypoints")
 
 
 def random_boxes(rng: np.random.Generator, count: int) -> np.ndarray:
-    """(count, 4) float64 boxes, XYWH, of all sizes."""
+    """Return (count, 4) float64 boxes, XYWH, of all sizes."""
     sizes = np.exp(rng.uniform(np.log(8), np.log(300), (count, 2)))
     corners = rng.uniform(0, 1, (count, 2)) * np.maximum([WIDTH, HEIGHT] - sizes, 1)
     return np.concatenate([corners, np.minimum(sizes, [WIDTH - 1, HEIGHT - 1])], axis=1).round(2)
 
 
 def polygons(boxes: np.ndarray) -> list[list[list[float]]]:
-    """An octagon in each box."""
+    """Return an octagon for each box (XYWH), as COCO polygons."""
     angles = np.linspace(0, 2 * np.pi, 8, endpoint=False)
     x = boxes[:, :1] + boxes[:, 2:3] * (0.5 + 0.5 * np.cos(angles))
     y = boxes[:, 1:2] + boxes[:, 3:] * (0.5 + 0.5 * np.sin(angles))
@@ -48,14 +49,14 @@ def polygons(boxes: np.ndarray) -> list[list[list[float]]]:
 
 
 def make_keypoints(rng: np.random.Generator, boxes: np.ndarray) -> np.ndarray:
-    """(R, 17, 3) keypoints within boxes (XYWH); one in six is not labelled."""
+    """Return (R, 17, 3) keypoints inside boxes (XYWH); one in six is not labeled."""
     points = boxes[:, None, :2] + rng.random((len(boxes), NUM_KEYPOINTS, 2)) * boxes[:, None, 2:]
     visible = rng.choice([0, 1, 2, 2, 2, 2], (len(boxes), NUM_KEYPOINTS, 1))
     return np.concatenate([points.round() * (visible > 0), visible], axis=2)
 
 
 def make_ground_truth(rng: np.random.Generator, num_images: int, num_classes: int = NUM_CLASSES) -> dict:
-    """Annotations in COCO's format, seven a picture."""
+    """Return ground truth in COCO's format, with seven objects per image."""
     annotations = []
     for image_id in range(1, num_images + 1):
         boxes = random_boxes(rng, 7)
@@ -86,7 +87,10 @@ def make_ground_truth(rng: np.random.Generator, num_images: int, num_classes: in
 
 
 def make_results(rng: np.random.Generator, coco: dict, count: int, task: str) -> list[dict]:
-    """Detections in COCO's result format: each object twice, a little moved, and others."""
+    """Return detections in COCO's result format.
+
+    Each object is detected twice, slightly moved. The others, up to `count`, are random.
+    """
     num_classes = len(coco["categories"])
     results = []
     for annotation in coco["annotations"]:
@@ -120,7 +124,10 @@ def make_results(rng: np.random.Generator, coco: dict, count: int, task: str) ->
 def predict_keypoints(
     rng: np.random.Generator, coco: dict, results: list[list], boxes: np.ndarray
 ) -> np.ndarray:
-    """(R, 17, 3) float32 as float64: those of the nearest object of the picture, moved, with a confidence."""
+    """Return (R, 17, 3) keypoints: moved keypoints of the nearest object in the image, with a confidence.
+
+    Values are rounded to float32 and returned as float64.
+    """
     by_image: dict[int, list[dict]] = {}
     for annotation in coco["annotations"]:
         by_image.setdefault(annotation["image_id"], []).append(annotation)
@@ -135,7 +142,7 @@ def predict_keypoints(
 
 
 def as_outputs(results: list[dict]) -> list[tuple[dict, dict]]:
-    """The same detections as a model's inputs and outputs; masks are lists of RLE."""
+    """Return the same detections as the inputs and outputs of a model; masks are lists of RLE dicts."""
     by_image: dict[int, list[dict]] = {}
     for result in results:
         by_image.setdefault(result["image_id"], []).append(result)
@@ -158,21 +165,21 @@ def as_outputs(results: list[dict]) -> list[tuple[dict, dict]]:
 
 
 def now() -> np.ndarray:
-    """Seconds by the clock and of CPU time."""
+    """Return wall-clock time and CPU time in seconds."""
     return np.array([time.perf_counter(), time.process_time()])
 
 
 def direct(coco: dict, results: list[dict], task: str) -> tuple[np.ndarray, float]:
-    """Seconds, see `now`, and AP of faster-coco-eval."""
+    """Return the times (see `now`) and AP of faster-coco-eval."""
     from faster_coco_eval import COCO, COCOeval_faster
 
     results = [{k: v for k, v in x.items() if task == "bbox" or k != "bbox"} for x in results]
     with open(coco["path"]) as file:
-        truth = json.load(file)
+        ground_truth = json.load(file)
     gc.collect()
     start = now()
     with contextlib.redirect_stdout(io.StringIO()):
-        api = COCO(truth)
+        api = COCO(ground_truth)
         evaluation = COCOeval_faster(api, api.loadRes(results), task)
         evaluation.evaluate()
         evaluation.accumulate()
@@ -181,9 +188,9 @@ def direct(coco: dict, results: list[dict], task: str) -> tuple[np.ndarray, floa
 
 
 def evaluator(pairs: list[tuple[dict, dict]], task: str) -> tuple[np.ndarray, float]:
-    """Seconds, see `now`, and AP of COCOEvaluator."""
+    """Return the times (see `now`) and AP of COCOEvaluator."""
     ours = COCOEvaluator(NAME, (task,))
-    ours._ground_truth  # noqa: B018 - reading the annotation file is left out on both sides
+    ours._ground_truth  # noqa: B018 - reads the annotation file, which is not timed on either side
     gc.collect()
     start = now()
     for image, output in pairs:
@@ -193,7 +200,7 @@ def evaluator(pairs: list[tuple[dict, dict]], task: str) -> tuple[np.ndarray, fl
 
 
 def compare(coco: dict, results: list[dict], task: str, runs: int) -> None:
-    """Print the times of both sides."""
+    """Print the wall-clock and CPU times of both sides for one task."""
     pairs = as_outputs(results)
     times: dict[str, list[np.ndarray]] = {"direct": [], "ours": []}
     for _ in range(runs):
@@ -201,17 +208,17 @@ def compare(coco: dict, results: list[dict], task: str, runs: int) -> None:
         times["direct"].append(seconds)
         seconds, found = evaluator(pairs, task)
         times["ours"].append(seconds)
-        assert abs(want - found) < 1e-3, f"AP is {found}, faster-coco-eval says {want}"
+        assert abs(want - found) < 1e-3, f"AP is {found}, but faster-coco-eval computes {want}"
     theirs, ours = (np.min(times[side], axis=0) for side in ("direct", "ours"))
-    for name, one, other in zip(("clock", "CPU"), theirs, ours):
+    for name, one, other in zip(("wall", "CPU"), theirs, ours):
         print(
-            f"{task:9s} {len(results)} detections, {name:5s}: faster-coco-eval {one:.2f} s, COCOEvaluator "
+            f"{task:9s} {len(results)} detections, {name:4s}: faster-coco-eval {one:.2f} s, COCOEvaluator "
             f"{other:.2f} s, {other / one:.2f} times (AP {found:.3f})"
         )
 
 
 def main() -> None:
-    """Prints two lines for each task."""
+    """Print two lines for each task."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--detections", type=int, default=99000)
@@ -225,7 +232,7 @@ def main() -> None:
         rng = np.random.default_rng(0)
         coco = make_ground_truth(rng, args.images, 1 if task == "keypoints" else NUM_CLASSES)
         with tempfile.TemporaryDirectory() as folder:
-            coco["path"] = os.path.join(folder, "truth.json")
+            coco["path"] = os.path.join(folder, "ground_truth.json")
             with open(coco["path"], "w") as file:
                 json.dump(coco, file)
             MetadataCatalog.pop(NAME, None)

@@ -1,9 +1,10 @@
-"""Time detlib's operators against torchvision's, or against a formula where torchvision has none.
+"""Time detlib's operators against torchvision's, or against a plain PyTorch formula.
 
     python benchmarks/ops.py [--only nms] [--threads 2] [--seconds 4] [--devices cpu cuda]
 
-Prints one table. Both sides get the same inputs and run in turn, so that they meet the same noise; the
-figures are medians. An operator joins the table with a generator of `Case`s that bears `@benchmark`.
+Prints one table. Both sides get the same inputs and run in turn, so that other programs slow them down
+equally; the figures are medians. To add an operator, write a generator of `Case`s and decorate it with
+`@benchmark`.
 """
 
 import argparse
@@ -43,7 +44,7 @@ from detlib.ops.rotated import reference_box_iou_rotated, reference_nms_rotated
 
 @dataclass
 class Case:
-    """One line of the table: what is done, and two functions that do it."""
+    """One line of the table: its title, and the functions to compare."""
 
     title: str
     ours: Callable[[], object]
@@ -65,26 +66,25 @@ def uniform(generator: torch.Generator, *size: int, high: float = 1.0) -> torch.
 
 
 def random_boxes(count: int, extent: tuple[float, float], generator: torch.Generator) -> torch.Tensor:
-    """Boxes (count, 4), absolute xyxy pixels: first corners uniform in `extent`, sides uniform in 0..200."""
+    """Return (count, 4) absolute XYXY boxes: first corners uniform in `extent`, sides uniform in 0..200."""
     corner = uniform(generator, count, 2) * torch.tensor(extent)
     return torch.cat([corner, corner + uniform(generator, count, 2, high=200)], 1)
 
 
 @benchmark
 def roi_aligns(device: str) -> Iterator[Case]:
-    """1000 boxes on a map of 256 channels, as the finest level of a feature pyramid of an 800x1088
-    picture."""
+    """Pool 1000 boxes from a stride-4 feature map of an 800x1088 image, with 256 channels."""
     generator = torch.Generator().manual_seed(0)
     boxes = random_boxes(1000, (1088.0, 800.0), generator)
     boxes[:, 0::2].clamp_(max=1088)
     boxes[:, 1::2].clamp_(max=800)
     boxes = torch.nn.functional.pad(boxes, (1, 0)).to(device)
-    map = torch.randn(1, 256, 200, 272, generator=generator).to(device)
+    feature_map = torch.randn(1, 256, 200, 272, generator=generator).to(device)
     grad = torch.randn(1000, 256, 7, 7, generator=generator).to(device)
     our_backward = torch.ops.detlib.roi_align_backward
     their_backward = torch.ops.torchvision._roi_align_backward
     for layout, name in ((torch.contiguous_format, "NCHW"), (torch.channels_last, "channels-last")):
-        x, g = map.to(memory_format=layout), grad.to(memory_format=layout)
+        x, g = feature_map.to(memory_format=layout), grad.to(memory_format=layout)
         for ratio, samples in ((0, "adaptive"), (2, "2 samples")):
             arguments = x, boxes, (7, 7), 0.25, ratio, True
             yield Case(
@@ -102,7 +102,7 @@ def roi_aligns(device: str) -> Iterator[Case]:
 
 @benchmark
 def frozen_norms(device: str) -> Iterator[Case]:
-    """The end of a bottleneck block of two 800x1088 pictures: 256 channels at a quarter of their size."""
+    """Compute the end of a bottleneck block for two 800x1088 images: 256 channels at stride 4."""
     generator = torch.Generator().manual_seed(0)
     maps = torch.randn(3, 2, 256, 200, 272, generator=generator).to(device)
     mean, var, weight, bias = (uniform(generator, 4, 256) + 0.5).to(device)
@@ -116,10 +116,10 @@ def frozen_norms(device: str) -> Iterator[Case]:
         return frozen_batch_norm(x, mean, var, weight, bias, residual=residual, relu=True)
 
     for layout, name in ((torch.contiguous_format, "NCHW"), (torch.channels_last, "channels-last")):
-        x, residual, grad = (map.contiguous(memory_format=layout) for map in maps)
+        x, residual, grad = (feature_map.contiguous(memory_format=layout) for feature_map in maps)
         title = f"frozen norm + sum + ReLU, {name}"
         yield Case(title, partial(ours, x, residual), partial(theirs, x, residual), "PyTorch")
-        inputs = [map.clone().requires_grad_() for map in (x, residual)]
+        inputs = [feature_map.clone().requires_grad_() for feature_map in (x, residual)]
         steps = [
             partial(torch.autograd.grad, f(*inputs), inputs, grad, retain_graph=True) for f in (ours, theirs)
         ]
@@ -128,7 +128,7 @@ def frozen_norms(device: str) -> Iterator[Case]:
 
 @benchmark
 def suppression(device: str) -> Iterator[Case]:
-    """Boxes on a square of 1000 pixels, 80 categories, threshold 0.5."""
+    """Suppress boxes in a square of 1000 pixels, with 80 categories and threshold 0.5."""
     for count in (10, 100, 1000, 5000, 20000, 100000):
         generator = torch.Generator().manual_seed(count)
         boxes = random_boxes(count, (1000.0, 1000.0), generator).to(device)
@@ -149,7 +149,11 @@ def suppression(device: str) -> Iterator[Case]:
 
 @benchmark
 def rotated(device: str) -> Iterator[Case]:
-    """Centres on a square of 1000 pixels, sides uniform in 0..200, any angle; maps as for upright boxes."""
+    """Run the operators of rotated boxes.
+
+    Centers are in a square of 1000 pixels, sides are uniform in 0..200, with any angle. The feature map is as
+    for axis-aligned boxes.
+    """
     generator = torch.Generator().manual_seed(0)
     parts = [uniform(generator, 1000, 2, high=1000), uniform(generator, 1000, 2, high=200)]
     boxes = torch.cat([*parts, uniform(generator, 1000, 1, high=360) - 180], 1).to(device)
@@ -166,19 +170,19 @@ def rotated(device: str) -> Iterator[Case]:
         partial(reference_nms_rotated, boxes, scores, None, 0.5),
         "formula",
     )
-    map = torch.randn(1, 256, 200, 272, generator=generator).to(device)
+    feature_map = torch.randn(1, 256, 200, 272, generator=generator).to(device)
     rois = torch.nn.functional.pad(boxes, (1, 0))
     yield Case(
         "roi_align_rotated, NCHW, 2 samples",
-        partial(roi_align_rotated, map, rois, (7, 7), 0.25, 2),
-        partial(reference_roi_align_rotated, map, rois, 0.25, 7, 7, 2),
+        partial(roi_align_rotated, feature_map, rois, (7, 7), 0.25, 2),
+        partial(reference_roi_align_rotated, feature_map, rois, 0.25, 7, 7, 2),
         "formula",
     )
 
 
 @benchmark
 def deformable_attention(device: str) -> Iterator[Case]:
-    """The encoder of Deformable DETR on an 800x1088 picture: 8 heads of 32 channels, 4 levels, 4 points."""
+    """Run Deformable DETR's encoder on an 800x1088 image: 8 heads of 32 channels, 4 levels, 4 points."""
     generator = torch.Generator().manual_seed(0)
     shapes = torch.tensor([[100, 136], [50, 68], [25, 34], [13, 17]])
     cells = shapes.prod(1)
@@ -201,9 +205,9 @@ def deformable_attention(device: str) -> Iterator[Case]:
 
 
 def grid_sample_paste(masks: torch.Tensor, boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Masks in pictures (R, H, W) bool, one at a time and only around their boxes."""
-    pictures = torch.zeros(len(masks), height, width, dtype=torch.bool, device=masks.device)
-    for mask, box, picture in zip(masks, boxes.tolist(), pictures):
+    """Return masks pasted into images, (R, H, W) bool, one at a time and only around their boxes."""
+    images = torch.zeros(len(masks), height, width, dtype=torch.bool, device=masks.device)
+    for mask, box, image in zip(masks, boxes.tolist(), images):
         x0, y0, x1, y1 = box
         top, bottom = max(int(y0) - 1, 0), min(int(y1) + 2, height)
         left, right = max(int(x0) - 1, 0), min(int(x1) + 2, width)
@@ -211,19 +215,21 @@ def grid_sample_paste(masks: torch.Tensor, boxes: torch.Tensor, height: int, wid
         x = (torch.arange(left, right, device=mask.device) + 0.5 - x0) / (x1 - x0) * 2 - 1
         grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
         values = torch.nn.functional.grid_sample(mask[None, None], grid[None], align_corners=False)
-        picture[top:bottom, left:right] = values[0, 0] >= 0.5
-    return pictures
+        image[top:bottom, left:right] = values[0, 0] >= 0.5
+    return images
 
 
-def pycocotools_encode(pictures: torch.Tensor) -> list[dict]:
-    arrays = pictures.cpu().numpy().view(np.uint8)
-    return [mask_utils.encode(np.asfortranarray(picture)) for picture in arrays]
+def pycocotools_encode(images: torch.Tensor) -> list[dict]:
+    arrays = images.cpu().numpy().view(np.uint8)
+    return [mask_utils.encode(np.asfortranarray(image)) for image in arrays]
 
 
 @benchmark
 def masks(device: str) -> Iterator[Case]:
-    """100 masks of 28x28 cells, blobs with noise, on an 800x1333 picture; sides of boxes log-uniform from 16
-    to 800."""
+    """Paste and encode 100 masks of 28x28 cells, noisy blobs, in an 800x1333 image.
+
+    The sides of boxes are log-uniform from 16 to 800.
+    """
     height, width = 800, 1333
     generator = torch.Generator().manual_seed(0)
     center = uniform(generator, 100, 2) * torch.tensor([float(width), float(height)])
@@ -237,7 +243,7 @@ def masks(device: str) -> Iterator[Case]:
     )
     blobs = (blobs + uniform(generator, 100, 28, 28, high=0.2) - 0.1).clamp(0, 1)
     blobs, boxes = blobs.to(device), boxes.to(device)
-    pictures = paste_masks(blobs, boxes, (height, width))
+    images = paste_masks(blobs, boxes, (height, width))
     arguments = blobs, boxes, (height, width)
     formula = partial(grid_sample_paste, blobs, boxes, height, width)
     yield Case(
@@ -248,12 +254,15 @@ def masks(device: str) -> Iterator[Case]:
     )
     yield Case("paste, 100 masks", partial(paste_masks, *arguments), formula, "grid_sample")
     yield Case(
-        "RLE, 100 masks", partial(encode_rle, pictures), partial(pycocotools_encode, pictures), "pycocotools"
+        "RLE, 100 masks", partial(encode_rle, images), partial(pycocotools_encode, images), "pycocotools"
     )
 
 
 def median_times(case: Case, device: str, seconds: float) -> tuple[float, float]:
-    """Median milliseconds of both functions: at least three calls of each, as many as fit into `seconds`."""
+    """Return the median milliseconds of both functions.
+
+    Each is called at least three times, and up to 200 times while `seconds` have not passed.
+    """
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     case.ours(), case.theirs(), wait()
     times = ([], [])
@@ -268,7 +277,7 @@ def median_times(case: Case, device: str, seconds: float) -> tuple[float, float]
 
 
 def processor() -> str:
-    """The model of the processor as the operating system names it."""
+    """Return the processor's model name, as reported by the operating system."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -286,9 +295,13 @@ def machine(devices: list[str], threads: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     found = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    parser.add_argument("--only", default="", help="part of the titles to run")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="on the CPU")
-    parser.add_argument("--seconds", type=float, default=4.0, help="to spend on a line, three calls at least")
+    parser.add_argument("--only", default="", help="run only cases with this text in their title")
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count(), help="number of PyTorch threads on the CPU"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, help="time for each case; at least three calls are made"
+    )
     parser.add_argument("--devices", nargs="+", choices=("cpu", "cuda"), default=found)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

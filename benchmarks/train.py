@@ -1,12 +1,13 @@
-"""Time training steps of Mask R-CNN R-50 FPN: the trainer's own cost, and torchvision's model beside it.
+"""Time training steps of Mask R-CNN R-50-FPN against torchvision's model, and the overhead of the trainer.
 
     python benchmarks/train.py [--steps 5] [--images 2] [--short-side 800] [--amp] [--threads 2]
 
-Both models train on the same pictures, boxes and masks in memory, with SGD, frozen BatchNorm and the first
-two stages frozen, their steps in turn, so that they meet the same noise. detlib's steps go through
-DefaultTrainer with all its default hooks and writers, as in a real run; its own cost is what a step takes
-outside forward pass, backward pass and the optimizer's update (the pictures are there already, so loading
-costs nothing). torchvision's steps are a bare loop without any of this.
+Both models train on the same images, boxes and masks in memory, with SGD, frozen batch norm and the first two
+stages frozen. Their steps alternate, so that other programs slow them down equally.
+
+detlib's steps run in DefaultTrainer with all its default hooks and writers, as in a real training run. The
+trainer's overhead is the time of a step outside the forward pass, the backward pass and the optimizer. The
+images are in memory, so loading costs nothing. torchvision's steps are a bare loop without hooks.
 """
 
 import argparse
@@ -28,11 +29,11 @@ from detlib.engine import DefaultTrainer
 from detlib.structures import BitMasks, Boxes, Instances
 from detlib.utils.events import EventStorage
 
-NUM_CLASSES, OBJECTS = 81, 8  # not the default 80, which would be replaced by the number of the data named
+NUM_CLASSES, OBJECTS = 81, 8  # not the default 80, which the classes of the dataset would replace
 
 
 def make_batch(count: int, short_side: int, device: torch.device) -> list[dict]:
-    """Pictures of random pixels in the shape 3 : 4, with boxes and box-shaped masks, as detlib takes them."""
+    """Return random images of aspect ratio 4 : 3, with boxes and box-shaped masks, as inputs of detlib."""
     rng = np.random.default_rng(0)
     height, width = short_side, round(short_side * 4 / 3)
     batch = []
@@ -54,7 +55,7 @@ def make_batch(count: int, short_side: int, device: torch.device) -> list[dict]:
 
 
 def as_torchvision(batch: list[dict], device: torch.device) -> tuple[list, list]:
-    """The same pictures as torchvision's model takes them, whose class 0 is the background."""
+    """Convert a batch to the inputs of torchvision's model, where class 0 is the background."""
     images = [(d["image"].float() / 255).to(device) for d in batch]
     targets = [
         {
@@ -68,7 +69,7 @@ def as_torchvision(batch: list[dict], device: torch.device) -> tuple[list, list]
 
 
 class Clock:
-    """Adds up the seconds spent in some functions; with CUDA, waits for the device at both ends."""
+    """A clock that adds up the seconds spent in functions. With CUDA, it synchronizes before each reading."""
 
     def __init__(self, device: torch.device):
         self.seconds = 0.0
@@ -79,6 +80,8 @@ class Clock:
         return time.perf_counter()
 
     def around(self, function):
+        """Return `function`, with the time of its calls added to `seconds`."""
+
         def timed(*args, **kwargs):
             start = self()
             try:
@@ -92,25 +95,25 @@ class Clock:
 class BenchmarkTrainer(DefaultTrainer):
     """The default trainer on one batch in memory."""
 
-    pictures: list[dict]
+    fixed_batch: list[dict]
 
     def _check_num_classes(self, cfg) -> None:
-        """The data that the config names, which are not used, have other classes."""
+        """Do nothing: the dataset of the config has other classes, but is not used."""
 
     @classmethod
     def build_train_loader(cls, cfg):
         class Loader:
             def __iter__(self):
                 while True:
-                    yield cls.pictures
+                    yield cls.fixed_batch
 
         return Loader()
 
 
 def bound_activations(model: torch.nn.Module) -> None:
-    """Weaken the branches of a ResNet of random weights.
+    """Scale down the residual branches of a ResNet with random weights.
 
-    Under frozen BatchNorm their sums would grow from block to block until float16 overflows.
+    With frozen batch norm, activations would otherwise grow from block to block until float16 overflows.
     """
     for name, module in model.named_modules():
         if name.endswith(("conv3.norm", "bn3")):
@@ -121,7 +124,7 @@ def build_trainer(args: argparse.Namespace, folder: str, device: torch.device) -
     cfg = model_zoo.get_config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml")
     cfg.MODEL.WEIGHTS = ""
     cfg.MODEL.DEVICE = str(device)
-    cfg.MODEL.PIXEL_STD = [57.375, 57.12, 58.395]  # as torchvision's model has them
+    cfg.MODEL.PIXEL_STD = [57.375, 57.12, 58.395]  # as in torchvision's model
     cfg.OUTPUT_DIR = folder
     cfg.DATASETS.TRAIN = ("shapes:train?num=8&size=64",)
     cfg.DATASETS.TEST = ()
@@ -130,7 +133,7 @@ def build_trainer(args: argparse.Namespace, folder: str, device: torch.device) -
     cfg.SOLVER.MAX_ITER = 10**6
     cfg.SOLVER.AMP.ENABLED = args.amp
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = NUM_CLASSES
-    BenchmarkTrainer.pictures = make_batch(args.images, args.short_side, device)
+    BenchmarkTrainer.fixed_batch = make_batch(args.images, args.short_side, device)
     trainer = BenchmarkTrainer(cfg)
     trainer.resume_or_load(resume=False)
     bound_activations(trainer.model)
@@ -139,13 +142,13 @@ def build_trainer(args: argparse.Namespace, folder: str, device: torch.device) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--steps", type=int, default=5, help="steps of each side, after two that do not count"
-    )
-    parser.add_argument("--images", type=int, default=2, help="pictures in a batch")
-    parser.add_argument("--short-side", type=int, default=800, help="their height in pixels")
+    parser.add_argument("--steps", type=int, default=5, help="steps of each side, after two warm-up steps")
+    parser.add_argument("--images", type=int, default=2, help="images in a batch")
+    parser.add_argument("--short-side", type=int, default=800, help="height of the images in pixels")
     parser.add_argument("--amp", action="store_true", help="mixed precision on both sides")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch on the CPU")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="number of PyTorch threads on the CPU"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     logging.disable(logging.WARNING)
@@ -161,23 +164,25 @@ def main() -> None:
         backbone = resnet_fpn_backbone(
             backbone_name="resnet50", weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=3
         )
-        peer = MaskRCNN(backbone, NUM_CLASSES + 1, min_size=args.short_side, max_size=1333).to(device)
-        bound_activations(peer)
-        peer.train()
-        optimizer = torch.optim.SGD([p for p in peer.parameters() if p.requires_grad], lr=1e-5, momentum=0.9)
-        images, targets = as_torchvision(trainer.pictures, device)
+        reference = MaskRCNN(backbone, NUM_CLASSES + 1, min_size=args.short_side, max_size=1333).to(device)
+        bound_activations(reference)
+        reference.train()
+        optimizer = torch.optim.SGD(
+            [p for p in reference.parameters() if p.requires_grad], lr=1e-5, momentum=0.9
+        )
+        images, targets = as_torchvision(trainer.fixed_batch, device)
         precision = torch.float16 if device.type == "cuda" else torch.bfloat16
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp and precision == torch.float16)
 
-        def peer_step() -> None:
+        def torchvision_step() -> None:
             with torch.autocast(device.type, dtype=precision, enabled=args.amp):
-                losses = sum(peer(images, targets).values())
+                losses = sum(reference(images, targets).values())
             optimizer.zero_grad()
             scaler.scale(losses).backward()
             scaler.step(optimizer)
             scaler.update()
 
-        times: dict[str, list[float]] = {"detlib": [], "own": [], "torchvision": []}
+        times: dict[str, list[float]] = {"detlib": [], "overhead": [], "torchvision": []}
         with EventStorage(0) as trainer.storage:
             trainer.before_train()
             for k in range(args.steps + 2):
@@ -187,11 +192,11 @@ def main() -> None:
                 trainer.after_step()
                 trainer.iter += 1
                 middle = clock()
-                peer_step()
+                torchvision_step()
                 end = clock()
                 if k >= 2:
                     times["detlib"].append(middle - start)
-                    times["own"].append(middle - start - inside.seconds)
+                    times["overhead"].append(middle - start - inside.seconds)
                     times["torchvision"].append(end - middle)
     report(args, device, {name: statistics.median(seconds) for name, seconds in times.items()})
 
@@ -200,13 +205,13 @@ def report(args: argparse.Namespace, device: torch.device, median: dict[str, flo
     where = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU"
     precision = "mixed" if args.amp else "full"
     print(f"torch {torch.__version__}, {where}, {args.threads} threads, {precision} precision")
-    print(f"Mask R-CNN R-50 FPN, {args.images} pictures of height {args.short_side}, medians of {args.steps}")
+    print(f"Mask R-CNN R-50-FPN, {args.images} images of height {args.short_side}, medians of {args.steps}")
     for name in ("detlib", "torchvision"):
         seconds = median[name]
-        print(f"  {name:12} {seconds * 1e3:9.1f} ms a step {args.images / seconds:8.2f} pictures/s")
-    print(f"  ratio of pictures per second: {median['torchvision'] / median['detlib']:.2f}")
-    share = 100 * median["own"] / median["detlib"]
-    print(f"  the trainer's own cost: {median['own'] * 1e3:.2f} ms a step, {share:.2f} % of it")
+        print(f"  {name:12} {seconds * 1e3:9.1f} ms per step {args.images / seconds:8.2f} images/s")
+    print(f"  ratio of images per second: {median['torchvision'] / median['detlib']:.2f}")
+    share = 100 * median["overhead"] / median["detlib"]
+    print(f"  overhead of the trainer: {median['overhead'] * 1e3:.2f} ms per step, {share:.2f} %")
 
 
 if __name__ == "__main__":

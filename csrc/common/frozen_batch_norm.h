@@ -1,11 +1,11 @@
-// Arguments and results of a frozen batch norm, for both devices: checked, in one layout and one dtype.
+// Arguments and results of the frozen batch norm, for both devices: checked, in one layout and one dtype.
 #pragma once
 
 #include "stable.h"
 
 namespace detlib {
 
-// A map (N, C, H, W) as rows in memory: rows of C elements in channels-last layout, else N * C planes.
+// A feature map (N, C, H, W) as rows in memory: rows of C elements in channels-last layout, else N * C planes.
 struct NormShape {
   bool channels_last;
   int64_t channels, rows, columns;  // `rows` of `columns` elements each
@@ -27,11 +27,11 @@ inline Tensor norm_constant(const Tensor& constant, const Tensor& map, const cha
       constant.dim() == 1 && constant.size(0) == map.size(1), name, " must have shape (C,), one value per channel");
   DETLIB_CHECK(
       constant.is_cuda() == map.is_cuda() && constant.get_device_index() == map.get_device_index(), name,
-      " must be on the device of the map");
+      " must be on the device of the feature map");
   return as_contiguous(constant, compute_type(map.scalar_type()));
 }
 
-// Returns the map itself if it is dense in one of the two layouts, else a contiguous copy.
+// Returns the feature map itself if it is dense in one of the two layouts, else a contiguous copy.
 inline Tensor as_dense(const Tensor& map, const char* name) {
   check_norm_map(map, name);
   return map.is_contiguous() || is_channels_last(map) ? map : torch::stable::contiguous(map);
@@ -45,11 +45,11 @@ inline Tensor new_like(const Tensor& map) {
 inline Tensor in_layout_of(const Tensor& map, const Tensor& like, const char* name) {
   check_norm_map(map, name);
   for (int64_t i = 0; i < 4; ++i) {
-    DETLIB_CHECK(map.size(i) == like.size(i), name, " must have the shape of the other maps");
+    DETLIB_CHECK(map.size(i) == like.size(i), name, " must have the shape of the other feature maps");
   }
   DETLIB_CHECK(
       map.is_cuda() == like.is_cuda() && map.get_device_index() == like.get_device_index(), name,
-      " must be on the device of the other maps");
+      " must be on the device of the other feature maps");
   const bool same_layout = is_channels_last(like) ? is_channels_last(map) : map.is_contiguous();
   if (same_layout && map.scalar_type() == like.scalar_type()) {
     return map;

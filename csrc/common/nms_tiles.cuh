@@ -26,8 +26,8 @@ struct SuppressionOrder {
   }
 };
 
-// Sets bit j of mask[i * words + w] if the box at position i, when kept, suppresses the box at w * kTile + j. Only tiles
-// on and above the diagonal that have a common category are written.
+// Sets bit j of mask[i * words + w] if the box at position i, when kept, suppresses the box at w * kTile + j. Only
+// tiles on and above the diagonal that have a common category are written.
 template <typename Box, typename Removes>
 __global__ void __launch_bounds__(kTile) suppression_kernel(
     const Box* boxes, SuppressionOrder order, int64_t num_boxes, int64_t words, Removes removes,
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kTile) suppression_kernel(
   mask[row * words + column_tile] = bits;
 }
 
-// Runs as one block. Sets keep[i] of the box with rank i by score; `removed` must hold `words` zeros.
+// Runs as one block. Sets keep[i] of the box with rank i by score; `removed` must contain `words` zeros.
 static __global__ void settle_kernel(
     const unsigned long long* mask, SuppressionOrder order, int64_t num_boxes, int64_t words,
     unsigned long long* removed, bool* keep) {
@@ -139,7 +139,8 @@ Tensor suppress(const Tensor& scores, const Tensor* idxs, const Box* boxes, Remo
   if (idxs != nullptr) {
     DETLIB_CHECK(idxs->dim() == 1 && idxs->size(0) == num_boxes, "idxs must have shape (N,)");
     DETLIB_CHECK(
-        idxs->is_cuda() && idxs->get_device_index() == scores.get_device_index(), "idxs must be on the boxes' device");
+        idxs->is_cuda() && idxs->get_device_index() == scores.get_device_index(),
+        "idxs must be on the device of boxes");
     categories = as_contiguous(index_select(*idxs, by_score), ScalarType::Long);
     if (num_boxes >= kGroupedBoxes) {
       const Sorted grouped = stable_sort(*categories, false);

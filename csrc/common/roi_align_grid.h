@@ -1,9 +1,9 @@
 // RoIAlign's geometry along one axis, for host and device.
 //
 // A box is divided into bins, and each bin has a regular grid of samples. Rows and columns are independent: the value
-// of a bin is the sum over map cells of (weight of the row) * (weight of the column) * cell.
+// of a bin is the sum over feature map cells of (weight of the row) * (weight of the column) * cell.
 //
-// The order of operations is that of published implementations, in the compute type: the number of samples is a
+// Operations are in the same order as in published implementations, in the compute type: the number of samples is a
 // ceil(), so different rounding would give a different grid.
 #pragma once
 
@@ -66,8 +66,8 @@ DETLIB_HOST_DEVICE void roi_sample_range(
   }
 }
 
-// The two cells that one sample reads, and their weights. `inside` is false more than a cell outside the map. GPUs are
-// faster with an int_t of 32 bits.
+// The two cells that one sample reads, and their weights. `inside` is false for a sample more than one cell outside the
+// feature map. GPUs are faster with an int_t of 32 bits.
 template <typename T, typename int_t = int64_t>
 struct RoiSample {
   int_t low, high;

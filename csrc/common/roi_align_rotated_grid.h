@@ -1,8 +1,8 @@
 // RoIAlign's sampling grid in a rotated box, for host and device.
 //
-// Samples are on a regular grid along the axes of the box; roi_align_grid.h has the geometry of one axis. The order of
-// operations is that of published implementations, in the compute type: the number of samples is a ceil(), so different
-// rounding would give a different grid.
+// Samples are on a regular grid along the axes of the box; roi_align_grid.h has the geometry of one axis. Operations
+// are in the same order as in published implementations, in the compute type: the number of samples is a ceil(), so
+// different rounding would give a different grid.
 #pragma once
 
 #include "roi_align_grid.h"
@@ -13,7 +13,7 @@ template <typename T>
 struct RotatedGrid {
   T x, y, cosine, sine;      // center of the box in cells, and its angle
   RoiAxis<T> rows, columns;  // along the height and the width, from the center
-  // Along each axis, samples can be inside the map only in `reach` cells from here on.
+  // Along each axis, samples can be inside the feature map only in `reach` cells from here on.
   T first_row, first_column;
   int64_t reach;
 
@@ -44,7 +44,7 @@ DETLIB_HOST_DEVICE RotatedGrid<T> rotated_grid(
   grid.sine = std::sin(radians);
   grid.rows = rotated_axis<T>(box[3] * scale, bins_y, sampling_ratio);
   grid.columns = rotated_axis<T>(box[2] * scale, bins_x, sampling_ratio);
-  // The circle around the map, in the coordinates of the box.
+  // The circle around the feature map, in the coordinates of the box.
   const T to_x = static_cast<T>(width) / T(2) - grid.x, to_y = static_cast<T>(height) / T(2) - grid.y;
   const T radius = std::sqrt(static_cast<T>(width) * static_cast<T>(width) +
                              static_cast<T>(height) * static_cast<T>(height)) / T(2) + T(2);
@@ -54,7 +54,8 @@ DETLIB_HOST_DEVICE RotatedGrid<T> rotated_grid(
   return grid;
 }
 
-// Finds the samples [first, last) of bin `index` that can be inside the map; `start` is first_row or first_column.
+// Finds the samples [first, last) of bin `index` that can be inside the feature map; `start` is first_row or
+// first_column.
 template <typename T>
 DETLIB_HOST_DEVICE void rotated_sample_range(
     const RoiAxis<T>& axis, T start, int64_t reach, int64_t index, int64_t& first, int64_t& last) {
@@ -68,11 +69,11 @@ DETLIB_HOST_DEVICE T rotated_position(const RoiAxis<T>& axis, int64_t index, int
       (static_cast<T>(sample) + T(0.5)) * axis.bin / static_cast<T>(axis.count);
 }
 
-// The four cells that a sample reads, as rows and columns of the map, and their weights.
+// The four cells that a sample reads, as rows and columns of the feature map, and their weights.
 template <typename T>
 struct RotatedSample {
   int64_t top, bottom, left, right;
-  T bottom_share, right_share;
+  T bottom_weight, right_weight;
   bool inside;
 };
 
@@ -94,13 +95,13 @@ DETLIB_HOST_DEVICE RotatedSample<T> rotated_sample(
     sample.top = sample.bottom = height - 1;
   } else {
     sample.bottom = sample.top + 1;
-    sample.bottom_share = y - static_cast<T>(sample.top);
+    sample.bottom_weight = y - static_cast<T>(sample.top);
   }
   if (sample.left >= width - 1) {
     sample.left = sample.right = width - 1;
   } else {
     sample.right = sample.left + 1;
-    sample.right_share = x - static_cast<T>(sample.left);
+    sample.right_weight = x - static_cast<T>(sample.left);
   }
   return sample;
 }

@@ -70,7 +70,7 @@ inline Tensor as_contiguous(const Tensor& tensor, ScalarType type) {
   return typed.is_contiguous() ? typed : torch::stable::contiguous(typed);
 }
 
-// Returns whether a map (N, C, H, W) is stored as (N, H, W, C); false if it can be read as contiguous too.
+// Returns whether a feature map (N, C, H, W) is stored as (N, H, W, C); false if it can be read as contiguous too.
 inline bool is_channels_last(const Tensor& map) {
   int64_t stride = 1;
   for (const int64_t dim : {1, 3, 2, 0}) {
@@ -82,7 +82,7 @@ inline bool is_channels_last(const Tensor& map) {
   return !map.is_contiguous();
 }
 
-// Returns an empty map (N, C, H, W) in a layout. It is not a view: autograd forbids in-place changes of views.
+// Returns an empty feature map (N, C, H, W) in a layout. It is not a view: autograd forbids in-place changes of views.
 inline Tensor new_map(const Tensor& like, std::array<int64_t, 4> size, ScalarType type, bool channels_last) {
   const auto [images, channels, height, width] = size;
   const int64_t cells = std::max<int64_t>(height, 1) * std::max<int64_t>(width, 1), columns = std::max<int64_t>(width, 1);

@@ -1,6 +1,7 @@
-// Batch normalisation by constants on the CPU, with what follows it in a residual network: a sum and a ReLU.
+// Frozen batch norm on the CPU, fused with the residual sum and the ReLU that follow it in a residual network.
 //
-// One pass over memory. In channels-last layout a row has one element a channel, else one channel's plane is a row.
+// One pass over memory. In channels-last layout, a row has one element per channel; else, a row is the plane of one
+// channel.
 #include <cmath>
 #include <vector>
 
@@ -13,7 +14,7 @@ namespace {
 #define DETLIB_KERNELS "frozen_batch_norm_kernels.inc"
 #include "each_instruction_set.inc"
 
-constexpr int64_t kGrain = 32768;  // elements that are worth a thread
+constexpr int64_t kGrain = 32768;  // number of elements from which another thread is worth its start
 
 template <typename T>
 std::vector<T> scales(const Tensor& var, const Tensor& weight, double eps) {

@@ -1,9 +1,9 @@
 // Multi-scale deformable attention on the CPU, forward and backward.
 //
 // A sample reads up to four cells of its level, and a cell is `channels` adjacent values, so the loops run along them.
-// Work is split by image and head first, since the cells of one head fit into the cache. In the backward pass a task is
-// one level of one head of one image: its cells belong to one thread, so there are no atomics, and the same sums on
-// every run. float16 and bfloat16 are computed in float32 and rounded once.
+// Work is split by image and head first, since the cells of one head fit into the cache. In the backward pass, a task
+// is one level of one head of one image. Its cells belong to one thread, so no atomics are needed and the sums are the
+// same on every run. float16 and bfloat16 are computed in float32 and rounded once.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -33,13 +33,13 @@ struct Attention {
   int64_t row() const {
     return heads * channels;
   }
-  // Place of a query's first sample in `weights`.
+  // Returns the index of a query's first sample in `weights`.
   int64_t first_sample(int64_t image, int64_t query, int64_t head) const {
     return ((image * queries + query) * heads + head) * num_levels * points;
   }
 };
 
-// A cell's place among the values of its image, and the factor it is added with.
+// The offset of a cell in the values of its image, and its weight.
 template <typename T>
 struct Tap {
   int64_t offset;
@@ -112,11 +112,11 @@ std::vector<Level> read_levels(const Tensor& spatial_shapes, const Tensor& level
         start[l]);
     total += levels[l].height * levels[l].width;
   }
-  DETLIB_CHECK(total == cells, "spatial_shapes must sum up to the ", cells, " cells of value, got ", total);
+  DETLIB_CHECK(total == cells, "spatial_shapes must add up to the ", cells, " cells of value, got ", total);
   return levels;
 }
 
-// Calls `body(Type<T>{}, attention)` with everything contiguous and of the type that sums are formed in.
+// Calls `body(Type<T>{}, attention)` with contiguous tensors in the compute type.
 template <typename Body>
 void with_attention(
     const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,

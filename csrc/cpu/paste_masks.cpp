@@ -1,9 +1,9 @@
-// Pasting of masks on the CPU: into pictures, and straight into COCO's run lengths.
+// Pasting of masks on the CPU: into images, and directly into COCO's run lengths.
 //
-// A pixel's value is blended along x first and then along y. For pictures, the rows of a mask are stretched to the box's
-// width once, and each row of pixels blends two of them. For run lengths, a column of pixels is worked on at a time:
-// between two cells the value only rises or only falls, so two pixels tell whether it passes the threshold there, and a
-// bisection tells where. Cost: mask cells times columns, however high the box is.
+// A pixel's value is blended along x first and then along y. For images, the rows of a mask are stretched to the width
+// of the box once, and each row of pixels blends two of them. Run lengths are computed one column of pixels at a time.
+// Between two cells the value is monotonic, so comparing the first and last pixel shows whether it crosses the
+// threshold, and bisection finds where. The cost is mask cells times columns, for any height of the box.
 #include <algorithm>
 #include <cmath>
 
@@ -19,8 +19,8 @@ namespace {
 #define DETLIB_KERNELS "paste_masks_kernels.inc"
 #include "each_instruction_set.inc"
 
-// The pixels from `begin` on to which a mask reaches along one axis: the cell before each, counted in a mask with a
-// border of one zero cell, and how far on it lies towards the next cell.
+// The pixels that a mask covers along one axis, from `begin` on. For each: the cell before it, as an index into a mask
+// with a border of one zero cell, and its distance from the center of that cell.
 template <typename T>
 struct PasteAxis {
   int64_t begin = 0;
@@ -48,7 +48,7 @@ struct PasteAxis {
     return static_cast<int64_t>(cells.size());
   }
 
-  // The first of [begin, end) for which `holds`, given that it also holds for all after it; else `end`.
+  // Returns the first of [begin, end) for which `holds` returns true, or `end`. It must be true for all later ones too.
   template <typename Holds>
   static int64_t first_pixel(int64_t begin, int64_t end, const Holds& holds) {
     while (begin < end) {
@@ -63,7 +63,7 @@ struct PasteAxis {
   }
 };
 
-// Masks (R, Hm, Wm) and boxes (R, 4), contiguous, and the picture they go to.
+// Masks (R, Hm, Wm) and boxes (R, 4), contiguous, and the size of the image.
 template <typename T>
 struct PasteJob {
   const T *masks, *boxes;
@@ -77,7 +77,7 @@ struct PasteJob {
     return PasteAxis<T>(boxes[4 * index], boxes[4 * index + 2], mask_width, width);
   }
 
-  // A mask with its border, (Hm + 2, Wm + 2), or transposed.
+  // Returns a mask with its border, (Hm + 2, Wm + 2), or its transpose.
   std::vector<T> bordered(int64_t index, bool transposed) const {
     std::vector<T> cells((mask_height + 2) * (mask_width + 2), T(0));
     const T* mask = masks + index * mask_height * mask_width;
@@ -91,16 +91,16 @@ struct PasteJob {
   }
 };
 
-// Pastes the rows [row_begin, row_end) of one picture.
+// Pastes the rows [row_begin, row_end) of one image.
 template <typename T>
 void paste_rows(
-    const PasteJob<T>& job, int64_t index, int64_t row_begin, int64_t row_end, T threshold, uint8_t* picture) {
+    const PasteJob<T>& job, int64_t index, int64_t row_begin, int64_t row_end, T threshold, uint8_t* image) {
   const PasteAxis<T> rows = job.rows(index), columns = job.columns(index);
   const int64_t count = columns.size();
   const int64_t first = std::clamp(rows.begin, row_begin, row_end);
   const int64_t last = count == 0 ? first : std::clamp(rows.begin + rows.size(), first, row_end);
-  std::fill(picture + row_begin * job.width, picture + first * job.width, uint8_t{0});
-  std::fill(picture + last * job.width, picture + row_end * job.width, uint8_t{0});
+  std::fill(image + row_begin * job.width, image + first * job.width, uint8_t{0});
+  std::fill(image + last * job.width, image + row_end * job.width, uint8_t{0});
   if (first == last) {
     return;
   }
@@ -115,7 +115,7 @@ void paste_rows(
         stretched.data() + (i - first_cell) * count);
   }
   for (int64_t y = first; y < last; ++y) {
-    uint8_t* target = picture + y * job.width;
+    uint8_t* target = image + y * job.width;
     std::fill(target, target + columns.begin, uint8_t{0});
     const T* above = stretched.data() + (rows.cells[y - rows.begin] - first_cell) * count;
     paste(above, above + count, rows.fractions[y - rows.begin], threshold, count, target + columns.begin);
@@ -123,7 +123,7 @@ void paste_rows(
   }
 }
 
-// Pixels of a column that lie between the same two cells.
+// The pixels of a column that are between the same two cells.
 struct CellSpan {
   int64_t cell, begin, end;
 };
@@ -140,7 +140,7 @@ std::vector<CellSpan> cell_spans(const PasteAxis<T>& rows) {
   return spans;
 }
 
-// Writes the runs of a span whose first pixel is pixel `start` of the picture.
+// Writes the runs of a span that begins at pixel `start` of the image.
 template <typename T>
 void write_span(const PasteAxis<T>& rows, const CellSpan& span, const T* cells, T threshold, int64_t start,
                 RleWriter& writer) {
@@ -148,7 +148,7 @@ void write_span(const PasteAxis<T>& rows, const CellSpan& span, const T* cells, 
   const auto is_set = [&](int64_t i) { return blend(low, high, rows.fractions[i]) >= threshold; };
   const bool first = is_set(span.begin);
   writer.set(first, start);
-  if (!std::isfinite(high - low)) {  // rises and falls as it likes
+  if (!std::isfinite(high - low)) {  // not monotonic
     for (int64_t i = span.begin + 1; i < span.end; ++i) {
       writer.set(is_set(i), start + i - span.begin);
     }
@@ -191,7 +191,7 @@ std::vector<uint8_t> paste_to_rle(const PasteJob<T>& job, int64_t index, T thres
   return writer.finish(job.height * job.width);
 }
 
-// Calls `body(job)` with the type that values are computed in.
+// Calls `body(job)` with the tensors in the compute type.
 template <typename Body>
 void with_job(const Tensor& masks, const Tensor& boxes, int64_t height, int64_t width, const Body& body) {
   DETLIB_CHECK(masks.dim() == 3, "masks must have shape (R, Hm, Wm)");
@@ -219,8 +219,8 @@ Tensor paste_masks(const Tensor& masks, const Tensor& boxes, int64_t height, int
     if (output->numel() == 0) {
       return;
     }
-    auto* pictures = threshold >= 0 ? reinterpret_cast<uint8_t*>(output->mutable_data_ptr<bool>())
-                                    : output->mutable_data_ptr<uint8_t>();
+    auto* images = threshold >= 0 ? reinterpret_cast<uint8_t*>(output->mutable_data_ptr<bool>())
+                                  : output->mutable_data_ptr<uint8_t>();
     constexpr int64_t kRows = 256;
     const int64_t blocks = (height + kRows - 1) / kRows;
     torch::stable::parallel_for(0, job.count * blocks, 1, [&](int64_t begin, int64_t end) {
@@ -228,7 +228,7 @@ Tensor paste_masks(const Tensor& masks, const Tensor& boxes, int64_t height, int
         const int64_t index = i / blocks, row = i % blocks * kRows;
         paste_rows<T>(
             job, index, row, std::min(row + kRows, height), static_cast<T>(threshold),
-            pictures + index * height * width);
+            images + index * height * width);
       }
     });
   });

@@ -1,7 +1,7 @@
-// Resizing of 8-bit images on the CPU, bit-exact to Pillow.
+// Resizing of 8-bit images on the CPU, bit-exact with Pillow.
 //
-// The filter is separable, and wider by the scale when it shrinks the image. Weights have 22 binary digits. An image is
-// filtered along x, rounded to bytes, and then filtered along y, or in the reverse order. Along x, 32 rows are
+// The filter is separable, and widened by the scale when it shrinks the image. Weights have 22 fractional bits. An
+// image is filtered along x, rounded to bytes, and then filtered along y, or in the reverse order. Along x, 32 rows are
 // transposed to columns of 32 bytes, so that one weight applies to a vector of pixels; along y, the pixels of a row are
 // the vector. The result is planar, as models need it, for planar and interleaved input.
 #include <algorithm>
@@ -196,7 +196,8 @@ void resize_columns(
 
 Tensor resize_image(const Tensor& image, int64_t height, int64_t width, int64_t filter, bool vertical_first) {
   DETLIB_CHECK(image.dim() == 3 && image.scalar_type() == ScalarType::Byte, "image must be uint8 of shape (H, W, C)");
-  DETLIB_CHECK(height > 0 && width > 0 && image.numel() > 0, "sizes before and after must be positive");
+  DETLIB_CHECK(
+      height > 0 && width > 0 && image.numel() > 0, "the size of the image, height and width must be positive");
   DETLIB_CHECK(filter == kBilinear || filter == kBicubic, "filter must be 2 (bilinear) or 3 (bicubic)");
   const int64_t rows = image.size(0), columns = image.size(1), channels = image.size(2);
   // Planes must be contiguous; interleaved pixels may be in rows that are parts of longer ones.

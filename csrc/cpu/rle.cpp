@@ -37,7 +37,7 @@ inline void for_differences(const uint8_t* row, const uint8_t* above, int64_t wi
   find_up_to(width);
 }
 
-// Reuses its buffers from mask to mask.
+// Encodes masks of one size and reuses its buffers from mask to mask.
 class MaskEncoder {
  public:
   MaskEncoder(int64_t height, int64_t width)

@@ -1,10 +1,10 @@
 // RoIAlign of rotated boxes on the CPU, forward and backward.
 //
-// Unlike those of an upright box, the weights of a rotated one are not separable. But they are the same for all
-// channels, so the map is laid out with its channels last, and each bin becomes a list of cells with weights (samples
-// that read the same cell are merged) by which whole vectors of channels are added up. The forward pass runs boxes in
-// parallel. In the backward pass each thread owns some channels of the map and visits all boxes in turn: no atomics,
-// and the same sums on every run.
+// The weights of an axis-aligned box are separable; those of a rotated box are not. But they are the same for all
+// channels. So the feature map is converted to channels-last, and each bin becomes a list of cells with weights, by
+// which vectors of channels are added; samples that read the same cell are merged. The forward pass runs boxes in
+// parallel. In the backward pass, each thread owns some channels of the feature map and visits all boxes in turn, so no
+// atomics are needed and the sums are the same on every run.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -62,9 +62,9 @@ struct BoxTaps {
 template <typename T>
 class TapBuilder {
  public:
-  explicit TapBuilder(const Shape& shape) : shape_(shape), place_(shape.cells(), -1) {}
+  explicit TapBuilder(const Shape& shape) : shape_(shape), tap_of_cell_(shape.cells(), -1) {}
 
-  // `box` is the index of the image, centre x and y, width, height and angle.
+  // `box` is the index of the image, center x and y, width, height and angle in degrees.
   void build(const T* box, BoxTaps<T>& result) {
     result.image = static_cast<int64_t>(box[0]);
     result.finite = true;
@@ -100,36 +100,37 @@ class TapBuilder {
             grid, along_height, rotated_position(grid.columns, bin_x, j), shape_.height, shape_.width);
         if (s.inside) {
           const int64_t top = s.top * shape_.width, bottom = s.bottom * shape_.width;
-          add(top + s.left, (T(1) - s.bottom_share) * (T(1) - s.right_share), first_tap, taps);
-          add(top + s.right, (T(1) - s.bottom_share) * s.right_share, first_tap, taps);
-          add(bottom + s.left, s.bottom_share * (T(1) - s.right_share), first_tap, taps);
-          add(bottom + s.right, s.bottom_share * s.right_share, first_tap, taps);
+          add(top + s.left, (T(1) - s.bottom_weight) * (T(1) - s.right_weight), first_tap, taps);
+          add(top + s.right, (T(1) - s.bottom_weight) * s.right_weight, first_tap, taps);
+          add(bottom + s.left, s.bottom_weight * (T(1) - s.right_weight), first_tap, taps);
+          add(bottom + s.right, s.bottom_weight * s.right_weight, first_tap, taps);
         }
       }
     }
     const T count = grid.num_samples();
     for (size_t i = first_tap; i < taps.size(); ++i) {
       taps[i].weight /= count;
-      place_[taps[i].cell] = -1;
+      tap_of_cell_[taps[i].cell] = -1;
     }
   }
 
-  // One tap for each cell of a bin: place_ tells where it stands.
+  // Adds to the tap of a cell, of which a bin has only one; tap_of_cell_ has its index among the taps of the bin, or
+  // -1.
   void add(int64_t cell, T weight, size_t first_tap, std::vector<Tap<T>>& taps) {
-    int32_t& place = place_[cell];
-    if (place < 0) {
-      place = static_cast<int32_t>(taps.size() - first_tap);
+    int32_t& tap = tap_of_cell_[cell];
+    if (tap < 0) {
+      tap = static_cast<int32_t>(taps.size() - first_tap);
       taps.push_back({cell, weight});
     } else {
-      taps[first_tap + place].weight += weight;
+      taps[first_tap + tap].weight += weight;
     }
   }
 
   Shape shape_;
-  std::vector<int32_t> place_;
+  std::vector<int32_t> tap_of_cell_;
 };
 
-// Boxes in the compute type, with their image indices checked.
+// Returns the boxes in the compute type, after checking their image indices.
 template <typename T>
 Tensor checked_boxes(const Tensor& boxes, const Shape& shape) {
   const Tensor numbers = as_contiguous(boxes, std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float);
@@ -143,22 +144,22 @@ Tensor checked_boxes(const Tensor& boxes, const Shape& shape) {
   return numbers;
 }
 
-constexpr int64_t kCellsAtOnce = 16;
+constexpr int64_t kCellBlock = 16;
 
 // Runs `body(image, first cell, number of cells)` over all cells of all images.
 template <typename Body>
 void for_cell_blocks(const Shape& shape, const Body& body) {
-  const int64_t blocks = (shape.cells() + kCellsAtOnce - 1) / kCellsAtOnce;
+  const int64_t blocks = (shape.cells() + kCellBlock - 1) / kCellBlock;
   const int64_t grain = std::max<int64_t>(1, 4096 / std::max<int64_t>(shape.channels, 1));
   torch::stable::parallel_for(0, shape.images * blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t cell = i % blocks * kCellsAtOnce;
-      body(i / blocks, cell, std::min(kCellsAtOnce, shape.cells() - cell));
+      const int64_t cell = i % blocks * kCellBlock;
+      body(i / blocks, cell, std::min(kCellBlock, shape.cells() - cell));
     }
   });
 }
 
-// The map as [image, cell, channel] in the compute type, channels padded with zeros.
+// Returns the feature map as [image, cell, channel] in the compute type, with channels padded with zeros.
 template <typename scalar_t, typename T = compute_t<scalar_t>>
 std::vector<T> channels_last_map(const Tensor& input, const Shape& shape) {
   const int64_t stride = padded_channels<T>(shape), cells = shape.cells();
@@ -176,7 +177,7 @@ std::vector<T> channels_last_map(const Tensor& input, const Shape& shape) {
   return map;
 }
 
-// Whether the input's own memory is what `channels_last_map` would return.
+// Returns whether the memory of the input already is what `channels_last_map` would return.
 template <typename scalar_t>
 bool is_channels_last_map(const Tensor& input, const Shape& shape) {
   using T = compute_t<scalar_t>;
@@ -223,8 +224,8 @@ void forward_impl(const Tensor& input, const Tensor& boxes, const Shape& shape, 
   });
 }
 
-// Boxes whose taps are held at once in the backward pass.
-constexpr int64_t kBoxesAtOnce = 64;
+// Number of boxes that are processed together in the backward pass; their taps are kept in memory.
+constexpr int64_t kBoxBlock = 64;
 
 template <typename scalar_t>
 void backward_impl(const Tensor& grad, const Tensor& boxes, const Shape& shape, Tensor& output) {
@@ -236,10 +237,10 @@ void backward_impl(const Tensor& grad, const Tensor& boxes, const Shape& shape, 
   const int64_t lanes = vector_bytes() / static_cast<int64_t>(sizeof(T));
   const int64_t block = round_up((stride + torch::stable::get_num_threads() - 1) / torch::stable::get_num_threads(), lanes);
   std::vector<T> map(shape.images * shape.cells() * stride, T(0));
-  std::vector<BoxTaps<T>> taps(std::min(kBoxesAtOnce, num_boxes));
+  std::vector<BoxTaps<T>> taps(std::min(kBoxBlock, num_boxes));
   const auto run = DETLIB_FASTEST(scatter_taps<T>);
-  for (int64_t first = 0; first < num_boxes; first += kBoxesAtOnce) {
-    const int64_t count = std::min(kBoxesAtOnce, num_boxes - first);
+  for (int64_t first = 0; first < num_boxes; first += kBoxBlock) {
+    const int64_t count = std::min(kBoxBlock, num_boxes - first);
     torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       TapBuilder<T> builder(shape);
       for (int64_t k = begin; k < end; ++k) {

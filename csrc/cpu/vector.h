@@ -22,7 +22,7 @@ inline bool use_avx2() {
 #endif
 }
 
-// AVX-512 with the extensions of all server processors that have it, and AVX2.
+// Returns whether the processor has AVX2 and AVX-512 with the extensions that all AVX-512 server processors have.
 inline bool use_avx512() {
 #if DETLIB_HAS_AVX2
   static const bool supported = use_avx2() && __builtin_cpu_supports("avx512f") &&
@@ -51,7 +51,7 @@ DETLIB_VECTOR(float, 64);
 DETLIB_VECTOR(double, 64);
 #undef DETLIB_VECTOR
 
-// Picks the variant of a kernel for this processor; each_instruction_set.inc compiles the variants. AVX-512 is apart.
+// Picks the baseline or AVX2 variant of a kernel, whichever is best here. AVX-512 variants are picked explicitly.
 #define DETLIB_FASTEST(...) (use_avx2() ? &avx2::__VA_ARGS__ : &baseline::__VA_ARGS__)
 
 // Width of the vectors that `DETLIB_FASTEST` kernels work with.

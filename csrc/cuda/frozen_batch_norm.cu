@@ -1,7 +1,7 @@
-// Batch normalisation by constants on CUDA, with what follows it in a residual network: a sum and a ReLU.
+// Frozen batch norm on CUDA, fused with the residual sum and the ReLU that follow it in a residual network.
 //
-// One pass over memory, in packs of 16 bytes where rows divide into them. A thread stays with its channels, so it works
-// their factors out once and needs no kernel before it.
+// One pass over memory, in packs of 16 bytes if rows can be divided into them. A thread keeps its channels, so it
+// computes their scale and shift once, and no other kernel has to run before.
 #include <numeric>
 
 #include "../common/cuda.cuh"
@@ -19,7 +19,7 @@ struct alignas(sizeof(scalar_t) * size) Pack {
 
 template <typename T>
 struct Constants {
-  const T *var, *weight, *mean, *bias;  // without `mean` and `bias` there is no shift
+  const T *var, *weight, *mean, *bias;  // without `mean` and `bias`, there is no shift
   T eps;
 
   __device__ __forceinline__ void load(int64_t channel, T& scale, T& shift) const {
@@ -80,10 +80,10 @@ struct Backward {
   }
 };
 
-// Rows of C elements. The number of threads is a multiple of the packs in a row.
+// Channels-last: rows of C elements. The number of threads is a multiple of the packs in a row.
 template <int size, typename T, typename Work>
 __global__ void __launch_bounds__(kThreads)
-    pixels_kernel(int64_t total, int64_t packs_a_row, Constants<T> constants, Work work) {
+    pixels_kernel(int64_t total, int64_t packs_per_row, Constants<T> constants, Work work) {
   const int64_t first = thread_index();
   if (first >= total) {
     return;
@@ -91,22 +91,22 @@ __global__ void __launch_bounds__(kThreads)
   T scale[size], shift[size];
 #pragma unroll
   for (int i = 0; i < size; ++i) {
-    constants.load(first % packs_a_row * size + i, scale[i], shift[i]);
+    constants.load(first % packs_per_row * size + i, scale[i], shift[i]);
   }
   for (int64_t pack = first; pack < total; pack += grid_size()) {
     work(pack, scale, shift, 1);
   }
 }
 
-// Rows that are planes of one channel, `blocks_a_row` blocks each.
+// Contiguous: rows are planes of one channel, with `blocks_per_row` blocks each.
 template <typename T, typename Work>
 __global__ void __launch_bounds__(kThreads) planes_kernel(
-    int64_t packs_a_row, int64_t blocks_a_row, int64_t channels, Constants<T> constants, Work work) {
-  const int64_t row = blockIdx.x / blocks_a_row, part = blockIdx.x % blocks_a_row;
+    int64_t packs_per_row, int64_t blocks_per_row, int64_t channels, Constants<T> constants, Work work) {
+  const int64_t row = blockIdx.x / blocks_per_row, part = blockIdx.x % blocks_per_row;
   T scale, shift;
   constants.load(row % channels, scale, shift);
-  for (int64_t i = part * kThreads + threadIdx.x; i < packs_a_row; i += blocks_a_row * kThreads) {
-    work(row * packs_a_row + i, &scale, &shift, 0);
+  for (int64_t i = part * kThreads + threadIdx.x; i < packs_per_row; i += blocks_per_row * kThreads) {
+    work(row * packs_per_row + i, &scale, &shift, 0);
   }
 }
 
@@ -122,14 +122,14 @@ void launch(const Tensor& map, const NormShape& shape, const Constants<T>& const
     pixels_kernel<size, T><<<grid, kThreads, 0, stream>>>(total, packs, constants, work);
   } else {
     const int64_t blocks = (packs + block - 1) / block;
-    DETLIB_CHECK(blocks * shape.rows < (int64_t{1} << 31), "frozen_batch_norm: the map has too many planes");
+    DETLIB_CHECK(blocks * shape.rows < (int64_t{1} << 31), "frozen_batch_norm: the feature map has too many planes");
     const auto grid = static_cast<unsigned int>(blocks * shape.rows);
     planes_kernel<T><<<grid, kThreads, 0, stream>>>(packs, blocks, shape.channels, constants, work);
   }
   check_launch("frozen_batch_norm");
 }
 
-// Packs of 16 bytes where rows divide into them and all maps begin at a multiple of these.
+// Uses packs of 16 bytes if rows can be divided into them and all feature maps begin at a multiple of 16 bytes.
 template <template <typename, int> typename Work, typename scalar_t, typename T, typename... Arguments>
 void launch_in_packs(const Tensor& map, const Constants<T>& constants, bool aligned, Arguments... arguments) {
   constexpr int size = 16 / sizeof(scalar_t);

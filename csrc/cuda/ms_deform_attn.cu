@@ -1,6 +1,7 @@
-// Multi-scale deformable attention on CUDA. A group of lanes (a power of two, within one warp) serves one head of one
-// query, each lane every so many channels, so that neighbours read neighbouring values. The backward pass adds to the
-// gradient of the values atomically, in float32 or float64 and in any order; the other gradients are sums over a group.
+// Multi-scale deformable attention on CUDA. A group of lanes (a power of two, in one warp) computes one head of one
+// query. The channels are interleaved over the lanes, so that neighboring lanes read neighboring values. The backward
+// pass adds to the gradient of the values atomically, in float32 or float64 and in no fixed order; the other gradients
+// are sums over a group.
 #include <type_traits>
 
 #include "../common/cuda.cuh"
@@ -20,15 +21,15 @@ struct Attention {
   int64_t images, cells, heads, channels, queries, levels, points;
 };
 
-// One sample: its cells' places among the values of the image, and their shares.
+// One sample: the positions of its cells in the values of the image, and their weights.
 template <typename T>
 struct Sample {
   int64_t offset;  // of the top left cell
   T down, right;
-  bool on_map[4];  // top left, top right, bottom left, bottom right
+  bool inside[4];  // top left, top right, bottom left, bottom right
 };
 
-// Whether the sample reads any cell of its level.
+// Finds the cells of a sample; returns false if it reads no cell of its level.
 template <typename T>
 __device__ __forceinline__ bool locate(
     const T* location, int64_t height, int64_t width, int64_t start, int64_t row, Sample<T>& sample) {
@@ -43,14 +44,15 @@ __device__ __forceinline__ bool locate(
   sample.down = y - floor_y;
   sample.offset = (start + top * width + left) * row;
   const bool on_top = top >= 0, on_bottom = top + 1 < height, on_left = left >= 0, on_right = left + 1 < width;
-  sample.on_map[0] = on_top && on_left;
-  sample.on_map[1] = on_top && on_right;
-  sample.on_map[2] = on_bottom && on_left;
-  sample.on_map[3] = on_bottom && on_right;
+  sample.inside[0] = on_top && on_left;
+  sample.inside[1] = on_top && on_right;
+  sample.inside[2] = on_bottom && on_left;
+  sample.inside[3] = on_bottom && on_right;
   return true;
 }
 
-// A level that does not lie within the values, which nothing has checked: it must not be read.
+// Returns whether a level exceeds the values. The host does not check the levels, so the kernels must not read this
+// one.
 __device__ __forceinline__ bool is_wrong_level(int64_t height, int64_t width, int64_t start, int64_t cells) {
   const bool empty = height == 0 || width == 0;  // else no product below overflows: tensors have fewer cells
   return height < 0 || width < 0 || start < 0 || start > cells ||
@@ -83,10 +85,10 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(
           }
           const scalar_t* cell = values + s.offset + c;
           const scalar_t* below = cell + width * row;
-          const T top_left = s.on_map[0] ? static_cast<T>(cell[0]) : T(0);
-          const T top_right = s.on_map[1] ? static_cast<T>(cell[row]) : T(0);
-          const T bottom_left = s.on_map[2] ? static_cast<T>(below[0]) : T(0);
-          const T bottom_right = s.on_map[3] ? static_cast<T>(below[row]) : T(0);
+          const T top_left = s.inside[0] ? static_cast<T>(cell[0]) : T(0);
+          const T top_right = s.inside[1] ? static_cast<T>(cell[row]) : T(0);
+          const T bottom_left = s.inside[2] ? static_cast<T>(below[0]) : T(0);
+          const T bottom_right = s.inside[3] ? static_cast<T>(below[row]) : T(0);
           const T upper = (T(1) - s.right) * top_left + s.right * top_right;
           const T lower = (T(1) - s.right) * bottom_left + s.right * bottom_right;
           sum += *weight * ((T(1) - s.down) * upper + s.down * lower);
@@ -97,7 +99,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(
   }
 }
 
-// The sum over a group of `lanes` neighbouring threads, in its first one.
+// Returns the sum over a group of `lanes` neighboring threads, in its first thread.
 template <int lanes, typename T>
 __device__ __forceinline__ T sum_over_lanes(T value) {
 #pragma unroll
@@ -107,17 +109,19 @@ __device__ __forceinline__ T sum_over_lanes(T value) {
   return value;
 }
 
-// Adds to a cell's gradient where the cell is on the map, and to its product with the gradient of the output.
+// If the cell is in the feature map: adds to its gradient, and adds its product with the output's gradient to
+// `product`.
 template <typename scalar_t, typename T>
 __device__ __forceinline__ void visit_cell(
-    bool on_map, const scalar_t* cell, T* grad_cell, T gradient, T weight, T& product) {
-  if (on_map) {
+    bool inside, const scalar_t* cell, T* grad_cell, T gradient, T weight, T& product) {
+  if (inside) {
     product += gradient * static_cast<T>(*cell);
     atomicAdd(grad_cell, gradient * weight);
   }
 }
 
-// All threads of a warp take the same number of turns, since they exchange sums; those without a head do nothing else.
+// All threads of a warp take the same number of turns, since they exchange sums; threads without a head do nothing
+// else.
 template <int lanes, typename scalar_t, typename T>
 __global__ void __launch_bounds__(kThreads) backward_kernel(
     Attention<scalar_t, T> a, int64_t groups, int64_t turns, const scalar_t* grad, T* grad_value, T* grad_locations,
@@ -143,11 +147,11 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(
           for (int64_t c = lane; c < a.channels; c += lanes) {
             const T gradient = static_cast<T>(grad[group * a.channels + c]);
             const int64_t cell = base + s.offset + c, below = cell + width * row;
-            visit_cell(s.on_map[0], a.value + cell, grad_value + cell, gradient, up * left, top_left);
-            visit_cell(s.on_map[1], a.value + cell + row, grad_value + cell + row, gradient, up * s.right, top_right);
-            visit_cell(s.on_map[2], a.value + below, grad_value + below, gradient, down * left, bottom_left);
+            visit_cell(s.inside[0], a.value + cell, grad_value + cell, gradient, up * left, top_left);
+            visit_cell(s.inside[1], a.value + cell + row, grad_value + cell + row, gradient, up * s.right, top_right);
+            visit_cell(s.inside[2], a.value + below, grad_value + below, gradient, down * left, bottom_left);
             visit_cell(
-                s.on_map[3], a.value + below + row, grad_value + below + row, gradient, down * s.right, bottom_right);
+                s.inside[3], a.value + below + row, grad_value + below + row, gradient, down * s.right, bottom_right);
           }
         }
         top_left = sum_over_lanes<lanes>(top_left);
@@ -168,7 +172,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(
   }
 }
 
-// Lanes of a group: the smallest power of two that covers the channels, a warp at most.
+// Returns the number of lanes of a group: the smallest power of two that covers the channels, at most a warp.
 int num_lanes(int64_t channels) {
   int lanes = 1;
   while (lanes < channels && lanes < 32) {
@@ -219,7 +223,7 @@ void launch_backward(
   check_launch("ms_deform_attn: backward_kernel");
 }
 
-bool is_beside(const Tensor& tensor, const Tensor& value) {
+bool on_same_device(const Tensor& tensor, const Tensor& value) {
   return tensor.is_cuda() && tensor.get_device_index() == value.get_device_index();
 }
 
@@ -242,12 +246,12 @@ void check_arguments(
   }
   DETLIB_CHECK(fits, "attention_weights must have shape (N, Q, M, L, P)");
   DETLIB_CHECK(
-      is_beside(spatial_shapes, value) && is_beside(level_start_index, value) &&
-          is_beside(sampling_locations, value) && is_beside(attention_weights, value),
+      on_same_device(spatial_shapes, value) && on_same_device(level_start_index, value) &&
+          on_same_device(sampling_locations, value) && on_same_device(attention_weights, value),
       "spatial_shapes, level_start_index, sampling_locations and attention_weights must be on the device of value");
 }
 
-// Calls `body(attention)` with everything contiguous; locations and weights are of the type that sums are formed in.
+// Calls `body(attention)` with contiguous tensors; locations and weights are in the compute type.
 template <typename Body>
 void with_attention(
     const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
@@ -288,7 +292,7 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
   check_arguments(value, spatial_shapes, level_start_index, sampling_locations, attention_weights);
   DETLIB_CHECK(
       grad.dim() == 3 && grad.size(0) == value.size(0) && grad.size(1) == sampling_locations.size(1) &&
-          grad.size(2) == value.size(2) * value.size(3) && is_beside(grad, value),
+          grad.size(2) == value.size(2) * value.size(3) && on_same_device(grad, value),
       "grad must have shape (N, Q, M * D) and be on the device of value");
   const DeviceGuard guard(value.get_device_index());
   const ScalarType type = compute_type(value.scalar_type());

@@ -32,7 +32,8 @@ Tensor nms_impl(const Tensor& boxes, const Tensor& scores, const Tensor* idxs, d
   DETLIB_CHECK(boxes.dim() == 2 && boxes.size(1) == 4, "boxes must have shape (N, 4)");
   DETLIB_CHECK(scores.dim() == 1 && scores.size(0) == boxes.size(0), "scores must have shape (N,)");
   DETLIB_CHECK(
-      scores.is_cuda() && scores.get_device_index() == boxes.get_device_index(), "scores must be on boxes' device");
+      scores.is_cuda() && scores.get_device_index() == boxes.get_device_index(),
+      "scores must be on the device of boxes");
   const DeviceGuard guard(boxes.get_device_index());
   if (boxes.size(0) == 0) {
     return torch::stable::new_empty(boxes, {0}, ScalarType::Long);

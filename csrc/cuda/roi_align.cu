@@ -1,8 +1,8 @@
-// RoIAlign on CUDA. Maps and pooled values may be contiguous or channels-last; the result has the layout of the values
-// that come in.
+// RoIAlign on CUDA. Feature maps and pooled values may be contiguous or channels-last; the result has the layout of the
+// input (backward: of the gradient).
 //
-// One thread per pooled value, in the order of memory. The backward pass adds atomically, in any order; on request, one
-// thread per cell of the map collects from the boxes in their order instead, which gives the same sums on every run.
+// One thread per pooled value, in memory order. The backward pass adds atomically, in no fixed order. In deterministic
+// mode, one thread per cell of the feature map adds the boxes in order instead: the sums are the same on every run.
 #include <type_traits>
 
 #include "../common/cuda.cuh"
@@ -39,7 +39,7 @@ struct Bin {
   int64_t x, y, channel, box, image;
   RoiAxis<T> rows, columns;
   int64_t first_row, last_row, first_column, last_column;
-  bool valid;  // false for a box that is not finite or names no image
+  bool valid;  // false for a box that is not finite or has an invalid image index
 
   template <typename index_t>
   __device__ __forceinline__ Bin(index_t index, const T* boxes, const Geometry& g, bool channels_last) {
@@ -77,8 +77,8 @@ struct Bin {
   }
 };
 
-// index_t is uint32_t where the pooled values and the cells of a plane are few enough: arithmetic in 64 bits would take
-// most of the time.
+// index_t is uint32_t if the numbers of pooled values and of cells in a plane fit: 64-bit arithmetic would take most of
+// the time.
 template <typename scalar_t, typename T, typename index_t>
 __global__ void __launch_bounds__(kThreads) forward_kernel(
     int64_t total, const scalar_t* input, Strides strides, const T* boxes, Geometry g, bool channels_last,
@@ -155,11 +155,11 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(
   }
 }
 
-constexpr int kTile = 16;         // sides of the tile of cells that a block collects for, one thread a cell
-constexpr int kTileChannels = 8;  // that each thread collects for
+constexpr int kTile = 16;         // side of the tile of cells of a block, which has one thread per cell
+constexpr int kTileChannels = 8;  // number of channels of each thread
 static_assert(kTile * kTile == kThreads);
 
-// Whether samples of the axis can touch cells [begin, begin + kTile).
+// Returns whether samples of the axis can read cells [begin, begin + kTile).
 template <typename T>
 __device__ __forceinline__ bool touches(const RoiAxis<T>& axis, int64_t bins, int64_t begin) {
   const T end = axis.start + axis.bin * static_cast<T>(bins);
@@ -167,7 +167,7 @@ __device__ __forceinline__ bool touches(const RoiAxis<T>& axis, int64_t bins, in
       min(axis.start, end) <= static_cast<T>(begin + kTile);
 }
 
-// The weights that one bin gives to cells [begin, begin + kTile) along an axis of `size` cells.
+// Computes the weights of one bin for cells [begin, begin + kTile) along an axis of `size` cells.
 template <typename T>
 __device__ void tile_weights(const RoiAxis<T>& axis, int64_t bin, int64_t size, int64_t begin, T* weights) {
   for (int i = 0; i < kTile; ++i) {
@@ -188,7 +188,8 @@ __device__ void tile_weights(const RoiAxis<T>& axis, int64_t bin, int64_t size, 
   }
 }
 
-// A block per tile of the map and few channels. `pooled` are the strides of grad, `strides` those of grad_input.
+// One block per tile of the feature map and kTileChannels channels. `pooled` has the strides of grad, `strides` has
+// those of grad_input.
 template <typename scalar_t, typename T>
 __global__ void __launch_bounds__(kThreads) collect_kernel(
     int64_t num_blocks, const scalar_t* grad, Strides pooled, const T* boxes, int64_t num_boxes, Geometry g,
@@ -206,7 +207,7 @@ __global__ void __launch_bounds__(kThreads) collect_kernel(
     const int num_channels = static_cast<int>(min(static_cast<int64_t>(kTileChannels), g.channels - channel));
     T sums[kTileChannels] = {};
     for (int64_t box = 0; box < num_boxes; ++box) {
-      // The same for all threads of the block, so that all of them meet at the barriers.
+      // The same for all threads of the block, so that all of them reach the barriers.
       const T* corners = boxes + 5 * box;
       bool valid = corners[0] >= static_cast<T>(image) && corners[0] < static_cast<T>(image + 1);
       for (int i = 1; i < 5; ++i) {
@@ -257,7 +258,7 @@ Strides strides_of(const Tensor& map) {
   return {map.stride(0), map.stride(1), map.stride(2), map.stride(3)};
 }
 
-// Whether 32 bits count `total` pooled values and the distance between any two cells of a plane.
+// Returns whether 32 bits can count `total` pooled values and the distance between any two cells of a plane.
 bool fits_32_bits(int64_t total, const Geometry& g, const Strides& strides) {
   const int64_t limit = int64_t{1} << 31;
   return total < limit && g.height * strides.row + g.width * strides.column < limit;

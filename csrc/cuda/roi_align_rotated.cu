@@ -1,4 +1,5 @@
-// RoIAlign of rotated boxes on CUDA: one thread per pooled value. The backward pass adds atomically, in any order.
+// RoIAlign of rotated boxes on CUDA: one thread per pooled value. The backward pass adds atomically, in no fixed
+// order.
 #include "../common/cuda.cuh"
 #include "../common/roi_align_rotated_grid.h"
 
@@ -22,7 +23,7 @@ struct Bin {
   int64_t x, y, channel, image;
   RotatedGrid<T> grid;
   int64_t first_row, last_row, first_column, last_column;
-  bool valid;  // false for a box that is not finite or names no image
+  bool valid;  // false for a box that is not finite or has an invalid image index
 
   __device__ __forceinline__ Bin(int64_t index, const T* boxes, const Geometry& g)
       : x(index % g.bins_x),
@@ -43,7 +44,7 @@ struct Bin {
     rotated_sample_range(grid.columns, grid.first_column, grid.reach, x, first_column, last_column);
   }
 
-  // Runs `body(sample)` for each sample that lies on the map.
+  // Runs `body(sample)` for each sample inside the feature map.
   template <typename Body>
   __device__ __forceinline__ void for_samples(const Geometry& g, const Body& body) const {
     for (int64_t i = first_row; i < last_row; ++i) {
@@ -74,10 +75,10 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(
       const scalar_t* top = plane + s.top * strides.row;
       const scalar_t* bottom = plane + s.bottom * strides.row;
       const int64_t left = s.left * strides.column, right = s.right * strides.column;
-      sum += (T(1) - s.bottom_share) * ((T(1) - s.right_share) * static_cast<T>(top[left]) +
-                                        s.right_share * static_cast<T>(top[right])) +
-          s.bottom_share * ((T(1) - s.right_share) * static_cast<T>(bottom[left]) +
-                            s.right_share * static_cast<T>(bottom[right]));
+      sum += (T(1) - s.bottom_weight) * ((T(1) - s.right_weight) * static_cast<T>(top[left]) +
+                                        s.right_weight * static_cast<T>(top[right])) +
+          s.bottom_weight * ((T(1) - s.right_weight) * static_cast<T>(bottom[left]) +
+                            s.right_weight * static_cast<T>(bottom[right]));
     });
     const T count = bin.grid.num_samples();
     output[index] = static_cast<scalar_t>(count > T(0) ? sum / count : T(0));
@@ -97,10 +98,10 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(
     bin.for_samples(g, [&](const RotatedSample<T>& s) {
       T* top = plane + s.top * g.width;
       T* bottom = plane + s.bottom * g.width;
-      atomicAdd(top + s.left, share * (T(1) - s.bottom_share) * (T(1) - s.right_share));
-      atomicAdd(top + s.right, share * (T(1) - s.bottom_share) * s.right_share);
-      atomicAdd(bottom + s.left, share * s.bottom_share * (T(1) - s.right_share));
-      atomicAdd(bottom + s.right, share * s.bottom_share * s.right_share);
+      atomicAdd(top + s.left, share * (T(1) - s.bottom_weight) * (T(1) - s.right_weight));
+      atomicAdd(top + s.right, share * (T(1) - s.bottom_weight) * s.right_weight);
+      atomicAdd(bottom + s.left, share * s.bottom_weight * (T(1) - s.right_weight));
+      atomicAdd(bottom + s.right, share * s.bottom_weight * s.right_weight);
     });
   }
 }

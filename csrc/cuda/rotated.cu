@@ -1,5 +1,5 @@
-// Intersection over union and non-maximum suppression of rotated boxes on CUDA, in double precision as on the CPU: most
-// pairs of boxes are far apart and never reach it.
+// Intersection over union and non-maximum suppression of rotated boxes on CUDA. Double precision, as on the CPU, costs
+// little: most pairs of boxes are far apart, and their intersection is not computed.
 #include "../common/cuda.cuh"
 #include "../common/nms_tiles.cuh"
 #include "../common/rotated_box.h"
@@ -48,10 +48,11 @@ void check_boxes(const Tensor& boxes, const char* name) {
 
 void check_device(const Tensor& tensor, const char* name, const Tensor& boxes) {
   DETLIB_CHECK(
-      tensor.is_cuda() && tensor.get_device_index() == boxes.get_device_index(), name, " must be on the boxes' device");
+      tensor.is_cuda() && tensor.get_device_index() == boxes.get_device_index(), name,
+      " must be on the device of boxes");
 }
 
-// The boxes as an (N, kBoxNumbers) tensor that holds one Box a row; N > 0.
+// Returns the boxes as a tensor (N, kBoxNumbers) with one Box per row; N > 0.
 Tensor prepare(const Tensor& boxes) {
   const Tensor numbers = as_contiguous(boxes, ScalarType::Double);
   const int64_t count = boxes.size(0);

@@ -1,7 +1,7 @@
-// RoIAlign on the CPU: checks and the choice of kernels. The result has the layout of the values that come in: channels
-// last if these are, else contiguous.
+// RoIAlign on the CPU: checks and the choice of kernels. The result is channels-last if the input (backward: the
+// gradient) is, else contiguous.
 //
-// The kernels get tensors that are not empty, boxes of any dtype and layout, and an output that is not yet written.
+// The kernels receive non-empty tensors, boxes of any dtype and layout, and an uninitialized output.
 #include "align.h"
 
 namespace detlib {

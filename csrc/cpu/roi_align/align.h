@@ -1,4 +1,4 @@
-// RoIAlign's kernels on the CPU, one pair for each layout; see align.cpp for what all of them may rely on.
+// RoIAlign's kernels on the CPU, one pair for each layout; align.cpp has the preconditions.
 #pragma once
 
 #include "../../common/stable.h"

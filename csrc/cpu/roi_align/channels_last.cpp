@@ -1,10 +1,10 @@
-// RoIAlign on the CPU for maps in channels-last layout (N, H, W, C in memory), forward and backward.
+// RoIAlign on the CPU for feature maps in channels-last layout (N, H, W, C in memory), forward and backward.
 //
-// Channels are the lanes, so every step is a weighted sum of vectors. What costs is to fetch the map, so both directions
-// work on few rows of it at a time, which stay in the cache, and on a block of the channels:
-//   forward   the rows of bins of all boxes, sorted by the map row they begin at,
-//   backward  a band of map rows; each box in turn adds its share. A band belongs to one thread, and a cell receives
-//             from the boxes in their order: the sums are the same on every run and for any number of threads.
+// Channels are the lanes, so every step is a weighted sum of vectors. Reading the feature map dominates the cost, so
+// both passes work on a few of its rows at a time, which stay in the cache, and on a block of channels:
+//   forward   the rows of bins of all boxes, sorted by the first map row that they read,
+//   backward  a band of map rows, to which each box in turn adds its gradient. A band belongs to one thread, and boxes
+//             are added in order, so the sums are the same on every run and for any number of threads.
 #include <limits>
 #include <vector>
 
@@ -14,10 +14,10 @@
 namespace detlib {
 namespace {
 
-constexpr int64_t kBlockBytes = 1024;    // of the channels that a task works on, at one cell
-constexpr int64_t kBandBytes = 3 << 18;  // of the map rows that a task of the backward pass works on
+constexpr int64_t kBlockBytes = 1024;    // size of a task's channels at one cell
+constexpr int64_t kBandBytes = 3 << 18;  // size of a task's map rows in the backward pass
 
-// Channels of a task, and steps in values from cell to cell and row to row of the map.
+// The channels of a task, and the strides of the feature map's cells and rows, in values.
 struct ChannelsLast {
   int64_t channels, cell_stride, row_stride;
 };
@@ -56,7 +56,7 @@ struct BinRow {
   int64_t image, box, bin;
 };
 
-// The rows of bins of all boxes, by image and the first map row that they read.
+// Returns the rows of bins of all boxes, ordered by image and the first map row that they read.
 template <typename T>
 std::vector<BinRow> sorted_bin_rows(const PreparedBoxes<RoiTaps<T>>& prepared, const RoiAlignShape& shape) {
   std::vector<BinRow> sorted;

@@ -1,11 +1,13 @@
-// RoIAlign on the CPU for maps that lie plane by plane (N, C, H, W), forward and backward.
+// RoIAlign on the CPU for contiguous feature maps (N, C, H, W), forward and backward.
 //
-// The map is worked on plane by plane (one channel of one image), all boxes of the image in turn, so that a plane stays
-// in the cache and, in the backward pass, belongs to one thread: no atomics, and the same sums on every run. A box
-// costs two small passes in each direction, since its weights are separable (see planes.h):
+// Feature maps are processed one plane (one channel of one image) at a time, for all boxes of the image in turn, so
+// that a plane stays in the cache. In the backward pass, a plane belongs to one thread, so no atomics are needed and
+// the sums are the same on every run. A box takes two small passes in each direction, since its weights are separable
+// (see planes.h):
 //   forward   bin rows = row taps * map rows,            bins = bin rows * column weights
 //   backward  bin rows = gradient * column weights,      map rows += row taps * bin rows
-// All lanes are multiplied, also those of weight zero: a nan in the map reaches every bin of the boxes around it.
+// All lanes are multiplied, also those of weight zero: a nan in the feature map reaches every bin of the boxes around
+// it.
 #include <algorithm>
 #include <limits>
 #include <type_traits>
@@ -18,7 +20,7 @@
 namespace detlib {
 namespace {
 
-// A few planes that one call works on, `plane_stride` and `row_cells` values apart.
+// A few planes that one call processes. Planes are `plane_stride` values apart, and rows `row_cells`.
 template <typename T>
 struct Planes {
   T* data;
@@ -47,7 +49,7 @@ void for_plane_blocks(const RoiAlignShape& shape, const Body& body) {
   });
 }
 
-// Whether the kernels can work on the tensor's own memory.
+// Returns whether the kernels can work on the memory of the tensor itself.
 template <typename scalar_t>
 bool works_in_place(const RoiAlignShape& shape) {
   using T = compute_t<scalar_t>;

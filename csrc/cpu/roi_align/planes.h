@@ -1,8 +1,8 @@
-// The weights of a box as RoIAlign's kernels for planes (N, C, H, W) want them.
+// The weights of a box in the form that RoIAlign's kernels for planes (N, C, H, W) need.
 //
-// Columns are handled in slots of neighbouring cells, as many as a vector has lanes, so that a slot is one load of a map
-// row. Slot j starts at cell min(first_column + lanes * j, last_slot); only at the right border of the map do slots
-// overlap, and there the lanes that an earlier slot has covered weigh zero.
+// Columns are grouped in slots of as many neighboring cells as a vector has lanes, so that a slot is one load from a
+// map row. Slot j starts at cell min(first_column + lanes * j, last_slot). Slots overlap only at the right border of
+// the feature map; lanes that an earlier slot has covered have weight zero there.
 #pragma once
 
 #include "taps.h"
@@ -13,7 +13,7 @@ struct Band {
   int64_t begin, end;
 };
 
-// Where a box's columns lie, and its taps along y: bins from map rows (forward), map rows from bins (backward).
+// The column slots of a box, and its taps along y: bins from map rows (forward), map rows from bins (backward).
 template <typename T>
 struct RoiTable {
   bool finite = true;
@@ -28,19 +28,19 @@ struct RoiTable {
   int64_t cells() const {
     return num_slots * lanes;
   }
-  // Position of a map column among the lanes of the slots: in the first that covers it. Where the border of the map has
-  // shifted that slot to the left, the column lies further right in it.
+  // Returns the position of a map column among the lanes of all slots: in the first slot that covers it. If that slot
+  // is shifted to the left at the border of the feature map, the column is further right in it.
   int64_t lane_of(int64_t column) const {
     const int64_t slot = (column - first_column) / lanes;
     return slot * lanes + column - slot_start(slot);
   }
-  // Forward: bins of a row are formed in groups of `lanes`, the last one shifted back to end at the last bin.
+  // Forward: the bins of a row are computed in groups of `lanes`; the last group is shifted to end at the last bin.
   int64_t group_start(int64_t group, int64_t bins) const {
     return std::max<int64_t>(std::min(group * lanes, bins - lanes), 0);
   }
 };
 
-// Cells of a map row as the kernels see it: at least one slot.
+// Returns the number of cells of a map row for the kernels: at least one slot.
 inline int64_t row_cells(const RoiAlignShape& shape, int64_t lanes) {
   return std::max(shape.width, lanes);
 }

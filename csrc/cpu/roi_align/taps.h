@@ -1,4 +1,4 @@
-// What RoIAlign on the CPU knows about a box, axis by axis: which map cells its bins read, with what weights.
+// The map cells that the bins of a box read along each axis, and their weights, for RoIAlign on the CPU.
 #pragma once
 
 #include <algorithm>
@@ -29,8 +29,8 @@ struct AxisWeight {
   T weight;
 };
 
-// The weights of all bins along one axis, ordered by bin, then cell. `dense` is scratch of at least `size` zeros and is
-// left as zeros.
+// Computes the weights of all bins along one axis, ordered by bin, then cell. `dense` is scratch memory of at least
+// `size` zeros, and is all zeros again afterwards.
 template <typename T>
 void axis_weights(
     const RoiAxis<T>& axis, int64_t bins, int64_t size, std::vector<T>& dense, std::vector<AxisWeight<T>>& weights) {
@@ -55,7 +55,8 @@ void axis_weights(
   }
 }
 
-// The weights of both axes of a box; both are empty if the box misses the map. False if the box is not finite.
+// Computes the weights of both axes of a box; both are empty if the box is outside the feature map. Returns false if
+// the box is not finite.
 template <typename T>
 bool box_weights(
     const T* box, const RoiAlignShape& shape, std::vector<T>& dense, std::vector<AxisWeight<T>>& y,
@@ -83,7 +84,7 @@ struct Tap {
   T weight;
 };
 
-// Weighted sums: target number i, called targets[i], is formed from taps [begins[i], begins[i + 1]).
+// Weighted sums: the value at targets[i] is the sum over taps [begins[i], begins[i + 1]).
 template <typename T>
 struct Taps {
   std::vector<int64_t> targets, begins;
@@ -94,7 +95,7 @@ struct Taps {
   }
 };
 
-// Forward: every bin in turn, from cells.
+// Returns the taps of the forward pass: the targets are bins, the taps cells.
 template <typename T>
 Taps<T> taps_by_bin(const std::vector<AxisWeight<T>>& weights, int64_t bins) {
   Taps<T> result;
@@ -110,7 +111,7 @@ Taps<T> taps_by_bin(const std::vector<AxisWeight<T>>& weights, int64_t bins) {
   return result;
 }
 
-// Backward: every cell that receives anything, in turn, from bins.
+// Returns the taps of the backward pass: the targets are the cells that receive a gradient, the taps bins.
 template <typename T>
 Taps<T> taps_by_cell(std::vector<AxisWeight<T>>& weights) {
   std::stable_sort(weights.begin(), weights.end(), [](const auto& a, const auto& b) { return a.cell < b.cell; });
@@ -126,14 +127,15 @@ Taps<T> taps_by_cell(std::vector<AxisWeight<T>>& weights) {
   return result;
 }
 
-// One table for each box, and which boxes lie on each image.
+// One table for each box, and the boxes of each image.
 template <typename Table>
 struct PreparedBoxes {
   std::vector<Table> tables;
   std::vector<std::vector<int64_t>> of_image;
 };
 
-// `builder()` makes, for each thread, what turns the five numbers of a box into its table.
+// Builds the tables of all boxes in parallel. `builder()` is called once per thread and returns a function that
+// converts the five numbers of a box to its table.
 template <typename Table, typename T, typename Builder>
 PreparedBoxes<Table> prepare_boxes(const Tensor& boxes, const RoiAlignShape& shape, const Builder& builder) {
   const int64_t num_boxes = boxes.size(0);
