@@ -1,7 +1,7 @@
-"""Detectors whose queries each predict one object: DETR, Deformable DETR and DINO, and their parts.
+"""DETR, Deformable DETR and DINO: detectors with object queries, each of which predicts at most one object.
 
-The layers that they are made of (`MultiheadAttention`, `FFN`, position embeddings and more) are in
-`detlib.layers`, and can be imported from here too.
+Their building blocks (`MultiheadAttention`, `FFN`, position embeddings and more) are defined in
+`detlib.layers` and re-exported here.
 """
 
 from detlib.layers import (

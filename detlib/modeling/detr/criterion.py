@@ -1,6 +1,6 @@
-"""The losses of DETR-like models: each query learns class and box of the object that it is matched to.
+"""The losses of DETR-like models: each query is trained on the class and box of its matched object.
 
-Shape legend: N images, Q queries, K classes, P matched pairs of a batch.
+Shape legend: N images, Q queries, K classes, P matched pairs in a batch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,9 +29,9 @@ _LOSS_TYPES = ("ce_loss", "focal_loss")
 
 
 class SetCriterion(nn.Module):
-    """Matches predictions with objects and compares them, for the last decoder layer and for all others.
+    """The set prediction loss: bipartite matching, then class and box losses for every decoder layer.
 
-    The losses come without the weights of `weight_dict`; the model puts them on.
+    The losses are returned unweighted; the model multiplies them by the weights in `weight_dict`.
     """
 
     def __init__(
@@ -47,17 +47,17 @@ class SetCriterion(nn.Module):
     ):
         """
         Args:
-            num_classes: K, the background not counted.
-            matcher: a `HungarianMatcher`, or a module with its `match_layers`.
+            num_classes: K, without the background.
+            matcher: a `HungarianMatcher`, or a module with a compatible `match_layers` method.
             weight_dict: the weight of each loss by name, such as "loss_bbox_0".
-            losses: which losses: "class" and "boxes".
-            eos_coef: weight of the background in "ce_loss".
-            loss_class_type: "focal_loss", of sigmoids of K logits; or "ce_loss", of the softmax of K + 1,
-                with the background last.
-            alpha, gamma: of the focal loss, see `detlib.modeling.focal_loss.focal_loss_sum`.
+            losses: the losses to compute: "class", "boxes" or both.
+            eos_coef: weight of the background class in "ce_loss".
+            loss_class_type: "focal_loss" on the sigmoids of K logits, or "ce_loss" on the softmax of K + 1
+                logits with the background last.
+            alpha, gamma: parameters of the focal loss, see `detlib.modeling.focal_loss.focal_loss_sum`.
 
         Raises:
-            ValueError: another `loss_class_type`.
+            ValueError: `loss_class_type` is unknown.
         """
         super().__init__()
         check_choice(loss_class_type, _LOSS_TYPES, f"{type(self).__name__}'s loss_class_type")
@@ -75,43 +75,46 @@ class SetCriterion(nn.Module):
             self.register_buffer("empty_weight", empty_weight)
 
     def forward(self, outputs: Mapping, targets: Sequence[Mapping], return_indices: bool = False):
-        """The losses of all layers.
+        """Compute the losses of all layers.
 
         Args:
-            outputs: of the last layer "pred_logits" (N, Q, K, or K + 1 for "ce_loss") and "pred_boxes"
-                (N, Q, 4): cx, cy, w, h; and "aux_outputs", if there, a list of such dicts of the others.
-            targets: N dicts of "labels" (M_i,) int64 and "boxes" (M_i, 4), in the frame of the predictions.
+            outputs: the predictions of the last layer: "pred_logits" (N, Q, K, or K + 1 for "ce_loss") and
+                "pred_boxes" (N, Q, 4) as cx, cy, w, h. Optionally "aux_outputs", a list of such dicts, one
+                for each earlier layer.
+            targets: N dicts with "labels" (M_i,) int64 and "boxes" (M_i, 4), in the same coordinates as
+                "pred_boxes".
             return_indices: whether to return the matches too.
 
         Returns:
-            dict[str, Tensor]: "loss_class", "loss_bbox" (L1) and "loss_giou", sums divided by the average
-            number of objects a process has, at least 1 ("ce_loss": a weighted mean over queries); those of
-            other layers end in "_0", "_1" and so on. With `return_indices` also the list of matches: of the
-            others first, then of the last layer.
+            dict[str, Tensor]: "loss_class", "loss_bbox" (L1) and "loss_giou". Each is a sum divided by the
+            number of objects per process, averaged over all processes and at least 1; with "ce_loss",
+            "loss_class" is a weighted mean over queries instead. The losses of earlier layers have the
+            suffixes "_0", "_1" and so on. With `return_indices`, a pair of this dict and the list of
+            matches: those of the earlier layers first, then those of the last layer.
         """
         num_boxes = self.count_boxes(targets, outputs["pred_boxes"].device)
         losses, matches = self._match_and_compare(outputs, targets, num_boxes)
         return (losses, [*matches[1:], matches[0]]) if return_indices else losses
 
     def _match_and_compare(self, outputs, targets, num_boxes) -> tuple[dict[str, torch.Tensor], list]:
-        """The losses of all layers, and the matches in the order of `_layers`."""
+        """Return the losses of all layers, and the matches in the order of `_layers`."""
         layers = self._layers(outputs, targets)
         matches = self.matcher.match_layers([layer for _, layer, _ in layers], [t for _, _, t in layers])
         losses = {}
-        for (suffix, layer, truth), indices in zip(layers, matches):
+        for (suffix, layer, layer_targets), indices in zip(layers, matches):
             for loss in self.losses:
-                found = self.get_loss(loss, layer, truth, indices, num_boxes)
+                found = self.get_loss(loss, layer, layer_targets, indices, num_boxes)
                 losses.update({name + suffix: value for name, value in found.items()})
         return losses, matches
 
     def _layers(self, outputs, targets) -> list[tuple[str, Mapping, Sequence[Mapping]]]:
-        """The layers to compare: what their losses' names end in, their predictions, and the truth."""
+        """Return a (suffix of the loss names, predictions, targets) triple for every layer."""
         others = enumerate(outputs.get("aux_outputs", ()))
         return [("", outputs, targets), *((f"_{i}", layer, targets) for i, layer in others)]
 
     @staticmethod
     def count_boxes(targets: Sequence[Mapping], device: torch.device) -> torch.Tensor:
-        """The number of objects that a process has, on average over all, and at least 1: a scalar."""
+        """Return the number of objects per process, averaged over all processes and at least 1: a scalar."""
         count = torch.full((), float(sum(len(t["labels"]) for t in targets)), device=device)
         world_size = comm.get_world_size()
         if world_size > 1:
@@ -119,24 +122,24 @@ class SetCriterion(nn.Module):
         return (count / world_size).clamp(min=1)
 
     def get_loss(self, loss, outputs, targets, indices, num_boxes, **kwargs) -> dict[str, torch.Tensor]:
-        """The losses of one kind, "class" or "boxes", of one layer; arguments as of `loss_labels`.
+        """Compute the loss "class" or "boxes" of one layer; see `loss_labels` for the other arguments.
 
         Raises:
-            ValueError: no such kind.
+            ValueError: `loss` is unknown.
         """
         kinds = {"class": self.loss_labels, "boxes": self.loss_boxes}
         check_choice(loss, kinds, f"{type(self).__name__}'s losses")
         return kinds[loss](outputs, targets, indices, num_boxes, **kwargs)
 
     def loss_labels(self, outputs, targets, indices, num_boxes) -> dict[str, torch.Tensor]:
-        """How well the queries tell classes.
+        """Compute the classification loss of one layer.
 
         Args:
-            outputs: "pred_logits", see `forward`.
+            outputs: a dict with "pred_logits", see `forward`.
             targets: see `forward`.
-            indices: N pairs of int64 tensors, queries and the objects they are matched to; others are
-                background.
-            num_boxes: what the sum is divided by.
+            indices: N pairs of int64 tensors: queries and the objects that they are matched to. Unmatched
+                queries are background.
+            num_boxes: the divisor of the loss.
 
         Returns:
             "loss_class", a scalar.
@@ -151,10 +154,10 @@ class SetCriterion(nn.Module):
         return {"loss_class": F.cross_entropy(logits.flatten(0, 1), labels.flatten(), self.empty_weight)}
 
     def loss_boxes(self, outputs, targets, indices, num_boxes) -> dict[str, torch.Tensor]:
-        """How far the boxes of matched queries are from their objects.
+        """Compute the box losses of the matched queries of one layer.
 
         Args:
-            outputs: "pred_boxes", see `forward`.
+            outputs: a dict with "pred_boxes", see `forward`.
             targets, indices, num_boxes: see `loss_labels`.
 
         Returns:
@@ -172,7 +175,7 @@ class SetCriterion(nn.Module):
 
 
 class TwoStageCriterion(SetCriterion):
-    """The losses of a model whose encoder predicts boxes too: the first guesses of the queries."""
+    """The losses of a two-stage model, whose encoder predicts the initial boxes of the queries."""
 
     def __init__(
         self,
@@ -190,25 +193,26 @@ class TwoStageCriterion(SetCriterion):
         Args:
             num_classes, matcher, weight_dict, losses, eos_coef, loss_class_type, alpha, gamma: see
                 `SetCriterion`.
-            two_stage_binary_cls: whether the encoder tells objects from background only, by class 0.
+            two_stage_binary_cls: whether the encoder is class-agnostic: it only separates objects, as
+                class 0, from the background.
         """
         eos_coef = 0.1 if eos_coef is None else eos_coef
         super().__init__(num_classes, matcher, weight_dict, losses, eos_coef, loss_class_type, alpha, gamma)
         self.two_stage_binary_cls = two_stage_binary_cls
 
     def _layers(self, outputs, targets):
-        """The encoder's predictions are "enc_outputs", if there; their losses end in "_enc"."""
+        """Append the encoder's predictions, if any; their losses have the suffix "_enc"."""
         layers = super()._layers(outputs, targets)
         if "enc_outputs" in outputs:
-            truth = targets
+            enc_targets = targets
             if self.two_stage_binary_cls:
-                truth = [{**t, "labels": torch.zeros_like(t["labels"])} for t in targets]
-            layers.append(("_enc", outputs["enc_outputs"], truth))
+                enc_targets = [{**t, "labels": torch.zeros_like(t["labels"])} for t in targets]
+            layers.append(("_enc", outputs["enc_outputs"], enc_targets))
         return layers
 
 
 class DeformableCriterion(TwoStageCriterion):
-    """The losses of Deformable DETR, whose encoder tells objects from background only."""
+    """The losses of Deformable DETR, with a class-agnostic encoder; see `SetCriterion` for the arguments."""
 
     def __init__(
         self,
@@ -237,24 +241,24 @@ class DeformableCriterion(TwoStageCriterion):
 class DINOCriterion(TwoStageCriterion):
     """The losses of DINO; see `TwoStageCriterion` for the arguments.
 
-    Denoising queries know which object they were made of, so they need no matching.
+    Denoising queries are built from known objects, so they need no matching.
     """
 
     def forward(
         self, outputs: Mapping, targets: Sequence[Mapping], dn_metas: Mapping | None = None
     ) -> dict[str, torch.Tensor]:
-        """The losses of all layers.
+        """Compute the losses of all layers.
 
         Args:
-            outputs: as of `TwoStageCriterion`.
-            targets: as of `SetCriterion.forward`.
-            dn_metas: what is known of the denoising queries: "single_padding" and "dn_num", see
-                `make_denoising_queries`, and their predictions as "output_known_lbs_bboxes", which are like
-                `outputs`; None without such queries.
+            outputs: see `SetCriterion.forward`; optionally with "enc_outputs", the encoder's predictions.
+            targets: see `SetCriterion.forward`.
+            dn_metas: a dict that describes the denoising queries: "single_padding" and "dn_num", see
+                `make_denoising_queries`, and "output_known_lbs_bboxes", their predictions in the format of
+                `outputs`. None without denoising queries.
 
         Returns:
-            Losses as of `SetCriterion.forward`; those of the encoder end in "_enc", those of denoising
-            queries in "_dn", "_dn_0" and so on, and are zero where there are no such queries.
+            The losses of `SetCriterion.forward`. Those of the encoder have the suffix "_enc", those of the
+            denoising queries "_dn", "_dn_0" and so on; the latter are zero without denoising queries.
         """
         num_boxes = self.count_boxes(targets, outputs["pred_boxes"].device)
         losses, _ = self._match_and_compare(outputs, targets, num_boxes)
@@ -269,11 +273,11 @@ class DINOCriterion(TwoStageCriterion):
         aux_num: int,
         num_boxes: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        """The losses of denoising queries.
+        """Compute the losses of the denoising queries.
 
         Args:
             dn_metas, targets: see `forward`.
-            aux_num: how many layers there are besides the last.
+            aux_num: the number of decoder layers before the last.
             num_boxes: the number of objects, see `count_boxes`.
         """
         suffixes = ["_dn", *(f"_dn_{i}" for i in range(aux_num))]

@@ -16,7 +16,7 @@ __all__ = ["DeformableDETR"]
 
 
 class DeformableDETR(MultiScaleQueryDetector):
-    """Queries attend to a few points on several scales."""
+    """Deformable DETR: queries attend to a few sampling points on several scales."""
 
     def __init__(
         self,
@@ -40,27 +40,28 @@ class DeformableDETR(MultiScaleQueryDetector):
     ):
         """
         Args:
-            backbone: images to a dict of feature maps.
-            position_embedding: (N, H, W) masks to (N, C, H, W) embeddings.
-            neck: the backbone's features to L maps (N, C, H, W), such as `ChannelMapper`.
+            backbone: a module that maps images to a dict of feature maps.
+            position_embedding: a module that maps (N, H, W) masks to (N, C, H, W) embeddings.
+            neck: a module that maps the backbone's features to L feature maps (N, C, H, W), such as
+                `ChannelMapper`.
             transformer: a `DeformableDetrTransformer`.
             embed_dim: C.
             num_classes: K.
             num_queries: Q.
             criterion: a `DeformableCriterion`.
-            pixel_mean: mean of each channel, in the pixels' own unit.
+            pixel_mean: mean of each channel, in the unit of the pixels.
             pixel_std: standard deviation of each channel.
-            aux_loss: whether all decoder layers are compared with the truth, or the last.
-            with_box_refine: whether each decoder layer refines the boxes of the one before, with heads of its
-                own; else one head predicts all layers' boxes around references that stay.
-            as_two_stage: whether queries come from the encoder's proposals; as `transformer.as_two_stage`,
-                and only with `with_box_refine`.
-            select_box_nums_for_evaluation: how many detections of an image.
-            device: has no effect; the model lies where it is moved.
+            aux_loss: whether all decoder layers contribute to the loss, or only the last.
+            with_box_refine: whether each decoder layer refines the boxes of the layer before it, with
+                heads of its own. Otherwise, all layers share one head and the reference points stay fixed.
+            as_two_stage: whether queries come from the encoder's proposals. Must equal
+                `transformer.as_two_stage`, and requires `with_box_refine`.
+            select_box_nums_for_evaluation: the number of detections per image.
+            device: ignored; move the model with `to`.
             mask_padding_at_test: see `QueryDetector`.
 
         Raises:
-            ValueError: parts that do not fit each other; the message names them.
+            ValueError: the modules do not fit together; the message names them.
         """
         super().__init__(
             backbone=backbone,
@@ -81,7 +82,7 @@ class DeformableDETR(MultiScaleQueryDetector):
             raise ValueError("as_two_stage needs with_box_refine, which is False")
         if as_two_stage != transformer.as_two_stage:
             raise ValueError(
-                f"as_two_stage is {as_two_stage}, but that of the transformer is {transformer.as_two_stage}"
+                f"as_two_stage is {as_two_stage}, but the transformer's is {transformer.as_two_stage}"
             )
         self.with_box_refine = with_box_refine
         self.as_two_stage = as_two_stage
@@ -92,7 +93,7 @@ class DeformableDETR(MultiScaleQueryDetector):
             decoder.class_embed = self.class_embed
         else:
             self.query_embedding = nn.Embedding(num_queries, embed_dim * 2)
-            # Boxes are small at first: a sigmoid of -2 is 0.12.
+            # Initial boxes are small: the sigmoid of -2 is 0.12.
             nn.init.constant_(self.bbox_embed[0].layers[-1].bias[2:], -2.0)
         decoder.bbox_embed = self.bbox_embed if with_box_refine else None
 

@@ -1,6 +1,6 @@
-"""Encoder and decoder of Deformable DETR (Zhu et al., arXiv:2010.04159), and what DINO's share with them.
+"""The encoder and decoder layers of Deformable DETR (Zhu et al., arXiv:2010.04159), which DINO shares.
 
-Shape legend: N images, C channels, L feature levels, S cells of all levels together, Q queries.
+Shape legend: N images, C channels, L feature levels, S cells over all levels, Q queries.
 """
 
 from collections.abc import Sequence
@@ -33,16 +33,16 @@ __all__ = [
 
 @dataclass
 class Levels:
-    """Cells of L maps: level after level, each row by row.
+    """The cells of L feature maps in one sequence: level after level, each in row-major order.
 
     Attributes:
         cells: (N, S, C).
-        mask: (N, S) bool, true for cells of the padding.
+        mask: (N, S) bool, true for cells in the padding.
         pos: (N, S, C) position embeddings.
         shapes: L pairs (height, width).
-        spatial_shapes: (L, 2) int64, the same on the device.
-        level_start_index: (L,) int64, where each level begins.
-        valid_ratios: (N, L, 2), which part of each level's width and height the image fills.
+        spatial_shapes: (L, 2) int64, `shapes` as a tensor on the device.
+        level_start_index: (L,) int64, the index of the first cell of each level.
+        valid_ratios: (N, L, 2), the fractions of each level's width and height that the image fills.
         centers: (N, S, 2), x and y of each cell's center as fractions of the image; above 1 in the padding.
     """
 
@@ -57,7 +57,7 @@ class Levels:
 
 
 def valid_ratio(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Which part of the width and height of (N, H, W) bool masks is no padding: (N, 2) of `dtype`."""
+    """Return the fractions of width and height that are not padding in (N, H, W) bool masks: (N, 2)."""
     exact = torch.promote_types(dtype, torch.float32)
     width = (~mask[:, 0]).sum(dim=1, dtype=exact) / mask.shape[2]
     height = (~mask[:, :, 0]).sum(dim=1, dtype=exact) / mask.shape[1]
@@ -65,14 +65,14 @@ def valid_ratio(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def cell_centers(shapes: Sequence[tuple[int, int]], valid_ratios: torch.Tensor) -> torch.Tensor:
-    """Where each cell lies in its image.
+    """Return the center of every cell, in coordinates of its image.
 
     Args:
         shapes: L pairs (height, width).
-        valid_ratios: (N, L, 2), which part of each level's width and height the image fills.
+        valid_ratios: (N, L, 2), the fractions of each level's width and height that the image fills.
 
     Returns:
-        (N, S, 2) of `valid_ratios`' dtype: x and y as fractions of the image.
+        (N, S, 2) with the dtype of `valid_ratios`: x and y as fractions of the image.
     """
     like: dict[str, Any] = {"dtype": valid_ratios.dtype, "device": valid_ratios.device}
     centers = []
@@ -91,17 +91,17 @@ def flatten_levels(
     pos_embeds: Sequence[torch.Tensor],
     level_embeds: torch.Tensor,
 ) -> Levels:
-    """Put the cells of L maps into one sequence.
+    """Flatten L feature maps into one sequence of cells.
 
     Args:
-        feats: L maps (N, C, H, W).
+        feats: L feature maps (N, C, H, W).
         masks: L masks (N, H, W) bool, true for the padding.
         pos_embeds: L position embeddings (N, C, H, W).
-        level_embeds: (L, C), what is added to the position embeddings of each level.
+        level_embeds: (L, C), added to the position embeddings of each level.
     """
     shapes = [(x.shape[2], x.shape[3]) for x in feats]
     pos = [p.flatten(2).transpose(1, 2) + e for p, e in zip(pos_embeds, level_embeds)]
-    # Where cells lie is known to more digits than half precision has.
+    # Half precision is too coarse for the coordinates of cells.
     dtype = torch.promote_types(level_embeds.dtype, torch.float32)
     ratios = torch.stack([valid_ratio(m, dtype) for m in masks], dim=1)
     spatial_shapes = torch.tensor(shapes, device=feats[0].device)
@@ -119,12 +119,12 @@ def flatten_levels(
 
 
 def refine_boxes(deltas: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-    """Move references by predictions in the space of logits.
+    """Add predicted deltas to references, in logit space.
 
     Args:
         deltas: (N, Q, 4).
-        references: (N, Q, 4) cx, cy, w, h or (N, Q, 2) cx, cy, as fractions of the image; a point moves by
-            the first two of `deltas`, and the others are the size's logits.
+        references: (N, Q, 4) cx, cy, w, h or (N, Q, 2) cx, cy, as fractions of the image. For points, the
+            first two deltas move the center and the last two are the logits of the size.
 
     Returns:
         (N, Q, 4) cx, cy, w, h.
@@ -136,7 +136,7 @@ def refine_boxes(deltas: torch.Tensor, references: torch.Tensor) -> torch.Tensor
 
 
 class DeformableDetrTransformerEncoder(TransformerLayerSequence):
-    """Layers in which each cell attends to a few points on all levels."""
+    """The encoder of Deformable DETR: each cell attends to a few sampling points on all levels."""
 
     def __init__(
         self,
@@ -153,10 +153,10 @@ class DeformableDetrTransformerEncoder(TransformerLayerSequence):
         """
         Args:
             embed_dim: C.
-            num_heads: heads of the attention, which divide C.
-            feedforward_dim: channels within the feed-forward parts.
-            attn_dropout, ffn_dropout: probabilities of dropout.
-            num_layers: how many layers.
+            num_heads: number of attention heads; must divide C.
+            feedforward_dim: hidden channels of the feed-forward networks.
+            attn_dropout, ffn_dropout: dropout probabilities of the attention and the feed-forward networks.
+            num_layers: number of layers.
             post_norm: whether a norm follows the last layer.
             num_feature_levels: L.
             use_checkpoint: see `TransformerLayerSequence`.
@@ -177,13 +177,14 @@ class DeformableDetrTransformerEncoder(TransformerLayerSequence):
 
 
 class DeformableDecoder(TransformerLayerSequence):
-    """Layers in which queries attend to each other, and to a few points around their references.
+    """The base of the decoders: queries attend to each other and to a few points around their references.
 
-    With `bbox_embed` the references become better with each layer. Subclasses say how.
+    With `bbox_embed`, every layer refines the references. Subclasses override `query_pos`, `state` and
+    `next_references`.
 
     Attributes:
-        bbox_embed: the model's heads for boxes, one for each layer; or None for references that stay.
-        class_embed: the model's heads for classes, or None.
+        bbox_embed: the model's box heads, one for each layer; None keeps the references fixed.
+        class_embed: the model's class heads, or None.
     """
 
     def __init__(
@@ -203,7 +204,8 @@ class DeformableDecoder(TransformerLayerSequence):
         Args:
             embed_dim, num_heads, feedforward_dim, attn_dropout, ffn_dropout, num_layers, num_feature_levels,
                 use_checkpoint: see `DeformableDetrTransformerEncoder`.
-            return_intermediate: whether all layers' queries and references are returned, or the last layer's.
+            return_intermediate: whether to return the queries and references of all layers, or only of the
+                last.
         """
         layer = BaseTransformerLayer(
             attn=[
@@ -224,15 +226,20 @@ class DeformableDecoder(TransformerLayerSequence):
         self.class_embed: nn.ModuleList | None = None
 
     def query_pos(self, references: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor | None:
-        """The position embedding of queries whose references on level 0 are (N, Q, 2 or 4)."""
+        """Return the position embedding of the queries.
+
+        Args:
+            references: (N, Q, 2 or 4), the references in coordinates of level 0.
+            given: the `query_pos` argument of `forward`.
+        """
         return given
 
     def state(self, query: torch.Tensor) -> torch.Tensor:
-        """What the heads see of a layer's queries."""
+        """Return the input of the heads for a layer's queries."""
         return query
 
     def next_references(self, refined: torch.Tensor) -> torch.Tensor:
-        """What the next layer's heads refine: boxes, through which gradients may flow or not."""
+        """Return the boxes that the next layer's heads refine, detached to stop the gradients there."""
         return refined.detach()
 
     def forward(
@@ -249,26 +256,27 @@ class DeformableDecoder(TransformerLayerSequence):
         valid_ratios: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Applies all layers.
+        """Apply all layers.
 
         Args:
             query: (N, Q, C).
             key, value: (N, S, C), the cells of all levels.
             query_pos: (N, Q, C), or None.
-            key_pos: has no effect.
-            attn_masks: masks of the two attentions of a layer, or None.
-            query_key_padding_mask: (N, Q) bool, true for queries that none may see, or None.
-            key_padding_mask: (N, S) bool, true for cells of the padding.
-            reference_points: (N, Q, 2) or (N, Q, 4): cx, cy and w, h as fractions of the image.
-            valid_ratios: (N, L, 2), which part of each level's width and height the image fills.
-            **kwargs: `spatial_shapes` and `level_start_index` of `MultiScaleDeformableAttention`.
+            key_pos: ignored.
+            attn_masks: masks of the self-attention and the cross-attention, or None.
+            query_key_padding_mask: (N, Q) bool, true for queries that are not attended to, or None.
+            key_padding_mask: (N, S) bool, true for cells in the padding.
+            reference_points: (N, Q, 2) cx, cy or (N, Q, 4) cx, cy, w, h, as fractions of the image.
+            valid_ratios: (N, L, 2), the fractions of each level's width and height that the image fills.
+            **kwargs: `spatial_shapes` and `level_start_index` for `MultiScaleDeformableAttention`.
 
         Returns:
-            The queries after each layer, (layers, N, Q, C), and the references that came out of each layer,
-            (layers, N, Q, 2 or 4); of the last layer without the first dimension if not
-            `return_intermediate`.
+            The queries, (layers, N, Q, C), and the references, (layers, N, Q, 2 or 4), after each layer.
+            Without `return_intermediate`, those of the last layer, without the first dimension.
         """
-        assert reference_points is not None and valid_ratios is not None, "this decoder needs both"
+        assert reference_points is not None and valid_ratios is not None, (
+            "the decoder needs reference_points and valid_ratios"
+        )
         ratios = valid_ratios.repeat(1, 1, reference_points.shape[-1] // 2)[:, None]
         states: list[torch.Tensor] = []
         references: list[torch.Tensor] = []

@@ -1,7 +1,7 @@
-"""The transformer of Deformable DETR (Zhu et al., arXiv:2010.04159), and what DINO's shares with it.
+"""The transformer of Deformable DETR (Zhu et al., arXiv:2010.04159), and the base that DINO's shares with it.
 
-Shape legend: N images, C channels, L feature levels of H x W cells, S cells of all levels together,
-Q queries, K classes.
+Shape legend: N images, C channels, L feature levels of H x W cells, S cells over all levels, Q queries,
+K classes.
 """
 
 from collections.abc import Sequence
@@ -17,17 +17,17 @@ __all__ = ["DeformableDetrTransformer", "DeformableTransformer"]
 
 
 class DeformableTransformer(nn.Module):
-    """The base of the transformers of Deformable DETR and DINO: levels, encoder, encoder proposals."""
+    """The base of the transformers of Deformable DETR and DINO: encoder, decoder and proposals."""
 
     def __init__(
         self, encoder: nn.Module, decoder: nn.Module, num_feature_levels: int, two_stage_num_proposals: int
     ):
         """
         Args:
-            encoder: over the cells of all levels, see `DeformableDetrTransformerEncoder`.
-            decoder: see `DeformableDecoder`.
+            encoder: a `DeformableDetrTransformerEncoder`, applied to the cells of all levels.
+            decoder: a `DeformableDecoder`.
             num_feature_levels: L.
-            two_stage_num_proposals: how many of the encoder's proposals become queries.
+            two_stage_num_proposals: number of the encoder's proposals that become queries.
         """
         super().__init__()
         self.encoder = encoder
@@ -38,7 +38,7 @@ class DeformableTransformer(nn.Module):
         self.level_embeds = nn.Parameter(torch.empty(num_feature_levels, self.embed_dim))
 
     def init_weights(self):
-        """Draws new parameters: Xavier's uniform for matrices, and what deformable attention needs."""
+        """Initialize matrices from Xavier's uniform distribution, and deformable attention in its own way."""
         for p in self.parameters():
             if p.dim() > 1:
                 nn.init.xavier_uniform_(p)
@@ -48,22 +48,28 @@ class DeformableTransformer(nn.Module):
         nn.init.normal_(self.level_embeds)
 
     def add_proposal_head(self):
-        """Add the parameters that turn the encoder's cells into what proposals are predicted from."""
+        """Add the projection of encoded cells from which proposals are predicted."""
         self.enc_output = nn.Linear(self.embed_dim, self.embed_dim)
         self.enc_output_norm = nn.LayerNorm(self.embed_dim)
 
     def encode(
         self, feats: Sequence[torch.Tensor], masks: Sequence[torch.Tensor], pos_embeds: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, Levels]:
-        """Apply the encoder to L maps: (N, S, C), and how the cells lie.
+        """Encode L feature maps.
+
+        Args:
+            feats, masks, pos_embeds: see `flatten_levels`.
+
+        Returns:
+            The encoded cells, (N, S, C), and the levels that they belong to.
 
         Raises:
-            ValueError: another number of maps than `num_feature_levels`.
+            ValueError: the number of feature maps is not `num_feature_levels`.
         """
         if len(feats) != self.num_feature_levels:
             raise ValueError(
                 f"the transformer's num_feature_levels is {self.num_feature_levels}, but the neck gives "
-                f"{len(feats)} maps (num_outs)"
+                f"{len(feats)} feature maps (num_outs)"
             )
         levels = flatten_levels(feats, masks, pos_embeds, self.level_embeds)
         memory = self.encoder(
@@ -91,15 +97,15 @@ class DeformableTransformer(nn.Module):
     def propose(
         self, memory: torch.Tensor, levels: Levels
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Predict classes and boxes from every cell, with the last of the decoder's heads.
+        """Predict a class and a box from every cell, with the last of the decoder's heads.
 
         Args:
             memory: (N, S, C) encoded cells.
-            levels: how they lie.
+            levels: the levels that the cells belong to.
 
         Returns:
-            (N, S, C), what the heads saw; (N, S, K) logits; (N, S, 4) logits of boxes, infinite for cells of
-            the padding and near the border.
+            The inputs of the heads, (N, S, C); class logits, (N, S, K); and boxes as logits, (N, S, 4), which
+            are infinite for cells in the padding and near the border.
         """
         cells, anchors = self._proposals(memory, levels.mask, levels.centers, levels.shapes)
         head = self.decoder.num_layers
@@ -107,15 +113,15 @@ class DeformableTransformer(nn.Module):
         return cells, logits, self.decoder.bbox_embed[head](cells) + anchors
 
     def best_proposals(self, scores: torch.Tensor) -> torch.Tensor:
-        """The cells of the highest of (N, S) scores, (N, `two_stage_num_proposals`).
+        """Return the cells with the highest of (N, S) scores, (N, `two_stage_num_proposals`) int64.
 
         Raises:
-            ValueError: the image has fewer cells.
+            ValueError: the images have fewer cells than that.
         """
         if scores.shape[1] < self.two_stage_num_proposals:
             raise ValueError(
                 f"num_queries (two_stage_num_proposals) is {self.two_stage_num_proposals}, but these "
-                f"images have {scores.shape[1]} cells on all levels; give larger ones or fewer queries"
+                f"images have {scores.shape[1]} cells on all levels; use larger images or fewer queries"
             )
         return scores.topk(self.two_stage_num_proposals, dim=1).indices
 
@@ -133,16 +139,16 @@ class DeformableTransformer(nn.Module):
         memory_padding_mask: torch.Tensor,
         spatial_shapes: Sequence[tuple[int, int]] | torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A box around every cell, the larger the coarser its level.
+        """Return a proposal box around every cell; boxes are larger on coarser levels.
 
         Args:
             memory: (N, S, C) encoded cells.
-            memory_padding_mask: (N, S) bool, true for cells of the padding.
+            memory_padding_mask: (N, S) bool, true for cells in the padding.
             spatial_shapes: height and width of each level.
 
         Returns:
-            (N, S, C), what proposals are predicted from, and (N, S, 4), the boxes' cx, cy, w, h as logits;
-            for cells of the padding and near the border they are infinite.
+            The inputs of the heads, (N, S, C), and the boxes' cx, cy, w, h as logits, (N, S, 4), which are
+            infinite for cells in the padding and near the border.
         """
         shapes = [(int(h), int(w)) for h, w in spatial_shapes]
         sizes = [h * w for h, w in shapes]
@@ -154,18 +160,18 @@ class DeformableTransformer(nn.Module):
     def get_reference_points(
         spatial_shapes: Sequence[tuple[int, int]] | torch.Tensor, valid_ratios: torch.Tensor, device=None
     ) -> torch.Tensor:
-        """The center of every cell, as fractions of each level's width and height: (N, S, L, 2).
+        """Return the center of every cell, as fractions of each level's width and height: (N, S, L, 2).
 
         Args:
             spatial_shapes: height and width of each level.
-            valid_ratios: (N, L, 2), which part of the width and height the image fills.
-            device: has no effect; the result lies where `valid_ratios` do.
+            valid_ratios: (N, L, 2), the fractions of each level's width and height that the image fills.
+            device: ignored; the result is on the device of `valid_ratios`.
         """
         shapes = [(int(h), int(w)) for h, w in spatial_shapes]
         return cell_centers(shapes, valid_ratios)[:, :, None] * valid_ratios[:, None]
 
     def get_valid_ratio(self, mask: torch.Tensor) -> torch.Tensor:
-        """Which part of the width and height of (N, H, W) masks is no padding: (N, 2) float32."""
+        """Return the fractions of width and height that are not padding, in float32; see `valid_ratio`."""
         return valid_ratio(mask, torch.float32)
 
 
@@ -185,8 +191,8 @@ class DeformableDetrTransformer(DeformableTransformer):
             encoder: a `DeformableDetrTransformerEncoder`.
             decoder: a `DeformableDetrTransformerDecoder`.
             num_feature_levels: L.
-            as_two_stage: whether queries come from the encoder's proposals; else they are learned.
-            two_stage_num_proposals: how many proposals become queries.
+            as_two_stage: whether queries come from the encoder's proposals; otherwise they are learned.
+            two_stage_num_proposals: number of proposals that become queries.
         """
         super().__init__(encoder, decoder, num_feature_levels, two_stage_num_proposals)
         self.as_two_stage = as_two_stage
@@ -207,7 +213,7 @@ class DeformableDetrTransformer(DeformableTransformer):
     def get_proposal_pos_embed(
         self, proposals: torch.Tensor, num_pos_feats: int = 128, temperature: int = 10000
     ) -> torch.Tensor:
-        """Embed (N, Q, 4) logits of boxes: (N, Q, 4 * num_pos_feats)."""
+        """Return the sine embedding of (N, Q, 4) box logits: (N, Q, 4 * num_pos_feats)."""
         return get_sine_pos_embed(proposals.sigmoid(), num_pos_feats, temperature, exchange_xy=False)
 
     def forward(
@@ -218,21 +224,22 @@ class DeformableDetrTransformer(DeformableTransformer):
         query_embed: torch.Tensor | None,
         **kwargs,
     ):
-        """Encode and decode.
+        """Apply the encoder and the decoder.
 
         Args:
-            multi_level_feats: L maps (N, C, H, W).
+            multi_level_feats: L feature maps (N, C, H, W).
             multi_level_masks: L masks (N, H, W) bool, true for the padding.
             multi_level_pos_embeds: L position embeddings (N, C, H, W).
-            query_embed: (Q, 2 C): what is added to the queries for their position, and the queries; None in
-                two stages.
-            **kwargs: have no effect.
+            query_embed: (Q, 2 * C), the position embeddings of the queries and the queries; None for a
+                two-stage model.
+            **kwargs: ignored.
 
         Returns:
             states: (layers, N, Q, C).
-            init_reference: (N, Q, 2 or 4), what the first layer began with.
-            references: (layers, N, Q, 2 or 4), what came out of each layer.
-            enc_class, enc_boxes: (N, S, K) logits and (N, S, 4) logits of boxes; None in one stage.
+            init_reference: (N, Q, 2 or 4), the references before the first layer.
+            references: (layers, N, Q, 2 or 4), the references after each layer.
+            enc_class, enc_boxes: (N, S, K) class logits and (N, S, 4) box logits of the encoder; None for a
+                one-stage model.
         """
         memory, levels = self.encode(multi_level_feats, multi_level_masks, multi_level_pos_embeds)
         enc_class = enc_boxes = None

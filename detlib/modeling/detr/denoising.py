@@ -1,10 +1,10 @@
-"""Contrastive denoising (DINO, arXiv:2203.03605, section 3.3): queries made from objects, with noise put on.
+"""Contrastive denoising (DINO, arXiv:2203.03605, section 3.3): queries built from ground truth with noise.
 
-Shape legend: N images, K classes, C channels, M objects of the image that has most, G groups, Q queries that
-are matched as usual, D = 2 * M * G denoising queries.
+Shape legend: N images, K classes, C channels, M the largest number of objects per image, G groups, Q matching
+queries, D = 2 * M * G denoising queries.
 
-Denoising queries stand before the others, group by group: in each M positive ones, which shall find their
-object again, then M negative ones, of which the noise is larger and which shall say that there is nothing.
+Denoising queries precede the matching queries, group by group. Each group has M positive queries, which learn
+to reconstruct their objects, then M negative queries with more noise, which learn to predict background.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,12 +28,12 @@ __all__ = [
 
 
 def num_denoising_groups(dn_number: int, most_objects: int) -> int:
-    """How many groups there are, so that there are about 2 * `dn_number` queries.
+    """Return the number of groups, chosen so that there are about 2 * `dn_number` queries.
 
-    Below 50 `dn_number` is half the number of groups itself, whatever the number of objects.
+    If `dn_number` is below 50, there are 2 * `dn_number` groups, whatever the number of objects.
 
     Args:
-        dn_number: see above, at least 1.
+        dn_number: at least 1.
         most_objects: M, at least 1.
     """
     groups = 2 * dn_number
@@ -43,15 +43,15 @@ def num_denoising_groups(dn_number: int, most_objects: int) -> int:
 def apply_label_noise(
     labels: torch.Tensor, label_noise_prob: float = 0.2, num_classes: int = 80
 ) -> torch.Tensor:
-    """Puts any class in the place of some labels.
+    """Replace some labels by random classes.
 
     Args:
         labels: int64 of any shape.
-        label_noise_prob: probability that a label is drawn anew, from all classes.
+        label_noise_prob: probability that a label is replaced by one drawn from all classes.
         num_classes: K.
 
     Returns:
-        A tensor of the same shape; `labels` itself for a probability of 0.
+        A tensor of the same shape; `labels` itself if the probability is 0.
     """
     if label_noise_prob <= 0:
         return labels
@@ -62,15 +62,16 @@ def apply_label_noise(
 def apply_box_noise(
     boxes: torch.Tensor, box_noise_scale: float = 0.4, is_negative: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Moves each side of boxes by a random part of half their width or height.
+    """Shift each side of the boxes by a random fraction of half their width or height.
 
     Args:
         boxes: (..., 4) cx, cy, w, h as fractions of the image.
-        box_noise_scale: how far: up to so many halves, and of negative ones by one to two times that.
-        is_negative: bool that broadcasts with (...); None for no negative boxes.
+        box_noise_scale: the largest shift, as a multiple of half the width or height. Negative boxes shift
+            by one to two times that.
+        is_negative: bool tensor that broadcasts with (...); None if all boxes are positive.
 
     Returns:
-        (..., 4), within the image; `boxes` itself for a scale of 0.
+        (..., 4), clipped to the image; `boxes` itself if the scale is 0.
     """
     if box_noise_scale <= 0:
         return boxes
@@ -86,16 +87,18 @@ def apply_box_noise(
 def denoising_attention_mask(
     num_groups: int, group_size: int, num_queries: int, device: torch.device
 ) -> torch.Tensor:
-    """Who must not see whom: nobody outside a group sees its queries, since they tell the truth.
+    """Return a mask that hides each group of denoising queries from all other queries.
+
+    Denoising queries contain ground truth, so other groups and the matching queries must not attend to them.
 
     Args:
         num_groups: G.
         group_size: 2 * M.
         num_queries: Q.
-        device: where to.
+        device: device of the mask.
 
     Returns:
-        (D + Q, D + Q) bool, true where the query of the row must not see that of the column.
+        (D + Q, D + Q) bool, true where the query of the row must not attend to the query of the column.
     """
     group = torch.arange(num_groups, device=device).repeat_interleave(group_size)
     group = torch.cat([group, group.new_full((num_queries,), -1)])
@@ -111,24 +114,24 @@ def make_denoising_queries(
     num_classes: int,
     label_enc: nn.Embedding,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, int]] | tuple[None, None, None, None]:
-    """The denoising queries of a batch.
+    """Build the denoising queries of a batch.
 
     Args:
         targets: N dicts of "labels" (M_i,) int64 and "boxes" (M_i, 4): cx, cy, w, h as fractions of the
             image.
         dn_number: see `num_denoising_groups`; 0 for none.
-        label_noise_ratio: twice the probability that a label is drawn anew.
+        label_noise_ratio: twice the probability that a label is replaced by a random one.
         box_noise_scale: see `apply_box_noise`.
         num_queries: Q.
         num_classes: K.
-        label_enc: (K, C), what stands for a class.
+        label_enc: the (K, C) embedding of the classes.
 
     Returns:
-        labels: (N, D, C) embedded classes, zero for places without an object.
-        boxes: (N, D, 4) logits of cx, cy, w, h, zero for places without an object.
+        labels: (N, D, C) embedded classes, zero for padding queries without an object.
+        boxes: (N, D, 4) logits of cx, cy, w, h, zero for padding queries without an object.
         attn_mask: see `denoising_attention_mask`.
-        meta: "single_padding", 2 * M, and "dn_num", G.
-        All are None where there is nothing to make queries of.
+        meta: a dict of "single_padding", 2 * M, and "dn_num", G.
+        All are None if `dn_number` is 0 or the batch has no objects.
     """
     counts = [len(t["labels"]) for t in targets]
     if dn_number <= 0 or max(counts) == 0:
@@ -157,13 +160,13 @@ def make_denoising_queries(
 def denoising_matches(
     counts: Sequence[int], single_padding: int, dn_num: int, device: torch.device
 ) -> Matches:
-    """The matches of denoising queries: the positive ones with their objects.
+    """Return the matches of the denoising queries: each positive query with its object.
 
     Args:
         counts: N numbers of objects.
         single_padding: 2 * M.
         dn_num: G.
-        device: where to.
+        device: device of the matches.
     """
     starts = np.arange(dn_num)[:, None] * single_padding
     pairs = [((starts + np.arange(count)).ravel(), np.tile(np.arange(count), dn_num)) for count in counts]

@@ -18,7 +18,7 @@ __all__ = ["DETR"]
 
 
 class DETR(QueryDetector):
-    """Queries attend to all cells of one feature map, and each predicts one object or nothing."""
+    """DETR: queries attend to all cells of one feature map."""
 
     reference_lr_per_image = 1e-4 / 64  # of AdamW
 
@@ -42,23 +42,23 @@ class DETR(QueryDetector):
     ):
         """
         Args:
-            backbone: images to a dict of feature maps.
-            in_features: names of features; the last one is used.
-            in_channels: its channels.
-            position_embedding: (N, H, W) masks to (N, C, H, W) embeddings.
+            backbone: a module that maps images to a dict of feature maps.
+            in_features: names of feature maps; only the last one is used.
+            in_channels: channels of that feature map.
+            position_embedding: a module that maps (N, H, W) masks to (N, C, H, W) embeddings.
             transformer: a `DetrTransformer`.
             embed_dim: C.
             num_classes: K.
             num_queries: Q.
-            criterion: a `SetCriterion` of "ce_loss".
-            aux_loss: whether all decoder layers are compared with the truth, or the last.
-            pixel_mean: mean of each channel, in the pixels' own unit.
+            criterion: a `SetCriterion` with the "ce_loss".
+            aux_loss: whether all decoder layers contribute to the loss, or only the last.
+            pixel_mean: mean of each channel, in the unit of the pixels.
             pixel_std: standard deviation of each channel.
-            device: has no effect; the model lies where it is moved.
+            device: ignored; move the model with `to`.
             mask_padding_at_test: see `QueryDetector`.
 
         Raises:
-            ValueError: parts that do not fit each other, or a feature that the backbone does not give.
+            ValueError: the modules do not fit together, or the backbone does not have one of `in_features`.
         """
         super().__init__(backbone, criterion, num_classes, pixel_mean, pixel_std, mask_padding_at_test)
         check_embed_dim(embed_dim, position_embedding, transformer)
@@ -95,7 +95,7 @@ class DETR(QueryDetector):
     def inference(
         self, box_cls: torch.Tensor, box_pred: torch.Tensor, image_sizes: list[tuple[int, int]]
     ) -> list[Instances]:
-        """See `QueryDetector.inference`: each query's best class, the background aside."""
+        """See `QueryDetector.inference`: each query's best class other than the background."""
         probabilities = box_cls.to(self._dtype).softmax(dim=-1)
         scores, classes = probabilities[..., :-1].max(dim=-1)
         scores, order = scores.sort(dim=1, descending=True, stable=True)

@@ -15,7 +15,7 @@ __all__ = ["DetrTransformer", "DetrTransformerDecoder", "DetrTransformerEncoder"
 
 
 class DetrTransformerEncoder(TransformerLayerSequence):
-    """Layers in which each cell attends to all cells."""
+    """The encoder of DETR: each cell attends to all cells."""
 
     def __init__(
         self,
@@ -31,13 +31,13 @@ class DetrTransformerEncoder(TransformerLayerSequence):
         """
         Args:
             embed_dim: C.
-            num_heads: heads of the attention, which divide C.
-            attn_dropout: probability that an attention weight is zeroed.
-            feedforward_dim: channels within the feed-forward parts.
-            ffn_dropout: probability of dropout there.
-            num_layers: how many layers.
+            num_heads: number of attention heads; must divide C.
+            attn_dropout: dropout probability of the attention weights.
+            feedforward_dim: hidden channels of the feed-forward networks.
+            ffn_dropout: dropout probability of the feed-forward networks.
+            num_layers: number of layers.
             post_norm: whether a norm follows the last layer.
-            batch_first: whether tensors are (N, H * W, C); else (H * W, N, C).
+            batch_first: whether tensors are (N, H * W, C) instead of (H * W, N, C).
         """
         layer = BaseTransformerLayer(
             attn=MultiheadAttention(embed_dim, num_heads, attn_drop=attn_dropout, batch_first=batch_first),
@@ -53,7 +53,7 @@ class DetrTransformerEncoder(TransformerLayerSequence):
 
 
 class DetrTransformerDecoder(TransformerLayerSequence):
-    """Layers in which queries attend to each other and to the cells."""
+    """The decoder of DETR: queries attend to each other and to the encoded cells."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class DetrTransformerDecoder(TransformerLayerSequence):
             embed_dim, num_heads, attn_dropout, feedforward_dim, ffn_dropout, num_layers, batch_first: see
                 `DetrTransformerEncoder`.
             post_norm: whether a norm follows each layer whose queries are returned.
-            return_intermediate: whether all layers' queries are returned, or the last layer's.
+            return_intermediate: whether to return the queries of all layers, or only of the last.
         """
         layer = BaseTransformerLayer(
             attn=MultiheadAttention(embed_dim, num_heads, attn_drop=attn_dropout, batch_first=batch_first),
@@ -99,11 +99,11 @@ class DetrTransformerDecoder(TransformerLayerSequence):
         key_padding_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """Applies all layers; see `BaseTransformerLayer.forward` for the arguments.
+        """Apply all layers; see `BaseTransformerLayer.forward` for the arguments.
 
         Returns:
-            The queries after each layer, (layers, ...) with `query`'s shape; of the last layer alone, (1,
-            ...), if not `return_intermediate`.
+            The queries after each layer, (layers, *query.shape); without `return_intermediate` only those of
+            the last layer, (1, *query.shape).
         """
         given = (query_pos, key_pos, attn_masks, query_key_padding_mask, key_padding_mask)
         norm = self.post_norm_layer or nn.Identity()
@@ -116,7 +116,7 @@ class DetrTransformerDecoder(TransformerLayerSequence):
 
 
 class DetrTransformer(nn.Module):
-    """Encoder and decoder."""
+    """The transformer of DETR: an encoder and a decoder."""
 
     def __init__(self, encoder: Any = None, decoder: Any = None):
         """
@@ -131,7 +131,7 @@ class DetrTransformer(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Draws matrices from Xavier's uniform distribution."""
+        """Initialize matrices from Xavier's uniform distribution."""
         for p in self.parameters():
             if p.dim() > 1:
                 nn.init.xavier_uniform_(p)
@@ -139,12 +139,12 @@ class DetrTransformer(nn.Module):
     def forward(
         self, x: torch.Tensor, mask: torch.Tensor, query_embed: torch.Tensor, pos_embed: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encode and decode.
+        """Apply the encoder and the decoder.
 
         Args:
             x: (N, C, H, W).
             mask: (N, H, W) bool, true for the padding.
-            query_embed: (Q, C), what is added to the queries, which begin with zeros.
+            query_embed: (Q, C), the position embeddings of the queries, which are initially zero.
             pos_embed: (N, C, H, W).
 
         Returns:
@@ -152,7 +152,7 @@ class DetrTransformer(nn.Module):
         """
         height, width = x.shape[2:]
 
-        def as_sequence(tensor, batch_first):  # of (N, S, C)
+        def as_sequence(tensor, batch_first):  # from (N, S, C)
             return tensor if batch_first else tensor.transpose(0, 1)
 
         mask = mask.flatten(1)

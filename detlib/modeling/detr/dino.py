@@ -17,8 +17,9 @@ __all__ = ["DINO"]
 
 
 class DINO(MultiScaleQueryDetector):
-    """Queries begin as the encoder's best boxes, each decoder layer refines them, and in training further
-    queries learn to repair boxes that were spoilt.
+    """DINO: queries start from the encoder's best boxes, and every decoder layer refines them.
+
+    In training, additional denoising queries learn to reconstruct ground-truth boxes from noised ones.
     """
 
     def __init__(
@@ -46,29 +47,30 @@ class DINO(MultiScaleQueryDetector):
     ):
         """
         Args:
-            backbone: images to a dict of feature maps.
-            position_embedding: (N, H, W) masks to (N, C, H, W) embeddings.
-            neck: the backbone's features to L maps (N, C, H, W), such as `ChannelMapper`.
+            backbone: a module that maps images to a dict of feature maps.
+            position_embedding: a module that maps (N, H, W) masks to (N, C, H, W) embeddings.
+            neck: a module that maps the backbone's features to L feature maps (N, C, H, W), such as
+                `ChannelMapper`.
             transformer: a `DINOTransformer`.
             embed_dim: C.
             num_classes: K.
-            num_queries: Q, as many as `transformer.two_stage_num_proposals`.
+            num_queries: Q, must equal `transformer.two_stage_num_proposals`.
             criterion: a `DINOCriterion`.
-            pixel_mean: mean of each channel, in the pixels' own unit.
+            pixel_mean: mean of each channel, in the unit of the pixels.
             pixel_std: standard deviation of each channel.
-            aux_loss: whether all decoder layers are compared with the truth, or the last.
-            select_box_nums_for_evaluation: how many detections of an image.
-            device: has no effect; the model lies where it is moved.
-            dn_number: there are about twice so many denoising queries, see `num_denoising_groups`; 0 for
-                none.
-            label_noise_ratio: twice the probability that a denoising query gets any class.
-            box_noise_scale: how far denoising queries lie from their boxes, see `apply_box_noise`.
-            input_format: the channels' order, "RGB" or "BGR"; for whoever draws the images.
-            vis_period: has no effect; models do not draw.
+            aux_loss: whether all decoder layers contribute to the loss, or only the last.
+            select_box_nums_for_evaluation: the number of detections per image.
+            device: ignored; move the model with `to`.
+            dn_number: half the approximate number of denoising queries, see `num_denoising_groups`; 0
+                disables denoising.
+            label_noise_ratio: twice the probability that the class of a denoising query is replaced.
+            box_noise_scale: scale of the noise on the boxes of denoising queries, see `apply_box_noise`.
+            input_format: order of the input's channels, "RGB" or "BGR"; used only for visualization.
+            vis_period: ignored; models do not draw visualizations.
             mask_padding_at_test: see `QueryDetector`.
 
         Raises:
-            ValueError: parts that do not fit each other; the message names them.
+            ValueError: the modules do not fit together; the message names them.
         """
         super().__init__(
             backbone=backbone,
@@ -97,7 +99,7 @@ class DINO(MultiScaleQueryDetector):
         self.input_format = input_format
         self.make_heads(transformer.decoder.num_layers + 1, is_shared=False)
         self.init_neck()
-        # The decoder refines boxes by the same heads, and the last ones are for the encoder's proposals.
+        # The decoder refines boxes with the same heads; the last heads are for the encoder's proposals.
         transformer.decoder.class_embed = self.class_embed
         transformer.decoder.bbox_embed = self.bbox_embed
 
@@ -112,7 +114,7 @@ class DINO(MultiScaleQueryDetector):
         hidden_dim: int,
         label_enc: nn.Embedding,
     ):
-        """The denoising queries of a batch; see `make_denoising_queries`. `hidden_dim` has no effect."""
+        """Build the denoising queries of a batch; see `make_denoising_queries`. `hidden_dim` is ignored."""
         return make_denoising_queries(
             targets, dn_number, label_noise_ratio, box_noise_scale, num_queries, num_classes, label_enc
         )
@@ -120,12 +122,12 @@ class DINO(MultiScaleQueryDetector):
     def dn_post_process(
         self, outputs_class: torch.Tensor, outputs_coord: torch.Tensor, dn_metas: dict
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Split off the predictions of denoising queries, and put them into `dn_metas`.
+        """Split off the predictions of denoising queries and store them in `dn_metas`.
 
         Args:
             outputs_class: (layers, N, D + Q, K).
             outputs_coord: (layers, N, D + Q, 4).
-            dn_metas: "single_padding" and "dn_num"; "output_known_lbs_bboxes" is added.
+            dn_metas: a dict with "single_padding" and "dn_num"; "output_known_lbs_bboxes" is added to it.
 
         Returns:
             (layers, N, Q, K) and (layers, N, Q, 4).
@@ -137,7 +139,7 @@ class DINO(MultiScaleQueryDetector):
         return outputs_class[:, :, count:], outputs_coord[:, :, count:]
 
     def predict(self, images: ImageList, targets: Sequence[Mapping] | None = None) -> dict:
-        """See `QueryDetector.predict`; "dn_metas" tells of the denoising queries, and is None without."""
+        """See `QueryDetector.predict`; the result also has "dn_metas", see `DINOCriterion.forward`."""
         maps = self.multi_level_features(images)
         contents = box_logits = attn_mask = dn_metas = None
         if targets is not None:
@@ -156,7 +158,7 @@ class DINO(MultiScaleQueryDetector):
         )
         logits, boxes = self.predict_layers(states, init_reference, references)
         if targets is not None:
-            # Every process must give `label_enc` a gradient, those without an object too.
+            # Give `label_enc` a gradient in every process, even without objects, as DDP requires.
             logits = logits + 0 * self.label_enc.weight[0, 0]
         if dn_metas is not None:
             logits, boxes = self.dn_post_process(logits, boxes, dn_metas)

@@ -1,7 +1,7 @@
-"""The transformer of DINO (Zhang et al., arXiv:2203.03605): mixed query selection, and look forward twice.
+"""The transformer of DINO (Zhang et al., arXiv:2203.03605): mixed query selection and look forward twice.
 
-Shape legend: N images, C channels, L feature levels, S cells of all levels together, Q queries, D denoising
-queries, K classes.
+Shape legend: N images, C channels, L feature levels, S cells over all levels, Q queries, D denoising queries,
+K classes.
 """
 
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ __all__ = ["DINOTransformer", "DINOTransformerDecoder", "DINOTransformerEncoder"
 
 
 class DINOTransformerEncoder(DeformableDetrTransformerEncoder):
-    """The encoder of DINO: that of Deformable DETR, with its arguments."""
+    """The encoder of DINO, identical to `DeformableDetrTransformerEncoder`."""
 
 
 class DINOTransformerDecoder(DeformableDecoder):
-    """The decoder of DINO, whose references are boxes and tell where the queries are."""
+    """The decoder of DINO: queries get their position embeddings from their reference boxes."""
 
     def __init__(
         self,
@@ -42,11 +42,11 @@ class DINOTransformerDecoder(DeformableDecoder):
             embed_dim, num_heads, feedforward_dim, attn_dropout, ffn_dropout, num_layers, return_intermediate,
                 num_feature_levels: see `DeformableDecoder`.
             look_forward_twice: whether gradients of the next layer's boxes reach this layer.
-            use_checkpoint: whether the inner activations of a layer are computed again in the backward pass,
-                to save memory.
+            use_checkpoint: whether to use activation checkpointing: the inner activations of a layer are
+                recomputed in the backward pass, which saves memory.
 
         Raises:
-            ValueError: `embed_dim` is no multiple of 4.
+            ValueError: `embed_dim` is not a multiple of 4.
         """
         if embed_dim % 4:
             raise ValueError(f"DINOTransformerDecoder's embed_dim must be a multiple of 4, got {embed_dim}")
@@ -66,15 +66,15 @@ class DINOTransformerDecoder(DeformableDecoder):
         self.norm = nn.LayerNorm(embed_dim)
 
     def query_pos(self, references: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
-        """The embedded references on level 0."""
+        """Return the embedding of the references; see `DeformableDecoder.query_pos`."""
         return self.ref_point_head(get_sine_pos_embed(references, self.embed_dim // 2))
 
     def state(self, query: torch.Tensor) -> torch.Tensor:
-        """The heads see normed queries."""
+        """Return the normalized queries."""
         return self.norm(query)
 
     def next_references(self, refined: torch.Tensor) -> torch.Tensor:
-        """See `DeformableDecoder`."""
+        """See `DeformableDecoder.next_references`."""
         return refined if self.look_forward_twice else refined.detach()
 
 
@@ -94,8 +94,9 @@ class DINOTransformer(DeformableTransformer):
             encoder: a `DINOTransformerEncoder`.
             decoder: a `DINOTransformerDecoder`.
             num_feature_levels: L.
-            two_stage_num_proposals: Q, how many proposals become queries.
-            learnt_init_query: whether the contents are learned; else they are those of the proposals' cells.
+            two_stage_num_proposals: Q, the number of proposals that become queries.
+            learnt_init_query: whether the query contents are learned; otherwise they are the features of the
+                proposals' cells.
         """
         super().__init__(encoder, decoder, num_feature_levels, two_stage_num_proposals)
         self.learnt_init_query = learnt_init_query
@@ -113,26 +114,26 @@ class DINOTransformer(DeformableTransformer):
         attn_masks: Sequence[torch.Tensor | None] | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, ...]:
-        """Encode and decode.
+        """Apply the encoder and the decoder.
 
         Args:
-            multi_level_feats: L maps (N, C, H, W).
+            multi_level_feats: L feature maps (N, C, H, W).
             multi_level_masks: L masks (N, H, W) bool, true for the padding.
             multi_level_pos_embeds: L position embeddings (N, C, H, W).
-            query_embed: contents (N, D, C) and logits of boxes (N, D, 4) of queries to put before the others;
-                or None and None.
-            attn_masks: masks of the decoder's two attentions, or None.
-            **kwargs: have no effect.
+            query_embed: contents (N, D, C) and box logits (N, D, 4) of denoising queries, which are placed
+                before the other queries; or (None, None).
+            attn_masks: masks of the decoder's self-attention and cross-attention, or None.
+            **kwargs: ignored.
 
         Returns:
             states: (layers, N, D + Q, C).
-            init_reference: (N, D + Q, 4), the boxes that the first layer began with.
-            references: (layers, N, D + Q, 4), the boxes that came out of each layer.
-            enc_state: (N, Q, C), the cells that the proposals were predicted from.
+            init_reference: (N, D + Q, 4), the boxes before the first layer.
+            references: (layers, N, D + Q, 4), the boxes after each layer.
+            enc_state: (N, Q, C), the cells from which the proposals are predicted.
             enc_reference: (N, Q, 4), the proposals.
 
         Raises:
-            ValueError: `two_stage_num_proposals` is more than there are cells.
+            ValueError: the images have fewer cells than `two_stage_num_proposals`.
         """
         memory, levels = self.encode(multi_level_feats, multi_level_masks, multi_level_pos_embeds)
         cells, logits, boxes = self.propose(memory, levels)

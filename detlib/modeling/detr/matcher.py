@@ -1,7 +1,7 @@
-"""Which query answers for which object: the assignment of least cost (Carion et al., arXiv:2005.12872).
+"""Bipartite matching of queries and objects with minimal cost (Carion et al., arXiv:2005.12872).
 
-Shape legend: L layers of predictions, N images, Q queries, K classes, M objects of the image that has most,
-P pairs of a batch.
+Shape legend: L layers of predictions, N images, Q queries, K classes, M the largest number of objects per
+image, P matched pairs in a batch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,14 +19,15 @@ __all__ = ["HungarianMatcher", "Matches", "class_cost", "flat_matches"]
 
 _COST_TYPES = ("ce_cost", "focal_loss_cost")
 _UNLIKELY = 1e6
-"""What a cost that is not a number counts as: the loss tells that a model has diverged, not the matcher."""
+"""The replacement of non-finite costs: a diverged model is reported by its loss, not by the matcher."""
 
 
 class Matches(list):
-    """The matches of one layer: for each image a pair of int64 tensors, queries and the objects they match.
+    """The matches of one layer: for each image a pair of int64 tensors, queries and their matched objects.
 
     Attributes:
-        flat: (3, P) int64, the same in one tensor: image, query, and object counted over the whole batch.
+        flat: (3, P) int64, the same matches in one tensor: indices of the image, the query, and the object
+            in the concatenation of all images' objects.
     """
 
     flat: torch.Tensor
@@ -35,12 +36,13 @@ class Matches(list):
     def on_device(
         cls, layers: Sequence[Sequence[tuple]], num_objects: Sequence[int], device: torch.device
     ) -> list["Matches"]:
-        """Matches of L layers, which go to the device in one piece.
+        """Create the matches of L layers, with one transfer to the device.
 
         Args:
-            layers: for each layer and image two int arrays of one length, queries and objects of the image.
-            num_objects: N numbers.
-            device: where to.
+            layers: for each layer and image, two int arrays of equal length: queries, and objects of the
+                image.
+            num_objects: the number of objects of each image.
+            device: device of the matches.
         """
         offsets = np.cumsum([0, *num_objects[:-1]])
         blocks = [
@@ -64,7 +66,7 @@ class Matches(list):
 
 
 def flat_matches(indices: Sequence, targets: Sequence[Mapping]) -> torch.Tensor:
-    """(3, P) int64 image, query and object of the batch, from the pairs of `HungarianMatcher.forward`."""
+    """Return the pairs of `HungarianMatcher.forward` as one tensor, see `Matches.flat`."""
     if isinstance(indices, Matches):
         return indices.flat
     rows, offset = [], 0
@@ -77,14 +79,14 @@ def flat_matches(indices: Sequence, targets: Sequence[Mapping]) -> torch.Tensor:
 def class_cost(
     logits: torch.Tensor, labels: torch.Tensor, kind: str, alpha: float = 0.25, gamma: float = 2.0
 ) -> torch.Tensor:
-    """What it costs that queries answer for objects, as far as their classes go.
+    """Return the classification cost of matching each query with each object.
 
     Args:
-        logits: (..., Q, K) floating point; for "ce_cost" with the background as the last class.
+        logits: (..., Q, K) floating point; for "ce_cost" the last class is the background.
         labels: (..., M) int64 classes.
-        kind: "focal_loss_cost": the focal loss of being the class, less that of not being it; or "ce_cost":
-            less the probability of the class.
-        alpha, gamma: of the focal loss, see `detlib.modeling.focal_loss.focal_loss_sum`.
+        kind: "focal_loss_cost", the focal loss of the class as a positive minus that as a negative; or
+            "ce_cost", the negative probability of the class.
+        alpha, gamma: parameters of the focal loss, see `detlib.modeling.focal_loss.focal_loss_sum`.
 
     Returns:
         (..., Q, M).
@@ -99,9 +101,9 @@ def class_cost(
 
 
 class HungarianMatcher(nn.Module):
-    """Matches each object of an image with one query, at the least total cost.
+    """The matcher of each object of an image with one query, with the minimal total cost.
 
-    All layers and images share one cost tensor, which goes to the host once.
+    The costs of all layers and images are transferred to the host in one copy.
     """
 
     def __init__(
@@ -117,12 +119,12 @@ class HungarianMatcher(nn.Module):
         Args:
             cost_class: weight of the class cost.
             cost_bbox: weight of the L1 distance of boxes.
-            cost_giou: weight of the generalized IoU.
+            cost_giou: weight of the negative generalized IoU.
             cost_class_type: "focal_loss_cost" or "ce_cost", see `class_cost`.
-            alpha, gamma: of the focal loss.
+            alpha, gamma: parameters of the focal loss.
 
         Raises:
-            ValueError: another `cost_class_type`, or all costs are 0.
+            ValueError: `cost_class_type` is unknown, or all weights are 0.
         """
         super().__init__()
         check_choice(cost_class_type, _COST_TYPES, "HungarianMatcher's cost_class_type")
@@ -136,31 +138,32 @@ class HungarianMatcher(nn.Module):
         self.gamma = gamma
 
     def forward(self, outputs: Mapping, targets: Sequence[Mapping]) -> Matches:
-        """Matches one layer.
+        """Match one layer.
 
         Args:
-            outputs: "pred_logits" (N, Q, K) and "pred_boxes" (N, Q, 4): cx, cy, w, h.
-            targets: N dicts of "labels" (M_i,) int64 and "boxes" (M_i, 4), in the frame of the predictions.
+            outputs: a dict with "pred_logits" (N, Q, K) and "pred_boxes" (N, Q, 4) as cx, cy, w, h.
+            targets: N dicts with "labels" (M_i,) int64 and "boxes" (M_i, 4), in the same coordinates as
+                "pred_boxes".
 
         Returns:
-            N pairs of int64 tensors of min(Q, M_i) entries: queries, rising, and the objects they match.
+            N pairs of int64 tensors of min(Q, M_i) entries: queries in ascending order, and their objects.
         """
         return self.match_layers([outputs], [targets])[0]
 
     @torch.no_grad()
     def match_layers(self, outputs: Sequence[Mapping], targets: Sequence[Sequence[Mapping]]) -> list[Matches]:
-        """Matches L layers of the same N images at once.
+        """Match L layers of the same N images.
 
         Args:
-            outputs: L dicts as `forward` takes them.
-            targets: what each layer is compared with; layers may share it.
+            outputs: L dicts, see `forward`.
+            targets: the targets of each layer, see `forward`. Layers that share the same list are faster.
 
         Returns:
-            L lists as `forward` gives them, on the device of the predictions.
+            The matches of each layer, on the device of the predictions.
         """
         groups: dict[tuple, list[int]] = {}
-        for i, (layer, truth) in enumerate(zip(outputs, targets)):
-            groups.setdefault((layer["pred_logits"].shape, id(truth)), []).append(i)
+        for i, (layer, layer_targets) in enumerate(zip(outputs, targets)):
+            groups.setdefault((layer["pred_logits"].shape, id(layer_targets)), []).append(i)
         num_objects = [len(target["labels"]) for target in targets[0]]
         device = outputs[0]["pred_logits"].device
         costs = [
@@ -182,7 +185,7 @@ class HungarianMatcher(nn.Module):
         return Matches.on_device(layers, num_objects, device)
 
     def cost(self, logits: torch.Tensor, boxes: torch.Tensor, targets: Sequence[Mapping]) -> torch.Tensor:
-        """The cost of every query for every object of its image.
+        """Return the cost of matching each query with each object of its image.
 
         Args:
             logits: (L, N, Q, K).
@@ -190,8 +193,8 @@ class HungarianMatcher(nn.Module):
             targets: N dicts, see `forward`.
 
         Returns:
-            (L, N, Q, M), float32, or float64 for such predictions; entries beyond an image's objects mean
-            nothing.
+            (L, N, Q, M), float32, or float64 for float64 predictions. Entries beyond the number of an image's
+            objects are meaningless.
         """
         dtype = torch.promote_types(boxes.dtype, torch.float32)
         logits, boxes = logits.to(dtype), boxes.to(dtype)

@@ -1,4 +1,4 @@
-"""What Deformable DETR and DINO share besides their transformers: scales, heads and detections.
+"""The base of Deformable DETR and DINO: multi-scale features, prediction heads and inference.
 
 Shape legend: N images, C channels, Q queries, K classes, L feature levels of H x W cells.
 """
@@ -20,20 +20,20 @@ from detlib.structures import ImageList, Instances
 __all__ = ["MultiScaleQueryDetector"]
 
 _PRIOR_PROBABILITY = 0.01
-"""What every class scores at first, so that the many background queries do not swamp the loss."""
+"""The initial score of every class, so that the many background queries do not dominate the loss."""
 
 
 def _check_decoder(transformer: nn.Module) -> None:
-    """Raise ValueError if the decoder gives its last layer alone: heads and references go by layers."""
+    """Raise ValueError if the decoder returns only its last layer: each layer has a head and references."""
     if not getattr(transformer.decoder, "return_intermediate", True):
         raise ValueError(
-            "return_intermediate of the transformer's decoder must be True, got False; to learn from the "
-            "last layer alone give the model aux_loss=False"
+            "return_intermediate of the transformer's decoder must be True, got False; to train on the "
+            "last layer only, set aux_loss=False in the model"
         )
 
 
 def _check_neck(neck: nn.Module, backbone: nn.Module, embed_dim: int) -> None:
-    """Raise ValueError unless the backbone gives what the neck takes, as far as they tell."""
+    """Raise ValueError if the neck does not fit the backbone, as far as they declare their channels."""
     if getattr(neck, "out_channels", embed_dim) != embed_dim:
         raise ValueError(f"embed_dim is {embed_dim}, but the neck's out_channels is {neck.out_channels}")
     if not hasattr(neck, "in_features") or not hasattr(backbone, "output_shape"):
@@ -44,13 +44,13 @@ def _check_neck(neck: nn.Module, backbone: nn.Module, embed_dim: int) -> None:
         expected = getattr(getattr(conv, "conv", None), "in_channels", None)
         if None not in (expected, shapes[name].channels) and expected != shapes[name].channels:
             raise ValueError(
-                f"the neck's input_shapes say that {name!r} has {expected} channels, but the backbone gives "
+                f"the neck's input_shapes specify {expected} channels for {name!r}, but the backbone has "
                 f"{shapes[name].channels}"
             )
 
 
 class MultiScaleQueryDetector(QueryDetector):
-    """What Deformable DETR and DINO share: several scales, a head for each layer, and sigmoid scores."""
+    """The base of detectors with multi-scale features, a head for each decoder layer, and sigmoid scores."""
 
     def __init__(
         self,
@@ -73,16 +73,16 @@ class MultiScaleQueryDetector(QueryDetector):
         Args:
             backbone, criterion, num_classes, pixel_mean, pixel_std, mask_padding_at_test: see
                 `QueryDetector`.
-            position_embedding: (N, H, W) masks to (N, C, H, W) embeddings.
-            neck: the backbone's features to L maps (N, C, H, W).
-            transformer: see `DeformableTransformer`.
+            position_embedding: a module that maps (N, H, W) masks to (N, C, H, W) embeddings.
+            neck: a module that maps the backbone's features to L feature maps (N, C, H, W).
+            transformer: a `DeformableTransformer`.
             embed_dim: C.
             num_queries: Q.
-            aux_loss: whether all decoder layers are compared with the truth, or the last.
-            select_box_nums_for_evaluation: how many detections of an image.
+            aux_loss: whether all decoder layers contribute to the loss, or only the last.
+            select_box_nums_for_evaluation: the number of detections per image.
 
         Raises:
-            ValueError: parts that do not fit each other, or features that the backbone does not give.
+            ValueError: the modules do not fit together, or the backbone does not have the neck's features.
         """
         super().__init__(backbone, criterion, num_classes, pixel_mean, pixel_std, mask_padding_at_test)
         check_embed_dim(embed_dim, position_embedding, transformer)
@@ -97,20 +97,20 @@ class MultiScaleQueryDetector(QueryDetector):
         self.select_box_nums_for_evaluation = select_box_nums_for_evaluation
 
     def make_heads(self, count: int, is_shared: bool) -> None:
-        """Add `class_embed` and `bbox_embed`: `count` heads each, which share their parameters or not."""
+        """Add `class_embed` and `bbox_embed`, `count` heads each, which share parameters if `is_shared`."""
         class_embed = nn.Linear(self.embed_dim, self.num_classes)
         bbox_embed = MLP(self.embed_dim, self.embed_dim, 4, 3)
         nn.init.constant_(class_embed.bias, -math.log((1 - _PRIOR_PROBABILITY) / _PRIOR_PROBABILITY))
         nn.init.zeros_(bbox_embed.layers[-1].weight)
         nn.init.zeros_(bbox_embed.layers[-1].bias)
 
-        def several(head):
+        def repeat(head):
             return nn.ModuleList(head if is_shared else copy.deepcopy(head) for _ in range(count))
 
-        self.class_embed, self.bbox_embed = several(class_embed), several(bbox_embed)
+        self.class_embed, self.bbox_embed = repeat(class_embed), repeat(bbox_embed)
 
     def init_neck(self) -> None:
-        """Draw the neck's convolutions from Xavier's uniform distribution."""
+        """Initialize the neck's convolutions from Xavier's uniform distribution."""
         for module in self.neck.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight)
@@ -120,7 +120,11 @@ class MultiScaleQueryDetector(QueryDetector):
     def multi_level_features(
         self, images: ImageList
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-        """L maps (N, C, H, W), their padding masks (N, H, W) bool, and position embeddings (N, C, H, W)."""
+        """Compute the feature maps of all levels.
+
+        Returns:
+            L feature maps (N, C, H, W), padding masks (N, H, W) bool and position embeddings (N, C, H, W).
+        """
         feats = list(self.neck(self.backbone(images.tensor)))
         mask = self.padding_mask(images)[None].to(torch.float32)
         masks = [F.interpolate(mask, size=x.shape[-2:])[0].bool() for x in feats]
@@ -129,12 +133,12 @@ class MultiScaleQueryDetector(QueryDetector):
     def predict_layers(
         self, states: torch.Tensor, init_reference: torch.Tensor, references: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Classes and boxes of every decoder layer.
+        """Predict the classes and boxes of every decoder layer.
 
         Args:
-            states: (layers, N, Q, C) queries.
-            init_reference: (N, Q, 2 or 4), what the first layer's boxes are relative to.
-            references: (layers, N, Q, 2 or 4), what those of the layer after each are relative to.
+            states: (layers, N, Q, C), the queries after each layer.
+            init_reference: (N, Q, 2 or 4), the references that the first layer refines.
+            references: (layers, N, Q, 2 or 4), the references after each layer, which the next layer refines.
 
         Returns:
             (layers, N, Q, K) logits and (layers, N, Q, 4) boxes.

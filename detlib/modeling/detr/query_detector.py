@@ -1,4 +1,4 @@
-"""What DETR-like models share: images and masks in, targets, weighted losses, and detections out.
+"""The base of DETR-like models: preprocessing, targets, weighted losses and detections.
 
 Shape legend: N images of H x W padded pixels, Q queries, K classes.
 """
@@ -26,14 +26,14 @@ __all__ = [
 
 
 def check_embed_dim(embed_dim: int, position_embedding: nn.Module, transformer: nn.Module) -> None:
-    """Raise ValueError unless the parts work on `embed_dim` channels, as far as they tell."""
+    """Raise ValueError if a module declares another number of channels than `embed_dim`."""
     if getattr(transformer, "embed_dim", embed_dim) != embed_dim:
         raise ValueError(
-            f"embed_dim is {embed_dim}, but that of the transformer's encoder is {transformer.embed_dim}"
+            f"embed_dim is {embed_dim}, but the transformer's encoder has {transformer.embed_dim}"
         )
     decoder_dim = getattr(getattr(transformer, "decoder", None), "embed_dim", embed_dim)
     if decoder_dim != embed_dim:
-        raise ValueError(f"embed_dim is {embed_dim}, but that of the transformer's decoder is {decoder_dim}")
+        raise ValueError(f"embed_dim is {embed_dim}, but the transformer's decoder has {decoder_dim}")
     half = getattr(position_embedding, "num_pos_feats", None)
     if half is not None and 2 * half != embed_dim:
         raise ValueError(
@@ -42,7 +42,7 @@ def check_embed_dim(embed_dim: int, position_embedding: nn.Module, transformer: 
 
 
 def padding_masks(images: ImageList) -> torch.Tensor:
-    """(N, H, W) bool, true where a batch of images is padded."""
+    """Return the padding mask of a batch of images: (N, H, W) bool, true in the padding."""
     height, width = images.tensor.shape[-2:]
     device = images.tensor.device
     heights, widths = torch.tensor(images.image_sizes).t()[:, :, None].to(device, non_blocking=True)
@@ -52,7 +52,7 @@ def padding_masks(images: ImageList) -> torch.Tensor:
 
 
 def stack_layers(logits: torch.Tensor, boxes: torch.Tensor, aux_loss: bool) -> dict:
-    """What the criterion takes of (layers, N, Q, K) logits and (layers, N, Q, 4) boxes."""
+    """Return the inputs of the criterion, from (layers, N, Q, K) logits and (layers, N, Q, 4) boxes."""
     outputs: dict[str, Any] = {"pred_logits": logits[-1], "pred_boxes": boxes[-1]}
     if aux_loss:
         outputs["aux_outputs"] = [
@@ -62,15 +62,16 @@ def stack_layers(logits: torch.Tensor, boxes: torch.Tensor, aux_loss: bool) -> d
 
 
 class QueryDetector(MetaArchitecture, metaclass=ABCMeta):
-    """A backbone, and queries that each predict one object or nothing.
+    """A detector with object queries, each of which predicts one object or background.
 
-    A subclass says how images become predictions (`predict`) and predictions detections (`inference`).
+    Subclasses implement `predict`, from images to predictions, and `inference`, from predictions to
+    detections.
     """
 
-    reference_lr_per_image = 1e-4 / 16  # of AdamW
+    reference_lr_per_image = 1e-4 / 16  # for AdamW
     compile_modules = ("backbone", "transformer")
-    # On a CPU it gains nothing, as transformers take most of the time, and contiguous feature maps are
-    # detrex's to the last bit: a matching may depend on it.
+    # On a CPU, channels_last gains nothing, as transformers take most of the time. Contiguous feature maps
+    # equal those of detrex bit for bit, and a match may depend on the last bit.
     channels_last_on = ("cuda",)
 
     @classmethod
@@ -89,22 +90,22 @@ class QueryDetector(MetaArchitecture, metaclass=ABCMeta):
     ):
         """
         Args:
-            backbone: images to a dict of feature maps.
-            criterion: the losses, with their `weight_dict`.
+            backbone: a module that maps images to a dict of feature maps.
+            criterion: a module that computes the losses, with their weights in `weight_dict`.
             num_classes: K.
-            pixel_mean: mean of each channel, in the pixels' own unit (0 to 255 for the built-in models).
+            pixel_mean: mean of each channel, in the unit of the pixels (0 to 255 for the built-in models).
             pixel_std: standard deviation of each channel.
-            mask_padding_at_test: whether padding is masked outside training too. The published models see it
-                as part of the image, which does no harm where images are predicted one by one: they have
-                none. In a batch of several sizes, boxes are right only with True.
+            mask_padding_at_test: whether padding is masked in inference too. The published models treat it
+                as part of the image, which is harmless for single images, as they are not padded. In a batch
+                of images of different sizes, boxes are correct only with True.
 
         Raises:
-            ValueError: the criterion has another number of classes.
+            ValueError: the criterion's number of classes differs from `num_classes`.
         """
         super().__init__()
         if getattr(criterion, "num_classes", num_classes) != num_classes:
             raise ValueError(
-                f"the model's num_classes is {num_classes}, its criterion's num_classes is "
+                f"the model's num_classes is {num_classes}, but its criterion's num_classes is "
                 f"{criterion.num_classes}; they must be the same"
             )
         self.backbone = backbone
@@ -115,29 +116,32 @@ class QueryDetector(MetaArchitecture, metaclass=ABCMeta):
 
     @property
     def _dtype(self) -> torch.dtype:
-        """Of boxes and scores: float32, or float64 in such a model."""
+        """The dtype of boxes and scores: float32, or float64 for a float64 model."""
         return torch.promote_types(self.pixel_mean.dtype, torch.float32)
 
     def padding_mask(self, images: ImageList) -> torch.Tensor:
-        """(N, H, W) bool, true where the model must see padding as such; see `mask_padding_at_test`."""
+        """Return the padding mask of the model: (N, H, W) bool, true in padding that is masked.
+
+        In inference, nothing is masked unless `mask_padding_at_test` is set.
+        """
         if self.training or self.mask_padding_at_test:
             return padding_masks(images)
         if len(set(images.image_sizes)) > 1:
             log_first_n(
                 logging.WARNING,
-                "Images of several sizes are predicted in one batch without a mask for the padding, so the "
-                "boxes of smaller ones are off: set mask_padding_at_test, or give single images.",
+                "A batch has images of different sizes and the padding is not masked, so the boxes of the "
+                "smaller ones are inaccurate: set mask_padding_at_test, or predict one image at a time.",
             )
         return images.tensor.new_zeros((len(images), *images.tensor.shape[-2:]), dtype=torch.bool)
 
     def prepare_targets(self, targets: list[Instances]) -> list[dict[str, torch.Tensor]]:
-        """The truth as the criterion takes it.
+        """Convert ground truth to the targets of the criterion.
 
         Args:
             targets: N `Instances` with `gt_boxes` and `gt_classes` in pixels.
 
         Returns:
-            N dicts of "labels" (M_i,) int64 and "boxes" (M_i, 4): cx, cy, w, h as fractions of the image.
+            N dicts with "labels" (M_i,) int64 and "boxes" (M_i, 4): cx, cy, w, h as fractions of the image.
         """
         prepared = []
         for instances in targets:
@@ -148,23 +152,23 @@ class QueryDetector(MetaArchitecture, metaclass=ABCMeta):
         return prepared
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor] | list[dict]:
-        """Losses in training, detections otherwise.
+        """Return the losses in training, and detections otherwise.
 
         Args:
             batched_inputs: N dicts, each with
 
                 * "image": (3, H_i, W_i) uint8 or float tensor;
-                * "instances": `Instances` with `gt_boxes` and `gt_classes` in pixels of "image"; training
-                  only. An image may be without objects;
-                * "height", "width": the size that outputs shall have; the image's own when left out.
+                * "instances": `Instances` with `gt_boxes` and `gt_classes` in pixels of "image"; only in
+                  training. An image may have no objects;
+                * "height", "width": the size of the output; defaults to the size of "image".
 
         Returns:
-            In training a dict of scalar losses, weighted. Otherwise N dicts with "instances": `pred_boxes`,
-            `scores` and `pred_classes`, by falling score.
+            In training, a dict of weighted scalar losses. Otherwise, N dicts with "instances", which has
+            `pred_boxes`, `scores` and `pred_classes` in descending score order.
 
         Raises:
-            TypeError, ValueError: an input of the wrong kind, or labels beyond the classes; the message names
-                the item and what is wrong.
+            TypeError, ValueError: an input has the wrong type, or a label is out of range; the message names
+                the item and the problem.
         """
         images = self.preprocess_image(batched_inputs)
         if self.training:
@@ -185,33 +189,33 @@ class QueryDetector(MetaArchitecture, metaclass=ABCMeta):
 
         Args:
             images: N images, as `preprocess_image` returns them.
-            targets: the truth, see `prepare_targets`; None outside training.
+            targets: the ground truth, see `prepare_targets`; None in inference.
 
         Returns:
-            What the criterion takes, see `SetCriterion.forward`.
+            The predictions, see `outputs` of `SetCriterion.forward`.
         """
 
     def losses(self, outputs: Mapping, targets: Sequence[Mapping]) -> dict[str, torch.Tensor]:
-        """The losses without their weights."""
+        """Return the losses without their weights."""
         return self.criterion(outputs, targets)
 
     @abstractmethod
     def inference(
         self, box_cls: torch.Tensor, box_pred: torch.Tensor, image_sizes: list[tuple[int, int]]
     ) -> list[Instances]:
-        """Turn predictions into detections.
+        """Convert predictions to detections.
 
         Args:
             box_cls: (N, Q, K) logits, or (N, Q, K + 1) with the background last.
-            box_pred: (N, Q, 4): cx, cy, w, h as fractions of the image.
+            box_pred: (N, Q, 4) cx, cy, w, h as fractions of the image.
             image_sizes: N pairs (height, width), without padding.
 
         Returns:
-            N `Instances` in pixels of the network's input, by falling score.
+            N `Instances` in pixels of the network's input, in descending score order.
         """
 
     def _detections(self, boxes, scores, classes, image_sizes) -> list[Instances]:
-        """Of (N, R, 4) boxes as predicted, (N, R) scores and classes."""
+        """Return `Instances` from (N, R, 4) predicted boxes, (N, R) scores and (N, R) classes."""
         found = []
         for i, (height, width) in enumerate(image_sizes):
             pred_boxes = Boxes(box_cxcywh_to_xyxy(boxes[i].to(self._dtype)))

@@ -1,6 +1,6 @@
-"""DETR, Deformable DETR and DINO after their papers, from weights alone: one formula after the other.
+"""Reference implementations of DETR, Deformable DETR and DINO: the formulas of their papers as functions.
 
-`w` is a state dict in float64. Shape legend: N images, Q queries, C channels, S cells of all levels.
+`w` is a state dict in float64. Shape legend: N images, Q queries, C channels, S cells over all levels.
 """
 
 import math
@@ -33,25 +33,25 @@ def add_ffn(w, name, x):
 
 
 def logit(x, eps=1e-3):
-    """detrex cuts at 1e-3, the papers' own code at 1e-5."""
+    """Return the logit of values clamped at `eps`: detrex uses 1e-3, the papers' own code 1e-5."""
     return (x.clamp(eps, 1) / (1 - x).clamp(eps, 1)).log()
 
 
 def sines(x, count):
-    """(...) to (..., count): sines at even places, cosines at odd ones."""
+    """Embed (...) as (..., count): sines at even indices, cosines at odd ones."""
     angles = [2 * math.pi * x / 10000 ** (2 * (i // 2) / count) for i in range(count)]
     return torch.stack([a.cos() if i % 2 else a.sin() for i, a in enumerate(angles)], -1)
 
 
 def embed_cells(mask, dim, offset):
-    """(N, H, W), true for padding, to (N, H * W, dim): row and column as parts of the image."""
+    """Embed the rows and columns of (N, H, W) padding masks, as fractions of the image: (N, H * W, dim)."""
     y, x = (~mask).double().cumsum(1), (~mask).double().cumsum(2)
     y, x = (y + offset) / (y[:, -1:] + 1e-6), (x + offset) / (x[:, :, -1:] + 1e-6)
     return torch.cat([sines(y, dim // 2), sines(x, dim // 2)], -1).flatten(1, 2)
 
 
 def attend(w, name, query, key, value, hidden):
-    """Attention of all to all; `hidden` broadcasts with (N, heads, Q, keys)."""
+    """Apply multi-head attention; `hidden` masks keys and broadcasts with (N, heads, Q, keys)."""
     parts = zip(w[f"{name}.in_proj_weight"].chunk(3), w[f"{name}.in_proj_bias"].chunk(3))
     q, k, v = ((x @ a.t() + b).unflatten(2, (NUM_HEADS, -1)) for x, (a, b) in zip((query, key, value), parts))
     scores = torch.einsum("nqhc,nkhc->nhqk", q, k) / math.sqrt(q.shape[-1])
@@ -60,22 +60,22 @@ def attend(w, name, query, key, value, hidden):
 
 
 def sample(cells, height, width, x, y):
-    """Bilinear, of (N, H * W, heads, c) cells at (N, Q, heads, points) fractions; zero outside."""
+    """Interpolate (N, H * W, heads, c) cells bilinearly at (N, Q, heads, points) fractions; zero outside."""
     cells, total = cells.transpose(1, 2), 0
     x, y = x * width - 0.5, y * height - 0.5
     for column in (x.floor(), x.floor() + 1):
         for row in (y.floor(), y.floor() + 1):
-            share = (1 - (x - column).abs()) * (1 - (y - row).abs())
+            weight = (1 - (x - column).abs()) * (1 - (y - row).abs())
             inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
             index = (row.clamp(0, height - 1) * width + column.clamp(0, width - 1)).long()
             index = index.transpose(1, 2).flatten(2)[..., None].expand(-1, -1, -1, cells.shape[-1])
             found = cells.gather(2, index).unflatten(2, (x.shape[1], -1)).transpose(1, 2)
-            total = total + found * (share * inside)[..., None]
+            total = total + found * (weight * inside)[..., None]
     return total
 
 
 def attend_to_points(w, name, query, cells, hidden, references, shapes):
-    """`references`: (N, Q, L, 2 or 4)."""
+    """Apply multi-scale deformable attention; `references` is (N, Q, L, 2 or 4)."""
     sizes = (NUM_HEADS, len(shapes), NUM_POINTS)
     value = linear(w, f"{name}.value_proj", cells).masked_fill(hidden[..., None], 0)
     value = value.unflatten(2, (NUM_HEADS, -1))
@@ -97,7 +97,7 @@ def attend_to_points(w, name, query, cells, hidden, references, shapes):
 
 
 def slow_detr(w, x, mask, num_layers):
-    """(N, C_in, H, W) map of the backbone to the logits and boxes of every layer."""
+    """Return the logits and boxes of every layer, from the (N, C_in, H, W) feature map of the backbone."""
     dim = w["input_proj.weight"].shape[0]
     cells = x.flatten(2).transpose(1, 2) @ w["input_proj.weight"].flatten(1).t() + w["input_proj.bias"]
     pos, hidden = embed_cells(mask, dim, 0.0), mask.flatten(1)[:, None, None]
@@ -124,7 +124,7 @@ def slow_detr(w, x, mask, num_layers):
 
 
 class SlowLevels:
-    """The cells of all levels, encoded, and what they propose."""
+    """The encoded cells of all levels, and their proposals."""
 
     def __init__(self, w, maps, masks, num_layers):
         dim = maps[0].shape[1]
@@ -154,7 +154,7 @@ class SlowLevels:
         return attend_to_points(self.w, name, query, cells, self.hidden, references, self.shapes)
 
     def propose(self):
-        """What the heads see of every cell, logits, and logits of boxes."""
+        """Return the inputs of the heads, class logits and box logits of every cell."""
         w, head = self.w, self.num_layers
         sides = [0.05 * 2**i for i, shape in enumerate(self.shapes) for _ in range(math.prod(shape))]
         sides = torch.tensor(sides, dtype=torch.float64)[:, None].expand(len(self.centers), -1, 2)
@@ -178,7 +178,7 @@ class SlowLevels:
 
 
 def moved(references, delta):
-    """A point or box moved in the space of logits; a point's size is that of `delta` alone."""
+    """Add `delta` to points or boxes in logit space; for points, `delta` alone gives the size."""
     size = logit(references[..., 2:]) if references.shape[-1] == 4 else 0
     return torch.cat([delta[..., :2] + logit(references[..., :2]), delta[..., 2:] + size], -1).sigmoid()
 
@@ -188,15 +188,15 @@ def rows(x, index):
 
 
 def slow_deformable_detr(w, maps, masks, num_layers, num_queries, refines, two_stage):
-    """Logits and boxes of every decoder layer, and of the encoder in two stages."""
+    """Return the logits and boxes of every decoder layer, and of the encoder if `two_stage`."""
     levels, dim = SlowLevels(w, maps, masks, num_layers), maps[0].shape[1]
-    found_by_encoder = None
+    encoder_outputs = None
     if two_stage:
         _, logits, boxes = levels.propose()
-        found_by_encoder = logits, boxes.sigmoid()
+        encoder_outputs = logits, boxes.sigmoid()
         best = logits[..., 0].argsort(1, descending=True)[:, :num_queries]
         references = rows(boxes, best).sigmoid().detach()
-        assert references.max() < 1, "the best cells must be such with a proposal"
+        assert references.max() < 1, "the best cells must have proposals"
         embedded = torch.cat([sines(references[..., i], dim // 2) for i in range(4)], -1)
         mixed = norm(w, "transformer.pos_trans_norm", linear(w, "transformer.pos_trans", embedded))
         pos, query = mixed[..., :dim], mixed[..., dim:]
@@ -211,22 +211,23 @@ def slow_deformable_detr(w, maps, masks, num_layers, num_queries, refines, two_s
         boxes = moved(references, mlp(w, f"bbox_embed.{head}", query))
         layers.append((linear(w, f"class_embed.{head}", query), boxes))
         references = boxes.detach() if refines else references
-    return layers, found_by_encoder
+    return layers, encoder_outputs
 
 
 def slow_dino(w, maps, masks, num_layers, num_queries, denoising, looks_twice):
-    """Logits and boxes of every decoder layer and of the encoder.
+    """Return the logits and boxes of every decoder layer and of the encoder.
 
-    Contents of the queries are learned if there are weights for them, and those of the best cells otherwise.
+    The contents of the queries are learned if there are weights for them; otherwise they are the features of
+    the best cells.
 
-    `denoising`: contents (N, D, C) and boxes (N, D, 4) of queries to put first, and (D, D) who of them must
-    not see whom.
+    `denoising` holds the contents (N, D, C), boxes (N, D, 4) and attention mask (D, D) of the denoising
+    queries, which come first.
     """
     levels, dim = SlowLevels(w, maps, masks, num_layers), maps[0].shape[1]
     cells, logits, boxes = levels.propose()
     best = logits.max(2).values.argsort(1, descending=True)[:, :num_queries]
     enc_boxes = rows(boxes, best).sigmoid()
-    assert enc_boxes.max() < 1, "the best cells must be such with a proposal"
+    assert enc_boxes.max() < 1, "the best cells must have proposals"
     contents, dn_boxes, apart = denoising
     seen = rows(cells, best)
     learned = w.get("transformer.tgt_embed.weight")
@@ -255,17 +256,17 @@ def overlap(boxes, others):
 
 
 def focal(logits, alpha=0.25, gamma=2):
-    """What being each class costs, and what not being it."""
+    """Return the focal losses of each class as a positive and as a negative."""
     p = logits.sigmoid()
     return -alpha * (1 - p) ** gamma * p.log(), -(1 - alpha) * p**gamma * (1 - p).log()
 
 
-def slow_matches(logits, boxes, truth, weights, is_softmax):
-    """For each image the queries and their objects, at the least cost."""
+def slow_matches(logits, boxes, targets, weights, is_softmax):
+    """Return the queries and their objects for each image, with minimal cost."""
     matches = []
-    for own_logits, own_boxes, target in zip(logits.detach(), boxes.detach(), truth):
-        being, not_being = focal(own_logits)
-        by_class = -own_logits.softmax(-1) if is_softmax else being - not_being
+    for own_logits, own_boxes, target in zip(logits.detach(), boxes.detach(), targets):
+        positive, negative = focal(own_logits)
+        by_class = -own_logits.softmax(-1) if is_softmax else positive - negative
         distance = (own_boxes[:, None] - target["boxes"]).abs().sum(-1)
         cost = weights[0] * by_class[:, target["labels"]] + weights[1] * distance
         cost = cost - weights[2] * overlap(own_boxes, target["boxes"])
@@ -273,14 +274,14 @@ def slow_matches(logits, boxes, truth, weights, is_softmax):
     return matches
 
 
-def slow_losses(logits, boxes, truth, matches, num_boxes, eos_coef=None):
-    """Differentiable losses of one layer; with `eos_coef` by softmax, the background last."""
+def slow_losses(logits, boxes, targets, matches, num_boxes, eos_coef=None):
+    """Return the differentiable losses of one layer; `eos_coef` selects softmax with the background last."""
     by_class, total, distance, apart = 0, 0, 0, 0
-    for own_logits, own_boxes, target, (queries, objects) in zip(logits, boxes, truth, matches):
+    for own_logits, own_boxes, target, (queries, objects) in zip(logits, boxes, targets, matches):
         labels, gt_boxes = target["labels"][objects], target["boxes"][objects]
         if eos_coef is None:
-            being, not_being = focal(own_logits)
-            by_class = by_class + not_being.sum() + (being - not_being)[queries, labels].sum()
+            positive, negative = focal(own_logits)
+            by_class = by_class + negative.sum() + (positive - negative)[queries, labels].sum()
         else:
             cost = -own_logits.log_softmax(-1)
             background = torch.ones(len(cost), dtype=torch.bool).index_fill(0, queries, False)

@@ -1,4 +1,4 @@
-"""DETR, Deformable DETR and DINO small enough for a test, and batches for them."""
+"""Small DETR, Deformable DETR and DINO models and batches for the tests."""
 
 import torch
 from torch import nn
@@ -30,7 +30,7 @@ WEIGHTS = {"loss_class": 2.0, "loss_bbox": 5.0, "loss_giou": 2.0, "loss_bbox_dn"
 
 
 class TinyBackbone(Backbone):
-    """One convolution for each of the strides 8, 16 and 32."""
+    """A backbone with one convolution for each of the strides 8, 16 and 32."""
 
     def __init__(self):
         super().__init__()
@@ -154,7 +154,7 @@ MODELS = {
 
 
 def batch(counts=(3, 1), sizes=((64, 96), (80, 64)), seed=0):
-    """Images with so many objects, or without "instances" where a count is None."""
+    """Return a batch of images with `counts` objects; a count of None omits "instances"."""
     generator = torch.Generator().manual_seed(seed)
     items = []
     for count, (height, width) in zip(counts, sizes):
@@ -170,15 +170,15 @@ def batch(counts=(3, 1), sizes=((64, 96), (80, 64)), seed=0):
 
 
 def targets(counts=(3, 0, 1), seed=0, num_classes=NUM_CLASSES, dtype=torch.float32):
-    """What models make of such batches."""
+    """Return random targets, as `QueryDetector.prepare_targets` does."""
     generator = torch.Generator().manual_seed(seed)
-    made = []
+    result = []
     for count in counts:
         corners = torch.rand(count, 2, 2, generator=generator).sort(dim=1).values.to(dtype)
         center, size = corners.mean(1), corners[:, 1] - corners[:, 0]
         labels = torch.randint(0, num_classes, (count,), generator=generator)
-        made.append({"labels": labels, "boxes": torch.cat([center, size], 1)})
-    return made
+        result.append({"labels": labels, "boxes": torch.cat([center, size], 1)})
+    return result
 
 
 def predictions(num_images=3, num_queries=6, num_logits=NUM_CLASSES, seed=1, dtype=torch.float32):

@@ -1,4 +1,4 @@
-"""The parts of the multi-scale transformers: where cells lie, proposals, references and their refinement."""
+"""Tests of the multi-scale transformers: positions of cells, proposals, references and refinement."""
 
 import math
 
@@ -12,23 +12,23 @@ from detlib.structures import ImageList
 from tests.modeling.detr.small_models import DIM, MODELS, batch, small_deformable_detr, small_dino
 
 SHAPES = [(4, 6), (2, 3)]
-# (height, width) in cells that each of two images fills on each level.
+# The (height, width) in cells that each of two images fills on each level.
 FILLED = [[(4, 6), (2, 3)], [(3, 2), (2, 1)]]
 
 
 def masks():
-    made = []
+    result = []
     for level, (height, width) in enumerate(SHAPES):
         mask = torch.ones(2, height, width, dtype=torch.bool)
         for image in range(2):
             h, w = FILLED[image][level]
             mask[image, :h, :w] = False
-        made.append(mask)
-    return made
+        result.append(mask)
+    return result
 
 
 def slow_centers():
-    """Of each image, level, row and column: x and y as fractions of the image."""
+    """Return x and y of all cells as fractions of their image, computed in loops."""
     rows = []
     for image in range(2):
         rows.append([])
@@ -38,7 +38,7 @@ def slow_centers():
     return torch.tensor(rows)
 
 
-def test_padding():
+def test_padding_masks_cover_the_padding():
     images = ImageList(torch.zeros(2, 3, 4, 5), [(4, 2), (3, 5)])
     want = torch.zeros(2, 4, 5, dtype=torch.bool)
     want[0, :, 2:] = True
@@ -46,15 +46,15 @@ def test_padding():
     assert torch.equal(padding_masks(images), want)
 
 
-def test_cells():
+def test_cell_centers_are_fractions_of_the_image():
     ratios = torch.stack([valid_ratio(m, torch.float32) for m in masks()], 1)
     want = [[[1, 1], [1, 1]], [[2 / 6, 3 / 4], [1 / 3, 1]]]
     torch.testing.assert_close(ratios, torch.tensor(want))
     torch.testing.assert_close(cell_centers(SHAPES, ratios), slow_centers())
 
 
-def test_cells_and_proposals_of_double_precision():
-    """Parts of an image such as a third, and sides such as 0.05, have all the digits of the model."""
+def test_valid_ratios_and_proposals_have_double_precision():
+    """Fractions such as 1/3, and sides such as 0.05, are exact in the dtype of the model."""
     ratios = torch.stack([valid_ratio(m, torch.float64) for m in masks()], 1)
     want = torch.tensor([[[1, 1], [1, 1]], [[2 / 6, 3 / 4], [1 / 3, 1]]], dtype=torch.float64)
     torch.testing.assert_close(ratios, want, rtol=1e-15, atol=0)
@@ -68,7 +68,7 @@ def test_cells_and_proposals_of_double_precision():
     torch.testing.assert_close(boxes[..., 2:], want, rtol=1e-14, atol=0)
 
 
-def test_levels_in_one_sequence():
+def test_flatten_levels_keeps_cells_in_order():
     feats = [torch.rand(2, 3, *shape) for shape in SHAPES]
     pos = [torch.rand(2, 3, *shape) for shape in SHAPES]
     embeds = torch.rand(2, 3)
@@ -80,8 +80,8 @@ def test_levels_in_one_sequence():
     assert torch.equal(levels.mask[:, :24], masks()[0].flatten(1))
 
 
-def test_proposals():
-    """A box of 0.05 times 2 to the level around each cell, where that lies well within the image."""
+def test_proposals_are_centered_on_cells():
+    """Proposals have the side 0.05 * 2**level, and are infinite in the padding and near the border."""
     transformer = small_dino().transformer
     memory = torch.rand(2, 30, DIM)
     mask = torch.cat([m.flatten(1) for m in masks()], 1)
@@ -102,7 +102,7 @@ def test_proposals():
             torch.testing.assert_close(cells[image, cell], own)
 
 
-def test_reference_points():
+def test_reference_points_are_fractions_of_the_padded_level():
     transformer = small_dino().transformer
     ratios = torch.stack([transformer.get_valid_ratio(m) for m in masks()], 1)
     found = transformer.get_reference_points(torch.tensor(SHAPES), ratios)
@@ -111,7 +111,7 @@ def test_reference_points():
     torch.testing.assert_close(found[1, 7], want)
 
 
-def test_refinement():
+def test_refine_boxes_adds_deltas_to_logits():
     deltas = torch.randn(2, 3, 4)
     boxes = torch.rand(2, 3, 4) * 0.9 + 0.05
     logits = torch.log(boxes / (1 - boxes))
@@ -129,8 +129,8 @@ def test_refinement():
         (lambda: small_deformable_detr(with_box_refine=True), False),
     ],
 )
-def test_look_forward_twice(make, looks_twice):
-    """A layer's box head learns from the next layer's boxes, or not."""
+def test_look_forward_twice_lets_gradients_through(make, looks_twice):
+    """Gradients of the next layer's boxes reach a layer's box head only with look forward twice."""
     model = make()
     outputs = model.predict(model.preprocess_image(batch()), None)
     outputs["pred_boxes"].sum().backward()
@@ -139,8 +139,8 @@ def test_look_forward_twice(make, looks_twice):
 
 
 @pytest.mark.parametrize("name", ["deformable_detr_refine", "dino"])
-def test_decoder_layer_by_layer(name):
-    """The boxes that go from layer to layer, by hand."""
+def test_decoder_equals_its_layers_in_sequence(name):
+    """Each layer must attend around the boxes that the layer before it refined."""
     model = MODELS[name]()
     with torch.no_grad():
         for head in model.bbox_embed:
@@ -170,7 +170,7 @@ def test_decoder_layer_by_layer(name):
         torch.testing.assert_close(states[i], decoder.norm(query) if name == "dino" else query)
 
 
-def test_boxes_of_layers_stay_put_without_refinement():
+def test_layers_share_one_box_head_without_refinement():
     model = small_deformable_detr()
     assert len({id(head) for head in model.bbox_embed}) == 1
     outputs = model.predict(model.preprocess_image(batch()), None)
@@ -178,7 +178,7 @@ def test_boxes_of_layers_stay_put_without_refinement():
     assert model.transformer.decoder.bbox_embed is None
 
 
-def test_checkpointed_layers_train_the_same():
+def test_activation_checkpointing_keeps_gradients():
     grads = []
     for use_checkpoint in (False, True):
         model = small_dino(dn_number=0)

@@ -1,4 +1,4 @@
-"""The matcher against costs computed pair by pair, and against trying all assignments."""
+"""Tests of the matcher against costs in loops over pairs, and against a search of all assignments."""
 
 import itertools
 import math
@@ -14,7 +14,7 @@ from tests.modeling.detr.small_models import predictions, targets
 
 
 def slow_cost(matcher, outputs, image, target):
-    """Of one image: a list of Q rows of M costs."""
+    """Return the costs of one image, pair by pair: a list of Q rows of M costs."""
     table = []
     logits, boxes = outputs["pred_logits"][image].detach(), outputs["pred_boxes"][image].detach()
     for logit, box in zip(logits, boxes):
@@ -38,13 +38,13 @@ def slow_cost(matcher, outputs, image, target):
 
 
 @pytest.mark.parametrize("kind", ["focal_loss_cost", "ce_cost"])
-def test_costs_and_matches(kind):
+def test_matches_have_minimal_cost(kind):
     matcher = HungarianMatcher(2.0, 5.0, 3.0, cost_class_type=kind, alpha=0.3, gamma=1.5)
-    outputs, truth = predictions(num_logits=4), targets()
-    cost = matcher.cost(outputs["pred_logits"][None], outputs["pred_boxes"][None], truth)
-    found = matcher(outputs, truth)
+    outputs, gt = predictions(num_logits=4), targets()
+    cost = matcher.cost(outputs["pred_logits"][None], outputs["pred_boxes"][None], gt)
+    found = matcher(outputs, gt)
     assert cost.shape == (1, 3, 6, 3) and len(found) == 3
-    for i, target in enumerate(truth):
+    for i, target in enumerate(gt):
         table = slow_cost(matcher, outputs, i, target)
         count = len(target["labels"])
         torch.testing.assert_close(
@@ -60,13 +60,13 @@ def test_costs_and_matches(kind):
             assert dict(zip(objects.tolist(), queries.tolist())) == dict(enumerate(best))
 
 
-def test_layers_at_once_are_the_layers_alone():
+def test_match_layers_equals_matching_each_layer():
     matcher = HungarianMatcher(2.0, 5.0, 2.0)
-    truth = targets((4, 0, 2))
-    as_one_class = [{**t, "labels": torch.zeros_like(t["labels"])} for t in truth]
+    gt = targets((4, 0, 2))
+    as_one_class = [{**t, "labels": torch.zeros_like(t["labels"])} for t in gt]
     outputs = [predictions(seed=1), predictions(seed=2), predictions(num_queries=40, seed=3)]
-    found = matcher.match_layers(outputs, [truth, truth, as_one_class])
-    for layer, own, matches in zip(outputs, (truth, truth, as_one_class), found):
+    found = matcher.match_layers(outputs, [gt, gt, as_one_class])
+    for layer, own, matches in zip(outputs, (gt, gt, as_one_class), found):
         assert torch.equal(matches.flat, matcher(layer, own).flat)
         for i, target in enumerate(own):
             table = slow_cost(matcher, layer, i, target)
@@ -76,52 +76,52 @@ def test_layers_at_once_are_the_layers_alone():
                 assert matches[i][1].tolist() == objects.tolist()
 
 
-def test_one_transfer_for_all_layers(monkeypatch):
+def test_costs_of_all_layers_are_copied_to_the_host_once(monkeypatch):
     calls = []
     original = torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: calls.append(self.shape) or original(self))
-    truth = targets((4, 0, 2))
+    gt = targets((4, 0, 2))
     layers = [predictions(seed=s) for s in range(3)] + [predictions(num_queries=9)]
-    HungarianMatcher().match_layers(layers, [truth] * 4)
+    HungarianMatcher().match_layers(layers, [gt] * 4)
     assert calls == [(3 * 3 * 6 * 4 + 3 * 9 * 4,)]
 
 
-def test_flat_matches():
-    truth = targets((2, 0, 3))
+def test_flat_matches_count_objects_over_the_batch():
+    gt = targets((2, 0, 3))
     pairs = [([4, 5], [1, 0]), ([], []), ([0, 1, 2], [2, 0, 1])]
     matches = Matches.on_device([pairs], [2, 0, 3], torch.device("cpu"))[0]
     assert [(q.tolist(), o.tolist()) for q, o in matches] == pairs
     want = [[0, 0, 2, 2, 2], [4, 5, 0, 1, 2], [1, 0, 4, 2, 3]]
     assert matches.flat.tolist() == want
-    assert flat_matches(list(matches), truth).tolist() == want
-    assert flat_matches(matches, truth) is matches.flat
+    assert flat_matches(list(matches), gt).tolist() == want
+    assert flat_matches(matches, gt) is matches.flat
 
 
-def test_more_objects_than_queries():
+def test_every_query_is_matched_if_objects_are_more():
     found = HungarianMatcher()(predictions(num_images=1, num_queries=2), targets((5,)))
     assert len(found[0][0]) == 2 and len(set(found[0][1].tolist())) == 2
 
 
-def test_no_objects_at_all():
+def test_batch_without_objects_has_no_matches():
     found = HungarianMatcher()(predictions(), targets((0, 0, 0)))
     assert [len(q) for q, _ in found] == [0, 0, 0] and found.flat.shape == (3, 0)
 
 
-def test_predictions_that_are_no_numbers():
-    """They are for the loss to tell."""
+def test_nan_predictions_are_matched():
+    """A diverged model is reported by its loss, not by the matcher."""
     outputs = predictions()
     outputs["pred_boxes"] = outputs["pred_boxes"].detach().fill_(float("nan"))
     assert [len(q) for q, _ in HungarianMatcher()(outputs, targets())] == [3, 0, 1]
 
 
-def test_half_precision_is_compared_in_single():
-    outputs, truth = predictions(), targets()
+def test_half_precision_is_matched_in_float32():
+    outputs, gt = predictions(), targets()
     half = {name: x.detach().bfloat16() for name, x in outputs.items()}
     single = {name: x.float() for name, x in half.items()}
-    assert torch.equal(HungarianMatcher()(half, truth).flat, HungarianMatcher()(single, truth).flat)
+    assert torch.equal(HungarianMatcher()(half, gt).flat, HungarianMatcher()(single, gt).flat)
 
 
-def test_mistakes():
+def test_unknown_cost_type_and_zero_weights_are_rejected():
     with pytest.raises(
         ValueError, match="cost_class_type is 'focal'; legal are 'ce_cost', 'focal_loss_cost'"
     ):

@@ -1,4 +1,4 @@
-"""Whole models: what goes in and comes out, images without objects, dtypes, checkpoints and mistakes."""
+"""Tests of complete models: inputs and outputs, images without objects, dtypes, checkpoints and errors."""
 
 from collections import Counter
 
@@ -30,7 +30,7 @@ def model(request):
     return MODELS[request.param]()
 
 
-def test_detections(model):
+def test_detections_are_sorted_and_inside_the_image(model):
     items = batch((None, None))
     with torch.no_grad():
         outputs = model.eval()(items)
@@ -49,8 +49,8 @@ def test_detections(model):
 
 
 @pytest.mark.parametrize("counts", [(3, 1), (2, 0), (0, 0)])
-def test_all_parameters_train(model, counts):
-    """Without objects too, in one image or all: DDP waits for every gradient."""
+def test_all_parameters_get_gradients(model, counts):
+    """DDP waits for every gradient, even if some or all images have no objects."""
     losses = model(batch(counts))
     assert all(loss.dim() == 0 and loss.isfinite() for loss in losses.values())
     sum(losses.values()).backward()
@@ -60,7 +60,7 @@ def test_all_parameters_train(model, counts):
     assert model(batch((3, 1))).keys() == losses.keys(), "processes must agree on the losses"
 
 
-def test_double_precision(model):
+def test_double_precision_model_trains(model):
     items = batch()
     single = model(items) if not hasattr(model, "dn_number") else None
     model.double()
@@ -76,7 +76,7 @@ def test_double_precision(model):
     assert found.scores.dtype == torch.float64 and len(found)
 
 
-def test_autocast(model):
+def test_autocast_model_returns_float32(model):
     items = batch()
     with torch.autocast("cpu", torch.bfloat16):
         losses = model(items)
@@ -92,7 +92,7 @@ def test_autocast(model):
 
 
 @pytest.mark.gpu
-def test_gpu_gives_what_the_cpu_gives(model, exact_float32):
+def test_gpu_matches_cpu(model, exact_float32):
     items = batch()
     with torch.no_grad():
         want, found = (model.eval().to(device)(items)[0]["instances"] for device in ("cpu", "cuda"))
@@ -112,11 +112,11 @@ def test_gpu_gives_what_the_cpu_gives(model, exact_float32):
     items[0]["instances"].gt_classes[0] = NUM_CLASSES
     with pytest.raises(ValueError, match=r"must be in \[0, 3\)"):
         model(items)
-    torch.cuda.synchronize()  # a device assert would come to light here
+    torch.cuda.synchronize()  # a device-side assert would surface here
 
 
-def test_checkpoints(model, tmp_path):
-    """Names that share a tensor are saved and loaded as any others."""
+def test_checkpoint_restores_shared_parameters(model, tmp_path):
+    """Heads that share a tensor are saved and loaded under all of their names."""
     DetectionCheckpointer(model, str(tmp_path)).save("model")
     state = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
@@ -130,8 +130,7 @@ def test_checkpoints(model, tmp_path):
 @pytest.mark.parametrize(
     "name", ["detr", pytest.param("deformable_detr_two_stage", marks=pytest.mark.slow), "dino"]
 )
-def test_loss_falls(name):
-    """One batch, a few steps."""
+def test_loss_falls_on_one_batch(name):
     model = MODELS[name]()
     items = batch((3, 1), ((64, 64), (64, 64)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
@@ -147,7 +146,7 @@ def test_loss_falls(name):
     assert sum(history[-3:]) < 0.75 * sum(history[:3])
 
 
-def test_weights(model):
+def test_losses_are_multiplied_by_weight_dict(model):
     torch.manual_seed(3)
     weighted = model(batch())
     model.criterion.weight_dict = {}
@@ -157,8 +156,8 @@ def test_weights(model):
         torch.testing.assert_close(weighted[name], loss * WEIGHTS.get(name, 1))
 
 
-def test_masked_padding():
-    """With masks an image's detections do not depend on the images beside it."""
+def test_masked_padding_does_not_change_detections():
+    """With masks, the detections of an image do not depend on the other images of the batch."""
     model = small_detr(mask_padding_at_test=True).eval()
     items = batch((None, None), ((64, 64), (96, 128)))
     with torch.no_grad():
@@ -167,7 +166,7 @@ def test_masked_padding():
     torch.testing.assert_close(together.scores, alone.scores, rtol=1e-3, atol=1e-4)
 
 
-def test_when_padding_is_masked(model):
+def test_padding_is_masked_in_training_or_on_request(model):
     images = model.preprocess_image(batch())
     assert torch.equal(model.padding_mask(images), padding_masks(images))
     assert padding_masks(images).any()
@@ -177,7 +176,7 @@ def test_when_padding_is_masked(model):
     assert torch.equal(model.padding_mask(images), padding_masks(images))
 
 
-def test_unmasked_padding_is_told(log, monkeypatch):
+def test_unmasked_padding_is_warned_about_once(log, monkeypatch):
     monkeypatch.setattr("detlib.utils.logger._counts", Counter())
     model = small_detr().eval()
     with torch.no_grad():
@@ -188,7 +187,7 @@ def test_unmasked_padding_is_told(log, monkeypatch):
     assert log.text.count("mask_padding_at_test") == 1
 
 
-def test_targets():
+def test_targets_are_fractions_of_the_image():
     model = small_dino()
     instances = Instances((50, 200), gt_boxes=Boxes([[20.0, 10.0, 60.0, 30.0]]), gt_classes=torch.tensor([2]))
     (target,) = model.prepare_targets([instances])
@@ -196,7 +195,7 @@ def test_targets():
     assert target["labels"].tolist() == [2]
 
 
-def test_best_of_all_queries_and_classes():
+def test_dino_keeps_best_scores_over_queries_and_classes():
     model = small_dino(select_box_nums_for_evaluation=4)
     logits = torch.full((1, 5, NUM_CLASSES), -5.0)
     for score, (query, label) in enumerate([(3, 0), (1, 2), (3, 1), (0, 0)]):
@@ -213,7 +212,7 @@ def test_best_of_all_queries_and_classes():
     assert len(more) == 5 * NUM_CLASSES
 
 
-def test_best_class_of_each_query():
+def test_detr_keeps_best_class_of_each_query():
     logits = torch.tensor([[[1.0, 3, 0, 0], [0, 0, 0, 9], [2, 5, 1, 0]]])
     found = small_detr().inference(logits, torch.rand(1, 3, 4), [(10, 10)])[0]
     want = logits[0].softmax(1)[:, :-1].max(1)
@@ -222,14 +221,14 @@ def test_best_class_of_each_query():
     assert found.pred_classes.tolist() == want.indices[order].tolist()
 
 
-def test_layouts_of_detr_agree():
+def test_batch_first_does_not_change_losses():
     a, b = small_detr(batch_first=False), small_detr(batch_first=True)
     b.load_state_dict(a.state_dict())
     for (name, x), y in zip(a(batch()).items(), b(batch()).values()):
         torch.testing.assert_close(x, y, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_denoising_is_for_training():
+def test_denoising_losses_are_zero_without_dn_number():
     model = small_dino()
     assert {name for name in model(batch()) if "_dn" in name} == {
         f"loss_{kind}_dn{layer}" for kind in ("class", "bbox", "giou") for layer in ("", "_0")
@@ -239,13 +238,13 @@ def test_denoising_is_for_training():
     assert all(loss == 0 for name, loss in losses.items() if "_dn" in name)
 
 
-def test_without_auxiliary_losses(model):
+def test_no_losses_of_earlier_layers_without_aux_loss(model):
     model.aux_loss = False
     names = set(model(batch()))
     assert "loss_class" in names and not {name for name in names if name.endswith("_0")}
 
 
-def test_labels_beyond_the_classes(model):
+def test_label_out_of_range_is_rejected_with_file_name(model):
     items = batch((2, 1))
     items[1]["file_name"] = "b.jpg"
     items[1]["instances"].gt_classes[0] = NUM_CLASSES
@@ -263,12 +262,12 @@ def test_training_needs_instances(name):
     "make, message",
     [
         (lambda: small_dino(num_proposals=9), "num_queries is 12.*two_stage_num_proposals is 9"),
-        (lambda: small_dino(embed_dim=64), "embed_dim is 64, but that of the transformer's encoder is 32"),
+        (lambda: small_dino(embed_dim=64), "embed_dim is 64, but the transformer's encoder has 32"),
         (
             lambda: small_dino(position_embedding=PositionEmbeddingSine(DIM)),
             "num_pos_feats must be half of embed_dim = 32, got 32",
         ),
-        (lambda: small_dino(num_classes=5), "num_classes is 5, its criterion's num_classes is 3"),
+        (lambda: small_dino(num_classes=5), "num_classes is 5, but its criterion's num_classes is 3"),
         (lambda: small_detr(in_features=["res6"]), "in_features is .'res6'.*gives .'res3', 'res4', 'res5'."),
         (lambda: small_detr(in_channels=8), "in_channels is 8, but 'res5'.* has 16 channels"),
         (lambda: small_deformable_detr(as_two_stage=True), "as_two_stage needs with_box_refine"),
@@ -278,36 +277,36 @@ def test_training_needs_instances(name):
         ),
     ],
 )
-def test_parts_that_do_not_fit(make, message):
+def test_modules_that_do_not_fit_are_rejected(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_necks_that_do_not_fit():
+def test_neck_that_does_not_fit_the_backbone_is_rejected():
     other = neck()
     other.in_features = ["res3", "res4", "p6"]
     with pytest.raises(ValueError, match="the neck's in_features is .*'p6' is not among them"):
         small_dino(neck=other)
     other = neck()
     other.convs[0].conv = nn.Conv2d(9, DIM, 1)
-    with pytest.raises(ValueError, match="'res3' has 9 channels, but the backbone gives 8"):
+    with pytest.raises(ValueError, match="9 channels for 'res3', but the backbone has 8"):
         small_dino(neck=other)
-    with pytest.raises(ValueError, match="num_feature_levels is 4, but the neck gives 3 maps"):
+    with pytest.raises(ValueError, match="num_feature_levels is 4, but the neck gives 3 feature maps"):
         small_dino(neck=neck(num_outs=3))(batch())
 
 
-def test_more_queries_than_cells():
+def test_more_queries_than_cells_is_rejected():
     with pytest.raises(ValueError, match="num_queries .*is 500, but these images have 163 cells"):
         small_dino(num_queries=500)(batch())
 
 
-def test_device_is_that_of_the_parameters():
-    """The argument is there for configs that give it."""
+def test_device_argument_is_ignored():
+    """The argument exists only for configs that set it."""
     model = small_dino(device="cuda")
     assert model.device.type == "cpu"
 
 
-def test_all_kinds_of_criteria_have_no_buffer_but_detr():
+def test_only_ce_loss_has_a_buffer():
     assert "criterion.empty_weight" in small_detr().state_dict()
     focal = SetCriterion(NUM_CLASSES, HungarianMatcher(), {})
     assert not focal.state_dict()

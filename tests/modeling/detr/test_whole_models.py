@@ -1,4 +1,4 @@
-"""Whole models against the papers' formulas: every layer's predictions, every loss, every gradient."""
+"""Tests of complete models against the formulas of their papers: all predictions, losses and gradients."""
 
 import pytest
 import torch
@@ -16,13 +16,13 @@ from tests.modeling.detr.small_models import (
 )
 
 NUM_LAYERS = SIZES["num_layers"]
-PICTURES = ((64, 96), (80, 64), (48, 40))
-# Position embeddings and the weight of DETR's background are single precision in double models too.
+IMAGE_SIZES = ((64, 96), (80, 64), (48, 40))
+# Position embeddings and the weight of DETR's background class are float32 in float64 models too.
 CLOSE = dict(rtol=1e-4, atol=1e-5)
 
 
 class Comparison:
-    """A model in double precision with all weights drawn anew, a batch, and a copy of the weights."""
+    """A float64 model with random weights, a batch, and a copy of the weights for the reference."""
 
     def __init__(self, model, counts):
         self.model = model.double()
@@ -33,21 +33,21 @@ class Comparison:
                 scaled = drawn * (1.5 * p[0].numel() ** -0.5 if p.dim() > 1 else 0.1)
                 p.copy_(scaled + (p.dim() == 1 and "norm" in name and name.endswith("weight")))
             if hasattr(model.transformer, "enc_output"):
-                # Cells without a proposal then score in the middle, so that the best are others.
+                # Cells without a proposal get medium scores, so that the best cells have proposals.
                 model.transformer.enc_output.bias.zero_()
-        items = batch(counts, PICTURES)
+        items = batch(counts, IMAGE_SIZES)
         for item in items:
             item["instances"].gt_classes[:1] = NUM_CLASSES - 1  # next to the background
         self.images = model.preprocess_image(items)
-        self.truth = model.prepare_targets([item["instances"] for item in items])
-        self.truth[0]["boxes"][:1, 2] = 5e-4  # narrower than logits can tell
+        self.targets = model.prepare_targets([item["instances"] for item in items])
+        self.targets[0]["boxes"][:1, 2] = 5e-4  # narrower than the clamp of the logits
         self.num_boxes = max(sum(counts), 1)
         state = model.state_dict()
         self.weights = {name: value.clone().requires_grad_() for name, value in state.items()}
         self.want = {}
 
     def masks(self, maps):
-        """The mask of the pixel that each cell begins with."""
+        """Return the padding mask of each feature map, sampled at the first pixel of each cell."""
         mask = padding_masks(self.images)
         height, width = mask.shape[1:]
         found = []
@@ -61,23 +61,23 @@ class Comparison:
         with torch.no_grad():
             return self.model.neck(self.model.backbone(self.images.tensor))
 
-    def layer(self, suffix, found, want, truth, matches=None, num_boxes=None, **kwargs):
-        """Compare a layer's predictions, and note its losses."""
+    def layer(self, suffix, found, want, targets, matches=None, num_boxes=None, **kwargs):
+        """Compare the predictions of a layer, and store its expected losses."""
         for name, tensor in zip(("pred_logits", "pred_boxes"), want):
             torch.testing.assert_close(found[name], tensor, **CLOSE)
         matcher = self.model.criterion.matcher
         costs = (matcher.cost_class, matcher.cost_bbox, matcher.cost_giou)
         if matches is None:
-            matches = slow.slow_matches(*want, truth, costs, is_softmax="eos_coef" in kwargs)
-        losses = slow.slow_losses(*want, truth, matches, num_boxes or self.num_boxes, **kwargs)
+            matches = slow.slow_matches(*want, targets, costs, is_softmax="eos_coef" in kwargs)
+        losses = slow.slow_losses(*want, targets, matches, num_boxes or self.num_boxes, **kwargs)
         self.want.update({name + suffix: loss for name, loss in losses.items()})
 
     def losses_and_gradients(self, outputs):
-        losses = self.model.losses(outputs, self.truth)
+        losses = self.model.losses(outputs, self.targets)
         assert losses.keys() == self.want.keys()
         for name, loss in losses.items():
             torch.testing.assert_close(loss, self.want[name], **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
-        # Unequal weights, so that no two losses can stand in for each other.
+        # Unequal weights, so that swapped losses are detected.
         for found in (losses, self.want):
             sum((1 + i / 7) * found[name] for i, name in enumerate(sorted(found))).backward()
         compared = set()
@@ -91,62 +91,63 @@ class Comparison:
 
 
 @pytest.mark.parametrize("counts", [(5, 0, 1), (0, 0, 0)])
-def test_detr(counts):
+def test_detr_matches_its_paper(counts):
     model = small_detr()
     case = Comparison(model, counts)
-    outputs = model.predict(case.images, case.truth)
+    outputs = model.predict(case.images, case.targets)
     with torch.no_grad():
         x = model.backbone(case.images.tensor)["res5"]
     first, last = slow.slow_detr(case.weights, x, case.masks([x])[0], NUM_LAYERS)
-    case.layer("", outputs, last, case.truth, eos_coef=0.1)
-    case.layer("_0", outputs["aux_outputs"][0], first, case.truth, eos_coef=0.1)
+    case.layer("", outputs, last, case.targets, eos_coef=0.1)
+    case.layer("_0", outputs["aux_outputs"][0], first, case.targets, eos_coef=0.1)
     case.losses_and_gradients(outputs)
 
 
 @pytest.mark.parametrize("counts", [(5, 0, 1), (0, 0, 0)])
 @pytest.mark.parametrize("refines, two_stage", [(False, False), (True, False), (True, True)])
-def test_deformable_detr(refines, two_stage, counts):
+def test_deformable_detr_matches_its_paper(refines, two_stage, counts):
     model = small_deformable_detr(refines, two_stage)
     case = Comparison(model, counts)
-    outputs = model.predict(case.images, case.truth)
+    outputs = model.predict(case.images, case.targets)
     maps = case.maps()
     (first, last), of_encoder = slow.slow_deformable_detr(
         case.weights, maps, case.masks(maps), NUM_LAYERS, NUM_QUERIES, refines, two_stage
     )
-    case.layer("", outputs, last, case.truth)
-    case.layer("_0", outputs["aux_outputs"][0], first, case.truth)
+    case.layer("", outputs, last, case.targets)
+    case.layer("_0", outputs["aux_outputs"][0], first, case.targets)
     if two_stage:
-        as_one_class = [{**t, "labels": t["labels"] * 0} for t in case.truth]
+        as_one_class = [{**t, "labels": t["labels"] * 0} for t in case.targets]
         case.layer("_enc", outputs["enc_outputs"], of_encoder, as_one_class)
     case.losses_and_gradients(outputs)
 
 
 def denoising_by_hand(case, groups, part):
-    """Contents, boxes, who must not see whom, and matches of denoising queries.
+    """Return contents, boxes and attention mask of denoising queries as a triple, and their matches.
 
-    All corners lie `part` of half the box's size further to the lower right, those of negative ones one more.
+    All corners are shifted to the lower right, by `part` half sizes of the box for positive queries and by
+    `part + 1` for negative queries.
     """
-    most = max(max(len(t["labels"]) for t in case.truth), 1)
-    count = groups * 2 * most if any(len(t["labels"]) for t in case.truth) else 0
+    most = max(max(len(t["labels"]) for t in case.targets), 1)
+    count = groups * 2 * most if any(len(t["labels"]) for t in case.targets) else 0
     table = case.weights["label_enc.weight"]
     contents, boxes, matches = [], [], []
-    for target in case.truth:
+    for target in case.targets:
         own, own_boxes, pairs = [], [], []
         for query in range(count):
-            place, is_negative = query % most, query // most % 2
-            if place >= len(target["labels"]):
+            obj, is_negative = query % most, query // most % 2
+            if obj >= len(target["labels"]):
                 own.append(0 * table[0])
                 own_boxes.append(torch.full((4,), 0.5).double())
                 continue
-            own.append(table[target["labels"][place]])
-            cx, cy, w, h = target["boxes"][place]
+            own.append(table[target["labels"][obj]])
+            cx, cy, w, h = target["boxes"][obj]
             shift = (part + is_negative) / 2
             x0, x1 = ((cx + side * w / 2 + shift * w).clamp(0, 1) for side in (-1, 1))
             y0, y1 = ((cy + side * h / 2 + shift * h).clamp(0, 1) for side in (-1, 1))
             moved = torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0])
             own_boxes.append(slow.logit(moved).sigmoid())
             if not is_negative:
-                pairs.append((query, place))
+                pairs.append((query, obj))
         contents.append(torch.stack(own) if own else table[:0])
         boxes.append(torch.stack(own_boxes) if own else torch.zeros(0, 4).double())
         matches.append(torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(1))
@@ -163,7 +164,7 @@ def denoising_by_hand(case, groups, part):
         ((0, 0, 0), 4, True, True),
     ],
 )
-def test_dino(counts, num_levels, looks_twice, learned, monkeypatch):
+def test_dino_matches_its_paper(counts, num_levels, looks_twice, learned, monkeypatch):
     groups, part = 6, 0.25
     monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, part))
     monkeypatch.setattr(torch, "randint_like", lambda x, high: torch.ones_like(x))
@@ -176,7 +177,7 @@ def test_dino(counts, num_levels, looks_twice, learned, monkeypatch):
         box_noise_scale=1.0,
     )
     case = Comparison(model, counts)
-    outputs = model.predict(case.images, case.truth)
+    outputs = model.predict(case.images, case.targets)
     denoising, matches = denoising_by_hand(case, groups, part)
     maps = case.maps()
     layers, of_encoder = slow.slow_dino(
@@ -184,8 +185,8 @@ def test_dino(counts, num_levels, looks_twice, learned, monkeypatch):
     )
     count = len(denoising[2])
     for suffix, found, layer in zip(("_0", ""), (outputs["aux_outputs"][0], outputs), layers):
-        case.layer(suffix, found, [x[:, count:] for x in layer], case.truth)
-    case.layer("_enc", outputs["enc_outputs"], of_encoder, case.truth)
+        case.layer(suffix, found, [x[:, count:] for x in layer], case.targets)
+    case.layer("_enc", outputs["enc_outputs"], of_encoder, case.targets)
     if not count:
         assert outputs["dn_metas"] is None
         zero = torch.zeros(())
@@ -194,5 +195,5 @@ def test_dino(counts, num_levels, looks_twice, learned, monkeypatch):
         known = outputs["dn_metas"]["output_known_lbs_bboxes"]
         num_boxes = case.num_boxes * groups
         for suffix, found, layer in zip(("_dn_0", "_dn"), (known["aux_outputs"][0], known), layers):
-            case.layer(suffix, found, [x[:, :count] for x in layer], case.truth, matches, num_boxes)
+            case.layer(suffix, found, [x[:, :count] for x in layer], case.targets, matches, num_boxes)
     case.losses_and_gradients(outputs)
