@@ -1,4 +1,4 @@
-"""Neural network layers: thin wrappers of torch.nn, norms, blocks and modules around `detlib.ops`."""
+"""Neural network layers: extensions of torch.nn, norms, blocks, and modules around `detlib.ops`."""
 
 from detlib.layers.aspp import ASPP
 from detlib.layers.batch_norm import (

@@ -34,7 +34,10 @@ def _affine(x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.T
 
 
 class _BatchNormWithoutInput(torch.autograd.Function):
-    """Batch norm with constants that does not keep x, as PyTorch does for gradients of weight and bias."""
+    """Frozen batch norm that does not keep x for backward.
+
+    PyTorch keeps it, for the gradients of weight and bias.
+    """
 
     generate_vmap_rule = True
 
@@ -60,9 +63,9 @@ class FrozenBatchNorm2d(nn.Module):
     """Batch normalization with constant statistics and affine parameters.
 
     It computes `(x - running_mean) / sqrt(running_var + eps) * weight + bias` per channel. All four are (C,)
-    float32 buffers: they are saved and loaded under the names of `torch.nn.BatchNorm2d`, and optimizers do
-    not see them. A new module is the identity. A module converted from a batch norm keeps its
-    `num_batches_tracked`, so that the names in a checkpoint do not depend on what is frozen.
+    float32 buffers with the names of `torch.nn.BatchNorm2d`; optimizers do not see them. A new module is the
+    identity. A module converted from a batch norm keeps its `num_batches_tracked`, so that the names in a
+    checkpoint do not depend on which norms are frozen.
     """
 
     # Files written by version 1 (and files converted from Caffe2) lack the running statistics.
@@ -94,7 +97,7 @@ class FrozenBatchNorm2d(nn.Module):
         constants = (self.running_mean, self.running_var, self.weight, self.bias)
         if is_fast(x):
             return apply_frozen_batch_norm(x, None, *constants, self.eps, False)
-        # Compilers find out on their own that x need not be kept.
+        # Compilers find out themselves that x is not needed for backward.
         if x.requires_grad and not torch.compiler.is_compiling():
             return _BatchNormWithoutInput.apply(x, *constants, self.eps)
         mean, var, weight, bias = constants
@@ -138,7 +141,7 @@ class FrozenBatchNorm2d(nn.Module):
 
 
 def _copy_norm(old: nn.Module, new: nn.Module) -> nn.Module:
-    """Copy the affine parameters and running statistics that `old` has; keep its device and mode."""
+    """Copy the affine parameters and running statistics of `old`, if any; keep its device and mode."""
     with torch.no_grad():
         for name in ("weight", "bias", "running_mean", "running_var"):
             value = getattr(old, name)
@@ -185,8 +188,8 @@ def differentiable_all_reduce(input: torch.Tensor) -> torch.Tensor:
 class NaiveSyncBatchNorm(nn.BatchNorm2d):
     """Batch normalization with statistics over all processes, by a differentiable all-reduce.
 
-    Unlike `torch.nn.SyncBatchNorm`, it works on the CPU and gives every image the same weight whatever its
-    size. The running variance is the biased estimate.
+    Unlike `torch.nn.SyncBatchNorm`, it works on the CPU, and images of any size have the same weight. The
+    running variance is the biased estimate.
     """
 
     def __init__(self, *args, stats_mode="", **kwargs):
@@ -246,8 +249,8 @@ class NaiveSyncBatchNorm(nn.BatchNorm2d):
 class CycleBatchNormList(nn.ModuleList):
     """Batch norms of a layer that is shared between feature levels: the k-th call uses norm k modulo length.
 
-    For heads that are applied to multiple feature levels in a fixed order: each level has its own statistics,
-    while weight and bias are shared.
+    It is for heads that are applied to multiple feature levels in a fixed order. Each level has its own
+    statistics, while weight and bias are shared.
     """
 
     def __init__(self, length: int, bn_class=nn.BatchNorm2d, **kwargs):
@@ -325,13 +328,13 @@ def get_norm(norm: str | Callable[[int], nn.Module] | None, out_channels: int) -
     Args:
         norm: one of BN, SyncBN, nnSyncBN, naiveSyncBN, naiveSyncBN_N, FrozenBN, GN (32 groups), LN; or a
             callable that takes the number of channels; or None or "" for no norm.
-        out_channels: number of channels C of the (N, C, H, W) maps to normalize.
+        out_channels: number of channels C of the (N, C, H, W) feature maps to normalize.
 
     Returns:
         The layer, or None.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: the name is unknown.
     """
     if norm is None or norm == "":
         return None

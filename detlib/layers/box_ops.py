@@ -1,4 +1,4 @@
-"""Functions of boxes as plain tensors, for DETR-like models, which predict centers and sizes.
+"""Box functions on plain tensors, for DETR-like models, which predict centers and sizes.
 
 Coordinates may be fractions of the image or pixels. `detlib.structures.Boxes` holds corners in pixels.
 """
@@ -14,7 +14,7 @@ __all__ = [
     "masks_to_boxes",
 ]
 
-# Lower bound of a divisor: boxes without area get an IoU of 0 instead of a division by zero.
+# Lower bound of divisors: boxes without area get an IoU of 0 instead of nan.
 _SMALLEST_AREA = 1e-9
 
 

@@ -1,7 +1,7 @@
 """The parts of `fvcore.nn` that detlib uses: initialization, losses and precise batch norm.
 
-Importing `fvcore.nn` compiles a function with `torch.jit`, which warns that it is deprecated. All of detlib
-imports it through this module, so that its users do not see a warning they can do nothing about.
+Importing `fvcore.nn` compiles a function with `torch.jit`, which emits a deprecation warning. All of detlib
+imports it from this module, which hides the warning, since users cannot do anything about it.
 """
 
 import warnings

@@ -1,6 +1,6 @@
 """IoU-based box regression losses (https://arxiv.org/abs/1911.08287), computed by torchvision.
 
-torchvision is imported on use: everything else must work where it is missing or cannot be loaded.
+torchvision is imported on first use, since everything else must work without it.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Pasting of fixed-size masks, predicted in boxes, into images: detectron2's import path."""
+"""Pasting of fixed-size masks into images, re-exported from `detlib.ops` under detectron2's import path."""
 
 from detlib.ops.paste_masks import paste_masks_in_image
 

@@ -19,7 +19,8 @@ def multi_scale_deformable_attn_pytorch(
 ) -> torch.Tensor:
     """Compute `detlib.ops.ms_deform_attn` with `grid_sample`; slower than the operator.
 
-    The arguments are those of the operator, except that the start of each level follows from the shapes.
+    The arguments are the same as for the operator, without `level_start_index`, which follows from the
+    shapes.
     """
     cells = value_spatial_shapes.prod(1)
     return reference_ms_deform_attn(
@@ -117,9 +118,9 @@ class MultiScaleDeformableAttention(nn.Module):
             identity: added to the result, of the shape of `query`; None for `query`.
             query_pos: added to `query` first, of the same shape, or None.
             key_padding_mask: (N, S) bool, true for padding cells, whose values are set to zero, or None.
-            reference_points: (N, Q, L, 2), x and y as fractions of the padded image, around which offsets
-                count in cells; or (N, Q, L, 4), boxes as cx, cy, w, h, where `num_points` offsets of one
-                reach the border.
+            reference_points: (N, Q, L, 2), x and y as fractions of the padded image, with offsets in
+                cells; or (N, Q, L, 4), boxes cx, cy, w, h, with offsets in units of w / (2 * `num_points`)
+                and h / (2 * `num_points`).
             spatial_shapes: (L, 2) integers, height and width of each level.
             level_start_index: (L,) integers, index of the first cell of each level among the S cells.
             **kwargs: ignored.
@@ -128,7 +129,7 @@ class MultiScaleDeformableAttention(nn.Module):
             A tensor of the shape of `query`.
 
         Raises:
-            ValueError: an argument is missing or its shape does not fit; the message names it.
+            ValueError: an argument is missing or its shape does not fit; the message names the argument.
         """
         self._check(reference_points, spatial_shapes, level_start_index)
         assert spatial_shapes is not None and level_start_index is not None, "checked above"
@@ -150,12 +151,12 @@ class MultiScaleDeformableAttention(nn.Module):
         return self.dropout(output) + identity
 
     def _check(self, reference_points, spatial_shapes, level_start_index):
-        given = {
+        required = {
             "reference_points": reference_points,
             "spatial_shapes": spatial_shapes,
             "level_start_index": level_start_index,
         }
-        for name, tensor in given.items():
+        for name, tensor in required.items():
             if tensor is None:
                 raise ValueError(f"{name} must be a tensor, got None")
         if reference_points.dim() != 4 or reference_points.shape[-1] not in (2, 4):
@@ -178,7 +179,7 @@ class MultiScaleDeformableAttention(nn.Module):
         sizes = (self.num_heads, self.num_levels, self.num_points)
         offsets = self.sampling_offsets(query).unflatten(2, (*sizes, 2))
         weights = self.attention_weights(query).unflatten(2, (self.num_heads, -1)).softmax(-1)
-        # float32 under autocast too: half precision is too coarse for the cells of a large feature map.
+        # float32 also under autocast: half precision is too coarse for the cells of a large feature map.
         offsets = offsets.to(torch.promote_types(offsets.dtype, reference_points.dtype))
         centers = reference_points[:, :, None, :, None, :2]
         if reference_points.shape[-1] == 2:

@@ -1,4 +1,4 @@
-"""Non-maximum suppression, re-exported from `detlib.ops`."""
+"""Non-maximum suppression, re-exported from `detlib.ops` under detectron2's import path."""
 
 from detlib.ops import batched_nms, batched_nms_rotated, nms, nms_rotated
 

@@ -18,8 +18,9 @@ class ROIAlign(nn.Module):
             output_size: (height, width) of the result, or one int for both.
             spatial_scale: factor from box coordinates to pixels of the feature map, 1 / stride.
             sampling_ratio: samples per bin along each axis; 0 for the size of the bin in pixels, rounded up.
-            aligned: if true, pixel i covers [i, i + 1], so box coordinates are shifted by half a pixel of the
-                feature map. False is the behavior of the original Caffe2 code, half a pixel off.
+            aligned: whether pixel i covers [i, i + 1], so that box coordinates are shifted by half a
+                pixel of the feature map. False is the behavior of the original Caffe2 code, which is half a
+                pixel off.
         """
         super().__init__()
         self.output_size = output_size
@@ -89,7 +90,7 @@ class ROIPool(nn.Module):
         Raises:
             ValueError: `rois` has a different shape.
         """
-        from torchvision.ops import roi_pool  # on use: the rest must work without torchvision
+        from torchvision.ops import roi_pool  # here, since the rest must work without torchvision
 
         if rois.dim() != 2 or rois.shape[1] != 5:
             raise ValueError(f"rois must have shape (K, 5), got {tuple(rois.shape)}")

@@ -18,6 +18,6 @@ def pairwise_iou_rotated(boxes1: torch.Tensor, boxes2: torch.Tensor) -> torch.Te
         (N, M) in [0, 1].
 
     Raises:
-        ValueError: if a shape, dtype or device does not fit; the message names the argument.
+        ValueError: a shape, dtype or device does not fit; the message names the argument.
     """
     return box_iou_rotated(boxes1, boxes2)

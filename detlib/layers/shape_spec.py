@@ -1,4 +1,4 @@
-"""ShapeSpec: the shape of a feature map, as far as it is known when a model is built."""
+"""`ShapeSpec`, which describes the feature maps that modules exchange."""
 
 from dataclasses import dataclass
 
@@ -9,8 +9,8 @@ __all__ = ["ShapeSpec"]
 class ShapeSpec:
     """The shape of a feature map, as far as it is known when a model is built.
 
-    Backbones describe their outputs by it, e.g. `{"p2": ShapeSpec(channels=256, stride=4)}`, and modules on
-    top of them take it as the argument `input_shape`.
+    Backbones describe their outputs with it, e.g. `{"p2": ShapeSpec(channels=256, stride=4)}`, and modules
+    that use these outputs take it as the argument `input_shape`.
 
     Attributes:
         channels: number of channels.

@@ -1,4 +1,4 @@
-"""Parts of transformers: attention, feed-forward networks, configurable layers and stacks of them."""
+"""Components of transformers: attention, feed-forward networks, configurable layers and layer sequences."""
 
 import copy
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ _OPERATIONS = {"self_attn", "norm", "cross_attn", "ffn"}
 
 
 class MultiheadAttention(nn.Module):
-    """`torch.nn.MultiheadAttention` (the submodule `attn`) with position embeddings and a residual."""
+    """`torch.nn.MultiheadAttention` (the submodule `attn`) with position embeddings and a shortcut."""
 
     def __init__(
         self,
@@ -69,10 +69,10 @@ class MultiheadAttention(nn.Module):
             value: of the shape of `key`; None for `key`.
             identity: added to the result, of the shape of `query`; None for `query`.
             query_pos: added to `query`, of the same shape, or None.
-            key_pos: added to `key`; None for `query_pos` if its shape is that of `key`.
-            attn_mask: (Q, K) bool, true where a query must not see a key; or floats that are added to the
-                attention logits; or None.
-            key_padding_mask: (N, K) bool, true for keys that no query may see, or None.
+            key_pos: added to `key`; None for `query_pos` if that has the shape of `key`.
+            attn_mask: (Q, K) bool, true where a query must not attend to a key; or floats that are added to
+                the attention logits; or None.
+            key_padding_mask: (N, K) bool, true for keys that are ignored, or None.
             **kwargs: ignored.
 
         Returns:
@@ -178,7 +178,7 @@ class FFN(nn.Module):
 
     def forward(self, x: torch.Tensor, identity: torch.Tensor | None = None) -> torch.Tensor:
         """Map (..., embed_dim) to (..., output_dim), and add `identity`, which is `x` if None."""
-        # Flatten to rows: for more dimensions a linear layer returns a view, and an in-place activation of a
+        # Flatten to rows: for more dimensions, a linear layer returns a view, and an in-place activation of a
         # view makes autograd copy the gradient twice.
         out = self.layers(x.reshape(-1, x.shape[-1]))
         out = out.reshape(*x.shape[:-1], out.shape[-1])
@@ -216,7 +216,7 @@ class BaseTransformerLayer(nn.Module):
         super().__init__()
         order = tuple(operation_order or ())
         if not order or not set(order) <= _OPERATIONS:
-            raise ValueError(f"operation_order must name some of {sorted(_OPERATIONS)}, got {order}")
+            raise ValueError(f"operation_order must contain only {sorted(_OPERATIONS)}, got {order}")
         num_attn = order.count("self_attn") + order.count("cross_attn")
         if isinstance(attn, nn.Module):
             attn = [copy.deepcopy(attn) for _ in range(num_attn)]
@@ -245,20 +245,20 @@ class BaseTransformerLayer(nn.Module):
 
         Args:
             query: (N, Q, C), or the layout that the attention modules expect.
-            key, value: (N, K, C), keys and values of the cross attention.
+            key, value: (N, K, C), keys and values of the cross-attention.
             query_pos: position embedding of the queries, of the shape of `query`, or None.
             key_pos: position embedding of the keys, of the shape of `key`, or None.
             attn_masks: one mask for each attention module, or one for all, or None. True where a query must
-                not see a key.
-            query_key_padding_mask: (N, Q) bool, true for queries that no other query may see.
-            key_padding_mask: (N, K) bool, true for keys that no query may see.
+                not attend to a key.
+            query_key_padding_mask: (N, Q) bool, true for queries that are ignored as keys of self-attention.
+            key_padding_mask: (N, K) bool, true for keys that are ignored in cross-attention.
             **kwargs: further arguments of the attention modules.
 
         Returns:
             A tensor of the shape of `query`.
 
         Raises:
-            ValueError: the number of masks is not that of the attention modules.
+            ValueError: the numbers of masks and attention modules differ.
         """
         if attn_masks is None or isinstance(attn_masks, torch.Tensor):
             attn_masks = [attn_masks] * len(self.attentions)
@@ -343,8 +343,8 @@ class TransformerLayerSequence(nn.Module):
         key_padding_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """Apply all layers. Arguments and result are those of `BaseTransformerLayer.forward`."""
-        given = (query_pos, key_pos, attn_masks, query_key_padding_mask, key_padding_mask)
+        """Apply all layers. Arguments and result are the same as in `BaseTransformerLayer.forward`."""
+        positions_and_masks = (query_pos, key_pos, attn_masks, query_key_padding_mask, key_padding_mask)
         for index in range(self.num_layers):
-            query = self.run_layer(index, query, key, value, *given, **kwargs)
+            query = self.run_layer(index, query, key, value, *positions_and_masks, **kwargs)
         return query if self.post_norm_layer is None else self.post_norm_layer(query)

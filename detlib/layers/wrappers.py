@@ -49,8 +49,8 @@ CHANNELS_LAST_ON = ("cpu", "cuda")
 def for_convolutions(x: torch.Tensor) -> torch.Tensor:
     """Return the same (N, C, H, W) values in the memory layout in which convolutions are fastest.
 
-    That is channels-last on a CPU and on CUDA. On other devices, and where it has that layout already, `x`
-    itself is returned.
+    This is channels-last on the CPU and on CUDA. `x` itself is returned on other devices, and if it already
+    has that layout.
     """
     if x.device.type not in CHANNELS_LAST_ON:
         return x
@@ -84,8 +84,8 @@ def cat(tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
 def empty_input_loss_func_wrapper(loss_func: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """Make a loss return zero, not NaN, if it averages over no samples.
 
-    The zero is computed from `input`, so that it still requires grad: under DistributedDataParallel every
-    process must produce a gradient for every parameter, even without a single sample.
+    The zero is computed from `input`, so that it still requires grad: under DistributedDataParallel, every
+    process must produce a gradient for every parameter, even without samples.
 
     Args:
         loss_func: function `(input, target, *, reduction, **kwargs)`, with arguments as in torch.
@@ -187,8 +187,8 @@ class ConvNormAct(nn.Module):
 def conv_relu(conv: nn.Module, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
     """Compute `relu(conv(x) + residual)`, the end of a branch of a residual block.
 
-    If `conv` is a `Conv2d` with a frozen norm, then norm, sum and ReLU are one pass over memory. They are not
-    fused if the convolution or its norm has hooks or is patched.
+    If `conv` is a `Conv2d` with a frozen norm, norm, sum and ReLU are fused into one pass over memory. They
+    are not fused if the convolution or its norm has hooks or is patched.
 
     Args:
         conv: maps (N, C_in, H, W) to (N, C, H', W'): a `Conv2d` with its norm, or any other module.
@@ -216,7 +216,7 @@ def _relu(out: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
 
 
 def _is_plain(conv: nn.Module) -> bool:
-    """Return whether the modules can be bypassed, since nothing observes or changes their calls."""
+    """Return whether the modules can be bypassed: nothing observes or changes their calls."""
     return (
         type(conv) is Conv2d
         and type(conv.norm) is FrozenBatchNorm2d

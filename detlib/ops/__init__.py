@@ -1,4 +1,4 @@
-"""Detection operators, `torch.ops.detlib.*`: compiled kernels, torchvision's kernels, or plain PyTorch."""
+"""Detection operators, `torch.ops.detlib.*`: compiled kernels, torchvision's kernels or plain PyTorch."""
 
 from detlib.ops.deform_conv import deform_conv2d
 from detlib.ops.frozen_batch_norm import frozen_batch_norm

@@ -1,7 +1,7 @@
-"""The operator library `torch.ops.detlib`: `define`, and checks and layouts that operators share.
+"""The operator library `torch.ops.detlib`: `define`, and shared argument checks and memory layouts.
 
-Each operator is defined in its own file by one call of `define`, which takes schema, fallback, fake kernel
-and gradient. `detlib/_C.abi3.so` only adds kernels for the CPU and CUDA keys, so every operator exists with
+Each operator is defined in its own file by one call of `define`, with its schema, fallback, fake kernel and
+gradient. `detlib/_C.abi3.so` only adds kernels for the CPU and CUDA keys, so every operator exists with
 or without the compiled extension. A device without a kernel runs the fallback: torchvision or plain PyTorch.
 
 Set `DETLIB_DISABLE_NATIVE=1` before the import to ignore the extension.
@@ -26,7 +26,7 @@ OPERATORS: dict[str, bool] = {}
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _in_functorch = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
-# A context in which a call goes straight to the device's kernel, past the gradient that `torch.library` adds.
+# A context that dispatches directly to the device's kernel, without the gradient that `torch.library` adds.
 _below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
 
 
@@ -43,7 +43,7 @@ def define(
     """Define the operator `torch.ops.detlib.NAME`.
 
     Autocast does not cast arguments or results: kernels compute reduced precision in float32 and return the
-    dtype of the input. Only a fallback runs with autocast off, so that its matrix products keep float32.
+    dtype of the input. Fallbacks run with autocast disabled, so that their matrix products keep float32.
 
     Args:
         name: name of the operator.
@@ -52,11 +52,11 @@ def define(
         fake: returns empty tensors of the result's shape, dtype and layout.
         backward: gets `ctx` and the gradients of the outputs; returns a gradient or None for each argument.
         save: gets `ctx`, the tuple of arguments and the output; stores in `ctx` what `backward` needs.
-        in_torchvision: whether the fallback runs torchvision where that is installed.
+        in_torchvision: whether the fallback uses torchvision if that is installed.
 
     Returns:
-        The operator, for callers inside this package. If it has a gradient, calls of it take half the time on
-        the host: `torch.library` needs as long as a small kernel needs on a GPU.
+        The operator, for callers inside this package. If it has a gradient, this function takes half the host
+        time of `torch.ops.detlib.NAME`, whose overhead is as long as a small kernel on a GPU.
     """
     OPERATORS[name] = in_torchvision
     _library.define(name + schema)
@@ -82,7 +82,7 @@ def _without_autocast(fallback: Callable) -> Callable:
 
 
 def _differentiable(name: str, operator: Callable, backward: Callable, save: Callable) -> Callable:
-    """Register a gradient, and return a function that runs the operator with it by a shorter way."""
+    """Register a gradient, and return a function that runs the operator with it at less overhead."""
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=save, lib=_library)
 
     class Differentiable(torch.autograd.Function):
@@ -108,7 +108,7 @@ def _differentiable(name: str, operator: Callable, backward: Callable, save: Cal
 
 
 def in_transform() -> bool:
-    """Return whether a transform of `torch.func` or forward mode is active; these need registered rules."""
+    """Return whether a `torch.func` transform or forward-mode AD is active; these need registered rules."""
     return _in_functorch() or getattr(forward_ad, "_current_level", -1) >= 0
 
 
@@ -124,7 +124,7 @@ def _load_native() -> str | None:
         return "not built (install with a C++ compiler, see docs/installation.md)"
     except (ImportError, OSError, RuntimeError) as error:
         warnings.warn(
-            f"detlib's compiled operators cannot be loaded, slower ones replace them: {error}",
+            f"detlib's compiled operators cannot be loaded and slower ones are used: {error}",
             RuntimeWarning,
         )
         return f"cannot be loaded: {error}"
@@ -133,7 +133,7 @@ def _load_native() -> str | None:
 
 @cache
 def torchvision_ops() -> tuple[ModuleType | None, str | None]:
-    """Return `(torchvision.ops, None)`, or `(None, reason)` where torchvision is missing or broken."""
+    """Return `(torchvision.ops, None)`, or `(None, reason)` if torchvision is missing or broken."""
     try:
         return importlib.import_module("torchvision.ops"), None
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
@@ -141,7 +141,7 @@ def torchvision_ops() -> tuple[ModuleType | None, str | None]:
 
 
 def has_kernel(operator: str, device_type: str) -> bool:
-    """Return whether an operator, e.g. "torchvision::nms", has a kernel for "cpu" or "cuda" itself."""
+    """Return whether an operator, e.g. "torchvision::nms", has its own kernel for "cpu" or "cuda"."""
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
 
@@ -163,7 +163,7 @@ native_load_error: str | None = _load_native()
 """Why the compiled kernels are absent; None if they are loaded."""
 
 
-# Argument checks. Messages name the argument, the value and what is legal.
+# Argument checks. Messages name the argument, its value and the legal values.
 
 
 def check_tensor(name: str, value: object, shape: str, *, floating: bool = True) -> None:
@@ -212,7 +212,7 @@ def check_nms_arguments(
     box_dim: int,
     idxs: torch.Tensor | None = None,
 ) -> None:
-    """Raise unless boxes (N, `box_dim`), scores (N,), categories (N,), if any, and the threshold fit."""
+    """Raise unless boxes (N, `box_dim`), scores (N,), optional categories (N,) and threshold are valid."""
     check_tensor("boxes", boxes, f"(N, {box_dim})")
     check_tensor("scores", scores, "(N,)")
     check_same_length("scores", scores, "boxes", boxes)
@@ -223,25 +223,25 @@ def check_nms_arguments(
         check_same_length("idxs", idxs, "boxes", boxes)
 
 
-# Memory layouts of feature maps (N, C, H, W): results have the layout of the inputs.
+# Memory layouts of feature maps (N, C, H, W). Results have the layout of the inputs.
 
 
 def is_channels_last(map: torch.Tensor) -> bool:
-    """Return whether a map has channels-last layout and no other; the compiled kernels use the same rule."""
+    """Return whether a feature map is channels-last and not also contiguous, as in the compiled kernels."""
     return map.is_contiguous(memory_format=torch.channels_last) and not map.is_contiguous()
 
 
 def memory_format_of(map: torch.Tensor) -> torch.memory_format:
-    """Return channels-last if that is the map's only layout, else contiguous."""
+    """Return channels-last if `is_channels_last(map)`, else contiguous."""
     return torch.channels_last if is_channels_last(map) else torch.contiguous_format
 
 
 def new_map(like: torch.Tensor, images: int, channels: int, height: int, width: int) -> torch.Tensor:
-    """Return an empty map (images, channels, height, width) in the layout of `like`, in its own memory."""
+    """Return a new empty feature map (images, channels, height, width) in the layout of `like`."""
     size, layout = (images, channels, height, width), memory_format_of(like)
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 def in_layout_of(like: torch.Tensor, map: torch.Tensor) -> torch.Tensor:
-    """Return the map in channels-last layout if `like` has it, else the map itself."""
+    """Return the feature map in channels-last layout if `like` has it, else the feature map itself."""
     return map.contiguous(memory_format=torch.channels_last) if is_channels_last(like) else map

@@ -1,5 +1,7 @@
-"""Deformable convolution (Dai et al., 2017, arXiv:1703.06211) and its modulated form (Zhu et al., Deformable
-ConvNets v2, 2018, arXiv:1811.11168).
+"""Deformable convolution and its modulated form.
+
+Papers: Dai et al., Deformable ConvNets, 2017, arXiv:1703.06211, and Zhu et al., Deformable ConvNets v2, 2018,
+arXiv:1811.11168.
 
 Shape legend: N images, C input channels, O output channels, H and W of the input, H' and W' of the output, G
 groups of input channels that share their offsets, kH and kW of the kernel.
@@ -36,11 +38,11 @@ def deform_conv2d(
 
     At output (y, x), the tap of kernel row i reads the input at row
     `y * stride - padding + i * dilation + offset_y`; columns likewise. The input is interpolated bilinearly
-    and zero outside. All tensors are differentiable. float16 and bfloat16 are computed in float32, under
-    autocast too.
+    and zero outside. All tensors are differentiable. float16 and bfloat16 are computed in float32, also under
+    autocast.
 
-    torchvision's kernel runs on the CPU and on CUDA. Plain PyTorch replaces it where torchvision is missing,
-    for empty tensors, and on CUDA with `torch.use_deterministic_algorithms(True)`.
+    torchvision's kernel runs on the CPU and on CUDA. Plain PyTorch is used if torchvision is missing, for
+    empty tensors, and on CUDA with `torch.use_deterministic_algorithms(True)`.
 
     Args:
         input: (N, C, H, W) floating point.
@@ -70,7 +72,7 @@ def deform_conv2d(
     bias, mask = (None if t is None else t.to(dtype) for t in (bias, mask))
     with torch.autocast(input.device.type, enabled=False):
         run: Callable = reference_deform_conv2d
-        if _torchvision_serves(input):
+        if _can_use_torchvision(input):
             run = cast(ModuleType, torchvision_ops()[0]).deform_conv2d
         output = run(
             input.to(dtype), offset.to(dtype), weight.to(dtype), bias, stride, padding, dilation, mask
@@ -136,11 +138,11 @@ def _check_size(name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> N
         raise ValueError(f"{name} must have shape {expected}, got {tuple(tensor.shape)}")
 
 
-def _torchvision_serves(input: torch.Tensor) -> bool:
+def _can_use_torchvision(input: torch.Tensor) -> bool:
     if input.numel() == 0 or torchvision_ops()[0] is None:
         return False
     if input.is_cuda and torch.are_deterministic_algorithms_enabled():
-        return False  # the backward of torchvision's kernel adds in any order
+        return False  # the backward pass of torchvision's kernel adds in no fixed order
     return has_kernel("torchvision::deform_conv2d", input.device.type)
 
 
@@ -156,8 +158,8 @@ def reference_deform_conv2d(input, offset, weight, bias, stride, padding, dilati
     points = []
     for axis in range(2):
         tap = torch.arange(kernel[axis], dtype=input.dtype, device=input.device) * dilation[axis]
-        place = torch.arange(size[axis], dtype=input.dtype, device=input.device) * stride[axis]
-        grid = tap[:, None] + (place - padding[axis])
+        output_position = torch.arange(size[axis], dtype=input.dtype, device=input.device) * stride[axis]
+        grid = tap[:, None] + (output_position - padding[axis])
         grid = grid[:, None, :, None] if axis == 0 else grid[None, :, None, :]
         points.append((moves[:, :, :, axis] + grid).flatten(1))
     maps = input.reshape(num_images * offset_groups, channels // offset_groups, height * width)

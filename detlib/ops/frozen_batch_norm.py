@@ -1,4 +1,4 @@
-"""Batch normalization with constants, fused with the sum and the ReLU that follow in a residual network.
+"""Frozen batch norm, fused with the sum and the ReLU that follow it in a residual network.
 
 Shapes: N images, C channels, H height, W width.
 """
@@ -36,8 +36,8 @@ def frozen_batch_norm(
 ) -> torch.Tensor:
     """Compute `(x - mean) / sqrt(var + eps) * weight + bias + residual`, and optionally its ReLU.
 
-    It is differentiable in `x` and `residual`, any number of times, without keeping `x`. Reduced precision is
-    computed in float32 and rounded once.
+    `x` and `residual` are differentiable, any number of times; `x` is not kept for backward. Reduced
+    precision is computed in float32 and rounded once.
 
     Args:
         x: (N, C, H, W) floating point, contiguous or channels-last; other layouts are copied.
@@ -70,8 +70,9 @@ def frozen_batch_norm(
 def is_fast(x: torch.Tensor) -> bool:
     """Return whether a compiled kernel exists for x and is faster than separate PyTorch operators.
 
-    It is not for float16 on the CPU, which it converts one number at a time. Compilers and tracers get the
-    separate operators, which they fuse on their own, and so do transforms, which have rules for them.
+    It is not faster for float16 on the CPU, which it converts one value at a time. Compilers and tracers get
+    the separate operators, which they can fuse themselves. Transforms get them too, since they have rules for
+    them.
     """
     return (
         x.dim() == 4
@@ -94,7 +95,7 @@ def reference_frozen_batch_norm(x, residual, mean, var, weight, bias, eps, relu)
 
 
 def reference_frozen_batch_norm_backward(grad, output, var, weight, eps, with_residual):
-    """Compute its gradients in plain PyTorch, on any device; differentiable in `grad`."""
+    """Compute the gradients of `frozen_batch_norm` in plain PyTorch, differentiable in `grad`."""
     dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
     if output is not None:
         grad = in_layout_of(output, grad.masked_fill(output <= 0, 0))
@@ -139,7 +140,7 @@ apply_frozen_batch_norm = define(
     backward=_backward,
     save=_save,
 )
-"""`frozen_batch_norm` without argument checks, which take as long on the host as a small map on a GPU.
+"""`frozen_batch_norm` without argument checks, which take as long as a small feature map on a GPU.
 
 Arguments: x, residual or None, mean, var, weight, bias, eps, relu.
 """

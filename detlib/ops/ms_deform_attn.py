@@ -17,8 +17,8 @@ _SHAPES = {
     "sampling_locations": "(N, Q, M, L, P, 2)",
     "attention_weights": "(N, Q, M, L, P)",
 }
-# Dimensions that must be equal, by letter: (tensor, dimension), the first one defines the size.
-_AGREEING = {
+# Dimensions that must be equal, by letter, as (tensor, dimension). The first one defines the size.
+_EQUAL_SIZES = {
     "N": (("value", 0), ("sampling_locations", 0), ("attention_weights", 0)),
     "M": (("value", 2), ("sampling_locations", 2), ("attention_weights", 2)),
     "L": (
@@ -86,8 +86,8 @@ def _check(arguments: dict[str, torch.Tensor]) -> None:
         check_same_device(name, tensor, "value", arguments["value"])
     if torch.compiler.is_compiling():
         return  # sizes and values may be unknown
-    for letter, places in _AGREEING.items():
-        first, *others = places
+    for letter, dimensions in _EQUAL_SIZES.items():
+        first, *others = dimensions
         expected = arguments[first[0]].shape[first[1]]
         for name, dimension in others:
             if arguments[name].shape[dimension] != expected:
@@ -138,7 +138,7 @@ def _map_and_grid(value, start, height, width, locations):
     """Return a level as feature maps (N * M, D, height, width), and the grid for `grid_sample`."""
     cells = value[:, start : start + height * width].to(locations.dtype)
     maps = cells.permute(0, 2, 3, 1).reshape(-1, value.shape[3], height, width)
-    # Below -1 and above 2 no sample reaches the map, and larger numbers would overflow an index.
+    # Below -1 and above 2, samples do not reach the feature map; larger numbers would overflow an index.
     return maps, 2 * locations.nan_to_num(-1, 2, -1).clamp(-1, 2) - 1
 
 
@@ -207,7 +207,7 @@ def _indexed_ms_deform_attn(value, spatial_shapes, level_start_index, sampling_l
 
 
 def _indexed_backward(grad, value, spatial_shapes, level_start_index, locations, weights, create_graph=False):
-    """Return the gradients of values, locations and weights through `_indexed_ms_deform_attn`."""
+    """Return the gradients of values, locations and weights, by autograd of `_indexed_ms_deform_attn`."""
     with torch.enable_grad():
         inputs = [value, locations, weights]
         if not create_graph:
@@ -235,7 +235,7 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad):
     operator = _apply_backward
     if grad.is_cuda and torch.are_deterministic_algorithms_enabled():
-        operator = _indexed_backward  # the CUDA kernels add in any order
+        operator = _indexed_backward  # the CUDA kernels add in no fixed order
     grad_value, grad_locations, grad_weights = operator(grad, *ctx.saved_tensors)
     return grad_value, None, None, grad_locations, grad_weights
 
@@ -248,9 +248,9 @@ def _double_backward(ctx, *grad_grads):
         grads = _indexed_backward(
             grad, value, spatial_shapes, level_start_index, locations, weights, create_graph=True
         )
-        given = [(g, gg) for g, gg in zip(grads, grad_grads) if gg is not None and g.requires_grad]
-        outputs, seeds = zip(*given) if given else ((), ())
-        results = torch.autograd.grad(outputs, inputs, seeds, allow_unused=True) if given else [None] * 4
+        pairs = [(g, gg) for g, gg in zip(grads, grad_grads) if gg is not None and g.requires_grad]
+        outputs, seeds = zip(*pairs) if pairs else ((), ())
+        results = torch.autograd.grad(outputs, inputs, seeds, allow_unused=True) if pairs else [None] * 4
     return results[0], results[1], None, None, results[2], results[3]
 
 

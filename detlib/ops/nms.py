@@ -92,7 +92,8 @@ def _fallback_nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: floa
     if torchvision is None:
         return reference_nms(boxes, scores, None, iou_threshold)
     boxes = _at_least_float32(boxes)
-    # torchvision needs the same dtype for both: scores are replaced by their rank, which rounding cannot tie.
+    # torchvision needs the same dtype for both. Ranks replace the scores, since rounding cannot make them
+    # equal.
     order = scores.sort(descending=True, stable=True).indices
     rank = torch.arange(len(order), 0, -1, dtype=boxes.dtype, device=boxes.device)
     if len(order) >= 1 << 24:

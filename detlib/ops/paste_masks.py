@@ -75,7 +75,7 @@ def paste_masks_in_image(
             f"{len(masks)} masks need boxes of shape ({len(masks)}, 4), got {tuple(boxes.shape)}"
         )
     masks, boxes = (x if x.is_floating_point() else x.float() for x in (masks, boxes))
-    # On a GPU this check would synchronize, and a traced graph has no values yet.
+    # On a GPU, this check would synchronize; a traced graph has no values.
     if boxes.device.type == "cpu" and not torch.compiler.is_compiling():
         if not bool(boxes.isfinite().all()):
             raise ValueError("boxes must be finite, got infinite or NaN coordinates")
@@ -148,7 +148,7 @@ def _pasted_regions(
     for index, ((top, bottom), (left, right)) in enumerate(spans):
         if top < bottom and left < right:
             rows, columns = slice(top, bottom), slice(left, right)
-            # One zero cell on each side.
+            # A border of one zero cell.
             cells = torch.nn.functional.pad(masks[index].to(dtype), (1, 1, 1, 1))
             values = _blend(cells.T, x[index, columns]).T
             yield index, rows, columns, _blend(values, y[index, rows])
@@ -163,7 +163,7 @@ def _blend(cells: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 
 def reference_paste_masks(masks, boxes, height, width, threshold):
-    """Compute `paste_masks` in plain PyTorch, one mask at a time and only the pixels that it covers."""
+    """Compute `paste_masks` in plain PyTorch, one mask at a time, only for the pixels that it covers."""
     dtype = torch.bool if threshold >= 0 else torch.uint8
     images = torch.zeros(len(masks), height, width, dtype=dtype, device=masks.device)
     for index, rows, columns, values in _pasted_regions(masks, boxes, height, width):
@@ -186,7 +186,7 @@ def reference_paste_masks_to_rle(masks, boxes, height, width, threshold):
 
 def _fallback_paste_masks_to_rle(masks, boxes, height, width, threshold):
     if masks.device.type != "cpu":
-        # Masks in boxes are small to copy, and run lengths are needed on the CPU.
+        # Masks in boxes are small, and run lengths are needed on the CPU.
         return _paste_masks_to_rle(masks.cpu(), boxes.cpu(), height, width, threshold)
     return reference_paste_masks_to_rle(masks, boxes, height, width, threshold)
 

@@ -1,14 +1,14 @@
-"""Resizing of 8-bit images, bit-exact to Pillow (`PIL.Image.Image.resize`).
+"""Resizing of 8-bit images, bit-exact with Pillow (`PIL.Image.Image.resize`).
 
-The filter is separable, and wider by the scale when it shrinks the image. Its weights are rounded to 22
-binary digits. The image is filtered along one axis, rounded to bytes, and then filtered along the other.
+The filter is separable, and widened by the scale when it shrinks the image. Its weights are rounded to 22
+fractional bits. The image is filtered along one axis, rounded to bytes, and then filtered along the other.
 """
 
 import torch
 
 from detlib.ops._library import define
 
-DIGITS = 22
+BITS = 22
 BILINEAR, BICUBIC = 2, 3  # as in PIL.Image.Resampling
 
 
@@ -64,15 +64,15 @@ def _weights(source: int, target: int, filter: int) -> torch.Tensor:
     end = (center + reach + 0.5).trunc().clamp(max=source)
     values = _kernel((pixel - center + 0.5) * (1.0 / widening), filter)
     values = torch.where((pixel >= begin) & (pixel < end), values, 0.0)
-    total = values.cumsum(dim=1)[:, -1:]  # from left to right, as the sum is rounded in that order
-    values = torch.where(total != 0, values / total, values) * 2**DIGITS
+    total = values.cumsum(dim=1)[:, -1:]  # from left to right, since rounding depends on the order
+    values = torch.where(total != 0, values / total, values) * 2**BITS
     return torch.where(values < 0, values - 0.5, values + 0.5).trunc()
 
 
 def _filter(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Return `weights` (T, S) times `values` (C, S, L), rounded to [0, 255]; sums are exact in float64."""
-    sums = weights @ values + 2 ** (DIGITS - 1)
-    return (sums / 2**DIGITS).floor().clamp(0, 255)
+    sums = weights @ values + 2 ** (BITS - 1)
+    return (sums / 2**BITS).floor().clamp(0, 255)
 
 
 def reference_resize_image(

@@ -5,7 +5,7 @@ width).
 
 The average over the regular sampling grid of a bin is separable. Let `rows` (P, H) and `columns` (Q, W) be
 the weights that the bins of a box give to rows and columns of the feature map. Then
-`output = rows @ map @ columns.T` for every channel, and the gradient of the map is
+`output = rows @ map @ columns.T` for every channel, and the gradient of the feature map is
 `rows.T @ gradient @ columns`. The reference below and the compiled CPU kernel both use this.
 """
 
@@ -90,7 +90,7 @@ def _compute_dtype(input: torch.Tensor) -> torch.dtype:
 def _axis_weights(
     start: torch.Tensor, extent: torch.Tensor, num_bins: int, size: int, sampling_ratio: int
 ) -> torch.Tensor:
-    """Return the weights that each bin gives to the cells along one axis, (K, num_bins, size).
+    """Return the weights of the cells in each bin along one axis, (K, num_bins, size).
 
     Args:
         start, extent: (K,) start and length of the boxes in cells, finite.
@@ -104,25 +104,25 @@ def _axis_weights(
     step = bin_size / count.clamp(min=1)
     bins = torch.arange(num_bins, dtype=start.dtype, device=start.device)
     bin_start = start[:, None] + bins * bin_size[:, None]
-    # Only samples in [-1, size] matter. A huge box has many more samples outside; skip them.
+    # Only samples in [-1, size] matter. Skip the others, of which a huge box has many.
     forward = step.clamp(min=1e-12)
     first = ((-1 - bin_start) / forward[:, None]).floor().sub(1).clamp(min=0)
     in_range = torch.minimum(((size + 2) / forward).ceil() + 3, count)
     # An inverted box with a fixed number of samples: keep all samples.
     backward = step < 0
     first, in_range = first.masked_fill(backward[:, None], 0), torch.where(backward, count, in_range)
-    most = int(in_range.max()) if count.numel() else 0
-    sample = first[..., None] + torch.arange(most, dtype=start.dtype, device=start.device)
+    max_count = int(in_range.max()) if count.numel() else 0
+    sample = first[..., None] + torch.arange(max_count, dtype=start.dtype, device=start.device)
     position = bin_start[..., None] + (sample + 0.5) * step[:, None, None]
     valid = (position >= -1) & (position <= size) & (sample < count[:, None, None])
     position = position.clamp(min=0, max=size - 1)
     low = position.floor()
     fraction = position - low
     low = low.long()
-    share = valid.to(start.dtype) / count.clamp(min=1)[:, None, None]
+    sample_weight = valid.to(start.dtype) / count.clamp(min=1)[:, None, None]
     weights = start.new_zeros((len(start), num_bins, size))
-    weights.scatter_add_(2, low, (1 - fraction) * share)
-    weights.scatter_add_(2, (low + 1).clamp(max=size - 1), fraction * share)
+    weights.scatter_add_(2, low, (1 - fraction) * sample_weight)
+    weights.scatter_add_(2, (low + 1).clamp(max=size - 1), fraction * sample_weight)
     return weights
 
 
@@ -136,7 +136,7 @@ def _span(weights: torch.Tensor) -> list[tuple[int, int]]:
 
 
 def _box_weights(boxes, dtype, spatial_scale, pooled, size, sampling_ratio, aligned):
-    """Yield index, image, map rows, map columns and weights (P, rows), (Q, columns) of each box.
+    """Yield index, image, feature map rows and columns, and weights (P, rows), (Q, columns) of each box.
 
     The weights are None for a box that is not finite.
     """
@@ -177,7 +177,7 @@ def reference_roi_align_backward(
     grad, boxes, spatial_scale, pooled_height, pooled_width, batch_size, channels, height, width,
     sampling_ratio, aligned, deterministic=False,
 ):  # fmt: skip
-    """Compute the gradient of the feature map, (N, C, H, W), box by box and so deterministically."""
+    """Compute the gradient of the feature map, (N, C, H, W), box by box, which is deterministic."""
     dtype = _compute_dtype(grad)
     grad_input = grad.new_zeros((batch_size, channels, height, width), dtype=dtype)
     if grad.numel() and grad_input.numel():
@@ -203,7 +203,7 @@ def _check_images(boxes: torch.Tensor, num_images: int) -> None:
 def _fallback_is_reference(boxes: torch.Tensor, deterministic: bool = False) -> bool:
     """Return whether torchvision cannot be used.
 
-    Its kernels fail on boxes that are inverted or not finite, and on CUDA they add in any order.
+    Its kernels fail on boxes that are inverted or not finite, and on CUDA they add in no fixed order.
     """
     if torchvision_ops()[0] is None or (deterministic and boxes.device.type == "cuda"):
         return True

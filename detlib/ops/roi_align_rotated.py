@@ -60,14 +60,14 @@ def _compute_dtype(input: torch.Tensor) -> torch.dtype:
 
 
 def _positions(extent: torch.Tensor, num_bins: int, sampling_ratio: int, middle: float, radius: float):
-    """Return the samples of a box along one of its axes that are within `radius` of the map's center.
+    """Return the samples of a box along one axis that are at most `radius` from the feature map's center.
 
     Args:
         extent: () side of the box in cells.
         num_bins: number of bins along the axis.
         sampling_ratio: samples per bin; 0 for `ceil(extent / num_bins)`.
-        middle: position of the map's center along the axis, from the center of the box.
-        radius: radius of a circle around the entire map, in cells.
+        middle: position of the feature map's center along the axis, from the center of the box.
+        radius: radius of a circle around the entire feature map, in cells.
 
     Returns:
         positions (S',) from the center of the box, their bins (S',), and the number of samples per bin.
@@ -90,7 +90,7 @@ def _positions(extent: torch.Tensor, num_bins: int, sampling_ratio: int, middle:
 
 
 def _taps(box: torch.Tensor, spatial_scale: float, pooled: tuple[int, int], size, sampling_ratio: int):
-    """Return the cells that one box reads: bins, cells (of the flattened map) and weights, (T,) each.
+    """Return the cells that one box reads: bins, cells of the flattened feature map, and weights, (T,) each.
 
     Args:
         box: (5,) finite, center, sides and angle.
@@ -111,12 +111,13 @@ def _taps(box: torch.Tensor, spatial_scale: float, pooled: tuple[int, int], size
     inside = (xs >= -1) & (xs <= width) & (ys >= -1) & (ys <= height)
     xs, ys, bins = xs[inside].clamp(0, width - 1), ys[inside].clamp(0, height - 1), bins[inside]
     left, top = xs.floor(), ys.floor()
-    x_share, y_share = xs - left, ys - top
+    x_weight, y_weight = xs - left, ys - top
     left, top = left.long(), top.long()
     right, bottom = (left + 1).clamp(max=width - 1), (top + 1).clamp(max=height - 1)
     cells = [top * width + left, top * width + right, bottom * width + left, bottom * width + right]
     weights = [
-        (1 - y_share) * (1 - x_share), (1 - y_share) * x_share, y_share * (1 - x_share), y_share * x_share
+        (1 - y_weight) * (1 - x_weight), (1 - y_weight) * x_weight,
+        y_weight * (1 - x_weight), y_weight * x_weight,
     ]  # fmt: skip
     return bins.repeat(4), torch.cat(cells), torch.cat(weights) / max(num_rows * num_columns, 1)
 
@@ -160,7 +161,7 @@ def reference_roi_align_rotated_backward(
     width,
     sampling_ratio,
 ):
-    """Compute the gradient of the feature map, (N, C, H, W), box by box and so deterministically."""
+    """Compute the gradient of the feature map, (N, C, H, W), box by box, which is deterministic."""
     dtype, pooled, size = _compute_dtype(grad), (pooled_height, pooled_width), (height, width)
     grad_input = grad.new_zeros((batch_size, channels, height * width), dtype=dtype)
     if grad.numel() and grad_input.numel():
@@ -212,7 +213,7 @@ def _backward(ctx, grad):
     scale, height, width, sampling_ratio = ctx.scalars
     operator: Callable = _apply_backward
     if grad.is_cuda and torch.are_deterministic_algorithms_enabled():
-        operator = reference_roi_align_rotated_backward  # the CUDA kernel adds in any order
+        operator = reference_roi_align_rotated_backward  # the CUDA kernel adds in no fixed order
     grad_input = operator(grad, boxes, scale, height, width, *ctx.input_size, sampling_ratio)
     return grad_input, None, None, None, None, None
 

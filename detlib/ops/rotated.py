@@ -1,4 +1,4 @@
-"""Rotated boxes: intersection over union and non-maximum suppression.
+"""Intersection over union and non-maximum suppression of rotated boxes.
 
 A box is `center x, center y, width, height, angle` with the angle in degrees. In image coordinates (y points
 down) the width is measured along (cos, -sin) of the angle, so positive angles are counter-clockwise.
@@ -17,7 +17,7 @@ import torch
 
 from detlib.ops._library import check_nms_arguments, check_same_device, check_tensor, define
 
-_PAIRS_AT_ONCE = 1 << 18
+_MAX_PAIRS = 1 << 18
 
 
 def box_iou_rotated(boxes1: torch.Tensor, boxes2: torch.Tensor) -> torch.Tensor:
@@ -47,7 +47,7 @@ def box_iou_rotated(boxes1: torch.Tensor, boxes2: torch.Tensor) -> torch.Tensor:
 def nms_rotated(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torch.Tensor:
     """Apply non-maximum suppression to rotated boxes: drop boxes that overlap a box of higher score.
 
-    It is `nms` with the IoU of `box_iou_rotated`. Not differentiable.
+    Works like `nms`, with the IoU of `box_iou_rotated`. Not differentiable.
 
     Args:
         boxes: (N, 5) floating point, as for `box_iou_rotated`.
@@ -129,7 +129,7 @@ def _area_under_edge(x0, y0, x1, slope, run, half, top):
 
 
 def _iou_of_pairs(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Return the IoU of P pairs of prepared boxes, (P,); no radius may be nan."""
+    """Return the IoU of P pairs of prepared boxes, (P,); radii must not be nan."""
     ax, ay, aw, ah, ac, asine, _ = first.unbind(dim=1)
     bx, by, bw, bh, bc, bsine, _ = second.unbind(dim=1)
     cosine, sine = ac * bc + asine * bsine, bsine * ac - bc * asine
@@ -163,9 +163,9 @@ def reference_box_iou_rotated(boxes1: torch.Tensor, boxes2: torch.Tensor) -> tor
     """Compute `box_iou_rotated` in plain PyTorch."""
     output = boxes1.new_zeros((len(boxes1), len(boxes2)), dtype=_iou_dtype(boxes1, boxes2))
     first, second = _prepare(boxes1), _prepare(boxes2)
-    rows_at_once = max(1, _PAIRS_AT_ONCE // max(1, len(second)))
-    for begin in range(0, len(first), rows_at_once):
-        rows = slice(begin, begin + rows_at_once)
+    num_rows = max(1, _MAX_PAIRS // max(1, len(second)))
+    for begin in range(0, len(first), num_rows):
+        rows = slice(begin, begin + num_rows)
         i, j = _circles_meet(first[rows, None], second).nonzero(as_tuple=True)
         output[rows][i, j] = _iou_of_pairs(first[rows][i], second[j]).to(output.dtype)
     return output

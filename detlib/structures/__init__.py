@@ -1,4 +1,4 @@
-"""Boxes, masks, keypoints, and containers of them for an image and for a batch."""
+"""Boxes, masks, keypoints, and containers for the objects of an image and the images of a batch."""
 
 from detlib.structures.boxes import (
     Boxes,

@@ -1,6 +1,6 @@
-"""Axis-aligned boxes: the `Boxes` type, its functions and `BoxMode`.
+"""Axis-aligned boxes: the `Boxes` type, functions of boxes, and `BoxMode`.
 
-Shapes: N, M numbers of boxes. Boxes are rows x0, y0, x1, y1 in absolute pixels of an image whose top left
+Shapes: N and M boxes. Boxes are rows x0, y0, x1, y1 in absolute pixels of an image whose top left
 corner is (0, 0): pixel (row i, column j) covers [j, j + 1] x [i, i + 1].
 """
 
@@ -64,7 +64,7 @@ class BoxMode(IntEnum):
             The converted boxes, of the same type and dtype as `box`; `box` itself if the formats are equal.
 
         Raises:
-            ValueError: for a relative format, or a box of the wrong length.
+            ValueError: a format is relative, or a box has the wrong length.
         """
         from_mode, to_mode = BoxMode(from_mode), BoxMode(to_mode)
         if from_mode == to_mode:
@@ -148,7 +148,7 @@ class Boxes:
             tensor: (N, 4) tensor, array or nested list of absolute xyxy pixels; anything empty gives N = 0.
 
         Raises:
-            ValueError: if the shape is not (N, 4).
+            ValueError: the shape is not (N, 4).
         """
         if not isinstance(tensor, torch.Tensor):
             tensor = torch.as_tensor(np.asarray(tensor, dtype=np.float32))
@@ -185,7 +185,7 @@ class Boxes:
             box_size: (height, width) of the image.
 
         Raises:
-            ValueError: if a coordinate is infinite or NaN.
+            ValueError: a coordinate is infinite or NaN.
         """
         self._check_finite()
         height, width = box_size
@@ -289,17 +289,17 @@ class Boxes:
         yield from self.tensor
 
 
-def _spans(low1, high1, low2, high2):
-    """Return the length of the overlap of intervals along one axis, 0 where they are disjoint."""
+def _overlap(low1, high1, low2, high2):
+    """Return the length of the overlap of intervals along one axis; 0 where they are disjoint."""
     return torch.minimum(high1, high2).sub_(torch.maximum(low1, low2)).clamp_(min=0)
 
 
 def pairwise_intersection(boxes1: Boxes, boxes2: Boxes) -> torch.Tensor:
     """Return the intersection of every pair of N and M boxes, (N, M), in square pixels."""
-    # One axis after the other and in place: N x M may be millions, and memory access takes the time.
+    # One axis after the other, in place: N x M may be millions, and memory access takes most of the time.
     x0, y0, x1, y1 = boxes1.tensor.t().contiguous()[:, :, None].unbind(dim=0)
     u0, v0, u1, v1 = boxes2.tensor.t().contiguous()[:, None, :].unbind(dim=0)
-    return _spans(x0, x1, u0, u1).mul_(_spans(y0, y1, v0, v1))
+    return _overlap(x0, x1, u0, u1).mul_(_overlap(y0, y1, v0, v1))
 
 
 def pairwise_iou(boxes1: Boxes, boxes2: Boxes) -> torch.Tensor:
@@ -319,19 +319,19 @@ def matched_pairwise_iou(boxes1: Boxes, boxes2: Boxes) -> torch.Tensor:
     """Return the IoU of the i-th box of one list with the i-th box of the other, (N,).
 
     Raises:
-        ValueError: if the lists have different lengths.
+        ValueError: the lists have different lengths.
     """
     if len(boxes1) != len(boxes2):
         raise ValueError(f"boxes1 and boxes2 must have the same length, got {len(boxes1)} and {len(boxes2)}")
     x0, y0, x1, y1 = boxes1.tensor.unbind(dim=1)
     u0, v0, u1, v1 = boxes2.tensor.unbind(dim=1)
-    inter = _spans(x0, x1, u0, u1) * _spans(y0, y1, v0, v1)
+    inter = _overlap(x0, x1, u0, u1) * _overlap(y0, y1, v0, v1)
     return _ratio(inter, boxes1.area() + boxes2.area() - inter)
 
 
-def _ratio(inter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """Return `inter / whole`, and 0 (not NaN) where the intersection is empty."""
-    return torch.where(inter > 0, inter / whole, inter.new_zeros(()))
+def _ratio(inter: torch.Tensor, area: torch.Tensor) -> torch.Tensor:
+    """Return `inter / area`, and 0 (not NaN) where the intersection is empty."""
+    return torch.where(inter > 0, inter / area, inter.new_zeros(()))
 
 
 def pairwise_point_box_distance(points: torch.Tensor, boxes: Boxes):

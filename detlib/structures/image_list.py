@@ -1,4 +1,4 @@
-"""ImageList: images of different sizes in one padded tensor."""
+"""`ImageList`: images of different sizes in one padded tensor."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +18,7 @@ class ImageList:
     """
 
     def __init__(self, tensor: torch.Tensor, image_sizes: list[tuple[int, int]]):
-        """Create the batch from padded images; `from_tensors` pads them.
+        """Create the batch from padded images. Use `from_tensors` to pad images.
 
         Args:
             tensor: (N, H, W) or (N, C_1, ..., C_K, H, W) padded images.
@@ -60,9 +60,9 @@ class ImageList:
                 above 0; "size_divisibility": replaces the argument of that name.
 
         Raises:
-            TypeError: if an element is not a tensor.
-            ValueError: for an empty list, images that differ in more than height and width, or an image
-                larger than "square_size".
+            TypeError: an element is not a tensor.
+            ValueError: the list is empty, images differ in more than height and width, or an image is larger
+                than "square_size".
         """
         if len(tensors) == 0:
             raise ValueError("ImageList.from_tensors needs at least one image")

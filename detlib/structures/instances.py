@@ -1,4 +1,4 @@
-"""Instances: the objects of one image, as columns of equal length."""
+"""`Instances`: the objects of one image, as fields of equal length."""
 
 import itertools
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ __all__ = ["Instances"]
 
 
 class Instances:
-    """A table of the objects in one image: named fields that all have one entry per object.
+    """The objects of one image, as named fields that all have one entry per object.
 
     Fields are read and written as attributes::
 
@@ -25,7 +25,7 @@ class Instances:
     """
 
     def __init__(self, image_size: tuple[int, int], **kwargs: Any):
-        """Create a table.
+        """Create the object.
 
         Args:
             image_size: (height, width) of the image that coordinates refer to.
@@ -58,8 +58,8 @@ class Instances:
         """Add or replace the field `name`.
 
         Raises:
-            ValueError: if the number of entries differs from that of the other fields.
-            AttributeError: if `name` is an attribute or method of Instances, which would hide the field.
+            ValueError: the number of entries differs from the other fields.
+            AttributeError: `name` is an attribute or method of Instances, which would hide the field.
         """
         if hasattr(type(self), name):
             raise AttributeError(f"'{name}' cannot be a field, since Instances.{name} exists")
@@ -85,7 +85,7 @@ class Instances:
         return self._fields[name]
 
     def get_fields(self) -> dict[str, Any]:
-        """Return all fields by name. Changing the dict changes the object."""
+        """Return all fields by name. Changes of the dict change the object."""
         return self._fields
 
     def to(self, *args: Any, **kwargs: Any) -> "Instances":
@@ -123,14 +123,14 @@ class Instances:
 
     @staticmethod
     def cat(instance_lists: list["Instances"]) -> "Instances":
-        """Concatenate several Instances of the same image size.
+        """Concatenate multiple Instances of the same image size.
 
         Args:
             instance_lists: at least one Instances, all with the same fields.
 
         Raises:
-            ValueError: if the list is empty, or image sizes or field names differ.
-            TypeError: if a field's type cannot be concatenated.
+            ValueError: the list is empty, or image sizes or field names differ.
+            TypeError: the type of a field cannot be concatenated.
         """
         for instances in instance_lists:
             if not isinstance(instances, Instances):

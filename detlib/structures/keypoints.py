@@ -1,4 +1,4 @@
-"""Keypoints, their one-hot heatmaps, and keypoints from predicted heatmaps.
+"""Keypoints, their heatmap cells, and keypoints from predicted heatmaps.
 
 Shapes: N objects, K keypoints each, R regions of interest, S side of a heatmap.
 """
@@ -85,7 +85,7 @@ class Keypoints:
 
     @staticmethod
     def cat(keypoints_list: list["Keypoints"]) -> "Keypoints":
-        """Concatenate several Keypoints with the same K."""
+        """Concatenate multiple Keypoints with the same K."""
         if len(keypoints_list) == 0:
             raise ValueError("Keypoints.cat needs at least one Keypoints")
         for keypoints in keypoints_list:
@@ -154,13 +154,13 @@ def _find_peaks(maps: torch.Tensor, pixels: torch.Tensor, height: int, width: in
         height, width: the largest of these.
 
     Returns:
-        (R, K, 4): column and row of the peak (the first if several are equal), the logit there, and its
-        probability among the S x S cells.
+        (R, K, 4): column and row of the peak (the first of equal ones), its logit, and its probability among
+        the S x S cells.
     """
     num_objects, num_keypoints, side, _ = maps.shape
     across = _enlarging_matrices(pixels[:, 0], width, side)
     down = _enlarging_matrices(pixels[:, 1], height, side)
-    # Bicubic enlargement is a product with one matrix for each axis, the same for all K maps of an object:
+    # Bicubic enlargement is a product with one matrix per axis, the same for all K heatmaps of an object:
     # (S rows x K, S) by (S, width), then (height, S) by (S, K x width).
     enlarged = maps.transpose(1, 2).flatten(1, 2) @ across.transpose(1, 2)
     enlarged = down @ enlarged.view(num_objects, side, num_keypoints * width)
@@ -182,11 +182,11 @@ def heatmaps_to_keypoints(maps: torch.Tensor, rois: torch.Tensor) -> torch.Tenso
 
     Args:
         maps: (R, K, S, S) logits.
-        rois: (R, 4) absolute xyxy pixels of the regions that the maps cover.
+        rois: (R, 4) absolute xyxy pixels of the regions that the heatmaps cover.
 
     Returns:
-        (R, K, 4): x, y in absolute pixels, the logit there, and its probability (softmax over the S x S
-        cells). float64 if the maps are, else float32.
+        (R, K, 4): x, y in absolute pixels, the logit of the peak, and its probability (softmax over the S x S
+        cells). float64 if `maps` is, else float32.
     """
     # Half precision is too coarse for cells and for pixel coordinates.
     maps = maps if maps.dtype == torch.float64 else maps.float()
@@ -203,8 +203,8 @@ def heatmaps_to_keypoints(maps: torch.Tensor, rois: torch.Tensor) -> torch.Tenso
             width = max(heights_widths[i][1] for i in group)
             index = torch.tensor(group).to(maps.device, non_blocking=True)
             peaks[index] = _find_peaks(maps[index], pixels[index], height, width)
-    # Of equal pixels a GPU may return any, also padding that repeats the last pixel of a smaller map.
-    # The enlarged map has an integer number of pixels; the region's size may be fractional.
+    # A GPU may return any of several equal pixels, also padding that repeats the last pixel of a smaller
+    # heatmap. An enlarged heatmap has an integer number of pixels; the size of its region may be fractional.
     centers = torch.minimum(peaks[..., :2], pixels[:, None] - 1) + 0.5
     points = centers * (sizes / pixels)[:, None] + rois[:, None, :2]
     return torch.cat([points, peaks[..., 2:]], dim=2)

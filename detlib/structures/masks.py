@@ -202,7 +202,7 @@ class BitMasks:
 
     @staticmethod
     def cat(bitmasks_list: list["BitMasks"]) -> "BitMasks":
-        """Concatenate several BitMasks of the same image size."""
+        """Concatenate multiple BitMasks of the same image size."""
         if len(bitmasks_list) == 0:
             raise ValueError("BitMasks.cat needs at least one BitMasks")
         for masks in bitmasks_list:
@@ -212,12 +212,12 @@ class BitMasks:
 
 
 def _any(masks: torch.Tensor, dim: int | tuple[int, int]) -> torch.Tensor:
-    """Return `masks.any(dim)` of a bool tensor, ten times as fast on the CPU."""
+    """Return `masks.any(dim)` of a bool tensor; ten times as fast on the CPU."""
     return masks.view(torch.uint8).amax(dim=dim).bool()
 
 
 def _extent(occupied: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the first and one past the last True of each row of an (N, L) tensor; 0 and 0 without any."""
+    """Return the first and one-past-last True position in each row of (N, L); 0 and 0 if there are none."""
     length = occupied.shape[1]
     positions = torch.arange(length, device=occupied.device)
     first = torch.where(occupied, positions, length).amin(dim=1)
@@ -240,7 +240,7 @@ class PolygonMasks:
                 absolute pixels (tensor, array or list).
 
         Raises:
-            ValueError: if the nesting is wrong, or a polygon has fewer than 6 or an odd number of
+            ValueError: the nesting is wrong, or a polygon has fewer than 6 or an odd number of
                 coordinates; the message names object and polygon.
         """
         if not isinstance(polygons, (list, tuple)):
@@ -334,7 +334,7 @@ class PolygonMasks:
 
     @staticmethod
     def cat(polymasks_list: list["PolygonMasks"]) -> "PolygonMasks":
-        """Concatenate several PolygonMasks; an empty list gives no objects."""
+        """Concatenate multiple PolygonMasks; an empty list gives zero objects."""
         for masks in polymasks_list:
             if not isinstance(masks, PolygonMasks):
                 raise TypeError(f"PolygonMasks.cat takes a list of PolygonMasks, got {type(masks).__name__}")

@@ -1,6 +1,6 @@
-"""Rotated boxes: the `RotatedBoxes` type and their intersection over union.
+"""Rotated boxes: the `RotatedBoxes` type and the intersection over union.
 
-Shapes: N, M numbers of boxes. Boxes are rows of center x, center y, width, height in absolute pixels and the
+Shapes: N and M boxes. Boxes are rows of center x, center y, width, height in absolute pixels and the
 angle in degrees, counter-clockwise. The width is measured along (cos, -sin) and the height along (sin, cos)
 of the angle, with y pointing down.
 """
@@ -20,8 +20,8 @@ class RotatedBoxes(Boxes):
     """A list of rotated boxes in one (N, 5) float32 tensor, with the interface of `Boxes`.
 
     Boxes (x, y, w, h, a), (x, y, w, h, a + 180) and (x, y, h, w, a + 90) cover the same area, but their
-    content has another orientation: the angle tells which side is up. The constructor takes an (N, 5) tensor,
-    array or nested list.
+    content has another orientation: the angle defines which side is up. The constructor takes an (N, 5)
+    tensor, array or nested list.
 
     Attributes:
         tensor: (N, 5) float32.
@@ -48,7 +48,7 @@ class RotatedBoxes(Boxes):
             clip_angle_threshold: boxes rotated by at most this many degrees are clipped.
 
         Raises:
-            ValueError: if a number is infinite or NaN.
+            ValueError: a number is infinite or NaN.
         """
         self._check_finite()
         self.normalize_angles()
@@ -93,7 +93,7 @@ class RotatedBoxes(Boxes):
         return self.tensor[:, :2]
 
     def scale(self, scale_x: float, scale_y: float) -> None:
-        """Scale the image that the boxes are on by two factors, in place.
+        """Scale the boxes as if their image was resized by two factors, in place.
 
         Different factors turn a rectangle into a parallelogram. The result is the rectangle with the same
         center and side lengths, and with the direction of the parallelogram's height.

@@ -1,3 +1,5 @@
+"""Normalization layers against torch and the formulas."""
+
 import copy
 
 import pytest
@@ -189,7 +191,7 @@ _SYNC_CASES = [((2, 2), ""), ((3, 1), "N"), ((2, 0), "N")]
 
 def _run_sync_norms(rank, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
     torch.save([_run_sync_norm(rank, *case) for case in _SYNC_CASES], f"{folder}/{rank}.pth")
     dist.destroy_process_group()
 
@@ -206,7 +208,7 @@ def _run_sync_norm(rank, sizes, stats_mode):
 
 @pytest.fixture(scope="module")
 def sync_results(tmp_path_factory):
-    """Results of each of two processes, by case."""
+    """Return the results of each of two processes, by case."""
     folder = tmp_path_factory.mktemp("sync")
     mp.spawn(_run_sync_norms, (folder,), nprocs=2)
     return [torch.load(folder / f"{rank}.pth") for rank in range(2)]

@@ -1,4 +1,4 @@
-"""Fusion of a frozen norm, sum and ReLU after a convolution, and when they are not fused."""
+"""Fusion of a frozen norm, sum and ReLU after a convolution, and conditions that prevent it."""
 
 import copy
 import warnings
@@ -23,12 +23,14 @@ def make_conv(norm=FrozenBatchNorm2d, **kwargs):
 
 
 @pytest.fixture
-def joined(monkeypatch):
-    """Count how often norm, sum and ReLU were fused."""
+def fused_calls(monkeypatch):
+    """Return a list that gets an entry for each fusion of norm, sum and ReLU."""
     calls = []
     apply = wrappers.apply_frozen_batch_norm
     monkeypatch.setattr(wrappers, "apply_frozen_batch_norm", lambda *args: calls.append(1) or apply(*args))
-    monkeypatch.setattr(wrappers, "is_fast", lambda y: y.dtype != torch.bfloat16)  # whether compiled or not
+    monkeypatch.setattr(
+        wrappers, "is_fast", lambda y: y.dtype != torch.bfloat16
+    )  # with or without compiled kernels
     return calls
 
 
@@ -40,7 +42,7 @@ def plain(conv, x, residual=None):
 
 
 @pytest.mark.parametrize("with_residual", [False, True])
-def test_fused_equals_separate_operators(joined, with_residual):
+def test_fused_equals_separate_operators(fused_calls, with_residual):
     conv, x = make_conv(), torch.randn(2, 3, 6, 5, requires_grad=True)
     residual = torch.randn(2, 8, 6, 5, requires_grad=True) if with_residual else None
     inputs = [t for t in (x, conv.weight, residual) if t is not None]
@@ -49,7 +51,7 @@ def test_fused_equals_separate_operators(joined, with_residual):
     for function in (conv_relu, plain):
         y = function(conv, x, residual)
         results.append((y, *torch.autograd.grad((y * y).sum(), inputs)))
-    assert joined == [1]
+    assert fused_calls == [1]
     for one, two in zip(*results, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
     assert residual is None or torch.equal(residual, before)
@@ -68,19 +70,19 @@ def _hook(*args):
         lambda conv: nn.modules.module.register_module_forward_hook(_hook),
     ],
 )
-def test_hooks_prevent_fusion(joined, watch):
+def test_hooks_prevent_fusion(fused_calls, watch):
     conv, x = make_conv(), torch.randn(1, 3, 4, 4, requires_grad=True)
     handle = watch(conv)
     try:
         torch.testing.assert_close(conv_relu(conv, x), plain(conv, x))
-        assert joined == []
+        assert fused_calls == []
     finally:
         handle.remove()
     conv_relu(conv, x)
-    assert joined == [1]
+    assert fused_calls == [1]
 
 
-def test_forward_hook_sees_the_output_of_the_convolution(joined):
+def test_forward_hook_sees_the_output_of_the_convolution(fused_calls):
     conv, x, residual, seen = make_conv(), torch.randn(1, 3, 4, 4), torch.randn(1, 8, 4, 4), []
     conv.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
     y = conv_relu(conv, x, residual)
@@ -88,7 +90,7 @@ def test_forward_hook_sees_the_output_of_the_convolution(joined):
     assert (seen[0] < 0).any()
 
 
-def test_patched_modules_are_called(joined):
+def test_patched_modules_are_called(fused_calls):
     class Doubled(FrozenBatchNorm2d):
         def forward(self, x):
             return 2 * super().forward(x)
@@ -104,14 +106,14 @@ def test_patched_modules_are_called(joined):
     torch.testing.assert_close(conv_relu(conv, x), F.relu(conv(x)))
     conv = make_conv(nn.BatchNorm2d)
     torch.testing.assert_close(conv_relu(copy.deepcopy(conv), x), F.relu(conv(x)))
-    assert conv_relu(nn.Identity(), x).equal(F.relu(x)) and joined == []
+    assert conv_relu(nn.Identity(), x).equal(F.relu(x)) and fused_calls == []
 
 
-def test_autocast_returns_reduced_precision(joined):
+def test_autocast_returns_reduced_precision(fused_calls):
     conv, x, residual = make_conv(), torch.randn(1, 3, 4, 4), torch.randn(1, 8, 4, 4)
     with torch.autocast("cpu", torch.bfloat16):
         y = conv_relu(conv, x, residual)
-    assert y.dtype == torch.bfloat16 and joined == []
+    assert y.dtype == torch.bfloat16 and fused_calls == []
     torch.testing.assert_close(y.float(), plain(conv, x, residual), rtol=0.05, atol=0.05)
 
 
@@ -130,7 +132,7 @@ def test_compilers_and_tracers_see_torch_operators():
     assert not any("detlib" in str(node.target) for node in exported.graph.nodes)
     torch.testing.assert_close(exported.module()(x), plain(conv, x))
     with torch.no_grad(), warnings.catch_warnings(action="ignore", category=FutureWarning):
-        traced = torch.jit.trace(Model(), x)  # fvcore counts operations by it
+        traced = torch.jit.trace(Model(), x)  # fvcore counts operations with it
     assert "detlib::" not in str(traced.inlined_graph)
     tangent = torch.randn_like(x)
     with torch.no_grad(), forward_ad.dual_level():

@@ -19,7 +19,7 @@ def test_parameter_names_and_shapes():
         "bias": (6,),
     }
     assert torch.equal(modulated.bias, torch.zeros(6))
-    bound = (6 / (4 * 3)) ** 0.5  # Kaiming's, for ReLU
+    bound = (6 / (4 * 3)) ** 0.5  # Kaiming initialization for ReLU
     assert 0.8 * bound < modulated.weight.abs().max() <= bound
     assert ModulatedDeformConv(4, 6, 3, bias=False).bias is None
     assert DeformConv(4, 6, 3, bias=True).bias.shape == (6,)

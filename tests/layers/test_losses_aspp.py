@@ -1,3 +1,5 @@
+"""IoU losses and ASPP against slow formulas."""
+
 import math
 
 import pytest

@@ -1,3 +1,5 @@
+"""Pasting of masks into images against a slow formula and detectron2."""
+
 import math
 from pathlib import Path
 

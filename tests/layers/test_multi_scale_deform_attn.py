@@ -49,14 +49,14 @@ def slow_attention(module, query, value, query_pos, reference_points, spatial_sh
             for m in range(heads):
                 locations = torch.zeros(levels, points, 2)
                 for lev in range(levels):
-                    place = reference_points[n, q, lev]
+                    reference = reference_points[n, q, lev]
                     for p in range(points):
                         for axis in range(2):  # x, y
-                            if len(place) == 2:
+                            if len(reference) == 2:
                                 step = 1 / spatial_shapes[lev, 1 - axis]
                             else:
-                                step = place[2 + axis] / 2 / points
-                            locations[lev, p, axis] = place[axis] + offsets[m, lev, p, axis] * step
+                                step = reference[2 + axis] / 2 / points
+                            locations[lev, p, axis] = reference[axis] + offsets[m, lev, p, axis] * step
                 output[n, q, m * size : (m + 1) * size] = ms_deform_attn(
                     projected[n : n + 1, :, None, m * size : (m + 1) * size],
                     spatial_shapes,
@@ -82,14 +82,16 @@ def test_forward_matches_the_formula(num_coordinates):
 def test_optional_arguments_have_defaults():
     module, given = attention(), inputs(queries=30)
     given["value"] = None
-    itself = module(**given)
-    torch.testing.assert_close(itself, module(**given | {"value": given["query"]}))
-    torch.testing.assert_close(itself, module(**given, identity=given["query"], key=given["query"], other=1))
-    elsewhere = module(**given, identity=torch.zeros_like(given["query"]))
-    torch.testing.assert_close(elsewhere, itself - given["query"])
+    expected = module(**given)
+    torch.testing.assert_close(expected, module(**given | {"value": given["query"]}))
+    torch.testing.assert_close(
+        expected, module(**given, identity=given["query"], key=given["query"], other=1)
+    )
+    without_identity = module(**given, identity=torch.zeros_like(given["query"]))
+    torch.testing.assert_close(without_identity, expected - given["query"])
     moved = given | {"query": given["query"] + given["query_pos"], "query_pos": None}
     moved |= {"value": given["query"], "identity": given["query"]}
-    torch.testing.assert_close(module(**moved), itself)
+    torch.testing.assert_close(module(**moved), expected)
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ def test_sine_embedding_of_cells_matches_the_formula(normalize, offset):
                     row = (row + offset) / (height + 1e-6) * 3.0
                     column = (column + offset) / (width + 1e-6) * 3.0
                     if image == 1 and (y >= height or x >= width):
-                        continue  # nothing is in that row or column, and 0 is divided by 0
+                        continue  # the row or column is empty: 0 is divided by 0
                 elif image == 1 and (y >= height or x >= width):
                     continue
                 want = slow_sine(row, 6, 20) + slow_sine(column, 6, 20)

@@ -1,3 +1,5 @@
+"""RoIPool against values computed by hand."""
+
 import pytest
 import torch
 

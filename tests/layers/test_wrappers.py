@@ -1,3 +1,5 @@
+"""Convolutions with norm and activation, and extensions of torch functions."""
+
 import pytest
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""Inputs and references that the operator tests share."""
+"""Shared inputs and references of the operator tests."""
 
 import torch
 
@@ -11,7 +11,8 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, tor
 def bilinear(plane, y, x):
     """Return the values of `plane` (C, H, W) at the points `y`, `x` (in cells, of one shape) as (C, *shape).
 
-    Zero beyond one cell outside the feature map, the value of the border up to there.
+    Points up to one cell outside the feature map have the value of the border; points further outside are
+    zero.
     """
     height, width = plane.shape[1:]
     inside = (y >= -1) & (y <= height) & (x >= -1) & (x <= width)
@@ -25,7 +26,7 @@ def bilinear(plane, y, x):
 
 
 def feature_map(dtype=torch.float32, size=(2, 3, 12, 17), seed=0):
-    """Return uniform values in [0, 1)."""
+    """Return a feature map of uniform values in [0, 1)."""
     return torch.rand(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
@@ -42,7 +43,7 @@ def rois(dtype=torch.float32):
 
 
 def rotated_boxes_and_scores(count, span=60.0, seed=0, dtype=torch.float32):
-    """Return (N, 5) rotated boxes on a square of side `span`, and (N,) scores."""
+    """Return (N, 5) rotated boxes in a square of side `span`, and (N,) scores."""
     return random_rotated_boxes(count, (span, span), seed=seed, dtype=dtype), random_scores(
         count, seed, dtype
     )

@@ -105,13 +105,13 @@ def test_frozen_batch_norm_matches_cpu(dtype, size, layout, with_residual, relu)
         torch.testing.assert_close(theirs, ours, atol=tolerance, rtol=tolerance)
 
 
-def test_frozen_batch_norm_of_an_unaligned_map():
+def test_frozen_batch_norm_of_an_unaligned_feature_map():
     x = torch.randn(2 * 8 * 5 * 4 + 1).cuda()[1:].view(2, 8, 5, 4)
     constants = torch.rand(4, 8).cuda().unbind()
     torch.testing.assert_close(frozen_batch_norm(x, *constants), frozen_batch_norm(x.clone(), *constants))
 
 
-def test_roi_align_on_another_stream_and_of_nonfinite_boxes():
+def test_roi_align_on_another_stream_and_with_nonfinite_boxes():
     maps, boxes = (
         torch.rand(1, 3, 20, 20).cuda(),
         torch.tensor([[0, 1.0, 2, 9, 8], [0, torch.nan, 0, 1, 1]]).cuda(),

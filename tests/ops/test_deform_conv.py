@@ -59,8 +59,8 @@ def slow_deform_conv2d(input, offset, weight, bias, stride, padding, dilation, m
             for r in (math.floor(row), math.floor(row) + 1):
                 for k in (math.floor(column), math.floor(column) + 1):
                     if 0 <= r < height and 0 <= k < width:
-                        share = (1 - abs(row - r)) * (1 - abs(column - k)) * factor
-                        total += share * input[n, channel, r, k] * weight[o, c, i, j]
+                        weight_of_cell = (1 - abs(row - r)) * (1 - abs(column - k)) * factor
+                        total += weight_of_cell * input[n, channel, r, k] * weight[o, c, i, j]
         output[n, o, y, x] = total
     return output
 

@@ -1,4 +1,4 @@
-"""Batch normalization with constants, sum and ReLU, against the formula."""
+"""Frozen batch norm with sum and ReLU, against the formula."""
 
 import itertools
 
@@ -70,10 +70,10 @@ def test_reduced_precision_is_rounded_once(dtype, constants_dtype):
 
 
 def test_float32_is_bit_equal_to_pytorch():
-    """Stored features do not change, on processors with fused multiply-add, which PyTorch uses too."""
-    multiplies_and_adds = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-    if not multiplies_and_adds or not _library.has_native_kernel("frozen_batch_norm", "cpu"):
-        pytest.skip("for compiled kernels on x86 with AVX2")
+    """On CPUs with fused multiply-add, which PyTorch uses too, stored features must not change."""
+    has_fma = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    if not has_fma or not _library.has_native_kernel("frozen_batch_norm", "cpu"):
+        pytest.skip("needs compiled kernels on x86 with AVX2")
     for layout in LAYOUTS:
         x, residual, grad = maps((2, 37, 20, 30), torch.float32, layout)
         args = (x, residual, *constants(37, torch.float32), 1e-5, True)
@@ -92,7 +92,7 @@ def test_gradgradcheck(with_residual, relu):
     assert torch.autograd.gradcheck(function, inputs) and torch.autograd.gradgradcheck(function, inputs)
 
 
-def test_other_layouts_and_empty_maps_are_accepted():
+def test_other_layouts_and_empty_feature_maps_are_accepted():
     x, residual, _ = maps((2, 6, 4, 5))
     parts = constants(6)
     expected = formula(x, *parts, 1e-5, residual, True)
@@ -109,7 +109,7 @@ def test_other_layouts_and_empty_maps_are_accepted():
 
 
 @pytest.mark.parametrize("with_residual,relu", OPTIONS)
-def test_gradients_keep_the_layout_of_the_map(with_residual, relu):
+def test_gradients_keep_the_layout_of_the_feature_map(with_residual, relu):
     x, residual, grad = maps((2, 6, 4, 5), layout="channels_last")
     inputs = [t.requires_grad_() for t in ([x, residual] if with_residual else [x])]
     y = frozen_batch_norm(x, *constants(6), residual=residual if with_residual else None, relu=relu)

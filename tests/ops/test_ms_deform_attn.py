@@ -19,7 +19,7 @@ SHAPES = ((5, 7), (3, 2), (1, 1))
 
 
 def inputs(channels=5, num_images=2, heads=3, queries=6, points=2, shapes=SHAPES, dtype=torch.float64):
-    """Return arguments of the operator; a third of the locations are outside the maps or near a border."""
+    """Return arguments of the operator. A third of the locations are outside the levels or near a border."""
     generator = torch.Generator().manual_seed(channels)
 
     def random(*size):
@@ -46,8 +46,8 @@ def slow_ms_deform_attn(value, spatial_shapes, level_start_index, locations, wei
         for row in (math.floor(y), math.floor(y) + 1):
             for column in (math.floor(x), math.floor(x) + 1):
                 if 0 <= row < height and 0 <= column < width:
-                    share = (1 - abs(y - row)) * (1 - abs(x - column)) * weights[n, q, m, lev, p]
-                    output[n, q, m] += share * value[n, start + row * width + column, m]
+                    weight = (1 - abs(y - row)) * (1 - abs(x - column)) * weights[n, q, m, lev, p]
+                    output[n, q, m] += weight * value[n, start + row * width + column, m]
     return output.flatten(2)
 
 
@@ -66,7 +66,9 @@ def test_values_match_the_definition(channels):
 
 
 def test_samples_computed_by_hand():
-    value = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).view(1, 6, 1, 1)  # a map of 2 rows and 3 columns
+    value = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).view(
+        1, 6, 1, 1
+    )  # a feature map of 2 rows and 3 columns
     locations = torch.tensor([[0.5, 0.25], [1 / 3, 0.5], [0.0, 0.0], [1.2, 0.5]])  # x, y
     output = ms_deform_attn(
         value,
@@ -75,7 +77,8 @@ def test_samples_computed_by_hand():
         locations.view(1, 4, 1, 1, 1, 2),
         torch.full((1, 4, 1, 1, 1), 2.0),
     )
-    # Center of the upper middle cell; between four cells; a quarter of the corner cell; outside the map.
+    # Center of the upper middle cell; between four cells; a quarter of the corner cell; outside the feature
+    # map.
     torch.testing.assert_close(output.flatten(), torch.tensor([4.0, 6.0, 0.5, 0.0]))
 
 
@@ -213,7 +216,7 @@ def test_nonfinite_and_huge_values(argument, number):
     arguments = inputs(8, dtype=torch.float32)
     expected = ms_deform_attn(*arguments)
     arguments[argument][0, 2, 1, 0, 0] = number
-    arguments[3][1, 3, 2, 1, 0] = 7.0  # a sample beyond its map
+    arguments[3][1, 3, 2, 1, 0] = 7.0  # a sample outside its feature map
     arguments[4][1, 3, 2, 1, 0] = number if argument == 4 else 0.5
     finite = abs(number) < torch.inf
     for function in (ms_deform_attn, reference_ms_deform_attn, _indexed_ms_deform_attn):
@@ -241,8 +244,8 @@ def test_parallel_runs_are_deterministic():
     expected = reference_ms_deform_attn_backward(grad.double(), *inputs(32, 2, 8, 700, 4, shapes))
     for one, two, exact in zip(first, second, expected):
         assert torch.equal(one, two)
-        share_of_wrong = ((one - exact).abs() > 1e-3 + 1e-3 * exact.abs()).double().mean()
-        assert share_of_wrong < 1e-3  # a location at the edge of a cell may round to the other side
+        wrong_fraction = ((one - exact).abs() > 1e-3 + 1e-3 * exact.abs()).double().mean()
+        assert wrong_fraction < 1e-3  # a location at the edge of a cell may round to the other side
 
 
 WRONG = [

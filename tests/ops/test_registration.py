@@ -112,7 +112,7 @@ from detlib.ops import _library
 from tests.ops.test_registration import samples
 from detlib.ops import nms
 expected = torch.load(sys.argv[1])
-assert _library.implementation("nms", "cpu") == "{served_by}", _library.implementation("nms", "cpu")
+assert _library.implementation("nms", "cpu") == "{implementation}", _library.implementation("nms", "cpu")
 assert "DETLIB_DISABLE_NATIVE=1" in _library.native_load_error
 for name, arguments in samples().items():
     torch.testing.assert_close(getattr(torch.ops.detlib, name)(*arguments), expected[name])
@@ -121,7 +121,7 @@ for dtype in (torch.float64, torch.float16, torch.bfloat16):
     got = torch.ops.detlib.roi_align(maps.to(dtype), *rest)
     assert got.dtype == dtype
     torch.testing.assert_close(got.float(), expected["roi_align"], atol=2e-2, rtol=2e-2)
-with torch.autocast("cpu", torch.bfloat16):  # products of matrices keep float32
+with torch.autocast("cpu", torch.bfloat16):  # matrix products keep float32
     for name in ("roi_align", "ms_deform_attn"):
         torch.testing.assert_close(getattr(torch.ops.detlib, name)(*samples()[name]), expected[name])
 maps, *rest = samples()["roi_align"]
@@ -134,14 +134,18 @@ assert nms(boxes[:0], scores[:0], 0.5).shape == (0,)
 """
 
 
-@pytest.mark.parametrize("hide_torchvision,served_by", [(False, "torchvision"), (True, "PyTorch reference")])
-def test_fallbacks_match_native_kernels(hide_torchvision, served_by, tmp_path):
+@pytest.mark.parametrize(
+    "hide_torchvision,implementation", [(False, "torchvision"), (True, "PyTorch reference")]
+)
+def test_fallbacks_match_native_kernels(hide_torchvision, implementation, tmp_path):
     if not hide_torchvision:
         pytest.importorskip("torchvision")
     values = {name: getattr(torch.ops.detlib, name)(*arguments) for name, arguments in samples().items()}
     torch.save(tree_map(torch.detach, values), tmp_path / "expected.pt")
     before = "assert 'torchvision' not in sys.modules" if not hide_torchvision else ""
-    code = WITHOUT_NATIVE.format(hide_torchvision=hide_torchvision, served_by=served_by, before=before)
+    code = WITHOUT_NATIVE.format(
+        hide_torchvision=hide_torchvision, implementation=implementation, before=before
+    )
     environment = os.environ | {"DETLIB_DISABLE_NATIVE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "expected.pt"],

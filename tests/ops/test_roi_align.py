@@ -47,8 +47,8 @@ def test_values_match_the_definition(output_size, sampling_ratio, aligned):
 
 @pytest.mark.parametrize("width", [1, 3, 7, 8, 9, 33])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_narrow_maps_and_dtypes(dtype, width):
-    """Maps that are narrow or end inside a vector use other paths of the kernel."""
+def test_narrow_feature_maps_and_dtypes(dtype, width):
+    """Feature maps that are narrow or end inside a vector use other paths of the kernel."""
     input, boxes = feature_map(dtype, (2, 5, 12, width)), rois()
     got = roi_align(input, boxes, (7, 7), 0.25, 0, True)
     assert got.dtype == dtype and got.is_contiguous()
@@ -76,7 +76,7 @@ def test_backward_matches_the_gradient_of_the_definition(dtype, sampling_ratio, 
 
 
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
-def test_matches_torchvision_at_real_size(sampling_ratio):
+def test_matches_torchvision_at_realistic_size(sampling_ratio):
     torchvision = pytest.importorskip("torchvision")
     generator = torch.Generator().manual_seed(0)
     input = torch.randn(2, 8, 50, 67, generator=generator, requires_grad=True)
@@ -122,7 +122,7 @@ def test_noncontiguous_inputs_give_the_same_values():
 @pytest.mark.parametrize("channels", [2, 9, 37, 300])
 @pytest.mark.parametrize("sampling_ratio,aligned,size", [(0, True, (7, 7)), (2, False, (3, 20))])
 def test_channels_last_matches_contiguous(dtype, channels, sampling_ratio, aligned, size):
-    """Channel counts that fill vectors, leave a remainder, and need several blocks."""
+    """Channel counts fill vectors, leave a remainder, or need multiple blocks."""
     shape, boxes = (2, channels, 12, 17), rois()
     input = feature_map(dtype, shape).to(memory_format=torch.channels_last).requires_grad_()
     got = roi_align(input, boxes, size, 0.25, sampling_ratio, aligned)

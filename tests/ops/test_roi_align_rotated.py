@@ -32,15 +32,15 @@ def slow_roi_align_rotated(input, boxes, output_size, spatial_scale, sampling_ra
 
 
 def test_values_match_detectron2():
-    """At spatial scale 1/4; gradients of the sum of the outputs, and of the sum of their squares."""
+    """Compare outputs and the gradients of their sum and sum of squares, at spatial scale 1/4."""
     with np.load(Path(__file__).with_name("rotated.npz")) as arrays:
-        facts = {name: torch.from_numpy(arrays[name]) for name in arrays}
+        stored = {name: torch.from_numpy(arrays[name]) for name in arrays}
     for size, ratio, power, name in (((7, 5), 2, 1, "ra"), ((3, 4), 0, 2, "ra_adaptive")):
-        input = facts["ra_input"].requires_grad_()
-        output = roi_align_rotated(input, facts["ra_rois"], size, 0.25, ratio)
-        torch.testing.assert_close(output, facts[f"{name}_output"], atol=2e-5, rtol=1e-5)
+        input = stored["ra_input"].requires_grad_()
+        output = roi_align_rotated(input, stored["ra_rois"], size, 0.25, ratio)
+        torch.testing.assert_close(output, stored[f"{name}_output"], atol=2e-5, rtol=1e-5)
         (grad,) = torch.autograd.grad((output**power).sum(), input)
-        torch.testing.assert_close(grad, facts[f"{name}_grad"], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(grad, stored[f"{name}_grad"], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("sampling_ratio", [-1, 0, 1, 3])
@@ -87,13 +87,14 @@ def test_zero_angle_matches_roi_align():
     input = feature_map(torch.float64)
     boxes = torch.tensor([[0.0, 30, 20, 25, 15, 0], [1, 12, 9, 40, 30, 0]], dtype=torch.float64)
     half = boxes[:, 3:5] / 2
-    upright = torch.cat([boxes[:, :1], boxes[:, 1:3] - half, boxes[:, 1:3] + half], 1)
+    axis_aligned = torch.cat([boxes[:, :1], boxes[:, 1:3] - half, boxes[:, 1:3] + half], 1)
     got, expected = (
         roi_align_rotated(input, boxes, (4, 5), 0.25, 0),
-        roi_align(input, upright, (4, 5), 0.25, 0, True),
+        roi_align(input, axis_aligned, (4, 5), 0.25, 0, True),
     )
     torch.testing.assert_close(got, expected)
-    # A quarter turn counter-clockwise: the first row of bins is the left side of the map, bottom to top.
+    # A quarter turn counter-clockwise: the first row of bins is the left side of the feature map, bottom to
+    # top.
     turned = boxes[:, [0, 1, 2, 4, 3, 5]] + torch.tensor([0, 0, 0, 0, 0, 90], dtype=torch.float64)
     torch.testing.assert_close(roi_align_rotated(input, turned, (5, 4), 0.25, 0), expected.rot90(-1, (2, 3)))
 

@@ -1,4 +1,4 @@
-"""Rotated IoU and NMS against polygon clipping, detectron2 and handmade cases."""
+"""Rotated IoU and NMS against polygon clipping, detectron2 and manual cases."""
 
 import math
 from pathlib import Path
@@ -13,8 +13,8 @@ from tests.ops.cases import DTYPES, rotated_boxes_and_scores
 
 
 @pytest.fixture(scope="module")
-def facts():
-    """Boxes and results computed by detectron2."""
+def stored():
+    """Return boxes and results computed by detectron2."""
     with np.load(Path(__file__).with_name("rotated.npz")) as arrays:
         return {name: torch.from_numpy(arrays[name]) for name in arrays}
 
@@ -76,9 +76,9 @@ def slow_nms(boxes, scores, threshold, idxs=None):
 
 
 class TestIoU:
-    def test_values_match_detectron2(self, facts):
-        boxes = facts["boxes"]
-        torch.testing.assert_close(box_iou_rotated(boxes, boxes[:20]), facts["iou"], atol=1e-5, rtol=1e-5)
+    def test_values_match_detectron2(self, stored):
+        boxes = stored["boxes"]
+        torch.testing.assert_close(box_iou_rotated(boxes, boxes[:20]), stored["iou"], atol=1e-5, rtol=1e-5)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_matches_polygon_clipping(self, dtype):
@@ -138,7 +138,7 @@ class TestIoU:
         assert box_iou_rotated(half, half)[0, 1].item() == pytest.approx(1 / 3)
 
     def test_disjoint_boxes_of_detectron2_issue_1207_have_zero_iou(self):
-        """The boxes of the issue, simplified ones, and long boxes side by side."""
+        """Compare the boxes of the issue, simplified ones, and long boxes next to each other."""
         first = torch.tensor([[160.0, 153, 230, 23, -37], [3, 3, 8, 2, -45], [190, 122, 230, 21, -37]])
         second = torch.tensor([[190.0, 127, 80, 21, -46], [6, 0, 8, 2, -45], [160, 153, 230, 23, -37]])
         assert not box_iou_rotated(first, second).diagonal().any()
@@ -196,10 +196,10 @@ class TestIoU:
 
     def test_parallel_runs_are_deterministic(self):
         boxes, _ = rotated_boxes_and_scores(700, span=300)
-        whole = box_iou_rotated(boxes, boxes)
-        assert torch.equal(whole, torch.cat([box_iou_rotated(part, boxes) for part in boxes.split(7)]))
-        torch.testing.assert_close(whole, whole.T)
-        torch.testing.assert_close(whole[:100], reference_box_iou_rotated(boxes[:100], boxes))
+        result = box_iou_rotated(boxes, boxes)
+        assert torch.equal(result, torch.cat([box_iou_rotated(part, boxes) for part in boxes.split(7)]))
+        torch.testing.assert_close(result, result.T)
+        torch.testing.assert_close(result[:100], reference_box_iou_rotated(boxes[:100], boxes))
 
     @pytest.mark.parametrize(
         "change,message",
@@ -219,11 +219,11 @@ class TestIoU:
 
 
 class TestNMS:
-    def test_values_match_detectron2(self, facts):
-        boxes, scores = facts["boxes"], facts["scores"]
-        assert torch.equal(nms_rotated(boxes, scores, 0.3), facts["nms_0.3"])
-        assert torch.equal(nms_rotated(boxes, scores, 0.6), facts["nms_0.6"])
-        assert torch.equal(batched_nms_rotated(boxes, scores, facts["idxs"], 0.4), facts["batched_nms_0.4"])
+    def test_values_match_detectron2(self, stored):
+        boxes, scores = stored["boxes"], stored["scores"]
+        assert torch.equal(nms_rotated(boxes, scores, 0.3), stored["nms_0.3"])
+        assert torch.equal(nms_rotated(boxes, scores, 0.6), stored["nms_0.6"])
+        assert torch.equal(batched_nms_rotated(boxes, scores, stored["idxs"], 0.4), stored["batched_nms_0.4"])
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.7, 1.0])
@@ -241,10 +241,10 @@ class TestNMS:
     def test_zero_angle_matches_axis_aligned_nms(self):
         boxes, scores = rotated_boxes_and_scores(600, span=130, dtype=torch.float64)
         boxes[:, 4] = 0
-        upright = torch.cat([boxes[:, :2] - boxes[:, 2:4] / 2, boxes[:, :2] + boxes[:, 2:4] / 2], 1)
+        axis_aligned = torch.cat([boxes[:, :2] - boxes[:, 2:4] / 2, boxes[:, :2] + boxes[:, 2:4] / 2], 1)
         idxs = torch.arange(600) % 3
         assert torch.equal(
-            batched_nms_rotated(boxes, scores, idxs, 0.5), batched_nms(upright, scores, idxs, 0.5)
+            batched_nms_rotated(boxes, scores, idxs, 0.5), batched_nms(axis_aligned, scores, idxs, 0.5)
         )
 
     def test_equal_scores_noncontiguous_and_empty_inputs(self):

@@ -1,3 +1,5 @@
+"""Axis-aligned boxes against slow formulas and torchvision."""
+
 import math
 
 import numpy as np
@@ -205,8 +207,8 @@ class TestBoxMode:
         ys = [
             cy - math.sin(theta) * x + math.cos(theta) * y for x in (-w / 2, w / 2) for y in (-h / 2, h / 2)
         ]
-        upright = BoxMode.convert([cx, cy, w, h, angle], BoxMode.XYWHA_ABS, BoxMode.XYXY_ABS)
-        assert upright == pytest.approx([min(xs), min(ys), max(xs), max(ys)])
+        axis_aligned = BoxMode.convert([cx, cy, w, h, angle], BoxMode.XYWHA_ABS, BoxMode.XYXY_ABS)
+        assert axis_aligned == pytest.approx([min(xs), min(ys), max(xs), max(ys)])
         xywh = BoxMode.convert([cx, cy, w, h, angle], BoxMode.XYWHA_ABS, BoxMode.XYWH_ABS)
         assert xywh == pytest.approx([min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)])
 

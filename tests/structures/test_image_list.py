@@ -1,3 +1,5 @@
+"""Batches of padded images."""
+
 import pytest
 import torch
 

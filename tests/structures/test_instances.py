@@ -1,3 +1,5 @@
+"""Fields, indexing and concatenation of Instances."""
+
 import copy
 import pickle
 

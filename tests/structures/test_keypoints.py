@@ -1,3 +1,5 @@
+"""Keypoints and heatmaps against slow formulas."""
+
 import math
 
 import pytest

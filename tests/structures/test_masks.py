@@ -1,3 +1,5 @@
+"""Polygons and bit masks against pycocotools and torchvision."""
+
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest

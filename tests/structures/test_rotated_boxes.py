@@ -1,3 +1,5 @@
+"""Rotated boxes against corners and the operators."""
+
 import math
 
 import numpy as np
