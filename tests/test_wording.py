@@ -58,7 +58,7 @@ LATER = """
     detlib/checkpoint/ detlib/config/ detlib/data/ detlib/engine/ detlib/evaluation/ detlib/layers/
     detlib/model_zoo/ detlib/modeling/ detlib/ops/ detlib/report/ detlib/solver/ detlib/structures/
     detlib/utils/ detlib/visualization/
-    docs/model_zoo.md docs/performance.md docs/report.md docs/weights.md
+    docs/performance.md
     tests/checkpoint/ tests/config tests/conformance/ tests/data/ tests/engine/
     tests/compatibility/ tests/scripts/ tests/shipped_configs/
     tests/evaluation/ tests/layers/ tests/model_zoo/ tests/modeling/ tests/ops/ tests/report/
