@@ -43,9 +43,9 @@ def class_table(found: Detections, scores: Mapping[str, CocoScores], curve: F1Cu
     """Return a table with one row per class, in the order of the category ids.
 
     Args:
-        found: The detections and the ground truth.
-        scores: The scores of each task. Box AP comes first; other tasks follow as "segm AP" and so on.
-        curve: Source of precision, recall and F1 (in percent) and of the number of detections, at its
+        found: the detections and the ground truth.
+        scores: the scores of each task. Box AP comes first; other tasks follow as "segm AP" and so on.
+        curve: source of precision, recall and F1 (in percent) and of the number of detections, at its
             selected threshold.
     """
     rows = []

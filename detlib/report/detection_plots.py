@@ -53,9 +53,9 @@ def pr_curve(scores: CocoScores, iou: float | None = None, class_index: int | No
     """Return the precision at the metric's 101 recall levels. Its mean is the AP.
 
     Args:
-        scores: The scores of one task.
-        iou: The IoU threshold; None averages over all thresholds.
-        class_index: The class; None averages over all classes that have objects.
+        scores: the scores of one task.
+        iou: the IoU threshold; None averages over all thresholds.
+        class_index: the class; None averages over all classes that have objects.
 
     Returns:
         (101,) float64 in [0, 1]; nan if there are no objects.
@@ -243,11 +243,11 @@ def class_metric_figure(metric: str, values: Mapping[str, float]) -> bytes:
     If there are many classes, only the best and the worst are shown.
 
     Args:
-        metric: Name of the metric.
-        values: Values in percent, by class name; nan is left out.
+        metric: name of the metric.
+        values: values in percent, by class name; nan is left out.
 
     Raises:
-        ValueError: Every value is nan.
+        ValueError: every value is nan.
     """
     known = sorted(((v, name) for name, v in values.items() if not np.isnan(v)), reverse=True)
     if not known:

@@ -42,11 +42,11 @@ def add_detections(
     """Add figures, tables and example images of the detections on one dataset.
 
     Args:
-        report: The report to add to.
-        path: The file of predictions.
-        dataset: The name of the dataset.
-        config: The config of the run.
-        folder: Subfolder of the report for the files; "" writes into the report's own folder.
+        report: the report to add to.
+        path: the file of predictions.
+        dataset: the name of the dataset.
+        config: the config of the run.
+        folder: subfolder of the report for the files; "" writes into the report's own folder.
     """
     found = load_detections(path, dataset, config)
     page = report.page

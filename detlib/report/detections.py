@@ -68,10 +68,10 @@ class Detections:
     """Detections and ground truth of a dataset. The arrays leave out what the metric ignores.
 
     Attributes:
-        dataset: Name of the dataset.
-        path: File of the predictions.
-        ground_truth: Ground truth as the metric uses it.
-        results: Predictions in COCO's result format.
+        dataset: name of the dataset.
+        path: file of the predictions.
+        ground_truth: ground truth as the metric uses it.
+        results: predictions in COCO's result format.
         class_names: K class names.
         image_ids: (N,) int64 image ids in ascending order.
         gt_image, gt_class: (G,) int64, indices into `image_ids` and `class_names`.
@@ -79,14 +79,14 @@ class Detections:
             width, height, angle in degrees counter-clockwise.
         gt_crowd: (G,) bool. Crowds are not counted as objects, and detections in them are not false
             positives.
-        dt_image, dt_class, dt_boxes: The same for detections, (D,) and (D, 4 or 5).
+        dt_image, dt_class, dt_boxes: the same for detections, (D,) and (D, 4 or 5).
         dt_score: (D,) float64.
         dt_uncounted: (D,) bool, detections that are not false positives if unmatched, since not every object
             of their class is annotated in their image (LVIS).
-        dt_results: The D results that the arrays are built from.
-        is_lvis: Whether the metric is LVIS's.
-        limit: Maximum number of counted detections per image; None for the metric's default.
-        sigmas: Keypoint sigmas of OKS; empty for COCO's.
+        dt_results: the D results that the arrays are built from.
+        is_lvis: whether the metric is LVIS's.
+        limit: maximum number of counted detections per image; None for the metric's default.
+        sigmas: keypoint sigmas of OKS; empty for COCO's.
     """
 
     dataset: str
@@ -172,13 +172,13 @@ def load_detections(path: str, dataset: str, config: Mapping[str, Any] | None = 
     """Read predictions and their ground truth.
 
     Args:
-        path: File of predictions in COCO's result format.
-        dataset: A registered name or a dataset URI.
-        config: Config of the run; source of the maximum number of detections and of the keypoint sigmas.
+        path: file of predictions in COCO's result format.
+        dataset: a registered name or a dataset URI.
+        config: config of the run; source of the maximum number of detections and of the keypoint sigmas.
 
     Raises:
-        KeyError, FileNotFoundError: The dataset is not registered, or its files do not exist.
-        ValueError: The dataset has no annotations, or the predictions have unknown images or classes.
+        KeyError, FileNotFoundError: the dataset is not registered, or its files do not exist.
+        ValueError: the dataset has no annotations, or the predictions have unknown images or classes.
     """
     ground_truth = _load_ground_truth(dataset, os.path.dirname(path))
     if not ground_truth.has_annotations:

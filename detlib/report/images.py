@@ -30,8 +30,8 @@ def rank_images(scores: Mapping[str, np.ndarray], count: int) -> tuple[list[int]
     neither objects nor detections are left out. No image is in both lists.
 
     Args:
-        scores: Result of `image_scores`.
-        count: Maximum length of each list.
+        scores: result of `image_scores`.
+        count: maximum length of each list.
     """
     known = np.flatnonzero(~np.isnan(scores["score"]))
     score, objects = scores["score"][known], scores["objects"][known]
@@ -47,7 +47,7 @@ def image_files(found: Detections) -> dict[int, str]:
     """Return the image files by image id.
 
     Raises:
-        KeyError, FileNotFoundError: The dataset is not registered, or its files do not exist.
+        KeyError, FileNotFoundError: the dataset is not registered, or its files do not exist.
     """
     numbers = found.ground_truth.image_numbers
     records = DatasetCatalog.get(found.dataset)
@@ -96,17 +96,17 @@ def draw_comparison(
     gray.
 
     Args:
-        found: The detections and the ground truth.
-        matches: Result of `match_classes`.
-        threshold: Minimum confidence of the drawn detections.
-        image: Index of the image in `found.image_ids`.
-        file_name: Path of the image.
+        found: the detections and the ground truth.
+        matches: result of `match_classes`.
+        threshold: minimum confidence of the drawn detections.
+        image: index of the image in `found.image_ids`.
+        file_name: path of the image.
 
     Returns:
         (H, W, 3) uint8.
 
     Raises:
-        OSError: The image cannot be read.
+        OSError: the image cannot be read.
     """
     pixels = read_image(file_name, "RGB")
     dts = np.flatnonzero((found.dt_image == image) & (found.dt_score >= threshold))

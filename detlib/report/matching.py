@@ -47,7 +47,7 @@ class F1Curve:
         thresholds: (T,) confidence thresholds.
         true_positives, num_detections: (T, K) counts of the detections with at least that confidence.
         num_objects: (K,) counts of the objects.
-        best: Index of the threshold with the best F1 over all detections; if there is no true positive at any
+        best: index of the threshold with the best F1 over all detections; if there is no true positive at any
             threshold, the index of 0.5.
     """
 
@@ -209,9 +209,9 @@ def confusion_matrix(found: Detections, matches: Matches, threshold: float) -> n
     """Count detections by true and predicted class.
 
     Args:
-        found: The detections and the ground truth.
-        matches: Result of `match_classes`.
-        threshold: Minimum confidence of the counted detections.
+        found: the detections and the ground truth.
+        matches: result of `match_classes`.
+        threshold: minimum confidence of the counted detections.
 
     Returns:
         (K + 1, K + 1) int64. Rows are the true classes, columns the predicted classes; the last row and the

@@ -78,7 +78,7 @@ class Page:
         """Create an empty page.
 
         Args:
-            title: The title of the page.
+            title: the title of the page.
         """
         self._title = title
         self._sections: list[tuple[str, list[str]]] = []
@@ -115,10 +115,10 @@ class Page:
         """Add an image.
 
         Args:
-            image: The encoded image.
-            alt: The alternative text for screen readers.
-            caption: The text below the image.
-            mime: The MIME type of the image.
+            image: the encoded image.
+            alt: the alternative text for screen readers.
+            caption: the text below the image.
+            mime: the MIME type of the image.
         """
         source = f"data:{mime};base64,{base64.b64encode(image).decode('ascii')}"
         below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
@@ -129,8 +129,8 @@ class Page:
         """Add a table whose columns can be sorted.
 
         Args:
-            table: The column names and the rows; None is an empty cell.
-            label: The label for screen readers.
+            table: the column names and the rows; None is an empty cell.
+            label: the label for screen readers.
         """
         columns, rows = table
         is_text = [any(isinstance(row[k], str) for row in rows) for k in range(len(columns))]

@@ -24,10 +24,10 @@ class EvaluationName:
     """The parts of a name such as ``bbox/AP-cat``, or ``shapes:val/bbox/AP`` if there are several datasets.
 
     Attributes:
-        dataset: Name of the dataset, or "" if there is only one.
+        dataset: name of the dataset, or "" if there is only one.
         task: "bbox", "segm", "sem_seg_TTA" and so on.
         metric: "AP", "AP50", "mIoU" and so on.
-        of_class: The class, or "" for metrics over all classes.
+        of_class: the class, or "" for metrics over all classes.
     """
 
     dataset: str
@@ -66,9 +66,9 @@ class Records:
     """The scalars of a run.
 
     Attributes:
-        by_iteration: Scalars by iteration, in ascending order.
+        by_iteration: scalars by iteration, in ascending order.
         skipped_lines: 1-based numbers of the lines that are not a JSON object with an iteration.
-        restarts: Iterations from which the run was resumed after it had already come further.
+        restarts: iterations from which the run was resumed after it had already come further.
     """
 
     by_iteration: dict[int, dict[str, float]] = field(default_factory=dict)
@@ -151,7 +151,7 @@ def read_records(path: str) -> Records:
     restarted: earlier records of that iteration and later ones are replaced.
 
     Args:
-        path: Path of the file. If it does not exist, the records are empty.
+        path: path of the file. If it does not exist, the records are empty.
     """
     records = Records()
     if not PathManager.isfile(os.fspath(path)):

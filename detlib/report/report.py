@@ -27,14 +27,14 @@ class Report:
 
     Attributes:
         folder: ``OUTPUT_DIR/report``.
-        page: The HTML page.
+        page: the HTML page.
     """
 
     def __init__(self, output_dir: str) -> None:
         """Create the folder and an empty page.
 
         Args:
-            output_dir: The output folder of the run.
+            output_dir: the output folder of the run.
         """
         self.output_dir = output_dir
         self.folder = os.path.join(output_dir, "report")
@@ -57,8 +57,8 @@ class Report:
         """Call `make` to add a part of the report. If it fails, note the reason in the page and the log.
 
         Args:
-            what: The name of the part for the message.
-            make: Adds the part.
+            what: the name of the part for the message.
+            make: adds the part.
 
         Returns:
             Whether `make` succeeded.

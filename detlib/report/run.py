@@ -30,7 +30,7 @@ def read_config(output_dir: str) -> Mapping[str, Any] | None:
     """Read the yacs or lazy config that a run saved as ``config.yaml``. Return None if there is no such file.
 
     Raises:
-        ValueError: The file is not a YAML mapping.
+        ValueError: the file is not a YAML mapping.
     """
     path = os.path.join(output_dir, "config.yaml")
     if not PathManager.isfile(path):

@@ -28,9 +28,9 @@ def new_figure(columns: int = 1, rows: int = 1, *, width: float = 9.0, height: f
     """Create an empty figure.
 
     Args:
-        columns, rows: Number of columns and rows of axes.
-        width: Width of the figure in inches.
-        height: Height of each row of axes in inches.
+        columns, rows: number of columns and rows of axes.
+        width: width of the figure in inches.
+        height: height of each row of axes in inches.
 
     Returns:
         The figure and the list of its axes, row by row.

@@ -36,7 +36,7 @@ def losses_figure(records: Records) -> bytes:
     """Plot the total loss and its components, with the validation losses in the same axes.
 
     Raises:
-        ValueError: There are no losses.
+        ValueError: there are no losses.
     """
     names = records.losses()
     validation = records.validation_losses()
@@ -88,7 +88,7 @@ def learning_rate_figure(records: Records) -> bytes:
     """Plot the learning rate of each parameter group that has a recorded one.
 
     Raises:
-        ValueError: No learning rate is recorded.
+        ValueError: no learning rate is recorded.
     """
     names = records.learning_rates()
     if not names:
@@ -109,7 +109,7 @@ def evaluation_figure(records: Records) -> bytes:
     """Plot the metrics of each task over the iterations and mark the best value of the main metric.
 
     Raises:
-        ValueError: There are no evaluation results.
+        ValueError: there are no evaluation results.
     """
     groups = records.evaluations()
     if not groups:

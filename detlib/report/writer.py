@@ -105,15 +105,15 @@ def make_report(output_dir: str, cfg: Mapping[str, Any] | None = None) -> str:
     """Write the report of a run like `write_report`, but raise errors.
 
     Args:
-        output_dir: The output folder of the run.
-        cfg: The yacs or lazy config of the run; None reads ``config.yaml``.
+        output_dir: the output folder of the run.
+        cfg: the yacs or lazy config of the run; None reads ``config.yaml``.
 
     Returns:
         The path of the page.
 
     Raises:
-        FileNotFoundError: The folder does not exist or is not the output folder of a run.
-        OSError: The report cannot be written.
+        FileNotFoundError: the folder does not exist or is not the output folder of a run.
+        OSError: the report cannot be written.
     """
     output_dir = os.fspath(output_dir)
     if not PathManager.isdir(output_dir):
@@ -175,8 +175,8 @@ def write_report(output_dir: str, cfg: Mapping[str, Any] | None = None) -> str:
     Call this in the main process only.
 
     Args:
-        output_dir: The output folder of the run.
-        cfg: The yacs or lazy config of the run; None reads ``config.yaml``.
+        output_dir: the output folder of the run.
+        cfg: the yacs or lazy config of the run; None reads ``config.yaml``.
 
     Returns:
         The path of the page, or "" if it could not be written. Errors are logged, not raised.

@@ -1,7 +1,7 @@
-"""Drawing of single shapes and texts on a picture: the lower half of Visualizer.
+"""Drawing of single shapes and texts on an image: the base class of Visualizer.
 
-Coordinates are pixels of the picture, x to the right and y down; colours are all that matplotlib understands:
-names, hex strings, RGB triples in [0, 1].
+Coordinates are image pixels, x to the right and y down. Colors are matplotlib colors: names, hex strings, RGB
+triples in [0, 1].
 """
 
 import colorsys
@@ -14,26 +14,28 @@ from detlib.visualization.masks import GenericMask
 
 __all__ = ["Canvas", "VisImage", "change_brightness", "default_color", "jitter", "rotated_corners"]
 
-# Pixels from which a second part of a mask gets a label of its own.
+# Parts of a mask with more pixels than this get their own label.
 _LARGE_PART_AREA = 120000
 
 
 class VisImage:
-    """A picture that matplotlib draws upon, without a window.
+    """An image to draw on with matplotlib, without a window.
 
-    Data coordinates are pixels of the picture: (0, 0) is its top left corner, y points down.
-
-    Args:
-        img: (H, W, 3) RGB picture in [0, 255].
-        scale: size of the result relative to the picture.
+    Data coordinates are image pixels: (0, 0) is the top left corner, y points down.
 
     Attributes:
-        img, scale: as given.
-        width, height: of the picture, W and H.
-        fig, ax, canvas: figure, axes over the whole figure and Agg canvas of matplotlib.
+        img, scale: constructor arguments.
+        width, height: size W and H of the image.
+        fig, ax, canvas: matplotlib figure, axes that cover the figure, and Agg canvas.
     """
 
     def __init__(self, img, scale=1.0):
+        """Create the figure and show the image in it.
+
+        Args:
+            img: (H, W, 3) RGB image in [0, 255].
+            scale: size of the output relative to the image.
+        """
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -41,7 +43,7 @@ class VisImage:
         self.scale = scale
         self.height, self.width = img.shape[:2]
         self.fig = Figure(frameon=False)
-        # Without the hundredth of a pixel, rounding may lose a row or a column.
+        # Without the extra hundredth of a pixel, rounding may lose a row or a column.
         width, height = self.width * scale + 1e-2, self.height * scale + 1e-2
         self.fig.set_size_inches(width / self.fig.get_dpi(), height / self.fig.get_dpi())
         self.canvas = FigureCanvasAgg(self.fig)
@@ -50,52 +52,52 @@ class VisImage:
         self.reset_image(img)
 
     def reset_image(self, img):
-        """Put another picture of the same size below what is drawn later.
+        """Replace the background image, covering everything drawn so far.
 
         Args:
-            img: (H, W, 3) RGB picture in [0, 255].
+            img: (H, W, 3) RGB image in [0, 255], of the same size.
         """
         img = np.asarray(img).clip(0, 255).astype(np.uint8)
         self.ax.imshow(img, extent=(0, self.width, self.height, 0), interpolation="nearest")
 
     def save(self, filepath):
-        """Write the picture with all that is drawn to a file, whose suffix decides the format."""
+        """Save the drawing to a file. The suffix determines the format."""
         self.fig.savefig(filepath)
 
     def get_image(self):
-        """The picture with all that is drawn, (H * scale, W * scale, 3) uint8 RGB."""
+        """Return the drawing, (H * scale, W * scale, 3) uint8 RGB."""
         self.canvas.draw()
         return np.array(self.canvas.buffer_rgba())[:, :, :3]
 
 
 def to_rgb(color) -> tuple[float, float, float]:
-    """RGB in [0, 1] of any colour that matplotlib understands."""
+    """Convert a matplotlib color to RGB in [0, 1]."""
     from matplotlib import colors
 
     return colors.to_rgb(tuple(color) if isinstance(color, (list, np.ndarray)) else color)
 
 
 def default_color(index: int) -> tuple[float, float, float]:
-    """The colour of object number `index`: the same one in each run."""
+    """Return the color of object number `index`. It is the same in every run."""
     table = colormap(rgb=True, maximum=1)
     return tuple(table[index % len(table)].tolist())
 
 
 def jitter(color, rng: np.random.Generator) -> tuple[float, float, float]:
-    """A colour near `color`, 0.3 away in RGB before it is cut to [0, 1]."""
+    """Return a random color at distance 0.3 from `color` in RGB, before clipping to [0, 1]."""
     direction = rng.normal(size=3)
     offset = direction / np.linalg.norm(direction) * 0.3
     return tuple(np.clip(np.array(to_rgb(color)) + offset, 0, 1).tolist())
 
 
 def change_brightness(color, factor: float) -> tuple[float, float, float]:
-    """Multiply the lightness of a colour by 1 + factor; factor in [-1, 1]."""
+    """Multiply the lightness of a color by 1 + factor, with factor in [-1, 1]."""
     hue, lightness, saturation = colorsys.rgb_to_hls(*to_rgb(color))
     return colorsys.hls_to_rgb(hue, min(max(lightness * (1 + factor), 0.0), 1.0), saturation)
 
 
 def rotated_corners(rotated_box) -> np.ndarray:
-    """(4, 2) corners x, y of a rotated box, clockwise from the one that is upper left at the angle 0."""
+    """Return the (4, 2) corners of a rotated box, clockwise from the one that is top left at angle 0."""
     x, y, width, height, angle = (float(value) for value in rotated_box)
     cos, sin = np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))
     right, down = np.array([cos, -sin]) * width / 2, np.array([sin, cos]) * height / 2
@@ -103,15 +105,19 @@ def rotated_corners(rotated_box) -> np.ndarray:
 
 
 class Canvas:
-    """Draws on a picture. Each method draws one thing and returns the VisImage `output`.
-
-    Args:
-        img_rgb: (H, W, 3) RGB picture in [0, 255].
-        scale: size of the result relative to the picture.
-        font_size_scale: factor on the font size, which follows the picture's size.
-    """
+    """An image with methods to draw single shapes. Each method returns the VisImage `output`."""
 
     def __init__(self, img_rgb, scale=1.0, font_size_scale=1.0):
+        """Create the canvas.
+
+        Args:
+            img_rgb: (H, W, 3) RGB image in [0, 255].
+            scale: size of the output relative to the image.
+            font_size_scale: factor on the default font size, which depends on the image size.
+
+        Raises:
+            ValueError: the image does not have shape (H, W, 3).
+        """
         img_rgb = np.asarray(img_rgb)
         if img_rgb.ndim != 3 or img_rgb.shape[2] != 3:
             raise ValueError(f"img_rgb must have shape (H, W, 3), got {img_rgb.shape}")
@@ -122,27 +128,27 @@ class Canvas:
         self._label_rectangles: list[tuple[float, float, float, float]] = []
 
     def get_output(self):
-        """The VisImage with all that has been drawn."""
+        """Return the VisImage with everything drawn so far."""
         return self.output
 
     def draw_text(
         self, text, position, *, font_size=None, color="g", horizontal_alignment="center", rotation=0
     ):
-        """Write a text on a dark ground.
+        """Draw a text on a dark background.
 
         Args:
             text: the text.
-            position: (x, y) of its upper edge, and of the end or middle that the alignment says.
-            font_size: in points for a picture of scale 1; by default it follows the picture's size.
-            color: of the letters; dark ones are made lighter.
+            position: (x, y) of the text: y of its top edge, x of its left end, center or right end.
+            font_size: font size in points at scale 1; by default it depends on the image size.
+            color: text color; dark colors are made lighter.
             horizontal_alignment: "left", "center" or "right".
-            rotation: degrees, counter-clockwise.
+            rotation: angle in degrees, counter-clockwise.
         """
         self._add_text(text, position, font_size, color, horizontal_alignment, rotation)
         return self.output
 
     def _add_text(self, text, position, font_size=None, color="g", alignment="left", rotation=0):
-        # On the dark ground a dark letter cannot be read.
+        # Dark text is illegible on the dark background.
         rgb = np.maximum(to_rgb(color), 0.2)
         rgb[rgb.argmax()] = max(0.8, rgb.max())
         return self.output.ax.text(
@@ -161,7 +167,7 @@ class Canvas:
         )
 
     def _draw_label(self, text, box, *, font_size=None, color="g", center=None):
-        """Write a label at an object, off the labels written before; see `place_label`."""
+        """Draw the label of an object without covering earlier labels; see `place_label`."""
         artist = self._add_text(text, (0, 0), font_size, color)
         extent = artist.get_window_extent(self.output.canvas.get_renderer())
         padding = 2.0
@@ -177,8 +183,8 @@ class Canvas:
         Args:
             box_coord: x0, y0, x1, y1.
             alpha: opacity in [0, 1].
-            edge_color: of the line.
-            line_style: of matplotlib.
+            edge_color: color of the line.
+            line_style: matplotlib line style.
         """
         from matplotlib.patches import Rectangle
 
@@ -200,15 +206,17 @@ class Canvas:
     def draw_rotated_box_with_label(
         self, rotated_box, alpha=0.5, edge_color="g", line_style="-", label=None, *, font_size=None
     ):
-        """Draw a rotated box, its upper side (that of the angle 0) dashed, and a label at that side's start.
+        """Draw a rotated box with a label.
+
+        The side that is the top at angle 0 is dashed. The label is at its first corner.
 
         Args:
             rotated_box: center x, center y, width, height, angle in degrees counter-clockwise.
             alpha: opacity in [0, 1].
-            edge_color: of the lines.
-            line_style: of matplotlib, for the other three sides.
-            label: a text, or None.
-            font_size: of the label, in points; by default it follows the picture's size.
+            edge_color: color of the lines.
+            line_style: matplotlib line style of the other three sides.
+            label: text of the label, or None.
+            font_size: font size of the label in points; by default it depends on the image size.
         """
         from matplotlib.lines import Line2D
 
@@ -242,9 +250,9 @@ class Canvas:
 
         Args:
             x_data, y_data: coordinates of the points.
-            color: of the line.
-            linestyle: of matplotlib.
-            linewidth: in points; by default it follows the picture's size.
+            color: color of the line.
+            linestyle: matplotlib line style.
+            linewidth: line width in points; by default it depends on the image size.
         """
         from matplotlib.lines import Line2D
 
@@ -260,22 +268,22 @@ class Canvas:
         """Draw a filled polygon.
 
         Args:
-            segment: (V, 2) corners x, y.
-            color: of the filling.
-            edge_color: of the line; by default that of the filling, darker.
-            alpha: opacity of the filling.
+            segment: (V, 2) vertices x, y.
+            color: fill color.
+            edge_color: color of the outline; by default the fill color, darkened if `alpha` > 0.8.
+            alpha: opacity of the fill.
         """
         self._draw_outlines([np.asarray(segment).reshape(-1, 2)], color, edge_color, alpha)
         return self.output
 
     def _draw_outlines(self, outlines, color, edge_color, alpha):
-        """Fill (V, 2) outlines; one that lies in another and runs in the opposite sense is a hole."""
+        """Fill (V, 2) outlines. An outline inside another one with the opposite orientation is a hole."""
         from matplotlib.patches import PathPatch
         from matplotlib.path import Path
 
         if edge_color is None:
             edge_color = change_brightness(color, -0.7) if alpha > 0.8 else color
-        # Each closed outline ends with its first point.
+        # A closed path must repeat its first point.
         path = Path.make_compound_path(*(Path(np.concatenate([o, o[:1]]), closed=True) for o in outlines))
         patch = PathPatch(
             path,
@@ -291,12 +299,12 @@ class Canvas:
         """Draw a mask.
 
         Args:
-            binary_mask: (H, W) array, H and W of the picture; what is not zero is the mask.
-            color: of the mask; by default the next one of the colour map.
-            edge_color: of its outline; by default that of the mask.
-            text: a label to write on the mask.
-            alpha: opacity of the filling.
-            area_threshold: parts with fewer pixels are left out.
+            binary_mask: (H, W) array of the image size; nonzero pixels are the mask.
+            color: color of the mask; by default the next one of the colormap.
+            edge_color: color of the outline; by default the color of the mask, darkened if `alpha` > 0.8.
+            text: label to draw on the mask.
+            alpha: opacity of the fill.
+            area_threshold: minimum number of pixels of a part; smaller parts are not drawn.
         """
         mask = GenericMask(binary_mask, self.output.height, self.output.width).mask
         color = self._next_color() if color is None else color
@@ -310,20 +318,21 @@ class Canvas:
         return self.output
 
     def draw_soft_mask(self, soft_mask, color=None, *, text=None, alpha=0.5):
-        """Draw a mask whose values are its opacity.
+        """Draw a mask with its values as opacity.
 
         Args:
-            soft_mask: (H, W) array in [0, 1], H and W of the picture.
-            color: of the mask; by default the next one of the colour map.
-            text: a label to write on the part above 0.5.
+            soft_mask: (H, W) array in [0, 1] of the image size.
+            color: color of the mask; by default the next one of the colormap.
+            text: label to draw on the part above 0.5.
             alpha: opacity where the mask is 1.
+
+        Raises:
+            ValueError: the mask does not have the size of the image.
         """
         soft_mask = np.asarray(soft_mask, dtype=np.float64)
         height, width = self.output.height, self.output.width
         if soft_mask.shape != (height, width):
-            raise ValueError(
-                f"soft_mask must have the picture's shape {(height, width)}, got {soft_mask.shape}"
-            )
+            raise ValueError(f"soft_mask must have the image size {(height, width)}, got {soft_mask.shape}")
         color = self._next_color() if color is None else color
         rgba = np.empty((height, width, 4))
         rgba[:, :, :3] = to_rgb(color)
@@ -339,7 +348,7 @@ class Canvas:
         return default_color(index)
 
     def _draw_text_in_mask(self, mask, text, color):
-        """Write the text in the middle of the largest part of a mask and of each further large one."""
+        """Draw the text at the center of the largest part of a mask and of every other large part."""
         import cv2
 
         num_parts, parts, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
@@ -350,7 +359,7 @@ class Canvas:
             if part - 1 != areas.argmax() and area <= _LARGE_PART_AREA:
                 continue
             x0, y0, width, height = stats[part, :4].tolist()
-            # The median lies in the mask more often than the mean.
+            # The median is inside the mask more often than the mean.
             center = np.median(np.argwhere(parts == part)[:, ::-1], axis=0)
             self._draw_label(text, (x0, y0, x0 + width, y0 + height), color=color, center=tuple(center))
 

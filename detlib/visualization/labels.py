@@ -1,4 +1,4 @@
-"""Text of labels and where to put them."""
+"""Text and placement of object labels."""
 
 from collections.abc import Sequence
 
@@ -13,16 +13,16 @@ def create_text_labels(
     class_names: Sequence[str] | None = None,
     is_crowd: Sequence[bool] | None = None,
 ) -> list[str] | None:
-    """Write one label per object, e.g. "cat 97%".
+    """Return one label per object, such as "cat 97%".
 
     Args:
         classes: class ids, or None.
-        scores: in [0, 1], or None.
-        class_names: name of each class; where it is missing or too short the id stands instead.
-        is_crowd: marks objects with "|crowd".
+        scores: scores in [0, 1], or None.
+        class_names: class names by id; ids without a name are printed as numbers.
+        is_crowd: whether to append "|crowd" to the label of each object.
 
     Returns:
-        The labels; None if there is nothing to say.
+        The labels, or None if there are neither classes nor scores.
     """
     labels = None
     if classes is not None:
@@ -44,16 +44,17 @@ def place_label(
     taken: Sequence[Sequence[float]] = (),
     center: tuple[float, float] | None = None,
 ) -> tuple[float, float, float, float]:
-    """Choose a place for a label beside its object, within the picture and off the labels already placed.
+    """Choose a position for a label in or next to its object, inside the image and clear of other labels.
 
-    All coordinates are pixels of the picture.
+    All coordinates are image pixels.
 
     Args:
         size: (width, height) of the label.
-        box: x0, y0, x1, y1 around the object.
-        image_size: (height, width) of the picture.
-        taken: rectangles x0, y0, x1, y1 of labels already placed.
-        center: a point of the object where the label is welcome, e.g. of its mask; if None its corners are.
+        box: bounding box x0, y0, x1, y1 of the object.
+        image_size: (height, width) of the image.
+        taken: rectangles x0, y0, x1, y1 of the labels already placed.
+        center: preferred center of the label, such as the center of the mask; None prefers the corners of
+            the box.
 
     Returns:
         Rectangle x0, y0, x1, y1 of the label.
@@ -61,24 +62,24 @@ def place_label(
     width, height = size
     x0, y0, x1, y1 = box
     inside = [(x0, y0), (x1 - width, y0), (x0, y1 - height), (x1 - width, y1 - height)]
-    beside = [(x0, y0 - height), (x0, y1), (x1, y0), (x0 - width, y0)]
+    outside = [(x0, y0 - height), (x0, y1), (x1, y0), (x0 - width, y0)]
     if center is not None:
         inside.insert(0, (center[0] - width / 2, center[1] - height / 2))
     # A label should not hide a small object.
     hides = width * height > 0.3 * max(x1 - x0, 0) * max(y1 - y0, 0)
-    corners = np.array(beside + inside if hides else inside + beside)
-    # What reaches beyond the picture is moved into it; the left and top border win for too long labels.
+    corners = np.array(outside + inside if hides else inside + outside)
+    # Positions beyond the image are moved inside; labels longer than the image start at its left or top edge.
     limits = np.array([image_size[1] - width, image_size[0] - height])
     shifted = np.maximum(np.minimum(corners, limits), 0)
     moved = np.abs(shifted - corners).sum(axis=1)
     rectangles = np.concatenate([shifted, shifted + [width, height]], axis=1)
-    # Covering another label is worst; being pushed off its place comes next; then the order decides.
+    # Covering another label is worst, then being moved; ties keep the order of the candidates.
     cost = _overlaps(rectangles, np.asarray(taken, dtype=np.float64).reshape(-1, 4)) * 100 + moved
     return tuple(rectangles[int(cost.argmin())].tolist())
 
 
 def _overlaps(rectangles: np.ndarray, taken: np.ndarray) -> np.ndarray:
-    """Area that each of (C, 4) rectangles shares with all of (T, 4) others together."""
+    """Return the area that each of (C, 4) rectangles shares with all of (T, 4) others in total."""
     low = np.maximum(rectangles[:, None, :2], taken[None, :, :2])
     high = np.minimum(rectangles[:, None, 2:], taken[None, :, 2:])
     return np.clip(high - low, 0, None).prod(axis=2).sum(axis=1)

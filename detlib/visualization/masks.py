@@ -1,4 +1,4 @@
-"""Masks of objects and panoptic segments in whatever form they come, for drawing."""
+"""Object masks and panoptic segments in a uniform representation for drawing."""
 
 from collections.abc import Iterator
 from functools import cached_property
@@ -12,18 +12,19 @@ __all__ = ["GenericMask", "PanopticSegments", "find_contours", "to_generic_masks
 
 
 class GenericMask:
-    """A mask of H x W pixels, given as polygons, as a bitmask or as COCO's run lengths.
-
-    Args:
-        mask_or_polygons: list of flat vectors x0, y0, x1, y1, ...; or (H, W) array; or dict with "counts" and
-            "size".
-        height, width: H and W.
-
-    Raises:
-        ValueError: if it is none of these, or a mask of another size.
-    """
+    """A mask of H x W pixels, created from polygons, a bitmask or COCO's run-length encoding."""
 
     def __init__(self, mask_or_polygons: Any, height: int, width: int):
+        """Create the mask.
+
+        Args:
+            mask_or_polygons: list of flat vectors x0, y0, x1, y1, ...; or (H, W) array; or run-length
+                encoding, a dict with "counts" and "size".
+            height, width: height H and width W of the image.
+
+        Raises:
+            ValueError: the mask is none of these, or it has another size.
+        """
         self.height, self.width = height, width
         if isinstance(mask_or_polygons, dict):
             mask_or_polygons = _decode_run_lengths(mask_or_polygons, height, width)
@@ -35,18 +36,18 @@ class GenericMask:
         mask = np.asarray(mask_or_polygons)
         if mask.shape != (height, width):
             raise ValueError(
-                f"A mask for a picture of {(height, width)} (height, width) has shape {mask.shape}"
+                f"The mask must have the image size {(height, width)} (H, W), but has shape {mask.shape}"
             )
         self.__dict__["mask"] = mask.astype(bool)
 
     @cached_property
     def mask(self) -> np.ndarray:
-        """(H, W) bool."""
+        """Bitmask, (H, W) bool."""
         return polygons_to_bitmask(self.polygons, self.height, self.width)
 
     @cached_property
     def polygons(self) -> list[np.ndarray]:
-        """Flat vectors x0, y0, x1, y1, ...: outlines, and outlines of holes in the opposite sense."""
+        """Outlines as flat vectors x0, y0, x1, y1, ...; outlines of holes have the opposite orientation."""
         return find_contours(self.mask)[0]
 
     @cached_property
@@ -55,11 +56,11 @@ class GenericMask:
         return find_contours(self.mask)[1]
 
     def area(self) -> int:
-        """Number of pixels."""
+        """Return the number of pixels."""
         return int(self.mask.sum())
 
     def bbox(self) -> np.ndarray:
-        """(4,) float64 x0, y0, x1, y1 around the mask; zeros if it is empty."""
+        """Return the bounding box x0, y0, x1, y1, (4,) float64; zeros if the mask is empty."""
         if not self.polygons:
             return np.zeros(4)
         points = np.concatenate(self.polygons).reshape(-1, 2)
@@ -67,14 +68,14 @@ class GenericMask:
 
 
 def find_contours(mask: np.ndarray) -> tuple[list[np.ndarray], bool]:
-    """Outline of the parts of a mask.
+    """Trace the outlines of a mask.
 
     Args:
         mask: (H, W) bool.
 
     Returns:
-        Flat vectors x0, y0, x1, y1, ... through the centres of the border pixels, those of holes in the
-        opposite sense; and whether there are holes.
+        The outlines as flat vectors x0, y0, x1, y1, ... through the centers of the border pixels (outlines of
+        holes have the opposite orientation), and whether there are holes.
     """
     import cv2
 
@@ -83,14 +84,14 @@ def find_contours(mask: np.ndarray) -> tuple[list[np.ndarray], bool]:
     )
     if hierarchy is None:
         return [], False
-    # The fourth column is the contour that one lies in, -1 for those in none.
+    # The fourth column is the parent contour, or -1 if there is none.
     has_holes = bool((hierarchy.reshape(-1, 4)[:, 3] >= 0).any())
     polygons = [contour.astype(np.float64).ravel() + 0.5 for contour in contours]
     return [polygon for polygon in polygons if len(polygon) >= 6], has_holes
 
 
 def to_generic_masks(masks: Any, height: int, width: int) -> list[GenericMask]:
-    """Make GenericMasks of PolygonMasks, BitMasks, (N, H, W) tensors or arrays, or lists of single masks."""
+    """Convert PolygonMasks, BitMasks, (N, H, W) tensors or arrays, or lists of masks to GenericMasks."""
     if isinstance(masks, PolygonMasks):
         masks = masks.polygons
     elif isinstance(masks, BitMasks):
@@ -104,10 +105,10 @@ def _decode_run_lengths(rle: dict, height: int, width: int) -> np.ndarray:
     import pycocotools.mask as mask_util
 
     if "counts" not in rle or "size" not in rle:
-        raise ValueError(f'A mask as run lengths needs "counts" and "size", got {sorted(rle)}')
+        raise ValueError(f'A run-length encoded mask needs "counts" and "size", got {sorted(rle)}')
     if tuple(rle["size"]) != (height, width):
         raise ValueError(
-            f"A mask for a picture of {(height, width)} (height, width) has size {tuple(rle['size'])}"
+            f"The mask must have the image size {(height, width)} (H, W), got size {tuple(rle['size'])}"
         )
     if isinstance(rle["counts"], list):
         rle = mask_util.frPyObjects(rle, height, width)
@@ -115,24 +116,29 @@ def _decode_run_lengths(rle: dict, height: int, width: int) -> np.ndarray:
 
 
 class PanopticSegments:
-    """The segments of a picture.
-
-    Args:
-        panoptic_seg: (H, W) integer array of segment ids.
-        segments_info: for each segment a dict with "id", "category_id", "isthing", perhaps "score"; or None
-            if each id is category * metadata.label_divisor + instance, and -1 is no segment.
-        metadata: needed if `segments_info` is None, with `label_divisor` and
-            `thing_dataset_id_to_contiguous_id`.
-    """
+    """The panoptic segments of an image."""
 
     def __init__(self, panoptic_seg: np.ndarray, segments_info: list[dict] | None, metadata: Any = None):
+        """Collect the segments of a panoptic segmentation.
+
+        Args:
+            panoptic_seg: (H, W) integer array of segment ids.
+            segments_info: one dict per segment with "id", "category_id", "isthing" and optionally
+                "score"; None if each id is category * metadata.label_divisor + instance, and -1 for unlabeled
+                pixels.
+            metadata: metadata with `label_divisor` and `thing_dataset_id_to_contiguous_id`; needed only if
+                `segments_info` is None.
+
+        Raises:
+            ValueError: `segments_info` and `metadata.label_divisor` are both missing.
+        """
         self.ids = panoptic_seg
         ids, areas = np.unique(panoptic_seg, return_counts=True)
         self._areas = dict(zip(ids.tolist(), areas.tolist()))
         if segments_info is None:
             divisor = getattr(metadata, "label_divisor", None)
             if divisor is None:
-                raise ValueError("Without segments_info, metadata.label_divisor must say how ids are formed")
+                raise ValueError("Without segments_info, metadata.label_divisor is needed to decode the ids")
             things = set(metadata.thing_dataset_id_to_contiguous_id.values())
             segments_info = [
                 {"id": i, "category_id": i // divisor, "isthing": i // divisor in things}
@@ -144,18 +150,18 @@ class PanopticSegments:
         self._segments = sorted(present, key=lambda info: -self._areas[info["id"]])
 
     def non_empty_mask(self) -> np.ndarray:
-        """(H, W) bool: which pixels belong to a segment."""
+        """Return which pixels belong to a segment, (H, W) bool."""
         return np.isin(self.ids, [info["id"] for info in self._segments])
 
     def semantic_masks(self) -> Iterator[tuple[np.ndarray, dict]]:
-        """Yield (H, W) bool mask and info of each segment of stuff."""
-        return self._of_kind(False)
+        """Yield the (H, W) bool mask and the info of each stuff segment."""
+        return self._select(isthing=False)
 
     def instance_masks(self) -> Iterator[tuple[np.ndarray, dict]]:
-        """Yield (H, W) bool mask and info of each object."""
-        return self._of_kind(True)
+        """Yield the (H, W) bool mask and the info of each thing segment."""
+        return self._select(isthing=True)
 
-    def _of_kind(self, isthing: bool) -> Iterator[tuple[np.ndarray, dict]]:
+    def _select(self, isthing: bool) -> Iterator[tuple[np.ndarray, dict]]:
         for info in self._segments:
             if bool(info["isthing"]) == isthing:
                 yield self.ids == info["id"], info

@@ -1,12 +1,12 @@
-"""Visualizer: predictions and annotations drawn on pictures.
+"""Visualizer: draws predictions and annotations on images.
 
     visualizer = Visualizer(image[:, :, ::-1], metadata, scale=1.2)
     visualizer.draw_instance_predictions(outputs["instances"]).save("result.png")
 
-`metadata` is any object with some of the attributes `thing_classes`, `thing_colors`, `stuff_classes`,
-`stuff_colors` (colours as RGB in [0, 255]), `keypoint_names`, `keypoint_connection_rules`; or None.
+`metadata` is None or any object with some of the attributes `thing_classes`, `thing_colors`, `stuff_classes`,
+`stuff_colors` (colors are RGB in [0, 255]), `keypoint_names`, `keypoint_connection_rules`.
 
-Shapes: N objects, K keypoints, picture of H x W pixels.
+Shapes: N objects, K keypoints, images of H x W pixels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,12 +39,12 @@ _RED = (1.0, 0.0, 0.0)
 
 @unique
 class ColorMode(Enum):
-    """How objects are coloured.
+    """The coloring of objects.
 
     Attributes:
-        IMAGE: each object has its own colour.
-        SEGMENTATION: objects of a class have similar colours, those of `metadata.thing_colors`.
-        IMAGE_BW: as IMAGE, and the picture is grey outside the objects' masks.
+        IMAGE: each object has its own color.
+        SEGMENTATION: objects of a class have similar colors, taken from `metadata.thing_colors`.
+        IMAGE_BW: like IMAGE, but the image is gray outside the object masks.
     """
 
     IMAGE = 0
@@ -53,21 +53,23 @@ class ColorMode(Enum):
 
 
 class Visualizer(Canvas):
-    """Draws what a picture contains. Every method returns the VisImage drawn upon.
+    """An image with methods to draw predictions and annotations. Every method returns the VisImage.
 
-    Colours follow the order of the objects, so the same input gives the same picture.
-
-    Args:
-        img_rgb: (H, W, 3) RGB picture in [0, 255].
-        metadata: names and colours of classes, see the top of the module.
-        scale: size of the result relative to the picture.
-        instance_mode: a ColorMode.
-        font_size_scale: factor on the font size, which follows the picture's size.
+    Colors depend on the order of the objects only, so the same input gives the same drawing.
     """
 
     keypoint_threshold = 0.05
 
     def __init__(self, img_rgb, metadata=None, scale=1.0, instance_mode=ColorMode.IMAGE, font_size_scale=1.0):
+        """Create the visualizer of an image.
+
+        Args:
+            img_rgb: (H, W, 3) RGB image in [0, 255].
+            metadata: class names and colors, see the top of the module.
+            scale: size of the output relative to the image.
+            instance_mode: coloring of the objects.
+            font_size_scale: factor on the default font size, which depends on the image size.
+        """
         super().__init__(img_rgb, scale, font_size_scale)
         self.metadata = SimpleNamespace() if metadata is None else metadata
         self._instance_mode = ColorMode(instance_mode)
@@ -83,18 +85,21 @@ class Visualizer(Canvas):
         alpha: float | None = None,
         class_colors: Mapping | Sequence | None = None,
     ):
-        """Draw what a model predicts for a picture.
+        """Draw the instance predictions of a model.
 
         Args:
             predictions: Instances with some of the fields "pred_boxes", "pred_classes", "scores",
                 "pred_masks", "pred_keypoints".
-            jittering: in the mode SEGMENTATION, whether the colours of a class vary a little.
-            show_labels: whether to write anything.
-            show_scores: whether to write scores.
-            font_size: in points for scale 1; by default it follows the sizes of picture and object.
-            alpha: opacity of masks; by default that of the mode.
-            class_colors: colour of each class, by class id or name; a list or a dict of all that matplotlib
-                understands. Classes that a dict lacks keep their usual colour.
+            jittering: whether the colors of a class vary slightly in the SEGMENTATION mode.
+            show_labels: whether to draw labels.
+            show_scores: whether the labels include scores.
+            font_size: font size in points at scale 1; by default it depends on the image and object sizes.
+            alpha: opacity of masks; by default it depends on the mode.
+            class_colors: matplotlib color of each class, as a list or as a dict by class id or name. Classes
+                missing in a dict keep their default color.
+
+        Raises:
+            ValueError: `class_colors` is a list and too short.
         """
         predictions = predictions.to("cpu")
         fields = predictions.get_fields()
@@ -109,7 +114,7 @@ class Visualizer(Canvas):
         if self._instance_mode == ColorMode.SEGMENTATION and self._class_rgb("thing", 0) is not None:
             mode_alpha = 0.8
         if self._instance_mode == ColorMode.IMAGE_BW:
-            self._grey_outside(masks)
+            self._gray_outside(masks)
             mode_alpha = 0.3
         labels = None
         if show_labels:
@@ -133,11 +138,11 @@ class Visualizer(Canvas):
         alpha: float | None = None,
         class_colors: Mapping | Sequence | None = None,
     ):
-        """Draw the annotations of a picture: its segmentations, and its objects over them.
+        """Draw the annotations of an image: segmentations first, then objects.
 
         Args:
-            dic: in the standard dataset format, with some of "annotations", "sem_seg" or "sem_seg_file_name",
-                "pan_seg_file_name" with "segments_info".
+            dic: image record in the standard dataset format, with some of "annotations", "sem_seg" or
+                "sem_seg_file_name", "pan_seg_file_name" with "segments_info".
             show_labels, font_size, alpha, class_colors: as in `draw_instance_predictions`.
         """
         sem_seg = dic.get("sem_seg")
@@ -177,12 +182,12 @@ class Visualizer(Canvas):
         """Draw a semantic segmentation.
 
         Args:
-            sem_seg: (H, W) integer tensor or array of class ids; those beyond `metadata.stuff_classes` are
-                left out.
-            area_threshold: parts with fewer pixels are left out.
-            alpha: opacity.
-            draw_text: whether to write the names of classes.
-            edge_color: of outlines.
+            sem_seg: (H, W) integer tensor or array of class ids; ids outside `metadata.stuff_classes` are not
+                drawn.
+            area_threshold: minimum number of pixels of a part; smaller parts are not drawn.
+            alpha: opacity in [0, 1].
+            draw_text: whether to draw class names.
+            edge_color: color of the outlines.
         """
         sem_seg = _to_numpy(sem_seg)
         names = getattr(self.metadata, "stuff_classes", None)
@@ -201,18 +206,18 @@ class Visualizer(Canvas):
         return self.output
 
     def draw_panoptic_seg(self, panoptic_seg, segments_info, area_threshold=None, alpha=0.7):
-        """Draw a panoptic segmentation: stuff first, objects over it.
+        """Draw a panoptic segmentation: stuff first, then things.
 
         Args:
             panoptic_seg: (H, W) integer tensor of segment ids.
-            segments_info: for each segment a dict with "id", "category_id", "isthing", perhaps "score"; None
-                if the ids tell category and instance by `metadata.label_divisor`.
-            area_threshold: parts of stuff with fewer pixels are left out.
-            alpha: opacity.
+            segments_info: one dict per segment with "id", "category_id", "isthing" and optionally
+                "score"; None if the ids encode category and instance with `metadata.label_divisor`.
+            area_threshold: minimum number of pixels of a stuff part; smaller parts are not drawn.
+            alpha: opacity in [0, 1].
         """
         segments = PanopticSegments(_to_numpy(panoptic_seg), segments_info, self.metadata)
         if self._instance_mode == ColorMode.IMAGE_BW:
-            self.output.reset_image(_grey_outside(self.img, segments.non_empty_mask()))
+            self.output.reset_image(_gray_outside(self.img, segments.non_empty_mask()))
         stuff_names = getattr(self.metadata, "stuff_classes", None)
         for mask, info in segments.semantic_masks():
             category = info["category_id"]
@@ -256,21 +261,21 @@ class Visualizer(Canvas):
         alpha=0.5,
         font_size: float | None = None,
     ):
-        """Draw objects, large ones first, then their labels, so that no shape covers a label.
+        """Draw objects in descending size, then their labels, so that no shape covers a label.
 
         Args:
             boxes: Boxes or (N, 4) array, x0, y0, x1, y1; RotatedBoxes or (N, 5) array, center x, center y,
                 width, height, angle in degrees counter-clockwise; or None.
             labels: N texts, or None.
-            masks: PolygonMasks, BitMasks, (N, H, W) array, or a list of N polygon lists, run lengths or
-                (H, W) arrays; or None.
+            masks: PolygonMasks, BitMasks, (N, H, W) array, or a list of N polygon lists, run-length encodings
+                or (H, W) arrays; or None.
             keypoints: Keypoints or (N, K, 3) array of x, y and score or visibility; or None.
-            assigned_colors: N colours; by default those of the colour map in turn.
+            assigned_colors: N colors; by default those of the colormap.
             alpha: opacity of masks.
-            font_size: in points for scale 1; by default it follows the sizes of picture and object.
+            font_size: font size in points at scale 1; by default it depends on the image and object sizes.
 
         Raises:
-            ValueError: if the numbers of boxes, labels, masks, keypoints and colours differ.
+            ValueError: the numbers of boxes, labels, masks, keypoints and colors differ.
         """
         boxes = None if boxes is None else _to_boxes(boxes)
         masks = None if masks is None else to_generic_masks(masks, self.output.height, self.output.width)
@@ -279,7 +284,7 @@ class Visualizer(Canvas):
         columns["assigned_colors"] = assigned_colors
         lengths = {name: len(column) for name, column in columns.items() if column is not None}
         if len(set(lengths.values())) > 1:
-            raise ValueError(f"The numbers of objects differ: {lengths}")
+            raise ValueError(f"All arguments must have the same number of objects, got {lengths}")
         num_objects = next(iter(lengths.values()), 0)
         if assigned_colors is None:
             assigned_colors = [default_color(i) for i in range(num_objects)]
@@ -298,25 +303,27 @@ class Visualizer(Canvas):
             for i in order:
                 self.draw_and_connect_keypoints(keypoints[i])
         if labels is not None:
-            # Small objects have the fewest places for a label, so they choose first.
+            # Small objects have the fewest possible positions for a label, so they choose first.
             for i in reversed(order):
                 center = _mask_center(masks[i]) if boxes is None and masks is not None else None
                 if boxes is not None and boxes.shape[1] == 5:
-                    center = tuple(rotated_corners(boxes[i])[0])  # those of its extent lie beside the box
+                    center = tuple(
+                        rotated_corners(boxes[i])[0]
+                    )  # the corners of its extent are outside the box
                 self._label_object(labels[i], extents[i], assigned_colors[i], font_size, center)
         return self.output
 
     def overlay_rotated_instances(self, boxes=None, labels=None, assigned_colors=None):
-        """Draw rotated boxes, large ones first, then their labels; as `overlay_instances` does.
+        """Draw rotated boxes in descending size, then their labels, like `overlay_instances`.
 
         Args:
             boxes: RotatedBoxes or (N, 5) array, center x, center y, width, height, angle in degrees
                 counter-clockwise; or None.
             labels: N texts, or None.
-            assigned_colors: N colours; by default those of the colour map in turn.
+            assigned_colors: N colors; by default those of the colormap.
 
         Raises:
-            ValueError: if the boxes are no rotated ones, or the numbers of boxes, labels and colours differ.
+            ValueError: the boxes are not rotated, or the numbers of boxes, labels and colors differ.
         """
         if boxes is not None:
             boxes = _to_boxes(boxes)
@@ -326,7 +333,7 @@ class Visualizer(Canvas):
 
     def _label_object(self, label, extent, color, font_size, center):
         if font_size is None:
-            # Between 0.6 and 1 times the usual size, for objects of 2 % to 10 % of the picture's side.
+            # Between 0.6 and 1 times the default size, for objects with 2 % to 10 % of the image side.
             side = np.sqrt(self.output.height * self.output.width)
             ratio = (extent[3] - extent[1]) / side
             font_size = np.clip((ratio - 0.02) / 0.08 + 1, 1.2, 2) * 0.5 * self._default_font_size
@@ -335,11 +342,11 @@ class Visualizer(Canvas):
         )
 
     def draw_and_connect_keypoints(self, keypoints):
-        """Draw one object's keypoints, and lines between them where the metadata name them.
+        """Draw the keypoints of one object, and the connections defined in the metadata.
 
         Args:
-            keypoints: (K, 3) array or tensor of x, y and score or visibility; those whose third number is not
-                above `keypoint_threshold` are left out.
+            keypoints: (K, 3) array or tensor of x, y and score or visibility. Keypoints whose third value is
+                not above `keypoint_threshold` are not drawn.
         """
         names = getattr(self.metadata, "keypoint_names", None)
         visible = {}
@@ -351,7 +358,7 @@ class Visualizer(Canvas):
         for first, second, color in getattr(self.metadata, "keypoint_connection_rules", None) or ():
             if first in visible and second in visible:
                 self._connect(visible[first], visible[second], tuple(value / 255 for value in color))
-        # COCO's persons: a neck from the nose to the middle of the shoulders, a spine on to that of the hips.
+        # COCO persons get a neck (nose to mid-shoulder) and a spine (mid-shoulder to mid-hip).
         if "left_shoulder" in visible and "right_shoulder" in visible:
             shoulders = (visible["left_shoulder"] + visible["right_shoulder"]) / 2
             if "nose" in visible:
@@ -364,7 +371,7 @@ class Visualizer(Canvas):
         self.draw_line([start[0], end[0]], [start[1], end[1]], color=color)
 
     def _class_rgb(self, kind: str, class_id: int):
-        """The colour that metadata give to a class, RGB in [0, 1], or None; kind is "thing" or "stuff"."""
+        """Return the metadata color of a "thing" or "stuff" class, RGB in [0, 1], or None."""
         colors = getattr(self.metadata, f"{kind}_colors", None)
         if colors is None or not 0 <= class_id < len(colors):
             return None
@@ -385,17 +392,17 @@ class Visualizer(Canvas):
                 colors[i] = jitter(rgb, rng) if jittering else rgb
         return colors
 
-    def _grey_outside(self, masks: list[GenericMask] | None) -> None:
+    def _gray_outside(self, masks: list[GenericMask] | None) -> None:
         covered = np.zeros(self.img.shape[:2], dtype=bool)
         for mask in masks or ():
             covered |= mask.mask
-        self.output.reset_image(_grey_outside(self.img, covered))
+        self.output.reset_image(_gray_outside(self.img, covered))
 
 
-def _grey_outside(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The picture without colours where the mask is False."""
-    grey = np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2)
-    return np.where(mask[:, :, None], image, grey)
+def _gray_outside(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Make the image gray where the mask is False."""
+    gray = np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2)
+    return np.where(mask[:, :, None], image, gray)
 
 
 def _chosen_color(class_colors, class_id: int, names: Sequence[str]):
@@ -405,7 +412,7 @@ def _chosen_color(class_colors, class_id: int, names: Sequence[str]):
         name = names[class_id] if 0 <= class_id < len(names) else None
         return class_colors.get(class_id, class_colors.get(name))
     if not 0 <= class_id < len(class_colors):
-        raise ValueError(f"class_colors has {len(class_colors)} colours and none for class {class_id}")
+        raise ValueError(f"class_colors has {len(class_colors)} colors and none for class {class_id}")
     return class_colors[class_id]
 
 
@@ -414,12 +421,12 @@ def _to_numpy(array: Any) -> np.ndarray:
 
 
 def _to_boxes(boxes: Any) -> np.ndarray:
-    """(N, 4), or (N, 5) for rotated boxes."""
+    """Convert boxes to an (N, 4) array, or (N, 5) if they are rotated."""
     boxes = _to_numpy(boxes.tensor if isinstance(boxes, Boxes) else boxes)
     if boxes.size == 0:
         return np.zeros((0, 4))
     if boxes.ndim != 2 or boxes.shape[1] not in (4, 5):
-        raise ValueError(f"boxes must have shape (N, 4), or (N, 5) if they are rotated, got {boxes.shape}")
+        raise ValueError(f"boxes must have shape (N, 4), or (N, 5) for rotated boxes, got {boxes.shape}")
     return boxes
 
 
@@ -428,7 +435,7 @@ def _to_keypoints(keypoints: Any) -> np.ndarray:
 
 
 def _object_extents(num_objects, boxes, masks, keypoints) -> np.ndarray:
-    """(N, 4) x0, y0, x1, y1 around each object: its box, else its mask, else its keypoints."""
+    """Return the (N, 4) extents x0, y0, x1, y1 of the boxes, else of the masks, else of the keypoints."""
     if boxes is not None:
         is_rotated = boxes.shape[1] == 5
         return BoxMode.convert(boxes, BoxMode.XYWHA_ABS, BoxMode.XYXY_ABS) if is_rotated else boxes
@@ -440,20 +447,20 @@ def _object_extents(num_objects, boxes, masks, keypoints) -> np.ndarray:
 
 
 def _mask_center(mask: GenericMask) -> tuple[float, float] | None:
-    """The median pixel of a mask, x and y."""
+    """Return the median pixel (x, y) of a mask."""
     pixels = np.argwhere(mask.mask)
     return tuple(np.median(pixels, axis=0)[::-1].tolist()) if len(pixels) else None
 
 
 def _annotated_column(annotations: list[dict], key: str, default: Any) -> list | None:
-    """The values of a key that some annotations have; None if none has it."""
+    """Return the value of a key in each annotation, or None if no annotation has the key."""
     if not any(key in annotation for annotation in annotations):
         return None
     return [annotation.get(key, default) for annotation in annotations]
 
 
 def _annotated_boxes(annotations: list[dict]) -> np.ndarray | None:
-    """(N, 4), or (N, 5) if one is rotated; None if one has no box."""
+    """Return the boxes, (N, 4), or (N, 5) if any is rotated; None if any annotation has no box."""
     if not all("bbox" in annotation for annotation in annotations):
         return None
     is_rotated = any(annotation["bbox_mode"] == BoxMode.XYWHA_ABS for annotation in annotations)
@@ -467,7 +474,7 @@ def _annotated_keypoints(annotations: list[dict]) -> np.ndarray | None:
     if lists is None:
         return None
     num_keypoints = max(len(keypoints) for keypoints in lists) // 3
-    # Objects without keypoints have them all invisible.
+    # All keypoints of objects without annotated keypoints are invisible.
     points = [np.asarray(k if len(k) else [0] * (3 * num_keypoints), dtype=np.float64) for k in lists]
     return np.stack(points).reshape(len(annotations), num_keypoints, 3)
 

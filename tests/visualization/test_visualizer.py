@@ -52,7 +52,7 @@ def assert_color(actual, expected, tolerance=3):
 
 class TestVisImage:
     @pytest.mark.parametrize("size", [(120, 160), (37, 53), (1, 200)])
-    def test_undrawn_picture_comes_back_exactly(self, size):
+    def test_undrawn_image_is_returned_unchanged(self, size):
         image = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
         assert np.array_equal(VisImage(image).get_image(), image)
 
@@ -64,12 +64,12 @@ class TestVisImage:
         assert (output.get_image() == 7).all()
 
     def test_save(self, image, tmp_path):
-        VisImage(image).save(tmp_path / "picture.png")
-        assert np.array_equal(np.asarray(Image.open(tmp_path / "picture.png").convert("RGB")), image)
+        VisImage(image).save(tmp_path / "image.png")
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "image.png").convert("RGB")), image)
 
 
 class TestShapes:
-    def test_float_pictures_are_clipped(self):
+    def test_float_images_are_clipped(self):
         output = Visualizer(np.full((10, 12, 3), 300.0)).get_output()
         assert (output.get_image() == 255).all()
         with pytest.raises(ValueError, match=r"\(H, W, 3\), got \(10, 12\)"):
@@ -108,12 +108,12 @@ class TestShapes:
             Visualizer(image).draw_binary_mask(mask, (0, 0, 1.0), alpha=1.0, edge_color="white").get_image()
         )
         assert_color(drawn[25:35, 25:95], [0, 0, 255], 0)
-        assert np.array_equal(drawn[43:57, 53:77], image[43:57, 53:77]), "a hole stays free"
+        assert np.array_equal(drawn[43:57, 53:77], image[43:57, 53:77]), "a hole must not be filled"
         assert np.array_equal(drawn[95:], image[95:])
         with pytest.raises(ValueError, match=r"has shape \(5, 5\)"):
             Visualizer(image).draw_binary_mask(np.zeros((5, 5)))
 
-    def test_mask_text_stands_on_its_largest_part(self, image):
+    def test_mask_label_is_on_its_largest_part(self, image):
         mask = np.zeros((HEIGHT, WIDTH), dtype=bool)
         mask[5:15, 5:15] = True
         mask[60:110, 60:150] = True
@@ -145,7 +145,7 @@ class TestInstancePredictions:
             assert changed[cv2.erode(mask.astype(np.uint8), np.ones((5, 5))).astype(bool)].mean() > 0.99
         assert not changed[100:, :60].any()
 
-    def test_same_picture_each_time(self, image):
+    def test_drawing_is_deterministic(self, image):
         first, second = (
             Visualizer(image, METADATA, instance_mode=ColorMode.SEGMENTATION)
             .draw_instance_predictions(make_predictions())
@@ -154,7 +154,7 @@ class TestInstancePredictions:
         )
         assert np.array_equal(first, second)
 
-    def test_wishes_of_users(self, image):
+    def test_options_of_instance_predictions(self, image):
         def draw(**kwargs):
             return Visualizer(image, METADATA).draw_instance_predictions(make_predictions(), **kwargs)
 
@@ -168,10 +168,10 @@ class TestInstancePredictions:
         assert_color(colored[70:80, 115:125], [255, 0, 255], 0)
         listed = draw(class_colors=["lime", "blue"], alpha=0.5, show_labels=False).get_image()
         assert_color(listed[40:50, 30:40], image[40:50, 30:40] * 0.5 + np.array([0, 127.5, 0]))
-        with pytest.raises(ValueError, match="1 colours and none for class 1"):
+        with pytest.raises(ValueError, match="1 colors and none for class 1"):
             draw(class_colors=["red"])
 
-    def test_without_metadata_ids_stand_for_names(self, image):
+    def test_labels_without_metadata_are_class_ids(self, image):
         assert sorted(texts(Visualizer(image).draw_instance_predictions(make_predictions()))) == [
             "0 97%",
             "1 50%",
@@ -183,7 +183,7 @@ class TestInstancePredictions:
         expected = image[40:50, 30:40] * 0.2 + 0.8 * np.array([255, 0, 0])
         assert_color(drawn.get_image()[40:50, 30:40], expected)
 
-    def test_image_bw_is_grey_outside_masks(self, image):
+    def test_image_bw_is_gray_outside_masks(self, image):
         visualizer = Visualizer(image, METADATA, instance_mode=ColorMode.IMAGE_BW)
         drawn = visualizer.draw_instance_predictions(make_predictions(), show_labels=False).get_image()
         assert (np.ptp(drawn[:, 65:85].astype(int), axis=2) == 0).all()
@@ -219,8 +219,8 @@ class TestOverlay:
             for second in extents[i + 1 :]:
                 assert not first.overlaps(second)
 
-    @pytest.mark.parametrize("kind", ["polygons", "lists", "bits", "tensor", "rle", "uncompressed"])
-    def test_all_kinds_of_masks_draw_alike(self, image, kind):
+    @pytest.mark.parametrize("mask_format", ["polygons", "lists", "bits", "tensor", "rle", "uncompressed"])
+    def test_all_mask_formats_give_the_same_drawing(self, image, mask_format):
         polygons = [[circle_polygon(35, 45, 20)], [circle_polygon(120, 75, 25)]]
         bits = BitMasks.from_polygon_masks(polygons, HEIGHT, WIDTH)
         rles = [mask_util.encode(np.asfortranarray(m.numpy().astype(np.uint8))) for m in bits]
@@ -231,7 +231,7 @@ class TestOverlay:
             "tensor": bits.tensor,
             "rle": rles,
             "uncompressed": [{"size": [HEIGHT, WIDTH], "counts": uncompressed(m.numpy())} for m in bits],
-        }[kind]
+        }[mask_format]
         drawn = (
             Visualizer(image)
             .overlay_instances(masks=masks, assigned_colors=["red", "lime"], alpha=1.0)
@@ -254,7 +254,7 @@ class TestOverlay:
         assert np.array_equal(drawn[100, 100], image[100, 100]), "invisible keypoints are not drawn"
         assert np.array_equal(drawn[75, 80], image[75, 80]), "no spine without both hips"
 
-    def test_unequal_numbers_are_named(self, image):
+    def test_unequal_numbers_of_objects_raise(self, image):
         with pytest.raises(ValueError, match=r"\{'boxes': 2, 'labels': 1\}"):
             Visualizer(image).overlay_instances(boxes=np.zeros((2, 4)), labels=["one"])
         with pytest.raises(ValueError, match=r"\(N, 4\), or \(N, 5\).*got \(2, 6\)"):
@@ -262,7 +262,7 @@ class TestOverlay:
 
 
 def uncompressed(mask):
-    """COCO's run lengths of a mask whose first pixel is not set, as a list."""
+    """Return COCO's uncompressed run lengths of a mask whose first pixel is zero."""
     flat = np.concatenate([[0], mask.ravel(order="F").astype(int), [2]])
     return np.diff(np.concatenate([[0], np.flatnonzero(np.diff(flat))])).tolist()
 
@@ -276,7 +276,7 @@ class TestSegmentations:
         drawn = output.get_image()
         assert sorted(texts(output)) == ["grass", "sky"]
         assert_color(drawn[5:15, 5:30], image[5:15, 5:30] * 0.2 + 0.8 * np.array([0, 255, 255]))
-        assert np.array_equal(drawn[65:, 85:], image[65:, 85:]), "ids beyond the classes are left out"
+        assert np.array_equal(drawn[65:, 85:], image[65:, 85:]), "ids outside the classes must not be drawn"
         assert texts(Visualizer(image, METADATA).draw_sem_seg(sem_seg, draw_text=False)) == []
         assert sorted(texts(Visualizer(image).draw_sem_seg(sem_seg))) == ["0", "1", "255"]
 
@@ -299,7 +299,7 @@ class TestSegmentations:
         )
         assert (np.ptp(drawn.get_image()[:, 105:].astype(int), axis=2) == 0).all()
 
-    def test_panoptic_ids_that_tell_the_category(self, image):
+    def test_panoptic_ids_encode_the_category(self, image):
         metadata = SimpleNamespace(
             **vars(METADATA), label_divisor=1000, thing_dataset_id_to_contiguous_id={1: 0}
         )
@@ -333,7 +333,7 @@ class TestDatasetDict:
         assert not changed[60:75, 100:140].any()
         assert_color(output.get_image()[45, 40], [255, 0, 0], 0)
 
-    def test_files_of_segmentations(self, image, tmp_path):
+    def test_segmentation_files(self, image, tmp_path):
         sem_seg = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
         Image.fromarray(sem_seg).save(tmp_path / "sem.png")
         panoptic = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)
@@ -377,8 +377,10 @@ class TestParts:
         assert place_label(size, large, (100, 100)) == (10, 10, 30, 18)
         assert place_label(size, large, (100, 100), taken=[(5, 5, 15, 15)]) == (70, 10, 90, 18)
         assert place_label(size, large, (100, 100), center=(50, 50)) == (40, 46, 60, 54)
-        assert place_label(size, (50, 50, 60, 60), (100, 100)) == (50, 42, 70, 50), "off a small object"
-        assert place_label(size, (50, 0, 60, 6), (100, 100)) == (50, 6, 70, 14), "below one at the top"
+        assert place_label(size, (50, 50, 60, 60), (100, 100)) == (50, 42, 70, 50), "outside a small object"
+        assert place_label(size, (50, 0, 60, 6), (100, 100)) == (50, 6, 70, 14), (
+            "below an object at the top edge"
+        )
         x0, y0, x1, y1 = place_label((30, 10), (95, 95, 99, 99), (100, 100))
         assert x0 >= 0 and y0 >= 0 and x1 <= 100 and y1 <= 100
 
@@ -397,21 +399,21 @@ class TestRotatedBoxes:
 
     @staticmethod
     def corners_by_rotation(box):
-        """cv2's own corners, for its angle that runs the other way."""
+        """Return OpenCV's corners; its angle is clockwise."""
         return cv2.boxPoints(((box[0], box[1]), (box[2], box[3]), -box[4]))
 
-    def test_three_sides_and_a_dashed_upper_one(self, image):
+    def test_top_side_of_rotated_box_is_dashed(self, image):
         output = Visualizer(image).draw_rotated_box_with_label(self.BOX, edge_color="r", label="plane")
         (rest, style), (upper, upper_style) = self.lines(output)
         assert (style, upper_style) == ("-", "--") and texts(output) == ["plane"]
         expected = {tuple(np.round(p, 3)) for p in self.corners_by_rotation(self.BOX).tolist()}
         assert {tuple(np.round(p, 3)) for p in rest.tolist()} == expected
-        # Counter-clockwise: the right end of the upper side is higher up.
+        # Counter-clockwise rotation: the right end of the top side is higher.
         assert upper[0, 0] < upper[1, 0] and upper[1, 1] < upper[0, 1]
         x0, y0 = upper.mean(axis=0)
         assert np.allclose([x0, y0], [80 - 10 * np.sin(np.pi / 6), 60 - 10 * np.cos(np.pi / 6)])
 
-    def test_overlay_draws_large_ones_first(self, image):
+    def test_large_rotated_boxes_are_drawn_first(self, image):
         boxes = RotatedBoxes([[30, 30, 10, 6, 45], self.BOX])
         output = Visualizer(image).overlay_rotated_instances(boxes, ["a", "b"], ["r", "b"])
         assert [line.get_color() for line in output.ax.lines] == [(0, 0, 1)] * 2 + [(1, 0, 0)] * 2
@@ -428,9 +430,9 @@ class TestRotatedBoxes:
             {"bbox": [5, 6, 10, 20], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 1},
         ]
         output = Visualizer(image, METADATA).draw_dataset_dict({"annotations": annotations})
-        (_, _), (_, _), (upright, _), (_, _) = self.lines(output)
-        assert {tuple(p) for p in upright.tolist()} == {(5, 6), (15, 6), (15, 26), (5, 26)}
+        (_, _), (_, _), (axis_aligned, _), (_, _) = self.lines(output)
+        assert {tuple(p) for p in axis_aligned.tolist()} == {(5, 6), (15, 6), (15, 26), (5, 26)}
 
-    def test_other_boxes(self, image):
+    def test_axis_aligned_boxes_are_not_accepted_as_rotated(self, image):
         with pytest.raises(ValueError, match=r"\(N, 5\), got \(1, 4\)"):
             Visualizer(image).overlay_rotated_instances(np.zeros((1, 4)))
