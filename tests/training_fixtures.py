@@ -1,4 +1,4 @@
-"""Fixtures of the tests that train: a single thread for their tiny models, and restored loggers."""
+"""Fixtures of the tests that run training: a single thread for tiny models, and restored loggers."""
 
 import logging
 
@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture(autouse=True, scope="package")
 def one_thread():
-    """Use one thread: at this size more are slower, and round differently from run to run."""
+    """Use one thread: for tiny models, more threads are slower, and rounding varies between runs."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""The event storage, which collects what a training run measures, and the writers that report it.
+"""The event storage, which collects the metrics of a training run, and the writers that report them.
 
 Code anywhere in a model calls ``get_event_storage().put_scalar(...)``. The trainer enters the storage
 (``with EventStorage(start_iter) as storage``) and calls the writers periodically. Writers of CSV files and of

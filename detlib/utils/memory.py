@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 
 def peak_memory() -> str:
-    """Return "max_mem: ..." in MiB: of CUDA tensors where CUDA is in use, else of the process."""
+    """Return "max_mem: ..." in MiB, the peak of CUDA tensors if CUDA is in use, else of the process."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return f"max_mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}M"
     try:

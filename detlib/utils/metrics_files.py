@@ -1,4 +1,4 @@
-"""Metrics files that an earlier run left in the output folder: rows to keep and change, files to rename."""
+"""Handling of the metrics files of an earlier run: rows to keep or to change, files to rename."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def _is_done_again(row: Mapping[str, Any], start_iter: int, coming: Collection[int]) -> bool:
-    """Return whether a resumed run measures the contents of a row again.
+    """Return whether a resumed run repeats the iteration of a row.
 
     The results of the last evaluation have the number of finished steps as iteration, which is where the
     resumed run begins. Such a row has no learning rate, because no step was made, and is kept.
@@ -34,7 +34,7 @@ def _is_done_again(row: Mapping[str, Any], start_iter: int, coming: Collection[i
 def carry_over(
     row: Mapping[str, Any], coming: dict[int, dict[str, Any]], start_iter: int
 ) -> Mapping[str, Any] | None:
-    """Return what a resumed run makes of a row: drop it, keep it, or add results to it.
+    """Return the row that a resumed run keeps for an existing one: dropped, unchanged, or with new results.
 
     An interrupted evaluation is re-run for the step before the first. The losses of that step may have been
     written, and results too if the run was killed just then: the new results replace them.
@@ -91,7 +91,7 @@ def open_json_file(
     cut_short = _lacks_newline(path)
     handle = PathManager.open(path, "a")
     if cut_short:
-        # The earlier run was killed in the middle of a line: keep ours apart from it.
+        # The earlier run was killed in the middle of a line, so start a new one.
         handle.write("\n")
     return handle, records
 

@@ -9,7 +9,7 @@ from detlib.utils import comm
 pytestmark = pytest.mark.distributed
 
 
-def test_one_process():
+def test_single_process():
     assert (comm.get_world_size(), comm.get_rank(), comm.get_local_rank(), comm.get_local_size()) == (
         1,
         0,
@@ -32,9 +32,9 @@ def test_one_process():
         comm.get_local_process_group()
 
 
-def _work(rank, meeting_file, queue):
+def _work(rank, rendezvous_file, queue):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting_file}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous_file}", rank=rank, world_size=2)
     comm.create_local_process_group(1)
     np.random.seed(rank)
     losses = {"b": torch.tensor(float(rank)), "a": torch.tensor(10.0 * rank)}
@@ -66,7 +66,7 @@ def _work(rank, meeting_file, queue):
 def test_two_processes(tmp_path):
     context = mp.get_context("spawn")
     queue = context.SimpleQueue()
-    mp.start_processes(_work, args=(str(tmp_path / "meeting"), queue), nprocs=2, start_method="spawn")
+    mp.start_processes(_work, args=(str(tmp_path / "rendezvous"), queue), nprocs=2, start_method="spawn")
     results = dict(queue.get() for _ in range(2))
     assert [results[r]["rank"] for r in (0, 1)] == [(0, 2, True), (1, 2, False)]
     assert [results[r]["local"] for r in (0, 1)] == [(0, 1), (0, 1)]  # one process on each "machine"

@@ -1,4 +1,4 @@
-"""Downloads against a server that stalls, cuts, lies, and serves the wrong file."""
+"""Downloads from a server that stalls, drops connections, misreports lengths and serves wrong files."""
 
 import hashlib
 import http.server
@@ -22,7 +22,7 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `content` under every path; `faults` are what happens to the first requests, in order."""
+    """A server of `content` at every path. `faults` are the faults of the first requests, in order."""
 
     daemon_threads = True
     block_on_close = False
@@ -100,7 +100,7 @@ def leftovers(path):
     return sorted(p.name for p in path.parent.iterdir() if p.name != path.name and p.suffix != ".lock")
 
 
-def test_a_file_is_downloaded_once(server, tmp_path):
+def test_existing_file_is_not_downloaded_again(server, tmp_path):
     path = tmp_path / "deep" / "file.bin"
     for _ in range(2):
         download(f"{server.url}/file.bin", str(path))
@@ -108,7 +108,7 @@ def test_a_file_is_downloaded_once(server, tmp_path):
     assert ranges(server) == [None] and not leftovers(path)
 
 
-def test_cut_connections_are_taken_up_where_they_ended(server, tmp_path):
+def test_lost_connections_are_resumed(server, tmp_path):
     server.faults = ["cut", "cut"]
     path = tmp_path / "file.bin"
     download(f"{server.url}/file.bin", str(path))
@@ -116,7 +116,7 @@ def test_cut_connections_are_taken_up_where_they_ended(server, tmp_path):
     assert ranges(server) == [None, "bytes=100000-", "bytes=200000-"]
 
 
-def test_a_stalled_connection_counts_as_cut(server, tmp_path):
+def test_stalled_connection_is_resumed(server, tmp_path):
     server.faults = ["stall"]
     path = tmp_path / "file.bin"
     download(f"{server.url}/file.bin", str(path), timeout=0.3)
@@ -124,10 +124,10 @@ def test_a_stalled_connection_counts_as_cut(server, tmp_path):
     assert ranges(server) == [None, "bytes=100000-"]
 
 
-def test_a_later_process_takes_up_what_an_earlier_one_left(server, tmp_path):
+def test_later_process_resumes_an_unfinished_download(server, tmp_path):
     server.faults = ["cut"]
     path = tmp_path / "file.bin"
-    with pytest.raises(DownloadError, match="cut after 100000 bytes"):
+    with pytest.raises(DownloadError, match="lost after 100000 bytes"):
         download(f"{server.url}/file.bin", str(path), attempts=0)
     assert not path.exists()
     download(f"{server.url}/file.bin", str(path))
@@ -135,7 +135,7 @@ def test_a_later_process_takes_up_what_an_earlier_one_left(server, tmp_path):
 
 
 @pytest.mark.parametrize("change", ["another file", "no ranges"])
-def test_what_cannot_be_taken_up_starts_anew(server, tmp_path, change):
+def test_download_restarts_if_it_cannot_resume(server, tmp_path, change):
     server.faults = ["cut"]
     path = tmp_path / "file.bin"
     with pytest.raises(DownloadError):
@@ -149,30 +149,30 @@ def test_what_cannot_be_taken_up_starts_anew(server, tmp_path, change):
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_passing_troubles_are_waited_for(server, tmp_path, status):
+def test_temporary_server_errors_are_retried(server, tmp_path, status):
     server.faults = [status, status]
     download(f"{server.url}/file.bin", str(tmp_path / "file.bin"))
     assert (tmp_path / "file.bin").read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_lasting_troubles_are_told_at_once(server, tmp_path, status):
+def test_permanent_server_errors_raise_without_retry(server, tmp_path, status):
     server.faults = [status]
     path = tmp_path / "file.bin"
-    with pytest.raises(DownloadError, match=f"answered {status}.*put it to {path}"):
+    with pytest.raises(DownloadError, match=f"returned {status}.*manually to {path}"):
         download(f"{server.url}/file.bin", str(path))
     assert len(server.requests) == 1 and not path.exists()
 
 
-def test_a_length_that_is_never_reached_ends_in_an_error(server, tmp_path):
+def test_wrong_content_length_raises(server, tmp_path):
     server.faults = ["too long"] * 20
     path = tmp_path / "file.bin"
-    with pytest.raises(DownloadError, match="answered 416|cut after 300000 bytes"):
+    with pytest.raises(DownloadError, match="returned 416|lost after 300000 bytes"):
         download(f"{server.url}/file.bin", str(path), attempts=3)
     assert not path.exists() and len(server.requests) < 9
 
 
-def test_no_server(tmp_path, monkeypatch, server):
+def test_unreachable_server_raises(tmp_path, monkeypatch, server):
     url = f"{server.url}/file.bin"
     server.shutdown()
     server.server_close()
@@ -180,7 +180,7 @@ def test_no_server(tmp_path, monkeypatch, server):
         download(url, str(tmp_path / "file.bin"), attempts=2, timeout=0.3)
 
 
-def test_a_web_page_is_no_weight_file(server, tmp_path):
+def test_web_page_instead_of_file_raises(server, tmp_path):
     server.faults = ["web page"]
     with pytest.raises(DownloadError, match="web page"):
         download(f"{server.url}/model.pkl", str(tmp_path / "model.pkl"))
@@ -196,44 +196,44 @@ def test_checksums_in_names():
 
 
 @pytest.mark.parametrize("name", [f"model_final_{MD5[:6]}.pkl", f"resnet-{SHA256[:8]}.pth"])
-def test_a_wrong_file_is_refused(server, tmp_path, name):
+def test_wrong_checksum_raises_after_one_retry(server, tmp_path, name):
     path = tmp_path / name
-    server.faults = ["wrong"]  # once: damaged on the way
+    server.faults = ["wrong"]  # damaged once in transit
     download(f"{server.url}/{name}", str(path))
     assert path.read_bytes() == CONTENT and len(server.requests) == 2
     path.unlink()
     server.faults = ["wrong", "wrong"]
-    with pytest.raises(DownloadError, match="another file under this name"):
+    with pytest.raises(DownloadError, match="different file under this name"):
         download(f"{server.url}/{name}", str(path))
     assert not path.exists() and not leftovers(path)
 
 
-def test_offline(server, tmp_path, monkeypatch):
+def test_offline_raises_unless_the_file_exists(server, tmp_path, monkeypatch):
     path = tmp_path / "file.bin"
     monkeypatch.setenv("DETLIB_OFFLINE", "1")
-    with pytest.raises(DownloadError, match=f"DETLIB_OFFLINE.*put it to {path}"):
+    with pytest.raises(DownloadError, match=f"DETLIB_OFFLINE.*manually to {path}"):
         download(f"{server.url}/file.bin", str(path))
     assert not server.requests
     path.write_bytes(b"x")
     download(f"{server.url}/file.bin", str(path))
 
 
-@pytest.mark.parametrize("value, forbids", [(None, False), ("", False), ("0", False), ("1", True)])
-def test_what_forbids_downloads(value, forbids, monkeypatch):
+@pytest.mark.parametrize("value, offline", [(None, False), ("", False), ("0", False), ("1", True)])
+def test_is_offline(value, offline, monkeypatch):
     monkeypatch.delenv("DETLIB_OFFLINE", raising=False)
     if value is not None:
         monkeypatch.setenv("DETLIB_OFFLINE", value)
-    assert is_offline() is forbids
+    assert is_offline() is offline
 
 
-def test_a_full_disk_is_told_before(server, tmp_path, monkeypatch):
+def test_insufficient_disk_space_raises_before_download(server, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(download_module.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(DownloadError, match="MB are free"):
         download(f"{server.url}/file.bin", str(tmp_path / "file.bin"))
 
 
-def test_two_processes_give_one_whole_file(server, tmp_path):
+def test_concurrent_processes_download_the_file_once(server, tmp_path):
     path = tmp_path / "file.bin"
     server.faults = ["stall"]
     call = f"download({server.url + '/a'!r}, {str(path)!r}, timeout=5)"
@@ -245,7 +245,7 @@ def test_two_processes_give_one_whole_file(server, tmp_path):
     assert ranges(server) == [None, "bytes=100000-"]
 
 
-def test_the_cache(server, tmp_path, monkeypatch):
+def test_cache_paths(server, tmp_path, monkeypatch):
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "fvcore"))
     monkeypatch.setenv("DETLIB_CACHE", str(tmp_path / "cache"))
     one = PathManager.get_local_path(f"{server.url}/a/file.bin")
@@ -255,7 +255,7 @@ def test_the_cache(server, tmp_path, monkeypatch):
     with PathManager.open(f"{server.url}/a/file.bin", "rb") as f:
         assert f.read() == CONTENT
     assert len(server.requests) == 2
-    with pytest.raises(ValueError, match="only be read"):
+    with pytest.raises(ValueError, match="read-only"):
         PathManager.open(f"{server.url}/a/file.bin", "wb")
     assert PathManager.isfile(f"{server.url}/b") and not PathManager.exists(f"{server.url}/missing")
     handler = PathManager._path_handlers["https://"]
@@ -299,13 +299,13 @@ def test_object_stores(tmp_path, monkeypatch):
     PathManager.mv(f"{root}/b.txt", f"{root}/c.txt")
     PathManager.rm(f"{root}/a.txt")
     assert PathManager.ls(root) == ["c.txt"]
-    with pytest.raises(FileNotFoundError, match="no object memory://bucket/run/a.txt"):
+    with pytest.raises(FileNotFoundError, match="Object memory://bucket/run/a.txt does not exist"):
         PathManager.get_local_path(f"{root}/a.txt")
-    with pytest.raises(ValueError, match="appended"):
+    with pytest.raises(ValueError, match="Cannot append"):
         PathManager.open(f"{root}/c.txt", "a")
 
 
-def test_an_object_store_without_fsspec(monkeypatch):
+def test_object_store_without_fsspec_raises(monkeypatch):
     monkeypatch.setitem(sys.modules, "fsspec", None)
     with pytest.raises(ImportError, match=r"detlib\[cloud\]"):
         PathManager.exists("s3://bucket/a")

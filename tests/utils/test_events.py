@@ -15,7 +15,7 @@ from detlib.utils.events import (
 )
 
 
-def test_storage_in_use():
+def test_get_event_storage_returns_the_innermost():
     assert not has_event_storage()
     with pytest.raises(RuntimeError, match="with EventStorage"):
         get_event_storage()
@@ -26,7 +26,7 @@ def test_storage_in_use():
     assert not has_event_storage()
 
 
-def test_storage_is_left_after_an_error():
+def test_storage_is_exited_after_an_error():
     with pytest.raises(ZeroDivisionError), EventStorage():
         1 / 0  # noqa: B018
     assert not has_event_storage()
@@ -109,7 +109,7 @@ def test_json_writer(tmp_path):
             storage.step()
         storage.put_scalar("bbox/AP", 50.0, smoothing_hint=False, cur_iter=1)
         writer.write()
-        writer.write()  # nothing new: nothing written
+        writer.write()  # nothing new, so nothing is written
         storage.put_scalar("lr", 8.0, smoothing_hint=False)
         writer.write()
         writer.close()
@@ -121,7 +121,7 @@ def test_json_writer(tmp_path):
     assert file.read_text().splitlines()[1].startswith('{"iteration": 2, "lr"')
 
 
-def test_json_writer_goes_on_below_a_line_that_was_cut_short(tmp_path):
+def test_json_writer_appends_after_a_truncated_line(tmp_path):
     file = tmp_path / "metrics.json"
     file.write_text('{"iteration": 0}\n{"iteration": 1, "lo')
     with EventStorage(2) as storage:
@@ -143,7 +143,7 @@ def test_tensorboard_writer(tmp_path):
     with EventStorage(7) as storage:
         writer = TensorboardXWriter(str(tmp_path / "tb"))
         storage.put_scalar("loss", 0.5)
-        storage.put_image("picture", torch.zeros(3, 4, 5, dtype=torch.uint8))
+        storage.put_image("image", torch.zeros(3, 4, 5, dtype=torch.uint8))
         storage.put_histogram("values", torch.arange(10.0), bins=5)
         writer.write()
         storage.step()
@@ -154,7 +154,7 @@ def test_tensorboard_writer(tmp_path):
     events = EventAccumulator(str(tmp_path / "tb")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(7, 0.5)]
     assert [(e.step, e.value) for e in events.Scalars("other")] == [(8, 0.25)]
-    assert (events.Images("picture")[0].height, events.Images("picture")[0].width) == (4, 5)
+    assert (events.Images("image")[0].height, events.Images("image")[0].width) == (4, 5)
     assert sum(events.Histograms("values")[0].histogram_value.bucket) == 10
 
 
@@ -183,18 +183,18 @@ def test_printer_line(printed):
         assert storage.latest()["eta_seconds"] == (20.0, 19)
 
 
-def test_printer_without_known_end_or_times(printed):
+def test_printer_without_max_iter_or_times(printed):
     with EventStorage(3) as storage:
         storage.put_scalar("loss", 1.0)
         CommonMetricPrinter().write()
         assert printed.messages[-1].startswith("iter: 4  loss: 1  ")
         printer = CommonMetricPrinter(max_iter=10)
         printer.write()
-        assert "eta" not in printed.messages[-1]  # nothing to estimate it from yet
+        assert "eta" not in printed.messages[-1]  # no estimate is possible yet
         storage.iter = 8
         printer.write()
         assert "iter: 9/10  eta: 0:00:00" in printed.messages[-1]
         count = len(printed.messages)
         storage.iter = 10
-        printer.write()  # after the last iteration there is nothing new
+        printer.write()  # nothing is new after the last iteration
         assert len(printed.messages) == count

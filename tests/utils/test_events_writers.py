@@ -1,4 +1,4 @@
-"""Files and services that metrics go to: what a resumed run finds there, tables that grow, extras."""
+"""Writers of metrics files and tracking services, in particular for resumed runs."""
 
 import csv
 import json
@@ -25,7 +25,7 @@ def _rows(path):
 
 
 def _run(writer, start, end, period=2, evaluate_at=(), final=None):
-    """Steps as a trainer makes them, from `start` to before `end`, of which every `period`-th is written."""
+    """Run the steps from `start` to before `end` like a trainer, and write every `period`-th."""
     with EventStorage(start) as storage:
         writer.start()
         for i in range(start, end):
@@ -43,21 +43,21 @@ def _run(writer, start, end, period=2, evaluate_at=(), final=None):
 
 
 @pytest.mark.parametrize("writer", [JSONWriter, CSVWriter])
-def test_a_run_that_goes_on_has_every_iteration_once(tmp_path, writer, caplog):
+def test_resumed_run_has_every_iteration_once(tmp_path, writer, caplog):
     path = tmp_path / ("metrics.json" if writer is JSONWriter else "metrics.csv")
     _run(writer(str(path)), 0, 8)
     assert [r["iteration"] for r in _rows(path)] == [1, 3, 5, 7]
-    # From the checkpoint after iteration 3: the rows of 5 and 7 are of steps that are done again.
+    # Resumed from the checkpoint after iteration 3: the steps of rows 5 and 7 are repeated.
     _run(writer(str(path)), 4, 6)
     assert [r["iteration"] for r in _rows(path)] == [1, 3, 5]
-    # Nothing to write, nothing is lost.
+    # A run without new rows keeps the old ones.
     with EventStorage(1):
         writer(str(path)).finish()
     assert [r["iteration"] for r in _rows(path)] == [1, 3, 5]
 
 
 @pytest.mark.parametrize("writer", [JSONWriter, CSVWriter])
-def test_results_after_the_last_step_stay(tmp_path, writer):
+def test_results_after_the_last_step_are_kept(tmp_path, writer):
     path = tmp_path / ("metrics.json" if writer is JSONWriter else "metrics.csv")
     _run(writer(str(path)), 0, 4, final=40.0)
     _run(writer(str(path)), 4, 8, final=42.0)
@@ -70,34 +70,34 @@ def test_results_after_the_last_step_stay(tmp_path, writer):
         (7, None),
         (8, 42.0),
     ]
-    # A finished run that is resumed evaluates the same once more.
+    # A resumed finished run repeats the last evaluation.
     _run(writer(str(path)), 8, 8, final=43.0)
     assert [(r["iteration"], r.get("bbox/AP")) for r in _rows(path)[-2:]] == [(7, None), (8, 43.0)]
-    # A row of that number which is a step's goes.
+    # The row of a repeated step with that number is dropped.
     _run(writer(str(path)), 7, 8)
     assert [r["iteration"] for r in _rows(path)] == [1, 3, 4, 5, 7]
 
 
 @pytest.mark.parametrize("writer", [JSONWriter, CSVWriter])
 @pytest.mark.parametrize("killed", ["before the row", "before the results", "after the results"])
-def test_results_that_are_made_up_go_into_their_row(tmp_path, writer, killed):
+def test_results_of_re_run_evaluation_are_merged_into_their_row(tmp_path, writer, killed):
     path = tmp_path / ("metrics.json" if writer is JSONWriter else "metrics.csv")
     _run(writer(str(path)), 0, 2 if killed == "before the row" else 4)
     if killed == "after the results":
-        _run(writer(str(path)), 2, 6, evaluate_at=(3,))  # beyond the checkpoint it goes on from
+        _run(writer(str(path)), 2, 6, evaluate_at=(3,))  # later than the checkpoint from which it resumes
     before = _rows(path)
     with EventStorage(4) as storage:
-        mine = writer(str(path))
+        resumed = writer(str(path))
         storage.iter = 3
         storage.put_scalar("bbox/AP", 40.5, smoothing_hint=False)
         storage.put_scalar("val/loss", 7.25, smoothing_hint=False)
         storage.iter = 4
-        mine.write()
+        resumed.write()
         between = _rows(path)
         storage.put_scalar("total_loss", 9.0)
         storage.iter = 5
         storage.put_scalar("bbox/AP", 41.5, smoothing_hint=False)
-        mine.finish()
+        resumed.finish()
     results = {"iteration": 3, "bbox/AP": 40.5, "val/loss": 7.25}
     row = {**(before[1] if len(before) > 1 else {}), **results}
     assert between == [before[0], row]
@@ -111,7 +111,7 @@ def test_results_that_are_made_up_go_into_their_row(tmp_path, writer, killed):
 
 
 @pytest.mark.parametrize("writer", [JSONWriter, CSVWriter])
-def test_a_new_run_puts_the_old_file_aside(tmp_path, writer, caplog):
+def test_new_run_renames_the_old_file(tmp_path, writer, caplog):
     suffix = "json" if writer is JSONWriter else "csv"
     path = tmp_path / f"metrics.{suffix}"
     with caplog.at_level(logging.INFO, logger="detlib"):
@@ -120,21 +120,21 @@ def test_a_new_run_puts_the_old_file_aside(tmp_path, writer, caplog):
     names = sorted(p.name for p in tmp_path.iterdir())
     assert names == [f"metrics.1.{suffix}", f"metrics.2.{suffix}", f"metrics.{suffix}"]
     assert [len(_rows(tmp_path / name)) for name in names] == [1, 2, 3]
-    assert f"are now in metrics.2.{suffix}" in caplog.text
+    assert f"to metrics.2.{suffix}" in caplog.text
 
 
-def test_csv_columns_grow_and_the_header_with_them(tmp_path):
+def test_csv_adds_columns_for_new_scalars(tmp_path):
     path = tmp_path / "new" / "metrics.csv"
     _run(CSVWriter(str(path)), 0, 6, evaluate_at=(3,))
     assert path.read_text() == ("iteration,lr,total_loss,bbox/AP\n1,0.5,0.5,\n3,0.5,1.5,3.25\n5,0.5,2.5,\n")
-    # A resumed run keeps the columns and their order, and what was cut short by a kill goes.
+    # A resumed run keeps the columns and their order, and drops a truncated row.
     with open(path, "a") as f:
         f.write("7,0.5")
     _run(CSVWriter(str(path)), 6, 8, evaluate_at=(7,))
     assert path.read_text().splitlines()[-2:] == ["5,0.5,2.5,", "7,0.5,6.5,7.25"]
 
 
-def test_tensorboard_hides_what_is_done_again(tmp_path):
+def test_tensorboard_hides_repeated_steps(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     _run(TensorboardXWriter(str(tmp_path)), 0, 8)
@@ -143,7 +143,7 @@ def test_tensorboard_hides_what_is_done_again(tmp_path):
     assert [e.step for e in events.Scalars("total_loss")] == [1, 3, 5]
 
 
-def test_tensorboard_hides_results_that_come_again_and_earlier_runs(tmp_path):
+def test_tensorboard_hides_repeated_results_and_earlier_runs(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     def points(name):
@@ -151,21 +151,21 @@ def test_tensorboard_hides_results_that_come_again_and_earlier_runs(tmp_path):
         return [(e.step, e.value) for e in events.Scalars(name)]
 
     _run(TensorboardXWriter(str(tmp_path)), 0, 4, final=40.0)
-    # The results of a last evaluation stay when the training goes on, and not when it is resumed in vain.
+    # The last results are kept if training continues, and replaced if a finished run is resumed.
     _run(TensorboardXWriter(str(tmp_path)), 4, 8, final=42.0)
     assert points("bbox/AP") == [(4, 40.0), (8, 42.0)]
     _run(TensorboardXWriter(str(tmp_path)), 8, 8, final=43.0)
     assert points("bbox/AP") == [(4, 40.0), (8, 43.0)]
-    # A run that starts anew, as after a kill before the first checkpoint.
+    # A run that restarts at 0, such as after a kill before the first checkpoint.
     _run(TensorboardXWriter(str(tmp_path)), 0, 2, period=1)
     assert [step for step, _ in points("total_loss")] == [0, 1] and points("bbox/AP") == []
 
 
-def test_tensorboard_reads_runs_within_one_second_in_their_order(tmp_path, monkeypatch):
+def test_tensorboard_orders_runs_started_in_the_same_second(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.summary.writer import event_file_writer
 
-    uids = iter(("9", "10"))  # the end of a file's name, of which the second is the lesser as text
+    uids = iter(("9", "10"))  # suffixes of the file names; as text, "10" is less than "9"
     monkeypatch.setattr(event_file_writer, "_global_uid", types.SimpleNamespace(get=lambda: next(uids)))
     for start in (0, 4):
         _run(TensorboardXWriter(str(tmp_path)), start, start + 4)
@@ -173,16 +173,18 @@ def test_tensorboard_reads_runs_within_one_second_in_their_order(tmp_path, monke
     assert [e.step for e in events.Scalars("total_loss")] == [1, 3, 5, 7]
 
 
-def test_names():
+def test_unknown_writer_raises():
     assert list(WRITERS) == ["console", "json", "csv", "wandb", "mlflow", "tensorboard"]
-    with pytest.raises(ValueError, match="no writer 'tensorbord'.*legal are console, json.*'tensorboard'"):
+    with pytest.raises(
+        ValueError, match="Unknown writer 'tensorbord'.*choose from console, json.*'tensorboard'"
+    ):
         build_writers(["json", "tensorbord"], "nowhere")
     with pytest.raises(TypeError, match="list of names, got 'json'"):
         build_writers("json", "nowhere")
     assert not os.path.exists("nowhere")
 
 
-def test_arguments_of_writers(tmp_path):
+def test_build_writers_passes_arguments(tmp_path):
     names = ("tensorboard", "csv", "console")
     writers = build_writers(names, str(tmp_path), 10, {"csv": {"window_size": 3}, "json": {"no": 1}})
     assert [type(w).__name__ for w in writers] == ["CommonMetricPrinter", "CSVWriter", "TensorboardXWriter"]
@@ -190,7 +192,7 @@ def test_arguments_of_writers(tmp_path):
 
 
 @pytest.mark.parametrize("writer", [WandbWriter, MLflowWriter])
-def test_a_missing_package_is_told_with_its_remedy(tmp_path, writer, monkeypatch):
+def test_missing_package_error_has_the_install_command(tmp_path, writer, monkeypatch):
     monkeypatch.setitem(sys.modules, writer.name, None)
     with pytest.raises(ImportError, match=rf"pip install 'detlib\[{writer.name}\]'.*TRAIN.WRITERS"):
         writer(str(tmp_path))
@@ -222,35 +224,35 @@ def fake_wandb(monkeypatch):
     return runs
 
 
-def test_wandb_gets_scalars_and_pictures(tmp_path, fake_wandb):
+def test_wandb_gets_scalars_and_images(tmp_path, fake_wandb):
     writer = WandbWriter(str(tmp_path), project="cells")
-    assert fake_wandb == []  # only once there is something to train
+    assert fake_wandb == []  # no run before training starts
     with EventStorage() as storage:
         writer.start()
         storage.put_scalar("total_loss", 2.0)
-        storage.put_image("train_pictures", torch.zeros(3, 4, 5, dtype=torch.uint8))
+        storage.put_image("train_images", torch.zeros(3, 4, 5, dtype=torch.uint8))
         writer.write()
         writer.write()  # nothing new
         storage.step()
-        storage.put_image("train_pictures", torch.ones(3, 4, 5))
+        storage.put_image("train_images", torch.ones(3, 4, 5))
         writer.finish()
     (run,) = fake_wandb
     assert run.kwargs == {"dir": str(tmp_path), "project": "cells"} and run.is_finished
     assert (("*",), {"step_metric": "iteration"}) in run.defined
     assert run.logged[0] == {"total_loss": 2.0, "iteration": 0}
-    assert [(d["iteration"], d["train_pictures"][1].shape) for d in run.logged[1:]] == [
+    assert [(d["iteration"], d["train_images"][1].shape) for d in run.logged[1:]] == [
         (0, (4, 5, 3)),
         (1, (4, 5, 3)),
     ]
-    assert run.logged[2]["train_pictures"][1].min() == 255
-    # A resumed training goes on in its run, a new one has its own.
+    assert run.logged[2]["train_images"][1].min() == 255
+    # A resumed training run continues its wandb run; a new one gets its own.
     _run(WandbWriter(str(tmp_path)), 1, 3)
     _run(WandbWriter(str(tmp_path)), 0, 1)
     assert fake_wandb[1].kwargs == {"dir": str(tmp_path), "id": "abc", "resume": "allow"}
     assert "id" not in fake_wandb[2].kwargs
 
 
-def test_a_service_that_fails_ends_nothing(tmp_path, fake_wandb, caplog):
+def test_failing_service_does_not_end_training(tmp_path, fake_wandb, caplog):
     def fails(data):
         raise ConnectionError("no network")
 
@@ -263,7 +265,7 @@ def test_a_service_that_fails_ends_nothing(tmp_path, fake_wandb, caplog):
             writer.write()
             storage.step()
         writer.finish()
-    assert caplog.text.count("no network") == 5 and "that is said no more" in caplog.text
+    assert caplog.text.count("no network") == 5 and "further warnings are suppressed" in caplog.text
 
 
 @pytest.fixture
@@ -312,25 +314,25 @@ def fake_mlflow(monkeypatch):
     return Client.made
 
 
-def test_mlflow_gets_scalars_and_pictures(tmp_path, fake_mlflow):
+def test_mlflow_gets_scalars_and_images(tmp_path, fake_mlflow):
     folder = tmp_path / "my run"
     writer = MLflowWriter(str(folder))
     with EventStorage() as storage:
         storage.put_scalar("val/shapes:val?num=3/loss", 2.0)
-        storage.put_image("train_pictures", torch.zeros(3, 4, 5, dtype=torch.uint8))
+        storage.put_image("train_images", torch.zeros(3, 4, 5, dtype=torch.uint8))
         writer.write()
         writer.finish()
     (client,) = fake_mlflow
     assert client.uri == f"file://{folder}/mlruns"
     assert client.calls == [("experiment", "detlib"), ("run", "7", "my run"), ("terminated", "r1")]
     assert client.metrics == [("val/shapes:val_num_3/loss", 2.0, 0)]
-    assert client.images == [("train_pictures_0000000.png", (4, 5, 3))]
+    assert client.images == [("train_images_0000000.png", (4, 5, 3))]
     _run(MLflowWriter(str(folder), tracking_uri="http://host", experiment="cells"), 4, 6)
     assert fake_mlflow[1].uri == "http://host" and fake_mlflow[1].calls[0] == ("update", "r1", "RUNNING")
     assert ("total_loss", 4.5, 5) in fake_mlflow[1].metrics
 
 
-def test_the_real_mlflow(tmp_path, monkeypatch):
+def test_real_mlflow(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
@@ -344,7 +346,7 @@ def test_the_real_mlflow(tmp_path, monkeypatch):
     assert [(m.step, m.value) for m in history] == [(1, 0.5), (3, 1.5), (5, 4.5)]
 
 
-def test_the_real_wandb_offline(tmp_path, monkeypatch):
+def test_real_wandb_offline(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -352,7 +354,7 @@ def test_the_real_wandb_offline(tmp_path, monkeypatch):
     with EventStorage() as storage:
         writer.start()
         storage.put_scalar("total_loss", 2.0)
-        storage.put_image("train_pictures", torch.zeros(3, 4, 5, dtype=torch.uint8))
+        storage.put_image("train_images", torch.zeros(3, 4, 5, dtype=torch.uint8))
         writer.write()
         summary = dict(writer.run.summary)
         writer.finish()
@@ -360,7 +362,7 @@ def test_the_real_wandb_offline(tmp_path, monkeypatch):
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
-def test_storage_does_not_grow_without_end():
+def test_storage_is_bounded():
     storage = EventStorage()
     values = storage.history
     for i in range(25000):
@@ -373,12 +375,12 @@ def test_storage_does_not_grow_without_end():
     assert history.global_avg() == pytest.approx(12499.5)
     assert storage.count_samples("loss", 20) == 20
     for _ in range(100):
-        storage.put_image("picture", torch.zeros(3, 1, 1))
+        storage.put_image("image", torch.zeros(3, 1, 1))
         storage.put_histogram("values", torch.arange(3.0), bins=2)
     assert len(storage._images) == len(storage._histograms) == 64
 
 
-def test_a_writer_needs_write_only():
+def test_custom_writer_needs_only_write():
     class Mine(EventWriter):
         written = 0
 

@@ -1,4 +1,4 @@
-"""The line that is rewritten on a terminal, and what else is written there."""
+"""The live line on a terminal, and other output next to it."""
 
 import io
 import os
@@ -23,7 +23,7 @@ class _Terminal(io.StringIO):
 
 
 def screen(text: str) -> list[str]:
-    """The lines that a terminal shows after `text`: carriage returns go back, and ESC[K erases to the end."""
+    """Return the lines that a terminal shows after `text`, with carriage returns and ESC[K interpreted."""
     lines, column = [""], 0
     i = 0
     while i < len(text):
@@ -45,7 +45,7 @@ def screen(text: str) -> list[str]:
 
 @pytest.fixture
 def become_terminal(monkeypatch):
-    """A function, as pytest puts its own stdout in place after the fixtures."""
+    """Return a function that replaces stdout; pytest would undo a replacement made in a fixture."""
 
     def become() -> _Terminal:
         monkeypatch.setattr(sys, "stdout", _Terminal())
@@ -57,7 +57,7 @@ def become_terminal(monkeypatch):
     live_line._shown.clear()
 
 
-def test_log_lines_stand_above_the_line(become_terminal, tmp_path):
+def test_log_lines_are_above_the_live_line(become_terminal, tmp_path):
     terminal = become_terminal()
     logger = setup_logger(str(tmp_path), name="live_line_test", color=False)
     line = LiveLine()
@@ -71,12 +71,12 @@ def test_log_lines_stand_above_the_line(become_terminal, tmp_path):
     assert screen(terminal.getvalue())[1:] == [""] and not live_line.is_shown()
     logger.info("progress without a line", extra={"is_progress": True})
     assert screen(terminal.getvalue())[1].endswith("progress without a line")
-    # The file has all of it, and nothing of the line.
+    # The file has all log lines, and nothing of the live line.
     text = (tmp_path / "log.txt").read_text()
     assert text.count("\n") == 3 and "working" not in text and "\r" not in text and "plain progress" in text
 
 
-def test_it_fits_the_terminal_and_lets_prints_through(become_terminal):
+def test_line_is_truncated_and_prints_overwrite_it(become_terminal):
     terminal = become_terminal()
     line = LiveLine()
     line.show("x" * 200)
@@ -97,13 +97,13 @@ def _step(storage, iteration):
     storage.put_scalar("lr", 0.02, smoothing_hint=False)
 
 
-def test_the_printer_draws_it_on_a_terminal(become_terminal, storage):
+def test_printer_draws_the_line_on_a_terminal(become_terminal, storage):
     terminal = become_terminal()
     printer = CommonMetricPrinter(max_iter=100)
     for i in range(3):
         _step(storage, i)
         printer.step()
-    # The first step draws; the others come too soon after it.
+    # The first step draws; the others follow too soon.
     assert (
         screen(terminal.getvalue())[0]
         == "iter: 1/100  eta: 0:00:49  total_loss: 1.25  lr: 0.02  time: 0.500"[:59]
@@ -115,21 +115,21 @@ def test_the_printer_draws_it_on_a_terminal(become_terminal, storage):
     assert screen(terminal.getvalue()) == [""]
 
 
-@pytest.mark.parametrize("why", ["a file", "a dumb terminal", "not wanted"])
-def test_the_printer_draws_nothing_elsewhere(become_terminal, storage, monkeypatch, why):
+@pytest.mark.parametrize("reason", ["a file", "a dumb terminal", "live=False"])
+def test_printer_draws_no_line_elsewhere(become_terminal, storage, monkeypatch, reason):
     become_terminal()
-    if why == "a file":
+    if reason == "a file":
         monkeypatch.setattr(sys, "stdout", io.StringIO())
-    if why == "a dumb terminal":
+    if reason == "a dumb terminal":
         monkeypatch.setenv("TERM", "dumb")
-    printer = CommonMetricPrinter(max_iter=100, live=False if why == "not wanted" else None)
+    printer = CommonMetricPrinter(max_iter=100, live=False if reason == "live=False" else None)
     _step(storage, 0)
     printer.step()
     printer.finish()
     assert sys.stdout.getvalue() == ""
 
 
-def test_a_terminal_that_goes_away_does_not_matter(become_terminal, storage):
+def test_closed_terminal_is_ignored(become_terminal, storage):
     terminal = become_terminal()
     printer = CommonMetricPrinter(max_iter=100)
     _step(storage, 0)
@@ -175,7 +175,7 @@ def test_on_a_real_terminal():
     while True:
         try:
             part = os.read(main, 4096)
-        except OSError:  # how Linux says that the other end is closed
+        except OSError:  # on Linux: the other end is closed
             break
         if not part:
             break
@@ -194,7 +194,7 @@ def test_on_a_real_terminal():
     ]
 
 
-def test_other_output_above_the_line(become_terminal):
+def test_hidden_erases_and_redraws_the_line(become_terminal):
     terminal = become_terminal()
     line = LiveLine()
     line.show("first")

@@ -21,7 +21,7 @@ def name(request):
     logging.getLogger(name).handlers.clear()
 
 
-def test_files_by_rank_and_no_handler_twice(tmp_path, name, capsys):
+def test_repeated_setup_does_not_duplicate_messages(tmp_path, name, capsys):
     for _ in range(2):
         setup_logger(str(tmp_path), name=name)
     logging.getLogger(f"{name}.part").warning("careful")
@@ -39,7 +39,7 @@ def test_other_ranks_write_to_files_only(tmp_path, name, capsys):
     assert logging.getLogger(name).propagate
 
 
-def test_abbreviation_leaves_the_record_alone(name, capsys):
+def test_abbreviation_does_not_change_the_record(name, capsys):
     logger = setup_logger(name=name, abbrev_name="L")
     other = logging.StreamHandler(io.StringIO())
     other.setFormatter(logging.Formatter("%(name)s"))
@@ -82,7 +82,7 @@ def test_log_first_n(name):
         log_first_n(logging.INFO, "x", key="callr")
 
 
-def test_default_logger_is_that_of_the_caller(caplog):
+def test_default_logger_is_the_module_of_the_caller(caplog):
     with caplog.at_level(logging.INFO, logger=__name__):
         log_first_n(logging.INFO, "who am I")
     assert [record.name for record in caplog.records] == [__name__]

@@ -36,7 +36,7 @@ def test_register_and_get(table):
     assert table.get("Later") is Later
 
 
-def test_taken_name_is_refused_and_both_are_named(table):
+def test_taken_name_raises_and_names_both_objects(table):
     class FastHead:
         marker = "second"
 
@@ -44,11 +44,11 @@ def test_taken_name_is_refused_and_both_are_named(table):
         table.register(FastHead)
     message = str(error.value)
     assert message.count("FastHead") >= 3 and "HEADS" in message
-    assert "table.<locals>.FastHead" in message and "both_are_named.<locals>.FastHead" in message
+    assert "table.<locals>.FastHead" in message and "names_both_objects.<locals>.FastHead" in message
     assert not hasattr(table.get("FastHead"), "marker")
 
 
-def test_miss_lists_near_names(table):
+def test_unknown_name_error_lists_similar_names(table):
     with pytest.raises(KeyError, match="'FastHaed'.*'HEADS'.*Did you mean 'FastHead'"):
         table.get("FastHaed")
     with pytest.raises(KeyError, match="Registered: FastHead, build_slow_head"):
@@ -71,14 +71,14 @@ def test_locate():
 
 
 @pytest.mark.parametrize(
-    ("body", "kind"),
+    ("body", "error_type"),
     [("import absent_dependency", ModuleNotFoundError), ("from json import nope", ImportError)],
 )
-def test_errors_inside_a_module_come_through(table, tmp_path, monkeypatch, body, kind):
-    name = f"broken_{kind.__name__.lower()}"
+def test_import_errors_inside_a_module_are_passed_on(table, tmp_path, monkeypatch, body, error_type):
+    name = f"broken_{error_type.__name__.lower()}"
     (tmp_path / f"{name}.py").write_text(body)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(kind, match="absent_dependency|nope"):
+    with pytest.raises(error_type, match="absent_dependency|nope"):
         table.get(f"{name}.Thing")
     sys.modules.pop(name, None)
 
@@ -91,13 +91,13 @@ def test_suggest():
     assert near_names("p2", ["p2", "p3"], n=1) == ["p2"]
 
 
-def test_dotted_paths_are_the_shortest_that_lead_back():
+def test_dotted_path_is_the_shortest():
     assert dotted_path(json.decoder.JSONDecoder) == "json.JSONDecoder"
     assert dotted_path(json.JSONDecoder.decode) == "json.JSONDecoder.decode"
     assert dotted_path(dict) == "builtins.dict" and dotted_path(dict.fromkeys) == "builtins.dict.fromkeys"
 
 
 @pytest.mark.parametrize("obj", [lambda: 1, json.JSONDecoder(), 3])
-def test_what_has_no_dotted_path(obj):
-    with pytest.raises(ValueError, match="no dotted path|another object"):
+def test_dotted_path_of_other_objects_raises(obj):
+    with pytest.raises(ValueError, match="no dotted path|different object"):
         dotted_path(obj)

@@ -1,4 +1,4 @@
-"""Pickles of plain data are read as they are; anything that could run code is refused."""
+"""Pickles of plain data are read unchanged; anything that could run code is refused."""
 
 import collections
 import io
@@ -19,7 +19,7 @@ def _load(data: bytes):
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_plain_data_comes_back_equal(protocol):
+def test_plain_data_round_trip(protocol):
     rng = np.random.default_rng(0)
     data = {
         "model": collections.OrderedDict(
@@ -75,20 +75,20 @@ def test_code_is_refused_and_not_run(tmp_path, protocol, ending):
         path.write_bytes(pickle.dumps(content, protocol=protocol))
     else:
         torch.save(content, path, pickle_protocol=max(protocol, 2))
-    # PyTorch's reader knows protocol 2 alone, and gives up on newer ones before it meets the name.
-    said = r"(posix|nt)\.system" if ending == ".pkl" or protocol <= 3 else "cannot be loaded"
-    with pytest.raises(ValueError, match=said) as error:
+    # PyTorch's reader supports only protocol 2 and fails on newer ones before it reaches the name.
+    message = r"(posix|nt)\.system" if ending == ".pkl" or protocol <= 3 else "cannot be loaded"
+    with pytest.raises(ValueError, match=message) as error:
         read_checkpoint(str(path))
     assert str(path) in str(error.value)
     assert not witness.exists()
-    # The same file does run its command in a trusting reader, so the test would notice.
+    # Plain pickle does run the command of the same file, so the test is meaningful.
     if ending == ".pkl":
         pickle.loads(path.read_bytes())
         assert witness.exists()
 
 
 @pytest.mark.parametrize(
-    ("program", "named"),
+    ("program", "name"),
     [
         (b"cos\nsystem\n(S'true'\ntR.", "os.system"),
         (b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93\x8c\x011\x85R.", "builtins.eval"),
@@ -99,23 +99,23 @@ def test_code_is_refused_and_not_run(tmp_path, protocol, ending):
         (b"cnumpy\nload\n.", "numpy.load"),
     ],
 )
-def test_every_way_to_import_is_refused(program, named):
-    with pytest.raises(pickle.UnpicklingError, match=named.replace(".", r"\.")):
+def test_every_import_opcode_is_refused(program, name):
+    with pytest.raises(pickle.UnpicklingError, match=name.replace(".", r"\.")):
         _load(program)
 
 
-def test_object_arrays_and_lying_shapes_are_refused():
+def test_object_arrays_and_wrong_shapes_are_refused():
     with pytest.raises(pickle.UnpicklingError, match="dtype 'O8'"):
         _load(pickle.dumps(np.array([{}, 1], dtype=object)))
-    honest = pickle.dumps(np.arange(7, dtype=np.int64), protocol=2)
-    lying = honest.replace(b"K\x07\x85", b"K\x09\x85")
-    assert lying != honest
+    correct = pickle.dumps(np.arange(7, dtype=np.int64), protocol=2)
+    wrong = correct.replace(b"K\x07\x85", b"K\x09\x85")
+    assert wrong != correct
     with pytest.raises(pickle.UnpicklingError, match="56 bytes"):
-        _load(lying)
+        _load(wrong)
 
 
 @pytest.mark.parametrize("data", [b"", b"garbage", b"\x80\x04.", pickle.dumps([1, 2, 3])[:-3]])
-def test_broken_pickles_are_named(tmp_path, data):
+def test_error_of_broken_pickle_has_its_path(tmp_path, data):
     path = tmp_path / "broken.pkl"
     path.write_bytes(data)
     with pytest.raises(ValueError, match="broken.pkl"):
@@ -123,7 +123,7 @@ def test_broken_pickles_are_named(tmp_path, data):
 
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
-def test_torch_tensors_come_back_equal(protocol):
+def test_torch_tensors_round_trip(protocol):
     base = torch.arange(24, dtype=torch.float32)
     model = {
         "plain": base.reshape(4, 6),
@@ -142,7 +142,7 @@ def test_torch_tensors_come_back_equal(protocol):
         assert torch.equal(got, tensor)
 
 
-def test_state_dicts_keep_their_versions_and_shared_arrays_stay_shared():
+def test_state_dict_versions_and_shared_arrays_are_kept():
     state = torch.nn.BatchNorm2d(2).state_dict()
     array = np.arange(3)
     loaded = _load(pickle.dumps({"model": state, "a": array, "b": [array, (array,)]}))
@@ -194,7 +194,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_few_bytes_cannot_ask_for_gigabytes(name):
+def test_small_pickles_cannot_allocate_gigabytes(name):
     tracemalloc.start()
     with pytest.raises(pickle.UnpicklingError):
         _load(BOMBS[name])
@@ -202,7 +202,7 @@ def test_a_few_bytes_cannot_ask_for_gigabytes(name):
     tracemalloc.stop()
 
 
-def test_shared_nesting_stays_small():
+def test_shared_nested_lists_are_not_expanded():
     value = [np.arange(2)]
     for _ in range(60):
         value = [value, value]
@@ -210,8 +210,8 @@ def test_shared_nesting_stays_small():
     assert value[0] is value[1]
 
 
-def test_a_pickle_cannot_change_the_reader():
-    # BUILD with (None, {name: value}) sets attributes on what is on the stack: here, on a stand-in.
+def test_pickle_cannot_modify_the_stand_ins():
+    # BUILD with (None, {name: value}) sets attributes of the object on the stack, here a stand-in.
     program = b"\x80\x02cnumpy\nndarray\nN}U\x05buildK\x01s\x86b."
     with pytest.raises(pickle.UnpicklingError, match="AttributeError"):
         _load(program)
@@ -221,4 +221,4 @@ def test_a_pickle_cannot_change_the_reader():
             change = b"N}U" + bytes([len(key)]) + key + b"K\x01s\x86b."
             with pytest.raises(pickle.UnpicklingError):
                 _load(b"\x80\x02c" + module.encode() + b"\n" + attribute.encode() + b"\n" + change)
-    test_plain_data_comes_back_equal(4)
+    test_plain_data_round_trip(4)

@@ -25,7 +25,7 @@ def draw():
 
 @pytest.fixture
 def random_state(monkeypatch):
-    monkeypatch.setenv("PYTHONHASHSEED", "0")  # seed_all_rng sets it: restored at the end
+    monkeypatch.setenv("PYTHONHASHSEED", "0")  # seed_all_rng sets it; monkeypatch restores it
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     yield
     random.setstate(states[0])
@@ -47,7 +47,7 @@ def test_seed_all_rng(random_state):
 
 
 @pytest.mark.parametrize("all_devices", [False, True])
-def test_numbers_within_a_seed_leave_those_outside(random_state, all_devices):
+def test_seeded_does_not_affect_numbers_outside(random_state, all_devices):
     seed_all_rng(5)
     first, second = draw(), draw()
     seed_all_rng(5)
@@ -66,7 +66,7 @@ def test_numbers_within_a_seed_leave_those_outside(random_state, all_devices):
 
 
 @pytest.mark.gpu
-def test_numbers_of_a_gpu_within_a_seed(random_state):
+def test_seeded_does_not_affect_gpu_numbers_outside(random_state):
     torch.cuda.manual_seed(5)
     first, second = (torch.rand(1, device="cuda") for _ in range(2))
     torch.cuda.manual_seed(5)
@@ -116,8 +116,8 @@ def test_local_files(tmp_path):
     assert PathManager.isfile(path) and PathManager.get_local_path(path) == path
 
 
-class FailsOnce:
-    """Runs out of memory the first `times` calls."""
+class OutOfMemoryFunction:
+    """A function that runs out of memory in the first `times` calls."""
 
     def __init__(self, times, error=torch.cuda.OutOfMemoryError):
         self.times, self.error, self.calls = times, error, []
@@ -130,7 +130,7 @@ class FailsOnce:
 
 
 class OnGpu:
-    """Looks like a tensor on a GPU."""
+    """An object that looks like a tensor on a GPU."""
 
     def __init__(self, device="cuda"):
         self.device = torch.device(device)
@@ -142,19 +142,19 @@ class OnGpu:
 @pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError, RuntimeError])
 @pytest.mark.parametrize("times", [0, 1, 2])
 def test_retry_if_cuda_oom(times, error):
-    func = FailsOnce(times, error)
-    given = OnGpu()
-    assert retry_if_cuda_oom(func)(given, [given, 3], key={"a": (given,)}) == "done"
+    func = OutOfMemoryFunction(times, error)
+    value = OnGpu()
+    assert retry_if_cuda_oom(func)(value, [value, 3], key={"a": (value,)}) == "done"
     assert len(func.calls) == times + 1
     args, kwargs = func.calls[-1]
-    wanted = "cpu" if times == 2 else "cuda"
-    assert {x.device.type for x in (args[0], args[1][0], kwargs["key"]["a"][0])} == {wanted}
+    expected = "cpu" if times == 2 else "cuda"
+    assert {x.device.type for x in (args[0], args[1][0], kwargs["key"]["a"][0])} == {expected}
     assert args[1][1] == 3 and isinstance(kwargs["key"]["a"], tuple)
 
 
-def test_retry_gives_up_and_leaves_other_errors():
+def test_retry_passes_on_other_errors_and_the_last_one():
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        retry_if_cuda_oom(FailsOnce(3))()
+        retry_if_cuda_oom(OutOfMemoryFunction(3))()
 
     def broken():
         raise RuntimeError("other")
@@ -176,7 +176,7 @@ def test_picklable_wrapper(monkeypatch):
 def test_colormap():
     colors = colormap(rgb=True)
     assert colors.shape == (74, 3) and colors.dtype == np.float32
-    # Points of the published map, floored to uint8.
+    # Entries of the published colormap, truncated to uint8.
     known = {0: (0, 113, 188), 7: (76, 76, 76), 11: (190, 190, 0), 24: (0, 84, 127), 39: (0, 84, 255)}
     known |= {53: (84, 0, 0), 58: (0, 42, 0), 70: (0, 0, 0), 71: (36, 36, 36), 73: (255, 255, 255)}
     for index, color in known.items():
@@ -194,7 +194,7 @@ def test_random_colors():
     assert len(many) == 100 and {tuple(color) for color in many} == table
 
 
-def test_utils_import_nothing_else_of_detlib_and_stay_light():
+def test_utils_do_not_import_other_packages_or_heavy_dependencies():
     code = (
         "import sys; import detlib.utils.events, detlib.utils.logger, detlib.utils.comm, "
         "detlib.utils.registry, detlib.utils.env, detlib.utils.memory, detlib.utils.serialize, "
