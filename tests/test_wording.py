@@ -54,15 +54,15 @@ EXCLUDED = {
 }
 # Paths that are still to be migrated.
 LATER = """
-    .ci/ benchmarks/ build_backend/ configs/ csrc/ pyproject.toml setup.py tools/
-    detlib/checkpoint/ detlib/config/ detlib/data/ detlib/engine/ detlib/evaluation/ detlib/layers/
-    detlib/model_zoo/ detlib/modeling/ detlib/ops/ detlib/report/ detlib/solver/ detlib/structures/
+    .ci/ build_backend/ configs/ pyproject.toml setup.py tools/
+    detlib/checkpoint/ detlib/config/ detlib/data/ detlib/engine/ detlib/evaluation/
+    detlib/model_zoo/ detlib/modeling/ detlib/report/ detlib/solver/
     detlib/utils/ detlib/visualization/
-    docs/performance.md
+
     tests/checkpoint/ tests/config tests/conformance/ tests/data/ tests/engine/
     tests/compatibility/ tests/scripts/ tests/shipped_configs/
-    tests/evaluation/ tests/layers/ tests/model_zoo/ tests/modeling/ tests/ops/ tests/report/
-    tests/solver/ tests/structures/ tests/test_ tests/tools/ tests/training_fixtures.py tests/utils/
+    tests/evaluation/ tests/model_zoo/ tests/modeling/ tests/report/
+    tests/solver/ tests/test_ tests/tools/ tests/training_fixtures.py tests/utils/
     tests/visualization/
 """.split()
 
