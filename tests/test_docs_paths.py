@@ -1,10 +1,17 @@
-"""Paths, links and names of detlib in the documentation exist."""
+"""What the documentation names exists: paths, links, names of detlib and config keys.
 
+It also lists every private name of PyTorch that the code uses.
+"""
+
+import ast
 import pkgutil
 import re
 from pathlib import Path
 
 import pytest
+
+from detlib.config import get_cfg
+from tests.source_tree import FILES, parse
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "csrc" / "README.md", *ROOT.glob("docs/*.md")]
@@ -14,9 +21,10 @@ FOLDERS = r"(?:detlib|docs|tests|tools|configs|csrc|benchmarks|build_backend|\.c
 CODE = re.compile(r"```.*?\n(.*?)```|`([^`\n]+)`", re.DOTALL)
 PATH = re.compile(rf"(?<![\w/.:{{-]){FOLDERS}/[\w./+-]*(?![\w*{{:=])")
 NAME = re.compile(r"(?<![\w/.:{-])detlib(?:\.\w+)+(?![\w/*])")
+KEY = re.compile(r"\b[A-Z][A-Z0-9_]+(?:\.[A-Z][A-Z0-9_]*)+\b(?!\.)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-# Placeholders in instructions, and what the build makes.
-NOT_THERE = re.compile(r"NAME|my_|\.so$")
+# Placeholders in instructions, a misspelling on purpose, and what the build makes.
+NOT_THERE = re.compile(r"NAME|my_|MY_|BASELR|\.so$")
 
 
 def code_of(text):
@@ -49,11 +57,40 @@ def is_importable(name):
     return True
 
 
+def is_config_key(key):
+    """Return whether a key of a config section exists. Words with dots that name no section are not keys."""
+    section, *parts = key.split(".")
+    node = get_cfg()
+    if section not in node or not isinstance(node[section], dict):
+        return True
+    for part in (section, *parts):
+        if not isinstance(node, dict) or part not in node:
+            return False
+        node = node[part]
+    return True
+
+
+def private_names(tree):
+    """Yield the private names of PyTorch and the standard library that a module uses."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and re.match(r"_[^_]", node.attr):
+            if ast.unparse(node.value).partition(".")[0] in ("torch", "nn", "sys", "os", "multiprocessing"):
+                yield node.attr
+        elif isinstance(node, ast.ImportFrom) and str(node.module).startswith("torch"):
+            yield from (alias.name for alias in node.names if alias.name.startswith("_"))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr":
+            holder, name = node.args[0], node.args[1]
+            if isinstance(name, ast.Constant) and re.match(r"_[^_]", name.value):
+                if ast.unparse(holder).partition(".")[0] in ("torch", "nn", "forward_ad"):
+                    yield name.value
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_paths_names_and_links_exist(page):
     text = page.read_text()
     missing = [path for path in found_in(PATH, text) if not (ROOT / path).exists()]
     missing += [name for name in found_in(NAME, text) if not is_importable(name)]
+    missing += [key for key in found_in(KEY, text) if not is_config_key(key)]
     for path, section in links_in(text):
         target = page.parent / path if path else page
         if not target.exists():
@@ -61,6 +98,13 @@ def test_paths_names_and_links_exist(page):
         elif section and section not in sections_of(target.read_text()):
             missing.append(f"{path}#{section}")
     assert not missing
+
+
+def test_private_names_are_listed_among_the_sharp_edges():
+    page = (ROOT / "docs" / "sharp_edges.md").read_text()
+    used = {name for path in FILES for name in private_names(parse(path)) if name not in ("_C", "_utils")}
+    assert "_AutoDispatchBelowAutograd" in used and "_foreach_norm" in used
+    assert sorted(name for name in used if name not in page) == []
 
 
 def test_paths_names_and_links_are_found():
@@ -76,3 +120,5 @@ def test_paths_names_and_links_are_found():
     assert links_in(text) == [("docs/a.md", "some-part")]
     assert sections_of("# A, `b` and C\n## D") == {"a-b-and-c", "d"}
     assert is_importable("detlib.ops.nms") and not is_importable("detlib.ops.nmss")
+    assert found_in(KEY, "`SOLVER.AMP.ENABLED True` `README.md`") == ["SOLVER.AMP.ENABLED"]
+    assert is_config_key("SOLVER.AMP.ENABLED") and not is_config_key("SOLVER.AMPS")
