@@ -44,7 +44,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def convert(content: dict[str, Any], name: str | None) -> dict[str, Any]:
-    """Applies the conversion called `name`, or the one that the file calls for, and says what became of each
+    """Apply the conversion called `name`, or the one that the file calls for, and says what became of each
     parameter."""
     if name is None and content.get("__author__") == "Caffe2":
         name = "caffe2"

@@ -1,5 +1,4 @@
-"""Configs: `get_cfg`, `CfgNode`, and `configurable`, which makes components from them; and lazy ones:
-`LazyConfig`, `LazyCall` and `instantiate`."""
+"""YAML configs (`get_cfg`, `CfgNode`, `configurable`) and lazy configs (`LazyConfig`, `instantiate`)."""
 
 from detlib.config.cfg_node import CfgNode
 from detlib.config.compat import downgrade_config, upgrade_config

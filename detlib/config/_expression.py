@@ -1,7 +1,7 @@
-"""A small evaluator for the arithmetic that some published YAML configs carry.
+"""A small evaluator for the arithmetic in some published YAML configs.
 
-It reads literals, arithmetic on numbers and list comprehensions over lists, and nothing else: there are no
-calls, no attributes and no names but the comprehension's own, so a config file cannot run code.
+It evaluates literals, arithmetic on numbers and list comprehensions over lists, and nothing else. Calls,
+attributes and names other than comprehension variables are rejected, so a config file cannot run code.
 """
 
 import ast
@@ -23,7 +23,7 @@ _BINARY = {
 _UNARY: dict[type, Callable] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 
 _MAX_LENGTH = 2000  # characters
-_MAX_STEPS = 10_000  # evaluated syntax nodes, comprehensions counted by round
+_MAX_STEPS = 10_000  # evaluated syntax nodes, counted once per iteration of a comprehension
 _MAX_EXPONENT = 64
 _MAX_VALUE = 1e30
 
@@ -66,7 +66,7 @@ class _Evaluator:
 
     def arithmetic(self, op: type[ast.operator], left: int | float, right: int | float) -> int | float:
         if op is ast.Pow and abs(right) > _MAX_EXPONENT:
-            raise ValueError(f"its exponent {right} is beyond {_MAX_EXPONENT}")
+            raise ValueError(f"its exponent {right} is larger than {_MAX_EXPONENT}")
         return self.bounded(_BINARY[op](left, right))
 
     def comprehension(
@@ -87,13 +87,13 @@ class _Evaluator:
 
 
 def evaluate(text: str) -> Any:
-    """Returns the value of an expression such as ``"[[x, x * 2**(1/3)] for x in [32, 64]]"``.
+    """Return the value of an expression such as ``"[[x, x * 2**(1/3)] for x in [32, 64]]"``.
 
     Args:
-        text: Python's notation, limited to literals, ``+ - * / // % **`` and list comprehensions.
+        text: Python syntax, limited to literals, ``+ - * / // % **`` and list comprehensions.
 
     Raises:
-        ValueError: it is anything else, or its size or a number in it is out of bounds.
+        ValueError: if `text` is anything else, or its length or a number in it is out of bounds.
     """
     if len(text) > _MAX_LENGTH:
         raise ValueError(f"The expression is longer than {_MAX_LENGTH} characters.")

@@ -1,9 +1,9 @@
-"""Running lazy config files, whose relative imports reach other config files.
+"""Execution of lazy config files, which may import other config files by relative path.
 
-A config file runs with an ``__import__`` of its own among its builtins, so that nothing global is patched
-and an error in a file leaves nothing behind. Absolute imports are Python's; a relative one names a file
-beside the importing file (``from .base import model``) or in a folder above it
-(``from ..common.train import train``), whatever those folders are called.
+A config file runs with its own ``__import__`` among its builtins, so nothing global is patched and an error
+in a file leaves no state behind. Absolute imports work as usual. A relative import names a file in the
+folder of the importing file (``from .base import model``) or in a folder above it
+(``from ..common.train import train``). The folders need not be Python packages or have valid module names.
 """
 
 import builtins
@@ -21,12 +21,12 @@ __all__ = ["as_config", "run_config_file"]
 
 
 def run_config_file(path: str) -> dict[str, Any]:
-    """Runs a config file and returns its variables.
+    """Run a config file and return its variables.
 
     Raises:
-        FileNotFoundError: it does not exist; near paths are listed.
-        ImportError: a relative import reaches no config file, or asks for a name that is not there.
-        SyntaxError: the file, or one that it imports, is not Python.
+        FileNotFoundError: if the file does not exist. The message lists similar paths.
+        ImportError: if a relative import leads to no config file, or the imported name does not exist.
+        SyntaxError: if the file, or a file that it imports, is not valid Python.
     """
     if not _is_file(path):
         raise missing_config(path)
@@ -41,15 +41,15 @@ def _identity(path: str) -> str:
     return path if "://" in path else os.path.realpath(path)
 
 
-def _beside(importer: str, level: int, name: str) -> str:
-    """The path, without ending, that a relative import with `level` dots in the file `importer` names."""
+def _relative_path(importer: str, level: int, name: str) -> str:
+    """Return the path, without extension, of a relative import with `level` dots in the file `importer`."""
     scheme, mark, path = importer.rpartition("://")
     steps = [os.pardir] * (level - 1) + name.split(".")
     return scheme + mark + os.path.normpath(os.path.join(os.path.dirname(path), *steps))
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    """A copy of configs and of plain containers; everything else is passed on as it is."""
+    """Copy configs and plain containers; return anything else unchanged."""
     from omegaconf import Container
 
     if isinstance(value, Container):
@@ -64,14 +64,14 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
 
 
 def as_config(value: Any) -> Any:
-    """Makes a DictConfig of a dict, so that its entries are attributes too; returns all else as it is."""
+    """Convert a dict to a DictConfig, whose entries are also attributes; return anything else unchanged."""
     from omegaconf import DictConfig
 
     return DictConfig(value, flags={"allow_objects": True}) if isinstance(value, dict) else value
 
 
 class _Session:
-    """One load: each file runs once, however many others import it, and each of those gets its own copy."""
+    """A single load. Each file runs once, and each file that imports it gets its own copy of its configs."""
 
     def __init__(self) -> None:
         self._done: dict[str, dict[str, Any]] = {}
@@ -80,8 +80,8 @@ class _Session:
     def variables(self, path: str, asked_by: str | None = None) -> dict[str, Any]:
         identity = _identity(path)
         if identity in self._running:
-            circle = " -> ".join([*self._running[self._running.index(identity) :], identity])
-            raise ImportError(f"Config files import one another in a circle: {circle}")
+            cycle = " -> ".join([*self._running[self._running.index(identity) :], identity])
+            raise ImportError(f"Circular import of config files: {cycle}")
         if identity not in self._done:
             self._running.append(identity)
             try:
@@ -114,8 +114,8 @@ class _Session:
         return variables
 
     def _import(self, importer: str, name: str, wanted: tuple[str, ...], level: int) -> ModuleType:
-        """What stands behind ``from ..name import wanted`` in the file `importer`, with `level` dots."""
-        stem = _beside(importer, level, name)
+        """Return the module for ``from ..name import wanted`` in the file `importer`, with `level` dots."""
+        stem = _relative_path(importer, level, name)
         written = f"from {'.' * level}{name} import {', '.join(wanted)}"
         if _is_file(f"{stem}.py"):
             module = self._module(f"{stem}.py", importer)
@@ -129,7 +129,7 @@ class _Session:
         return module
 
     def _module(self, path: str, importer: str) -> ModuleType:
-        """The variables of a file as a module; its configs, and its dicts as configs, are copies."""
+        """Return a module with the variables of a file. Configs are copied, dicts are copied as configs."""
         variables = self.variables(path, asked_by=importer)
         module = ModuleType(variables["__name__"], variables.get("__doc__"))
         module.__file__ = path
@@ -141,7 +141,7 @@ class _Session:
         return module
 
     def _folder(self, folder: str, wanted: tuple[str, ...], importer: str) -> ModuleType:
-        """``from ..common import train``: a module of the files asked for."""
+        """Return a module of the imported files, for ``from ..common import train``."""
         module = ModuleType(f"lazy_config({folder})")
         module.__file__ = folder
         for attribute in wanted:
@@ -151,7 +151,7 @@ class _Session:
         return module
 
 
-_ONLY_FILES = "Relative imports in config files reach other config files only"
+_ONLY_FILES = "Relative imports in config files can only import other config files"
 
 
 def _no_file(stem: str, importer: str, written: str) -> str:

@@ -1,4 +1,4 @@
-"""Lazy configs as text: as plain data that YAML can hold, and as Python to read."""
+"""Lazy configs as text: plain data for YAML, and Python code for reading."""
 
 import dataclasses
 import enum
@@ -17,7 +17,7 @@ _WIDTH = 100
 
 
 def _container(cfg: Any) -> Any:
-    """OmegaConf's nodes as dicts and lists, but for dataclass nodes; interpolations stay as written."""
+    """Convert OmegaConf nodes, except for dataclass nodes, to dicts and lists; keep interpolations."""
     from omegaconf import Container, OmegaConf, SCMode
 
     if not isinstance(cfg, Container):
@@ -26,22 +26,23 @@ def _container(cfg: Any) -> Any:
 
 
 def as_plain_data(cfg: Any) -> Any:
-    """Returns a config as dicts, lists and scalars from which `instantiate` makes the same objects.
+    """Convert a config to dicts, lists and scalars from which `instantiate` builds the same objects.
 
-    Targets become dotted paths. A `functools.partial` becomes a node with ``_partial_: true``, a dataclass a
-    node of its class, any other class or function a call of `detlib.utils.registry.locate`. Interpolations
-    stay as they are written.
+    Targets become dotted paths. A `functools.partial` becomes a node with ``_partial_: true``, a dataclass
+    becomes a node of its class, and any other class or function becomes a call of
+    `detlib.utils.registry.locate`. Interpolations are kept as written.
 
     Raises:
-        ValueError: something has no such form, as lambdas have none; each such place is named.
+        ValueError: if a value cannot be converted, such as a lambda. The message lists the paths of all such
+            values.
     """
     refused: list[str] = []
     data = _plain(_container(cfg), "", refused)
     if refused:
         raise ValueError(
-            f"These parts of the config cannot be written down: {'; '.join(refused)}. Classes and functions "
-            "that a module names can, as can functools.partial of them and LazyCall nodes; lambdas and other "
-            "objects cannot."
+            f"These parts of the config cannot be saved: {'; '.join(refused)}. Classes and functions at the "
+            "top level of a module can be saved, as can functools.partial of them and LazyCall nodes. "
+            "Lambdas and other objects cannot."
         )
     return data
 
@@ -86,7 +87,7 @@ def _plain_mapping(value: Mapping, path: str, refused: list[str]) -> dict[str, A
 
 
 def _name(value: Any, path: str, refused: list[str]) -> str | None:
-    """The dotted path of a class or function; notes it as refused if there is none."""
+    """Return the dotted path of a class or function, or add it to `refused` if it has none."""
     try:
         return dotted_path(value)
     except ValueError as error:
@@ -95,9 +96,9 @@ def _name(value: Any, path: str, refused: list[str]) -> str | None:
 
 
 def as_python(cfg: Any, prefix: str) -> str:
-    """Returns a config as Python to read: assignments, in which nodes with a target are calls.
+    """Convert a config to Python code for reading: assignments, with calls for nodes that have a target.
 
-    What YAML cannot hold is shown by its ``repr``.
+    Values that YAML cannot represent are written as their ``repr``.
     """
     lines: list[str] = []
     _assignments(_container(cfg), prefix, lines)
@@ -117,7 +118,7 @@ def _is_attribute(key: Any) -> bool:
 
 
 def _python(value: Any, indent: int, used: int) -> str:
-    """A value as Python, over several lines if it does not fit behind `used` characters of its line."""
+    """Format a value as Python, on multiple lines if it does not fit after `used` characters of its line."""
     if isinstance(value, Mapping) and not isinstance(value, dict):
         value = _plain_mapping(value, "", [])
     if isinstance(value, functools.partial):
@@ -149,7 +150,7 @@ def _python(value: Any, indent: int, used: int) -> str:
 
 
 def _word(value: Any) -> str:
-    """A class or function by the shortest name that leads to it."""
+    """Return the shortest name under which a class or function can be imported."""
     if isinstance(value, str):
         return value
     try:

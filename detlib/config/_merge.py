@@ -1,7 +1,7 @@
-"""Merging values into a config: which are accepted, which are converted, and what is said of the others.
+"""Merging of values into a config: type checks, conversions and error messages.
 
-A merge is planned as a list of assignments first and carried out after, so that a config is never left half
-merged.
+A merge is first planned as a list of assignments and then carried out, so an error never leaves a config
+half merged.
 """
 
 import copy
@@ -26,7 +26,7 @@ def _nowhere(key: str) -> str:
 
 
 def decode(value: Any) -> Any:
-    """Reads a string as a Python literal where it is one: "(1, 2)", "0.5", "None"; other values stay."""
+    """Evaluate a string that is a Python literal: "(1, 2)", "0.5", "None"; return other values unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -43,7 +43,7 @@ def _all_keys(node: Node, prefix: str = "") -> Iterator[str]:
 
 
 def _near_keys(key: str, root: Node) -> list[str]:
-    """Keys of the whole tree that look like `key`: in all, or by their last part in another section."""
+    """Return up to 3 keys of the tree that resemble `key`, or have a similar last part in another section."""
     keys = list(_all_keys(root))
     leaf = key.rpartition(".")[2]
     by_leaf: dict[str, list[str]] = {}
@@ -56,7 +56,7 @@ def _near_keys(key: str, root: Node) -> list[str]:
 
 
 def unknown_key(key: str, root: Node, where: str = "") -> KeyError:
-    """The error for a key that the config lacks, with near ones."""
+    """Return the error for a key that the config does not have. It suggests similar keys."""
     if key in RENAMED_IN_2:
         return KeyError(f"Config key {key}{where} is of VERSION 1; it is now {RENAMED_IN_2[key]}.")
     near = _near_keys(key, root)
@@ -65,11 +65,13 @@ def unknown_key(key: str, root: Node, where: str = "") -> KeyError:
 
 
 def _coerce(value: Any, old: Any, key: str, where: str) -> Any:
-    """Returns `value` as the type of `old`, which it replaces."""
+    """Convert `value` to the type of `old`, the value that it replaces."""
     wanted, got = type(old), type(value)
     if got not in LEAF_TYPES:
         legal = ", ".join(t.__name__ for t in LEAF_TYPES)
-        raise ValueError(f"Config key {key}{where} got {value!r} of type {got.__name__}; legal are {legal}.")
+        raise ValueError(
+            f"Config key {key}{where} got {value!r} of type {got.__name__}; valid types are {legal}."
+        )
     if old is None or value is None or got is wanted and wanted not in (list, tuple):
         return value
     if wanted is float and got is int:
@@ -77,7 +79,7 @@ def _coerce(value: Any, old: Any, key: str, where: str) -> Any:
     if wanted in (list, tuple):
         if got in (list, tuple):
             nested = type(old[0]) if old and all(type(x) is type(old[0]) for x in old) else None
-            if nested in (list, tuple):  # YAML has no tuples: what was dumped comes back as it was
+            if nested in (list, tuple):  # YAML has no tuples: restore the types of dumped values
                 value = [nested(x) if type(x) in (list, tuple) else x for x in value]
             return wanted(value)
         names_wanted = all(type(x) is str for x in old) and (old or wanted is tuple)
@@ -85,7 +87,7 @@ def _coerce(value: Any, old: Any, key: str, where: str) -> Any:
             return wanted([value])
     hint = ""
     if wanted in (list, tuple):
-        hint = f" For one element write {f'[{value!r}]' if wanted is list else f'({value!r},)'}."
+        hint = f" For a single element, write {f'[{value!r}]' if wanted is list else f'({value!r},)'}."
     elif wanted is str:
         hint = " Put it in quotes to make it a string."
     raise ValueError(
@@ -105,18 +107,18 @@ def _assign(node: Node, name: str, value: Any, key: str, where: str) -> Iterator
 def plan_tree(
     source: dict[str, Any], node: Node, root: Node, where: Where = _nowhere, prefix: str = ""
 ) -> Iterator[Assignment]:
-    """Yields what merging nested dicts into `node` assigns.
+    """Yield the assignments that merge nested dicts into `node`.
 
     Args:
         source: nested dicts, as read from a file, or a config.
-        node: the section that receives them, `root` or below.
+        node: the section to merge into: `root` or a section of it.
         root: the full config.
-        where: tells for a dotted key where its value is from.
-        prefix: dotted key of `node`, with a dot at its end; "" for `root`.
+        where: maps a dotted key to the origin of its value, for messages.
+        prefix: dotted key of `node`, with a trailing dot; "" for `root`.
 
     Raises:
-        KeyError: a key does not exist and new ones are not allowed there.
-        ValueError: a value is of the wrong type.
+        KeyError: if a key does not exist and its section does not allow new keys.
+        ValueError: if a value has the wrong type.
     """
     for name, value in source.items():
         key = f"{prefix}{name}"
@@ -140,11 +142,12 @@ def plan_tree(
 
 
 def plan_override(key: str, value: Any, root: Node) -> Iterator[Assignment]:
-    """Yields what one pair of the command line assigns: `value` may be a string that stands for a number or
-    the like.
+    """Yield the assignments for one key-value pair of the command line.
+
+    A string that is a Python literal is evaluated, unless the key holds a string.
 
     Raises:
-        KeyError, ValueError: as `plan_tree`.
+        KeyError, ValueError: see `plan_tree`.
     """
     if root.key_is_deprecated(key):
         return

@@ -1,4 +1,4 @@
-"""Changes to a lazy config from the command line: ``path.to.key=value``."""
+"""Command-line overrides of a lazy config: ``path.to.key=value``."""
 
 import ast
 import inspect
@@ -18,10 +18,10 @@ _NUMBER = re.compile(r"[-+]?(\d[\d_]*)?(\.\d*)?([eE][-+]?\d+)?|[-+]?(inf|nan)", 
 
 
 def parse_override(text: str) -> tuple[str, list[str | int], Any]:
-    """Splits ``[+|++|~]path=value`` into its mark, the parts of the path, and the value.
+    """Split ``[+|++|~]path=value`` into its mark, the parts of the path, and the value.
 
     Raises:
-        ValueError: it is not of that form.
+        ValueError: if `text` does not have this form.
     """
     match = _OVERRIDE.fullmatch(text.strip())
     if match is None or (match["value"] is None and match["mark"] != "~"):
@@ -38,23 +38,24 @@ def parse_override(text: str) -> tuple[str, list[str | int], Any]:
 
 
 def parse_value(text: str) -> Any:
-    """Reads a value as Hydra and as Python write it.
+    """Parse a value in the notation of Hydra or Python.
 
-    ``null``, ``true``, numbers, ``[lists]``, ``{mappings: x}``, quoted strings; also ``None``, ``True`` and
-    tuples. Everything else, interpolations such as ``${..num_classes}`` among it, is a string.
+    These are ``null``, ``true``, numbers, ``[lists]``, ``{mappings: x}`` and quoted strings, and also
+    ``None``, ``True`` and tuples. Anything else is a string, including interpolations such as
+    ``${..num_classes}``.
 
     Raises:
-        ValueError: a bracket or quote stays open.
+        ValueError: if a bracket or quote is not closed.
     """
     reader = _Reader(text)
     value = reader.value(ends="")
-    if reader.rest():  # such as "[a] b" or "'a' b": it only began like a list or a quoted string
+    if reader.rest():  # such as "[a] b" or "'a' b", which only begins like a list or a quoted string
         return text.strip()
     return value
 
 
 class _Reader:
-    """Reads one value from the front of a text."""
+    """A parser of one value at the start of a text."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -69,7 +70,7 @@ class _Reader:
         return self._text[self._at : self._at + 1]
 
     def value(self, ends: str) -> Any:
-        """One value, which reaches up to one of the characters `ends` or to the end of the text."""
+        """Read a value that ends at one of the characters `ends` or at the end of the text."""
         first = self._peek()
         if first == "{":
             return dict(self._items("{", lambda: (self._key(), self.value(",}"))))
@@ -108,7 +109,7 @@ class _Reader:
         return re.sub(rf"\\([\\{quote}])", r"\1", match[1])
 
     def _bare(self, ends: str) -> str:
-        """Text up to one of `ends` that is not within the braces of an interpolation."""
+        """Read up to the first of the characters `ends` outside the braces of an interpolation."""
         start, depth = self._at, 0
         while self._at < len(self._text):
             char = self._text[self._at]
@@ -136,7 +137,7 @@ def _scalar(text: str) -> Any:
 
 
 def apply_override(cfg: Any, text: str) -> None:
-    """Changes `cfg`, a DictConfig, as one override says. See `LazyConfig.apply_overrides`."""
+    """Apply one override to `cfg`, a DictConfig, in place. See `LazyConfig.apply_overrides`."""
     from omegaconf import OmegaConf
 
     mark, path, value = parse_override(text)
@@ -150,20 +151,20 @@ def apply_override(cfg: Any, text: str) -> None:
         node = node[key]
         if not OmegaConf.is_config(node):
             raise KeyError(
-                f"{text!r}: {_written(path[: depth + 1])} is no section but {node!r}, "
+                f"{text!r}: {_written(path[: depth + 1])} is not a section but {node!r}, "
                 f"so it has no {path[depth + 1]!r}."
             )
     _set(node, value, mark, text, path, may_be_new=may_be_new)
 
 
 def _set(node: Any, value: Any, mark: str, text: str, path: list[str | int], *, may_be_new: bool) -> None:
-    """Sets, adds or removes the last key of `path` in the section that holds it."""
+    """Set, add or remove the last key of `path` in `node`, its section."""
     from omegaconf import DictConfig, ListConfig
 
     key = path[-1]
     exists = key in _keys(node)
     if mark == "+" and exists:
-        raise KeyError(f"{text!r}: {_written(path)} exists already; write it without + to change it.")
+        raise KeyError(f"{text!r}: {_written(path)} already exists; remove the + to change it.")
     if mark == "~" and not exists:
         near = suggest(str(key), map(str, _keys(node)))
         raise KeyError(f"{text!r}: there is no {_written(path)} to remove.{near}")
@@ -185,7 +186,7 @@ def _set(node: Any, value: Any, mark: str, text: str, path: list[str | int], *, 
 
 
 def _is_tuple(value: Any) -> bool:
-    """Whether it is a tuple, which OmegaConf keeps as such from version 2.4 on."""
+    """Return whether a node is a tuple. OmegaConf keeps tuples as such since version 2.4."""
     from omegaconf import OmegaConf
 
     return OmegaConf.get_type(value) is tuple
@@ -203,7 +204,7 @@ def _written(path: list[str | int]) -> str:
 
 
 def _check_key(node: Any, key: Any, text: str, path: list[str | int], *, may_be_new: bool) -> None:
-    """Refuses a key that a section has not, unless it is an argument of the section's target."""
+    """Raise a KeyError if a section has no such key and its target no such argument."""
     from omegaconf import DictConfig
 
     if key in _keys(node):
@@ -212,7 +213,7 @@ def _check_key(node: Any, key: Any, text: str, path: list[str | int], *, may_be_
     if not isinstance(node, DictConfig):
         if may_be_new and key == len(node):
             return
-        raise KeyError(f"{text!r}: {where} is a list of {len(node)}, without an item {key!r}.")
+        raise KeyError(f"{text!r}: {where} is a list of length {len(node)} and has no item {key!r}.")
     arguments = _arguments(node.get("_target_"))
     if may_be_new or key in arguments:
         return
@@ -221,11 +222,11 @@ def _check_key(node: Any, key: Any, text: str, path: list[str | int], *, may_be_
 
 
 def _arguments(target: Any) -> list[str]:
-    """Names of the arguments that the target of a node takes, as far as it can be asked."""
+    """Return the argument names of a node's target, or an empty list if they cannot be found out."""
     if isinstance(target, str):
         try:
             target = locate(target)
-        except ImportError:  # the node may be meant for another computer; making it will complain
+        except ImportError:  # it may exist on another machine; `instantiate` reports it otherwise
             return []
     if not callable(target):
         return []

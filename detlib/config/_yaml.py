@@ -1,4 +1,4 @@
-"""Reading YAML configs: safely, with bases, and with errors that name file and line."""
+"""Safe reading of YAML configs with base files, and errors that name the file and line."""
 
 import logging
 import os
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain data, plus the one Python tag that published configs use, read by `evaluate`."""
+    """A loader of plain data and of the one Python tag in published configs, which `evaluate` handles."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -31,7 +31,7 @@ class _Loader(yaml.SafeLoader):
             if key.value in seen and isinstance(key.value, str):
                 line = key.start_mark.line + 1
                 logger.warning(
-                    "%s, line %d: key %r appears twice; the last one counts", self.name, line, key.value
+                    "%s, line %d: key %r appears twice; the last value is used", self.name, line, key.value
                 )
             seen.add(key.value if isinstance(key.value, str) else id(key))
         return super().construct_mapping(node, deep=deep)
@@ -54,28 +54,28 @@ def _refuse_python(loader: _Loader, suffix: str, node: yaml.Node) -> Any:
         None,
         None,
         f"the tag !!python/{suffix} is refused, since it can run code; write plain YAML "
-        "(a list [a, b] also serves where a tuple is meant)",
+        "(for a tuple, write a list [a, b])",
         node.start_mark,
     )
 
 
 _Loader.add_constructor(_EVAL_TAG, _construct_eval)
 _Loader.add_multi_constructor(_PYTHON_TAG, _refuse_python)
-# YAML 1.1 takes 1e-3 for a string, since it lacks the point; everybody means the number.
+# YAML 1.1 reads 1e-3 as a string, since it has no decimal point. Read it as a number.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
 
 def parse_yaml(text: str, name: str = "<string>") -> dict[str, Any]:
-    """Returns the mapping that a YAML text holds (empty for an empty text).
+    """Parse a YAML mapping. An empty text gives an empty dict.
 
     Args:
         text: the YAML.
-        name: where it is from, for messages.
+        name: name of the source, for messages.
 
     Raises:
-        ValueError: it is not valid YAML, asks for a Python object, or is not a mapping.
+        ValueError: if `text` is not valid YAML, is not a mapping, or has a tag of a Python object.
     """
     loader = _Loader(text)
     loader.name = name
@@ -92,12 +92,14 @@ def parse_yaml(text: str, name: str = "<string>") -> dict[str, Any]:
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise ValueError(f"{name}: a config is a mapping of keys to values, this is a {type(data).__name__}.")
+        raise ValueError(
+            f"{name}: a config must be a mapping of keys to values, got a {type(data).__name__}."
+        )
     return data
 
 
 def _near_paths(path: str) -> Iterator[str]:
-    """Existing files that the user may have meant by a path that does not exist."""
+    """Yield existing files with a path similar to `path`, which does not exist."""
     wanted = Path(path)
     below_configs = Path("configs") / wanted
     if not wanted.is_absolute() and below_configs.is_file():
@@ -110,7 +112,7 @@ def _near_paths(path: str) -> Iterator[str]:
         folders = (
             next(folder for folder in parent.parents if folder.is_dir()) if parent.parents else Path(".")
         )
-    # The right file in the wrong folder.
+    # The right name in the wrong folder.
     for folder in sorted(folders.iterdir()):
         candidate = folder / wanted.name
         if candidate.is_file() and candidate != wanted:
@@ -118,11 +120,11 @@ def _near_paths(path: str) -> Iterator[str]:
 
 
 def missing_config(path: str, asked_by: str | None = None) -> FileNotFoundError:
-    """The error to raise for a config file that does not exist, with near paths.
+    """Return the error for a config file that does not exist. It suggests similar paths.
 
     Args:
-        path: what was asked for.
-        asked_by: the config that has it as its base.
+        path: the missing file.
+        asked_by: the config that has `path` as its base.
     """
     near = list(dict.fromkeys(_near_paths(path)))[:3]
     by = f", which {asked_by!r} names as its {BASE_KEY}" if asked_by else ""
@@ -135,14 +137,14 @@ def missing_config(path: str, asked_by: str | None = None) -> FileNotFoundError:
 
 
 def read_yaml(path: str, asked_by: str | None = None) -> dict[str, Any]:
-    """Reads one YAML file, leaving its `_BASE_` alone.
+    """Read a single YAML file without following its `_BASE_`.
 
     Args:
-        path: a file or an address that `PathManager` knows.
-        asked_by: the config that has it as its base, for messages.
+        path: a file, or a URL that `PathManager` supports.
+        asked_by: the config that has `path` as its base, for messages.
 
     Raises:
-        FileNotFoundError: it does not exist; near paths are listed.
+        FileNotFoundError: if the file does not exist. The message lists similar paths.
         ValueError: see `parse_yaml`.
     """
     if "://" not in path and not os.path.isfile(path):
@@ -156,7 +158,7 @@ def read_yaml(path: str, asked_by: str | None = None) -> dict[str, Any]:
 
 
 def _resolve(base: str, path: str) -> str:
-    """The path of a base: absolute, below the home directory (~), an address, or relative to the config."""
+    """Return the path of a base, which may be absolute, below the home directory (~), a URL, or relative."""
     if base.startswith("~"):
         return os.path.expanduser(base)
     if "://" in base or os.path.isabs(base):
@@ -165,12 +167,12 @@ def _resolve(base: str, path: str) -> str:
 
 
 def _overlay(upper: dict[str, Any], lower: dict[str, Any], path: str, prefix: str = "") -> None:
-    """Merges `upper` into `lower`: sections key by key, everything else replaced."""
+    """Merge `upper` into `lower`, section by section. Other values are replaced."""
     for key, value in upper.items():
         if isinstance(value, dict) and key in lower:
             if not isinstance(lower[key], dict):
                 raise ValueError(
-                    f"{path}: {prefix}{key} is a section here, but a single value in its {BASE_KEY}."
+                    f"{path}: {prefix}{key} is a section here, but a single value in the {BASE_KEY} file."
                 )
             _overlay(value, lower[key], path, f"{prefix}{key}.")
         else:
@@ -185,22 +187,22 @@ def _keys(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def read_yaml_with_bases(path: str, _chain: tuple[str, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
-    """Reads a YAML config on top of the config or configs that its key `_BASE_` names.
+    """Read a YAML config and merge it over the configs that its key `_BASE_` names.
 
-    `_BASE_` is a path or a list of paths, of which later ones win over earlier ones; the file itself wins
-    over all. Paths are relative to the file, absolute, below ``~``, or addresses.
+    `_BASE_` is a path or a list of paths. Later bases override earlier ones, and the file itself overrides
+    all of them. Paths are relative to the file, absolute, below ``~``, or URLs.
 
     Returns:
-        The merged mapping, and for each of its dotted keys the file that gave the value.
+        The merged mapping, and the file that each of its dotted keys comes from.
 
     Raises:
-        FileNotFoundError: the file or a base does not exist.
-        ValueError: a file is not a valid config, or the bases go in a circle.
+        FileNotFoundError: if the file or a base does not exist.
+        ValueError: if a file is not a valid config, or the bases form a cycle.
     """
     path = os.fspath(path)
     identity = path if "://" in path else os.path.realpath(path)
     if identity in _chain:
-        raise ValueError(f"{BASE_KEY} goes in a circle: {' -> '.join((*_chain, identity))}")
+        raise ValueError(f"Circular {BASE_KEY}: {' -> '.join((*_chain, identity))}")
     own = read_yaml(path, asked_by=_chain[-1] if _chain else None)
     bases = own.pop(BASE_KEY, [])
     bases = [bases] if isinstance(bases, str) else bases

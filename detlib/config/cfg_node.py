@@ -1,4 +1,4 @@
-"""`CfgNode`: a tree of config keys that is read from YAML."""
+"""`CfgNode`, a tree of config keys that is read from YAML."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -15,11 +15,11 @@ __all__ = ["CfgNode"]
 
 
 class CfgNode(_YacsNode):
-    """A section of a config: a dict whose keys are attributes too, with values, or sections again.
+    """A section of a config: a dict of values and nested sections, whose keys are also attributes.
 
-    Values are int, float, str, bool, None, or lists and tuples. Merging takes existing keys only and keeps
-    their types (an int may stand for a float, a list for a tuple, a name for a tuple of names); a merge that
-    fails changes nothing. YAML is read safely: no code runs from a config file.
+    Values are int, float, str, bool, None, or lists and tuples. Merging accepts only existing keys and keeps
+    their types: an int is converted to a float, a list to a tuple, and a name to a tuple of names. A merge
+    that fails changes nothing. YAML is read safely: a config file cannot run code.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -31,27 +31,27 @@ class CfgNode(_YacsNode):
     def __setattr__(self, name: str, value: Any) -> None:
         if self.is_frozen():
             raise AttributeError(
-                f"Cannot set {name} to {value!r}: the config is frozen (cfg.defrost() undoes it)."
+                f"Cannot set {name} to {value!r}: the config is frozen; call cfg.defrost() to change it."
             )
         if name in self.__dict__:
-            raise AttributeError(f"{name!r} is internal to CfgNode and no config key.")
+            raise AttributeError(f"{name!r} is an internal attribute of CfgNode, not a config key.")
         if isinstance(value, dict) and not isinstance(value, _YacsNode):
             value = type(self)(value)
         if not isinstance(value, _YacsNode) and type(value) not in LEAF_TYPES:
             legal = ", ".join(t.__name__ for t in LEAF_TYPES)
             raise TypeError(
-                f"Config key {name} cannot hold {value!r} of type {type(value).__name__}; legal are {legal}."
+                f"Config key {name} got {value!r} of type {type(value).__name__}; valid types are {legal}."
             )
         self[name] = value
 
     @classmethod
     def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
-        """Reads a YAML file on top of its `_BASE_` files into nested dicts; see `merge_from_file`."""
+        """Read a YAML file and its `_BASE_` files into nested dicts; see `merge_from_file`."""
         return read_yaml_with_bases(filename)[0]
 
     @classmethod
     def load_cfg(cls, cfg_file_obj_or_str: Any) -> "CfgNode":
-        """Makes a config of an open YAML file or a YAML text; `_BASE_` has no meaning there."""
+        """Create a config from an open YAML file or a YAML text. `_BASE_` is not supported here."""
         is_text = isinstance(cfg_file_obj_or_str, str)
         text = cfg_file_obj_or_str if is_text else cfg_file_obj_or_str.read()
         return cls(
@@ -59,20 +59,21 @@ class CfgNode(_YacsNode):
         )
 
     def merge_from_file(self, cfg_filename: str, allow_unsafe: bool = True) -> None:
-        """Merges a YAML file, and below it the files that its key `_BASE_` names.
+        """Merge a YAML file and the files that its key `_BASE_` names. The file overrides its bases.
 
-        `_BASE_` is a path or a list of them: relative to the file, absolute, below ``~``, or an address. A
-        file of VERSION 1 is brought up to the current one on the way.
+        `_BASE_` is a path or a list of paths: relative to the file, absolute, below ``~``, or URLs. A file of
+        VERSION 1 is upgraded to the current version.
 
         Args:
-            cfg_filename: the file, or an address such as "https://...".
-            allow_unsafe: accepted for compatibility and without effect: Python objects are never loaded. Only
-                ``!!python/object/apply:eval ["..."]`` is understood, and read as arithmetic.
+            cfg_filename: a file, or a URL such as "https://...".
+            allow_unsafe: has no effect and is accepted for compatibility. Python objects are never loaded: of
+                the Python tags only ``!!python/object/apply:eval ["..."]`` is supported, and evaluated as
+                arithmetic.
 
         Raises:
-            FileNotFoundError: the file or a base is missing; near paths are listed.
-            KeyError: a key does not exist; near keys are listed.
-            ValueError: the file is no valid config, or a value has the wrong type.
+            FileNotFoundError: if the file or a base does not exist. The message lists similar paths.
+            KeyError: if a key does not exist. The message lists similar keys.
+            ValueError: if the file is not a valid config, or a value has the wrong type.
         """
         tree, origins = read_yaml_with_bases(cfg_filename)
         if "VERSION" in self:
@@ -82,53 +83,57 @@ class CfgNode(_YacsNode):
         self._carry_out(plan_tree(tree, self, self, lambda key: f" (in {origins.get(key, cfg_filename)})"))
 
     def merge_from_other_cfg(self, cfg_other: dict[str, Any]) -> None:
-        """Merges another config, or nested dicts.
+        """Merge another config, or nested dicts.
 
         Raises:
-            KeyError, ValueError: as `merge_from_file`.
+            KeyError, ValueError: see `merge_from_file`.
+            TypeError: if `cfg_other` is not a dict.
         """
         if not isinstance(cfg_other, dict):
             raise TypeError(f"cfg_other must be a CfgNode or a dict, got {type(cfg_other).__name__}.")
         if BASE_KEY in cfg_other:
-            raise KeyError(f"{BASE_KEY} is only understood in files; use merge_from_file.")
+            raise KeyError(f"{BASE_KEY} is only supported in files; use merge_from_file.")
         self._carry_out(plan_tree(cfg_other, self, self))
 
     def merge_from_list(self, cfg_list: list[Any]) -> None:
-        """Merges pairs, as a command line gives them: ``["SOLVER.BASE_LR", "0.01", "INPUT.MIN_SIZE_TRAIN",
-        "(240,)"]``.
+        """Merge the key-value pairs of a command line.
 
-        Strings are read as Python literals where they are one and the key does not want a string.
+        A string that is a Python literal is evaluated, unless the key holds a string.
+
+        Args:
+            cfg_list: keys and values in turn: ``["SOLVER.BASE_LR", "0.01", "INPUT.MIN_SIZE_TRAIN",
+                "(240,)"]``.
 
         Raises:
-            KeyError: a key does not exist; near keys are listed.
-            ValueError: the number of items is odd, or a value has the wrong type.
+            KeyError: if a key does not exist. The message lists similar keys.
+            ValueError: if the number of items is odd, or a value has the wrong type.
         """
         if len(cfg_list) % 2:
             stray = next((item for item in cfg_list if isinstance(item, str) and "=" in item), None)
             hint = f" Write {' '.join(stray.split('=', 1))}, with a space." if stray else ""
             raise ValueError(
-                f"Overrides are pairs of KEY VALUE, but {len(cfg_list)} items came: {list(cfg_list)}.{hint}"
+                f"Overrides must be pairs of KEY VALUE, got {len(cfg_list)} items: {list(cfg_list)}.{hint}"
             )
         pairs = list(zip(cfg_list[0::2], cfg_list[1::2]))
         for key, _ in pairs:
             if not isinstance(key, str):
-                raise ValueError(f"Overrides are pairs of KEY VALUE, but {key!r} stands where a key should.")
+                raise ValueError(f"Overrides must be pairs of KEY VALUE, got {key!r} in place of a key.")
         self._carry_out(step for key, value in pairs for step in plan_override(key, value, self))
 
     def _carry_out(self, plan: Iterable[Assignment]) -> None:
-        steps = list(plan)  # an error in any of them comes before the first is done
+        steps = list(plan)  # raises all errors before the first assignment
         if self.is_frozen():
-            raise AttributeError("Cannot merge: the config is frozen (cfg.defrost() undoes it).")
+            raise AttributeError("Cannot merge: the config is frozen; call cfg.defrost() to change it.")
         for node, key, value in steps:
             node[key] = value
 
     def dump(self, *args: Any, **kwargs: Any) -> str:
-        """Returns the config as YAML for `merge_from_file`; arguments go to ``yaml.safe_dump``."""
+        """Return the config as YAML for `merge_from_file`. Arguments are passed to ``yaml.safe_dump``."""
         return yaml.safe_dump(_plain(self), *args, **kwargs)
 
 
 def _plain(value: Any) -> Any:
-    """Nested dicts and lists, which is what YAML has."""
+    """Convert sections to dicts and tuples to lists, since YAML has no other containers."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

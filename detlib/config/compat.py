@@ -1,7 +1,7 @@
-"""Configs of older versions: what was renamed, and how to bring a config up or down.
+"""Upgrade and downgrade of configs between versions with different key names.
 
-VERSION 1 is what configs of detectron2 before October 2019 use; VERSION 2 is current. Files of VERSION 1 are
-brought up when they are merged; nothing else in detlib knows the old names.
+Configs of detectron2 before October 2019 have VERSION 1. The current version is VERSION 2. Files of VERSION 1
+are upgraded when they are merged; nothing else in detlib uses the old names.
 """
 
 import logging
@@ -36,7 +36,7 @@ RENAMED_IN_2 = {
     "TEST.AUG_MAX_SIZE": "TEST.AUG.MAX_SIZE",
     "TEST.AUG_FLIP": "TEST.AUG.FLIP",
 }
-# VERSION 1 kept anchors with the model that uses them; VERSION 2 has one section for all.
+# VERSION 1 has anchor keys in the section of each model; VERSION 2 has one section for all models.
 _ANCHOR_KEYS = {"ANCHOR_SIZES": "SIZES", "ANCHOR_ASPECT_RATIOS": "ASPECT_RATIOS"}
 _ONLY_IN_1 = ("MODEL.RETINANET.ANCHOR_STRIDES", "MODEL.RPN.ANCHOR_STRIDES")
 _MISSING = object()
@@ -51,7 +51,7 @@ def _get(tree: dict, key: str) -> Any:
 
 
 def _pop(tree: dict, key: str) -> Any:
-    """Removes a dotted key, and sections that become empty by it; returns its value."""
+    """Remove a dotted key and the sections that it leaves empty; return its value."""
     section, _, name = key.rpartition(".")
     node = _get(tree, section) if section else tree
     if not isinstance(node, dict) or name not in node:
@@ -113,15 +113,16 @@ def _to_1(tree: dict) -> None:
 
 
 def upgrade_tree(tree: dict, name: str, meta_architecture: str | None = None) -> None:
-    """Brings what was read from a file to the current version, in place. The file need not set every key.
+    """Upgrade the content of a config file to the current version, in place. It need not set every key.
 
     Args:
-        tree: nested dicts. Without a VERSION it counts as VERSION 1 if it uses a name that only that one had.
+        tree: nested dicts. Without the key VERSION, it is of VERSION 1 if it has a key that only VERSION
+            1 has.
         name: the file, for messages.
-        meta_architecture: the model, if the file does not set it (it decides whose anchors count).
+        meta_architecture: the model if the file does not set it. It determines which anchors are used.
 
     Raises:
-        ValueError: the version is newer than this library, or no number.
+        ValueError: if the version is not a number, or is newer than this library supports.
     """
     version = tree.get("VERSION")
     if version is None:
@@ -129,23 +130,24 @@ def upgrade_tree(tree: dict, name: str, meta_architecture: str | None = None) ->
         version = 1 if old else LATEST_VERSION
         if old:
             logger.warning(
-                "Config %r has no VERSION; since it sets %s it is read as VERSION 1", name, ", ".join(old)
+                "Config %r has no VERSION; it is read as VERSION 1, since it sets %s", name, ", ".join(old)
             )
     if type(version) is not int or not 1 <= version <= LATEST_VERSION:
         raise ValueError(f"{name}: VERSION is {version!r}; this library reads 1 to {LATEST_VERSION}.")
     if version == 1:
-        logger.warning("Config %r is of VERSION 1 and was brought up to %d", name, LATEST_VERSION)
+        logger.warning("Config %r has VERSION 1 and was upgraded to VERSION %d", name, LATEST_VERSION)
         _to_2(tree, meta_architecture)
 
 
 def upgrade_config(cfg, to_version: int | None = None):
-    """Returns a copy of a config brought up to `to_version` (default: the latest).
+    """Return a copy of a config, upgraded to `to_version`.
 
     Args:
         cfg: a CfgNode with the key VERSION.
+        to_version: the target version; None for the latest.
 
     Raises:
-        ValueError: the config is newer than `to_version`, or there is no such version.
+        ValueError: if the config is newer than `to_version`, or there is no such version.
     """
     to_version = LATEST_VERSION if to_version is None else to_version
     if not 1 <= cfg.VERSION <= to_version <= LATEST_VERSION:
@@ -157,13 +159,14 @@ def upgrade_config(cfg, to_version: int | None = None):
 
 
 def downgrade_config(cfg, to_version: int):
-    """Returns a copy of a config brought down to `to_version`, for a tool that knows only the old names.
+    """Return a copy of a config, downgraded to `to_version`, for tools that only support the old names.
 
     Args:
         cfg: a CfgNode with the key VERSION.
+        to_version: the target version.
 
     Raises:
-        ValueError: the config is older than `to_version`, or there is no such version.
+        ValueError: if the config is older than `to_version`, or there is no such version.
     """
     if not 1 <= to_version <= cfg.VERSION <= LATEST_VERSION:
         raise ValueError(f"Cannot downgrade a config from VERSION {cfg.VERSION} to {to_version}.")

@@ -34,14 +34,14 @@ global_cfg = CfgNode()
 
 
 def get_cfg() -> CfgNode:
-    """Returns a new config with every key at its default."""
+    """Return a new config with every key at its default."""
     return _C.clone()
 
 
 def set_global_cfg(cfg: CfgNode) -> None:
-    """Makes `global_cfg` hold what `cfg` holds.
+    """Copy the content of `cfg` to `global_cfg`.
 
-    It is there for short experiments; in code that lasts, hand configs to what needs them.
+    The global config is meant for short experiments. Permanent code should pass configs as arguments.
     """
     global_cfg.clear()
     global_cfg.update(cfg)
@@ -49,23 +49,23 @@ def set_global_cfg(cfg: CfgNode) -> None:
 
 @functools.cache
 def config_dir() -> Path:
-    """The folder of the shipped configs: inside the installed package, or beside it in a source checkout."""
+    """Return the folder of the shipped configs: in the package, or next to it in a source checkout."""
     package = Path(str(importlib.resources.files("detlib")))
     for folder in (package / "configs", package.parent / "configs"):
         if (folder / "Base-RCNN-FPN.yaml").is_file():
             return folder
-    raise FileNotFoundError(f"detlib was installed without its configs: there are none at {package}/configs.")
+    raise FileNotFoundError(f"detlib was installed without its configs: {package}/configs does not exist.")
 
 
 def find_config(config_path: str, folder: Path | None = None) -> str:
-    """Returns the absolute path of a shipped config file.
+    """Return the absolute path of a shipped config file.
 
     Args:
-        config_path: its path below ``configs/``.
-        folder: another folder to look in.
+        config_path: path below ``configs/``.
+        folder: another folder to search instead.
 
     Raises:
-        FileNotFoundError: there is no such config; near names are listed.
+        FileNotFoundError: if there is no such config. The message lists similar names.
     """
     folder = config_dir() if folder is None else folder
     file = folder / config_path
@@ -77,16 +77,16 @@ def find_config(config_path: str, folder: Path | None = None) -> str:
 
 
 def get_config(config_path: str) -> Any:
-    """Reads a shipped config, such as ``get_config("common/train.py").train``.
+    """Load a shipped config, such as ``get_config("common/train.py").train``.
 
     Args:
-        config_path: its path below ``configs/``.
+        config_path: path below ``configs/``.
 
     Returns:
-        A `CfgNode` of a ``.yaml`` file, a DictConfig of a ``.py`` file.
+        A `CfgNode` for a ``.yaml`` file, a DictConfig for a ``.py`` file.
 
     Raises:
-        FileNotFoundError: there is no such config; near names are listed.
+        FileNotFoundError: if there is no such config. The message lists similar names.
     """
     file = find_config(config_path)
     if file.endswith(".py"):
@@ -97,14 +97,15 @@ def get_config(config_path: str) -> Any:
 
 
 def try_get_key(cfg: Any, *keys: str, default: Any = None) -> Any:
-    """The value of the first of `keys` that a config has.
+    """Return the value of the first of `keys` that a config has.
 
-    It is for code that takes both kinds of config: ``try_get_key(cfg, "OUTPUT_DIR", "train.output_dir")``.
+    This serves code that accepts both types of config: ``try_get_key(cfg, "OUTPUT_DIR",
+    "train.output_dir")``.
 
     Args:
         cfg: a `CfgNode` or a DictConfig.
         *keys: dotted paths.
-        default: what is returned if it has none of them.
+        default: the value to return if `cfg` has none of the keys.
     """
     for key in keys:
         value = cfg
@@ -124,7 +125,7 @@ def _has_config(args: tuple, kwargs: dict[str, Any]) -> bool:
 
 @functools.cache
 def _names(func: Callable) -> tuple[frozenset[str], bool, bool]:
-    """Names of the arguments of a function, and whether it takes any others by position or by name."""
+    """Return the argument names of a function, and whether it has ``*args`` and ``**kwargs``."""
     parameters = inspect.signature(func).parameters.values()
     return (
         frozenset(p.name for p in parameters if p.kind in _NAMED),
@@ -136,20 +137,20 @@ def _names(func: Callable) -> tuple[frozenset[str], bool, bool]:
 def explicit_args(
     target: Callable, from_config: Callable, args: tuple, kwargs: dict[str, Any], *, owner: str | None = None
 ) -> dict[str, Any]:
-    """Returns the explicit arguments that a call with a config stands for.
+    """Translate a call with a config to explicit arguments.
 
-    `from_config` gets the config and what stands beside it (an input shape, say); keywords that it does not
-    know are overrides, which win over what it returns.
+    `from_config` receives the config and the other arguments of the call, such as an input shape. Keyword
+    arguments that `from_config` does not have override the values that it returns.
 
     Args:
-        target: what will be called with the result: a function, or the bare ``__init__`` of a class.
+        target: the callable that the result is for: a function, or the undecorated ``__init__`` of a class.
         from_config: ``(cfg, ...) -> dict`` of arguments.
-        args: positional arguments of the call, the config among them.
+        args: positional arguments of the call, including the config.
         kwargs: keyword arguments of the call.
         owner: name of `target` for messages.
 
     Raises:
-        TypeError: an argument came that `target` does not have, or `from_config` did not return a dict.
+        TypeError: if `target` does not have one of the arguments, or `from_config` does not return a dict.
     """
     owner = owner or target.__qualname__
     known, _, takes_any_kw = _names(from_config)
@@ -173,7 +174,7 @@ def explicit_args(
 def _wrap_init(init: Callable) -> Callable:
     if not inspect.isfunction(init) or init.__name__ != "__init__":
         raise TypeError(
-            "@configurable without arguments goes onto __init__; on functions give from_config=..."
+            "@configurable without arguments must decorate __init__; for a function, pass from_config=..."
         )
 
     @functools.wraps(init)
@@ -205,7 +206,7 @@ def _wrap_function(function: Callable, from_config: Callable) -> Callable:
 
 
 def configurable(init_func: Callable | None = None, *, from_config: Callable | None = None) -> Callable:
-    """Lets a class or a function be called with a config in place of its own arguments.
+    """Decorate an ``__init__`` or a function so that it can also be called with a config.
 
     ::
 
@@ -217,21 +218,22 @@ def configurable(init_func: Callable | None = None, *, from_config: Callable | N
             def from_config(cls, cfg, input_shape):
                 return {"in_channels": input_shape.channels, "num_classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES}
 
-        Head(in_channels=256)                     # explicit
-        Head(cfg, shape)                          # by config
-        Head(cfg, shape, num_classes=3)           # by config, but for one
+        Head(in_channels=256)                     # explicit arguments
+        Head(cfg, shape)                          # arguments from the config
+        Head(cfg, shape, num_classes=3)           # from the config, except for num_classes
 
         @configurable(from_config=lambda cfg: {"size": cfg.INPUT.MIN_SIZE_TEST})
         def build_transform(size): ...
 
-    Only a `CfgNode` as the first argument, or as the keyword ``cfg``, counts as a config.
+    A call is a call with a config if the first argument, or the keyword argument ``cfg``, is a `CfgNode`.
 
     Args:
         init_func: the ``__init__``, when used without parentheses.
         from_config: for functions: ``(cfg, ...) -> dict`` of arguments.
 
     Raises:
-        TypeError: wrong use; or at the call, an argument that does not exist (class and argument named).
+        TypeError: if the decorator is used in a wrong way. Calls with a config raise it for an argument that
+            does not exist, and name the class and the argument.
     """
     if init_func is not None:
         if from_config is not None:

@@ -1,4 +1,4 @@
-"""From a tree of lazy nodes to the objects that it describes."""
+"""`instantiate`, which builds the objects that a tree of lazy nodes describes."""
 
 import dataclasses
 import inspect
@@ -15,42 +15,43 @@ __all__ = ["instantiate", "join_path"]
 
 
 def instantiate(cfg: Any) -> Any:
-    """Makes the objects that a tree of lazy nodes describes, innermost first.
+    """Build the objects that a tree of lazy nodes describes, innermost first.
 
     A mapping with ``_target_`` is a call: the target, a callable or a dotted path, is called with the other
-    entries as keyword arguments. The calls get plain Python: lists, dicts, numbers, objects; OmegaConf's
-    interpolations are resolved, its dataclass nodes become instances of their dataclasses.
+    entries as keyword arguments. Arguments are plain Python objects: lists, dicts, numbers, other objects.
+    OmegaConf's interpolations are resolved, and its dataclass nodes become instances of their dataclasses.
 
-    A node may also hold these entries, with the meaning that Hydra gave them:
+    A node may also have these entries, with the same meaning as in Hydra:
 
     - ``_args_``: a list of positional arguments;
     - ``_partial_``: True for a `functools.partial` of the call instead of its result;
-    - ``_recursive_``: False to hand arguments on as they are, nodes among them.
+    - ``_recursive_``: False to pass nodes among the arguments on without instantiating them.
 
     Args:
-        cfg: a DictConfig, ListConfig, dict, list or tuple; anything else is returned as it is.
+        cfg: a DictConfig, ListConfig, dict, list or tuple. Anything else is returned unchanged.
 
     Returns:
-        What the target returns; for mappings without ``_target_`` a dict, for sequences a list (or tuple) of
-        what became of their items.
+        The result of the target; for a mapping without ``_target_`` a dict and for a sequence a list (or
+        tuple) of the instantiated items.
 
     Raises:
-        TypeError: a target is no callable, or does not take the arguments; near names are listed.
-        ImportError: there is nothing at the dotted path of a target.
-        Exception: whatever a target raises; a note names the target and the path of its node.
+        TypeError: if a target is not callable, or does not accept the arguments. The message lists similar
+            names.
+        ImportError: if the dotted path of a target does not exist.
+        Exception: any exception of a target, with a note that names the target and the path of its node.
     """
     return _build(cfg, _path_of(cfg))
 
 
 def _path_of(cfg: Any) -> str:
-    """Where a node lies in the tree that it is part of."""
+    """Return the path of a node from the root of its tree."""
     from omegaconf import Container
 
     return cfg._get_full_key(None) if isinstance(cfg, Container) else ""
 
 
 def join_path(path: str, key: Any) -> str:
-    """The path of the entry `key` of the node at `path`."""
+    """Return the path of the entry `key` of the node at `path`."""
     if isinstance(key, int):
         return f"{path}[{key}]"
     return f"{path}.{key}" if path else str(key)
@@ -79,7 +80,7 @@ def _build(cfg: Any, path: str) -> Any:
 
 
 def _call(node: Mapping[str, Any], path: str) -> Any:
-    """Calls the target of one node."""
+    """Call the target of one node."""
     target = _find_target(node["_target_"], path)
     recursive = node.get("_recursive_", True)
     arguments = {
@@ -100,7 +101,7 @@ def _call(node: Mapping[str, Any], path: str) -> Any:
         raise
 
 
-_NOTE = "This came of instantiating"
+_NOTE = "Raised while instantiating"
 
 
 def _find_target(target: Any, path: str) -> Callable:
@@ -117,7 +118,7 @@ def _find_target(target: Any, path: str) -> Callable:
 
 
 def _misfit(target: Callable, positional: list, arguments: dict[str, Any]) -> str:
-    """Why a call does not fit the signature of its target; "" if it does, or if that cannot be told."""
+    """Explain why arguments do not match the signature of a target; "" if they do or it is unknown."""
     try:
         signature = inspect.signature(target)
     except (ValueError, TypeError):
@@ -130,8 +131,8 @@ def _misfit(target: Callable, positional: list, arguments: dict[str, Any]) -> st
         unknown = next((name for name in arguments if name not in parameters), None)
         near = ""
         if unknown is not None and not takes_any:
-            near = f"{unknown!r} is none of its arguments.{suggest(unknown, parameters)}"
-        return f"cannot be called with what the config gives: {error}. {near}".rstrip()
+            near = f"It has no argument {unknown!r}.{suggest(unknown, parameters)}"
+        return f"cannot be called with the arguments in the config: {error}. {near}".rstrip()
     return ""
 
 

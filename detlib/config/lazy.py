@@ -1,4 +1,4 @@
-"""Configs that are Python files: a tree of calls that are made later.
+"""Lazy configs: Python files that describe objects as trees of deferred calls.
 
 A lazy config file builds trees of `LazyCall` nodes, which `instantiate` turns into objects::
 
@@ -10,8 +10,8 @@ A lazy config file builds trees of `LazyCall` nodes, which `instantiate` turns i
     model = L(FPN)(bottom_up=L(ResNet)(...), in_features="${.bottom_up.out_features}", out_channels=256)
     train.max_iter = 10000
 
-Such a file is a program: `LazyConfig.load` runs it. Load files that you trust only. YAML files hold data
-alone, and nothing in them is run.
+Such a file is a program that `LazyConfig.load` runs, so load only files that you trust. YAML files hold only
+data, and loading them runs no code.
 """
 
 import dataclasses
@@ -34,33 +34,33 @@ __all__ = ["LazyCall", "LazyConfig"]
 
 
 class LazyCall:
-    """A call that is made by `instantiate`, not now::
+    """A call that is deferred until `instantiate`::
 
         node = LazyCall(torch.nn.Conv2d)(in_channels=32, out_channels=32, kernel_size=1)
         node.out_channels = 64
         conv = instantiate(node)
 
-    The node is a DictConfig of the keyword arguments, among which may be further nodes and interpolations
-    (``"${..num_classes}"``), and of the target under ``_target_``.
+    The node is a DictConfig of the keyword arguments, with the target under ``_target_``. The arguments may
+    include other nodes and interpolations (``"${..num_classes}"``).
     """
 
     def __init__(self, target: Callable | str | Mapping) -> None:
         """
         Args:
-            target: a class or function, its dotted path, or a node that makes it.
+            target: a class or function, its dotted path, or a node that builds it.
 
         Raises:
-            TypeError: it is none of these.
+            TypeError: if `target` is none of these.
         """
         if not (callable(target) or isinstance(target, (str, Mapping))):
             raise TypeError(f"LazyCall takes a callable or the dotted path of one, got {target!r}.")
         self._target = target
 
     def __call__(self, **kwargs: Any) -> Any:
-        """Returns the node for a call with these keyword arguments."""
+        """Return the node for a call with these keyword arguments."""
         from omegaconf import DictConfig
 
-        # OmegaConf would take the dataclass itself for a description of the node.
+        # OmegaConf would treat the dataclass itself as the schema of the node.
         is_dataclass = isinstance(self._target, type) and dataclasses.is_dataclass(self._target)
         target = dotted_path(self._target) if is_dataclass else self._target
         content: dict = {**kwargs, "_target_": target}
@@ -68,26 +68,28 @@ class LazyCall:
 
 
 class LazyConfig:
-    """Loading, changing and saving configs that are trees of `LazyCall` nodes."""
+    """Functions to load, change and save configs with `LazyCall` nodes."""
 
     @staticmethod
     def load_rel(filename: str, keys: str | tuple[str, ...] | None = None) -> Any:
-        """`load`, with a path relative to the file of the code that calls this.
+        """Load a config file by its path relative to the calling file. See `load`.
 
         Raises:
-            ValueError: the calling code is in no file.
+            ValueError: if the calling code is not in a file.
         """
         caller = sys._getframe(1).f_code.co_filename
         if caller.startswith("<"):
-            raise ValueError(f"load_rel({filename!r}) is called from {caller}, which is no file: use load.")
+            raise ValueError(
+                f"load_rel({filename!r}) is called from {caller}, which is not a file; use load."
+            )
         return LazyConfig.load(os.path.join(os.path.dirname(caller), filename), keys)
 
     @staticmethod
     def load(filename: str, keys: str | tuple[str, ...] | None = None) -> Any:
-        """Loads a config file; a ``.py`` file is run, so it must be one that you trust.
+        """Load a config file. A ``.py`` file is executed, so load only files that you trust.
 
-        Within a ``.py`` file, relative imports reach other config files. Every importing file gets copies of
-        the configs there, so that changing them changes nothing for others, and dicts as DictConfigs.
+        A relative import in a ``.py`` file imports another config file. Each importing file gets its own copy
+        of the configs, so changes do not affect other files. Dicts are imported as DictConfigs.
 
         Args:
             filename: path of a ``.py``, ``.yaml`` or ``.yml`` file.
@@ -95,14 +97,14 @@ class LazyConfig:
                 begin with an underscore.
 
         Returns:
-            A DictConfig of all; the one value when `keys` is a string, or a tuple of values.
+            A DictConfig of all variables, the value itself if `keys` is a string, or a tuple of values.
 
         Raises:
-            FileNotFoundError: there is no such file; near paths are listed.
-            ImportError: a relative import fails; both files are named.
-            KeyError: there is no variable of a name in `keys`.
-            SyntaxError: the file or one that it imports is not valid Python.
-            ValueError: it has another ending, or is not valid YAML.
+            FileNotFoundError: if there is no such file. The message lists similar paths.
+            ImportError: if a relative import fails. The message names both files.
+            KeyError: if a name in `keys` does not exist.
+            SyntaxError: if the file, or a file that it imports, is not valid Python.
+            ValueError: if the file has another extension, or is not valid YAML.
         """
         from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -113,7 +115,7 @@ class LazyConfig:
         elif ending in (".yaml", ".yml"):
             variables = read_yaml(filename)
         else:
-            raise ValueError(f"A lazy config file ends in .py, .yaml or .yml, got {filename!r}.")
+            raise ValueError(f"A lazy config file must end in .py, .yaml or .yml, got {filename!r}.")
         if keys is not None:
             wanted = (keys,) if isinstance(keys, str) else tuple(keys)
             for key in wanted:
@@ -132,45 +134,46 @@ class LazyConfig:
 
     @staticmethod
     def apply_overrides(cfg: Any, overrides: list[str]) -> Any:
-        """Changes a config in place as texts such as command-line arguments say.
+        """Apply overrides, such as command-line arguments, to a config in place.
 
         ============================  ====================================================================
-        ``train.max_iter=100``        changes a value, which must be there or be an argument of the target
-        ``model.sizes.0=[1,2]``       list items by number; lists, ``{key: value}``, ``null``, ``true``
-        ``+train.note=text``          adds a value that is not there
-        ``++train.note=text``         adds or changes it
-        ``~train.note``               removes it
+        ``train.max_iter=100``        changes a value, which must exist or be an argument of the target
+        ``model.sizes.0=[1,2]``       changes a list item; a value may be a list, ``{key: value}``, ``null``
+        ``+train.note=text``          adds a value, which must not exist
+        ``++train.note=text``         adds or changes a value
+        ``~train.note``               removes a value
         ============================  ====================================================================
 
         Args:
             cfg: a DictConfig.
-            overrides: the texts, applied in order.
+            overrides: the overrides, applied in order.
 
         Returns:
             `cfg`.
 
         Raises:
-            KeyError: the path leads nowhere; near names are listed.
-            TypeError: `overrides` is no list of strings.
-            ValueError: a text is not of that form.
+            KeyError: if a path does not exist. The message lists similar names.
+            TypeError: if `overrides` is not a list of strings.
+            ValueError: if an override does not have one of these forms.
         """
         if isinstance(overrides, str) or not all(isinstance(text, str) for text in overrides):
-            raise TypeError(f"overrides must be a list of 'path.to.key=value' texts, got {overrides!r}.")
+            raise TypeError(f"overrides must be a list of 'path.to.key=value' strings, got {overrides!r}.")
         for text in overrides:
             apply_override(cfg, text)
         return cfg
 
     @staticmethod
     def save(cfg: Any, filename: str) -> None:
-        """Writes a config as YAML that `load` reads and `instantiate` makes the same objects of.
+        """Save a config as YAML, from which `load` and `instantiate` build the same objects.
 
-        Classes and functions are written by their dotted paths, a `functools.partial` as a node with
-        ``_partial_: true``, interpolations as they are. A file that was there stays until the new one is
-        whole.
+        Classes and functions are written as dotted paths, a `functools.partial` as a node with
+        ``_partial_: true``, and interpolations as they are. An existing file is replaced only once the
+            new one
+        is complete.
 
         Raises:
-            ValueError: a part of the config has no form in YAML, such as a lambda; its path is named, and
-                nothing is written.
+            ValueError: if a part of the config cannot be written as YAML, such as a lambda. The message
+                has its path, and nothing is written.
         """
         text = yaml.safe_dump(
             as_plain_data(cfg), sort_keys=False, default_flow_style=None, allow_unicode=True, width=110
@@ -179,10 +182,10 @@ class LazyConfig:
 
     @staticmethod
     def to_py(cfg: Any, prefix: str = "cfg.") -> str:
-        """Returns a config as Python to read: assignments, nodes as calls. It is not meant to be run.
+        """Return a config as Python code with assignments and calls, for reading and not for execution.
 
         Args:
             cfg: a DictConfig.
-            prefix: what the assigned names begin with.
+            prefix: prefix of the assigned names.
         """
         return as_python(cfg, prefix.removesuffix("."))

@@ -1,4 +1,4 @@
-"""Finding the shipped configs, and building what they describe."""
+"""Functions to find shipped configs and to build their models with published weights."""
 
 import os
 from typing import Any
@@ -22,8 +22,8 @@ __all__ = [
     "get_config_file",
 ]
 
-# Folder of the config, its name without ending, and the file below detectron2://FOLDER/NAME/: job
-# number and file name.
+# Folder of the config -> name of the config without extension -> path of the weights below
+# detectron2://FOLDER/NAME/ (job number and file name).
 CHECKPOINTS = {
     "COCO-Detection": {
         "faster_rcnn_R_50_C4_1x": "137257644/model_final_721ade.pkl",
@@ -113,26 +113,26 @@ CHECKPOINTS = {
 
 
 def get_config_file(config_path: str) -> str:
-    """Returns the absolute path of a shipped config file.
+    """Return the absolute path of a shipped config file.
 
     Args:
-        config_path: its path below ``configs/``, such as
+        config_path: path below ``configs/``, such as
             ``"COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml"``.
 
     Raises:
-        FileNotFoundError: there is no such config; near names are listed.
+        FileNotFoundError: if there is no such config. The message lists similar names.
     """
     return find_config(config_path, _config_dir())
 
 
 def get_checkpoint_url(config_path: str) -> str:
-    """Returns the address of the weights that were published for a config.
+    """Return the URL of the published weights of a config.
 
     Args:
-        config_path: path below ``configs/``, with or without ending.
+        config_path: path below ``configs/``, with or without extension.
 
     Raises:
-        KeyError: none were published for it; near names are listed.
+        KeyError: if no weights were published for the config. The message lists similar names.
     """
     name, ending = os.path.splitext(config_path)
     name = name if ending in (".yaml", ".py") else config_path
@@ -145,17 +145,17 @@ def get_checkpoint_url(config_path: str) -> str:
 
 
 def get_config(config_path: str, trained: bool = False) -> Any:
-    """Returns a shipped config: a CfgNode for a ``.yaml`` path, a DictConfig for a ``.py`` path.
+    """Load a shipped config: a CfgNode for a ``.yaml`` path, a DictConfig for a ``.py`` path.
 
     Args:
         config_path: path below ``configs/``.
-        trained: let ``MODEL.WEIGHTS``, or ``train.init_checkpoint``, be the published weights; otherwise it
-            is what the config says, mostly weights of a backbone that was trained on ImageNet.
+        trained: set ``MODEL.WEIGHTS`` or ``train.init_checkpoint`` to the published weights. Otherwise it
+            keeps the value in the config, which usually is a backbone pretrained on ImageNet.
 
     Raises:
-        FileNotFoundError: there is no such config.
-        KeyError: `trained`, but no weights were published.
-        ValueError: `trained`, but the config is of a part of a training and has no ``train.init_checkpoint``.
+        FileNotFoundError: if there is no such config.
+        KeyError: if `trained` is True, but no weights were published.
+        ValueError: if `trained` is True, but the config has no ``train.init_checkpoint``.
     """
     file = get_config_file(config_path)
     if not file.endswith(".py"):
@@ -173,17 +173,17 @@ def get_config(config_path: str, trained: bool = False) -> Any:
 
 
 def get(config_path: str, trained: bool = False, device: str | None = None) -> nn.Module:
-    """Builds the model of a shipped config and loads its weights.
+    """Build the model of a shipped config and load its weights.
 
     Args:
         config_path: path below ``configs/``.
         trained: see `get_config`.
-        device: where the model goes; by default to CUDA if there is any, else to the CPU.
+        device: device of the model; by default CUDA if available, else the CPU.
 
     Raises:
-        FileNotFoundError: there is no such config.
-        KeyError: `trained`, but no weights were published.
-        ValueError: the config describes no model.
+        FileNotFoundError: if there is no such config.
+        KeyError: if `trained` is True, but no weights were published.
+        ValueError: if the config does not describe a model.
     """
     cfg = get_config(config_path, trained)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -194,6 +194,6 @@ def get(config_path: str, trained: bool = False, device: str | None = None) -> n
         model = instantiate(cfg.model).to(device)
         weights = cfg.get("train", {}).get("init_checkpoint", "")
     else:
-        raise ValueError(f"The config {config_path!r} describes no model; it has {', '.join(cfg)}.")
+        raise ValueError(f"The config {config_path!r} does not describe a model; it has {', '.join(cfg)}.")
     DetectionCheckpointer(model).load(weights)
     return model

@@ -21,7 +21,7 @@ def _model(seed: int) -> nn.Module:
 
 
 def _work(folder: str) -> None:
-    """Saves in two formats, and loads from a copy that only the main process can see."""
+    """Save in two formats, and loads from a copy that only the main process can see."""
     x = torch.linspace(-1, 1, 12).view(4, 3)
     wanted = _model(0)(x)
     checkpointer = DetectionCheckpointer(DistributedDataParallel(_model(0)), folder)

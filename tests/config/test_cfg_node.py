@@ -6,7 +6,7 @@ import pytest
 from detlib.config import CfgNode, get_cfg, global_cfg, set_global_cfg
 
 
-def test_attributes_and_sections():
+def test_keys_are_attributes_and_dicts_are_sections():
     cfg = CfgNode({"A": {"B": 1}})
     assert cfg.A.B == cfg["A"]["B"] == 1 and isinstance(cfg.A, CfgNode)
     cfg.A.C = {"D": (1, 2)}
@@ -18,7 +18,7 @@ def test_attributes_and_sections():
         cfg.KEY = {1, 2}
 
 
-def test_copies_are_apart():
+def test_copies_are_independent():
     cfg = get_cfg()
     for other in (cfg.clone(), copy.deepcopy(cfg), pickle.loads(pickle.dumps(cfg))):
         assert other == cfg and type(other.MODEL.RPN) is CfgNode
@@ -27,7 +27,7 @@ def test_copies_are_apart():
         assert cfg.MODEL.RPN.IN_FEATURES == ["res4"] and cfg.SOLVER.BASE_LR == 0.001
 
 
-def test_freeze():
+def test_frozen_config_rejects_changes():
     cfg = get_cfg()
     cfg.freeze()
     with pytest.raises(AttributeError, match="BASE_LR.*frozen"):
@@ -40,7 +40,7 @@ def test_freeze():
     assert cfg.SOLVER.BASE_LR == 1.0
 
 
-def test_global_cfg():
+def test_set_global_cfg():
     cfg = get_cfg()
     cfg.GLOBAL.HACK = 4.0
     set_global_cfg(cfg)
@@ -77,7 +77,7 @@ def test_global_cfg():
         ("INPUT.CROP", "{'ENABLED': True}", None),
     ],
 )
-def test_overrides(key, given, stored):
+def test_override_is_converted_to_the_type_of_the_key(key, given, stored):
     cfg = get_cfg()
     cfg.merge_from_list([key, given])
     section, _, name = key.rpartition(".")
@@ -124,7 +124,7 @@ def test_wrong_overrides_change_nothing(given, kind, words):
     assert cfg == get_cfg()
 
 
-def test_merge_from_other_cfg():
+def test_merge_from_other_cfg_copies_and_converts():
     cfg = get_cfg()
     other = CfgNode({"SOLVER": {"BASE_LR": 0.5, "STEPS": [1, 2]}})
     cfg.merge_from_other_cfg(other)
@@ -139,7 +139,7 @@ def test_merge_from_other_cfg():
         cfg.merge_from_other_cfg("x.yaml")
 
 
-def test_new_keys_where_they_are_allowed():
+def test_section_with_new_allowed_accepts_new_keys():
     cfg = get_cfg()
     cfg.MODEL.MINE = CfgNode(new_allowed=True)
     cfg.merge_from_other_cfg({"MODEL": {"MINE": {"A": 1, "B": {"C": [2]}}}})
@@ -148,7 +148,7 @@ def test_new_keys_where_they_are_allowed():
     assert cfg.MODEL.MINE.A == 3
 
 
-def test_deprecated_and_renamed_keys():
+def test_deprecated_key_is_ignored_and_renamed_key_fails():
     cfg = get_cfg()
     cfg.register_deprecated_key("SOLVER.OLD")
     cfg.register_renamed_key("SOLVER.RATE", "SOLVER.BASE_LR")

@@ -19,7 +19,7 @@ TEST: {{DETECTIONS_PER_IMG: 7, AUG_ON: true, AUG_MIN_SIZES: [1, 2]}}
 @pytest.mark.parametrize(
     ("model", "sizes", "ratios"), [("GeneralizedRCNN", [[8, 16]], [[1.0]]), ("RetinaNet", [[4]], [[2.0]])]
 )
-def test_old_file(tmp_path, version, model, sizes, ratios):
+def test_file_of_version_1_is_upgraded(tmp_path, version, model, sizes, ratios):
     path = tmp_path / "old.yaml"
     path.write_text(OLD.format(version=version, model=model))
     cfg = get_cfg()
@@ -40,7 +40,7 @@ def test_old_file(tmp_path, version, model, sizes, ratios):
     assert str(cfg) == str(wanted)
 
 
-def test_old_file_takes_the_model_of_the_config(tmp_path):
+def test_file_without_a_model_uses_the_anchors_of_the_configs_model(tmp_path):
     path = tmp_path / "old.yaml"
     path.write_text("MODEL: {RETINANET: {ANCHOR_SIZES: [[4]]}, RPN: {ANCHOR_SIZES: [[8]]}}")
     cfg = get_cfg()
@@ -49,7 +49,7 @@ def test_old_file_takes_the_model_of_the_config(tmp_path):
     assert cfg.MODEL.ANCHOR_GENERATOR.SIZES == [[4]]
 
 
-def test_down_and_up_again():
+def test_downgrade_and_upgrade_restore_the_config():
     cfg = get_cfg()
     cfg.MODEL.WEIGHTS = "w"
     cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[5]]
@@ -62,7 +62,7 @@ def test_down_and_up_again():
     assert str(upgrade_config(cfg)) == before
 
 
-def test_versions_that_do_not_fit():
+def test_impossible_version_fails():
     cfg = get_cfg()
     for function, version in (
         (downgrade_config, 0),

@@ -15,7 +15,7 @@ class Head:
         return {"channels": shape, "classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES}
 
 
-class Deeper(Head):
+class WithDepth(Head):
     @configurable
     def __init__(self, *, depth, **kwargs):
         super().__init__(**kwargs)
@@ -27,7 +27,7 @@ class Deeper(Head):
 
 
 class Plain(Head):
-    """Neither __init__ nor decorator of its own."""
+    """A subclass without an __init__ of its own."""
 
     @classmethod
     def from_config(cls, cfg):
@@ -35,7 +35,7 @@ class Plain(Head):
 
 
 class ByHand(Head):
-    """An undecorated __init__ that hands the config on."""
+    """A subclass with an undecorated __init__, which passes the config on."""
 
     def __init__(self, cfg, shape):
         super().__init__(cfg, shape, name="by hand")
@@ -46,7 +46,7 @@ def cfg():
     return get_cfg()
 
 
-def test_explicit_and_by_config(cfg):
+def test_explicit_arguments_and_config(cfg):
     assert Head(channels=1).args == (1, 80, "head")
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
     assert Head(cfg).args == (5, 3, "head")
@@ -56,15 +56,15 @@ def test_explicit_and_by_config(cfg):
     assert Head.__init__.__doc__ == "Doc."
 
 
-def test_subclasses(cfg):
-    deeper = Deeper(cfg, 7, name="d")
-    assert deeper.args == (7, 80, "d") and deeper.depth == 3
-    assert Deeper(depth=1, channels=2).args == (2, 80, "head")
+def test_subclasses_inherit_or_extend_from_config(cfg):
+    head = WithDepth(cfg, 7, name="d")
+    assert head.args == (7, 80, "d") and head.depth == 3
+    assert WithDepth(depth=1, channels=2).args == (2, 80, "head")
     assert Plain(cfg).args == (1, 80, "head")
     assert ByHand(cfg, 6).args == (6, 80, "by hand")
 
 
-def test_only_a_cfg_node_counts(cfg):
+def test_only_a_cfg_node_is_a_config(cfg):
     with pytest.raises(TypeError, match="positional"):
         Head({"MODEL": 1})
 
@@ -95,7 +95,7 @@ def test_unknown_argument_names_class_and_key(cfg):
         Head()
 
 
-def test_from_config_that_takes_any_keyword(cfg):
+def test_from_config_may_accept_any_keyword(cfg):
     class Any(Head):
         @classmethod
         def from_config(cls, cfg, **kwargs):
@@ -104,7 +104,7 @@ def test_from_config_that_takes_any_keyword(cfg):
     assert Any(cfg, double=4, name="n").args == (8, 80, "n")
 
 
-def test_faulty_classes(cfg):
+def test_missing_or_wrong_from_config_fails(cfg):
     class Without:
         @configurable
         def __init__(self, *, a=1):
@@ -131,7 +131,7 @@ def test_faulty_classes(cfg):
         configurable(lambda a: a)
 
 
-def test_functions(cfg):
+def test_configurable_function(cfg):
     @configurable(from_config=lambda cfg, scale=1: {"size": cfg.INPUT.MIN_SIZE_TEST * scale})
     def build(size, flip=False):
         """Doc."""

@@ -1,4 +1,4 @@
-"""Keys and defaults against detectron2's."""
+"""Tests that keys and defaults are those of detectron2."""
 
 import json
 from pathlib import Path
@@ -49,7 +49,7 @@ def flatten(node, prefix=""):
 
 
 def as_json(value):
-    """Tuples as lists, but 0, 0.0 and False apart."""
+    """Convert to JSON, which has tuples as lists but tells 0, 0.0 and False apart."""
     return json.dumps(value)
 
 
@@ -66,7 +66,7 @@ def test_every_key_has_its_type_and_default():
         assert as_json(ours[key]) == as_json(wanted), key
 
 
-def test_get_cfg_gives_a_new_config_each_time():
+def test_get_cfg_returns_a_new_config_each_time():
     first = get_cfg()
     first.SOLVER.BASE_LR = 5.0
     first.MODEL.FPN.IN_FEATURES.append("res9")

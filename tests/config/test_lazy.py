@@ -1,4 +1,4 @@
-"""LazyCall, and loading, changing and saving lazy configs."""
+"""Tests of LazyCall and LazyConfig."""
 
 import functools
 import textwrap
@@ -25,7 +25,7 @@ def write(tmp_path):
 
 @pytest.fixture
 def zoo(write):
-    """A folder of configs that import from one another."""
+    """Create a folder of configs that import one another; return the function that adds a file."""
     write(
         "common/model.py",
         """
@@ -43,25 +43,25 @@ def zoo(write):
 
 
 class TestLazyCall:
-    def test_the_call_is_made_later(self):
+    def test_call_is_deferred(self):
         node = LazyCall(nn.Linear)(in_features=4, out_features="${.in_features}")
         node.in_features = 7
         layer = instantiate(node)
         assert isinstance(layer, nn.Linear) and layer.weight.shape == (7, 7)
 
-    def test_dotted_paths_and_dataclasses(self):
+    def test_target_is_a_dotted_path_or_a_dataclass(self):
         assert isinstance(instantiate(LazyCall("torch.nn.ReLU")()), nn.ReLU)
         node = LazyCall(ShapeSpec)(channels="${.stride}", stride=4)
         assert node._target_ == "detlib.layers.ShapeSpec"
         assert instantiate(node) == ShapeSpec(channels=4, stride=4)
 
-    def test_no_callable(self):
+    def test_target_that_is_not_callable_fails(self):
         with pytest.raises(TypeError, match="takes a callable or the dotted path of one, got 3"):
             LazyCall(3)
 
 
 class TestRelativeImports:
-    def test_of_files_in_folders_of_any_name(self, zoo):
+    def test_folders_may_have_any_name(self, zoo):
         path = zoo(
             "COCO-Odd name.v1/mask_1x.py",
             """
@@ -77,7 +77,7 @@ class TestRelativeImports:
         assert cfg.changed.widths == [1, 2, 3] and cfg.sizes.widths == [1, 2]
         assert instantiate(cfg.model)[0].out_features == 5
 
-    def test_every_importing_file_gets_its_own_copy(self, zoo):
+    def test_each_importing_file_gets_its_own_copy(self, zoo):
         zoo("a.py", "from .common.model import model\nmodel._args_[0].out_features = 50\n")
         path = zoo(
             "b.py",
@@ -89,7 +89,7 @@ class TestRelativeImports:
         assert cfg.again.widths == [1, 2] and cfg.sizes.widths == [1, 2, 9]
         assert LazyConfig.load(path) == cfg
 
-    def test_a_file_runs_once_a_load(self, write):
+    def test_file_runs_once_per_load(self, write):
         write("base.py", "from sys import _lazy_runs as runs\nruns.append(1)\ncfg = {}\n")
         write("a.py", "from .base import cfg\n")
         path = write("b.py", "from .base import cfg\nfrom .a import cfg as other\n")
@@ -102,10 +102,10 @@ class TestRelativeImports:
         finally:
             del sys._lazy_runs
 
-    def test_names_of_one_import_stay_together(self, write):
+    def test_names_of_one_import_share_objects(self, write):
         write("base.py", "a = [1]\nb = [a]\nc = dict(a=a)\n")
         path = write("top.py", "from .base import a, b, c\na.append(2)\nresult = dict(b=b, c=c.a)\n")
-        assert LazyConfig.load(path).result == {"b": [[1, 2]], "c": [1]}  # c has become a DictConfig
+        assert LazyConfig.load(path).result == {"b": [[1, 2]], "c": [1]}  # c became a DictConfig, a copy
 
     def test_nothing_global_is_patched(self, write):
         import builtins
@@ -118,7 +118,7 @@ class TestRelativeImports:
         assert builtins.__import__ is before
         assert set(sys.modules) == modules
 
-    def test_missing_file(self, zoo):
+    def test_missing_file_suggests_similar_names(self, zoo):
         path = zoo("x/top.py", "from ..common.modle import model\n")
         with pytest.raises(ImportError, match=r"common/modle\.py'.*top\.py' imports.*'model\.py'") as info:
             LazyConfig.load(path)
@@ -131,27 +131,27 @@ class TestRelativeImports:
         with pytest.raises(ImportError, match=r"top\.py' imports.*; write: from mypkg\.heads import MyHead"):
             LazyConfig.load(path)
 
-    def test_missing_name(self, zoo):
+    def test_missing_name_suggests_similar_names(self, zoo):
         path = zoo("top.py", "from .common.model import modle\n")
         with pytest.raises(ImportError, match=r"model\.py' has no 'modle', which .*top\.py'.*'model'\?"):
             LazyConfig.load(path)
 
-    def test_syntax_error(self, write):
+    def test_syntax_error_names_both_files(self, write):
         write("base.py", "model = {\n  'a' 1}\n")
         path = write("top.py", "from .base import model\n")
         with pytest.raises(SyntaxError, match=r"base\.py', which .*top\.py' imports") as info:
             LazyConfig.load(path)
         assert info.value.filename.endswith("base.py") and info.value.lineno in (1, 2)
 
-    def test_circle(self, write):
+    def test_circular_import(self, write):
         write("a.py", "from .b import x\n")
         path = write("b.py", "from .a import y\n")
-        with pytest.raises(ImportError, match=r"in a circle: .*b\.py -> .*a\.py -> .*b\.py"):
+        with pytest.raises(ImportError, match=r"Circular import.*: .*b\.py -> .*a\.py -> .*b\.py"):
             LazyConfig.load(path)
 
 
 class TestLoad:
-    def test_keys(self, zoo, tmp_path):
+    def test_keys_select_variables(self, zoo, tmp_path):
         path = str(tmp_path / "common/model.py")
         assert set(LazyConfig.load(path)) == {"model", "sizes"}
         assert OmegaConf.is_dict(LazyConfig.load(path, "sizes"))
@@ -161,19 +161,19 @@ class TestLoad:
         with pytest.raises(KeyError, match="has no 'size'. Did you mean 'sizes'"):
             LazyConfig.load(path, "size")
 
-    def test_errors(self, zoo, tmp_path):
+    def test_missing_file_or_wrong_extension_fails(self, zoo, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"Did you mean '.*common/model\.py'"):
             LazyConfig.load(str(tmp_path / "common/modle.py"))
-        with pytest.raises(ValueError, match=r"ends in \.py, \.yaml or \.yml"):
+        with pytest.raises(ValueError, match=r"must end in \.py, \.yaml or \.yml"):
             LazyConfig.load("config.json")
 
-    def test_yaml_is_data(self, write):
+    def test_yaml_cannot_run_code(self, write):
         cfg = LazyConfig.load(write("a.yaml", "model: {_target_: torch.nn.ReLU}\nlr: 1e-3\n"))
         assert isinstance(instantiate(cfg.model), nn.ReLU) and cfg.lr == 1e-3
         with pytest.raises(ValueError, match="refused"):
             LazyConfig.load(write("b.yaml", "a: !!python/object/apply:os.getcwd []\n"))
 
-    def test_load_rel(self, zoo, tmp_path):
+    def test_load_rel_is_relative_to_the_calling_file(self, zoo, tmp_path):
         script = zoo(
             "script.py", "from detlib.config import LazyConfig as C\ndef f(p, k): return C.load_rel(p, k)"
         )
@@ -181,12 +181,12 @@ class TestLoad:
         exec(compile(open(script).read(), script, "exec"), names)
         assert names["f"]("common/model.py", "sizes").widths == [1, 2]
         exec("from detlib.config import LazyConfig\ndef f(): LazyConfig.load_rel('a.py')", names)
-        with pytest.raises(ValueError, match="which is no file"):
+        with pytest.raises(ValueError, match="which is not a file"):
             names["f"]()
 
 
 def build(width, depth=2, *, norm=None, sizes=(1, 2)):
-    """A target for overrides."""
+    """Return the arguments; the target of the overrides."""
     return width, depth, norm, sizes
 
 
@@ -226,13 +226,13 @@ class TestOverrides:
             ("${..width}", "${..width}"),
         ],
     )
-    def test_values(self, text, value):
+    def test_value_syntax(self, text, value):
         cfg = OmegaConf.create({"a": 0})
         LazyConfig.apply_overrides(cfg, [f"a={text}"])
         got = OmegaConf.to_container(cfg, resolve=False)["a"]
         assert got == value and type(got) is type(value)
 
-    def test_paths(self, cfg):
+    def test_path_syntax(self, cfg):
         result = LazyConfig.apply_overrides(
             cfg,
             [
@@ -251,7 +251,7 @@ class TestOverrides:
         del cfg.model["parts"]
         assert instantiate(cfg.model)[:3] == (3, 4, {"name": "GN"})
 
-    def test_marks(self, cfg):
+    def test_marks_add_and_remove(self, cfg):
         LazyConfig.apply_overrides(cfg, ["+train.amp.enabled=true", "++train.max_iter=1", "~model.width"])
         assert cfg.train == {"max_iter": 1, "amp": {"enabled": True}} and "width" not in cfg.model
         LazyConfig.apply_overrides(cfg, ["~train.amp.enabled=true", "+model.parts.1=x"])
@@ -268,9 +268,9 @@ class TestOverrides:
             ("model.widht=1", KeyError, r"model has no 'widht'\. Did you mean 'width'\?"),
             ("model.nrm=GN", KeyError, r"Did you mean 'norm'"),
             ("trian.max_iter=1", KeyError, r"the config has no 'trian'\. Did you mean 'train'"),
-            ("train.max_iter.x=1", KeyError, r"train\.max_iter is no section but 90, so it has no 'x'"),
-            ("model.parts.3.bias=1", KeyError, r"model\.parts is a list of 1, without an item 3"),
-            ("+train.max_iter=1", KeyError, r"train\.max_iter exists already"),
+            ("train.max_iter.x=1", KeyError, r"train\.max_iter is not a section but 90, so it has no 'x'"),
+            ("model.parts.3.bias=1", KeyError, r"model\.parts is a list of length 1 and has no item 3"),
+            ("+train.max_iter=1", KeyError, r"train\.max_iter already exists"),
             ("~train.max_it", KeyError, r"no train\.max_it to remove\. Did you mean 'max_iter'"),
             ("~train.max_iter=1", ValueError, r"train\.max_iter is 90, so it is not removed"),
             ("train.max_iter", ValueError, r"has the form path\.to\.key=value, got 'train\.max_iter'"),
@@ -281,19 +281,19 @@ class TestOverrides:
             ("train.max_iter='a", ValueError, "A ' is not closed"),
         ],
     )
-    def test_errors(self, cfg, text, error, message):
+    def test_wrong_override_changes_nothing(self, cfg, text, error, message):
         before = cfg.copy()
         with pytest.raises(error, match=message):
             LazyConfig.apply_overrides(cfg, [text])
         assert cfg == before
 
-    def test_one_text_is_no_list(self, cfg):
+    def test_string_instead_of_list_fails(self, cfg):
         with pytest.raises(TypeError, match="overrides must be a list"):
             LazyConfig.apply_overrides(cfg, "train.max_iter=1")
 
 
 class TestSave:
-    def test_what_is_loaded_makes_the_same_objects(self, tmp_path):
+    def test_saved_config_builds_the_same_objects(self, tmp_path):
         cfg = OmegaConf.create(
             {
                 "width": 6,
@@ -318,7 +318,7 @@ class TestSave:
         LazyConfig.save(loaded, str(tmp_path / "again.yaml"))
         assert (tmp_path / "again.yaml").read_text() == (tmp_path / "cfg.yaml").read_text()
 
-    def test_what_has_no_form_is_named(self, tmp_path):
+    def test_values_that_cannot_be_saved_are_named(self, tmp_path):
         path = tmp_path / "cfg.yaml"
         path.write_text("old")
         cfg = LazyCall(nn.Sequential)(a=[1, lambda: 1], b={"c": torch.zeros(1)}, d=LazyCall(lambda: 1)())
@@ -327,7 +327,7 @@ class TestSave:
         assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_to_py():
+def test_to_py_writes_assignments_and_calls():
     cfg = OmegaConf.create(
         {
             "train": {"amp": {"enabled": False}, "max_iter": 90},

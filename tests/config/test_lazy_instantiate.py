@@ -1,4 +1,4 @@
-"""`instantiate`: from nodes to objects."""
+"""Tests of `instantiate`."""
 
 import functools
 
@@ -15,7 +15,7 @@ def collect(*args, **kwargs):
 
 
 def explode(kind):
-    raise kind("it went off")
+    raise kind("exploded")
 
 
 def test_arguments_are_plain_python():
@@ -28,7 +28,7 @@ def test_arguments_are_plain_python():
         same="${.numbers}",
     )
     _, made = instantiate(node)
-    assert list(made.pop("pair")) == [3, 4]  # a tuple from OmegaConf 2.4 on
+    assert list(made.pop("pair")) == [3, 4]  # a tuple since OmegaConf 2.4
     assert made == {
         "numbers": [1, [2]],
         "table": {"a": {"b": 5}},
@@ -47,7 +47,7 @@ def test_interpolations_relative_and_absolute():
     assert instantiate(cfg.model.part)[1] == {"a": 2, "b": 3, "c": 3}
 
 
-def test_nodes_everywhere():
+def test_nodes_in_lists_tuples_and_dicts():
     relu = {"_target_": "torch.nn.ReLU"}
     made = instantiate({"a": [relu, (relu, 1)], "b": {"c": relu}})
     assert isinstance(made["a"][0], nn.ReLU) and isinstance(made["a"][1][0], nn.ReLU)
@@ -55,14 +55,14 @@ def test_nodes_everywhere():
     assert [type(m) for m in instantiate(OmegaConf.create([relu, relu]))] == [nn.ReLU, nn.ReLU]
 
 
-def test_other_things_stay_as_they_are():
+def test_other_objects_are_returned_unchanged():
     cfg, module = CfgNode({"_target_": "x"}), nn.ReLU()
     assert instantiate(cfg) is cfg and instantiate(module) is module and instantiate(None) is None
     norm = functools.partial(nn.LayerNorm, eps=1e-6)
     assert instantiate(LazyCall(collect)(norm=norm))[1]["norm"].keywords == {"eps": 1e-6}
 
 
-def test_special_entries():
+def test_args_partial_and_recursive_entries():
     assert instantiate({"_target_": collect, "_args_": [1, {"_target_": "builtins.dict"}], "a": 2}) == (
         (1, {}),
         {"a": 2},
@@ -75,7 +75,7 @@ def test_special_entries():
     assert isinstance(instantiate({"_target_": target}), nn.ReLU)
 
 
-def test_wrong_arguments_are_named():
+def test_wrong_argument_is_named():
     cfg = OmegaConf.create({"model": {"parts": [{"_target_": "torch.nn.Linear", "in_feature": 3}]}})
     with pytest.raises(
         TypeError, match=r"torch\.nn\.Linear at config path 'model\.parts\[0\]'.*mean 'in_features'"
@@ -84,18 +84,18 @@ def test_wrong_arguments_are_named():
 
 
 @pytest.mark.parametrize("kind", [ValueError, KeyError, TypeError])
-def test_errors_of_a_target_say_where(kind):
+def test_error_of_a_target_has_the_config_path(kind):
     cfg = OmegaConf.create(
         {"model": {"_target_": "builtins.dict", "head": LazyCall(explode)(kind=kind)}},
         flags={"allow_objects": True},
     )
-    with pytest.raises(kind, match="it went off") as info:
+    with pytest.raises(kind, match="exploded") as info:
         instantiate(cfg)
     (note,) = info.value.__notes__
     assert note.endswith("explode at config path 'model.head'")
 
 
-def test_wrong_targets():
+def test_wrong_target_fails():
     with pytest.raises(ImportError, match="Did you mean 'ReLU'") as info:
         instantiate({"a": {"_target_": "torch.nn.Relu"}})
     assert "config path 'a'" in info.value.__notes__[0]

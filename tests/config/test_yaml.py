@@ -34,7 +34,7 @@ def fails(path, kind, *words):
     assert cfg == get_cfg()
 
 
-def test_base_chain_list_and_home(write, tmp_path, monkeypatch):
+def test_later_bases_override_earlier_ones(write, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     write("a/first.yaml", "SOLVER: {BASE_LR: 0.1, GAMMA: 0.5, STEPS: [1, 2, 3]}\nSEED: 1")
     write("second.yaml", "SOLVER: {GAMMA: 0.25}\nSEED: 2")
@@ -55,16 +55,16 @@ def test_base_chain_list_and_home(write, tmp_path, monkeypatch):
     assert tree["SOLVER"] == {"BASE_LR": 0.1, "GAMMA": 0.25, "STEPS": [9], "MAX_ITER": 7}
 
 
-def test_base_errors(write, tmp_path):
+def test_missing_circular_or_wrong_base_fails(write, tmp_path):
     fails(write("a.yaml", "_BASE_: gone.yaml"), FileNotFoundError, "gone.yaml", "a.yaml", "_BASE_")
     write("one.yaml", "_BASE_: two.yaml")
-    fails(write("two.yaml", "_BASE_: one.yaml"), ValueError, "circle", "one.yaml", "two.yaml")
+    fails(write("two.yaml", "_BASE_: one.yaml"), ValueError, "Circular", "one.yaml", "two.yaml")
     fails(write("c.yaml", "_BASE_: 3"), ValueError, "c.yaml", "_BASE_", "3")
     write("flat.yaml", "SOLVER: 3")
     fails(write("d.yaml", "_BASE_: flat.yaml\nSOLVER: {GAMMA: 1}"), ValueError, "d.yaml", "SOLVER")
 
 
-def test_missing_file_names_near_paths(write, tmp_path, monkeypatch):
+def test_missing_file_suggests_similar_paths(write, tmp_path, monkeypatch):
     write("configs/COCO/mask_rcnn.yaml", "SEED: 1")
     fails(
         str(tmp_path / "configs/COCO/mask_rcn.yaml"),
@@ -80,7 +80,7 @@ def test_missing_file_names_near_paths(write, tmp_path, monkeypatch):
     fails(str(tmp_path / "configs"), FileNotFoundError, "configs")
 
 
-def test_the_file_that_holds_the_fault_is_named(write):
+def test_error_names_the_file_with_the_wrong_value(write):
     write("base.yaml", "SOLVER: {BASE_LRR: 0.1}")
     top = write("top.yaml", "_BASE_: base.yaml\nSEED: 1")
     fails(top, KeyError, "SOLVER.BASE_LRR", "base.yaml", "SOLVER.BASE_LR")
@@ -91,7 +91,7 @@ def test_the_file_that_holds_the_fault_is_named(write):
     fails(write("c.yaml", "SEED: 1\nSOLVER: [1]"), ValueError, "SOLVER", "section", "c.yaml")
 
 
-def test_values(write):
+def test_values_are_converted_to_the_type_of_the_key(write):
     text = """
     SOLVER: {BASE_LR: 1e-3, GAMMA: 1, STEPS: "(60, 80)", WEIGHT_DECAY_BIAS: 0.1}
     DATASETS: {TEST: name}
@@ -105,13 +105,13 @@ def test_values(write):
     assert merged(write("empty.yaml", "")) == get_cfg()
 
 
-def test_key_that_appears_twice_is_told(write, caplog, monkeypatch):
+def test_duplicate_key_is_logged(write, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("detlib"), "propagate", True)
     assert merged(write("a.yaml", "SEED: 1\nVIS_PERIOD: 2\nSEED: 3")).SEED == 3
     assert "a.yaml" in caplog.text and "line 3" in caplog.text and "'SEED'" in caplog.text
 
 
-def test_not_a_config(write):
+def test_invalid_file_fails(write):
     fails(write("a.yaml", "SOLVER: [1, 2\nSEED: 1"), ValueError, "a.yaml", "line 2")
     fails(write("b.yaml", "- 1\n- 2"), ValueError, "b.yaml", "list")
     fails(write("c.yaml", "SEED: !thing 3"), ValueError, "c.yaml", "!thing")
@@ -121,7 +121,7 @@ def test_not_a_config(write):
 
 
 @pytest.mark.parametrize("allow_unsafe", [True, False])
-def test_the_one_python_tag(write, allow_unsafe):
+def test_eval_tag_is_evaluated_as_arithmetic(write, allow_unsafe):
     text = f'MODEL:\n  ANCHOR_GENERATOR:\n    SIZES: !!python/object/apply:eval ["{RETINANET_SIZES}"]\n'
     cfg = merged(write("a.yaml", text), allow_unsafe=allow_unsafe)
     sizes = [[x, x * 2 ** (1.0 / 3), x * 2 ** (2.0 / 3)] for x in (32, 64, 128, 256, 512)]
@@ -152,7 +152,7 @@ def test_other_python_tags_are_refused(write, tmp_path, value):
     assert not marker.exists()
 
 
-def test_refusal_names_the_tag(write):
+def test_error_names_the_refused_tag(write):
     fails(
         write("a.yaml", "SEED: !!python/object/apply:os.getcwd []"),
         ValueError,
@@ -217,7 +217,7 @@ def test_evaluate_refuses_everything_else(text):
         evaluate(text)
 
 
-def test_dump_and_load_cfg(write):
+def test_dumped_config_can_be_loaded(write):
     cfg = get_cfg()
     cfg.merge_from_list(["SOLVER.STEPS", "(1, 2)", "MODEL.WEIGHTS", "a b: c"])
     again = get_cfg()

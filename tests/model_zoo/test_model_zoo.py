@@ -1,4 +1,4 @@
-"""Configs and weights by their paths below configs/."""
+"""Tests of configs and weights by their paths below configs/."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def test_config_files_are_found():
         model_zoo.get_config_file("COCO-Detection")
 
 
-def test_addresses():
+def test_checkpoint_urls():
     url = (
         "https://dl.fbaipublicfiles.com/detectron2/COCO-Detection/rpn_R_50_FPN_1x/137258492/"
         "model_final_02ce48.pkl"
@@ -32,7 +32,7 @@ def test_addresses():
         model_zoo.get_checkpoint_url("COCO-Detection/rpn_R_50_FPN_3x.yaml")
 
 
-def test_configs():
+def test_trained_config_has_the_published_weights():
     assert model_zoo.get_config(RPN).MODEL.META_ARCHITECTURE == "ProposalNetwork"
     assert model_zoo.get_config(RPN).MODEL.WEIGHTS == "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
     assert model_zoo.get_config(RPN, trained=True).MODEL.WEIGHTS == model_zoo.get_checkpoint_url(RPN)
@@ -40,7 +40,7 @@ def test_configs():
 
 @pytest.fixture
 def lazy(tmp_path, monkeypatch):
-    """A lazy config that the zoo finds."""
+    """Return the path of a lazy config in the folder that the model zoo searches."""
     path = tmp_path / "COCO-Detection" / "rpn_R_50_FPN_1x.py"
     path.parent.mkdir()
     path.write_text(
@@ -51,7 +51,7 @@ def lazy(tmp_path, monkeypatch):
     return path
 
 
-def test_lazy_configs(lazy):
+def test_trained_lazy_config_has_the_published_weights(lazy):
     name = "COCO-Detection/rpn_R_50_FPN_1x.py"
     assert model_zoo.get_config(name) == LazyConfig.load(str(lazy))
     assert model_zoo.get_config(name, trained=True).train.init_checkpoint == model_zoo.get_checkpoint_url(
@@ -62,12 +62,12 @@ def test_lazy_configs(lazy):
         model_zoo.get_config(name, trained=True)
 
 
-def test_models_with_weights(lazy, tmp_path):
+def test_get_loads_the_weights(lazy, tmp_path):
     trained = torch.nn.Linear(2, 1)
     DetectionCheckpointer(trained, save_dir=str(tmp_path)).save("weights")
     lazy.write_text(lazy.read_text().replace("''", repr(str(tmp_path / "weights.pth"))))
     model = model_zoo.get("COCO-Detection/rpn_R_50_FPN_1x.py", device="cpu")
     assert torch.equal(model.weight, trained.weight)
     lazy.write_text("train = {}\n")
-    with pytest.raises(ValueError, match="describes no model; it has train"):
+    with pytest.raises(ValueError, match="does not describe a model; it has train"):
         model_zoo.get("COCO-Detection/rpn_R_50_FPN_1x.py")

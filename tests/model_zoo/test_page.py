@@ -1,4 +1,4 @@
-"""The page on the model zoo lists the configs that are shipped."""
+"""Tests that the page on the model zoo lists the shipped configs."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ ROW = re.compile(r"^\| `([^`]+)` \| ([^|]+) \|(?: (.+) \|)?$", re.MULTILINE)
 ROWS = ROW.findall((ROOT / "docs" / "model_zoo.md").read_text())
 
 
-def test_every_config_has_one_row_and_every_row_a_config():
+def test_page_has_one_row_for_each_config():
     paths = [path.relative_to(ROOT / "configs") for path in (ROOT / "configs").rglob("*.*")]
     shipped = {
         path.as_posix()
@@ -23,7 +23,7 @@ def test_every_config_has_one_row_and_every_row_a_config():
 
 
 def test_figures_are_percentages_or_dashes():
-    for name, what, figures in ROWS:
-        assert what.strip(), name
+    for name, description, figures in ROWS:
+        assert description.strip(), name
         for figure in figures.split(" | ") if figures else ():
             assert figure == "–" or 20 < float(figure) < 90, (name, figure)
