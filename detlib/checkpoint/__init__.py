@@ -1,4 +1,4 @@
-"""Saving and loading of models and training states."""
+"""Checkpoints: saving and loading of models and training states."""
 
 from detlib.checkpoint.catalog import ModelCatalog
 from detlib.checkpoint.checkpointer import Checkpointer, IncompatibleKeys, PeriodicCheckpointer

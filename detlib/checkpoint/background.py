@@ -1,4 +1,4 @@
-"""Writing in the background, while training goes on."""
+"""Writing of checkpoints in the background, while training continues."""
 
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -11,18 +11,18 @@ __all__ = ["BackgroundWriter", "copy_to_host"]
 
 
 class BackgroundWriter:
-    """Runs tasks one after the other in a thread of its own.
+    """A thread that runs tasks one after the other.
 
-    The error of a task is raised by the next `submit` or `wait`, and until then nothing more is done: what
-    was to follow a failed save, such as removing an older file, does not happen. A program that ends normally
-    finishes the tasks first.
+    If a task fails, the next `submit` or `wait` raises its error, and tasks that are already queued are
+    dropped. So whatever was to follow a failed save, such as the removal of an older file, does not happen. A
+    program that exits normally finishes the tasks first.
     """
 
     def __init__(self, max_pending: int = 2):
         """
         Args:
-            max_pending: how many tasks may wait while another one runs; `submit` blocks beyond that, so that
-                a slow disk slows the program down instead of filling its memory.
+            max_pending: maximum number of tasks that wait while another one runs. `submit` blocks if
+                there are more, so that a slow disk slows the program down instead of filling its memory.
 
         Raises:
             ValueError: if `max_pending` is less than 1.
@@ -35,20 +35,20 @@ class BackgroundWriter:
         self._failed = False
 
     def submit(self, task: Callable[[], None]) -> None:
-        """Run `task` after those before it.
+        """Queue `task` to run after the tasks before it.
 
         Raises:
-            Exception: what an earlier task raised.
+            Exception: the error of an earlier task.
         """
         while self._pending and (self._pending[0].done() or len(self._pending) > self._max_pending):
             self._finish_oldest()
         self._pending.append(self._executor.submit(self._run, task))
 
     def wait(self) -> None:
-        """Return when all tasks are done.
+        """Wait until all tasks are done.
 
         Raises:
-            Exception: what a task raised; those after it are dropped.
+            Exception: the error of a task. The tasks after it are dropped.
         """
         while self._pending:
             self._finish_oldest()
@@ -77,9 +77,9 @@ class BackgroundWriter:
 
 
 def copy_to_host(value: Any) -> Any:
-    """Copy a tree of containers with its tensors in main memory, which training can then not change.
+    """Copy a tree of containers and its tensors to main memory, where training cannot change them.
 
-    Tensors that share memory share it in the copy as well.
+    Tensors that share memory also share it in the copy.
     """
     return _copy(value, {})
 
@@ -92,7 +92,7 @@ def _copy(value: Any, storages: dict[int, torch.UntypedStorage]) -> Any:
         empty = torch.empty(0, dtype=value.dtype)
         return empty.set_(storages[storage._cdata], value.storage_offset(), value.shape, value.stride())
     if isinstance(value, Mapping):
-        # State dicts carry versions of their modules as an attribute, which a copy keeps.
+        # State dicts have the versions of their modules in the attribute _metadata.
         copy: Any = type(value)() if hasattr(value, "_metadata") else {}
         copy.update((key, _copy(item, storages)) for key, item in value.items())
         if hasattr(value, "_metadata"):

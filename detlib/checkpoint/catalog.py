@@ -1,8 +1,8 @@
-"""The addresses ``detectron2://...`` and ``catalog://...`` of published weights.
+"""The URLs ``detectron2://...`` and ``catalog://...`` of published weights.
 
-``detectron2://NAME`` is a file of the model zoo, ``catalog://ImageNetPretrained/NAME`` a backbone trained on
-ImageNet, and any other ``catalog://NAME`` a file of Detectron's own zoo. Importing this file teaches them to
-`detlib.utils.file_io.PathManager`.
+``detectron2://NAME`` is a file of the model zoo, ``catalog://ImageNetPretrained/NAME`` a backbone pretrained
+on ImageNet, and any other ``catalog://NAME`` a file of Detectron's model zoo. Importing this module registers
+the URLs with `detlib.utils.file_io.PathManager`.
 """
 
 from detlib.utils.file_io import CachedURLHandler, PathManager
@@ -15,7 +15,7 @@ DETECTRON2_PREFIX = f"{_HOST}detectron2/"
 
 
 class ModelCatalog:
-    """Names of published backbones and models, and where they lie."""
+    """The names of published backbones and models, and their URLs."""
 
     PREFIX = f"{_HOST}detectron/"
     IMAGENET_MODELS = {
@@ -30,10 +30,10 @@ class ModelCatalog:
 
     @classmethod
     def get(cls, name: str) -> str:
-        """The https address of a name: ``ImageNetPretrained/MSRA/R-50``, or a path below Detectron's zoo.
+        """Return the URL of a name: ``ImageNetPretrained/MSRA/R-50``, or a path in Detectron's model zoo.
 
         Raises:
-            KeyError: if there is no such backbone; near names are listed.
+            KeyError: if there is no such backbone. The message lists similar names.
         """
         backbone = name.removeprefix("ImageNetPretrained/")
         if backbone == name:
@@ -45,7 +45,7 @@ class ModelCatalog:
 
 
 class ModelCatalogHandler(CachedURLHandler):
-    """``catalog://`` addresses, see `ModelCatalog`."""
+    """A handler of ``catalog://`` URLs; see `ModelCatalog`."""
 
     def _get_supported_prefixes(self) -> list[str]:
         return ["catalog://"]
@@ -55,7 +55,7 @@ class ModelCatalogHandler(CachedURLHandler):
 
 
 class ModelZooHandler(CachedURLHandler):
-    """``detectron2://`` addresses: what lies in the folder of the published model zoo."""
+    """A handler of ``detectron2://`` URLs, the files of the published model zoo."""
 
     def _get_supported_prefixes(self) -> list[str]:
         return ["detectron2://"]

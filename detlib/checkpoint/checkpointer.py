@@ -1,4 +1,4 @@
-"""Saves and loads a model together with whatever else has a state."""
+"""Saving and loading of a model together with other objects that have a state."""
 
 import functools
 import logging
@@ -25,21 +25,22 @@ logger = logging.getLogger(__name__)
 
 
 class IncompatibleKeys(NamedTuple):
-    """How a file's parameters differ from the model's."""
+    """The differences between the parameters of a file and those of a model."""
 
     missing_keys: list[str]
-    """In the model, not in the file."""
+    """Names in the model that are not in the file."""
     unexpected_keys: list[str]
-    """In the file, not in the model."""
+    """Names in the file that are not in the model."""
     incorrect_shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
     """(name, shape in the file, shape in the model)."""
 
 
 class Checkpointer:
-    """Saves and loads a model and any number of objects with ``state_dict`` and ``load_state_dict``.
+    """A tool that saves and loads a model and other objects with ``state_dict`` and ``load_state_dict``.
 
-    A checkpoint is a ``.pth`` file of one dict: the parameters under "model", and each other object's state
-    under its name. The file "last_checkpoint" beside it names the newest one.
+    A checkpoint is a ``.pth`` file with one dict: the parameters under "model", and the state of each other
+    object under its name. The file "last_checkpoint" in the same folder has the name of the latest
+    checkpoint.
     """
 
     def __init__(
@@ -53,12 +54,12 @@ class Checkpointer:
     ):
         """
         Args:
-            model: a model; wrappers for parallel training are taken off.
+            model: a model, which may be wrapped for parallel training.
             save_dir: folder of the checkpoints.
-            save_to_disk: False makes `save` do nothing, as on all processes but one.
-            async_save: `save` copies everything to main memory and returns; a thread writes it. Should
-                writing fail, the next `save`, `load` or `wait` raises the error.
-            **checkpointables: the other objects, by the name that they have in the file.
+            save_to_disk: whether `save` writes files. In distributed training, only one process should.
+            async_save: let `save` return after copying everything to main memory, and write the file in a
+                background thread. If writing fails, the next `save`, `load` or `wait` raises the error.
+            **checkpointables: the other objects, by their name in the file.
         """
         self.is_distributed = isinstance(model, DistributedDataParallel)
         self.model = comm.unwrap(model)
@@ -66,7 +67,7 @@ class Checkpointer:
         self.save_to_disk = save_to_disk
         self.path_manager = PathManager
         self.report: LoadReport | None = None
-        """What the last `load` did."""
+        """Report of the last `load`."""
         self._background = BackgroundWriter() if async_save else None
         self.checkpointables: dict[str, Any] = {}
         for key, checkpointable in checkpointables.items():
@@ -87,31 +88,32 @@ class Checkpointer:
         self.checkpointables[key] = checkpointable
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Save a checkpoint to ``save_dir/name.pth`` and makes it the last one.
+        """Save a checkpoint to ``save_dir/name.pth`` and mark it as the last one.
 
-        The file appears whole or not at all: a crash leaves the former one, and its mark, in place.
+        The file is written atomically: after a crash, the previous checkpoint and its mark are still in
+        place.
 
         Args:
-            name: file name without ending. With the ending ``.safetensors``, the parameters alone are saved
-                in that format, and the mark of the last checkpoint stays where it is.
-            **kwargs: more entries, of plain types.
+            name: file name without extension. With the extension ``.safetensors``, only the parameters are
+                saved, in that format, and the mark of the last checkpoint does not change.
+            **kwargs: additional entries, of plain types.
 
         Raises:
-            TypeError: if something to save is of no plain type.
+            TypeError: if an entry or a state is not of plain types.
         """
         mark = None if name.endswith(".safetensors") else f"{name}.pth"
         self._write(name, kwargs, mark)
 
     def write(self, name: str, **kwargs: Any) -> bool:
-        """As `save`, but the mark of the last checkpoint stays where it is.
+        """Save a checkpoint like `save`, without marking it as the last one.
 
         Returns:
-            Whether a file is written: without `save_dir` or `save_to_disk` none is.
+            Whether a file is written. Without `save_dir` or `save_to_disk`, none is.
         """
         return self._write(name, kwargs, mark=None)
 
     def _write(self, name: str, entries: dict[str, Any], mark: str | None) -> bool:
-        """Write a file and then `mark`, now or in the background."""
+        """Write a file and then `mark`, immediately or in the background."""
         sharded = is_sharded(self.model)
         if not self.save_dir or not (self.save_to_disk or sharded):
             return False
@@ -119,7 +121,7 @@ class Checkpointer:
         for key, checkpointable in self.checkpointables.items():
             content[key] = checkpointable.state_dict()
         if sharded:
-            # Every process holds a part, so all of them come here.
+            # Every process has a shard, so all of them must take part.
             content = gather_shards(content, keep=self.save_to_disk)
             if not self.save_to_disk:
                 return False
@@ -139,14 +141,14 @@ class Checkpointer:
         return True
 
     def then(self, task: Callable[[], None]) -> None:
-        """Run `task` when all that was saved before is on disk: now, or in the background."""
+        """Run `task` once all previous saves are on disk: immediately, or in the background."""
         if self._background is None:
             task()
         else:
             self._background.submit(task)
 
     def wait(self) -> None:
-        """Return when all that was saved is on disk, or raises the error that kept it from there."""
+        """Wait until everything is on disk. Raise the error of a failed save."""
         if self._background is not None:
             self._background.wait()
 
@@ -156,21 +158,21 @@ class Checkpointer:
         """Load a checkpoint into the model and the other objects.
 
         Args:
-            path: a file or an address that `PathManager` knows; "" leaves the model as it is.
-            checkpointables: names of the objects to load, None for all. Those that the file lacks keep
+            path: a file, or a URL that `PathManager` supports; "" leaves the model unchanged.
+            checkpointables: names of the objects to load, None for all. Objects that are not in the file keep
                 their state.
-            trust: let the file run any code while it is unpickled. Only for files of your own.
+            trust: allow the file to run any code while it is unpickled. Use it only for your own files.
 
         Returns:
-            The file's other entries.
+            The other entries of the file.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if the file is no checkpoint, or would run code.
-            KeyError: if `checkpointables` names an unknown object.
+            ValueError: if the file is not a checkpoint, or would run code.
+            KeyError: if a name in `checkpointables` is unknown.
         """
         if not path:
-            logger.info("No checkpoint given: the model starts from its random initialization")
+            logger.info("No checkpoint given: the model starts from random initialization")
             return {}
         self.wait()
         logger.info("Loading checkpoint %s", path)
@@ -183,28 +185,28 @@ class Checkpointer:
         wanted = self.checkpointables if checkpointables is None else checkpointables
         for key in wanted:
             if key not in self.checkpointables:
-                raise KeyError(f"'{key}' is none of the checkpointer's objects: {list(self.checkpointables)}")
+                raise KeyError(f"The checkpointer has no object '{key}', only {list(self.checkpointables)}")
             if key in checkpoint:
                 logger.info("Loading the state of '%s' from %s", key, path)
                 self.checkpointables[key].load_state_dict(checkpoint.pop(key))
             else:
-                logger.warning("%s has no state of '%s': it starts afresh", path, key)
+                logger.warning("%s has no state of '%s', which keeps its initial state", path, key)
         return checkpoint
 
     def has_checkpoint(self) -> bool:
-        """Whether `save_dir` has a last checkpoint."""
+        """Return whether `save_dir` has a last checkpoint."""
         self.wait()
         return self.path_manager.exists(self._mark_path)
 
     def get_checkpoint_file(self) -> str:
-        """Path of the last checkpoint in `save_dir`, "" if there is none."""
+        """Return the path of the last checkpoint in `save_dir`, or "" if there is none."""
         if not self.has_checkpoint():
             return ""
         with self.path_manager.open(self._mark_path, "r") as f:
             return os.path.join(self.save_dir, f.read().strip())
 
     def get_all_checkpoint_files(self) -> list[str]:
-        """Path of all ``.pth`` files in `save_dir`, in the order of their names."""
+        """Return the paths of all ``.pth`` files in `save_dir`, sorted by name."""
         self.wait()
         if not self.path_manager.isdir(self.save_dir):
             return []
@@ -212,14 +214,14 @@ class Checkpointer:
         return [path for path in paths if path.endswith(".pth") and self.path_manager.isfile(path)]
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """Load the last checkpoint of `save_dir` with all states, or else only the model of `path`.
+        """Load the last checkpoint of `save_dir` with all states, or else only the model from `path`.
 
         Args:
-            path: what to start from if `resume` is False or there is no last checkpoint.
-            resume: whether to go on from the last checkpoint.
+            path: checkpoint to start from if `resume` is False or there is no last checkpoint.
+            resume: whether to resume from the last checkpoint.
 
         Returns:
-            What `load` returns.
+            The result of `load`.
         """
         if resume and self.save_dir and self.save_to_disk:
             self.wait()
@@ -231,7 +233,7 @@ class Checkpointer:
         return self.load(path, checkpointables=[])
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Make a file of `save_dir` the one that `get_checkpoint_file` names."""
+        """Mark a file in `save_dir` as the last checkpoint, which `get_checkpoint_file` returns."""
         write_bytes_atomically(self._mark_path, lambda f: f.write(last_filename_basename.encode()))
 
     @property
@@ -239,7 +241,7 @@ class Checkpointer:
         return os.path.join(self.save_dir, "last_checkpoint")
 
     def _load_file(self, path: str, trust: bool = False) -> dict[str, Any]:
-        """Read the file at `path`, or at the address `path`."""
+        """Read the file at a path or URL."""
         return read_checkpoint(self.path_manager.get_local_path(path), trust=trust)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> IncompatibleKeys:
@@ -262,7 +264,7 @@ class Checkpointer:
         result = self.model.load_state_dict(placed, strict=False)
         skipped = {name for name, _, _ in wrong}
         missing = [name for name in result.missing_keys if name not in skipped]
-        assert self.report is not None, "`load` makes a report before it loads the model"
+        assert self.report is not None, "`load` creates the report before it loads the model"
         self.report.loaded = [name for name in own if name in state]
         before = {name: old_names.get(id(state[name]), name) for name in self.report.loaded}
         self.report.renamed = {name: old for name, old in before.items() if old != name}
@@ -270,12 +272,12 @@ class Checkpointer:
         return IncompatibleKeys(missing, unexpected, wrong)
 
     def _rename_keys(self, state: dict[str, torch.Tensor], checkpoint: Mapping) -> dict[str, torch.Tensor]:
-        """For subclasses: gives the file's parameters the model's names."""
+        """Rename the parameters of the file to those of the model. Subclasses may override this."""
         return state
 
 
 class PeriodicCheckpointer:
-    """Saves ``PREFIX_0004999.pth`` and the like, and ``PREFIX_final.pth`` after the last iteration."""
+    """Periodic saving of ``PREFIX_0004999.pth`` etc., and ``PREFIX_final.pth`` after the last iteration."""
 
     def __init__(
         self,
@@ -287,12 +289,12 @@ class PeriodicCheckpointer:
     ):
         """
         Args:
-            checkpointer: what saves.
-            period: number of iterations between two files; 0 or less saves the final one only.
-            max_iter: number of iterations in the whole training, None if there is no last one.
-            max_to_keep: how many files to keep, the oldest being removed; None keeps all. The final file
+            checkpointer: the checkpointer that saves the files.
+            period: number of iterations between two files; with 0 or less, only the final file is saved.
+            max_iter: total number of iterations, or None if there is no last iteration.
+            max_to_keep: number of files to keep; the oldest ones are removed. None keeps all. The final file
                 does not count.
-            file_prefix: how file names begin.
+            file_prefix: prefix of the file names.
 
         Raises:
             ValueError: if `max_to_keep` is less than 1.
@@ -308,11 +310,11 @@ class PeriodicCheckpointer:
         self.recent_checkpoints: list[str] = []
 
     def step(self, iteration: int, **kwargs: Any) -> None:
-        """Save if it is time to.
+        """Save a checkpoint if one is due after this iteration.
 
         Args:
-            iteration: the iteration that has just been done, in [0, max_iter - 1].
-            **kwargs: more entries for the file.
+            iteration: the iteration that was just completed, in [0, max_iter - 1].
+            **kwargs: additional entries for the file.
         """
         state = {"iteration": iteration, **kwargs}
         if self._is_periodic(iteration):
@@ -324,7 +326,7 @@ class PeriodicCheckpointer:
             self.checkpointer.save(f"{self.file_prefix}_final", **state)
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Save now, under a name of your own, which is never removed."""
+        """Save a checkpoint now, under a given name. It is never removed."""
         self.checkpointer.save(name, **kwargs)
 
     def _is_periodic(self, iteration: int) -> bool:
@@ -334,17 +336,17 @@ class PeriodicCheckpointer:
         return self.max_iter is not None and iteration >= self.max_iter - 1
 
     def _note(self, newest: str) -> None:
-        """Count a file in before it is saved, so that the state within it knows of it."""
+        """Record a file before it is saved, so that the state in the file includes it."""
         path = os.path.join(self.checkpointer.save_dir, newest)
         self.recent_checkpoints = [old for old in self.recent_checkpoints if old != path] + [path]
 
     def _remove_old(self) -> None:
-        """Forget and deletes the oldest file once there are more than `max_to_keep`."""
+        """Delete the oldest files if there are more than `max_to_keep`."""
         if self.max_to_keep is None or not self.checkpointer.save_to_disk:
             return
         while len(self.recent_checkpoints) > self.max_to_keep:
             old = self.recent_checkpoints.pop(0)
-            # Only when the newest one is safe on disk.
+            # Only once the newest file is on disk.
             self.checkpointer.then(functools.partial(self._remove, old))
 
     def _remove(self, path: str) -> None:
@@ -352,7 +354,7 @@ class PeriodicCheckpointer:
             self.path_manager.rm(path)
 
     def state_dict(self) -> dict[str, Any]:
-        """Which files to remove in time, so that a resumed training goes on with it."""
+        """Return the names of recent files, so that a resumed training run continues to remove old ones."""
         return {"recent_checkpoints": [os.path.basename(path) for path in self.recent_checkpoints]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -361,12 +363,12 @@ class PeriodicCheckpointer:
 
 
 def has_shape(value: Any) -> bool:
-    """False for extra states and for parameters of lazy modules, which have no shape yet."""
+    """Return whether a value has a shape. Extra states and parameters of lazy modules have none."""
     return isinstance(value, torch.Tensor) and not nn.parameter.is_lazy(value)
 
 
 def _to_tensor(value: Any, name: str) -> Any:
-    """Turn the arrays of a ``.pkl`` into tensors; each entry gets an object of its own."""
+    """Convert an array of a ``.pkl`` file to a tensor. Each entry becomes a separate object."""
     if isinstance(value, torch.Tensor):
         return value.detach()
     if isinstance(value, np.ndarray | np.generic):

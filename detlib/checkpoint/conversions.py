@@ -1,7 +1,7 @@
-"""Names and layouts of other libraries' weights, turned into detlib's.
+"""Conversion of weights of other libraries to the names and layouts of detlib.
 
-Each conversion takes and gives arrays by name. The names it gives are those within a backbone or head, such
-as ``stem.conv1.weight``, and are matched to the model's by their ending.
+Each conversion maps arrays by name to arrays by name. The new names are relative to a backbone or head, such
+as ``stem.conv1.weight``, and are matched to the names in the model by their suffix.
 """
 
 import re
@@ -18,20 +18,20 @@ __all__ = ["CONVERSIONS", "Conversion", "get_conversion"]
 
 @dataclass(frozen=True)
 class Conversion:
-    """How one library's weights are read."""
+    """The conversion of one library's weights, and the input that they expect."""
 
     convert: Callable[[Mapping[str, Any]], dict[str, Any]]
     input_format: str
-    """Order of the colours that the weights were trained on: "BGR" or "RGB"."""
+    """Channel order of the images that the weights were trained on: "BGR" or "RGB"."""
     pixel_mean: tuple[float, float, float]
-    """In that order, of pixels in [0, 255]."""
+    """Mean of each channel, in the order of `input_format`, for pixels in [0, 255]."""
 
 
 def get_conversion(name: str) -> Conversion:
-    """The conversion called `name`.
+    """Return the conversion with this name.
 
     Raises:
-        ValueError: if there is none; near names are listed.
+        ValueError: if there is none. The message lists similar names.
     """
     if name in CONVERSIONS:
         return CONVERSIONS[name]
@@ -42,7 +42,7 @@ def get_conversion(name: str) -> Conversion:
 
 
 def _substitute(name: str, rules: tuple[tuple[str, str], ...]) -> str:
-    """Apply the first of `rules` (regular expression of the whole name, replacement) that fits."""
+    """Apply the first matching rule: a regular expression for the full name, and a replacement."""
     for pattern, replacement in rules:
         new, count = re.subn(f"^{pattern}$", replacement, name)
         if count:
@@ -50,7 +50,7 @@ def _substitute(name: str, rules: tuple[tuple[str, str], ...]) -> str:
     return name
 
 
-# What the end of a Caffe2 name says of the parameter.
+# Suffix of a Caffe2 name -> suffix of the parameter name.
 _CAFFE2_ENDINGS = {
     "_bn_s": ".norm.weight",
     "_bn_b": ".norm.bias",
@@ -93,10 +93,10 @@ def _caffe2_name(name: str) -> str:
 
 
 def convert_caffe2(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Detectron's and Caffe2's blobs: ``res2_0_branch2a_w`` and the like.
+    """Convert the blobs of Detectron and Caffe2, such as ``res2_0_branch2a_w``.
 
-    Momenta of the optimizer are dropped. Detectron's class 0 is the background, ours is the last one: the
-    scores' rows are moved, and boxes and masks of the background, which mean nothing, are dropped.
+    Optimizer momenta are dropped. In Detectron the background is class 0, here it is the last class: score
+    weights are reordered, and box and mask weights of the background, which are not used, are dropped.
     """
     result = {}
     for name, value in state.items():
@@ -125,7 +125,7 @@ _RESNET_MODULES = (
 
 
 def convert_torchvision(state: Mapping[str, Any]) -> dict[str, Any]:
-    """ResNets and ResNeXts of torchvision, and those of timm, which are named alike.
+    """Convert ResNets and ResNeXts of torchvision, and those of timm, which have the same names.
 
     Their strides are in the 3x3 convolutions: MODEL.RESNETS.STRIDE_IN_1X1 must be False.
     """
@@ -140,7 +140,7 @@ _VIT_UNUSED = re.compile(r"(?:cls_token|norm\.|fc_norm\.|head\.|head_dist\.|dist
 
 
 def convert_timm_vit(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain vision transformers of timm (also MAE's), whose classifier a detector has no use for."""
+    """Convert plain vision transformers of timm (also those of MAE) by dropping the classifier."""
     return {name: value for name, value in state.items() if not _VIT_UNUSED.match(name)}
 
 
@@ -149,7 +149,7 @@ _SWIN_UNUSED = re.compile(r"(?:norm\.|head\.)|.+\.(?:relative_position_index|att
 
 
 def convert_timm_swin(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Swin transformers of timm, where a stage begins with the reduction that ours ends with."""
+    """Convert Swin transformers of timm, where patch merging is at the start of a stage, not its end."""
     result = {}
     at_start = not any(name.startswith("layers.0.downsample.") for name in state)
     for name, value in state.items():

@@ -18,40 +18,45 @@ __all__ = ["DetectionCheckpointer"]
 
 logger = logging.getLogger(__name__)
 
-# Settings that a model keeps as buffers: a file without them leaves them as the config says.
+# Settings that a model stores as buffers. If a file does not have them, they keep the values of the config.
 _SETTING_BUFFERS = ("pixel_mean", "pixel_std")
 _ANCHOR_BUFFERS = "anchor_generator.cell_anchors"
 _BATCH_COUNT = ".num_batches_tracked"
 
 
 class DetectionCheckpointer(Checkpointer):
-    """A `Checkpointer` that also reads model-zoo files and other libraries' weights, and works in distributed
-    training.
+    """A `Checkpointer` for distributed training, model-zoo files and weights of other libraries.
 
     A path may end in options, joined by ``&``:
 
-    - ``?matching_heuristics=True``: the file holds a part of the model, such as the backbone, under shorter
-      names, which are matched to the model's by their longest common ending. Converted files, and those
-      that say so themselves, are read in this way anyway.
-    - ``?convert=NAME``: the file is of another library, see `detlib.checkpoint.conversions`. Files of
-      Detectron and Caffe2 are recognized.
+    - ``?matching_heuristics=True``: the file has a part of the model, such as the backbone, under shorter
+      names. They are matched to the names in the model by their longest common suffix. This is the default
+      for converted files and for files with the entry "matching_heuristics".
+    - ``?convert=NAME``: the file is from another library; see `detlib.checkpoint.conversions`. Files of
+      Detectron and Caffe2 are recognized automatically.
 
-    A file of which not a single name is the model's own, such as the weights of a network of timm or
-    torchvision, is loaded into the part of the model where its names fit, if there is one; the log tells
-    which.
+    If no name in a file is a name in the model, as for the weights of a network of timm or torchvision, the
+    file is loaded into the part of the model where its names match, if there is one. The log states which
+    part.
     """
 
     def __init__(self, model: nn.Module, save_dir: str = "", *, save_to_disk: bool | None = None, **kwargs):
-        """As `Checkpointer`; `save_to_disk` None means: only on the main process."""
+        """
+        Args:
+            model: see `Checkpointer`.
+            save_dir: see `Checkpointer`.
+            save_to_disk: whether this process saves files; by default only the main process does.
+            **kwargs: other arguments of `Checkpointer`.
+        """
         if save_to_disk is None:
             save_to_disk = comm.is_main_process()
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **kwargs)
 
     def load(self, path: str, *args, **kwargs) -> dict[str, Any]:
-        """As `Checkpointer.load`, with the options of this class behind the path.
+        """Load a checkpoint like `Checkpointer.load`. The path may end in the options of this class.
 
-        In distributed training every process must call this. Processes that cannot see the file (no shared
-        disk) get its content from the main process.
+        In distributed training, every process must call this. Processes that cannot access the file (no
+        shared disk) receive its content from the main process.
         """
         return super().load(path, *args, **kwargs)
 
@@ -84,18 +89,18 @@ class DetectionCheckpointer(Checkpointer):
             conversion = get_conversion(name)
             self._check_pixels(name, conversion)
             state = conversion.convert(state)
-        # Of the names of a tensor that has several, the first stands for all.
+        # A tensor with multiple names is represented by its first name.
         first = {names[0]: tuple(value.shape) for names, value in self._names_of_tensors()}
         if name is not None or checkpoint.get("matching_heuristics", False):
             return self._with_other_names(match_by_longest_suffix(first, state))
         matched = match_part(first, state)
         if matched is not None:
             state, place = matched
-            logger.info("The checkpoint holds a part of the model: its weights go to '%s'", place)
+            logger.info("The checkpoint has a part of the model: its weights are loaded into '%s'", place)
         return self._with_other_names(state)
 
     def _names_of_tensors(self) -> list[tuple[list[str], torch.Tensor]]:
-        """Each tensor of the model's state with all of its names, in order."""
+        """Return each tensor of the model's state with all of its names, in order."""
         found: dict[int, tuple[list[str], torch.Tensor]] = {}
         for name, value in self.model.state_dict(keep_vars=True).items():
             if has_shape(value):
@@ -103,7 +108,7 @@ class DetectionCheckpointer(Checkpointer):
         return list(found.values())
 
     def _with_other_names(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Add the names that the model has for the same tensors, such as those of shared modules."""
+        """Add the other names of tensors with multiple names, such as those of shared modules."""
         for names, _ in self._names_of_tensors():
             given = [name for name in names if name in state]
             if given and len(given) < len(names):
@@ -111,7 +116,7 @@ class DetectionCheckpointer(Checkpointer):
         return state
 
     def _check_pixels(self, name: str, conversion: Conversion) -> None:
-        """Warn if the model gives its backbone other colours than the weights were trained on."""
+        """Warn if the channel order or pixel mean of the model differs from that of the weights."""
         wrong = []
         order = getattr(self.model, "input_format", None)
         if order not in (None, conversion.input_format):
@@ -123,19 +128,20 @@ class DetectionCheckpointer(Checkpointer):
             if got.shape != wanted.shape or not torch.allclose(got, wanted, atol=1.0):
                 wrong.append(f"MODEL.PIXEL_MEAN is {got.tolist()} instead of {wanted.tolist()}")
         if wrong:
-            logger.warning("Weights of '%s' will work badly: %s", name, " and ".join(wrong))
+            logger.warning("Weights of '%s' will perform poorly: %s", name, " and ".join(wrong))
 
     def _load_model(self, checkpoint: dict[str, Any]) -> IncompatibleKeys:
         missing, unexpected, wrong = super()._load_model(checkpoint)
         own_buffers = {name for name, _ in self.model.named_buffers(remove_duplicate=False)}
         missing = [n for n in missing if not (n in _SETTING_BUFFERS and n in own_buffers)]
-        # Files of old releases hold the anchors, which follow from the config; frozen norms count no batches.
+        # Files of old releases include anchors, which the config determines. Frozen norms do not count
+        # batches.
         unexpected = [n for n in unexpected if _ANCHOR_BUFFERS not in n and not n.endswith(_BATCH_COUNT)]
         return IncompatibleKeys(missing, unexpected, wrong)
 
 
 def _split_options(path: str) -> tuple[str, dict[str, str]]:
-    """Take our options off the end of a path; another query, of a web address, stays."""
+    """Split the options of this file from the end of a path. Keep any other query of a URL."""
     base, _, query = path.rpartition("?")
     options = dict(parse_qsl(query)) if base else {}
     if options and set(options) <= {"matching_heuristics", "convert"}:

@@ -1,8 +1,8 @@
-"""Reading and writing of checkpoint files, one function a format.
+"""Reading and writing of checkpoint files, with one function per format.
 
-What comes out of a reader is a dict with the parameters under "model" (name to `torch.Tensor` or
-`numpy.ndarray`) and whatever else the file holds ("optimizer", "trainer", "iteration", "__author__",
-"matching_heuristics" ...). No reader executes code from the file, unless it is told to trust it.
+A reader returns a dict with the parameters under "model" (name to `torch.Tensor` or `numpy.ndarray`) and the
+other entries of the file ("optimizer", "trainer", "iteration", "__author__", "matching_heuristics" ...). No
+reader executes code from the file, unless the file is trusted.
 """
 
 import logging
@@ -22,11 +22,11 @@ __all__ = ["read_checkpoint", "to_plain_types", "write_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
-# How the files of torch.save before its zip format begin: a pickled number.
+# First bytes of files in the format of torch.save before zip files: a pickled number.
 _OLD_TORCH_MAGIC = (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19",)
-# torch.save does not compress; weights that someone compressed do not shrink much.
+# torch.save does not compress, and weights that were compressed by other means do not shrink much.
 _LARGEST_EXPANSION = 20
-_NOT_OF_THE_CONTENT = (OSError, MemoryError)
+_UNRELATED_TO_CONTENT = (OSError, MemoryError)
 
 
 def read_checkpoint(path: str, *, trust: bool = False) -> dict[str, Any]:
@@ -34,11 +34,11 @@ def read_checkpoint(path: str, *, trust: bool = False) -> dict[str, Any]:
 
     Args:
         path: a file of `torch.save` (``.pth``, ``.pyth``), a pickle (``.pkl``) or ``.safetensors``.
-        trust: unpickle the file as it is, so that it may run any code. Only for files of your own.
+        trust: unpickle the file without checks, so that it may run any code. Use it only for your own files.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file would run code, is broken, or holds something else than a checkpoint.
+        ValueError: if the file would run code, is broken, or is not a checkpoint.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"Checkpoint file {path} does not exist")
@@ -59,7 +59,7 @@ def read_checkpoint(path: str, *, trust: bool = False) -> dict[str, Any]:
 
 
 def _with_model_entry(content: dict[str, Any], path: str) -> dict[str, Any]:
-    """Put the parameters under "model", where other libraries have them elsewhere."""
+    """Move the parameters to "model", from the entries that other libraries use."""
     if "model" in content:
         return content
     if "blobs" in content:  # Detectron and Caffe2
@@ -76,15 +76,15 @@ def _with_model_entry(content: dict[str, Any], path: str) -> dict[str, Any]:
     if strange or not content:
         raise ValueError(
             f"Checkpoint file {path} has neither a 'model' entry nor only arrays; "
-            f"entries that are no arrays: {', '.join(map(repr, strange[:8])) or 'it is empty'}"
+            f"entries that are not arrays: {', '.join(map(repr, strange[:8])) or 'it is empty'}"
         )
     bare = {"model": content}
-    # Caffe2 alone has names without dots.
+    # Only Caffe2 has names without dots.
     return bare if any("." in name for name in content) else bare | {"__author__": "Caffe2"}
 
 
 def _reader(path: str) -> Callable[[str], Any]:
-    """What reads the file at `path`: its content tells, since endings are often wrong."""
+    """Return the reader for a file. The content decides, since extensions are often wrong."""
     if path.endswith(".safetensors"):
         return _read_safetensors
     with open(path, "rb") as f:
@@ -95,50 +95,50 @@ def _reader(path: str) -> Callable[[str], Any]:
 
 
 def _read_pickle(path: str) -> Any:
-    """A model-zoo ``.pkl``: ``{"model": {name: ndarray}, "__author__": ..., "matching_heuristics": ...}``."""
+    """Read a model-zoo ``{"model": {name: ndarray}, "__author__": ..., "matching_heuristics": ...}``."""
     with open(path, "rb") as f:
         try:
             return load_plain_pickle(f)
         except pickle.UnpicklingError as e:
             raise ValueError(f"Checkpoint file {path} cannot be loaded: {e}") from e
-        except _NOT_OF_THE_CONTENT:
+        except _UNRELATED_TO_CONTENT:
             raise
-        except Exception as e:  # a broken pickle can end in any
+        except Exception as e:  # a broken pickle can raise any exception
             raise ValueError(f"Checkpoint file {path} is broken: {e}") from e
 
 
 def _read_torch(path: str) -> Any:
-    """A file of `torch.save`: tensors, numpy arrays and scalars, and plain containers."""
+    """Read a file of `torch.save` with tensors, numpy arrays and scalars, and plain containers."""
     _refuse_zip_bombs(path)
     try:
         with torch.serialization.safe_globals(list(NUMPY_STAND_INS)):
             return resolve_stand_ins(torch.load(path, map_location="cpu", weights_only=True))
     except pickle.UnpicklingError as e:
         raise ValueError(
-            f"Checkpoint file {path} cannot be loaded: it is broken, or holds Python objects other than "
-            "tensors, numpy arrays and plain containers, which could run code. PyTorch says: "
+            f"Checkpoint file {path} cannot be loaded: it is broken, or has Python objects other than "
+            "tensors, numpy arrays and plain containers, which could run code. Message of PyTorch: "
             f"{_first_sentences(str(e))}"
         ) from e
-    except _NOT_OF_THE_CONTENT:
+    except _UNRELATED_TO_CONTENT:
         raise
-    except Exception as e:  # a broken pickle can end in any
+    except Exception as e:  # a broken pickle can raise any exception
         raise ValueError(f"Checkpoint file {path} is broken: {e}") from e
 
 
 def _refuse_zip_bombs(path: str) -> None:
-    """Refuse a zip file whose entries are far larger than the file."""
+    """Raise a ValueError for a zip file with entries far larger than the file."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
         size = sum(entry.file_size for entry in archive.infolist())
     if size > _LARGEST_EXPANSION * os.path.getsize(path):
         raise ValueError(
-            f"Checkpoint file {path} is refused: its {os.path.getsize(path)} bytes would become {size}"
+            f"Checkpoint file {path} is refused: its {os.path.getsize(path)} bytes would expand to {size}"
         )
 
 
 def _read_safetensors(path: str) -> Any:
-    """Tensor by name, in Hugging Face's format."""
+    """Read tensors by name, in Hugging Face's safetensors format."""
     import safetensors.torch
 
     try:
@@ -166,20 +166,20 @@ _TRUSTING_READERS: dict[Callable[[str], Any], Callable[[str], Any]] = {
 
 
 def _first_sentences(message: str) -> str:
-    """The part of PyTorch's message that says what was refused, without its advice on unsafe loading."""
+    """Return the part of PyTorch's message on what was refused, without its advice on unsafe loading."""
     blamed = [line.strip() for line in message.splitlines() if "Unsupported" in line or "GLOBAL" in line]
     return " ".join(blamed) or message.strip().splitlines()[0]
 
 
 def write_checkpoint(path: str, content: Mapping[str, Any]) -> None:
-    """Save `content` at `path`, never leaving a half-written file there.
+    """Save `content` at `path` atomically, so that there is never a half-written file.
 
-    A path that ends in ``.safetensors`` gets the tensors of ``content["model"]`` alone, any other a file of
-    `torch.save`. Only plain types are saved (see `to_plain_types`), so every PyTorch reads the file with
-    ``weights_only=True``.
+    For a path that ends in ``.safetensors``, only the tensors of ``content["model"]`` are saved. Other files
+    are written by `torch.save`. Only plain types are saved (see `to_plain_types`), so any version of PyTorch
+    can read the file with ``weights_only=True``.
 
     Raises:
-        TypeError: if something in `content` is neither a tensor nor of a plain type.
+        TypeError: if a value in `content` is neither a tensor nor of a plain type.
     """
     if path.endswith(".safetensors"):
         data = _safetensors_bytes(content)
@@ -195,7 +195,7 @@ def _safetensors_bytes(content: Mapping[str, Any]) -> bytes:
     tensors = {name: torch.as_tensor(value).detach() for name, value in content["model"].items()}
     owners: dict[int, str] = {}
     for name, tensor in tensors.items():
-        # The format knows no views: what shares memory, or has gaps, is written out.
+        # The format does not support views: copy tensors that share memory or are not contiguous.
         first = owners.setdefault(tensor.untyped_storage().data_ptr(), name)
         tensors[name] = tensor.contiguous() if first == name else tensor.clone().contiguous()
     notes = {"matching_heuristics": "true"} if content.get("matching_heuristics") else {}
@@ -203,14 +203,14 @@ def _safetensors_bytes(content: Mapping[str, Any]) -> bytes:
 
 
 def to_plain_types(value: Any, where: str) -> Any:
-    """Copy a tree, turning numpy scalars and mapping types into plain numbers and dicts.
+    """Copy a tree, with numpy scalars and mappings converted to plain numbers and dicts.
 
     Args:
         value: tensors, numbers, strings, None, and dicts, lists, tuples and sets of them.
-        where: what to call `value` in messages.
+        where: name of `value` in messages.
 
     Raises:
-        TypeError: for anything else, naming its place in the tree.
+        TypeError: for anything else. The message has its path in the tree.
     """
     if isinstance(value, torch.Tensor):
         return value.detach()
@@ -221,7 +221,7 @@ def to_plain_types(value: Any, where: str) -> Any:
     if isinstance(value, np.ndarray):
         return torch.from_numpy(np.ascontiguousarray(value))
     if isinstance(value, Mapping):
-        # State dicts carry versions of their modules as an attribute, which a copy keeps.
+        # State dicts have the versions of their modules in the attribute _metadata.
         copy: Any = type(value)() if hasattr(value, "_metadata") else {}
         for key, item in value.items():
             copy[to_plain_types(key, where)] = to_plain_types(item, f"{where}[{key!r}]")
@@ -233,9 +233,9 @@ def to_plain_types(value: Any, where: str) -> Any:
         kind = next(k for k in (list, tuple, set, frozenset) if isinstance(value, k))
         return kind(items)
     for kind in (bool, int, float, str):
-        if isinstance(value, kind):  # subclasses, such as enum members and torch.Size's numbers
+        if isinstance(value, kind):  # a subclass, such as an enum member
             return kind(value)
     raise TypeError(
-        f"{where} is a {type(value).__module__}.{type(value).__qualname__}: a checkpoint holds only tensors "
-        "and plain types, so that it can be loaded without running code"
+        f"{where} is a {type(value).__module__}.{type(value).__qualname__}: a checkpoint may only have "
+        "tensors and plain types, so that it can be loaded without running code"
     )

@@ -1,4 +1,4 @@
-"""Matching of a file's parameter names to a model's, and the report of what was loaded."""
+"""Matching of parameter names in a file to those in a model, and the report of the loaded parameters."""
 
 import logging
 import re
@@ -11,14 +11,14 @@ __all__ = ["LoadReport", "group_by_module", "match_by_longest_suffix", "match_pa
 
 logger = logging.getLogger(__name__)
 
-# `match_part`: of the names in one part of the model, or of the file's names, at least this share must agree.
+# `match_part`: the minimum fraction of matching names, among those of the model part or those of the file.
 _MIN_MATCHED = 0.5
-# `LoadReport`: warn if at most this share of the model was loaded.
+# `LoadReport`: warn if at most this fraction of the model was loaded.
 _FEW = 0.1
 
 
 def strip_common_prefix(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Remove `prefix` (such as "module." of a parallel wrapper) if every name starts with it."""
+    """Remove `prefix`, such as "module." of a parallel wrapper, if every name starts with it."""
     if state and all(name.startswith(prefix) for name in state):
         return {name[len(prefix) :]: value for name, value in state.items()}
     return dict(state)
@@ -27,24 +27,24 @@ def strip_common_prefix(state: Mapping[str, Any], prefix: str) -> dict[str, Any]
 def match_by_longest_suffix(
     model_shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Rename the entries of a file that holds only a part of the model, such as a backbone.
+    """Rename the entries of a file with a part of the model, such as a backbone.
 
-    A name of the file fits a name of the model that equals it or ends in "." and it. Each name of the model
-    takes the longest name that fits: of "conv1.weight" and "stem.conv1.weight",
-    "backbone.bottom_up.stem.conv1.weight" takes the second.
+    A name in the file matches a name in the model if they are equal, or if the model's name ends in "." and
+    the file's name. Each name in the model takes the longest match: of "conv1.weight" and
+    "stem.conv1.weight", "backbone.bottom_up.stem.conv1.weight" takes the second.
 
     Args:
         model_shapes: shape of each parameter and buffer of the model, by name.
-        state: the file's arrays by name.
+        state: the arrays of the file, by name.
 
     Returns:
-        The arrays under the model's names; those that fit nothing keep their own name. One that fits a single
-        name but not its shape takes that name, so that the difference can be told.
+        The arrays by their names in the model. Arrays without a match keep their name. An array that matches
+        a single name takes that name even if the shape differs, so that the difference can be reported.
 
     Raises:
-        ValueError: if one entry of the file would go to several places of the model.
+        ValueError: if an entry of the file matches multiple names in the model.
     """
-    candidates: dict[str, list[str]] = {}  # name in the file -> names in the model that end so
+    candidates: dict[str, list[str]] = {}  # name in the file -> matching names in the model
     for name in sorted(model_shapes):
         suffix = _longest_suffix(name, state)
         if suffix is not None:
@@ -55,7 +55,7 @@ def match_by_longest_suffix(
         fitting = [name for name in names if tuple(model_shapes[name]) == shape]
         if len(fitting) > 1:
             raise ValueError(
-                f"'{suffix}' of the checkpoint fits both '{fitting[0]}' and '{fitting[1]}' of the model: "
+                f"'{suffix}' in the checkpoint matches both '{fitting[0]}' and '{fitting[1]}' in the model: "
                 "rename the file's entries, or save it without 'matching_heuristics'"
             )
         if fitting or len(names) == 1:
@@ -64,7 +64,7 @@ def match_by_longest_suffix(
 
 
 def _longest_suffix(name: str, candidates: Mapping[str, Any]) -> str | None:
-    """The longest of `candidates` that `name` equals or ends in, at a dot."""
+    """Return the longest of `candidates` that `name` is equal to, or ends in after a dot."""
     while name not in candidates:
         _, dot, name = name.partition(".")
         if not dot:
@@ -73,31 +73,31 @@ def _longest_suffix(name: str, candidates: Mapping[str, Any]) -> str | None:
 
 
 def _flat(name: str) -> str:
-    """timm's feature extractors write ``stages_0.blocks`` for what its files call ``stages.0.blocks``."""
+    """Replace dots before numbers, as timm's feature extractors do: ``stages.0`` becomes ``stages_0``."""
     return re.sub(r"\.(?=\d+(?:\.|$))", "_", name)
 
 
 def match_part(
     model_shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, Any]
 ) -> tuple[dict[str, Any], str] | None:
-    """Find the part of a model that a file's weights belong to.
+    """Find the part of a model that the weights in a file belong to.
 
-    That is the place under which most of the file's names lie with the same shapes: for a file with
-    "layer1.0.conv1.weight" and a model with "backbone.timm_model.layer1.0.conv1.weight" it is
+    This is the module in which most names of the file exist with the same shapes. For a file with
+    "layer1.0.conv1.weight" and a model with "backbone.timm_model.layer1.0.conv1.weight", it is
     "backbone.timm_model".
 
     Args:
         model_shapes: shape of each parameter and buffer of the model, by name.
-        state: the file's arrays by name.
+        state: the arrays of the file, by name.
 
     Returns:
-        The file's arrays under the model's names, those that fit nothing under their own, and the place; None
-        if some name is the model's own, or no place fits.
+        The arrays by their names in the model, where arrays without a match keep their name, and the name of
+        the module. None if any name of the file is a name in the model, or if no module matches.
     """
     if not state or any(name in model_shapes for name in state):
         return None
     files = {_flat(name): (name, tuple(value.shape)) for name, value in state.items()}
-    found: dict[str, dict[str, str]] = {}  # place in the model -> name in the file -> name in the model
+    found: dict[str, dict[str, str]] = {}  # module of the model -> name in the file -> name in the model
     below: Counter[str] = Counter()
     for name, shape in model_shapes.items():
         parts = name.split(".")
@@ -118,22 +118,22 @@ def match_part(
 
 @dataclass
 class LoadReport:
-    """How a file's parameters and buffers met a model's."""
+    """The parameters and buffers that were loaded from a file, and those that were not."""
 
     path: str
     loaded: list[str] = field(default_factory=list)
-    """Names in the model that got their value from the file."""
+    """Names in the model whose values were loaded."""
     renamed: dict[str, str] = field(default_factory=dict)
-    """Of `loaded`: name in the model to its other name in the file."""
+    """Names of `loaded` that differ in the file: name in the model to name in the file."""
     missing_keys: list[str] = field(default_factory=list)
-    """In the model, not in the file."""
+    """Names in the model that are not in the file."""
     unexpected_keys: list[str] = field(default_factory=list)
-    """In the file, not in the model; under the file's names."""
+    """Names in the file that are not in the model."""
     incorrect_shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
     """(name, shape in the file, shape in the model)."""
 
     def log(self) -> None:
-        """Say what happened in one message a kind, with the names of one module on one line."""
+        """Log the report, with one message per category and the names of a module on one line."""
         total = len(self.loaded) + len(self.missing_keys) + len(self.incorrect_shapes)
         if len(self.loaded) <= _FEW * total:
             logger.warning("%s", self._almost_nothing(total))
@@ -146,20 +146,23 @@ class LoadReport:
                 (theirs.rpartition(".")[0], ours.rpartition(".")[0]) for ours, theirs in self.renamed.items()
             )
             lines = "\n".join(f"  {theirs or '(no module)'} -> {ours}" for theirs, ours in pairs)
-            logger.info("%d of them have other names in the file:\n%s", len(self.renamed), lines)
+            logger.info("%d of them have different names in the file:\n%s", len(self.renamed), lines)
         if self.incorrect_shapes:
             lines = "\n".join(
-                f"  {name}: {theirs} in the file, {ours} here" for name, theirs, ours in self.incorrect_shapes
+                f"  {name}: {theirs} in the file, {ours} in the model"
+                for name, theirs, ours in self.incorrect_shapes
             )
             logger.warning(
-                "Not loaded from %s, as the shapes differ (with another number of classes, for one); these "
-                "start fresh:\n%s",
+                "Not loaded from %s, since the shapes differ (for example, because the number of classes "
+                "does). These keep their initial values:\n%s",
                 self.path,
                 lines,
             )
         if self.missing_keys:
             logger.warning(
-                "Missing in %s, so left as they were:\n%s", self.path, group_by_module(self.missing_keys)
+                "Missing in %s. These keep their initial values:\n%s",
+                self.path,
+                group_by_module(self.missing_keys),
             )
         if self.unexpected_keys:
             logger.warning(
@@ -167,7 +170,7 @@ class LoadReport:
             )
 
     def _by_part(self) -> str:
-        """A line a part of the model: how much of it was loaded."""
+        """Return the number of loaded parameters of each part of the model, one part per line."""
         loaded = Counter(map(_part, self.loaded))
         other = Counter(map(_part, self.missing_keys))
         other.update(_part(name) for name, _, _ in self.incorrect_shapes)
@@ -177,21 +180,21 @@ class LoadReport:
     def _almost_nothing(self, total: int) -> str:
         theirs, ours = self.unexpected_keys[:3], self.missing_keys[:3]
         return (
-            f"Almost nothing of the model comes from {self.path}: {len(self.loaded)} of {total} parameters "
-            f"and buffers. The file has names such as {', '.join(map(repr, theirs)) or 'none'}, the model "
-            f"{', '.join(map(repr, ours)) or 'none'}. Is it a file of this model? If it holds a part of it "
-            "under shorter names, add '?matching_heuristics=True' to its path, or '?convert=torchvision' and "
-            "the like for the weights of another library."
+            f"Almost nothing was loaded from {self.path}: {len(self.loaded)} of {total} parameters and "
+            f"buffers. The file has names such as {', '.join(map(repr, theirs)) or 'none'}, the model "
+            f"{', '.join(map(repr, ours)) or 'none'}. Is it a file for this model? If it has a part of the "
+            "model under shorter names, add '?matching_heuristics=True' to its path. For weights of another "
+            "library, add an option such as '?convert=torchvision'."
         )
 
 
 def _part(name: str) -> str:
-    """The part of the model that a parameter belongs to: its first two modules."""
+    """Return the part of the model that a parameter belongs to: the first two modules in its name."""
     return ".".join(name.split(".")[:-1][:2]) or name
 
 
 def group_by_module(names: Iterable[str]) -> str:
-    """List parameter names with those of one module on one line: ``fpn_lateral2.{bias, weight}``."""
+    """Format parameter names with those of a module on one line: ``fpn_lateral2.{bias, weight}``."""
     groups: dict[str, list[str]] = {}
     for name in names:
         module, _, leaf = name.rpartition(".")

@@ -1,6 +1,6 @@
-"""Parameters that PyTorch's fully_shard has shared out between processes, in and out of checkpoints.
+"""Checkpoints of parameters that PyTorch's fully_shard has sharded across processes.
 
-Files hold whole tensors, whatever number of processes saved them, so they load into any other number.
+Files have full tensors, so they can be loaded by any number of processes.
 """
 
 import sys
@@ -14,27 +14,27 @@ __all__ = ["gather_shards", "is_shard", "is_sharded", "shard_like", "shard_optim
 
 
 def is_shard(value: Any) -> bool:
-    """Whether a value is a process's share of a tensor, a DTensor."""
-    # DTensors are slow to import, and there is none before something has imported them.
+    """Return whether a value is a sharded tensor (DTensor)."""
+    # DTensor is slow to import, and there can be none before it is imported.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether parameters of a model are spread over processes. Every process gives the same answer."""
+    """Return whether a model has sharded parameters. The result is the same in every process."""
     return any(is_shard(param) for param in model.parameters())
 
 
 def gather_shards(value: Any, keep: bool) -> Any:
-    """Copy a tree with its sharded tensors made whole, in main memory. Every process has to take part.
+    """Copy a tree, with sharded tensors gathered in main memory. Every process must call this.
 
     Args:
         value: tensors, and dicts, lists and tuples of anything.
-        keep: False, as on all processes but one, leaves None in the place of each sharded tensor.
+        keep: whether this process needs the result. If False, sharded tensors become None.
     """
     if is_shard(value):
-        whole = value.detach().full_tensor()
-        return whole.cpu() if keep else None
+        full = value.detach().full_tensor()
+        return full.cpu() if keep else None
     if isinstance(value, Mapping):
         copy: Any = cast(Any, type(value))((key, gather_shards(item, keep)) for key, item in value.items())
         if hasattr(value, "_metadata"):  # the versions of a state dict's modules
@@ -46,11 +46,11 @@ def gather_shards(value: Any, keep: bool) -> Any:
 
 
 def shard_like(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This process's share of a whole tensor, laid out as `like`; without sharding the tensor as it is.
+    """Shard a full tensor like `like`. Return it unchanged if `like` is not sharded.
 
     Args:
-        whole: the same in every process, of the shape of `like`.
-        like: the parameter that it is for.
+        whole: the full tensor, which is the same in every process and has the shape of `like`.
+        like: the parameter that the result is for.
     """
     if not is_shard(like) or is_shard(whole):
         return whole
@@ -61,7 +61,7 @@ def shard_like(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def shard_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Share out the state that an optimizer has loaded from a file, as its parameters are."""
+    """Shard the state that an optimizer has loaded from a file like its parameters."""
     for param, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, torch.Tensor) and value.shape == param.shape:

@@ -1,9 +1,9 @@
-"""The options of a training run, each declared once.
+"""The options of a training run, each declared in one place.
 
-A declaration has the option's key in YAML configs, its entry in lazy configs, the default, the legal values
-and a sentence of documentation. From it come the defaults of the YAML keys, the reading of both kinds of
-config, the checks, the warnings about misspelled entries, and the table in ``docs/training.md``. To add an
-option, declare it here and use it where it acts.
+A declaration has the option's key in YAML configs, its entry in lazy configs, the default, the valid values
+and a sentence of documentation. It is the source of the defaults of YAML keys, of the reading and checking of
+both types of config, of the warnings about misspelled entries, and of the table in ``docs/training.md``. To
+add an option, declare it here and use it where it takes effect.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ _NO_SWITCH = object()
 
 @dataclass(frozen=True)
 class Declaration:
-    """How an option is written in configs, and which values are legal."""
+    """The keys of an option in configs, its default and its valid values."""
 
     yaml: str | None
     """Key in a YAML config, "SOLVER.EMA.DECAY"; None if only lazy configs have the option."""
@@ -31,10 +31,10 @@ class Declaration:
     off: Any = _NO_SWITCH
     """The value while the entry ENABLED (``enabled``) next to the key is false, which it is by default."""
     choices: tuple = ()
-    """Legal values; () for any of the right type."""
+    """Valid values; () for any value of the right type."""
     minimum: float | None = None
     below: float | None = None
-    """Legal values are less than this."""
+    """Valid values are less than this."""
 
     @property
     def has_switch(self) -> bool:
@@ -50,7 +50,7 @@ class Declaration:
 
     @property
     def name(self) -> str:
-        """How error messages name the option: "SOLVER.MAX_ITER (train.max_iter)"."""
+        """Name of the option in error messages: "SOLVER.MAX_ITER (train.max_iter)"."""
         if self.yaml and self.lazy:
             return f"{self.yaml} ({self.lazy})"
         return self.yaml or self.lazy or ""
@@ -69,7 +69,7 @@ def _option(yaml: str | None, lazy: str | None, default: Any, doc: str, **more: 
 
 @dataclass(kw_only=True)
 class RunOptions:
-    """The declarations. `detlib.engine.options.RunSettings` reads and checks the values."""
+    """Declarations of all options. `detlib.engine.options.RunSettings` reads and checks their values."""
 
     # The run.
     output_dir: str = _option(
@@ -194,7 +194,7 @@ class RunOptions:
         "TRAIN.COMPILE.BACKEND", "train.compile.backend", "inductor", "backend of `torch.compile`"
     )
 
-    # Several processes.
+    # Multiple processes.
     strategy: str = _option(
         "TRAIN.STRATEGY",
         "train.strategy",

@@ -1,8 +1,9 @@
-"""Kills a process again and again while it saves checkpoints, and each time goes on from what it left.
+"""Repeatedly kill a process while it saves checkpoints, and resume from its last checkpoint.
 
     python kill_while_saving.py FOLDER NUMBER_OF_KILLS {sync,async}
 
-Prints the iteration reached. Every parameter has the value of its iteration, so a mixture would be seen.
+Prints the last iteration. Every parameter has the number of its iteration as value, which reveals a mixture
+of iterations.
 """
 
 import os
@@ -28,7 +29,7 @@ class Counter:
         self.iteration = state["iteration"]
 
 
-def train_for_ever(folder: str, async_save: bool, started: int) -> None:
+def train_forever(folder: str, async_save: bool, started: int) -> None:
     model, counter = nn.Linear(200, 200), Counter()
     checkpointer = DetectionCheckpointer(model, folder, async_save=async_save, trainer=counter)
     saver = PeriodicCheckpointer(checkpointer, period=1, max_to_keep=2)
@@ -55,19 +56,17 @@ def main(folder: str, kills: int, mode: str) -> None:
         child = os.fork()
         if child == 0:
             try:
-                train_for_ever(folder, mode == "async", writer)
+                train_forever(folder, mode == "async", writer)
             finally:
                 os._exit(4)
         os.close(writer)
-        os.read(reader, 1)  # it has resumed, and saves now
+        os.read(reader, 1)  # wait until the child has resumed
         os.close(reader)
         time.sleep(rng.uniform(0, 0.08))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if not os.WIFSIGNALED(status):
-            raise SystemExit(
-                f"after {kill} kills the directory could not be gone on from: {os.listdir(folder)}"
-            )
+            raise SystemExit(f"after {kill} kills, resuming failed from {os.listdir(folder)}")
     model, counter = nn.Linear(200, 200), Counter()
     DetectionCheckpointer(model, folder, trainer=counter).resume_or_load("", resume=True)
     print(f"{kills} kills, iteration {counter.iteration}, {len(os.listdir(folder))} files")

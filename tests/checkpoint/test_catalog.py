@@ -1,4 +1,4 @@
-"""The addresses of published weights."""
+"""URLs of published weights."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from detlib.utils.file_io import PathManager
 HOST = "https://dl.fbaipublicfiles.com"
 
 
-def test_addresses():
+def test_urls_of_names():
     zoo, catalog = ModelZooHandler(), ModelCatalogHandler()
     assert zoo.url("detectron2://a/b.pkl") == f"{HOST}/detectron2/a/b.pkl"
     backbone = "catalog://ImageNetPretrained/FAIR/R-50-GN"
@@ -19,15 +19,15 @@ def test_addresses():
         ModelCatalog.get("ImageNetPretrained/MSRA/R-52")
 
 
-def test_offline_says_which_file_goes_where(tmp_path, monkeypatch):
+def test_offline_error_has_url_and_path_of_the_file(tmp_path, monkeypatch):
     monkeypatch.setenv("DETLIB_CACHE", str(tmp_path))
     monkeypatch.setenv("DETLIB_OFFLINE", "1")
-    address = "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
-    place = tmp_path / "detectron2" / "ImageNetPretrained" / "MSRA" / "R-50.pkl"
-    with pytest.raises(DownloadError, match=f"{HOST}/detectron2/ImageNetPretrained/MSRA/R-50.pkl.*{place}"):
-        PathManager.get_local_path(address)
-    place.parent.mkdir(parents=True)
-    place.write_bytes(b"weights")
-    assert PathManager.get_local_path(address) == str(place)
-    with PathManager.open(address, "rb") as f:
+    url = "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
+    path = tmp_path / "detectron2" / "ImageNetPretrained" / "MSRA" / "R-50.pkl"
+    with pytest.raises(DownloadError, match=f"{HOST}/detectron2/ImageNetPretrained/MSRA/R-50.pkl.*{path}"):
+        PathManager.get_local_path(url)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"weights")
+    assert PathManager.get_local_path(url) == str(path)
+    with PathManager.open(url, "rb") as f:
         assert f.read() == b"weights"

@@ -1,4 +1,4 @@
-"""Saving, loading, resuming, and what is said when names or shapes differ."""
+"""Saving, loading, resuming, and messages on names or shapes that differ."""
 
 import errno
 import logging
@@ -47,7 +47,7 @@ def test_round_trip_restores_model_and_optimizer(tmp_path):
     assert other_optimizer.param_groups[0]["lr"] == 0.1
     for mine, theirs in zip(optimizer.state.values(), other_optimizer.state.values()):
         assert torch.equal(mine["momentum_buffer"], theirs["momentum_buffer"])
-    # The plainest possible reader takes it too.
+    # PyTorch alone can read it, without running code.
     assert set(torch.load(tmp_path / "model_0000009.pth", weights_only=True)) == {
         "model", "optimizer", "iteration", "metric", "best",
     }  # fmt: skip
@@ -72,7 +72,7 @@ def test_only_plain_types_are_saved(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_failing_save_leaves_the_old_file(tmp_path, monkeypatch):
+def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     model = _Tiny()
     checkpointer = Checkpointer(model, str(tmp_path))
     checkpointer.save("model_final", iteration=1)
@@ -92,7 +92,7 @@ def test_a_failing_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
 
 
-def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+def test_error_of_a_full_disk_names_the_file(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -130,7 +130,7 @@ def test_missing_and_broken_files_are_named(tmp_path):
         checkpointer.resume_or_load("", resume=True)
 
 
-def test_torch_files_with_numpy_content_are_read(tmp_path):
+def test_torch_file_with_numpy_content_is_read(tmp_path):
     array = np.arange(6, dtype=np.float32).reshape(2, 3)
     torch.save({"model": {"w": array}, "best": np.float64(0.5), "n": np.int64(2)}, tmp_path / "old.pth")
     content = read_checkpoint(str(tmp_path / "old.pth"))
@@ -138,7 +138,7 @@ def test_torch_files_with_numpy_content_are_read(tmp_path):
     assert content["best"] == 0.5 and content["n"] == 2
 
 
-def test_zoo_pickles_and_bare_state_dicts(tmp_path):
+def test_zoo_pickle_and_bare_state_dicts_are_read(tmp_path):
     model = _Tiny()
     arrays = {k: v.numpy() for k, v in model.state_dict().items()}
     (tmp_path / "zoo.pkl").write_bytes(pickle.dumps({"model": arrays, "__author__": "zoo"}))
@@ -164,7 +164,7 @@ def test_differences_are_reported_by_module(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="detlib"):
         DetectionCheckpointer(other).load(str(tmp_path / "m.pth"))
     text = "\n".join(record.getMessage() for record in caplog.records)
-    assert "head.weight: (5, 4) in the file, (2, 4) here" in text
+    assert "head.weight: (5, 4) in the file, (2, 4) in the model" in text
     assert "  backbone.0.{bias, weight}" in text
     assert "  mask.deconv.{bias, weight}" in text
     assert "Missing" in text and "head.{" not in text
@@ -172,7 +172,7 @@ def test_differences_are_reported_by_module(tmp_path, caplog):
     assert torch.equal(other.head.bias, model.head.bias)
 
 
-def test_pixel_mean_may_be_missing_and_old_anchors_may_be_there(tmp_path, caplog):
+def test_no_warning_on_missing_pixel_mean_and_old_anchors(tmp_path, caplog):
     class Detector(nn.Module):
         def __init__(self):
             super().__init__()
@@ -186,7 +186,7 @@ def test_pixel_mean_may_be_missing_and_old_anchors_may_be_there(tmp_path, caplog
     assert not caplog.records
 
 
-def test_matching_heuristics_fill_a_backbone(tmp_path):
+def test_matching_heuristics_load_a_backbone(tmp_path):
     model = _Tiny()
     part = {"0.weight": np.full((4, 3, 1, 1), 7, np.float32), "1.weight": np.full(4, 5, np.float32)}
     content = {"model": part, "__author__": "x", "matching_heuristics": True}
@@ -207,11 +207,11 @@ def test_longest_suffix_wins():
     assert list(match_by_longest_suffix({"a.w": (1,), "b.w": (2,)}, {"w": np.zeros(3)})) == ["w"]
 
 
-def test_group_by_module():
+def test_group_by_module_has_one_line_per_module():
     assert group_by_module(["a.b.w", "a.b.v", "c", "a.w"]) == "  a.b.{v, w}\n  c\n  a.w"
 
 
-def test_names_of_objects_are_checked(tmp_path):
+def test_duplicate_or_unknown_object_fails(tmp_path):
     checkpointer = Checkpointer(_Tiny(), str(tmp_path))
     checkpointer.add_checkpointable("o", nn.Linear(1, 1))
     with pytest.raises(KeyError, match="'o'"):
@@ -223,7 +223,7 @@ def test_names_of_objects_are_checked(tmp_path):
         checkpointer.load(str(tmp_path / "x.pth"), checkpointables=["q"])
 
 
-def test_periodic_checkpointer_keeps_the_newest(tmp_path):
+def test_periodic_checkpointer_keeps_the_newest_files(tmp_path):
     checkpointer = Checkpointer(_Tiny(), str(tmp_path))
     periodic = PeriodicCheckpointer(checkpointer, 2, max_iter=9, max_to_keep=2)
     for iteration in range(9):
@@ -237,13 +237,13 @@ def test_periodic_checkpointer_keeps_the_newest(tmp_path):
         PeriodicCheckpointer(checkpointer, 2, max_to_keep=0)
 
 
-def test_processes_that_do_not_save_write_nothing(tmp_path):
+def test_save_to_disk_false_writes_nothing(tmp_path):
     checkpointer = Checkpointer(_Tiny(), str(tmp_path), save_to_disk=False)
     PeriodicCheckpointer(checkpointer, 1, max_iter=1, max_to_keep=1).step(0)
     assert os.listdir(tmp_path) == []
 
 
-def test_saves_to_and_resumes_from_an_object_store(tmp_path, monkeypatch):
+def test_object_store_can_be_saved_to_and_resumed_from(tmp_path, monkeypatch):
     monkeypatch.setenv("DETLIB_CACHE", str(tmp_path))
     folder = "memory://bucket/checkpoints"
     model = nn.Linear(2, 3)

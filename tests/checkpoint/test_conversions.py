@@ -1,4 +1,4 @@
-"""Weights of other libraries give the numbers that they give there."""
+"""Converted weights of other libraries, whose outputs must equal those of the libraries."""
 
 import logging
 import pickle
@@ -25,7 +25,7 @@ ENDINGS = {
 
 
 def caffe2_name(name: str) -> str:
-    """Detectron's name of a parameter of Mask R-CNN R-50-FPN, written down apart from the conversion."""
+    """Return Detectron's name of a parameter of Mask R-CNN R-50-FPN, independently of the conversion."""
     module, ending = next(
         (name.removesuffix(f".{ours}"), theirs[0])
         for ours, theirs in ENDINGS.items()
@@ -58,7 +58,7 @@ def caffe2_name(name: str) -> str:
     return (fixed[tail] if tail in fixed else f"_[mask]_fcn{module[-1]}") + ending
 
 
-def test_a_detectron_file_sets_every_parameter(tmp_path, caplog):
+def test_detectron_file_sets_every_parameter(tmp_path, caplog):
     cfg = model_zoo.get_config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml")
     cfg.MODEL.DEVICE = "cpu"
     model = build_model(cfg)
@@ -85,7 +85,7 @@ def test_a_detectron_file_sets_every_parameter(tmp_path, caplog):
     state = model.state_dict()
     for name, array in wanted.items():
         assert np.array_equal(state[name].numpy(), array), name
-    # Batch norms come folded into an affine map: their statistics must do nothing.
+    # Batch norms are folded into an affine transformation, so their statistics must have no effect.
     means = [value for name, value in state.items() if name.endswith("running_mean")]
     assert means and all((value == 0).all() for value in means)
     assert all((value == 1).all() for name, value in state.items() if name.endswith("running_var"))
@@ -104,7 +104,7 @@ def resnet(depth: int, norm: str = "BN"):
 
 @pytest.mark.parametrize("depth", [18, 50])
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
-def test_a_torchvision_resnet_gives_its_features(tmp_path, depth, norm):
+def test_converted_torchvision_resnet_has_the_same_features(tmp_path, depth, norm):
     torch.manual_seed(0)
     theirs = getattr(torchvision.models, f"resnet{depth}")(weights=None).eval()
     for module in theirs.modules():
@@ -127,7 +127,7 @@ def test_a_torchvision_resnet_gives_its_features(tmp_path, depth, norm):
             assert (features[f"res{i + 1}"] - x).abs().max() <= 1e-5 * x.abs().max()
 
 
-def test_wrong_colours_are_told(tmp_path, caplog):
+def test_wrong_channel_order_and_mean_give_a_warning(tmp_path, caplog):
     cfg = model_zoo.get_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
     cfg.merge_from_list(["MODEL.DEVICE", "cpu", "INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", [1.0, 2.0, 3.0]])
     model = build_model(cfg)
@@ -140,7 +140,7 @@ def test_wrong_colours_are_told(tmp_path, caplog):
     assert (model.backbone.bottom_up.stem.conv1.weight == 0).all()
 
 
-def test_names_of_transformers():
+def test_names_of_converted_transformers():
     arrays = {
         name: np.zeros(1) for name in ("cls_token", "pos_embed", "norm.weight", "blocks.0.attn.qkv.weight")
     }
@@ -156,7 +156,7 @@ def test_names_of_transformers():
     assert set(CONVERSIONS) == {"caffe2", "torchvision", "timm_resnet", "timm_vit", "timm_swin"}
 
 
-def test_plain_state_dicts_keep_their_order():
+def test_conversion_keeps_the_order_of_parameters():
     state = OrderedDict(
         (name, i) for i, name in enumerate(("layer1.0.bn1.weight", "conv1.weight", "fc.bias"))
     )

@@ -1,4 +1,4 @@
-"""Checkpoints of models in two processes."""
+"""Checkpoints in two processes."""
 
 import os
 from pathlib import Path
@@ -21,7 +21,7 @@ def _model(seed: int) -> nn.Module:
 
 
 def _work(folder: str) -> None:
-    """Save in two formats, and loads from a copy that only the main process can see."""
+    """Save in two formats, and load from a copy that only the main process can access."""
     x = torch.linspace(-1, 1, 12).view(4, 3)
     wanted = _model(0)(x)
     checkpointer = DetectionCheckpointer(DistributedDataParallel(_model(0)), folder)
@@ -36,14 +36,14 @@ def _work(folder: str) -> None:
         for wrapped in (True, False):
             model = _model(1)
             target = DistributedDataParallel(model) if wrapped else model
-            # Without shared disk, each process asks for the file at a path that is its own.
+            # Simulate a disk that is not shared: each process uses a path of its own.
             path = own / name if wrapped else Path(folder) / name
             DetectionCheckpointer(target).load(str(path))
             assert torch.equal(model(x), wanted), (name, wrapped)
     (own / "done").touch()
 
 
-def test_two_processes_save_and_load_equal_outputs(tmp_path):
+def test_model_saved_by_two_processes_has_the_same_outputs_when_loaded(tmp_path):
     launch(_work, num_gpus_per_machine=2, dist_url="auto", args=(str(tmp_path),))
     assert (tmp_path / "of_rank_0" / "done").exists() and (tmp_path / "of_rank_1" / "done").exists()
     assert (tmp_path / "last_checkpoint").read_text() == "model.pth"

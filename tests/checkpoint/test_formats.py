@@ -1,4 +1,4 @@
-"""Files of every kind that users and zoos have."""
+"""Reading of checkpoint files in all formats, refusal of unsafe ones, and the report of loaded parameters."""
 
 import io
 import logging
@@ -59,7 +59,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_fills_the_model(tmp_path, name):
+def test_file_sets_all_parameters(tmp_path, name):
     kind, content = FILES[name]
     model = small_model()
     for protocol in range(2, 6) if kind == "pickle" else (2,):
@@ -72,7 +72,7 @@ def test_a_file_fills_the_model(tmp_path, name):
         assert not checkpointer.report.missing_keys and not checkpointer.report.unexpected_keys
 
 
-def test_safetensors(tmp_path):
+def test_safetensors_round_trip_with_shared_and_strided_tensors(tmp_path):
     model = small_model()
     model.tied = model.head  # two names of one parameter
     model.register_buffer("view", torch.arange(12.0).reshape(3, 4).T)
@@ -97,7 +97,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("name", ["a.pkl", "a.pth", "a.pyth", "a.ckpt", "old.pth", "torch.pkl"])
-def test_trust_is_the_only_way_round(tmp_path, name):
+def test_code_runs_only_with_trust(tmp_path, name):
     witness = str(tmp_path / "witness")
     kind = "old torch" if name == "old.pth" else "pickle" if name == "a.pkl" else "torch"
     content = {"model": small_model().state_dict(), "extra": Evil(witness)}
@@ -110,7 +110,7 @@ def test_trust_is_the_only_way_round(tmp_path, name):
     assert os.path.exists(witness)
 
 
-def test_a_zip_within_a_zip_is_refused(tmp_path):
+def test_zip_inside_a_zip_is_refused(tmp_path):
     inner = io.BytesIO()
     torch.save({"model": {"w": Evil(str(tmp_path / "witness"))}}, inner)
 
@@ -124,20 +124,20 @@ def test_a_zip_within_a_zip_is_refused(tmp_path):
     assert not (tmp_path / "witness").exists()
 
 
-def test_a_zip_bomb_is_refused(tmp_path):
+def test_zip_bomb_is_refused(tmp_path):
     torch.save({"model": {"w": torch.zeros(1_000_000)}}, tmp_path / "a.pth")
     with zipfile.ZipFile(tmp_path / "a.pth") as source:
         with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb:
             for entry in source.infolist():
                 bomb.writestr(entry.filename, source.read(entry))
-    with pytest.raises(ValueError, match=r"refused: its \d+ bytes would become \d{7}"):
+    with pytest.raises(ValueError, match=r"refused: its \d+ bytes would expand to \d{7}"):
         read_checkpoint(str(tmp_path / "bomb.pth"))
 
 
-def test_what_is_no_checkpoint_is_named(tmp_path):
-    for content, said in (([1], "a list instead"), ({"a": 1}, "no arrays: 'a'"), ({}, "it is empty")):
+def test_file_that_is_not_a_checkpoint_fails(tmp_path):
+    for content, message in (([1], "a list instead"), ({"a": 1}, "not arrays: 'a'"), ({}, "it is empty")):
         torch.save(content, tmp_path / "a.pth")
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             read_checkpoint(str(tmp_path / "a.pth"))
     torch.save({"model": [1]}, tmp_path / "a.pth")
     with pytest.raises(ValueError, match="holds a list under 'model'"):
@@ -155,7 +155,7 @@ def logged(caplog, model, path):
     return levels[20], levels[30], checkpointer.report
 
 
-def test_the_report_says_what_was_renamed(tmp_path, caplog):
+def test_report_has_the_renamed_parameters(tmp_path, caplog):
     model = small_model()
     part = {name.removeprefix("backbone."): value for name, value in model.backbone.state_dict().items()}
     write_checkpoint(str(tmp_path / "a.pth"), {"model": part, "matching_heuristics": True})
@@ -166,18 +166,19 @@ def test_the_report_says_what_was_renamed(tmp_path, caplog):
     assert "norm.{running_mean, running_var}" in warning
 
 
-def test_other_classes_load_the_rest(tmp_path, caplog):
+def test_other_number_of_classes_loads_the_rest(tmp_path, caplog):
     model = small_model()
     write_checkpoint(str(tmp_path / "a.pth"), {"model": model.state_dict()})
     other = changed(small_model())
     other.head = nn.Linear(4, 5)
     _, warning, report = logged(caplog, other, str(tmp_path / "a.pth"))
     assert torch.equal(other.backbone.weight, model.backbone.weight)
-    assert "head.weight: (2, 4) in the file, (5, 4) here" in warning and "start fresh" in warning
+    assert "head.weight: (2, 4) in the file, (5, 4) in the model" in warning
+    assert "keep their initial values" in warning
     assert [name for name, _, _ in report.incorrect_shapes] == ["head.weight", "head.bias"]
 
 
-def test_a_file_of_another_model_is_said_plainly(tmp_path, caplog):
+def test_file_of_another_model_gives_a_warning(tmp_path, caplog):
     write_checkpoint(str(tmp_path / "a.pth"), {"model": {"layer1.w": torch.ones(1)}})
     _, warning, report = logged(caplog, small_model(), str(tmp_path / "a.pth"))
     assert "Almost nothing" in warning and "0 of 4" in warning
@@ -185,7 +186,7 @@ def test_a_file_of_another_model_is_said_plainly(tmp_path, caplog):
     assert report.loaded == []
 
 
-def test_options_of_a_path(tmp_path):
+def test_options_at_the_end_of_a_path(tmp_path):
     model = small_model()
     state = {name.partition(".")[2]: value for name, value in model.state_dict().items() if "head" in name}
     write_checkpoint(str(tmp_path / "a.pth"), {"model": {f"head.{k}": v for k, v in state.items()}})
@@ -198,11 +199,9 @@ def test_options_of_a_path(tmp_path):
         DetectionCheckpointer(wrapped).load(f"{tmp_path}/a.pth?other=1")
 
 
-@pytest.mark.skipif(
-    not os.path.exists("/proc/self/clear_refs"), reason="memory is measured as Linux tells it"
-)
-def test_a_big_file_is_in_memory_once(tmp_path):
-    """Of 60 MB of weights, at most 1.3 times as much is held at once, beyond the model itself."""
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux to measure memory")
+def test_large_file_is_in_memory_once(tmp_path):
+    """Loading 60 MB of weights must take at most 1.3 times as much memory, in addition to the model."""
     code = """
 import re, sys, torch
 from detlib.checkpoint import DetectionCheckpointer
@@ -212,10 +211,10 @@ class Big(torch.nn.Module):
         for i in range(15):
             self.register_parameter(f"p{i}", torch.nn.Parameter(torch.ones(1_000_000)))
 model = Big()
-DetectionCheckpointer(model).load(sys.argv[2])  # a small file: what reading imports is not counted
+DetectionCheckpointer(model).load(sys.argv[2])  # a small file, so that imports do not count
 def memory(kind):
     return int(re.search(kind + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
-open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+open("/proc/self/clear_refs", "w").write("5")  # reset the peak
 before = memory("VmRSS")
 DetectionCheckpointer(model).load(sys.argv[1])
 print((memory("VmHWM") - before) / 60e6)
@@ -241,5 +240,5 @@ assert model.p7[0] == 7
             write_checkpoint(str(small), {"model": {"p0": torch.zeros(1)}})
         command = [sys.executable, "-c", code, str(tmp_path / name), str(small)]
         ratio = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        # At least the file itself, or the measurement is wrong.
+        # Less than the file itself would mean that the measurement is wrong.
         assert 0.9 < ratio < 1.3, f"{name}: {ratio:.2f}"

@@ -1,4 +1,4 @@
-"""Plain weights of timm and torchvision load into the part of a model that they belong to."""
+"""Loading of plain timm and torchvision weights into the part of a model that they belong to."""
 
 import logging
 
@@ -23,7 +23,7 @@ def randomized(module, seed):
 
 
 class Detector(nn.Module):
-    """A backbone, and a neck with names that end as names of classifiers do."""
+    """A backbone, and a neck with the same name suffixes as a classifier."""
 
     def __init__(self, backbone):
         super().__init__()
@@ -50,10 +50,10 @@ def test_torchvision_file_into_torchvision_backbone(tmp_path, ending, caplog):
     model = Detector(TorchvisionBackbone("resnet18", return_nodes={"layer3": "res4", "layer4": "res5"}))
     with caplog.at_level(logging.INFO, "detlib"):
         report = load(model, theirs.state_dict(), tmp_path, ending)
-    assert "its weights go to 'backbone.model'" in caplog.text
+    assert "its weights are loaded into 'backbone.model'" in caplog.text
     for key, value in theirs.state_dict().items():
         assert torch.equal(model.backbone.model.state_dict()[key], value), key
-    # Nothing is missing under the second names, and the neck keeps what it had.
+    # Only the neck has missing names, although parameters of the backbone have two names each.
     assert {name.split(".")[0] for name in report.missing_keys} == {"neck"}
     assert report.unexpected_keys == [] and report.incorrect_shapes == []
     assert len(report.loaded) == 122 + 120
@@ -68,16 +68,16 @@ def test_torchvision_file_into_torchvision_backbone(tmp_path, ending, caplog):
     ],
 )
 def test_timm_file_into_timm_backbone(tmp_path, caplog, name, indices, place):
-    """Also where timm's extractor writes "stages_0" for the file's "stages.0"."""
+    """Names must match even if timm's extractor has "stages_0" where the file has "stages.0"."""
     timm = pytest.importorskip("timm")
     theirs = randomized(timm.create_model(name, pretrained=False), 2)
     model = Detector(TimmBackbone(name, out_indices=indices))
     before = {k: v.clone() for k, v in model.neck.state_dict().items()}
     with caplog.at_level(logging.INFO, "detlib"):
         report = load(model, theirs.state_dict(), tmp_path)
-    assert f"its weights go to '{place}'" in caplog.text
+    assert f"its weights are loaded into '{place}'" in caplog.text
     assert {key.split(".")[0] for key in report.missing_keys} == {"neck"}
-    # Left over are the classifier and the stages behind the last feature.
+    # Only the classifier and the stages after the last feature map are unused.
     allowed = ("fc.", "head.", "norm.", "fc_norm.", "layer4.")
     assert report.unexpected_keys and all(key.startswith(allowed) for key in report.unexpected_keys)
     assert all(torch.equal(v, before[k]) for k, v in model.neck.state_dict().items())
@@ -86,7 +86,7 @@ def test_timm_file_into_timm_backbone(tmp_path, caplog, name, indices, place):
     assert all(v.double().sum().item() in values for v in ours)
 
 
-def test_own_checkpoints_are_left_alone(tmp_path):
+def test_checkpoint_of_the_full_model_is_not_renamed(tmp_path):
     model = randomized(Detector(TorchvisionBackbone("resnet18", return_nodes={"layer4": "res5"})), 3)
     state = {k: v.clone() for k, v in model.state_dict().items() if "feature_extractor" not in k}
     other = Detector(TorchvisionBackbone("resnet18", return_nodes={"layer4": "res5"}))
@@ -102,21 +102,21 @@ class TestMatching:
     def arrays(**shapes):
         return {name.replace("__", "."): torch.zeros(shape) for name, shape in shapes.items()}
 
-    def test_the_place_where_most_fits(self):
+    def test_module_with_most_matches_is_found(self):
         state = self.arrays(conv1__weight=2, layer__0__weight=3, fc__weight=4)
         matched, place = match_part(self.SHAPES, state)
         assert place == "a.net"
         assert set(matched) == {"a.net.conv1.weight", "a.net.layer.0.weight", "fc.weight"}
         assert matched["a.net.layer.0.weight"] is state["layer.0.weight"]
 
-    def test_other_shapes_do_not_fit(self):
+    def test_other_shapes_do_not_match(self):
         assert match_part(self.SHAPES, self.arrays(conv1__weight=5, layer__0__weight=7)) is None
 
-    def test_files_with_a_name_of_the_model_stay(self):
+    def test_file_with_a_name_in_the_model_does_not_match(self):
         state = self.arrays(a__net__conv1__weight=2, layer__0__weight=3)
         assert match_part(self.SHAPES, state) is None
 
-    def test_little_in_common_is_no_part(self):
+    def test_too_few_matches_do_not_match(self):
         state = self.arrays(x=1, y__weight=2, z__weight=3, u__weight=4, v__weight=4)
         shapes = {**self.SHAPES, "b.q": (1,), "b.r": (1,)}
         assert match_part(shapes, state) is None

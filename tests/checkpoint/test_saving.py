@@ -1,4 +1,4 @@
-"""What is saved is whole, in time and in the background."""
+"""Atomic saving, saving in the background, and removal of old files."""
 
 import logging
 import os
@@ -20,7 +20,7 @@ from detlib.checkpoint.formats import read_checkpoint
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("mode", ["sync", "async"])
 @pytest.mark.parametrize("kills", [10, pytest.param(200, marks=pytest.mark.slow)])
-def test_a_killed_process_leaves_what_can_be_gone_on_from(tmp_path, mode, kills):
+def test_killed_process_leaves_a_checkpoint_to_resume_from(tmp_path, mode, kills):
     script = Path(__file__).with_name("kill_while_saving.py")
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, str(script), str(tmp_path), str(kills), mode]
@@ -33,7 +33,7 @@ def test_a_killed_process_leaves_what_can_be_gone_on_from(tmp_path, mode, kills)
 
 
 class SlowDisk:
-    """Takes the place of `write_checkpoint`: waits for `go`, and fails if `error` is set."""
+    """A replacement of `write_checkpoint` that waits for `go` and raises `error` if it is set."""
 
     def __init__(self, monkeypatch):
         self.go, self.started, self.error, self.paths = threading.Event(), threading.Event(), None, []
@@ -49,7 +49,7 @@ class SlowDisk:
         self.write(path, content)
 
 
-def test_saving_in_the_background_holds_the_state_of_the_call(tmp_path, monkeypatch):
+def test_background_save_has_the_state_at_the_time_of_the_call(tmp_path, monkeypatch):
     disk = SlowDisk(monkeypatch)
     model = nn.Linear(2, 2)
     checkpointer = Checkpointer(model, str(tmp_path), async_save=True)
@@ -65,7 +65,7 @@ def test_saving_in_the_background_holds_the_state_of_the_call(tmp_path, monkeypa
     assert checkpointer.get_checkpoint_file() == str(tmp_path / "a.pth")
 
 
-def test_an_error_in_the_background_is_raised_and_removes_nothing(tmp_path, monkeypatch, caplog):
+def test_error_in_the_background_is_raised_and_removes_nothing(tmp_path, monkeypatch, caplog):
     disk = SlowDisk(monkeypatch)
     disk.go.set()
     checkpointer = Checkpointer(nn.Linear(2, 2), str(tmp_path), async_save=True)
@@ -76,7 +76,7 @@ def test_an_error_in_the_background_is_raised_and_removes_nothing(tmp_path, monk
     saver.step(1)
     with pytest.raises(OSError, match="No space left"):
         checkpointer.wait()
-    # The good file is still there and still the last one.
+    # The valid file still exists and is still the last checkpoint.
     assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0000000.pth"]
     assert checkpointer.get_checkpoint_file().endswith("model_0000000.pth")
     disk.error = None
@@ -84,14 +84,14 @@ def test_an_error_in_the_background_is_raised_and_removes_nothing(tmp_path, monk
     assert checkpointer.get_checkpoint_file().endswith("model_0000002.pth")
 
 
-def test_the_queue_is_bounded():
+def test_submit_blocks_if_the_queue_is_full():
     writer, go, done = BackgroundWriter(max_pending=1), threading.Event(), []
     writer.submit(lambda: go.wait(20))
     writer.submit(lambda: done.append(1))
     third = threading.Thread(target=lambda: writer.submit(lambda: done.append(2)))
     third.start()
     third.join(0.2)
-    assert third.is_alive(), "one runs and one waits: a third has to wait for its place"
+    assert third.is_alive(), "while one task runs and one waits, a third submit must block"
     go.set()
     third.join(20)
     writer.wait()
@@ -100,7 +100,7 @@ def test_the_queue_is_bounded():
         BackgroundWriter(0)
 
 
-def test_after_an_error_later_tasks_are_dropped_until_it_is_told():
+def test_tasks_are_dropped_after_an_error_until_it_is_raised():
     writer, go, done = BackgroundWriter(max_pending=3), threading.Event(), []
 
     def fail():
@@ -118,7 +118,7 @@ def test_after_an_error_later_tasks_are_dropped_until_it_is_told():
     assert done == [2]
 
 
-def test_copies_keep_sharing_and_versions():
+def test_copy_to_host_keeps_shared_memory_and_metadata():
     base = torch.arange(6.0)
     state = nn.BatchNorm2d(2).state_dict()
     tree = {"a": base, "b": [base[2:4], (base.view(2, 3).T,)], "state": state, "n": 3}
@@ -130,7 +130,7 @@ def test_copies_keep_sharing_and_versions():
     assert copy["state"]._metadata == state._metadata and copy["n"] == 3
 
 
-def test_a_program_that_ends_finishes_saving(tmp_path):
+def test_program_finishes_saving_before_it_exits(tmp_path):
     code = (
         "import sys; from torch import nn; from detlib.checkpoint import Checkpointer; "
         "Checkpointer(nn.Linear(500, 500), sys.argv[1], async_save=True).save('a')"
@@ -140,7 +140,7 @@ def test_a_program_that_ends_finishes_saving(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["a.pth", "last_checkpoint"]
 
 
-def test_a_resumed_training_goes_on_removing(tmp_path):
+def test_resumed_training_run_continues_to_remove_old_files(tmp_path):
     def saver():
         checkpointer = Checkpointer(nn.Linear(1, 1), str(tmp_path))
         periodic = PeriodicCheckpointer(checkpointer, period=1, max_to_keep=2)
@@ -156,7 +156,7 @@ def test_a_resumed_training_goes_on_removing(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0000002.pth", "model_0000003.pth"]
 
 
-def test_leftovers_of_a_killed_process_are_removed(tmp_path, caplog):
+def test_unfinished_files_of_a_killed_process_are_removed(tmp_path, caplog):
     checkpointer = Checkpointer(nn.Linear(1, 1), str(tmp_path))
     checkpointer.save("a")
     (tmp_path / ".a.pth.x7.unfinished").write_bytes(b"half")

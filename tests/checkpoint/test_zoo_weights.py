@@ -1,4 +1,4 @@
-"""The published files, as far as their names and shapes are known, load into the models of their configs."""
+"""Published files, by their known names and shapes, loaded into the models of their configs."""
 
 import gzip
 import hashlib
@@ -39,7 +39,7 @@ def build(name: str, device: str) -> torch.nn.Module:
         return build_model(cfg)
 
 
-def test_all_addresses_are_known():
+def test_all_published_weights_have_a_url_with_a_checksum():
     assert len(PUBLISHED) == 64
     for name in PUBLISHED:
         url = model_zoo.get_checkpoint_url(config_name(name))
@@ -50,25 +50,25 @@ def test_all_addresses_are_known():
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_published_file_fits_its_model(tmp_path, name):
-    """On the meta device, with arrays that repeat one element, so that neither file nor model takes room."""
+def test_published_file_matches_its_model(tmp_path, name):
+    """Loading runs on the meta device, with arrays that repeat one element, to save disk space and memory."""
     state = {key: torch.zeros(()).expand(shape) for key, shape in STATES[config_name(name)]["state"]}
-    # Older files hold the anchors as well.
+    # Older files include the anchors.
     state["proposal_generator.anchor_generator.cell_anchors.0"] = torch.zeros(3, 4)
     path = tmp_path / "model_final.pkl"
     path.write_bytes(pickle.dumps({"model": state, "__author__": "Detectron2 Model Zoo"}))
     assert path.stat().st_size < 1e6
     model = build(config_name(name), "meta")
     checkpointer = DetectionCheckpointer(model)
-    with pytest.warns(UserWarning, match="no-op"):  # PyTorch, on values for the meta device
+    with pytest.warns(UserWarning, match="no-op"):  # PyTorch warns about values for the meta device
         checkpointer.load(str(path))
     report = checkpointer.report
     assert not (report.missing_keys or report.unexpected_keys or report.incorrect_shapes or report.renamed)
     assert len(report.loaded) == len(model.state_dict())
 
 
-def test_a_trained_model_by_name(tmp_path, monkeypatch):
-    """The whole way: address, cache, checksum, safe reading, values."""
+def test_trained_model_is_loaded_from_the_cache(tmp_path, monkeypatch):
+    """All steps: URL, cache, checksum, safe reading, values."""
     name = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
     rng = np.random.default_rng(0)
     arrays = {key: rng.standard_normal(shape, dtype=np.float32) for key, shape in STATES[name]["state"]}
@@ -78,12 +78,12 @@ def test_a_trained_model_by_name(tmp_path, monkeypatch):
     group, stem = name.removesuffix(".yaml").split("/")
     digest = hashlib.md5(content).hexdigest()[:6]
     monkeypatch.setitem(CHECKPOINTS[group], stem, f"190397773/model_final_{digest}.pkl")
-    place = tmp_path / "detectron2" / group / stem / "190397773" / f"model_final_{digest}.pkl"
-    with pytest.raises(OSError, match=str(place)):
+    path = tmp_path / "detectron2" / group / stem / "190397773" / f"model_final_{digest}.pkl"
+    with pytest.raises(OSError, match=str(path)):
         model_zoo.get(name, trained=True, device="cpu")
-    place.parent.mkdir(parents=True)
-    place.write_bytes(content)
-    assert PathManager.get_local_path(model_zoo.get_checkpoint_url(name)) == str(place)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    assert PathManager.get_local_path(model_zoo.get_checkpoint_url(name)) == str(path)
     state = model_zoo.get(name, trained=True, device="cpu").state_dict()
     for key, array in arrays.items():
         assert np.array_equal(state[key].numpy(), array), key
