@@ -58,7 +58,6 @@ LATER = """
     detlib/checkpoint/ detlib/config/ detlib/data/ detlib/engine/ detlib/evaluation/
     detlib/model_zoo/ detlib/modeling/ detlib/report/ detlib/solver/
     detlib/utils/ detlib/visualization/
-
     tests/checkpoint/ tests/config tests/conformance/ tests/data/ tests/engine/
     tests/compatibility/ tests/scripts/ tests/shipped_configs/
     tests/evaluation/ tests/model_zoo/ tests/modeling/ tests/report/

@@ -4,8 +4,8 @@
 // would suppress. The second kernel, a single block, goes through the tiles in order and decides which boxes stay. Only
 // the number of kept boxes returns to the host.
 //
-// The order is descending score. Many boxes of several categories are grouped by category first, so that tiles without
-// a common category can be skipped.
+// Boxes are in descending score order. If there are many boxes and multiple categories, they are first grouped by
+// category, so that pairs of tiles without a common category can be skipped.
 #pragma once
 
 #include "cuda.cuh"
@@ -13,7 +13,7 @@
 namespace detlib {
 
 constexpr int kTile = 64;
-constexpr int64_t kGroupedBoxes = 1024;  // number of boxes from which grouping is worth its sort
+constexpr int64_t kGroupedBoxes = 1024;  // with fewer boxes, the sort takes longer than it saves
 
 // The boxes in order, on the device.
 struct SuppressionOrder {

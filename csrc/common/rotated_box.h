@@ -19,7 +19,7 @@ namespace detlib {
 template <typename V>
 struct RotatedBox {
   V x, y, half_width, half_height, cosine, sine;
-  V radius;  // of the circumscribed circle; nan for a box that overlaps nothing, whose other fields are unused
+  V radius;  // of the circumscribed circle; nan if the box overlaps nothing and its other fields are unused
 };
 
 template <typename T>

@@ -108,7 +108,7 @@ std::vector<Level> read_levels(const Tensor& spatial_shapes, const Tensor& level
         levels[l].height >= 0 && levels[l].width >= 0, "spatial_shapes must not be negative, level ", l, " is (",
         levels[l].height, ", ", levels[l].width, ")");
     DETLIB_CHECK(
-        start[l] == total, "level_start_index must be ", total, " at level ", l, ", as spatial_shapes say, got ",
+        start[l] == total, "level_start_index must be ", total, " at level ", l, " for these spatial_shapes, got ",
         start[l]);
     total += levels[l].height * levels[l].width;
   }

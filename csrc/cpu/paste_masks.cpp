@@ -48,12 +48,13 @@ struct PasteAxis {
     return static_cast<int64_t>(cells.size());
   }
 
-  // Returns the first of [begin, end) for which `holds` returns true, or `end`. It must be true for all later ones too.
-  template <typename Holds>
-  static int64_t first_pixel(int64_t begin, int64_t end, const Holds& holds) {
+  // Returns the first of [begin, end) for which `predicate` returns true, or `end`. It must be true for all later ones
+  // too.
+  template <typename Predicate>
+  static int64_t first_pixel(int64_t begin, int64_t end, const Predicate& predicate) {
     while (begin < end) {
       const int64_t middle = begin + (end - begin) / 2;
-      if (holds(middle)) {
+      if (predicate(middle)) {
         end = middle;
       } else {
         begin = middle + 1;

@@ -114,8 +114,7 @@ class TapBuilder {
     }
   }
 
-  // Adds to the tap of a cell, of which a bin has only one; tap_of_cell_ has its index among the taps of the bin, or
-  // -1.
+  // Adds to the tap of a cell. Each cell has at most one tap per bin; tap_of_cell_ has its index in the bin, or -1.
   void add(int64_t cell, T weight, size_t first_tap, std::vector<Tap<T>>& taps) {
     int32_t& tap = tap_of_cell_[cell];
     if (tap < 0) {

@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(
       continue;
     }
     T* plane = grad_input + bin.image * strides.image + bin.channel * strides.channel;
-    const T share = static_cast<T>(grad[index]) / bin.num_samples();
+    const T sample_grad = static_cast<T>(grad[index]) / bin.num_samples();
     const int_t y = bin.y, x = bin.x, height = g.height, width = g.width;
     const int_t row_stride = strides.row, column_stride = strides.column;
     const int_t first_row = bin.first_row, last_row = bin.last_row;
@@ -145,10 +145,10 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(
         const auto c = roi_sample<T, int_t>(bin.columns, x, j, width);
         if (c.inside) {
           const int_t left = c.low * column_stride, right = c.high * column_stride;
-          atomicAdd(low + left, share * r.low_weight * c.low_weight);
-          atomicAdd(low + right, share * r.low_weight * c.high_weight);
-          atomicAdd(high + left, share * r.high_weight * c.low_weight);
-          atomicAdd(high + right, share * r.high_weight * c.high_weight);
+          atomicAdd(low + left, sample_grad * r.low_weight * c.low_weight);
+          atomicAdd(low + right, sample_grad * r.low_weight * c.high_weight);
+          atomicAdd(high + left, sample_grad * r.high_weight * c.low_weight);
+          atomicAdd(high + right, sample_grad * r.high_weight * c.high_weight);
         }
       }
     }

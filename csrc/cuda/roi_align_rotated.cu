@@ -94,14 +94,14 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(
       continue;
     }
     T* plane = grad_input + (bin.image * g.channels + bin.channel) * g.height * g.width;
-    const T share = static_cast<T>(grad[index]) / bin.grid.num_samples();
+    const T sample_grad = static_cast<T>(grad[index]) / bin.grid.num_samples();
     bin.for_samples(g, [&](const RotatedSample<T>& s) {
       T* top = plane + s.top * g.width;
       T* bottom = plane + s.bottom * g.width;
-      atomicAdd(top + s.left, share * (T(1) - s.bottom_weight) * (T(1) - s.right_weight));
-      atomicAdd(top + s.right, share * (T(1) - s.bottom_weight) * s.right_weight);
-      atomicAdd(bottom + s.left, share * s.bottom_weight * (T(1) - s.right_weight));
-      atomicAdd(bottom + s.right, share * s.bottom_weight * s.right_weight);
+      atomicAdd(top + s.left, sample_grad * (T(1) - s.bottom_weight) * (T(1) - s.right_weight));
+      atomicAdd(top + s.right, sample_grad * (T(1) - s.bottom_weight) * s.right_weight);
+      atomicAdd(bottom + s.left, sample_grad * s.bottom_weight * (T(1) - s.right_weight));
+      atomicAdd(bottom + s.right, sample_grad * s.bottom_weight * s.right_weight);
     });
   }
 }

@@ -67,8 +67,8 @@ class _DeformConvBase(nn.Module):
 
     def _convolve(self, x, offset, mask):
         taps = self.kernel_size[0] * self.kernel_size[1]
-        wanted = {"offset": (offset, 2)} if mask is None else {"offset": (offset, 2), "mask": (mask, 1)}
-        for name, (tensor, per_tap) in wanted.items():
+        expected = {"offset": (offset, 2)} if mask is None else {"offset": (offset, 2), "mask": (mask, 1)}
+        for name, (tensor, per_tap) in expected.items():
             channels = per_tap * self.deformable_groups * taps
             if tensor.shape[1] != channels:
                 raise ValueError(

@@ -50,8 +50,8 @@ def define(
         schema: arguments and results, e.g. "(Tensor boxes, float threshold) -> Tensor".
         fallback: kernel for devices without a compiled one.
         fake: returns empty tensors of the result's shape, dtype and layout.
-        backward: gets `ctx` and the gradients of the outputs; returns a gradient or None for each argument.
-        save: gets `ctx`, the tuple of arguments and the output; stores in `ctx` what `backward` needs.
+        backward: takes `ctx` and the gradients of the outputs; returns a gradient or None for each argument.
+        save: takes `ctx`, the tuple of arguments and the output; stores in `ctx` the values for `backward`.
         in_torchvision: whether the fallback uses torchvision if that is installed.
 
     Returns:
@@ -172,7 +172,7 @@ def check_tensor(name: str, value: object, shape: str, *, floating: bool = True)
         raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(value).__name__}")
     sizes = [size.strip() for size in shape.strip("()").split(",") if size.strip()]
     fits = value.dim() == len(sizes) and all(
-        not wanted.isdigit() or got == int(wanted) for got, wanted in zip(value.shape, sizes)
+        not expected.isdigit() or got == int(expected) for got, expected in zip(value.shape, sizes)
     )
     if not fits:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")

@@ -104,7 +104,7 @@ def _axis_weights(
     step = bin_size / count.clamp(min=1)
     bins = torch.arange(num_bins, dtype=start.dtype, device=start.device)
     bin_start = start[:, None] + bins * bin_size[:, None]
-    # Only samples in [-1, size] matter. Skip the others, of which a huge box has many.
+    # Only samples in [-1, size] matter. A huge box has many others, which are skipped.
     forward = step.clamp(min=1e-12)
     first = ((-1 - bin_start) / forward[:, None]).floor().sub(1).clamp(min=0)
     in_range = torch.minimum(((size + 2) / forward).ceil() + 3, count)

@@ -145,7 +145,7 @@ class Boxes:
         """Create the boxes.
 
         Args:
-            tensor: (N, 4) tensor, array or nested list of absolute xyxy pixels; anything empty gives N = 0.
+            tensor: (N, 4) tensor, array or nested list of absolute xyxy pixels; an empty one gives N = 0.
 
         Raises:
             ValueError: the shape is not (N, 4).

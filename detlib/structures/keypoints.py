@@ -203,7 +203,7 @@ def heatmaps_to_keypoints(maps: torch.Tensor, rois: torch.Tensor) -> torch.Tenso
             width = max(heights_widths[i][1] for i in group)
             index = torch.tensor(group).to(maps.device, non_blocking=True)
             peaks[index] = _find_peaks(maps[index], pixels[index], height, width)
-    # A GPU may return any of several equal pixels, also padding that repeats the last pixel of a smaller
+    # A GPU may return any of multiple equal pixels, also padding that repeats the last pixel of a smaller
     # heatmap. An enlarged heatmap has an integer number of pixels; the size of its region may be fractional.
     centers = torch.minimum(peaks[..., :2], pixels[:, None] - 1) + 0.5
     points = centers * (sizes / pixels)[:, None] + rois[:, None, :2]

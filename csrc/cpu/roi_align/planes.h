@@ -84,7 +84,7 @@ class RoiTableBuilder {
   }
 
  private:
-  // Fills y_ and x_ and everything that both directions share.
+  // Fills y_, x_ and the fields that both passes use.
   RoiTable<T> prepare(const T* box) {
     RoiTable<T> table;
     table.lanes = lanes_;
