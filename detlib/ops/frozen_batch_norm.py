@@ -70,9 +70,9 @@ def frozen_batch_norm(
 def is_fast(x: torch.Tensor) -> bool:
     """Return whether a compiled kernel exists for x and is faster than separate PyTorch operators.
 
-    It is not faster for float16 on the CPU, which it converts one value at a time. Compilers and tracers get
-    the separate operators, which they can fuse themselves. Transforms get them too, since they have rules for
-    them.
+    The kernel is not faster for float16 on the CPU, since it converts one value at a time. Compilers and
+    tracers get the separate operators, which they can fuse themselves. Transforms get them too, since they
+    have rules for them.
     """
     return (
         x.dim() == 4
