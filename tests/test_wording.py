@@ -44,8 +44,9 @@ GLOSSARY = {
     r"\bwhat (is|was|were) given\b": "the name of the thing",
     r"\bfor good\b": "permanently",
 }
-# Tables of names from outside, and the glossary itself.
+# Tables of names from outside, former names, and the glossary itself.
 EXCLUDED = {
+    "CHANGELOG.md",
     "CONTRIBUTING.md",
     "detlib/data/datasets/builtin_meta.py",
     "detlib/data/datasets/lvis_v0_5_categories.py",
