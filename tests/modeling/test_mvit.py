@@ -1,4 +1,4 @@
-"""The MViTv2 backbone: pooling attention against a slow formula, and the plan of its stages."""
+"""Tests of the MViTv2 backbone: pooling attention against a reference, and the layout of its stages."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def small_mvit(**kwargs):
 
 
 def slow_pool(x, weight, norm, stride):
-    """Depthwise 3x3 convolution of one (H, W, D) map with zeros around, and a layer norm."""
+    """Apply a zero-padded depthwise 3x3 convolution and a layer norm to one (H, W, D) feature map."""
     padded = x.new_zeros(x.shape[0] + 2, x.shape[1] + 2, x.shape[2])
     padded[1:-1, 1:-1] = x
     rows = []
@@ -39,7 +39,11 @@ def slow_pool(x, weight, norm, stride):
 
 
 def slow_attention(attn, x, stride_q, stride_kv, windows):
-    """`MultiScaleAttention` on one (H, W, C) map, square if `windows`, the sides of q's and k's, is None."""
+    """Apply `MultiScaleAttention` to one (H, W, C) feature map, in loops.
+
+    `windows` holds the side lengths of the windows of queries and keys. If it is None, the feature map must
+    be square.
+    """
     projected = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1))
     heads = []
     for head in range(attn.num_heads):
@@ -74,7 +78,7 @@ def slow_attention(attn, x, stride_q, stride_kv, windows):
         (1, 1, 0, (5, 5), False),
     ],
 )
-def test_pooling_attention(stride_q, stride_kv, window, hw, residual, fold_from, monkeypatch):
+def test_pooling_attention_matches_loops(stride_q, stride_kv, window, hw, residual, fold_from, monkeypatch):
     monkeypatch.setattr(utils, "_FOLD_FROM", fold_from)
     attn = MultiScaleAttention(
         6,
@@ -96,7 +100,7 @@ def test_pooling_attention(stride_q, stride_kv, window, hw, residual, fold_from,
 
 
 @pytest.mark.parametrize("dim_out, stride", [(6, 1), (12, 1), (6, 2), (12, 2)])
-def test_shortcut_of_a_block(dim_out, stride):
+def test_shortcut_is_pooled_and_projected(dim_out, stride):
     block = randomize(MultiScaleBlock(6, dim_out, num_heads=2, stride_q=stride, input_size=(8, 8)).double())
     x = rand(2, 7, 5, 6)
     with torch.no_grad():
@@ -109,17 +113,17 @@ def test_shortcut_of_a_block(dim_out, stride):
         torch.testing.assert_close(block(x), between + block.mlp(block.norm2(between)))
 
 
-def test_windows_that_do_not_pair_up():
+def test_window_size_that_is_not_a_multiple_of_strides_is_rejected():
     mvit = small_mvit(adaptive_window_size=6, adaptive_kv_stride=4)
-    with pytest.raises(ValueError, match="queries have windows of 6, keys of 1"):
+    with pytest.raises(ValueError, match="not a multiple.*queries have 6 tokens, those of keys 1;"):
         mvit(rand(1, 3, 64, 64, dtype=torch.float32))
 
 
-# The whole backbone
+# The backbone
 
 
-def test_plan_of_the_tiny_model():
-    """Strides, windows, heads and tables of each block, as in the paper and the published files."""
+def test_blocks_of_mvit_tiny_match_the_paper():
+    """Compare strides, windows, heads and tables of each block with the paper and the published weights."""
     with torch.device("meta"):
         blocks = MViT(depth=10, last_block_indexes=(0, 2, 7, 9), drop_path_rate=0.2).blocks
     attns = [block.attn for block in blocks]
@@ -134,7 +138,7 @@ def test_plan_of_the_tiny_model():
     )
 
 
-def test_stages():
+def test_stages_have_published_shapes_and_norms():
     mvit = randomize(small_mvit(), seed=3)
     shapes, out = mvit.output_shape(), mvit(rand(2, 3, 64, 96, dtype=torch.float32))
     assert {name: (s.channels, s.stride) for name, s in shapes.items()} == dict(
@@ -142,7 +146,7 @@ def test_stages():
     )
     for name, spec in shapes.items():
         assert out[name].shape == (2, spec.channels, 64 // spec.stride, 96 // spec.stride)
-        # The last step is a layer norm of each pixel: undoing its parameters leaves mean 0 and variance 1.
+        # Without the affine parameters of the final layer norm, every pixel has mean 0 and variance 1.
         norm = getattr(mvit, f"{name}_norm")
         plain = (out[name].permute(0, 2, 3, 1) - norm.bias) / norm.weight
         torch.testing.assert_close(plain.mean(-1), torch.zeros(plain.shape[:-1]), rtol=0, atol=1e-3)
@@ -151,7 +155,7 @@ def test_stages():
         )
 
 
-def test_only_the_stages_asked_for_have_a_norm():
+def test_only_out_features_have_a_norm():
     mvit = small_mvit(out_features=["scale3", "scale5"])
     assert {name for name, _ in mvit.named_children()} == {
         "patch_embed",
@@ -163,12 +167,12 @@ def test_only_the_stages_asked_for_have_a_norm():
 
 
 @pytest.mark.parametrize("kwargs", [dict(out_features=["scale6"]), dict(depth=5), dict(out_features=[])])
-def test_stages_that_are_not_there(kwargs):
+def test_unknown_out_features_are_rejected(kwargs):
     with pytest.raises(ValueError, match="out_features .* there are"):
         small_mvit(**kwargs)
 
 
-def test_absolute_positions():
+def test_absolute_positions_are_added_to_patches():
     with_cls = small_mvit(use_abs_pos=True, pretrain_img_size=32, use_rel_pos=False)
     assert with_cls.pos_embed.shape == (1, 65, 8)
     assert not any("rel_pos" in name for name, _ in with_cls.named_parameters())
@@ -182,7 +186,7 @@ def test_absolute_positions():
 
 
 @pytest.mark.parametrize("hw", [(61, 83), (33, 130), (5, 9)])
-def test_images_of_any_size(hw):
+def test_any_image_size_is_accepted(hw):
     out = small_mvit().eval()(rand(1, 3, *hw, dtype=torch.float32))
     height, width = hw
     for stride, name in ((4, "scale2"), (8, "scale3"), (16, "scale4"), (32, "scale5")):
@@ -192,7 +196,7 @@ def test_images_of_any_size(hw):
 
 @pytest.mark.parametrize("fold_from", [0, 10**9])
 @pytest.mark.parametrize("mode", ["float64", "bfloat16", "autocast"])
-def test_number_types(mode, fold_from, monkeypatch):
+def test_low_and_double_precision_match_float32(mode, fold_from, monkeypatch):
     monkeypatch.setattr(utils, "_FOLD_FROM", fold_from)
     torch.manual_seed(0)
     net = FPN(small_mvit(use_abs_pos=True), ["scale3", "scale4", "scale5"], 8, top_block=LastLevelMaxPool())
@@ -213,7 +217,7 @@ def test_number_types(mode, fold_from, monkeypatch):
     torch.testing.assert_close(features["p5"].float(), expected, rtol=0, atol=tolerance)
 
 
-def test_recomputed_activations_change_nothing():
+def test_activation_checkpointing_keeps_gradients():
     kept, recomputed = small_mvit(drop_path_rate=0.5), small_mvit(drop_path_rate=0.5, use_act_checkpoint=True)
     recomputed.load_state_dict(randomize(kept).state_dict())
     x, grads = rand(4, 3, 40, 48, dtype=torch.float32), []
@@ -224,7 +228,7 @@ def test_recomputed_activations_change_nothing():
     torch.testing.assert_close(grads[1], grads[0])
 
 
-def test_the_huge_model_builds_without_memory():
+def test_mvit_huge_builds_on_the_meta_device():
     with torch.device("meta"):
         mvit = MViT(
             embed_dim=192, depth=80, num_heads=3, last_block_indexes=(3, 11, 71, 79), drop_path_rate=0.6

@@ -1,4 +1,4 @@
-"""RegNet against torchvision's, whose weights are carried over by name, and the paper's widths."""
+"""Tests of RegNet against torchvision with converted weights, and against the widths in the paper."""
 
 import re
 
@@ -19,7 +19,7 @@ from detlib.modeling.backbone.regnet import (
     regnet_stages,
 )
 
-# w_a, w_0, w_m, depth, group width; and the paper's depths and widths (its figures 17 and 18).
+# (w_a, w_0, w_m, depth, group width), and the depths and widths of the paper (figures 17 and 18).
 LINES = {
     "x_400mf": ((24.48, 24, 2.54, 22, 16), [1, 2, 7, 12], [32, 64, 160, 384]),
     "x_800mf": ((35.73, 56, 2.28, 16, 16), [1, 3, 7, 5], [64, 128, 288, 672]),
@@ -74,7 +74,7 @@ def anynet(**kwargs):
 
 
 def from_torchvision(state):
-    """Names of torchvision's RegNet in ours."""
+    """Convert a state dict of torchvision's RegNet."""
     out = {}
     for name, value in state.items():
         name = name.replace("stem.0.", "stem.conv.").replace("stem.1.", "stem.bn.")
@@ -87,7 +87,7 @@ def from_torchvision(state):
 
 
 @pytest.mark.parametrize("name", LINES)
-def test_the_papers_widths(name):
+def test_depths_and_widths_match_the_paper(name):
     _, depths, widths = LINES[name]
     with torch.device("meta"):
         net = regnet(name, out_features=ALL)
@@ -95,19 +95,19 @@ def test_the_papers_widths(name):
     assert [shapes[f].channels for f in ALL] == [32, *widths]
     assert [shapes[f].stride for f in ALL] == [2, 4, 8, 16, 32]
     assert [len(getattr(net, f)) for f in ALL[1:]] == depths
-    if name[0] == "y":  # the excitation follows what goes into the block
+    if name[0] == "y":  # the width of the excitation depends on the block's input
         assert net.s4.b1.f.se.f_ex[0].out_channels == round(widths[2] / 4)
         assert net.s1.b1.f.se.f_ex[0].out_channels == 32 / 4
 
 
-def test_widths_before_groups_by_hand():
-    # 24 * 2**k for the ks that lie nearest to 24 + 20 * j, each rounded to a multiple of 8
+def test_widths_are_quantized_in_log_space():
+    # The nearest 24 * 2**k to each 24 + 20 * j, rounded to a multiple of 8.
     assert regnet_stages(20, 24, 2.0, 5) == ([24, 48, 96], [1, 2, 2])
     assert regnet_stages(0, 16, 2.0, 3) == ([16], [3])
 
 
 @pytest.mark.parametrize("name", ["x_800mf", "y_400mf"])
-def test_features_are_torchvisions(name):
+def test_features_match_torchvision(name):
     torch.manual_seed(0)
     theirs = getattr(torchvision.models, f"regnet_{name}")().eval()
     for module in theirs.modules():
@@ -141,7 +141,7 @@ def test_groups_divide_the_bottleneck(width, ratio, group, want):
 
 
 @pytest.mark.parametrize("block_class", [ResBasicBlock, VanillaBlock, ResBottleneckBlock])
-def test_other_blocks(block_class):
+def test_blocks_match_their_formulas(block_class):
     torch.manual_seed(0)
     net = anynet(block_class=block_class, se_ratio=0.5, norm="GN", widths=[32, 64], stem_width=32)
     x = torch.randn(1, 3, 32, 64)
@@ -163,7 +163,7 @@ def test_other_blocks(block_class):
 
 
 @pytest.mark.parametrize("freeze_at", [0, 1, 3])
-def test_freeze(freeze_at):
+def test_freeze_fixes_first_stages(freeze_at):
     net = regnet(freeze_at=freeze_at, out_features=["s3", "s4"])
     for i, name in enumerate(ALL, start=1):
         part, frozen = getattr(net, name), i <= freeze_at
@@ -171,7 +171,7 @@ def test_freeze(freeze_at):
         assert any(isinstance(m, FrozenBatchNorm2d) for m in part.modules()) == frozen
 
 
-def test_initial_weights():
+def test_initial_weights_use_all_output_channels():
     torch.manual_seed(0)
     net = regnet("y_800mf")
     for module in net.modules():
@@ -180,7 +180,7 @@ def test_initial_weights():
             assert module.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.1)
 
 
-def test_without_norm_and_with_other_dtypes():
+def test_networks_without_norm_and_in_other_dtypes_run():
     net = anynet(norm="", activation_class=nn.SiLU).double()
     assert net(torch.zeros(1, 3, 32, 32, dtype=torch.float64))["s2"].dtype == torch.float64
     net = regnet("y_400mf", norm="FrozenBN").bfloat16()
@@ -196,13 +196,13 @@ def test_without_norm_and_with_other_dtypes():
         ({"out_features": []}, r"out_features \[\]"),
     ],
 )
-def test_errors(kwargs, words):
+def test_illegal_arguments_are_rejected(kwargs, words):
     with pytest.raises(ValueError, match=words):
         anynet(**kwargs)
 
 
-def test_errors_of_the_line():
+def test_illegal_widths_and_inputs_are_rejected():
     with pytest.raises(ValueError, match="w_0 > 0 a multiple of 8, .* w_0=20"):
         regnet(w_0=20)
-    with pytest.raises(ValueError, match="AnyNet takes a .* got .3, 8, 8"):
+    with pytest.raises(ValueError, match="AnyNet takes an .* got .3, 8, 8"):
         anynet()(torch.zeros(3, 8, 8))

@@ -1,4 +1,4 @@
-"""ResNet against torchvision's, whose weights are carried over by name."""
+"""Tests of ResNet against torchvision with converted weights."""
 
 import re
 
@@ -28,7 +28,7 @@ STAGES = ["res2", "res3", "res4", "res5"]
 
 
 def from_torchvision(state):
-    """Names of torchvision's ResNet in ours."""
+    """Convert a state dict of torchvision's ResNet."""
     out = {}
     for name, value in state.items():
         name = re.sub(r"^(conv1|bn1)\.", r"stem.\1.", name)
@@ -40,7 +40,7 @@ def from_torchvision(state):
 
 
 @pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
-def test_stages_have_torchvisions_parameters(depth):
+def test_parameters_match_torchvision(depth):
     with torch.device("meta"):
         ours = ResNet(BasicStem(), ResNet.make_default_stages(depth), num_classes=1000)
         theirs = getattr(torchvision.models, f"resnet{depth}")()
@@ -56,7 +56,7 @@ def test_stages_have_torchvisions_parameters(depth):
         ("resnext50_32x4d", {"NUM_GROUPS": 32, "WIDTH_PER_GROUP": 4}),
     ],
 )
-def test_features_are_torchvisions(name, config):
+def test_features_match_torchvision(name, config):
     torch.manual_seed(0)
     theirs = getattr(torchvision.models, name)().eval()
     randomize_norms(theirs)
@@ -81,7 +81,7 @@ def test_features_are_torchvisions(name, config):
         assert -(-97 // shapes[key].stride) == value.shape[3]
 
 
-def test_classifier():
+def test_classifier_matches_torchvision():
     torch.manual_seed(0)
     theirs = torchvision.models.resnet18(num_classes=7).eval()
     ours = ResNet(BasicStem(), ResNet.make_default_stages(18), num_classes=7).eval()
@@ -93,7 +93,7 @@ def test_classifier():
     assert list(out) == ["linear"] and ours.output_shape()["linear"].channels == 7
 
 
-def test_stride_in_1x1_and_dilation():
+def test_stride_in_1x1_and_dilation_select_convolutions():
     block = BottleneckBlock(8, 16, bottleneck_channels=4, stride=2, stride_in_1x1=True)
     assert (block.conv1.stride, block.conv2.stride) == ((2, 2), (1, 1))
     block = BottleneckBlock(8, 16, bottleneck_channels=4, stride=2)
@@ -108,7 +108,7 @@ def test_stride_in_1x1_and_dilation():
     assert net(torch.zeros(1, 3, 64, 64))["res5"].shape == (1, 2048, 4, 4)
 
 
-def test_a_dilated_stage_is_convolution_with_zeros_between_the_taps():
+def test_dilated_block_equals_zero_stuffed_kernel():
     torch.manual_seed(0)
     block = BottleneckBlock(8, 8, bottleneck_channels=4, num_groups=2, dilation=2, norm="").double()
     x = torch.randn(2, 8, 9, 7, dtype=torch.float64)
@@ -120,7 +120,7 @@ def test_a_dilated_stage_is_convolution_with_zeros_between_the_taps():
 
 @pytest.mark.parametrize("modulated", [False, True])
 @pytest.mark.parametrize("stride, in_1x1, dilation", [(2, False, 1), (2, True, 1), (1, False, 2)])
-def test_deformable_block(modulated, stride, in_1x1, dilation):
+def test_deformable_block_matches_torchvision(modulated, stride, in_1x1, dilation):
     torch.manual_seed(0)
     kwargs = {
         "bottleneck_channels": 8,
@@ -158,9 +158,9 @@ def test_deformable_stages_from_config_train(modulated):
     cfg.MODEL.RESNETS.DEFORM_NUM_GROUPS = 2
     cfg.MODEL.RESNETS.RES5_DILATION = 2
     net = build_backbone(cfg)
-    kinds = {name: {type(block) for block in getattr(net, name)} for name in STAGES}
-    assert kinds["res2"] == kinds["res4"] == {BottleneckBlock}
-    assert kinds["res3"] == kinds["res5"] == {DeformBottleneckBlock}
+    block_types = {name: {type(block) for block in getattr(net, name)} for name in STAGES}
+    assert block_types["res2"] == block_types["res4"] == {BottleneckBlock}
+    assert block_types["res3"] == block_types["res5"] == {DeformBottleneckBlock}
     offset = net.res5[0].conv2_offset
     assert offset.out_channels == 2 * 9 * (3 if modulated else 2)
     assert not offset.weight.any() and not offset.bias.any() and net.res5[2].conv2.dilation == (2, 2)
@@ -172,7 +172,7 @@ def test_deformable_stages_from_config_train(modulated):
     assert net(torch.randn(1, 3, 40, 50).bfloat16())["res5"].dtype == torch.bfloat16
 
 
-def test_only_stages_that_are_used_are_built():
+def test_unused_stages_are_not_built():
     net = build_backbone(get_cfg())
     assert list(net.output_shape()) == ["res4"] and not hasattr(net, "res5")
     net = ResNet(BasicStem(), ResNet.make_default_stages(18), out_features=["stem", "res3"])
@@ -180,7 +180,7 @@ def test_only_stages_that_are_used_are_built():
 
 
 @pytest.mark.parametrize("freeze_at", range(6))
-def test_freeze(freeze_at):
+def test_freeze_fixes_first_stages(freeze_at):
     net = ResNet(BasicStem(), ResNet.make_default_stages(18), freeze_at=freeze_at)
     for i, name in enumerate(["stem", *STAGES], start=1):
         part, frozen = getattr(net, name), i <= freeze_at
@@ -193,7 +193,7 @@ def test_freeze(freeze_at):
     assert torch.equal(before, net.stem.conv1.norm.running_mean) == (freeze_at > 0)
 
 
-def test_initial_weights():
+def test_initial_weights_have_msra_distribution():
     torch.manual_seed(0)
     net = ResNet(BasicStem(), ResNet.make_default_stages(50), num_classes=10)
     for module in net.modules():
@@ -204,7 +204,7 @@ def test_initial_weights():
     assert net.linear.weight.std().item() == pytest.approx(0.01, rel=0.1)
 
 
-def test_make_stage():
+def test_make_stage_applies_per_block_arguments():
     blocks = make_stage(BasicBlock, 3, in_channels=4, out_channels=32, norm="GN", stride_per_block=[2, 1, 1])
     assert [b.stride for b in blocks] == [2, 1, 1]
     assert [b.in_channels for b in blocks] == [4, 32, 32]
@@ -216,20 +216,19 @@ def test_make_stage():
 
 
 @pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
-def test_make_stage_by_depth(depth):
-    """Without further arguments it gives what `make_default_stages` gives."""
+def test_make_stage_by_depth_equals_make_default_stages(depth):
     with torch.device("meta"):
         ours = ResNet(BasicStem(), make_stage(depth=depth, stride_in_1x1=False, norm="BN"))
         theirs = ResNet(BasicStem(), ResNet.make_default_stages(depth=depth, stride_in_1x1=False, norm="BN"))
     assert str(ours) == str(theirs)
 
 
-def test_make_stage_with_dilation():
-    """The DC5 network is torchvision's with the stride of its last stage replaced by dilation."""
+def test_dc5_features_match_torchvision():
+    """DC5 replaces the stride of the last stage by dilation."""
     theirs = torchvision.models.resnet50(replace_stride_with_dilation=[False, False, True])
     randomize_norms(theirs)
     for name, module in theirs.layer4[0].named_modules():
-        if name == "conv2":  # torchvision dilates from the second block on
+        if name == "conv2":  # torchvision dilates only the later blocks
             module.dilation, module.padding = (2, 2), (2, 2)
     stages = make_stage(depth=50, stride_in_1x1=False, norm="FrozenBN", res5_dilation=2)
     names = ["res2", "res3", "res4", "res5"]
@@ -251,7 +250,7 @@ def test_make_stage_with_dilation():
     torch.testing.assert_close(got, x, rtol=1e-4, atol=1e-4)
 
 
-def test_make_stage_of_other_networks():
+def test_make_stage_builds_resnext_and_rejects_illegal_arguments():
     with torch.device("meta"):
         net = ResNet(BasicStem(), make_stage(101, "BN", 32, 8, deform_on_per_stage=[False, True, True, True]))
         theirs = torchvision.models.resnext101_32x8d()
@@ -285,7 +284,7 @@ def test_make_stage_of_other_networks():
         ),
     ],
 )
-def test_illegal_configs_name_the_key(changes, words):
+def test_config_errors_name_the_key(changes, words):
     cfg = get_cfg()
     for key, value in changes.items():
         cfg.MODEL.RESNETS[key] = value
@@ -293,7 +292,7 @@ def test_illegal_configs_name_the_key(changes, words):
         build_backbone(cfg)
 
 
-def test_illegal_arguments():
+def test_illegal_arguments_are_rejected():
     with pytest.raises(ValueError, match="depth is 33"):
         ResNet.make_default_stages(33)
     with pytest.raises(ValueError, match=r"out_features \['res9'\]"):
@@ -304,7 +303,7 @@ def test_illegal_arguments():
         ResNet(BasicStem(), ResNet.make_default_stages(18))(torch.zeros(3, 8, 8))
 
 
-def test_a_builder_must_return_a_backbone():
+def test_builder_that_returns_no_backbone_is_rejected():
     cfg = get_cfg()
     cfg.MODEL.BACKBONE.NAME = "torch.nn.Identity"
     with pytest.raises(TypeError, match="'torch.nn.Identity' built a Identity, not a Backbone"):

@@ -1,4 +1,4 @@
-"""Swin Transformer against torchvision's, and its attention against explicit loops over tokens."""
+"""Tests of the Swin Transformer against torchvision, and of its attention against loops over tokens."""
 
 import re
 
@@ -40,7 +40,7 @@ def randomize(model, std=0.3):
 
 
 def from_torchvision(state):
-    """Names of torchvision's Swin Transformer in ours; of the features' norms, it has the last alone."""
+    """Convert a state dict of torchvision's Swin Transformer, which has a norm of the last feature only."""
     out = {}
     for name, value in state.items():
         name = name.replace("features.0.0.", "patch_embed.proj.").replace(
@@ -56,7 +56,7 @@ def from_torchvision(state):
 
 
 @pytest.mark.parametrize("height, width", [(76, 68), (76, 100), (92, 84)])
-def test_features_are_torchvisions(height, width):
+def test_features_match_torchvision(height, width):
     torch.manual_seed(0)
     theirs = TorchvisionSwin([4, 4], 8, [2, 1, 3], [2, 4, 4], [4, 4], stochastic_depth_prob=0.0).eval()
     randomize(theirs, 0.05)
@@ -71,10 +71,10 @@ def test_features_are_torchvisions(height, width):
 
 
 def attention_by_loops(attn, x, shift):
-    """Window attention of one head after the other, token by token, on (H, W, C) of whole windows.
+    """Compute window attention head by head and token by token, on (H, W, C) of whole windows.
 
-    A window holds the tokens whose coordinates, less the shift, give the same quotient by its side; those
-    before the shift are windows of their own.
+    Tokens belong to the same window if the quotients of their shifted coordinates and the window size are
+    equal; so tokens before the shift form their own windows.
     """
     H, W, C = x.shape
     side, dim = attn.window_size[0], C // attn.num_heads
@@ -87,20 +87,20 @@ def attention_by_loops(attn, x, shift):
     for head in range(attn.num_heads):
         part = slice(head * dim, (head + 1) * dim)
         for y, z in tokens:
-            mates = windows[(y - shift) // side, (z - shift) // side]
+            neighbors = windows[(y - shift) // side, (z - shift) // side]
             logits = []
-            for my, mz in mates:
+            for my, mz in neighbors:
                 row = (y - my + side - 1) * (2 * side - 1) + (z - mz + side - 1)
                 bias = attn.relative_position_bias_table[row, head]
                 logits.append(attn.scale * q[y, z, part] @ k[my, mz, part] + bias)
             weights = torch.stack(logits).softmax(0)
-            out[y, z, part] = sum(w * v[my, mz, part] for w, (my, mz) in zip(weights, mates))
+            out[y, z, part] = sum(w * v[my, mz, part] for w, (my, mz) in zip(weights, neighbors))
     return attn.proj(out)
 
 
 @pytest.mark.parametrize("shift", [0, 1, 2])
 @pytest.mark.parametrize("height, width", [(3, 3), (7, 5), (2, 8)])
-def test_block_by_loops(shift, height, width):
+def test_block_matches_loops_over_tokens(shift, height, width):
     torch.manual_seed(0)
     layer = BasicLayer(6, 2, 2, window_size=3, qk_scale=0.7).double()
     block = SwinTransformerBlock(6, 2, window_size=3, shift_size=shift, qk_scale=0.7).double()
@@ -121,7 +121,7 @@ def test_every_second_block_is_shifted():
     assert [block.shift_size for block in layer.blocks] == [0, 3, 0, 3]
 
 
-def test_windows():
+def test_windows_are_in_row_major_order_and_reversible():
     x = torch.arange(2 * 4 * 6).view(2, 4, 6, 1)
     windows = window_partition(x, 2)
     assert windows.shape == (12, 2, 2, 1) and windows[4].flatten().tolist() == [14, 15, 20, 21]
@@ -129,17 +129,17 @@ def test_windows():
     assert torch.equal(window_reverse(windows, 2, 4, 6), x)
 
 
-def test_attention_without_qkv_bias_and_with_another_window():
+def test_attention_without_qkv_bias_and_with_rectangular_window():
     torch.manual_seed(0)
     attn = WindowAttention(4, (2, 3), 2, qkv_bias=False)
     assert attn.qkv.bias is None and attn.relative_position_bias_table.shape == (3 * 5, 2)
     index = attn.relative_position_index
-    # Each offset has a row of its own.
+    # Each offset has its own row.
     assert index[0, 0] == index[5, 5] == 1 * 5 + 2 and index[5, 0] == 14 and index[0, 5] == 0
     assert attn(torch.randn(3, 6, 4)).shape == (3, 6, 4)
 
 
-def test_patch_merging():
+def test_patch_merging_concatenates_2x2_squares():
     torch.manual_seed(0)
     merging = randomize(PatchMerging(4))
     x = torch.randn(1, 3 * 5, 4)
@@ -149,11 +149,11 @@ def test_patch_merging():
         for z in range(3):
             four = [image[2 * y + dy, 2 * z + dz] for dy, dz in ((0, 0), (1, 0), (0, 1), (1, 1))]
             torch.testing.assert_close(got[y, z], merging.reduction(merging.norm(torch.cat(four))))
-    with pytest.raises(ValueError, match="15 tokens for a map of 4 x 4"):
+    with pytest.raises(ValueError, match="15 tokens for a feature map of 4 x 4"):
         merging(x, 4, 4)
 
 
-def test_patches_of_any_image():
+def test_images_are_padded_to_whole_patches():
     embed = PatchEmbed(4, 3, 5, nn.LayerNorm)
     x = torch.randn(1, 3, 9, 7)
     want = F.conv2d(F.pad(x, (0, 1, 0, 3)), embed.proj.weight, embed.proj.bias, stride=4)
@@ -161,7 +161,7 @@ def test_patches_of_any_image():
     torch.testing.assert_close(got, F.layer_norm(want.permute(0, 2, 3, 1), (5,)).permute(0, 3, 1, 2))
 
 
-def test_published_names_and_shapes():
+def test_parameters_have_published_names_and_shapes():
     with torch.device("meta"):
         net = SwinTransformer(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32))
     state = {k: tuple(v.shape) for k, v in net.state_dict().items()}
@@ -184,7 +184,7 @@ def test_published_names_and_shapes():
     }
     assert {k: state.get(k) for k in want} == want
     assert len(state) == 4 + 24 * 14 + 3 * 3 + 4 * 2
-    # The classifier without its last layer, whose norm is norm3 here, and three norms.
+    # The published classifier without its last layer, plus three norms.
     assert sum(p.numel() for p in net.parameters()) == 86_743_224 + 2 * (128 + 256 + 512)
     shapes = net.output_shape()
     assert [(k, s.channels, s.stride) for k, s in shapes.items()] == [
@@ -193,7 +193,7 @@ def test_published_names_and_shapes():
     assert net.size_divisibility == 32
 
 
-def test_outputs_of_some_stages_and_odd_sizes():
+def test_selected_stages_and_odd_sizes():
     net = small(out_indices=[0, 2]).eval()
     out = net(torch.randn(1, 3, 37, 50))
     assert {k: tuple(v.shape) for k, v in out.items()} == {"p0": (1, 8, 10, 13), "p2": (1, 32, 3, 4)}
@@ -201,14 +201,14 @@ def test_outputs_of_some_stages_and_odd_sizes():
     assert out["p0"].permute(0, 2, 3, 1).mean(-1).abs().max() < 1e-5  # normalized
 
 
-def test_padding_at_the_end_changes_no_window_before_it():
+def test_padding_does_not_change_earlier_windows():
     net = small(depths=(1,), num_heads=(2,), out_indices=(0,)).eval()
     x = torch.randn(1, 3, 32, 48)
     wider = F.pad(x, (0, 16))
     torch.testing.assert_close(net(wider)["p0"][..., :12], net(x)["p0"])
 
 
-def test_absolute_position_embedding():
+def test_absolute_position_embedding_is_resized():
     torch.manual_seed(0)
     net = small(ape=True, pretrain_img_size=(32, 48), depths=(1,), num_heads=(2,), out_indices=(0,)).eval()
     assert net.absolute_pos_embed.shape == (1, 8, 8, 12) and net.absolute_pos_embed.abs().max() > 0
@@ -220,7 +220,7 @@ def test_absolute_position_embedding():
 
 
 @pytest.mark.parametrize("frozen_stages", [-1, 0, 1, 2, 3])
-def test_frozen_stages(frozen_stages):
+def test_frozen_stages_do_not_train(frozen_stages):
     net = small(frozen_stages=frozen_stages, ape=True, drop_rate=0.1).train()
     parts = [net.patch_embed.parameters(), [net.absolute_pos_embed], *(m.parameters() for m in net.layers)]
     for i, part in enumerate(parts):
@@ -231,14 +231,14 @@ def test_frozen_stages(frozen_stages):
     assert not any(m.training for m in net.eval().modules())
 
 
-def test_drop_path():
+def test_drop_path_rates_rise_linearly():
     net = SwinTransformer(drop_path_rate=0.22)
     rates = [block.drop_path.drop_prob for layer in net.layers for block in layer.blocks]
     assert rates == pytest.approx([0.02 * i for i in range(12)])
     assert SwinTransformer(depths=[1], num_heads=[3], out_indices=[0]).layers[0].blocks[0].drop_path
 
 
-def test_activation_checkpointing_changes_nothing():
+def test_activation_checkpointing_keeps_gradients():
     x = torch.randn(2, 3, 40, 40)
     grads = []
     for use_checkpoint in (False, True):
@@ -250,7 +250,7 @@ def test_activation_checkpointing_changes_nothing():
     torch.testing.assert_close(grads[1], grads[0])
 
 
-def test_dtypes():
+def test_low_and_double_precision_match_float32():
     torch.manual_seed(0)
     net = randomize(small(ape=True), 0.05).eval()
     x = torch.randn(1, 3, 50, 70)
@@ -278,7 +278,7 @@ def test_runs_on_the_meta_device_and_compiles_to_one_graph():
     torch.testing.assert_close(compiled(x.double()), net(x.double()))
 
 
-def test_a_pyramid_on_top_trains():
+def test_fpn_on_swin_trains():
     net = small(depths=(1, 2), num_heads=(2, 4), out_indices=(0, 1), drop_path_rate=0.2)
     fpn = FPN(net, ["p0", "p1"], 16, norm="LN", top_block=None, square_pad=64)
     out = fpn(torch.randn(2, 3, 64, 64))
@@ -298,6 +298,6 @@ def test_a_pyramid_on_top_trains():
         (lambda: SwinTransformerBlock(8, 2, 4, 4), r"shift_size must be in \[0, 4\), .* got 4"),
     ],
 )
-def test_errors(make, words):
+def test_illegal_arguments_are_rejected(make, words):
     with pytest.raises(ValueError, match=words):
         make()

@@ -1,4 +1,4 @@
-"""TimmBackbone against torchvision's networks, timm's own features, and its promises."""
+"""Tests of TimmBackbone against torchvision's networks and timm's own features."""
 
 import sys
 from pathlib import Path
@@ -24,8 +24,8 @@ def torchvision_resnet():
 
 
 @pytest.mark.parametrize("norm_layer", [None, FrozenBatchNorm2d, "FrozenBN"])
-def test_resnet_gives_torchvisions_maps(torchvision_resnet, norm_layer, tmp_path):
-    """From a plain file of its weights; timm's names of this network are torchvision's."""
+def test_resnet_features_match_torchvision(torchvision_resnet, norm_layer, tmp_path):
+    """The weights are loaded from a file; timm has torchvision's parameter names for this network."""
     path = tmp_path / "resnet18.pth"
     torch.save(torchvision_resnet.state_dict(), path)
     backbone = TimmBackbone(
@@ -43,12 +43,12 @@ def test_resnet_gives_torchvisions_maps(torchvision_resnet, norm_layer, tmp_path
     frozen = [m for m in backbone.modules() if isinstance(m, FrozenBatchNorm2d)]
     trained = [m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)]
     assert (len(frozen), len(trained)) == ((0, 20) if norm_layer is None else (20, 0))
-    # Converted norms keep the names of all that they hold.
+    # Converted norms keep their parameter names.
     names = {k for k in torchvision_resnet.state_dict() if not k.startswith("fc.")}
     assert set(backbone.state_dict()) == {f"timm_model.{name}" for name in names}
 
 
-def test_all_that_trains_gets_gradients():
+def test_all_parameters_get_gradients():
     backbone = TimmBackbone("resnet18", out_indices=(2, 3), norm_layer=FrozenBatchNorm2d)
     sum(y.sum() for y in backbone(random_input(64, 64)).values()).backward()
     assert all(p.grad is not None for p in backbone.parameters())
@@ -58,7 +58,7 @@ def test_all_that_trains_gets_gradients():
 
 
 def test_frozen_norms_keep_eps_and_activation():
-    """These norms have another eps than usual, and the activation joined to them."""
+    """These norms have an unusual eps and a fused activation."""
     name = "tf_mobilenetv3_small_minimal_100"
     torch.manual_seed(0)
     theirs = timm.create_model(name, features_only=True, pretrained=False, out_indices=(1, 3))
@@ -67,7 +67,7 @@ def test_frozen_norms_keep_eps_and_activation():
     ours.timm_model.load_state_dict(theirs.state_dict())
     x = random_input(70, 50)
     with torch.no_grad():
-        got, want = ours(x), theirs.eval()(x)  # ours is in training mode, and must not mind
+        got, want = ours(x), theirs.eval()(x)  # the mode must not matter to ours
     for ours_map, their_map in zip(got.values(), want, strict=True):
         torch.testing.assert_close(ours_map, their_map, rtol=1e-4, atol=1e-5)
     norms = [m for m in ours.modules() if isinstance(m, FrozenBatchNorm2d)]
@@ -83,8 +83,8 @@ def test_frozen_norms_keep_eps_and_activation():
         ("efficientnet_b0", {"p1": (24, 4), "p3": (112, 16)}),
     ],
 )
-def test_other_networks_at_any_size(name, want):
-    """Channels and strides are right, maps are (N, C, H, W), and no parameter is left without gradient."""
+def test_other_networks_accept_any_size(name, want):
+    """Channels, strides and layouts are correct, and all trained parameters get gradients."""
     torch.manual_seed(0)
     backbone = TimmBackbone(name, out_indices=(1, 3))
     assert shapes(backbone) == want and backbone.size_divisibility == 0
@@ -101,7 +101,7 @@ def test_other_networks_at_any_size(name, want):
     assert len(trained) == len(list(backbone.parameters())) or name == "efficientnet_b0"
 
 
-def test_channels_last_maps_are_turned():
+def test_channels_last_feature_maps_are_permuted():
     backbone = TimmBackbone("swin_tiny_patch4_window7_224", out_indices=(0,)).eval()
     x = random_input(64, 96)
     with torch.no_grad():
@@ -110,24 +110,24 @@ def test_channels_last_maps_are_turned():
         assert torch.equal(backbone(x)["p0"][1, 5], theirs[1, :, :, 5])
 
 
-def test_size_divisibility():
-    """The branches of this network meet only where no size was rounded."""
+def test_size_divisibility_is_detected():
+    """The branches of this network have equal sizes only if no size was rounded."""
     with torch.device("meta"):
         backbone = TimmBackbone("dla34", out_indices=(2, 3))
         assert backbone.size_divisibility == 8
         assert backbone(torch.empty(1, 3, 96, 160))["p3"].shape[2:] == (12, 20)
 
 
-def test_indices_and_features():
+def test_out_indices_and_out_features_select_feature_maps():
     with torch.device("meta"):
-        last = TimmBackbone("resnet18", out_indices=(-1, 2))  # sorted, and counted from the front
+        last = TimmBackbone("resnet18", out_indices=(-1, 2))  # sorted and non-negative in the names
         chosen = TimmBackbone("resnet18", out_indices=(1, 2, 3), out_features=["p3", "p1"], in_channels=4)
     assert shapes(last) == {"p2": (128, 8), "p4": (512, 32)}
     assert shapes(chosen) == {"p1": (64, 4), "p3": (256, 16)}
     assert list(chosen(torch.empty(1, 4, 64, 64, device="meta"))) == ["p1", "p3"]
 
 
-def test_other_norms():
+def test_norm_layer_replaces_norms():
     with torch.device("meta"):
         grouped = TimmBackbone("resnet18", norm_layer="GN")
         synchronized = TimmBackbone("resnet18", norm_layer=nn.SyncBatchNorm)
@@ -140,10 +140,13 @@ def test_other_norms():
     [
         ({"model_name": "resnet5"}, r"no model 'resnet5'.*Did you mean 'resnet50'"),
         ({"model_name": "resnet18.a1"}, r"no weights 'resnet18.a1'.*Did you mean .*resnet18.a1_in1k"),
-        ({"out_indices": (1, 5)}, r"out_indices are \(1, 5\).*'resnet18' has 5 features.*0 to 4: 5 is none"),
-        ({"out_indices": (1, -9)}, "-9 is none"),
-        ({"out_indices": ()}, "must be numbers of features"),
-        ({"out_indices": (1, 2.0)}, "must be numbers of features"),
+        (
+            {"out_indices": (1, 5)},
+            r"out_indices are \(1, 5\).*'resnet18' has 5 features, 0 to 4; out of range: 5",
+        ),
+        ({"out_indices": (1, -9)}, "out of range: -9"),
+        ({"out_indices": ()}, "must be indices of features"),
+        ({"out_indices": (1, 2.0)}, "must be indices of features"),
         ({"out_indices": (4, -1)}, "name a feature twice"),
         ({"out_features": ["p7"]}, r"out_features is \['p7'\].*gives \['p0', 'p1', 'p2', 'p3'\]"),
         ({"features_only": False}, "features_only=True"),
@@ -151,12 +154,12 @@ def test_other_norms():
         ({"model_name": "mixer_s32_224"}, "cannot be run on images of other sizes"),
     ],
 )
-def test_bad_arguments(kwargs, words):
+def test_illegal_arguments_are_rejected(kwargs, words):
     with pytest.raises(ValueError, match=words):
         TimmBackbone(**{"model_name": "resnet18", **kwargs})
 
 
-def test_weights_that_are_not_there(monkeypatch, tmp_path):
+def test_missing_weights_are_reported_with_their_locations(monkeypatch, tmp_path):
     def no_network(*args, **kwargs):
         raise OSError("Name or service not known")
 
@@ -167,13 +170,13 @@ def test_weights_that_are_not_there(monkeypatch, tmp_path):
     for part in ("resnet18.a1_in1k", "Name or service", "model.safetensors", "checkpoint_path"):
         assert part in text, part
     assert str(Path("hub") / "models--timm--resnet18.a1_in1k") in text
-    with pytest.raises(ValueError, match="no pretrained weights of 'resnet18d'|out_indices"):
+    with pytest.raises(ValueError, match="out_indices"):
         TimmBackbone("vit_tiny_patch16_384", out_indices=(77,), pretrained=True)
-    with pytest.raises(FileNotFoundError, match="checkpoint_path .*nowhere.pth' is no file"):
+    with pytest.raises(FileNotFoundError, match="checkpoint_path .*nowhere.pth' is not a file"):
         TimmBackbone("resnet18", checkpoint_path=str(tmp_path / "nowhere.pth"))
 
 
-def test_without_timm(monkeypatch):
+def test_missing_timm_is_reported_with_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match=r"pip install 'detlib\[timm\]'"):
         TimmBackbone("resnet18")

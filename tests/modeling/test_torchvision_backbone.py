@@ -1,4 +1,4 @@
-"""TorchvisionBackbone against torchvision's networks, run layer by layer."""
+"""Tests of TorchvisionBackbone against torchvision's networks, run layer by layer."""
 
 import copy
 
@@ -21,13 +21,13 @@ def backbone():
     return backbone
 
 
-def test_maps(backbone):
+def test_features_match_torchvision(backbone):
     theirs = torchvision.models.resnet18()
     theirs.load_state_dict(backbone.model.state_dict())
     assert shapes(backbone) == {"res3": (128, 8), "res4": (256, 16), "res5": (512, 32)}
     x = random_input(97, 130)
     with torch.no_grad():
-        for mode in (False, True):  # in training the norms take the statistics of the batch
+        for mode in (False, True):  # in training, norms use the statistics of the batch
             got = copy.deepcopy(backbone).train(mode)(x)
             want = torchvision_maps(theirs.train(mode), x)[2:]
             assert list(got) == ["res3", "res4", "res5"]
@@ -35,20 +35,20 @@ def test_maps(backbone):
                 torch.testing.assert_close(ours, their, rtol=1e-4, atol=1e-4)
 
 
-def test_both_names_are_one_tensor(backbone):
+def test_both_names_of_a_parameter_share_a_tensor(backbone):
     state = backbone.state_dict()
     shared = [name.removeprefix("feature_extractor.") for name in state if name.startswith("feature_ex")]
     assert len(shared) == 120 and not any(name.startswith("fc") for name in shared)
-    whole = torchvision.models.resnet18().state_dict()
-    assert set(state) == {f"model.{k}" for k in whole} | {f"feature_extractor.{k}" for k in shared}
-    assert set(shared) <= set(whole)
+    full = torchvision.models.resnet18().state_dict()
+    assert set(state) == {f"model.{k}" for k in full} | {f"feature_extractor.{k}" for k in shared}
+    assert set(shared) <= set(full)
     for module in (backbone, copy.deepcopy(backbone)):
         state = module.state_dict(keep_vars=True)
         assert all(state[f"model.{name}"] is state[f"feature_extractor.{name}"] for name in shared)
 
 
-def test_what_trains(backbone):
-    """Batch norms do; the classifier, which no map depends on, does not."""
+def test_all_but_the_classifier_trains(backbone):
+    """Batch norms are trained; the classifier, which no feature map depends on, is frozen."""
     module = copy.deepcopy(backbone).train()
     sum(y.square().sum() for y in module(random_input(64, 64)).values()).backward()
     trained = {name for name, p in module.named_parameters() if p.requires_grad}
@@ -69,8 +69,8 @@ def test_what_trains(backbone):
         ("mobilenet_v3_small", {"features.0": "a", "features.12": "b"}, {"a": (16, 2), "b": (576, 32)}),
     ],
 )
-def test_other_networks(name, nodes, want):
-    """Swin's nodes give (N, H, W, C) tensors, which are turned."""
+def test_other_networks_have_channels_first_feature_maps(name, nodes, want):
+    """Swin's nodes are (N, H, W, C) tensors, which are permuted."""
     with torch.device("meta"):
         backbone = TorchvisionBackbone(name, return_nodes=nodes).eval()
         maps = backbone(torch.empty(2, 3, 64, 96))
@@ -81,7 +81,7 @@ def test_other_networks(name, nodes, want):
 
 
 @pytest.mark.parametrize("is_training", [True, False])
-def test_copies_stay_in_their_mode(is_training):
+def test_deepcopy_keeps_training_mode(is_training):
     nodes = {"train_return_nodes": {"layer1": "p"}, "eval_return_nodes": {"layer2": "p"}}
     net = TorchvisionBackbone("resnet18", **nodes).train(is_training)
     net.model.bn1.train(not is_training)  # parts may differ
@@ -93,7 +93,7 @@ def test_copies_stay_in_their_mode(is_training):
     torch.testing.assert_close(twin(x)["p"], net(x)["p"], rtol=0, atol=0)
 
 
-def test_nodes_for_training_and_inference():
+def test_nodes_of_training_and_inference_may_differ():
     with torch.device("meta"):
         backbone = TorchvisionBackbone(
             "resnet18", train_return_nodes={"layer2.1.relu": "x"}, eval_return_nodes={"layer3": "x"}
@@ -103,7 +103,7 @@ def test_nodes_for_training_and_inference():
     for wrong in ({"train_return_nodes": {"layer2": "x"}}, {"eval_return_nodes": {"layer2": "x"}}):
         with pytest.raises(ValueError, match="train_return_nodes and eval_return_nodes together"):
             TorchvisionBackbone("resnet18", **wrong)
-    with pytest.raises(ValueError, match=r"maps \['x'\].*\['y'\]: they must be the same"):
+    with pytest.raises(ValueError, match=r"names \['x'\].*\['y'\]: they must be the same"):
         TorchvisionBackbone("resnet18", train_return_nodes={"layer2": "x"}, eval_return_nodes={"layer2": "y"})
 
 
@@ -114,17 +114,17 @@ def test_nodes_for_training_and_inference():
         ({"return_nodes": {"layer5": "x"}}, r"no node 'layer5'.*Did you mean 'layer4'"),
         ({"return_nodes": {"layer2.conv1": "x"}}, "no node 'layer2.conv1'.*Did you mean 'layer2.1.conv1'"),
         ({"return_nodes": {}}, "at least one node"),
-        ({"return_nodes": {"layer2": "x", "layer3": "x"}}, "two nodes one name"),
-        ({"return_nodes": {"fc": "x"}}, "gives 'x' as a .1, 1000. tensor.*no feature map"),
+        ({"return_nodes": {"layer2": "x", "layer3": "x"}}, "a name for two nodes"),
+        ({"return_nodes": {"fc": "x"}}, "returns 'x' as a .1, 1000. tensor.*not a feature map"),
         ({"model_name": "vit_b_32", "return_nodes": {"encoder.ln": "x"}}, "images of other sizes"),
     ],
 )
-def test_bad_arguments(kwargs, words):
+def test_illegal_arguments_are_rejected(kwargs, words):
     with torch.device("meta"), pytest.raises(ValueError, match=words):
         TorchvisionBackbone(**{"model_name": "resnet18", **kwargs})
 
 
-def test_weights_that_are_not_there(monkeypatch):
+def test_missing_weights_are_reported_with_their_locations(monkeypatch):
     def no_network(*args, **kwargs):
         raise OSError("Name or service not known")
 
@@ -137,8 +137,7 @@ def test_weights_that_are_not_there(monkeypatch):
         TorchvisionBackbone("resnet18", pretrained=True)
 
 
-def test_weights_in_the_cache(monkeypatch, tmp_path):
-    """They are torchvision's to load."""
+def test_cached_weights_are_loaded_offline(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     source = torchvision.models.resnet18()
     (tmp_path / "checkpoints").mkdir()

@@ -1,4 +1,4 @@
-"""The plain ViT backbone against slow formulas, its pyramid, and what both share with MViT."""
+"""Tests of the ViT backbone against reference formulas, of its pyramid, and of code shared with MViT."""
 
 from functools import partial
 
@@ -38,7 +38,7 @@ def small_vit(**kwargs):
 
 
 @pytest.mark.parametrize("hw", [(6, 9), (7, 5), (2, 1)])
-def test_windows_are_cut_row_by_row_and_put_back(hw):
+def test_windows_are_in_row_major_order_and_reversible(hw):
     x = rand(2, *hw, 4)
     windows, padded = utils.window_partition(x, 3)
     expected = []
@@ -55,19 +55,19 @@ def test_windows_are_cut_row_by_row_and_put_back(hw):
 
 
 @pytest.mark.parametrize("q_size, k_size", [(4, 4), (6, 3), (2, 6)])
-def test_relative_positions_of_a_fitting_table(q_size, k_size):
+def test_relative_positions_without_resizing(q_size, k_size):
     size = max(q_size, k_size)
     table = torch.arange(2 * size - 1.0)[:, None] - (size - 1)
     found = utils.get_rel_pos(q_size, k_size, table)[..., 0]
-    # Distances in units of the finer map, but that they end where the last key is.
+    # Distances are in units of the finer feature map, shifted by the position of the last key.
     last_key = (k_size - 1) * (size // k_size)
     for i in range(q_size):
         for j in range(k_size):
             assert found[i, j] == i * (size // q_size) - j * (size // k_size) + last_key - (size - 1)
 
 
-def test_relative_positions_of_sides_that_do_not_divide():
-    # 5 queries, 3 keys: keys lie 5/3 apart, distances are cut to whole positions.
+def test_relative_positions_of_incommensurable_sizes():
+    # 5 queries and 3 keys: keys are 5/3 apart, and distances are truncated to integers.
     table = torch.arange(9.0)[:, None]
     expected = [[int(i - j * 5 / 3 + 10 / 3 + 1e-5) for j in range(3)] for i in range(5)]
     assert utils.get_rel_pos(5, 3, table)[..., 0].tolist() == expected
@@ -85,8 +85,8 @@ def test_relative_position_tables_are_resized_linearly(length):
 
 
 @pytest.mark.parametrize("q_size, k_size", [((3, 4), (3, 4)), ((4, 6), (2, 3)), ((2, 3), (4, 3))])
-def test_attention_with_decomposed_positions(q_size, k_size, monkeypatch):
-    """All three ways to compute it, and their gradients, against the double loop."""
+def test_attention_with_decomposed_positions_matches_loops(q_size, k_size, monkeypatch):
+    """Compare all three implementations and their gradients with loops."""
     q, k, v = rand(2, 3, *q_size, 5), rand(2, 3, *k_size, 5, seed=1), rand(2, 3, *k_size, 5, seed=2)
     tables = [
         rand(2 * max(a, b) - 1, 5, seed=i + 3).requires_grad_()
@@ -115,7 +115,7 @@ def test_attention_with_decomposed_positions(q_size, k_size, monkeypatch):
         torch.testing.assert_close(found, expected)
 
 
-def test_attention_without_positions():
+def test_attention_without_positions_matches_loops():
     q = rand(1, 2, 6, 4)
     weights = torch.stack([attention_weights(t.view(2, 3, 4), t.view(2, 3, 4), None, None) for t in q[0]])
     expected = weights.view(2, 6, 6) @ q[0]
@@ -124,7 +124,7 @@ def test_attention_without_positions():
 
 
 def cubic_resize(row, size):
-    """Cubic convolution (a = -0.75) of one row of numbers, half-pixel centers, the ends repeated."""
+    """Resize a row of numbers by cubic convolution (a = -0.75), with half-pixel centers and edge padding."""
 
     def kernel(x, a=-0.75):
         x = abs(x)
@@ -150,7 +150,7 @@ def test_absolute_positions_are_resized_bicubically(hw):
         np.testing.assert_allclose(utils.get_abs_pos(table, True, hw)[0, ..., c], expected, atol=1e-12)
 
 
-def test_absolute_positions_of_the_same_size_are_not_computed():
+def test_absolute_positions_of_the_same_size_are_unchanged():
     table = rand(1, 17, 2)
     assert torch.equal(utils.get_abs_pos(table, True, (4, 4))[0].flatten(0, 1), table[0, 1:])
     assert torch.equal(utils.get_abs_pos(table[:, 1:], False, (4, 4))[0].flatten(0, 1), table[0, 1:])
@@ -162,7 +162,7 @@ def test_absolute_positions_of_the_same_size_are_not_computed():
 
 
 def slow_attention(attn, x):
-    """`Attention` on one (H, W, C) map, by loops."""
+    """Apply `Attention` to one (H, W, C) feature map, in loops."""
     q, k, v = attn.qkv(x).chunk(3, dim=-1)
     heads = []
     for head in range(attn.num_heads):
@@ -177,7 +177,7 @@ def test_windowed_block_equals_a_loop_over_windows():
     x = rand(2, 4, 5, 6)
     expected = []
     for image in x:
-        # Padding comes after the norm, so that the projections see zeros there.
+        # Padding comes after the norm, so that the padding is zero.
         padded = pad_to_multiple(block.norm1(image), 3)
         for top in range(0, padded.shape[0], 3):
             for left in range(0, padded.shape[1], 3):
@@ -190,12 +190,12 @@ def test_windowed_block_equals_a_loop_over_windows():
         torch.testing.assert_close(block(x), torch.stack(expected))
 
 
-def test_propagation_block():
+def test_propagation_block_is_initially_the_identity():
     block = Block(6, 2, use_residual_block=True, input_size=(4, 4)).double()
     plain = Block(6, 2, input_size=(4, 4)).double()
     plain.load_state_dict({k: v for k, v in block.state_dict().items() if not k.startswith("residual.")})
     x = rand(2, 4, 5, 6)
-    torch.testing.assert_close(block(x), plain(x))  # the identity, as long as it is new
+    torch.testing.assert_close(block(x), plain(x))  # a new block is the identity
 
     residual = randomize(block.residual, seed=2)
     before = plain(x).permute(0, 3, 1, 2)
@@ -224,10 +224,10 @@ def test_drop_path_drops_images_and_keeps_the_mean():
     assert drop_path_rates(0.3, 4) == pytest.approx([0, 0.1, 0.2, 0.3]) and drop_path_rates(0.3, 1) == [0]
 
 
-# The whole backbone
+# The backbone
 
 
-def test_vit_is_its_parts_in_a_row():
+def test_vit_equals_its_modules_in_sequence():
     vit = randomize(small_vit(norm_layer=partial(nn.LayerNorm, eps=1e-6)).double()).eval()
     x = rand(1, 3, 40, 36)
     with torch.no_grad():
@@ -242,7 +242,7 @@ def test_vit_is_its_parts_in_a_row():
         torch.testing.assert_close(vit(x), {"last_feat": tokens.permute(0, 3, 1, 2)})
 
 
-def test_names_and_shapes():
+def test_parameters_have_published_names_and_shapes():
     shapes = {name: tuple(p.shape) for name, p in small_vit(residual_block_indexes=[1]).named_parameters()}
     assert shapes["pos_embed"] == (1, 17, 8)
     assert shapes["patch_embed.proj.weight"] == (8, 3, 8, 8)
@@ -255,7 +255,7 @@ def test_names_and_shapes():
     assert small_vit(pretrain_use_cls_token=False).pos_embed.shape == (1, 16, 8)
 
 
-def test_initial_weights():
+def test_initial_weights_have_the_documented_distribution():
     torch.manual_seed(0)
     vit = small_vit(embed_dim=64)
     assert abs(vit.blocks[0].mlp.fc1.weight.std() - 0.02) < 1e-3 and abs(vit.pos_embed.std() - 0.02) < 2e-3
@@ -264,14 +264,14 @@ def test_initial_weights():
 
 
 @pytest.mark.parametrize("hw", [(64, 64), (61, 83), (8, 130), (16, 9)])
-def test_images_of_any_size(hw):
+def test_any_image_size_is_accepted(hw):
     out = small_vit().eval()(rand(1, 3, *hw, dtype=torch.float32))["last_feat"]
     assert out.shape == (1, 8, hw[0] // 8, hw[1] // 8) and out.isfinite().all()
 
 
 @pytest.mark.parametrize("fold_from", [0, 10**9])
 @pytest.mark.parametrize("mode", ["float64", "bfloat16", "autocast"])
-def test_number_types(mode, fold_from, monkeypatch):
+def test_low_and_double_precision_match_float32(mode, fold_from, monkeypatch):
     monkeypatch.setattr(utils, "_FOLD_FROM", fold_from)
     vit = small_vit(residual_block_indexes=[1])
     x = rand(2, 3, 72, 40, dtype=torch.float32)
@@ -289,7 +289,7 @@ def test_number_types(mode, fold_from, monkeypatch):
     torch.testing.assert_close(out.float(), expected, rtol=0, atol=tolerance)
 
 
-def test_recomputed_activations_change_nothing():
+def test_activation_checkpointing_keeps_gradients():
     kept, recomputed = small_vit(drop_path_rate=0.5), small_vit(drop_path_rate=0.5, use_act_checkpoint=True)
     recomputed.load_state_dict(randomize(kept).state_dict())
     x, grads = rand(4, 3, 40, 48, dtype=torch.float32), []
@@ -300,7 +300,7 @@ def test_recomputed_activations_change_nothing():
     torch.testing.assert_close(grads[1], grads[0])
 
 
-def test_the_huge_model_builds_without_memory():
+def test_vit_huge_builds_on_the_meta_device():
     with torch.device("meta"):
         windows = [i for i in range(32) if i % 8 != 7]
         vit = ViT(
@@ -315,11 +315,11 @@ def test_the_huge_model_builds_without_memory():
         out = vit(torch.zeros(1, 3, 1024, 1024))["last_feat"]
     assert all(p.is_meta for p in vit.parameters()) and out.shape == (1, 1280, 64, 64)
     assert vit.blocks[31].drop_path.drop_prob == 0.5
-    # 630.8 million of ViT-H/14 less its class token and head, with patches of 16 and relative positions
+    # ViT-H/14 has 630.8 million without class token and head; patches of 16 and relative positions differ.
     assert 6.3e8 < sum(p.numel() for p in vit.parameters()) < 6.4e8
 
 
-def test_wrong_arguments():
+def test_heads_that_do_not_divide_channels_are_rejected():
     with pytest.raises(ValueError, match="num_heads 3 does not divide the 8"):
         small_vit(num_heads=3)
     with pytest.raises(ValueError, match="does not divide"):
@@ -345,7 +345,7 @@ def test_pyramid_strides_and_channels():
         assert spec.channels == 16
 
 
-def test_pyramid_levels():
+def test_pyramid_levels_match_their_formulas():
     net = randomize(pyramid()).eval()
     x = rand(1, 3, 64, 96, dtype=torch.float32)
     with torch.no_grad():
@@ -359,13 +359,13 @@ def test_pyramid_levels():
     assert names == {f"simfp_4.{i}.{rest}" for i in (0, 1) for rest in ("weight", "norm.weight", "norm.bias")}
 
 
-def test_pyramid_without_norm_keeps_the_positions_of_its_layers():
+def test_pyramid_without_norm_keeps_parameter_names():
     names = {name for name, _ in pyramid(norm="").named_parameters() if name.startswith("simfp_2")}
     assert names == {f"simfp_2.{i}.{kind}" for i in (0, 3, 4, 5) for kind in ("weight", "bias")}
 
 
 @pytest.mark.parametrize("square_pad, padded", [(0, (50, 70)), (128, (128, 128))])
-def test_images_are_padded_to_the_square_alone(square_pad, padded):
+def test_images_are_padded_only_to_square_pad(square_pad, padded):
     net = pyramid(square_pad=square_pad)
     model = MetaArchitecture()
     model.register_pixel_stats([0.0] * 3, [1.0] * 3)
@@ -380,22 +380,22 @@ def test_images_are_padded_to_the_square_alone(square_pad, padded):
     "kwargs, message",
     [
         (dict(in_feature="res4"), "in_feature 'res4': the network has .*last_feat"),
-        (dict(scale_factors=(2.0, 0.5)), "each half the last; got .2.0, 0.5"),
+        (dict(scale_factors=(2.0, 0.5)), "each half the previous one; got .2.0, 0.5"),
         (dict(scale_factors=(8.0, 4.0)), "got 8.0"),
         (dict(scale_factors=()), "each half"),
     ],
 )
-def test_wrong_pyramids(kwargs, message):
+def test_illegal_pyramid_arguments_are_rejected(kwargs, message):
     with pytest.raises(ValueError, match=message):
         pyramid(**kwargs)
 
 
-def test_pyramid_of_a_stride_that_is_no_power_of_two():
+def test_pyramid_rejects_strides_other_than_powers_of_two():
     with pytest.raises(ValueError, match=r"powers of two.*\[3, 6\]"):
         SimpleFeaturePyramid(small_vit(patch_size=6), "last_feat", 8, (2.0, 1.0))
 
 
-# Training and loading
+# Training
 
 
 @pytest.mark.parametrize(
@@ -410,6 +410,6 @@ def test_pyramid_of_a_stride_that_is_no_power_of_two():
         ("roi_heads.box_head.fc1.weight", 0),
     ],
 )
-def test_layerwise_learning_rates(name, blocks_above):
+def test_learning_rate_decays_with_blocks_above(name, blocks_above):
     assert get_vit_lr_decay_rate(name, 0.7, 12) == pytest.approx(0.7**blocks_above)
     assert get_vit_lr_decay_rate(name) == 1

@@ -1,10 +1,10 @@
-"""Slow formulas for the tests of the transformer backbones: a loop over every image, head and position."""
+"""Reference formulas for tests of the transformer backbones: loops over images, heads and positions."""
 
 import torch
 
 
 def rel_pos_row(table, q_at, k_at, q_size, k_size):
-    """Embedding of query q_at and key k_at along one axis, for sizes of which one divides the other."""
+    """Return the embedding of query `q_at` and key `k_at` along one axis; one size must divide the other."""
     size = max(q_size, k_size)
     assert size % q_size == 0 and size % k_size == 0 and len(table) == 2 * size - 1
     distance = q_at * (size // q_size) - k_at * (size // k_size)
@@ -12,7 +12,7 @@ def rel_pos_row(table, q_at, k_at, q_size, k_size):
 
 
 def attention_weights(q, k, table_h, table_w):
-    """Softmax of scaled products and relative positions for one head, (q_h, q_w, k_h, k_w).
+    """Return the attention weights of one head with relative positions, (q_h, q_w, k_h, k_w).
 
     `q` is (q_h, q_w, C) and `k` is (k_h, k_w, C).
     """
@@ -29,7 +29,7 @@ def attention_weights(q, k, table_h, table_w):
 
 
 def pad_to_multiple(x, size):
-    """(H, W, C) with zeros below and at the right, so that both sides are multiples of `size`."""
+    """Pad (H, W, C) with zeros at the bottom and at the right to multiples of `size`."""
     rows, columns = -(-x.shape[0] // size) * size, -(-x.shape[1] // size) * size
     padded = x.new_zeros(rows, columns, x.shape[2])
     padded[: x.shape[0], : x.shape[1]] = x
@@ -37,7 +37,7 @@ def pad_to_multiple(x, size):
 
 
 def randomize(module, seed=0):
-    """Give every parameter random values of standard deviation 0.5, also those that start at zero."""
+    """Fill every parameter with random values of standard deviation 0.5, and return the module."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():

@@ -34,9 +34,10 @@ class Backbone(nn.Module, metaclass=ABCMeta):
 
     @property
     def padding_constraints(self) -> dict[str, int]:
-        """Other constraints on padding, for `ImageList.from_tensors`.
+        """Additional constraints on padding, for `ImageList.from_tensors`.
 
-        "size_divisibility" and "square_size", in pixels; empty if `size_divisibility` is the only constraint.
+        A dict with "size_divisibility" and "square_size" in pixels; empty if the property
+        `size_divisibility` is the only constraint.
         """
         return {}
 
@@ -51,8 +52,8 @@ class Backbone(nn.Module, metaclass=ABCMeta):
 def get_backbone_lr_factor(name: str, factor: float = 0.1) -> float:
     """Return the learning rate factor of a parameter: `factor` in the backbone, 1 elsewhere.
 
-    For `detlib.solver.get_default_optimizer_params(lr_factor_func=...)`: DETR-like models train the backbone
-    with a smaller learning rate than the other parts.
+    This is an `lr_factor_func` for `detlib.solver.get_default_optimizer_params`: DETR-like models train the
+    backbone with a smaller learning rate than the other parts.
 
     Args:
         name: full name of the parameter in the model.

@@ -52,8 +52,8 @@ class FPN(Backbone):
         """
         Args:
             bottom_up: the `Backbone` below the pyramid.
-            in_features: names of its features to use, high to low resolution; each stride is twice the one
-                before.
+            in_features: names of its features to use, from high to low resolution; each stride must be twice
+                the previous one.
             out_channels: channels of every output level.
             norm: norm of the lateral and output convolutions, see `detlib.layers.get_norm`; convolutions with
                 a norm have no bias.
@@ -64,7 +64,7 @@ class FPN(Backbone):
             square_pad: if above 0, images are padded to squares of this side length, in pixels.
 
         Raises:
-            ValueError: unknown features, strides that do not double, or an unknown fuse type.
+            ValueError: a feature or the fuse type is unknown, or the strides do not double.
         """
         super().__init__()
         shapes = bottom_up.output_shape()
@@ -193,7 +193,7 @@ def fpn_from_config(
         giver: name of `bottom_up` for messages, with the config key of its output features.
 
     Raises:
-        ValueError: an illegal value; the message names the key.
+        ValueError: a value is illegal; the message names the key.
     """
     fpn = cfg.MODEL.FPN
     check_features(fpn.IN_FEATURES, bottom_up.output_shape(), "MODEL.FPN.IN_FEATURES", giver)
@@ -246,6 +246,9 @@ def build_retinanet_resnet_fpn_backbone(cfg, input_shape: ShapeSpec):
 
     Returns:
         FPN: the backbone.
+
+    Raises:
+        ValueError: `cfg.MODEL.RESNETS.OUT_FEATURES` does not contain "res5".
     """
     bottom_up = build_resnet_backbone(cfg, input_shape)
     shapes = bottom_up.output_shape()

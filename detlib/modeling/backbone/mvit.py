@@ -1,6 +1,6 @@
-"""Multiscale vision transformers, version 2 (MViTv2, arXiv:2112.01526), as backbones of detectors.
+"""Multiscale vision transformers, version 2 (MViTv2, arXiv:2112.01526), as detection backbones.
 
-N images, H and W height and width of a map in tokens, C channels, D channels of one head.
+Shape legend: N images, H and W height and width of a feature map in tokens, C channels, D channels per head.
 """
 
 from typing import cast
@@ -26,13 +26,13 @@ __all__ = ["MViT"]
 
 
 def attention_pool(x: torch.Tensor, pool: nn.Module, norm: nn.Module | None = None) -> torch.Tensor:
-    """Apply a pooling layer for (N, C, H, W) maps, and a norm after it, to an (N, H, W, C) map."""
+    """Apply a channels-first pooling layer, and then a norm, to an (N, H, W, C) feature map."""
     x = pool(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     return x if norm is None else norm(x)
 
 
 class MultiScaleAttention(nn.Module):
-    """Attention whose queries, keys and values are pooled first, each with its own convolution and norm."""
+    """Pooling attention: queries, keys and values are pooled, each with its own convolution and norm."""
 
     def __init__(
         self,
@@ -52,19 +52,20 @@ class MultiScaleAttention(nn.Module):
     ):
         """
         Args:
-            dim: channels that go in.
-            dim_out: channels that come out.
-            num_heads: heads; they share `dim_out` evenly, D channels each.
-            qkv_bias: whether queries, keys and values have a bias.
-            norm_layer: called with D, makes the norms after pooling.
+            dim: input channels.
+            dim_out: output channels.
+            num_heads: number of attention heads, of D = dim_out / num_heads channels.
+            qkv_bias: whether the projections to queries, keys and values have a bias.
+            norm_layer: callable that creates a norm from D, used after pooling.
             pool_kernel: (height, width) of the pooling convolutions.
             stride_q: stride of the pooling of queries, and so of the block.
             stride_kv: stride of the pooling of keys and values.
-            residual_pooling: whether the pooled queries are added to what attention gives.
-            window_size: side of the windows, in tokens before pooling; 0 for none.
-            use_rel_pos: whether to learn relative positions.
-            rel_pos_zero_init: whether these start at zero, or at small random values.
-            input_size: (height, width), equal, of the map that the tables are made for; without windows.
+            residual_pooling: whether to add the pooled queries to the output of the attention.
+            window_size: side length of the windows, in tokens before pooling; 0 for global attention.
+            use_rel_pos: whether to learn relative position embeddings.
+            rel_pos_zero_init: whether to initialize these with zeros instead of small random values.
+            input_size: (height, width), equal, of the feature map for which the position tables are created;
+                used only without windows.
 
         Raises:
             ValueError: `num_heads` does not divide `dim_out`.
@@ -110,19 +111,19 @@ class MultiScaleAttention(nn.Module):
         k = attention_pool(k, self.pool_k, self.norm_k)
         v = attention_pool(v, self.pool_v, self.norm_v)
 
-        # Pooling comes before the cut, so it sees across the borders of windows.
+        # Pooling comes before the partition, so it crosses the borders of windows.
         q = pooled_q
         if self.window_size:
             q, padded = window_partition(q, self.q_window)
             k, v = (window_partition(t, self.kv_window)[0] for t in (k, v))
             if len(q) != len(k):
                 raise ValueError(
-                    f"Windows of {self.window_size} tokens are no multiples of the strides of pooling: "
-                    f"queries have windows of {self.q_window}, keys of {self.kv_window}, which do not pair; "
+                    f"The window size {self.window_size} is not a multiple of the pooling strides: "
+                    f"the windows of queries have {self.q_window} tokens, those of keys {self.kv_window}; "
                     "change adaptive_window_size or adaptive_kv_stride"
                 )
         q_size, k_size = q.shape[1:3], k.shape[1:3]
-        # Heads of an image or of its windows are a part of the batch here: one "head" each.
+        # The heads are part of the batch dimension here, so every entry has one head.
         q, k, v = (t.flatten(1, 2)[:, None] for t in (q, k, v))
         x = decomposed_attention(q, k, v, self.rel_pos_h, self.rel_pos_w, q_size, k_size)
         x = x.reshape(-1, *q_size, x.shape[-1])
@@ -136,7 +137,7 @@ class MultiScaleAttention(nn.Module):
 
 
 class MultiScaleBlock(nn.Module):
-    """A transformer block with norms before its branches that may change resolution and channels."""
+    """A pre-norm transformer block that may change the resolution and the channels."""
 
     def __init__(
         self,
@@ -159,10 +160,12 @@ class MultiScaleBlock(nn.Module):
     ):
         """
         Args:
+            dim, dim_out, num_heads, qkv_bias, norm_layer, stride_q, stride_kv, residual_pooling, window_size,
+                use_rel_pos, rel_pos_zero_init, input_size: see `MultiScaleAttention`.
             mlp_ratio: hidden channels of the MLP, as a multiple of `dim_out`.
-            drop_path: probability to drop each branch in training.
-            act_layer: called without arguments, makes an activation.
-            qkv_pool_kernel: see `pool_kernel` of `MultiScaleAttention`, which explains the other arguments.
+            drop_path: probability of dropping each branch in training.
+            act_layer: callable without arguments that creates an activation.
+            qkv_pool_kernel: see `pool_kernel` of `MultiScaleAttention`.
         """
         super().__init__()
         self.norm1 = norm_layer(dim)
@@ -202,9 +205,9 @@ class MultiScaleBlock(nn.Module):
 class MViT(Backbone):
     """MViTv2 with hybrid window attention: four stages "scale2" to "scale5" of strides 4 to 32.
 
-    Attention stays within windows but in the last block of each of the last three stages. The first block
-    of a stage halves the resolution with its queries and doubles channels and heads; windows and the
-    pooling of keys and values shrink with the resolution.
+    Attention is restricted to windows, except in the last block of each of the last three stages. The first
+    block of a stage halves the resolution by pooling its queries. Channels and heads double from stage to
+    stage; windows and the strides of key and value pooling shrink with the resolution.
     """
 
     def __init__(
@@ -237,33 +240,35 @@ class MViT(Backbone):
     ):
         """
         Args:
-            img_size: side of the square image that the tables of relative positions are made for, in
-                pixels. Images of any size go in; the tables are interpolated for them.
+            img_size: side length in pixels of the square image for which the tables of relative positions are
+                created. They are interpolated for images of other sizes.
             patch_kernel, patch_stride, patch_padding: (height, width) of the first convolution.
-            in_chans: channels of the image.
+            in_chans: number of image channels.
             embed_dim: channels of the first stage.
             depth: number of blocks.
-            num_heads: heads of the first stage.
-            last_block_indexes: the last block of each stage.
+            num_heads: number of attention heads of the first stage.
+            last_block_indexes: index of the last block of each stage.
             qkv_pool_kernel: (height, width) of the pooling convolutions.
             adaptive_kv_stride: stride of the pooling of keys and values in the first stage.
-            adaptive_window_size: side of the windows in the first stage, in tokens.
-            residual_pooling: whether the pooled queries are added to what attention gives.
-            mlp_ratio: hidden channels of each MLP, as a multiple of the block's.
-            qkv_bias: whether queries, keys and values have a bias.
-            drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first.
-            norm_layer: called with a number of channels, makes a norm.
-            act_layer: called without arguments, makes an activation.
+            adaptive_window_size: side length of the windows in the first stage, in tokens.
+            residual_pooling: whether to add the pooled queries to the output of the attention.
+            mlp_ratio: hidden channels of each MLP, as a multiple of its output channels.
+            qkv_bias: whether the projections to queries, keys and values have a bias.
+            drop_path_rate: stochastic depth rate of the last block; it rises linearly from 0 at the first.
+            norm_layer: callable that creates a norm from a number of channels.
+            act_layer: callable without arguments that creates an activation.
             use_abs_pos: whether to add absolute position embeddings.
             use_rel_pos: whether attention has relative position embeddings.
-            rel_pos_zero_init: whether these start at zero.
-            use_act_checkpoint: whether to compute activations again in backward instead of keeping them.
-            pretrain_img_size: side of the pretraining images: absolute positions have that map's size.
-            pretrain_use_cls_token: whether the absolute positions have one for a class token in front.
+            rel_pos_zero_init: whether to initialize the relative position embeddings with zeros.
+            use_act_checkpoint: whether to use activation checkpointing, which saves memory.
+            pretrain_img_size: side length of the pretraining images, which determines the number of absolute
+                position embeddings.
+            pretrain_use_cls_token: whether the first absolute position embedding is that of a class token.
             out_features: names of the stages to return.
 
         Raises:
-            ValueError: `out_features` names a stage that `last_block_indexes` and `depth` do not make.
+            ValueError: `out_features` names a stage that does not exist with this `last_block_indexes` and
+                `depth`.
         """
         super().__init__()
         self.pretrain_use_cls_token = pretrain_use_cls_token
@@ -327,7 +332,7 @@ class MViT(Backbone):
             x: (N, in_chans, H, W) images.
 
         Returns:
-            dict[str, Tensor]: for each name in `out_features`, (N, C_f, H / stride, W / stride), rounded up.
+            dict[str, Tensor]: name to (N, C_f, ceil(H/stride), ceil(W/stride)) feature map.
         """
         x = self.patch_embed(x)
         if self.pos_embed is not None:
@@ -352,7 +357,7 @@ def _plan_blocks(
     window_size: int,
     input_size: tuple[int, int],
 ) -> list[dict]:
-    """What differs between the blocks: arguments of `MultiScaleBlock` for each of them.
+    """Return the arguments of `MultiScaleBlock` that differ between the blocks, for each block.
 
     `dim`, `num_heads`, `stride_kv`, `window_size` and `input_size` (in tokens) are those of the first stage.
     """
@@ -365,7 +370,7 @@ def _plan_blocks(
                 dim_out=dim_out,
                 num_heads=num_heads,
                 stride_q=2 if starts_stage else 1,
-                # The blocks with attention over the whole of a large map pool twice as much.
+                # Blocks with global attention over a large feature map pool twice as much.
                 stride_kv=stride_kv * 2 if i in last_block_indexes[1:3] else stride_kv,
                 window_size=0 if i in last_block_indexes[1:] else window_size,
                 input_size=cast(tuple[int, int], input_size),

@@ -1,7 +1,7 @@
-"""RegNet and AnyNet: residual networks whose widths follow a line ("Designing Network Design Spaces",
-arXiv:2003.13678), with squeeze-and-excitation (arXiv:1709.01507) in the RegNetY family.
+"""RegNet and AnyNet ("Designing Network Design Spaces", arXiv:2003.13678).
 
-The parameters have the names of the published models (pycls).
+The RegNetY family has squeeze-and-excitation (arXiv:1709.01507). Parameter names match the published models
+(pycls).
 """
 
 import math
@@ -19,7 +19,7 @@ _WIDTH_STEP = 8  # every width is a multiple of this (section 3.3 of the paper)
 
 
 def _conv(w_in, w_out, kernel_size, *, stride=1, groups=1, bias=False):
-    """A convolution that keeps the size, up to `stride`."""
+    """Return a convolution with "same" padding."""
     padding = (kernel_size - 1) // 2
     return nn.Conv2d(w_in, w_out, kernel_size, stride, padding, groups=groups, bias=bias)
 
@@ -29,21 +29,21 @@ def _norm(norm, width):
 
 
 def _init_weights(module):
-    """He initialization that counts all output channels, grouped convolutions' too, as pycls does."""
+    """Apply He initialization; like pycls, count all output channels, even of grouped convolutions."""
     if isinstance(module, nn.Conv2d):
         fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
         nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out))
 
 
 class SqueezeExcite(nn.Module):
-    """Multiplies each channel by a number in (0, 1), computed from the averages of all channels."""
+    """Squeeze-and-excitation: scale channels by factors in (0, 1), computed from the channel averages."""
 
     def __init__(self, w_in, w_se, activation_class):
         """
         Args:
-            w_in: channels that go in and come out.
-            w_se: channels in between.
-            activation_class: makes the activation in between, called without arguments.
+            w_in: input and output channels.
+            w_se: hidden channels.
+            activation_class: callable without arguments that creates the hidden activation.
         """
         super().__init__()
         self.avg_pool = nn.AdaptiveAvgPool2d((1, 1))
@@ -57,14 +57,14 @@ class SqueezeExcite(nn.Module):
 
 
 class ResStem(CNNBlockBase):
-    """The stem of ResNet: 7x7 convolution and 3x3 max pooling, stride 4."""
+    """The stem of ResNet: a 7x7 convolution and 3x3 max pooling, stride 4 in total."""
 
     def __init__(self, w_in, w_out, norm, activation_class):
         """
         Args:
-            w_in, w_out: channels that go in and come out.
+            w_in, w_out: input and output channels.
             norm: a norm's name or a callable, see `detlib.layers.get_norm`.
-            activation_class: makes an activation, called without arguments.
+            activation_class: callable without arguments that creates an activation.
         """
         super().__init__(w_in, w_out, 4)
         self.conv = _conv(w_in, w_out, 7, stride=2)
@@ -83,7 +83,7 @@ class SimpleStem(CNNBlockBase):
     def __init__(self, w_in, w_out, norm, activation_class):
         """
         Args:
-            w_in, w_out, norm, activation_class: as for `ResStem`.
+            w_in, w_out, norm, activation_class: see `ResStem`.
         """
         super().__init__(w_in, w_out, 2)
         self.conv = _conv(w_in, w_out, 3, stride=2)
@@ -101,10 +101,10 @@ class VanillaBlock(CNNBlockBase):
     def __init__(self, w_in, w_out, stride, norm, activation_class, _params):
         """
         Args:
-            w_in, w_out: channels that go in and come out.
+            w_in, w_out: input and output channels.
             stride: stride of the first convolution.
-            norm, activation_class: as for `ResStem`.
-            _params: not used; the other blocks have parameters there.
+            norm, activation_class: see `ResStem`.
+            _params: unused, for the same signature as the other blocks.
         """
         super().__init__(w_in, w_out, stride)
         self.a = _conv(w_in, w_out, 3, stride=stride)
@@ -143,7 +143,7 @@ class BottleneckTransform(nn.Module):
     def __init__(self, w_in, w_out, stride, norm, activation_class, params):
         super().__init__()
         width = int(round(w_out * params["bot_mul"]))
-        # The excitation's width follows what goes into the block, not what it excites.
+        # The hidden width of the excitation depends on the block's input, not on the bottleneck.
         width_se = int(round(w_in * params["se_r"]))
         self.a = _conv(w_in, width, 1)
         self.a_bn = _norm(norm, width)
@@ -165,11 +165,18 @@ class BottleneckTransform(nn.Module):
 
 
 class _ResBlock(CNNBlockBase):
-    """A residual branch `f` and a shortcut, which is a strided 1x1 convolution where shapes change."""
+    """A residual branch `f` and a shortcut, which is a strided 1x1 convolution if the shape changes."""
 
     transform_class: type[nn.Module]
 
     def __init__(self, w_in, w_out, stride, norm, activation_class, params):
+        """
+        Args:
+            w_in, w_out: input and output channels.
+            stride: stride of the block.
+            norm, activation_class: see `ResStem`.
+            params: parameters of `transform_class`.
+        """
         super().__init__(w_in, w_out, stride)
         self.proj = None
         if w_in != w_out or stride != 1:
@@ -185,44 +192,34 @@ class _ResBlock(CNNBlockBase):
 
 
 class ResBasicBlock(_ResBlock):
-    """Two 3x3 convolutions and a shortcut.
-
-    Args:
-        w_in, w_out: channels that go in and come out.
-        stride: stride of the block.
-        norm, activation_class: as for `ResStem`.
-        params: not used.
-    """
+    """The basic residual block: two 3x3 convolutions and a shortcut. The argument `params` is unused."""
 
     transform_class = BasicTransform
 
 
 class ResBottleneckBlock(_ResBlock):
-    """1x1, grouped 3x3 and 1x1 convolutions and a shortcut: the block of RegNet.
+    """The block of RegNet: 1x1, grouped 3x3 and 1x1 convolutions and a shortcut.
 
-    Args:
-        w_in, w_out: channels that go in and come out.
-        stride: stride of the block.
-        norm, activation_class: as for `ResStem`.
-        params: dict with "bot_mul", the width of the 3x3 convolution by `w_out`; "group_w", the channels of
-            one of its groups; "se_r", the width of the squeeze-and-excitation by `w_in`, 0 for none.
+    The argument `params` is a dict with "bot_mul", the width of the 3x3 convolution as a multiple of `w_out`;
+    "group_w", the channels of each of its groups; and "se_r", the width of the squeeze-and-excitation as a
+    multiple of `w_in`, 0 for none.
     """
 
     transform_class = BottleneckTransform
 
 
 def _fit_groups(width, ratio, group_width):
-    """The nearest width of a stage, and width of groups, at which groups divide the bottleneck."""
+    """Return the nearest width of a stage and group width such that groups divide the bottleneck."""
     bottleneck = int(max(1, width * ratio))
     group_width = int(min(group_width, bottleneck))
-    # Both the groups and, where the bottleneck is the wider, the ratio must divide it.
+    # The group width must divide the bottleneck, and so must the ratio if it is above 1.
     divisor = math.lcm(group_width, int(ratio)) if ratio > 1 else group_width
     bottleneck = max(divisor, int(round(bottleneck / divisor) * divisor))
     return int(bottleneck / ratio), group_width
 
 
 class AnyNet(Backbone):
-    """A stem ("stem") and stages of blocks ("s1", "s2", ...), each stage of one width."""
+    """A stem ("stem") and stages of residual blocks ("s1", "s2", ...), each with its own width."""
 
     def __init__(
         self,
@@ -243,22 +240,24 @@ class AnyNet(Backbone):
     ):
         """
         Args:
-            stem_class: `SimpleStem`, `ResStem` or a class that is called alike.
-            stem_width: channels of the stem.
-            block_class: `ResBottleneckBlock`, `ResBasicBlock`, `VanillaBlock` or one that is called alike.
+            stem_class: `SimpleStem`, `ResStem` or a class with the same signature.
+            stem_width: output channels of the stem.
+            block_class: `ResBottleneckBlock`, `ResBasicBlock`, `VanillaBlock` or a class with the same
+                signature.
             depths: number of blocks of each stage.
             widths: channels of each stage; rounded so that groups divide the bottleneck.
-            group_widths: channels of a group in each stage.
-            strides: stride of each stage's first block.
-            bottleneck_ratios: bottleneck width by stage width, for each stage.
-            se_ratio: width of the squeeze-and-excitation by the block's input width; 0 for none.
-            activation_class: makes an activation, called without arguments.
+            group_widths: channels per group of each stage.
+            strides: stride of the first block of each stage.
+            bottleneck_ratios: ratio of the bottleneck width to the stage width, for each stage.
+            se_ratio: ratio of the squeeze-and-excitation width to the block's input width; 0 for none.
+            activation_class: callable without arguments that creates an activation.
             freeze_at: see `freeze`.
             norm: a norm's name or a callable, see `detlib.layers.get_norm`.
-            out_features: names of the features to return, from "stem", "s1", "s2", ...; by default the last.
+            out_features: names of the features to return, from "stem", "s1", "s2", ...; the last one by
+                default.
 
         Raises:
-            ValueError: lists of unlike lengths, numbers that are not positive, or an unknown out feature.
+            ValueError: the lists differ in length, a number is not positive, or an output feature is unknown.
         """
         super().__init__()
         per_stage = {
@@ -306,16 +305,16 @@ class AnyNet(Backbone):
         """Compute the features.
 
         Args:
-            x: (N, 3, H, W) float tensor, normalized images.
+            x: (N, 3, H, W) float tensor of normalized images.
 
         Returns:
-            dict[str, Tensor]: (N, C_f, H/stride, W/stride) maps by name.
+            dict[str, Tensor]: name to (N, C_f, H/stride, W/stride) feature map.
 
         Raises:
-            ValueError: `x` has not four dimensions.
+            ValueError: `x` does not have four dimensions.
         """
         if x.dim() != 4:
-            raise ValueError(f"{type(self).__name__} takes a (N, C, H, W) tensor, got {tuple(x.shape)}")
+            raise ValueError(f"{type(self).__name__} takes an (N, C, H, W) tensor, got {tuple(x.shape)}")
         outputs = {}
         x = self.stem(x)
         if "stem" in self._out_features:
@@ -327,13 +326,14 @@ class AnyNet(Backbone):
         return outputs
 
     def freeze(self, freeze_at=0):
-        """Stop the first parts from training: their parameters, and their batch norms become FrozenBN.
+        """Freeze the first stages: fix their parameters and replace their batch norms by FrozenBN.
 
         Args:
-            freeze_at: how many parts: 0 none, 1 the stem, 2 the stem and "s1", and so on.
+            freeze_at: number of stages to freeze, the stem included: 0 for none, 1 for the stem, 2 for the
+                stem and "s1", and so on.
 
         Returns:
-            AnyNet: itself.
+            AnyNet: self.
         """
         if freeze_at >= 1:
             self.stem.freeze()
@@ -344,22 +344,22 @@ class AnyNet(Backbone):
 
 
 def regnet_stages(w_a, w_0, w_m, depth):
-    """Widths and depths of the stages of a RegNet (equations 2 to 4 of the paper).
+    """Return the widths and depths of the stages of a RegNet (equations 2 to 4 of the paper).
 
-    Block j would have the width `w_0 + w_a * j`; it gets the nearest `w_0 * w_m**k` of whole k, by the
-    logarithm, rounded to a multiple of 8. Blocks of one width are a stage.
+    The width `w_0 + w_a * j` of block j is quantized to `w_0 * w_m**k`, where k is the nearest integer in
+    log space, and then rounded to a multiple of 8. Blocks of equal width form a stage.
 
     Args:
-        w_a: slope, at least 0.
-        w_0: first width, a multiple of 8.
-        w_m: step between stages, over 1.
+        w_a: slope of the widths, at least 0.
+        w_0: width of the first block, a multiple of 8.
+        w_m: ratio between the widths of stages, above 1.
         depth: number of blocks.
 
     Returns:
         tuple[list[int], list[int]]: width and number of blocks of each stage.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of range.
     """
     if w_a < 0 or w_0 <= 0 or w_m <= 1 or w_0 % _WIDTH_STEP or depth < 1:
         raise ValueError(
@@ -375,7 +375,7 @@ def regnet_stages(w_a, w_0, w_m, depth):
 
 
 class RegNet(AnyNet):
-    """A network whose blocks widen along a line, quantised to a few stages."""
+    """A RegNet: the widths of its blocks grow linearly and are quantized to a few stages."""
 
     def __init__(
         self,
@@ -398,15 +398,15 @@ class RegNet(AnyNet):
     ):
         """
         Args:
-            depth, w_a, w_0, w_m: number of blocks and the line of their widths, see `regnet_stages`.
-            group_width: channels of a group.
-            stride: stride of every stage's first block.
-            bottleneck_ratio: bottleneck width by stage width.
-            activation_class: makes an activation, called without arguments; by default a ReLU.
-            stem_class, stem_width, block_class, se_ratio, freeze_at, norm, out_features: as for `AnyNet`.
+            depth, w_a, w_0, w_m: number of blocks and parameters of their widths, see `regnet_stages`.
+            group_width: channels per group.
+            stride: stride of the first block of every stage.
+            bottleneck_ratio: ratio of the bottleneck width to the stage width.
+            activation_class: callable without arguments that creates an activation; ReLU by default.
+            stem_class, stem_width, block_class, se_ratio, freeze_at, norm, out_features: see `AnyNet`.
 
         Raises:
-            ValueError: as of `AnyNet` and `regnet_stages`.
+            ValueError: see `AnyNet` and `regnet_stages`.
         """
         widths, depths = regnet_stages(w_a, w_0, w_m, depth)
         num_stages = len(widths)

@@ -62,7 +62,7 @@ def _normed_conv(
 
 
 def _projection(in_channels, out_channels, *, norm, stride):
-    """Return the 1x1 convolution of the shortcut, or None where the shortcut is the identity."""
+    """Return the 1x1 convolution of the shortcut, or None if the shortcut is the identity."""
     if in_channels == out_channels and stride == 1:
         return None
     return _normed_conv(in_channels, out_channels, 1, norm=norm, stride=stride)
@@ -183,7 +183,7 @@ class DeformBottleneckBlock(CNNBlockBase):
         """
         Args:
             in_channels, out_channels, bottleneck_channels, stride, num_groups, norm, stride_in_1x1,
-            dilation: as for `BottleneckBlock`.
+                dilation: see `BottleneckBlock`.
             deform_modulated: whether each sampling position also has a factor in (0, 1), as in Deformable
                 ConvNets v2.
             deform_num_groups: number of channel groups with separate offsets.
@@ -244,7 +244,7 @@ class ResNet(Backbone):
             freeze_at: see `freeze`.
 
         Raises:
-            ValueError: no stages, an empty stage, or an unknown output feature.
+            ValueError: there are no stages, a stage is empty, or an output feature is unknown.
         """
         super().__init__()
         if not stages or not all(len(blocks) for blocks in stages):
@@ -298,7 +298,7 @@ class ResNet(Backbone):
             ValueError: `x` does not have four dimensions.
         """
         if x.dim() != 4:
-            raise ValueError(f"ResNet takes a (N, C, H, W) tensor, got the shape {tuple(x.shape)}")
+            raise ValueError(f"ResNet takes an (N, C, H, W) tensor, got the shape {tuple(x.shape)}")
         outputs = {}
         x = self.stem(x)
         if "stem" in self._out_features:
@@ -346,10 +346,11 @@ class ResNet(Backbone):
         Raises:
             ValueError: a `_per_block` list does not have `num_blocks` entries, or NAME is given both ways.
 
-        Example: three blocks, of which the first halves the resolution::
+        Example:
+            Three blocks, of which the first halves the resolution::
 
-            ResNet.make_stage(BottleneckBlock, 3, in_channels=256, out_channels=512,
-                              bottleneck_channels=128, stride_per_block=[2, 1, 1])
+                ResNet.make_stage(BottleneckBlock, 3, in_channels=256, out_channels=512,
+                                  bottleneck_channels=128, stride_per_block=[2, 1, 1])
         """
         suffix = "_per_block"
         shared = {k: v for k, v in kwargs.items() if not k.endswith(suffix)}
@@ -379,7 +380,7 @@ class ResNet(Backbone):
             list[list[nn.Module]]: the blocks of "res2" to "res5", for `ResNet(stages=...)`.
 
         Raises:
-            ValueError: an unknown depth.
+            ValueError: `depth` is unknown.
         """
         check_choice(depth, _BLOCKS_PER_STAGE, "depth")
         if block_class is None:
@@ -498,7 +499,7 @@ def make_stage(*args, **kwargs):
         stage.
 
     Raises:
-        ValueError: an unknown depth, or arguments that contradict each other.
+        ValueError: the depth is unknown, or arguments contradict each other.
     """
     if "block_class" in kwargs or (args and callable(args[0])):
         return ResNet.make_stage(*args, **kwargs)
@@ -576,7 +577,7 @@ def build_resnet_backbone(cfg, input_shape):
         ResNet: the network up to the last of `MODEL.RESNETS.OUT_FEATURES`.
 
     Raises:
-        ValueError: illegal or contradictory values; the message names the key.
+        ValueError: values are illegal or contradict each other; the message names the key.
     """
     resnets = cfg.MODEL.RESNETS
     _check_config(resnets)

@@ -1,8 +1,9 @@
 """Swin Transformer (arXiv:2103.14030) as a detection backbone: window attention at any image size.
 
-The parameters have the names of the published detection models.
+Parameter names match the published detection models.
 
-Shape legend: B images, H and W of a feature map, C channels.
+Shape legend: B images, H and W height and width of a feature map in tokens, C channels, nW windows per image,
+N tokens per window.
 """
 
 import math
@@ -27,29 +28,29 @@ __all__ = [
     "window_reverse",
 ]
 
-# What is added to the logit of two tokens that are no neighbors; as published, not minus infinity.
+# The mask value for tokens that are not neighbors: -100 as published, not minus infinity.
 _APART = -100.0
 
 
 def pair(value) -> tuple:
-    """A height and a width, which may have been given as one number."""
+    """Return a (height, width) pair, from a pair or one number for both."""
     return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
 
 
 def whole_windows(length, window_size):
-    """`length` rounded up to a multiple of `window_size`; shapes that are traced need to see it as one."""
+    """Round `length` up to a multiple of `window_size`, which symbolic shapes recognize as a multiple."""
     return (length + window_size - 1) // window_size * window_size
 
 
 def window_partition(x, window_size):
-    """Cut maps into windows.
+    """Partition feature maps into windows.
 
     Args:
         x: (B, H, W, C), with H and W multiples of `window_size`.
-        window_size: side w of a window.
+        window_size: side length w of a window.
 
     Returns:
-        (B * nW, w, w, C): the windows of the first image row by row, then those of the second, ...
+        (B * nW, w, w, C): the windows of the first image in row-major order, then those of the second, ...
     """
     B, H, W, C = x.shape
     x = x.reshape(B, H // window_size, window_size, W // window_size, window_size, C)
@@ -57,12 +58,12 @@ def window_partition(x, window_size):
 
 
 def window_reverse(windows, window_size, H, W):
-    """Put the windows of `window_partition` together again.
+    """Reverse `window_partition`.
 
     Args:
         windows: (B * nW, w, w, C).
-        window_size: side w of a window.
-        H, W: size of the maps.
+        window_size: side length w of a window.
+        H, W: size of the feature maps.
 
     Returns:
         (B, H, W, C).
@@ -73,13 +74,13 @@ def window_reverse(windows, window_size, H, W):
 
 
 def shifted_window_mask(H, W, window_size, shift, like):
-    """What to add to the logits of shifted windows, so that only true neighbors attend to each other.
+    """Return the attention mask of shifted windows, which separates tokens that are not adjacent.
 
-    Rolling the map by `shift` brings its first rows below its last ones, and its columns likewise; windows
-    at the seam hold parts that lie apart in the image.
+    Rolling the feature map by `shift` moves its first rows below the last ones, and likewise its columns.
+    Windows across this seam contain regions that are not adjacent in the image.
 
     Returns:
-        (nW, N, N) of the dtype and device of `like`.
+        (nW, N, N) with the dtype and device of `like`, to be added to the logits.
     """
 
     def parts(length):
@@ -93,16 +94,16 @@ def shifted_window_mask(H, W, window_size, shift, like):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with an activation in between, `fc1` and `fc2`."""
+    """A multilayer perceptron: two linear layers, `fc1` and `fc2`, with an activation in between."""
 
     def __init__(self, in_features, hidden_features=None, out_features=None, act_layer=nn.GELU, drop=0.0):
         """
         Args:
-            in_features: channels that go in.
-            hidden_features: channels in between, by default `in_features`.
-            out_features: channels that come out, by default `in_features`.
-            act_layer: makes the activation, called without arguments.
-            drop: dropout after each linear layer.
+            in_features: input channels.
+            hidden_features: hidden channels; `in_features` by default.
+            out_features: output channels; `in_features` by default.
+            act_layer: callable without arguments that creates the activation.
+            drop: dropout probability after each linear layer.
         """
         super().__init__()
         hidden_features = hidden_features or in_features
@@ -126,12 +127,12 @@ class WindowAttention(nn.Module):
         """
         Args:
             dim: channels C.
-            window_size: (height, width) of a window, or one side.
-            num_heads: number of heads, which divides `dim`.
-            qkv_bias: whether queries, keys and values have a bias.
-            qk_scale: factor of the logits, by default `(dim / num_heads) ** -0.5`.
-            attn_drop: dropout of the attention weights.
-            proj_drop: dropout of the output.
+            window_size: (height, width) of a window, or the side length of a square window.
+            num_heads: number of attention heads; must divide `dim`.
+            qkv_bias: whether the projections to queries, keys and values have a bias.
+            qk_scale: scale of the logits; `(dim / num_heads) ** -0.5` by default.
+            attn_drop: dropout probability of the attention weights.
+            proj_drop: dropout probability of the output.
 
         Raises:
             ValueError: `num_heads` does not divide `dim`.
@@ -145,7 +146,7 @@ class WindowAttention(nn.Module):
         self.scale = qk_scale or (dim // num_heads) ** -0.5
         num_offsets = (2 * height - 1) * (2 * width - 1)
         self.relative_position_bias_table = nn.Parameter(torch.zeros(num_offsets, num_heads))
-        # Entry (i, j) is the row of the table for the offset of token j from token i.
+        # Entry (i, j) is the row of the table for the offset between tokens i and j.
         rows = torch.arange(height).repeat_interleave(width)
         columns = torch.arange(width).repeat(height)
         dy, dx = rows[:, None] - rows + height - 1, columns[:, None] - columns + width - 1
@@ -161,7 +162,7 @@ class WindowAttention(nn.Module):
 
         Args:
             x: (B * nW, N, C).
-            mask: (nW, N, N) to add to the logits, or None.
+            mask: (nW, N, N), added to the logits; or None.
 
         Returns:
             (B * nW, N, C).
@@ -179,7 +180,7 @@ class WindowAttention(nn.Module):
 
 
 class SwinTransformerBlock(nn.Module):
-    """Window attention and an MLP, each with a norm before and a shortcut around."""
+    """A pre-norm transformer block: window attention and an MLP, each with a shortcut."""
 
     def __init__(
         self,
@@ -199,17 +200,17 @@ class SwinTransformerBlock(nn.Module):
         """
         Args:
             dim: channels C.
-            num_heads, qkv_bias, qk_scale, attn_drop: as for `WindowAttention`.
-            window_size: side of a window.
-            shift_size: how far the windows are shifted against the map's origin, below `window_size`.
-            mlp_ratio: hidden channels of the MLP by `dim`.
-            drop: dropout after linear layers.
-            drop_path: probability of leaving out each branch, see `DropPath`.
-            act_layer: makes the MLP's activation, called without arguments.
-            norm_layer: makes a norm, called with the number of channels.
+            num_heads, qkv_bias, qk_scale, attn_drop: see `WindowAttention`.
+            window_size: side length of a window.
+            shift_size: shift of the windows from the origin, less than `window_size`.
+            mlp_ratio: hidden channels of the MLP, as a multiple of `dim`.
+            drop: dropout probability after linear layers.
+            drop_path: probability of dropping each branch, see `DropPath`.
+            act_layer: callable without arguments that creates the activation of the MLP.
+            norm_layer: callable that creates a norm from a number of channels.
 
         Raises:
-            ValueError: a shift that is no part of a window.
+            ValueError: `shift_size` is not less than `window_size`.
         """
         super().__init__()
         if not 0 <= shift_size < window_size:
@@ -222,12 +223,13 @@ class SwinTransformerBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=drop)
 
     def forward(self, x, mask_matrix):
-        """Compute the block.
+        """Apply the block.
 
         Args:
-            x: (B, H, W, C) of any size; it is padded to whole windows with zeros, which take part.
-            mask_matrix: (nW, N, N) to add to the logits of the padded map's shifted windows; not used without
-                a shift.
+            x: (B, H, W, C) of any size; it is padded with zeros to whole windows, and the zeros are attended
+                to.
+            mask_matrix: (nW, N, N), added to the logits of the shifted windows of the padded feature map;
+                unused without a shift.
 
         Returns:
             (B, H, W, C).
@@ -248,13 +250,13 @@ class SwinTransformerBlock(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Halves a map: the four tokens of each 2x2 square, side by side, become one of twice the channels."""
+    """Patch merging: concatenate the tokens of each 2x2 square and project them to twice the channels."""
 
     def __init__(self, dim, norm_layer=nn.LayerNorm):
         """
         Args:
-            dim: channels C that go in.
-            norm_layer: makes a norm, called with the number of channels.
+            dim: input channels C.
+            norm_layer: callable that creates a norm from a number of channels.
         """
         super().__init__()
         self.dim = dim
@@ -265,17 +267,17 @@ class PatchMerging(nn.Module):
         """Map (B, H * W, C) to (B, ceil(H/2) * ceil(W/2), 2 * C).
 
         Raises:
-            ValueError: `x` has not H * W tokens.
+            ValueError: `x` does not have H * W tokens.
         """
         if x.shape[1] != H * W:
-            raise ValueError(f"PatchMerging got {x.shape[1]} tokens for a map of {H} x {W}")
+            raise ValueError(f"PatchMerging got {x.shape[1]} tokens for a feature map of {H} x {W}")
         x = F.pad(x.unflatten(1, (H, W)), (0, 0, 0, W % 2, 0, H % 2))
-        corners = [x[:, dy::2, dx::2] for dx in (0, 1) for dy in (0, 1)]  # down first, then to the right
+        corners = [x[:, dy::2, dx::2] for dx in (0, 1) for dy in (0, 1)]  # column-major order
         return self.reduction(self.norm(torch.cat(corners, dim=-1).flatten(1, 2)))
 
 
 class BasicLayer(nn.Module):
-    """A stage: blocks whose windows are shifted by half a window in every second one, and patch merging."""
+    """A stage of blocks, every second one with windows shifted by half their size, and patch merging."""
 
     def __init__(
         self,
@@ -297,10 +299,10 @@ class BasicLayer(nn.Module):
         Args:
             dim: channels C.
             depth: number of blocks.
-            drop_path: probability of leaving out a branch, one number or one for each block.
-            downsample: a class such as `PatchMerging`, called with `dim` and `norm_layer`, or None.
-            use_checkpoint: whether backward computes the blocks' activations again instead of keeping them.
-            num_heads, window_size, mlp_ratio, qkv_bias, qk_scale, drop, attn_drop, norm_layer: as for
+            drop_path: probability of dropping each branch: one number, or one for each block.
+            downsample: a class such as `PatchMerging`, called with `dim` and `norm_layer`; or None.
+            use_checkpoint: whether to use activation checkpointing in the blocks, which saves memory.
+            num_heads, window_size, mlp_ratio, qkv_bias, qk_scale, drop, attn_drop, norm_layer: see
                 `SwinTransformerBlock`.
         """
         super().__init__()
@@ -327,20 +329,20 @@ class BasicLayer(nn.Module):
         self.downsample = downsample(dim=dim, norm_layer=norm_layer) if downsample is not None else None
 
     def forward(self, x, H, W):
-        """Compute the stage.
+        """Apply the stage.
 
         Args:
             x: (B, H * W, C).
-            H, W: size of the map.
+            H, W: size of the feature map.
 
         Returns:
-            tuple: the blocks' (B, H * W, C), its H and W; what goes into the next stage and its height and
-            width, which are the same where nothing is merged.
+            tuple: the (B, H * W, C) output of the blocks, its H and W, and the input of the next stage, its
+            height and width. The latter three equal the former without `downsample`.
         """
         x = x.unflatten(1, (H, W))
         w = self.window_size
-        # One mask serves all blocks of the stage. It is not kept for the next image: it costs far less than
-        # a block, and would have to follow size, device and dtype, and keep out of compiled graphs.
+        # All blocks of the stage share one mask. It is not cached between images: it costs far less than a
+        # block, and a cache would depend on size, device and dtype and break compiled graphs.
         mask = None
         if self.shift_size and self.depth > 1:
             mask = shifted_window_mask(whole_windows(H, w), whole_windows(W, w), w, self.shift_size, x)
@@ -356,15 +358,16 @@ class BasicLayer(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Maps each patch of the image to a token by a convolution, `proj`."""
+    """Patch embedding: map each patch of the image to a token with a convolution, `proj`."""
 
     def __init__(self, patch_size=4, in_chans=3, embed_dim=96, norm_layer=None):
         """
         Args:
-            patch_size: side of a patch in pixels, or (height, width).
-            in_chans: channels of the image.
+            patch_size: side length or (height, width) of a patch in pixels.
+            in_chans: number of image channels.
             embed_dim: channels C of a token.
-            norm_layer: makes the tokens' norm, called with the number of channels; None for none.
+            norm_layer: callable that creates the norm of the tokens from a number of channels; None for no
+                norm.
         """
         super().__init__()
         self.patch_size = pair(patch_size)
@@ -374,7 +377,7 @@ class PatchEmbed(nn.Module):
         self.norm = norm_layer(embed_dim) if norm_layer is not None else None
 
     def forward(self, x):
-        """Map (B, in_chans, H, W), padded with zeros to whole patches, to (B, C, H/patch, W/patch)."""
+        """Map (B, in_chans, H, W), padded to whole patches, to (B, C, ceil(H/patch), ceil(W/patch))."""
         height, width = self.patch_size
         x = self.proj(F.pad(x, (0, -x.shape[3] % width, 0, -x.shape[2] % height)))
         if self.norm is not None:
@@ -383,7 +386,7 @@ class PatchEmbed(nn.Module):
 
 
 class SwinTransformer(Backbone):
-    """Swin Transformer with outputs "p0", "p1", ... of strides 4, 8, ..., each after a norm of its own."""
+    """Swin Transformer with feature maps "p0", "p1", ... of strides 4, 8, ..., each with its own norm."""
 
     def __init__(
         self,
@@ -409,34 +412,37 @@ class SwinTransformer(Backbone):
     ):
         """
         Args:
-            pretrain_img_size: image size of pre-training, which is that of the absolute position embedding.
-            patch_size: side of a patch in pixels, or (height, width).
-            in_chans: channels of the image.
-            embed_dim: channels of the first stage; each further stage has twice as many.
+            pretrain_img_size: side length or (height, width) of the pretraining images, which determines the
+                size of the absolute position embedding.
+            patch_size: side length or (height, width) of a patch in pixels.
+            in_chans: number of image channels.
+            embed_dim: channels of the first stage; they double from stage to stage.
             depths: number of blocks of each stage.
-            num_heads: number of heads of each stage.
-            window_size: side of a window.
-            mlp_ratio: hidden channels of the MLPs by those of the block.
-            qkv_bias: whether queries, keys and values have a bias.
-            qk_scale: factor of the logits, by default `head_dim ** -0.5`.
-            drop_rate: dropout after linear layers and after the position embedding.
-            attn_drop_rate: dropout of the attention weights.
-            drop_path_rate: probability of leaving out the last block's branches; it grows from 0 to this.
-            norm_layer: makes a norm, called with the number of channels.
-            ape: whether an absolute position embedding is added.
-            patch_norm: whether the patches' tokens are normalized.
-            out_indices: stages whose output is returned, index i as "p{i}".
-            frozen_stages: what does not train: below 0 nothing, 0 the patch embedding, 1 the position
-                embedding too, 2 the first stage too, 3 the second too, and so on.
-            use_checkpoint: whether backward computes activations again instead of keeping them.
+            num_heads: number of attention heads of each stage.
+            window_size: side length of a window.
+            mlp_ratio: hidden channels of each MLP, as a multiple of its block's channels.
+            qkv_bias: whether the projections to queries, keys and values have a bias.
+            qk_scale: scale of the logits; `head_dim ** -0.5` by default.
+            drop_rate: dropout probability after linear layers and after the position embedding.
+            attn_drop_rate: dropout probability of the attention weights.
+            drop_path_rate: stochastic depth rate of the last block; it rises linearly from 0 at the first.
+            norm_layer: callable that creates a norm from a number of channels.
+            ape: whether to add an absolute position embedding.
+            patch_norm: whether a norm follows the patch embedding.
+            out_indices: stages to return; stage i is named "p{i}".
+            frozen_stages: number of the last frozen part: -1 for none, 0 for the patch embedding, 1 for the
+                position embedding too, 2 for the first stage too, 3 for the second too, and so on.
+            use_checkpoint: whether to use activation checkpointing, which saves memory.
 
         Raises:
-            ValueError: unlike numbers of `depths` and `num_heads`, or an `out_indices` that is no stage.
+            ValueError: `depths` and `num_heads` differ in length, or `out_indices` has an unknown stage.
         """
         super().__init__()
         num_stages = len(depths)
         if len(num_heads) != num_stages:
-            raise ValueError(f"num_heads {list(num_heads)} and depths {list(depths)} must be of one length")
+            raise ValueError(
+                f"num_heads {list(num_heads)} and depths {list(depths)} must have the same length"
+            )
         if not out_indices or any(i not in range(num_stages) for i in out_indices):
             raise ValueError(
                 f"out_indices {list(out_indices)} must be among the stages 0 to {num_stages - 1}"
@@ -483,7 +489,7 @@ class SwinTransformer(Backbone):
 
     @property
     def size_divisibility(self) -> int:
-        """The stride of the last stage. Any size works; at multiples of this the maps halve exactly."""
+        """The stride of the last stage. Any size works; at multiples of this, feature maps halve exactly."""
         return self._size_divisibility
 
     def _freeze_stages(self):
@@ -499,7 +505,7 @@ class SwinTransformer(Backbone):
             module.requires_grad_(False)
 
     def train(self, mode=True):
-        """Set training mode; what is frozen stays in evaluation mode, without dropout."""
+        """Set training mode; frozen parts stay in evaluation mode, without dropout."""
         super().train(mode)
         self._freeze_stages()
         return self
@@ -508,10 +514,11 @@ class SwinTransformer(Backbone):
         """Compute the features.
 
         Args:
-            x: (B, in_chans, H, W) float tensor, normalized images of any size.
+            x: (B, in_chans, H, W) float tensor of normalized images of any size.
 
         Returns:
-            dict[str, Tensor]: (B, C_i, ceil(H/stride), ceil(W/stride)) maps, high to low resolution.
+            dict[str, Tensor]: name to (B, C_i, ceil(H/stride), ceil(W/stride)) feature map, from high to low
+            resolution.
         """
         x = self.patch_embed(x)
         H, W = x.shape[2:]

@@ -1,4 +1,4 @@
-"""Foreign networks as backbones: how their feature maps look is found by running them without computing."""
+"""Third-party networks as backbones: their feature maps are probed by running them on the meta device."""
 
 import copy
 from abc import abstractmethod
@@ -12,23 +12,23 @@ from detlib.modeling.backbone.backbone import Backbone
 
 __all__ = ["MapLayout", "ThirdPartyBackbone", "probe_maps", "probe_size_divisibility", "unused_parameters"]
 
-# Large, so that borders (convolutions without padding) do not blur what stride a map has.
+# Large, so that strides can be measured despite borders (of convolutions without padding).
 _SIDE = 512
 
 
 @dataclass(frozen=True)
 class MapLayout:
-    """A feature map of a network."""
+    """The layout of a feature map."""
 
     channels: int
     stride: int
-    """Pixels of the image per pixel of the map."""
+    """Pixels of the image per pixel of the feature map."""
     channels_last: bool
-    """Whether the network gives it as (N, H, W, C)."""
+    """Whether the network returns it as (N, H, W, C)."""
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
-    """A copy without values: it costs no time, and what networks cache while they run goes with it."""
+    """Copy a model to the meta device, where running it is free and cannot change caches of the original."""
     memo: dict[int, torch.Tensor] = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()
     }
@@ -42,19 +42,19 @@ def _shapes(
     in_channels: int,
     sizes: Sequence[tuple[int, int]],
 ) -> list[list[torch.Size]]:
-    """The shapes that `run(model, images)` gives for images of these (height, width)."""
+    """Return the shapes of the outputs of `run(model, images)`, for images of each (height, width)."""
     model = _on_meta(model).eval()
     with torch.device("meta"), torch.no_grad():
         return [[y.shape for y in run(model, torch.empty(1, in_channels, h, w))] for h, w in sizes]
 
 
 def unused_parameters(model: nn.Module, run, in_channels: int) -> list[str]:
-    """Names of the parameters that no map depends on in training.
+    """Return the names of the parameters that no feature map depends on in training.
 
-    They would never get a gradient, which training on several devices takes for a mistake.
+    They would never get a gradient, which is an error in distributed training.
 
     Args:
-        model, run, in_channels: as for `probe_maps`.
+        model, run, in_channels: see `probe_maps`.
     """
     model = _on_meta(model).train()
     names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad))
@@ -67,27 +67,27 @@ def unused_parameters(model: nn.Module, run, in_channels: int) -> list[str]:
 
 
 def probe_maps(model: nn.Module, run, in_channels: int, names: Sequence[str], what: str) -> list[MapLayout]:
-    """Find out what maps a network gives.
+    """Determine the layout of a network's feature maps.
 
     Args:
         model: the network.
-        run: called as `run(model, images)` with (1, in_channels, H, W) images; gives the maps.
-        in_channels: channels of the images.
-        names: what to call each map in messages.
-        what: what to call the network in messages.
+        run: a callable `run(model, images)` that returns the feature maps of (1, in_channels, H, W) images.
+        in_channels: number of image channels.
+        names: names of the feature maps in messages.
+        what: name of the network in messages.
 
     Returns:
-        A layout for each map.
+        A layout for each feature map.
 
     Raises:
-        ValueError: the network does not take images of different sizes, or gives something else than maps
-            that grow with the image.
+        ValueError: the network does not accept images of different sizes, or an output is not a feature map
+            that grows with the image.
     """
     try:
         square, wide = _shapes(model, run, in_channels, [(_SIDE, _SIDE), (_SIDE, 2 * _SIDE)])
     except Exception as error:
         raise ValueError(
-            f"{what} is of no use to a detector: it cannot be run on images of other sizes than its own "
+            f"{what} cannot be a detection backbone: it cannot be run on images of other sizes than its own "
             f"({type(error).__name__}: {error})"
         ) from error
     layouts = []
@@ -95,8 +95,8 @@ def probe_maps(model: nn.Module, run, in_channels: int, names: Sequence[str], wh
         growing = [axis for axis, (x, y) in enumerate(zip(a, b)) if x != y]
         if len(a) != 4 or growing not in ([2], [3]):
             raise ValueError(
-                f"{what} gives {name!r} as a {tuple(a)} tensor for a {_SIDE} x {_SIDE} image and as a "
-                f"{tuple(b)} one for an image twice as wide: that is no feature map"
+                f"{what} returns {name!r} as a {tuple(a)} tensor for a {_SIDE} x {_SIDE} image and as a "
+                f"{tuple(b)} tensor for an image twice as wide: it is not a feature map"
             )
         axis = growing[0]
         stride = round(_SIDE / (b[axis] - a[axis]))
@@ -106,10 +106,10 @@ def probe_maps(model: nn.Module, run, in_channels: int, names: Sequence[str], wh
 
 
 def probe_size_divisibility(model: nn.Module, run, in_channels: int) -> int:
-    """The number that heights and widths of images must be multiples of; 0 if any will do.
+    """Return the required divisor of image heights and widths; 0 if images may have any size.
 
     Args:
-        model, run, in_channels: as for `probe_maps`.
+        model, run, in_channels: see `probe_maps`.
     """
     try:
         _shapes(model, run, in_channels, [(221, 333)])
@@ -120,32 +120,32 @@ def probe_size_divisibility(model: nn.Module, run, in_channels: int) -> int:
             except Exception:
                 continue
             return step
-        return 128  # `probe_maps` has seen it run on such images
+        return 128  # `probe_maps` has run it on such images
     return 0
 
 
 class ThirdPartyBackbone(Backbone):
-    """A foreign network whose maps are found by probing it.
+    """The base of backbones that wrap a third-party network and probe its feature maps.
 
-    A subclass puts the network into the attribute that `_network_name` names, and then calls `_probe`.
+    Subclasses store the network in the attribute named by `_network_name`, and then call `_probe`.
     """
 
     _network_name: str
 
     @abstractmethod
     def _run(self, network: nn.Module, x: torch.Tensor) -> Sequence[torch.Tensor]:
-        """The network's own maps, in the order of their names."""
+        """Return the outputs of the network, in the order of their names."""
 
     def _probe(self, in_channels: int, names: Sequence[str], what: str) -> None:
-        """Finds out what there is to know, and stops those parameters from training that no map depends on.
+        """Determine the feature maps of the network, and freeze parameters that none of them depends on.
 
         Args:
-            in_channels: channels of the images.
-            names: of the maps.
-            what: what to call the network in messages.
+            in_channels: number of image channels.
+            names: names of the feature maps.
+            what: name of the network in messages.
 
         Raises:
-            ValueError: as `probe_maps`.
+            ValueError: see `probe_maps`.
         """
         network = getattr(self, self._network_name)
         self._out_features = list(names)
@@ -162,17 +162,17 @@ class ThirdPartyBackbone(Backbone):
 
     @property
     def size_divisibility(self) -> int:
-        """0, but for the few networks (HRNet, DLA) whose parts meet only in images of such sizes."""
+        """The required divisor of image sizes: 0, except for a few networks with branches (HRNet, DLA)."""
         return self._size_divisibility
 
     def forward(self, x):
-        """Compute the maps.
+        """Compute the feature maps.
 
         Args:
-            x: (N, C, H, W) float tensor, normalized images.
+            x: (N, C, H, W) float tensor of normalized images.
 
         Returns:
-            dict[str, Tensor]: (N, C_f, H_f, W_f) maps by name, in the order of `output_shape`.
+            dict[str, Tensor]: name to (N, C_f, H_f, W_f) feature map, in the order of `output_shape`.
         """
         maps = self._run(getattr(self, self._network_name), x)
         return {

@@ -1,4 +1,4 @@
-"""The networks of torchvision as backbones, by its feature extraction: any node of a network can be a map."""
+"""Networks of torchvision as backbones: any node of a network can be extracted as a feature map."""
 
 import copy
 import os
@@ -25,11 +25,11 @@ __all__ = [
 
 
 class TorchvisionBackbone(ThirdPartyBackbone):
-    """A network of torchvision that gives the outputs of some of its nodes as maps.
+    """A network of torchvision that returns the outputs of some of its nodes as feature maps.
 
-    The network is ``model``, its graph with the chosen outputs is ``feature_extractor``; both hold the same
-    parameters, so each has two names. Batch norms are torchvision's and train. Parameters that no map depends
-    on, such as those of the classifier, keep their values and names but do not train.
+    The attribute ``model`` is the network, and ``feature_extractor`` is its graph with the selected outputs.
+    They share their parameters, so each parameter has two names. Batch norms are torchvision's and are
+    trained. Parameters that no feature map depends on, such as those of the classifier, are frozen.
     """
 
     _network_name = "feature_extractor"
@@ -52,22 +52,25 @@ class TorchvisionBackbone(ThirdPartyBackbone):
     ):
         """
         Args:
-            model_name: a classifier of `torchvision.models.list_models(torchvision.models)`.
-            pretrained: load torchvision's best weights, over the network unless they are in its cache.
-            return_nodes: from nodes, as `torchvision.models.feature_extraction.get_graph_node_names` lists
-                them or the part before a dot, to the names of the maps.
-            train_return_nodes, eval_return_nodes: the same for training and for inference, where their nodes
-                differ. Both or none; they go before `return_nodes`, and give maps of the same names.
-            tracer_kwargs, suppress_diff_warnings: those of torchvision's `create_feature_extractor`.
+            model_name: a classifier in `torchvision.models.list_models(torchvision.models)`.
+            pretrained: whether to load torchvision's best weights, which are downloaded unless they are in
+                the cache.
+            return_nodes: a dict from nodes to names of feature maps. Nodes are listed by
+                `torchvision.models.feature_extraction.get_graph_node_names`; prefixes that end before a dot
+                are legal too.
+            train_return_nodes, eval_return_nodes: the same for training and for inference, if their nodes
+                differ. Specify both or neither; they take precedence over `return_nodes`, and must have the
+                same names of feature maps.
+            tracer_kwargs, suppress_diff_warnings: see torchvision's `create_feature_extractor`.
             **kwargs: arguments of the network itself.
 
         Raises:
-            ValueError: an unknown model or node (near names are listed), a node that is no feature map, or
-                `train_return_nodes` and `eval_return_nodes` that do not go together.
-            FileNotFoundError: pretrained weights are neither in the cache nor to be had; what to put where
-                is told.
+            ValueError: a model or node is unknown (similar names are listed), a node is not a feature map, or
+                `train_return_nodes` and `eval_return_nodes` do not fit together.
+            FileNotFoundError: the pretrained weights are neither in the cache nor available for download; the
+                message names the file.
         """
-        # On use: all else must run where torchvision does not load.
+        # Imported here, so that the rest of detlib works where torchvision cannot be imported.
         from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
         super().__init__()
@@ -93,7 +96,7 @@ class TorchvisionBackbone(ThirdPartyBackbone):
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__ = copy.deepcopy(self.__dict__, memo)
-        # The copy of an extractor is made anew, for training, whatever its parts were in.
+        # A copied extractor is always in training mode, whatever the mode of the original.
         twin.feature_extractor.train(self.feature_extractor.training)
         for module, own in zip(twin.modules(), self.modules()):
             module.training = own.training
@@ -105,23 +108,23 @@ class TorchvisionBackbone(ThirdPartyBackbone):
 
 
 def _both_nodes(both, train, evaluate) -> tuple[dict[str, str], dict[str, str]]:
-    """The nodes for training and for inference."""
+    """Return the nodes for training and for inference."""
     if (train is None) != (evaluate is None):
         raise ValueError(
-            "TorchvisionBackbone takes train_return_nodes and eval_return_nodes together, got one without "
-            "the other"
+            "TorchvisionBackbone needs train_return_nodes and eval_return_nodes together, got only one of "
+            "them"
         )
     train, evaluate = (both, both) if train is None else (train, evaluate)
     if not train or not evaluate:
-        raise ValueError("TorchvisionBackbone's return_nodes must name at least one node")
+        raise ValueError("TorchvisionBackbone's return_nodes must contain at least one node")
     train, evaluate = dict(train), dict(evaluate)
     for nodes in (train, evaluate):
         if len(set(nodes.values())) < len(nodes):
-            raise ValueError(f"TorchvisionBackbone's return_nodes give two nodes one name: {nodes}")
+            raise ValueError(f"TorchvisionBackbone's return_nodes use a name for two nodes: {nodes}")
     if set(train.values()) != set(evaluate.values()):
         raise ValueError(
-            f"TorchvisionBackbone's train_return_nodes give the maps {list(train.values())}, its "
-            f"eval_return_nodes {list(evaluate.values())}: they must be the same"
+            f"TorchvisionBackbone's train_return_nodes have the names {list(train.values())}, but its "
+            f"eval_return_nodes have {list(evaluate.values())}: they must be the same"
         )
     return train, evaluate
 
@@ -137,7 +140,7 @@ def _check_nodes(model_name: str, nodes: Mapping[str, str], known: list[str]) ->
                 f"TorchvisionBackbone's return_nodes: {model_name!r} has no node {node!r}."
                 f"{suggest(node, sorted(legal))} Its outermost nodes are "
                 f"{', '.join(dict.fromkeys(name.split('.')[0] for name in known))}; "
-                "torchvision.models.feature_extraction.get_graph_node_names lists all"
+                "torchvision.models.feature_extraction.get_graph_node_names lists all nodes"
             )
 
 
@@ -148,23 +151,24 @@ def _create(model_name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Mod
     if str(model_name).lower() not in models:
         raise ValueError(
             f"torchvision {torchvision.__version__} has no classifier {model_name!r}."
-            f"{suggest(model_name, models)} torchvision.models.list_models(torchvision.models) lists all"
+            f"{suggest(model_name, models)} torchvision.models.list_models(torchvision.models) lists all "
+            "models"
         )
     if not pretrained:
         return torchvision.models.get_model(model_name, weights=None, **kwargs)
     weights = torchvision.models.get_model_weights(model_name).DEFAULT
-    place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
+    cached = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
     try:
-        if is_offline() and not os.path.isfile(place):
+        if is_offline() and not os.path.isfile(cached):
             raise OSError("$DETLIB_OFFLINE forbids downloading")
         return torchvision.models.get_model(model_name, weights=weights, **kwargs)
     except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and os.path.isfile(place):
-            raise  # they were there, and do not fit
+        if isinstance(error, RuntimeError) and os.path.isfile(cached):
+            raise  # the file exists, but its weights do not fit
         raise FileNotFoundError(
             f"The pretrained weights of torchvision's model {model_name!r} ({weights}) cannot be loaded "
-            f"({type(error).__name__}: {error}). They are at {weights.url}, and cached as {place!r}: put the "
-            "file there. Or give it as train.init_checkpoint (MODEL.WEIGHTS), with pretrained=False"
+            f"({type(error).__name__}: {error}). They are at {weights.url}, and are cached as {cached!r}: "
+            "put the file there. Or use it as train.init_checkpoint (MODEL.WEIGHTS), with pretrained=False"
         ) from error
 
 
@@ -177,22 +181,22 @@ def build_torchvision_backbone(cfg, input_shape: ShapeSpec) -> TorchvisionBackbo
 
     Args:
         cfg: the full config.
-        input_shape: channels of the image, which must be 3.
+        input_shape: `ShapeSpec` with the number of image channels, which must be 3.
 
     Raises:
-        ValueError: a key with an illegal value; the key is named.
-        FileNotFoundError: weights that are not there.
+        ValueError: a value is illegal; the message names the key.
+        FileNotFoundError: the weights do not exist.
     """
     keys = cfg.MODEL.TORCHVISION
     where = "MODEL.TORCHVISION"
     if input_shape.channels != 3:
         raise ValueError(
-            f"{where}: torchvision's networks take images of 3 channels, MODEL.PIXEL_MEAN has "
+            f"{where}: torchvision's networks need images with 3 channels, but MODEL.PIXEL_MEAN has "
             f"{input_shape.channels}"
         )
     if len(keys.RETURN_NODES) != len(keys.OUT_FEATURES):
         raise ValueError(
-            f"{where}.OUT_FEATURES must name each node of {where}.RETURN_NODES: got "
+            f"{where}.OUT_FEATURES must have a name for each of {where}.RETURN_NODES: got "
             f"{list(keys.OUT_FEATURES)} for {list(keys.RETURN_NODES)}"
         )
     with config_keys(where):
@@ -205,11 +209,11 @@ def build_torchvision_backbone(cfg, input_shape: ShapeSpec) -> TorchvisionBackbo
 
 @BACKBONE_REGISTRY.register()
 def build_torchvision_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
-    """Build a network of torchvision with FPN, and "p6", from `cfg.MODEL.TORCHVISION` and `cfg.MODEL.FPN`.
+    """Build a network of torchvision with FPN and "p6" from `cfg.MODEL.TORCHVISION` and `cfg.MODEL.FPN`.
 
     Args:
         cfg: the full config.
-        input_shape: channels of the image.
+        input_shape: `ShapeSpec` with the number of image channels.
     """
     bottom_up = build_torchvision_backbone(cfg, input_shape)
     return fpn_from_config(cfg, bottom_up, LastLevelMaxPool(), _TORCHVISION_FEATURES)
@@ -217,10 +221,10 @@ def build_torchvision_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
 
 @BACKBONE_REGISTRY.register()
 def build_retinanet_torchvision_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
-    """Build a network of torchvision with FPN, and RetinaNet's "p6" and "p7" from the last of its maps.
+    """Build a network of torchvision with FPN and RetinaNet's "p6" and "p7" from its last feature map.
 
     Args:
         cfg: the full config.
-        input_shape: channels of the image.
+        input_shape: `ShapeSpec` with the number of image channels.
     """
     return retinanet_fpn_from_config(cfg, build_torchvision_backbone(cfg, input_shape), _TORCHVISION_FEATURES)

@@ -1,7 +1,8 @@
-"""Parts that the transformer backbones share: windows, position embeddings and attention with them.
+"""Shared building blocks of the ViT backbones: windows, position embeddings, attention and MLPs.
 
-Token maps are channels-last here. B maps (images, or images x heads), H and W height and width in
-tokens, C channels, S the side of a square window, L the length of a table of relative positions.
+Feature maps are channels-last here. Shape legend: B feature maps (images, or images x heads), H and W height
+and width in tokens, C channels, S the side length of a square window, L the length of a table of relative
+positions.
 """
 
 import torch
@@ -25,20 +26,20 @@ __all__ = [
 ]
 
 # From this many attention weights on (32 MB in float32), folding the bias into queries and keys is faster on
-# a CPU than writing it down, and saves memory that counts.
+# a CPU than materializing it, and saves a relevant amount of memory.
 _FOLD_FROM = 2**23
 
 
 def window_partition(x, window_size):
-    """Cut maps into windows that do not overlap, padding with zeros at the bottom and at the right.
+    """Partition feature maps into non-overlapping windows, with zero padding at the bottom and at the right.
 
     Args:
         x: (B, H, W, C).
-        window_size: the side S.
+        window_size: the side length S.
 
     Returns:
-        The windows, (B * ceil(H/S) * ceil(W/S), S, S, C), row by row for each map, and the padded
-        (height, width).
+        The windows, (B * ceil(H/S) * ceil(W/S), S, S, C), in row-major order for each feature map, and the
+        padded (height, width).
     """
     batch, height, width, channels = x.shape
     pad_h, pad_w = -height % window_size, -width % window_size
@@ -51,13 +52,13 @@ def window_partition(x, window_size):
 
 
 def window_unpartition(windows, window_size, pad_hw, hw):
-    """Put the windows of `window_partition` back together and take the padding off.
+    """Reverse `window_partition` and remove the padding.
 
     Args:
         windows: (B * number of windows, S, S, C).
-        window_size: the side S.
+        window_size: the side length S.
         pad_hw: padded (height, width), as `window_partition` returned it.
-        hw: (height, width) of the original maps.
+        hw: (height, width) of the original feature maps.
 
     Returns:
         (B, H, W, C).
@@ -69,7 +70,7 @@ def window_unpartition(windows, window_size, pad_hw, hw):
 
 
 def _resize(table, size, mode):
-    """`F.interpolate` of a (1, C, ...) table; half precision is resized in float32."""
+    """Interpolate a (1, C, ...) table; half precision is resized in float32."""
     dtype = table.dtype
     if dtype in (torch.float16, torch.bfloat16):
         table = table.float()
@@ -80,8 +81,8 @@ def _resize(table, size, mode):
 def get_rel_pos(q_size, k_size, rel_pos):
     """Look up the embedding of the relative position of every query and key along one axis.
 
-    The table spans the distances that the longer side has; the coordinates of the shorter side are stretched
-    to it. A table of another length than 2 * max(q_size, k_size) - 1 is resized linearly.
+    The table spans the distances of the longer side; coordinates of the shorter side are scaled to it. A
+    table whose length is not 2 * max(q_size, k_size) - 1 is resized linearly.
 
     Args:
         q_size: number of queries along the axis.
@@ -101,12 +102,11 @@ def get_rel_pos(q_size, k_size, rel_pos):
 
 
 def _rel_pos_terms(q, rel_pos_h, rel_pos_w, q_size, k_size):
-    """What position adds to the weights, one axis at a time: q times the embeddings of (query, key row) and
-    (query, key column).
+    """Return the position terms of the logits for each axis: q times the embeddings of key rows and columns.
 
     Args:
         q: (B, q_h * q_w, C).
-        rel_pos_h, rel_pos_w, q_size, k_size: as for `add_decomposed_rel_pos`.
+        rel_pos_h, rel_pos_w, q_size, k_size: see `add_decomposed_rel_pos`.
 
     Returns:
         (B, q_h, q_w, k_h) and (B, q_h, q_w, k_w).
@@ -118,16 +118,16 @@ def _rel_pos_terms(q, rel_pos_h, rel_pos_w, q_size, k_size):
 
 
 def add_decomposed_rel_pos(attn, q, rel_pos_h, rel_pos_w, q_size, k_size):
-    """Add the decomposed relative position embeddings of MViTv2 (arXiv:2112.01526, equation 4) to weights.
+    """Add the decomposed relative position embeddings of MViTv2 (arXiv:2112.01526, equation 4) to logits.
 
     Args:
-        attn: (B, q_h * q_w, k_h * k_w) attention weights before the softmax.
-        q: (B, q_h * q_w, C) queries, not scaled.
+        attn: (B, q_h * q_w, k_h * k_w) attention logits.
+        q: (B, q_h * q_w, C) unscaled queries.
         rel_pos_h, rel_pos_w: (L, C) tables of the two axes, see `get_rel_pos`.
-        q_size, k_size: (height, width) of the maps of queries and keys.
+        q_size, k_size: (height, width) of the feature maps of queries and keys.
 
     Returns:
-        The sum, in the shape of `attn`.
+        The sum, with the shape of `attn`.
     """
     rel_h, rel_w = _rel_pos_terms(q, rel_pos_h, rel_pos_w, q_size, k_size)
     grid = attn.reshape(-1, *q_size, *k_size)
@@ -135,18 +135,18 @@ def add_decomposed_rel_pos(attn, q, rel_pos_h, rel_pos_w, q_size, k_size):
 
 
 def decomposed_attention(q, k, v, rel_pos_h, rel_pos_w, q_size, k_size):
-    """Attention softmax(q k^T / sqrt(C) + decomposed relative positions) v.
+    """Compute attention with decomposed relative positions: softmax(q k^T / sqrt(C) + bias) v.
 
-    It equals `add_decomposed_rel_pos` between product and softmax, without a tensor of all weights where
-    there are many of them: the bias of query i and key j is rel_h[i, row of j] + rel_w[i, column of j], so
-    it is part of the product once the queries are extended by the two terms and the keys by the one-hot
-    codes of their row and column.
+    It is equivalent to `add_decomposed_rel_pos` before the softmax, but does not materialize all logits if
+    there are many: the bias of query i and key j is rel_h[i, row of j] + rel_w[i, column of j]. It becomes
+    part of the product if the queries are extended by the two terms, and the keys by one-hot encodings of
+    their row and column.
 
     Args:
         q: (B, heads, q_h * q_w, C).
         k, v: (B, heads, k_h * k_w, C).
         rel_pos_h, rel_pos_w: (L, C) tables, see `get_rel_pos`; both None for attention without positions.
-        q_size, k_size: (height, width) of the maps of queries and keys.
+        q_size, k_size: (height, width) of the feature maps of queries and keys.
 
     Returns:
         (B, heads, q_h * q_w, C).
@@ -159,7 +159,7 @@ def decomposed_attention(q, k, v, rel_pos_h, rel_pos_w, q_size, k_size):
         bias = rel_h[..., :, None] + rel_w[..., None, :]
         bias = bias.reshape(*batch_and_heads, num_queries, k.shape[2])
         if q.is_cpu and torch.is_grad_enabled() and bias.requires_grad:
-            # The fused CPU kernel has no gradient of a mask, and its stand-in is slower than the formula.
+            # The fused CPU kernel has no gradient of the mask, and its fallback is slower than the formula.
             return (q * channels**-0.5 @ k.mT + bias).softmax(dim=-1) @ v
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
@@ -170,31 +170,31 @@ def decomposed_attention(q, k, v, rel_pos_h, rel_pos_w, q_size, k_size):
     columns = torch.eye(k_size[1], dtype=k.dtype, device=k.device).repeat(k_size[0], 1)
     codes = torch.cat([rows, columns], dim=1)
     k = torch.cat([k, codes.expand(*batch_and_heads, -1, -1)], dim=-1)
-    # The fused kernels want values as wide as keys.
+    # The fused kernels need values with as many channels as keys.
     v = F.pad(v, (0, sum(k_size)))
     return F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :channels]
 
 
 def get_abs_pos(abs_pos, has_cls_token, hw):
-    """Fit absolute position embeddings of a square map to a map of another size, bicubically.
+    """Resize absolute position embeddings of a square feature map by bicubic interpolation.
 
     Args:
-        abs_pos: (1, n * n, C), with one more position in front if `has_cls_token`.
-        has_cls_token: whether the first position belongs to a class token; it is left out.
-        hw: (height, width) of the map.
+        abs_pos: (1, n * n, C), or (1, 1 + n * n, C) with `has_cls_token`.
+        has_cls_token: whether the first position belongs to a class token; it is removed.
+        hw: (height, width) of the feature map.
 
     Returns:
         (1, height, width, C).
 
     Raises:
-        ValueError: the positions do not make a square.
+        ValueError: the number of positions is not a square.
     """
     if has_cls_token:
         abs_pos = abs_pos[:, 1:]
     side = round(abs_pos.shape[1] ** 0.5)
     if side * side != abs_pos.shape[1]:
         raise ValueError(
-            f"Absolute position embeddings must be those of a square map, got {abs_pos.shape[1]} positions "
+            f"Absolute position embeddings must form a square feature map, got {abs_pos.shape[1]} positions "
             f"(has_cls_token={has_cls_token})"
         )
     abs_pos = abs_pos.reshape(1, side, side, -1)
@@ -204,15 +204,15 @@ def get_abs_pos(abs_pos, has_cls_token, hw):
 
 
 class PatchEmbed(nn.Module):
-    """Turn images into maps of tokens with one convolution."""
+    """Patch embedding: map images to tokens with one convolution."""
 
     def __init__(self, kernel_size=(16, 16), stride=(16, 16), padding=(0, 0), in_chans=3, embed_dim=768):
         """
         Args:
             kernel_size: (height, width) of a patch, in pixels.
-            stride: distance of the patches.
-            padding: zeros around the image.
-            in_chans: channels of the image.
+            stride: (vertical, horizontal) distance of the patches, in pixels.
+            padding: (vertical, horizontal) zero padding of the image, in pixels.
+            in_chans: number of image channels.
             embed_dim: channels C of the tokens.
         """
         super().__init__()
@@ -228,7 +228,7 @@ class PatchEmbed(nn.Module):
 class DropPath(nn.Module):
     """Stochastic depth (arXiv:1603.09382): in training, drop a residual branch for some of the images.
 
-    The branches that stay are divided by the probability to stay, so that the mean does not change.
+    The kept branches are divided by the probability of keeping them, so that the mean does not change.
     """
 
     def __init__(self, drop_prob=0.0):
@@ -237,15 +237,15 @@ class DropPath(nn.Module):
             drop_prob: probability that an image's branch is dropped, in [0, 1].
 
         Raises:
-            ValueError: a probability outside that range.
+            ValueError: `drop_prob` is out of range.
         """
         super().__init__()
         if not 0 <= drop_prob <= 1:
-            raise ValueError(f"drop_prob must lie in [0, 1], got {drop_prob}")
+            raise ValueError(f"drop_prob must be in [0, 1], got {drop_prob}")
         self.drop_prob = drop_prob
 
     def forward(self, x):
-        """Map (N, ...) to the same shape; N images are drawn independently."""
+        """Map (N, ...) to the same shape; each of the N images is dropped independently."""
         if self.drop_prob == 0 or not self.training:
             return x
         keep = 1 - self.drop_prob
@@ -257,14 +257,14 @@ class DropPath(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with an activation between them."""
+    """A multilayer perceptron: two linear layers with an activation in between."""
 
     def __init__(self, in_features, hidden_features, act_layer=nn.GELU):
         """
         Args:
-            in_features: channels that go in and come out.
-            hidden_features: channels in between.
-            act_layer: called without arguments, makes the activation.
+            in_features: input and output channels.
+            hidden_features: hidden channels.
+            act_layer: callable without arguments that creates the activation.
         """
         super().__init__()
         self.fc1 = nn.Linear(in_features, hidden_features)
@@ -277,14 +277,14 @@ class Mlp(nn.Module):
 
 
 def drop_path_rates(last: float, depth: int) -> list[float]:
-    """The probability to drop each of `depth` blocks: rising linearly from 0 to `last`."""
+    """Return the stochastic depth rates of `depth` blocks, which rise linearly from 0 to `last`."""
     return [last * i / max(depth - 1, 1) for i in range(depth)]
 
 
 def init_transformer_weights(module: nn.Module) -> None:
-    """Set the weights of one linear layer or layer norm; for `nn.Module.apply`.
+    """Initialize a linear layer or layer norm; other modules are ignored. For use with `nn.Module.apply`.
 
-    Linear weights are drawn from a normal distribution of standard deviation 0.02, biases are 0.
+    Linear weights are drawn from a truncated normal distribution with standard deviation 0.02; biases are 0.
     """
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
@@ -297,7 +297,7 @@ def init_transformer_weights(module: nn.Module) -> None:
 
 
 def run_block(block: nn.Module, x: torch.Tensor, use_act_checkpoint: bool) -> torch.Tensor:
-    """Apply a block; with `use_act_checkpoint` its inner activations are computed again in backward."""
+    """Apply a block, with activation checkpointing if `use_act_checkpoint`."""
     if use_act_checkpoint and torch.is_grad_enabled():
         return checkpoint(block, x, use_reentrant=False)
     return block(x)

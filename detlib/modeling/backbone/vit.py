@@ -1,6 +1,6 @@
-"""Plain vision transformers as backbones of detectors: ViTDet (arXiv:2203.16527).
+"""Plain vision transformers as detection backbones: ViTDet (arXiv:2203.16527).
 
-N images, H and W height and width of a map in tokens, C channels.
+Shape legend: N images, H and W height and width of a feature map in tokens, C channels.
 """
 
 from typing import Any
@@ -29,7 +29,7 @@ __all__ = ["SimpleFeaturePyramid", "ViT", "get_vit_lr_decay_rate"]
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over a map of tokens, with decomposed relative positions if wanted."""
+    """Multi-head self-attention over a feature map, optionally with decomposed relative positions."""
 
     def __init__(
         self, dim, num_heads=8, qkv_bias=True, use_rel_pos=False, rel_pos_zero_init=True, input_size=None
@@ -37,11 +37,12 @@ class Attention(nn.Module):
         """
         Args:
             dim: channels C.
-            num_heads: heads; they share the channels evenly.
-            qkv_bias: whether queries, keys and values have a bias.
-            use_rel_pos: whether to learn relative positions.
-            rel_pos_zero_init: whether these start at zero, or at small random values.
-            input_size: (height, width) of the map that the tables are made for; others are interpolated.
+            num_heads: number of attention heads; must divide `dim`.
+            qkv_bias: whether the projections to queries, keys and values have a bias.
+            use_rel_pos: whether to learn relative position embeddings.
+            rel_pos_zero_init: whether to initialize these with zeros instead of small random values.
+            input_size: (height, width) of the feature map for which the position tables are created; they are
+                interpolated for other sizes.
 
         Raises:
             ValueError: `num_heads` does not divide `dim`.
@@ -61,7 +62,7 @@ class Attention(nn.Module):
                 nn.init.trunc_normal_(self.rel_pos_w, std=0.02)
 
     def forward(self, x):
-        """Map (N, H, W, C) to the same shape; every token attends to all others of its map."""
+        """Map (N, H, W, C) to the same shape; every token attends to all tokens of its feature map."""
         batch, height, width, channels = x.shape
         qkv = self.qkv(x).reshape(batch, height * width, 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
@@ -71,19 +72,19 @@ class Attention(nn.Module):
 
 
 class ResBottleneckBlock(CNNBlockBase):
-    """The convolutional propagation block: 1x1, 3x3 and 1x1 convolutions beside the identity.
+    """The convolutional propagation block: 1x1, 3x3 and 1x1 convolutions with an identity shortcut.
 
-    Its last norm starts at zero, so that a new block is the identity.
+    Its last norm is initialized to zero, so that a new block is the identity.
     """
 
     def __init__(self, in_channels, out_channels, bottleneck_channels, norm="LN", act_layer=nn.GELU):
         """
         Args:
-            in_channels: channels that go in.
-            out_channels: channels that come out; the same number.
+            in_channels: input channels.
+            out_channels: output channels; must equal `in_channels`.
             bottleneck_channels: channels of the 3x3 convolution.
             norm: a norm's name or a callable, see `detlib.layers.get_norm`.
-            act_layer: called without arguments, makes the activations.
+            act_layer: callable without arguments that creates an activation.
         """
         super().__init__(in_channels, out_channels, 1)
         self.conv1 = Conv2d(in_channels, bottleneck_channels, 1, bias=False)
@@ -107,7 +108,7 @@ class ResBottleneckBlock(CNNBlockBase):
 
 
 class Block(nn.Module):
-    """A transformer block with norms before attention and MLP; attention may stay within windows."""
+    """A pre-norm transformer block with global or window attention."""
 
     def __init__(
         self,
@@ -129,12 +130,13 @@ class Block(nn.Module):
             dim: channels C.
             num_heads, qkv_bias, use_rel_pos, rel_pos_zero_init: see `Attention`.
             mlp_ratio: hidden channels of the MLP, as a multiple of C.
-            drop_path: probability to drop each branch in training.
-            norm_layer: called with C, makes a norm.
-            act_layer: called without arguments, makes an activation.
-            window_size: side of the windows in tokens; 0 for attention over the whole map.
+            drop_path: probability of dropping each branch in training.
+            norm_layer: callable that creates a norm from C.
+            act_layer: callable without arguments that creates an activation.
+            window_size: side length of the windows in tokens; 0 for global attention.
             use_residual_block: whether a `ResBottleneckBlock` follows.
-            input_size: (height, width) of the map, for the relative positions without windows.
+            input_size: (height, width) of the feature map for which the position tables are created; used
+                only without windows.
         """
         super().__init__()
         self.norm1 = norm_layer(dim)
@@ -170,7 +172,7 @@ class Block(nn.Module):
 
 
 class ViT(Backbone):
-    """A plain vision transformer with one feature map, of the stride of its patches."""
+    """A plain vision transformer with one feature map, whose stride is the patch size."""
 
     def __init__(
         self,
@@ -198,27 +200,28 @@ class ViT(Backbone):
     ):
         """
         Args:
-            img_size: side of the square image that the tables of relative positions are made for, in
-                pixels. Images of any size go in; the tables are interpolated for them.
-            patch_size: side of a patch, in pixels.
-            in_chans: channels of the image.
+            img_size: side length in pixels of the square image for which the tables of relative positions are
+                created. They are interpolated for images of other sizes.
+            patch_size: side length of a patch, in pixels.
+            in_chans: number of image channels.
             embed_dim: channels C of the tokens.
             depth: number of blocks.
-            num_heads: heads of each attention.
+            num_heads: number of attention heads.
             mlp_ratio: hidden channels of each MLP, as a multiple of C.
-            qkv_bias: whether queries, keys and values have a bias.
-            drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first.
-            norm_layer: called with C, makes a norm.
-            act_layer: called without arguments, makes an activation.
+            qkv_bias: whether the projections to queries, keys and values have a bias.
+            drop_path_rate: stochastic depth rate of the last block; it rises linearly from 0 at the first.
+            norm_layer: callable that creates a norm from C.
+            act_layer: callable without arguments that creates an activation.
             use_abs_pos: whether to add absolute position embeddings.
             use_rel_pos: whether attention has relative position embeddings.
-            rel_pos_zero_init: whether these start at zero.
-            window_size: side of the attention windows, in tokens.
-            window_block_indexes: the blocks whose attention stays within windows.
-            residual_block_indexes: the blocks that a convolutional propagation block follows.
-            use_act_checkpoint: whether to compute activations again in backward instead of keeping them.
-            pretrain_img_size: side of the pretraining images: absolute positions have that map's size.
-            pretrain_use_cls_token: whether the absolute positions have one for a class token in front.
+            rel_pos_zero_init: whether to initialize the relative position embeddings with zeros.
+            window_size: side length of the attention windows, in tokens.
+            window_block_indexes: indices of the blocks with window attention.
+            residual_block_indexes: indices of the blocks that are followed by a `ResBottleneckBlock`.
+            use_act_checkpoint: whether to use activation checkpointing, which saves memory.
+            pretrain_img_size: side length of the pretraining images, which determines the number of absolute
+                position embeddings.
+            pretrain_use_cls_token: whether the first absolute position embedding is that of a class token.
             out_feature: name of the feature map.
         """
         super().__init__()
@@ -259,10 +262,10 @@ class ViT(Backbone):
         """Compute the feature map.
 
         Args:
-            x: (N, in_chans, H, W) images; what is over a multiple of the patch size is not seen.
+            x: (N, in_chans, H, W) images; pixels beyond the last full patch are ignored.
 
         Returns:
-            dict[str, Tensor]: `out_feature` -> (N, C, H // patch_size, W // patch_size).
+            dict[str, Tensor]: `out_feature` to (N, C, H // patch_size, W // patch_size) feature map.
         """
         x = self.patch_embed(x)
         if self.pos_embed is not None:
@@ -273,9 +276,9 @@ class ViT(Backbone):
 
 
 def _rescale(scale: float, dim: int, norm) -> tuple[list[nn.Module], int]:
-    """The layers that make a map of `dim` channels `scale` times as large, and the channels it then has."""
+    """Return layers that resize a feature map of `dim` channels by `scale`, and their output channels."""
     if scale == 4.0:
-        # Without a norm an identity keeps the positions in the sequence, and so the parameters' names.
+        # Without a norm, an identity keeps the positions in the sequence, and so the parameter names.
         between = get_norm(norm, dim // 2) or nn.Identity()
         up = nn.ConvTranspose2d(dim // 2, dim // 4, kernel_size=2, stride=2)
         return [nn.ConvTranspose2d(dim, dim // 2, kernel_size=2, stride=2), between, nn.GELU(), up], dim // 4
@@ -285,11 +288,11 @@ def _rescale(scale: float, dim: int, norm) -> tuple[list[nn.Module], int]:
         return [], dim
     if scale == 0.5:
         return [nn.MaxPool2d(kernel_size=2, stride=2)], dim
-    raise ValueError(f"SimpleFeaturePyramid scale_factors may hold 4.0, 2.0, 1.0 and 0.5; got {scale}")
+    raise ValueError(f"SimpleFeaturePyramid scale_factors must be among 4.0, 2.0, 1.0 and 0.5; got {scale}")
 
 
 def _project(in_channels: int, out_channels: int, norm) -> list[nn.Module]:
-    """A 1x1 and a 3x3 convolution to `out_channels`, each with its norm."""
+    """Return a 1x1 and a 3x3 convolution with `out_channels`, each with a norm."""
 
     def conv(channels, kernel_size):
         return Conv2d(
@@ -305,26 +308,27 @@ def _project(in_channels: int, out_channels: int, norm) -> list[nn.Module]:
 
 
 class SimpleFeaturePyramid(Backbone):
-    """A pyramid out of one feature map, each level computed from it alone.
+    """A feature pyramid whose levels are all computed from one feature map.
 
-    The features are named by their level: "p2" has stride 2**2, "p6" stride 2**6.
+    The features are named by their level: "p2" has stride 2**2, "p6" has stride 2**6.
     """
 
     def __init__(self, net, in_feature, out_channels, scale_factors, top_block=None, norm="LN", square_pad=0):
         """
         Args:
-            net: the `Backbone` whose feature goes in.
-            in_feature: name of that feature.
+            net: the `Backbone` below the pyramid.
+            in_feature: name of its feature to use.
             out_channels: channels of every level.
-            scale_factors: the sizes of the levels as multiples of the feature's, out of 4, 2, 1 and 0.5,
-                high to low resolution, each half the last.
-            top_block: a module that makes further, coarser levels, see `FPN`.
-            norm: norm of the convolutions, see `detlib.layers.get_norm`; without one they have a bias.
-            square_pad: if above 0, images are padded to squares of this side, in pixels.
+            scale_factors: sizes of the levels as multiples of the feature's size, from high to low
+                resolution; each must be 4, 2, 1 or 0.5, and half the previous one.
+            top_block: a module that computes additional, coarser levels, see `FPN`.
+            norm: norm of the convolutions, see `detlib.layers.get_norm`; convolutions with a norm have no
+                bias.
+            square_pad: if above 0, images are padded to squares of this side length, in pixels.
 
         Raises:
-            ValueError: a feature that does not exist, scale factors that are not as above, or strides that
-                are not powers of two.
+            ValueError: the feature is unknown, the scale factors are illegal, or the strides are not powers
+                of two.
         """
         super().__init__()
         shapes = net.output_shape()
@@ -336,8 +340,8 @@ class SimpleFeaturePyramid(Backbone):
         strides = [int(stride / scale) for scale in scale_factors]
         if not strides or any(b != 2 * a for a, b in zip(strides, strides[1:])):
             raise ValueError(
-                "SimpleFeaturePyramid scale_factors must go from high to low resolution, each half the last; "
-                f"got {list(scale_factors)}"
+                "SimpleFeaturePyramid scale_factors must go from high to low resolution, each half the "
+                f"previous one; got {list(scale_factors)}"
             )
         if strides[0] < 1 or strides[0] & (strides[0] - 1):
             raise ValueError(
@@ -363,26 +367,27 @@ class SimpleFeaturePyramid(Backbone):
         self._square_pad = square_pad
 
     def layers_above(self, name: str) -> int:
-        """Number of the ViT's blocks above one of this backbone's parameters, for layer-wise decay."""
+        """Return the number of ViT blocks above a parameter of this backbone, for layer-wise decay."""
         return _layers_above(f".{name}", len(self.net.blocks))
 
     @property
     def padding_constraints(self) -> dict[str, int]:
-        """{"square_size": side in pixels, 0 for none}.
+        """{"square_size": side length in pixels, 0 for none}.
 
-        Without a square nothing is padded, as in the published models: what reaches beyond the last whole
-        patch is not seen.
+        Without a square, images are not padded, as in the published models: pixels beyond the last full patch
+        are ignored.
         """
         return {"square_size": self._square_pad}
 
     def forward(self, x):
-        """Compute the pyramid.
+        """Compute the feature pyramid.
 
         Args:
-            x: what the network takes, (N, C, H, W) images.
+            x: input of `net`, (N, C, H, W) images.
 
         Returns:
-            dict[str, Tensor]: (N, out_channels, H/stride, W/stride) maps, high to low resolution.
+            dict[str, Tensor]: name to (N, out_channels, H/stride, W/stride) feature map, from high to low
+            resolution.
         """
         features = self.net(x)
         results = [stage(features[self.in_feature]) for stage in self.stages]
@@ -395,23 +400,23 @@ class SimpleFeaturePyramid(Backbone):
 
 
 def get_vit_lr_decay_rate(name, lr_decay_rate=1.0, num_layers=12):
-    """Factor on the learning rate of one parameter of a detector on a ViT, falling towards the input.
+    """Return the learning rate factor of a parameter of a ViT detector, with layer-wise decay.
 
     Args:
-        name: the parameter's name in the detector, such as "backbone.net.blocks.3.mlp.fc1.weight".
-        lr_decay_rate: factor from one block to the one below it.
+        name: full name of the parameter in the model, such as "backbone.net.blocks.3.mlp.fc1.weight".
+        lr_decay_rate: ratio of the learning rates of a block and the block above it.
         num_layers: number of blocks of the ViT.
 
     Returns:
-        float: `lr_decay_rate` to the power of the number of blocks above the parameter, where the embeddings
-        lie below the first block, and all that is no part of a block (the pyramid, the heads, the
-        propagation blocks) has factor 1.
+        float: `lr_decay_rate` to the power of the number of blocks above the parameter. Embeddings count as
+        below the first block. Parameters outside of blocks (the pyramid, the heads, the propagation blocks)
+        have the factor 1.
     """
     return lr_decay_rate ** _layers_above(name, num_layers) if name.startswith("backbone") else 1.0
 
 
 def _layers_above(name: str, num_layers: int) -> int:
-    """Number of blocks above a parameter of a ViT; 0 for what is no part of a block or below one."""
+    """Return the number of blocks above a parameter of a ViT; 0 for parameters outside of blocks."""
     if ".pos_embed" in name or ".patch_embed" in name:
         return num_layers + 1
     if ".blocks." in name and ".residual." not in name:
