@@ -20,11 +20,14 @@ pytestmark = pytest.mark.skipif(not PAGES[0].exists(), reason="installed without
 FOLDERS = r"(?:detlib|docs|tests|tools|configs|csrc|benchmarks|build_backend|\.ci)"
 CODE = re.compile(r"```.*?\n(.*?)```|`([^`\n]+)`", re.DOTALL)
 PATH = re.compile(rf"(?<![\w/.:{{-]){FOLDERS}/[\w./+-]*(?![\w*{{:=])")
+SOURCE = re.compile(r"(?<![\w/.:{@$-])[\w.-]+(?:/[\w.-]+)+\.(?:py|md|cpp|cu|cuh|h|inc|yaml)\b")
+# Folders that paths of source files may be relative to.
+BASES = [ROOT / folder for folder in (".", "detlib", "detlib/data", "configs", "csrc")]
 NAME = re.compile(r"(?<![\w/.:{-])detlib(?:\.\w+)+(?![\w/*])")
 KEY = re.compile(r"\b[A-Z][A-Z0-9_]+(?:\.[A-Z][A-Z0-9_]*)+\b(?!\.)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-# Placeholders in instructions, a misspelling on purpose, and what the build makes.
-NOT_THERE = re.compile(r"NAME|my_|MY_|BASELR|\.so$")
+# Placeholders and data in instructions, a misspelling on purpose, and what the build makes.
+NOT_THERE = re.compile(r"NAME|my_|MY_|BASELR|\.so$|^output/|^birds/")
 
 
 def code_of(text):
@@ -89,6 +92,7 @@ def private_names(tree):
 def test_paths_names_and_links_exist(page):
     text = page.read_text()
     missing = [path for path in found_in(PATH, text) if not (ROOT / path).exists()]
+    missing += [path for path in found_in(SOURCE, text) if not any((base / path).exists() for base in BASES)]
     missing += [name for name in found_in(NAME, text) if not is_importable(name)]
     missing += [key for key in found_in(KEY, text) if not is_config_key(key)]
     for path, section in links_in(text):
@@ -113,6 +117,7 @@ def test_paths_names_and_links_are_found():
         "```\npython tools/a.py x/y\n```"
     )
     assert found_in(PATH, text) == ["detlib/ops/nms.py", "tools/a.py"]
+    assert found_in(SOURCE, "`ops/nms.py`, `-/x`, `s3://b/a.yaml`") == ["ops/nms.py"]
     assert found_in(NAME, "`detlib.ops.nms` and `-m detlib.report X`, x.detlib.y") == [
         "detlib.ops.nms",
         "detlib.report",
