@@ -57,7 +57,7 @@ EXCLUDED = {
 LATER = """
     .ci/ build_backend/ configs/ pyproject.toml setup.py tools/
     detlib/checkpoint/ detlib/config/ detlib/data/ detlib/engine/ detlib/evaluation/
-    detlib/model_zoo/ detlib/modeling/ detlib/report/ detlib/solver/
+    detlib/model_zoo/ detlib/report/ detlib/solver/
     detlib/utils/ detlib/visualization/
     tests/checkpoint/ tests/config tests/conformance/ tests/data/ tests/engine/
     tests/compatibility/ tests/scripts/ tests/shipped_configs/

@@ -87,7 +87,7 @@ def probe_maps(model: nn.Module, run, in_channels: int, names: Sequence[str], wh
         square, wide = _shapes(model, run, in_channels, [(_SIDE, _SIDE), (_SIDE, 2 * _SIDE)])
     except Exception as error:
         raise ValueError(
-            f"{what} cannot be a detection backbone: it cannot be run on images of other sizes than its own "
+            f"{what} is not usable in a detector: it cannot be run on images of other sizes than its own "
             f"({type(error).__name__}: {error})"
         ) from error
     layouts = []

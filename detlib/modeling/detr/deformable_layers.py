@@ -57,7 +57,7 @@ class Levels:
 
 
 def valid_ratio(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the fractions of width and height that are not padding in (N, H, W) bool masks: (N, 2)."""
+    """Return the unpadded fractions of width and height of (N, H, W) bool masks: (N, 2) of `dtype`."""
     exact = torch.promote_types(dtype, torch.float32)
     width = (~mask[:, 0]).sum(dim=1, dtype=exact) / mask.shape[2]
     height = (~mask[:, :, 0]).sum(dim=1, dtype=exact) / mask.shape[1]

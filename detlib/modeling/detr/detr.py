@@ -20,7 +20,7 @@ __all__ = ["DETR"]
 class DETR(QueryDetector):
     """DETR: queries attend to all cells of one feature map."""
 
-    reference_lr_per_image = 1e-4 / 64  # of AdamW
+    reference_lr_per_image = 1e-4 / 64  # for AdamW
 
     def __init__(
         self,

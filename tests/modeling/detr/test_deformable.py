@@ -54,7 +54,7 @@ def test_cell_centers_are_fractions_of_the_image():
 
 
 def test_valid_ratios_and_proposals_have_double_precision():
-    """Fractions such as 1/3, and sides such as 0.05, are exact in the dtype of the model."""
+    """Fractions such as 1/3, and sides such as 0.05, have the full precision of the model's dtype."""
     ratios = torch.stack([valid_ratio(m, torch.float64) for m in masks()], 1)
     want = torch.tensor([[[1, 1], [1, 1]], [[2 / 6, 3 / 4], [1 / 3, 1]]], dtype=torch.float64)
     torch.testing.assert_close(ratios, want, rtol=1e-15, atol=0)
