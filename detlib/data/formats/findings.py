@@ -52,6 +52,8 @@ FINDING_KINDS: dict[str, tuple[str, str]] = {
     "box-outside": ("error", "a box lies outside the image"),
     "box-sticks-out": ("warning", "a box extends beyond the image by more than a pixel"),
     "box-below-one-pixel": ("warning", "a box is less than a pixel wide or high"),
+    "bad-shape": ("error", "a shape has an unknown type, or points or a mask that do not fit its type"),
+    "shape-without-area": ("warning", "a shape is a point or a line, which has no area"),
     "bad-segmentation": ("error", "a segmentation is neither polygons nor an RLE mask"),
     "polygon-too-short": ("error", "a polygon has fewer than three points"),
     "polygon-odd": ("error", "a polygon has an odd number of values"),
