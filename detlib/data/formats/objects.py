@@ -19,21 +19,26 @@ from typing import Any
 import numpy as np
 
 from detlib.data.datasets.pascal_voc import IMAGE_SUFFIXES, read_lines
-from detlib.data.formats.base import ParsedURI
+from detlib.data.formats.base import ParsedURI, URIOption
 from detlib.data.formats.findings import RawSet, split_common_folder
 from detlib.structures import BoxMode
 from detlib.utils.file_io import PathManager
 
 __all__ = [
     "MAX_COORDINATE",
+    "MAX_FILE_BYTES",
     "MAX_PIXELS",
     "MAX_SIDE",
+    "ROTATED_BOXES",
     "DrawnObject",
     "DrawnURI",
     "RawSetBuilder",
     "ShapeError",
     "check_points",
+    "corners",
     "find_split_folder",
+    "fit_rotated_box",
+    "normalize_angle",
     "read_class_list",
     "read_json",
     "subfolders",
@@ -52,6 +57,14 @@ _SPLIT_ALIASES = {"val": ("valid", "validation"), "valid": ("val",), "validation
 _NOT_FOLDERS = (".json", ".txt", ".xml", ".csv", *IMAGE_SUFFIXES)
 # labelme's own names in labels.txt that are not classes.
 _NOT_CLASSES = ("__ignore__", "_background_")
+
+ROTATED_BOXES = URIOption(
+    "boxes",
+    "`axis-aligned` replaces each rotated box by its extent and keeps its outline as a polygon; by default "
+    "boxes are rotated",
+    ("rotated", "axis-aligned"),
+)
+RotatedBox = tuple[float, float, float, float, float]
 
 
 class ShapeError(ValueError):
@@ -102,7 +115,7 @@ class DrawnObject:
     boxes: list[tuple[float, ...]] = field(default_factory=list)
     polygons: list[list[float]] = field(default_factory=list)
     masks: list[tuple[int, int, np.ndarray]] = field(default_factory=list)
-    rotated_box: tuple[float, float, float, float, float] | None = None
+    rotated_box: RotatedBox | None = None
 
     def add_polygon(self, points: Any) -> None:
         """Add a polygon, a list of pairs. Raise ShapeError if it is invalid."""
@@ -184,6 +197,55 @@ def _merge_masks(
     rle = mask_utils.encode(np.asfortranarray(union, dtype=np.uint8))
     x, y, w, h = mask_utils.toBbox(rle).tolist()
     return [x, y, x + w, y + h], {"size": [height, width], "counts": rle["counts"].decode("ascii")}
+
+
+def normalize_angle(box: RotatedBox) -> RotatedBox:
+    """Return a rotated box with its angle in [-180, 180) degrees."""
+    return (*box[:4], (box[4] + 180.0) % 360.0 - 180.0)
+
+
+def corners(box: RotatedBox) -> list[tuple[float, float]]:
+    """Return the four corners of a rotated box (center x, center y, width, height, angle in degrees)."""
+    x, y, width, height, angle = box
+    c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    offsets = [
+        (-width / 2, -height / 2),
+        (width / 2, -height / 2),
+        (width / 2, height / 2),
+        (-width / 2, height / 2),
+    ]
+    # The angle is counter-clockwise, and the y axis points down.
+    return [(x + dx * c + dy * s, y - dx * s + dy * c) for dx, dy in offsets]
+
+
+def fit_rotated_box(points: Sequence[tuple[float, float]]) -> RotatedBox:
+    """Return the smallest rotated box around four corners.
+
+    Args:
+        points: the corners in order, in pixels. Those of a rectangle give this rectangle: its width is the
+            length of the first side, and the angle is that of the first side.
+
+    Returns:
+        Center x, center y, width, height, and the angle in degrees, counter-clockwise, in [-180, 180).
+    """
+    array = np.array(points, dtype=np.float64)
+    sides = np.roll(array, -1, axis=0) - array
+    lengths = np.hypot(sides[:, 0], sides[:, 1])
+    best: tuple[float, RotatedBox] | None = None
+    for (dx, dy), length in zip(sides.tolist(), lengths.tolist()):
+        if length == 0:
+            continue
+        c, s = dx / length, dy / length
+        along, across = array @ [c, s], array @ [-s, c]
+        width, height = float(np.ptp(along)), float(np.ptp(across))
+        u, v = float(along.max() + along.min()) / 2, float(across.max() + across.min()) / 2
+        box = normalize_angle((u * c - v * s, u * s + v * c, width, height, -math.degrees(math.atan2(s, c))))
+        # The first side decides among boxes of equal area, but for rounding.
+        if best is None or width * height < best[0] * (1 - 1e-6):
+            best = width * height, box
+    if best is None:
+        return (float(array[0, 0]), float(array[0, 1]), 0.0, 0.0, 0.0)
+    return best[1]
 
 
 class RawSetBuilder:
@@ -295,7 +357,7 @@ class DrawnURI(ParsedURI):
             for image in raw.content["images"]
         }
         for number, annotation in enumerate(raw.content["annotations"]):
-            standard = self._annotation(annotation, f"{raw.file}/{raw.locations[number]}")
+            standard = self._annotation(annotation, f"{raw.file}, {raw.locations[number]}")
             if standard is not None:
                 records[annotation["image_id"]]["annotations"].append(standard)
             else:
