@@ -17,6 +17,7 @@ from detlib.utils.suggest import suggest
 
 __all__ = [
     "EMPTY_BOXES",
+    "FOLDER_HINTS",
     "FORMATS",
     "Candidate",
     "Format",
@@ -198,6 +199,9 @@ class Format:
     claims: Callable[[str], bool] | None = None
     findings: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
+
+# Functions that return what a folder in no known format nearly is, and what to do; "" if they do not know.
+FOLDER_HINTS: list[Callable[[str], str]] = []
 
 # All formats by name, in the order of registration.
 FORMATS: dict[str, Format] = {}

@@ -52,6 +52,8 @@ FINDING_KINDS: dict[str, tuple[str, str]] = {
     "box-outside": ("error", "a box lies outside the image"),
     "box-sticks-out": ("warning", "a box extends beyond the image by more than a pixel"),
     "box-below-one-pixel": ("warning", "a box is less than a pixel wide or high"),
+    "bad-label-line": ("error", "a label line has a wrong number of values, or one is not a number"),
+    "not-normalized": ("error", "a label line's coordinates are not in 0..1"),
     "bad-shape": ("error", "a shape has an unknown type, or points or a mask that do not fit its type"),
     "shape-without-area": ("warning", "a shape is a point or a line, which has no area"),
     "bad-segmentation": ("error", "a segmentation is neither polygons nor an RLE mask"),

@@ -5,7 +5,15 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from detlib.data.formats.base import EMPTY_BOXES, FORMATS, Candidate, Format, ParsedURI, register_format
+from detlib.data.formats.base import (
+    EMPTY_BOXES,
+    FOLDER_HINTS,
+    FORMATS,
+    Candidate,
+    Format,
+    ParsedURI,
+    register_format,
+)
 from detlib.data.formats.findings import RawSet
 from detlib.utils.file_io import PathManager
 from detlib.utils.suggest import suggest
@@ -56,6 +64,7 @@ class FolderURI(ParsedURI):
                 + "".join(f"\n  {f.name}: {f.layout}" for f in detectable)
                 + f"\nThe folder has: {_listing(self.path)}."
                 + "".join(f.hint(self.path) for f in detectable if f.hint is not None)
+                + "".join(hint(self.path) for hint in FOLDER_HINTS)
             )
         schemes = [*dict.fromkeys(candidate.scheme for candidate in candidates)]
         if len(schemes) > 1:

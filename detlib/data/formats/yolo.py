@@ -329,8 +329,6 @@ register_format(
         layout="data.yaml (or another .yaml with 'names' and 'train', 'val' or 'test')",
         findings={
             "label-without-image": ("warning", "a label file belongs to no image"),
-            "bad-label-line": ("error", "a label line has a wrong number of values, or one is not a number"),
-            "not-normalized": ("error", "a label line's coordinates are not in 0..1"),
         },
     )
 )
