@@ -115,7 +115,7 @@ def test_shortcut_is_pooled_and_projected(dim_out, stride):
 
 def test_window_size_that_is_not_a_multiple_of_strides_is_rejected():
     mvit = small_mvit(adaptive_window_size=6, adaptive_kv_stride=4)
-    with pytest.raises(ValueError, match="not a multiple.*queries have 6 tokens, those of keys 1;"):
+    with pytest.raises(ValueError, match="not a multiple.*6 tokens wide for queries and 1 for keys;"):
         mvit(rand(1, 3, 64, 64, dtype=torch.float32))
 
 

@@ -119,8 +119,8 @@ class MultiScaleAttention(nn.Module):
             if len(q) != len(k):
                 raise ValueError(
                     f"The window size {self.window_size} is not a multiple of the pooling strides: "
-                    f"the windows of queries have {self.q_window} tokens, those of keys {self.kv_window}; "
-                    "change adaptive_window_size or adaptive_kv_stride"
+                    f"windows would be {self.q_window} tokens wide for queries and {self.kv_window} for "
+                    "keys; change adaptive_window_size or adaptive_kv_stride"
                 )
         q_size, k_size = q.shape[1:3], k.shape[1:3]
         # The heads are part of the batch dimension here, so every entry has one head.
