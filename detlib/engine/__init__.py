@@ -1,4 +1,4 @@
-"""Training and prediction: the loop, its hooks, and the defaults that put everything together."""
+"""Training and prediction: the training loop, its hooks, and the default trainers and predictor."""
 
 from detlib.engine import hooks
 from detlib.engine.base_trainer import ConfigTrainer

@@ -1,4 +1,4 @@
-"""The base class of the trainers that are built from a config."""
+"""The base class of trainers that are built from a config."""
 
 import contextlib
 import logging
@@ -19,8 +19,8 @@ from detlib.engine.distributed.ddp import (
     compile_parts,
     create_ddp_model,
     first_process_buffers,
+    gathered_parameters,
     shard_model,
-    whole_parameters,
 )
 from detlib.engine.divergence import learning_rate_advice
 from detlib.engine.ema import EMA_ENTRY, WeightAverage
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 class ConfigTrainer(TrainerBase):
-    """A trainer that saves, resumes and evaluates. Subclasses build its parts from a config.
+    """A trainer that saves, resumes and evaluates. Subclasses build its components from a config.
 
     A subclass builds a model, passes it to `_prepare_model`, builds an optimizer for the result, and calls
     `_set_parts`. The inner trainer `_trainer` runs the steps inside this one's loop: it uses the hooks and
@@ -62,7 +62,7 @@ class ConfigTrainer(TrainerBase):
         super().__init__()
         self._process_states: list[dict] = []
         self._all_save = False  # whether all processes have hooks that save
-        self._restored: list[str] = []  # what was found in the checkpoint, for the log
+        self._restored: list[str] = []  # names of the restored states, for the log
         self._last_eval_results: Mapping | None = None
         self._val_loss_loaders: Mapping[str, Iterable] | None = None  # built at the first evaluation
 
@@ -76,14 +76,14 @@ class ConfigTrainer(TrainerBase):
         self._inner = trainer
 
     def _prepare_model(self, model: nn.Module, settings: RunSettings) -> nn.Module:
-        """Change a model as the settings say, before an optimizer is built for it.
+        """Freeze, compile and shard a model according to the settings, before its optimizer is built.
 
         Args:
             model: the model, on its device.
             settings: ``freeze``, ``activation_checkpoint``, ``compile*`` and ``strategy`` are used.
 
         Raises:
-            ValueError, RuntimeError: if an option does not fit the model or the processes.
+            ValueError, RuntimeError: if the model or the number of processes does not support an option.
         """
         if settings.freeze:
             freeze_by_name(model, settings.freeze)
@@ -146,7 +146,7 @@ class ConfigTrainer(TrainerBase):
         self._restored = []
         self.checkpointer.resume_or_load(settings.weights, resume=resume)
         if self._restored:
-            # A checkpoint is saved after the step whose number it has.
+            # The iteration in a checkpoint is the step after which it was saved.
             self.start_iter = self.iter + 1
             logger.info(
                 "Resumed from %s: next is iteration %d of %d. Restored: %s",
@@ -179,15 +179,15 @@ class ConfigTrainer(TrainerBase):
             )
 
     def build_writers(self) -> list[EventWriter]:
-        """Build the writers that the config names."""
+        """Build the writers named in the config."""
         settings = self.settings
         return build_writers(settings.writers, self.output_dir, self.max_iter, settings.writer_arguments)
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Build the hooks that the settings ask for.
+        """Build the hooks according to the settings.
 
         The order matters: the checkpoint is saved before the evaluation, which may fail; the hooks that use
-        its results follow it; and the writers come last, to write what the other hooks have measured.
+        its results follow; the writers come last, to write the metrics of all other hooks.
 
         Returns:
             The hooks; None entries are ignored.
@@ -213,7 +213,8 @@ class ConfigTrainer(TrainerBase):
             result.append(
                 hooks.PreciseBN(settings.eval_period, self.model, loader, batches, average=self.ema)
             )
-        # On every process: all of them stop if the model has diverged. Only the main one writes files.
+        # On every process, so that all of them stop if the model has diverged. Only the main one writes
+        # files.
         result.append(
             hooks.PeriodicCheckpointer(
                 self.checkpointer,
@@ -264,17 +265,17 @@ class ConfigTrainer(TrainerBase):
             )
         return result
 
-    # What the hooks ask for, which depends on the kind of config.
+    # Used by the hooks. These depend on the type of config.
 
     image_format: str = "BGR"
     """Channel order of the training images."""
     train_metadata: Any = None
-    """Metadata of the training data: names and colors of the classes."""
+    """Metadata of the training data, such as class names and colors."""
     has_final_evaluation: bool = False
     """Whether the evaluation after the last step does more than the earlier ones."""
 
     def run_test(self) -> Mapping[str, Any] | None:
-        """Return the results of the model, as it is, on the test datasets."""
+        """Evaluate the model with its current weights on the test datasets."""
         raise NotImplementedError(f"{type(self).__name__} must define run_test()")
 
     def build_val_loss_loaders(self) -> Mapping[str, Iterable]:
@@ -286,7 +287,7 @@ class ConfigTrainer(TrainerBase):
         raise NotImplementedError(f"{type(self).__name__} must define build_precise_bn_loader()")
 
     def evaluate(self) -> Mapping[str, Any] | None:
-        """Evaluate the averaged weights if there are any, else the model's, and keep the results.
+        """Evaluate the averaged weights, if there are any, or else the model's, and store the results.
 
         Returns:
             The results of `run_test` and the validation losses, at least on the main process.
@@ -302,12 +303,12 @@ class ConfigTrainer(TrainerBase):
 
     @property
     def last_evaluation(self) -> int | None:
-        """Number of steps done at the last evaluation of this run; None before the first."""
+        """Number of completed steps at the last evaluation of this run; None before the first."""
         done = [hook.evaluated for hook in self._hooks if isinstance(hook, hooks.EvalHook) and hook.evaluated]
         return max(done, default=None)
 
     def rerun_evaluation(self, iteration: int) -> bool:
-        """Run the evaluation after a step that an earlier run did, with the hooks that use its results.
+        """Run the missed evaluation after a step of an earlier run, with the hooks that use its results.
 
         Args:
             iteration: number of the step.
@@ -315,8 +316,8 @@ class ConfigTrainer(TrainerBase):
         Returns:
             Whether there is an evaluation to run: False without an `EvalHook`.
         """
-        kinds = hooks.EvalHook | hooks.BestCheckpointer | hooks.EarlyStopping
-        chosen = [hook for hook in self._hooks if isinstance(hook, kinds)]
+        types = hooks.EvalHook | hooks.BestCheckpointer | hooks.EarlyStopping
+        chosen = [hook for hook in self._hooks if isinstance(hook, types)]
         if not any(isinstance(hook, hooks.EvalHook) for hook in chosen):
             return False
         logger.info("The evaluation after iteration %d was interrupted; running it now", iteration)
@@ -330,15 +331,15 @@ class ConfigTrainer(TrainerBase):
 
     @contextlib.contextmanager
     def weights_to_evaluate(self) -> Iterator[None]:
-        """Give the model, inside the block, the weights to evaluate: their average if there is one.
+        """Context manager in which the model has the weights to evaluate: the averaged ones if there are any.
 
-        All processes take part. They use the buffers of the main process, as checkpoints do.
+        All processes must enter it. They use the buffers of the main process, as checkpoints do.
         """
         with contextlib.ExitStack() as stack:
             if self.ema is not None:
                 stack.enter_context(self.ema.applied())
             stack.enter_context(first_process_buffers(self.checkpointer.model))
-            stack.enter_context(whole_parameters(self.checkpointer.model))
+            stack.enter_context(gathered_parameters(self.checkpointer.model))
             yield
 
     def train(self) -> dict | None:
@@ -355,7 +356,7 @@ class ConfigTrainer(TrainerBase):
 
     def before_train(self) -> None:
         saves = any(isinstance(h, hooks.PeriodicCheckpointer | hooks.BestCheckpointer) for h in self._hooks)
-        # Some scripts register hooks that save on the main process only.
+        # Some scripts register the saving hooks on the main process only.
         self._all_save = all(comm.all_gather(saves))
         super().before_train()
 
@@ -369,7 +370,7 @@ class ConfigTrainer(TrainerBase):
         seed_rng(self._seed, self.iter, comm.get_rank())
 
     def prepare_to_save(self) -> None:
-        """Collect the state that each process keeps. Hooks call it in all processes before they save."""
+        """Collect the state of each process. Hooks call this in all processes before they save."""
         if self._all_save:
             self._process_states = gather_process_state(self.checkpointer.model)
 
@@ -402,7 +403,7 @@ class ConfigTrainer(TrainerBase):
 
     @property
     def model(self) -> nn.Module:
-        """The model, wrapped in DDP if there are several processes."""
+        """The model, wrapped in DDP if there are multiple processes."""
         return self._trainer.model
 
     @property
@@ -419,13 +420,13 @@ class ConfigTrainer(TrainerBase):
 def seed_rng(seed: int, iteration: int, rank: int = 0) -> None:
     """Seed the generators of Python, NumPy and torch for one step of one process.
 
-    A resumed run thus draws the same numbers as an uninterrupted one, whatever is drawn between two steps, in
-    an evaluation for example.
+    A resumed run thus draws the same numbers as an uninterrupted one, even if more numbers are drawn between
+    two steps, such as in an evaluation.
 
     Args:
-        seed: the seed of the whole run.
+        seed: the seed of the run.
         iteration: number of the step.
-        rank: number of the process.
+        rank: rank of the process.
     """
     low, high = np.random.SeedSequence([seed, iteration, rank]).generate_state(2, np.uint64)
     random.seed(int(low))

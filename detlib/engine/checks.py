@@ -1,4 +1,4 @@
-"""Checks of a config before training, so that errors come early."""
+"""Checks of a config before training, so that errors are raised early."""
 
 import functools
 import logging
@@ -30,8 +30,9 @@ def check_datasets(cfg: CfgNode | Mapping[str, Any], *, train: bool = True) -> N
     """Check that all datasets of a config exist, without loading them.
 
     Args:
-        cfg: a config of either kind. DATASETS.TRAIN, DATASETS.TEST and TEST.VAL_LOSS are checked, or
-            ``dataset.names`` of ``dataloader.train``, ``dataloader.test`` and ``dataloader.val_loss``.
+        cfg: a CfgNode, of which DATASETS.TRAIN, DATASETS.TEST and TEST.VAL_LOSS are checked; or a lazy
+            config, with ``dataset.names`` of ``dataloader.train``, ``dataloader.test`` and
+            ``dataloader.val_loss``.
         train: False checks the test data only.
 
     Raises:
@@ -57,17 +58,17 @@ def check_datasets(cfg: CfgNode | Mapping[str, Any], *, train: bool = True) -> N
 
 
 def check_num_classes(cfg: CfgNode, names: str | Iterable[str]) -> None:
-    """Compare the model's number of classes with those of datasets whose classes are known already.
+    """Compare the model's number of classes with those of datasets whose classes are already known.
 
-    The class names are compared with those of the first dataset of DATASETS.TRAIN. A model knows a class by
-    its index only, so the same names in another order are an error; other names are a warning.
+    The class names are compared with those of the first dataset of DATASETS.TRAIN. A model identifies a class
+    by its index only, so the same names in another order are an error; different names are a warning.
 
     Args:
         cfg: the config.
         names: the datasets to check.
 
     Raises:
-        ValueError: if the numbers differ (the message names the key), or the order of the classes differs.
+        ValueError: if the numbers (the message has the config key) or the orders of the classes differ.
     """
     for kind, key in facts_of(cfg).num_classes_keys(cfg).items():
         if kind == "keypoint_names":
@@ -98,18 +99,18 @@ def _compare_names(cfg: CfgNode, kind: str, name: str, classes: list[str]) -> No
     )
     if sorted(trained) == sorted(classes):
         raise ValueError(f"The order of the classes differs: {difference}. Use the same order.")
-    logger.warning("The names of the classes differ: %s.", difference)
+    logger.warning("The class names differ: %s.", difference)
 
 
 def set_num_classes(cfg: CfgNode) -> None:
-    """Set the model's numbers of classes and keypoints from the training data, unless the config sets them.
+    """Set the model's number of classes and keypoints from the training data, unless the config sets them.
 
     A number is set if it has its default value and the first entry of DATASETS.TRAIN is a dataset URI. Other
     values are kept, and `check_num_classes` compares them with the data. If the data are not on this machine,
     nothing changes, because a model is often used without its data.
 
     Args:
-        cfg: changed in place, even if it is frozen, so that the saved config is the one that is used.
+        cfg: modified in-place, even if it is frozen, so that the saved config is the one in use.
     """
     names = as_names(cfg.DATASETS.TRAIN)
     if not names or not is_dataset_uri(names[0]):
@@ -124,7 +125,7 @@ def set_num_classes(cfg: CfgNode) -> None:
         check_datasets_exist(names[0])
         metadata = MetadataCatalog.get(names[0])
     except FileNotFoundError as error:
-        logger.warning("The numbers of classes are not set from the data: %s", error)
+        logger.warning("Could not set the number of classes from the data: %s", error)
         return
     for kind, key in unset.items():
         entries = metadata.get(kind)
@@ -134,13 +135,13 @@ def set_num_classes(cfg: CfgNode) -> None:
 
 
 def set_class_weights(cfg: CfgNode, model: nn.Module) -> None:
-    """Give a model with a federated loss the class weights of the data that it is trained on.
+    """Set the class weights of a federated loss from the training data.
 
     The weights are read from the metadata of DATASETS.TRAIN when the loss is first computed.
 
     Args:
-        cfg: the model's config.
-        model: the model; box predictors that have weights already keep them.
+        cfg: the config of the model.
+        model: the model; box predictors that already have weights keep them.
     """
     power = cfg.MODEL.ROI_BOX_HEAD.FED_LOSS_FREQ_WEIGHT_POWER
     weights = functools.partial(get_fed_loss_cls_weights, cfg.DATASETS.TRAIN, power)

@@ -1,4 +1,4 @@
-"""The trainer that builds everything from a YAML config."""
+"""The trainer for YAML configs."""
 
 import logging
 import os
@@ -46,13 +46,13 @@ logger = logging.getLogger(__name__)
 
 
 class DefaultTrainer(ConfigTrainer):
-    """Builds model, optimizer, schedule, data loader and hooks from a config, and trains.
+    """A trainer that builds model, optimizer, schedule, data loader and hooks from a config.
 
     By default it
 
     1. checks that all datasets exist, sets the number of classes from a dataset URI if the config does not
-       set it, and checks that the number fits;
-    2. builds the parts with the ``build_*`` methods, which a subclass may override;
+       set it, and checks that the number matches;
+    2. builds the components with the ``build_*`` methods, which a subclass may override;
     3. loads MODEL.WEIGHTS, or the last checkpoint when resuming, in `resume_or_load`;
     4. trains, saves checkpoints, evaluates and logs in `train`.
 
@@ -81,9 +81,8 @@ class DefaultTrainer(ConfigTrainer):
         model = self.build_model(cfg)
         set_class_weights(cfg, model)
         if cfg.TEST.AUG.ENABLED:
-            GeneralizedRCNNWithTTA(
-                cfg, model
-            )  # fails now, not at the end of training, if it does not support the model
+            # If it does not support the model, fail here and not at the end of training.
+            GeneralizedRCNNWithTTA(cfg, model)
         data_loader = self.build_train_loader(cfg)
         self._check_num_classes(cfg)
         images = images_per_epoch(data_loader)
@@ -166,7 +165,7 @@ class DefaultTrainer(ConfigTrainer):
 
     @classmethod
     def build_val_loss_loader(cls, cfg: CfgNode, dataset_name: str):
-        """Build the loader of one dataset of TEST.VAL_LOSS: as for testing, but with annotations."""
+        """Build the loader of one dataset of TEST.VAL_LOSS: a test loader with annotations."""
         mapper = DatasetMapper(**{**DatasetMapper.from_config(cfg, is_train=False), "is_train": True})
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
@@ -192,14 +191,14 @@ class DefaultTrainer(ConfigTrainer):
         Args:
             cfg: the config.
             model: the model; its mode does not change.
-            evaluators: one for each dataset; None calls `build_evaluator`.
+            evaluators: one evaluator per dataset; None calls `build_evaluator`.
 
         Returns:
             Results such as ``{"bbox": {"AP": 37.9, ...}}``, by dataset name if there are several datasets.
-            Those with augmentation are named "bbox_TTA". Empty on processes other than the main one.
+            Tasks with augmentation are named "bbox_TTA". Empty on processes other than the main one.
 
         Raises:
-            ValueError: if the number of evaluators is not that of the datasets.
+            ValueError: if the number of evaluators differs from the number of datasets.
         """
         results = cls._test_all(cfg, model, evaluators)
         if cfg.TEST.AUG.ENABLED:
@@ -226,7 +225,7 @@ class DefaultTrainer(ConfigTrainer):
     def _test_all_with_tta(cls, cfg: CfgNode, model: nn.Module, evaluators) -> dict[str, dict]:
         logger.info("Evaluation with test-time augmentation")
         model = GeneralizedRCNNWithTTA(cfg, model)
-        cfg = _changed(cfg, ["INPUT.MIN_SIZE_TEST", 0])  # the views are made from the original image
+        cfg = _changed(cfg, ["INPUT.MIN_SIZE_TEST", 0])  # the views are created from the original image
         cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "TTA")
         results = cls._test_all(cfg, model, evaluators)
         return {
@@ -242,7 +241,7 @@ class DefaultTrainer(ConfigTrainer):
             evaluators = [evaluators]
         if evaluators is not None and len(evaluators) != len(names):
             raise ValueError(
-                f"DATASETS.TEST names {len(names)} datasets, but there are {len(evaluators)} evaluators"
+                f"DATASETS.TEST has {len(names)} datasets, but there are {len(evaluators)} evaluators"
             )
 
         results: OrderedDict[str, Any] = OrderedDict()

@@ -1,4 +1,4 @@
-"""The default parts of a training script: arguments, setup, writers, trainer and predictor."""
+"""The default components of a training script: arguments, setup, writers, trainer and predictor."""
 
 import argparse
 import logging
@@ -53,10 +53,10 @@ Examples:
     (0)$ {program} --machine-rank 0 --num-machines 2 --dist-url tcp://HOST:PORT [...]
     (1)$ {program} --machine-rank 1 --num-machines 2 --dist-url tcp://HOST:PORT [...]
 
-  by torchrun, on any number of machines, restarted after a failure:
+  with torchrun, on any number of machines, restarted after a failure:
     $ torchrun --nproc-per-node 8 --max-restarts 3 {program} --config-file cfg.yaml
 
-  as a job of Slurm, requeued when its time is up:
+  as a Slurm job, requeued at its time limit:
     $ {program} --slurm --slurm-partition gpu --num-gpus 8 --config-file cfg.yaml
 """
 
@@ -72,7 +72,7 @@ def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParse
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--config-file", default="", metavar="FILE", help="the config, a .yaml file or a lazy .py one"
+        "--config-file", default="", metavar="FILE", help="config file: .yaml, or .py for a lazy config"
     )
     parser.add_argument(
         "--resume", action="store_true", help="resume from the last checkpoint in OUTPUT_DIR, if there is one"
@@ -85,17 +85,17 @@ def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParse
         help="number of GPUs per machine; without a GPU, number of CPU processes; not needed with torchrun",
     )
     parser.add_argument("--num-machines", type=int, default=1, help="number of machines")
-    parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine, from 0")
+    parser.add_argument("--machine-rank", type=int, default=0, help="rank of this machine, from 0")
     parser.add_argument(
         "--dist-url",
         default="auto",
-        help="address where the processes meet, tcp://HOST:PORT; 'auto' finds a free port on one machine",
+        help="rendezvous URL of the processes, tcp://HOST:PORT; 'auto' finds a free port on one machine",
     )
     add_slurm_arguments(parser)
     parser.add_argument(
         "opts",
         nargs=argparse.REMAINDER,
-        help="changes to the config, at the end of the command: pairs KEY VALUE; path.to.key=value for .py",
+        help="config options at the end of the command: KEY VALUE pairs; path.to.key=value for .py",
     )
     return parser
 
@@ -108,17 +108,17 @@ def _save_config(cfg: CfgNode | Mapping[str, Any], path: str) -> None:
         try:
             LazyConfig.save(cfg, path)
         except ValueError as e:  # lambdas and the like
-            logger.warning("The config is not saved: %s", e)
+            logger.warning("Could not save the config: %s", e)
             return
-    logger.info("The full config is saved in %s", path)
+    logger.info("Saved the full config to %s", path)
 
 
 def default_setup(cfg: CfgNode | Mapping[str, Any], args: Any) -> None:
     """Create the output folder, set up logging, save the config, log the environment, and seed.
 
     Args:
-        cfg: a config of either kind. It is saved as ``config.yaml`` in OUTPUT_DIR or ``train.output_dir``.
-            The numbers of classes of a CfgNode are set from the training data, unless the config sets them
+        cfg: a CfgNode or a lazy config. It is saved as ``config.yaml`` in OUTPUT_DIR or ``train.output_dir``.
+            The number of classes of a CfgNode is set from the training data, unless the config sets it
             (see `detlib.engine.checks.set_num_classes`).
         args: the parsed command line. It is logged, and its ``eval_only`` is used.
     """
@@ -138,7 +138,7 @@ def default_setup(cfg: CfgNode | Mapping[str, Any], args: Any) -> None:
         set_num_classes(cfg)
     if comm.is_main_process() and output_dir:
         _save_config(cfg, os.path.join(output_dir, "config.yaml"))
-    # A separate seed for each process: otherwise all would draw the same augmentations.
+    # A separate seed for each process; otherwise all would draw the same augmentations.
     seed_all_rng(None if settings.seed < 0 else settings.seed + rank)
     if not getattr(args, "eval_only", False):
         # Not in evaluation: image sizes vary, so benchmarking each would cost more than it gains.
@@ -155,9 +155,9 @@ def default_writers(
 
     Args:
         output_dir: folder of the files.
-        max_iter: total number of iterations, for the estimated time left.
+        max_iter: total number of iterations, for the remaining time.
         names: any of "console", "json", "csv", "tensorboard", "wandb" and "mlflow".
-        params: more arguments of a writer's class, by its name.
+        params: further arguments of a writer's class, by name of the writer.
 
     Raises:
         ValueError: if a name is unknown.
@@ -167,18 +167,18 @@ def default_writers(
 
 
 class DefaultPredictor:
-    """Runs the model of a config on single images.
+    """A predictor that runs the model of a config on single images.
 
-    It loads MODEL.WEIGHTS onto MODEL.DEVICE, resizes by INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST, and converts
-    to INPUT.FORMAT. With TEST.AUG.ENABLED it predicts on the views of TEST.AUG and merges the predictions.
-    For entire datasets, a data loader and `inference_on_dataset` are faster.
+    It loads MODEL.WEIGHTS onto MODEL.DEVICE, resizes images to INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST, and
+    converts them to INPUT.FORMAT. With TEST.AUG.ENABLED it predicts on the augmented views of TEST.AUG and
+    merges the predictions. For entire datasets, a data loader and `inference_on_dataset` are faster.
 
     Attributes:
         metadata: metadata of the first dataset of DATASETS.TEST, for drawing. It has no class names if the
-            dataset is given by a URI and is not on this machine. Missing if DATASETS.TEST is empty.
+            dataset is specified by a URI and is not on this machine. Missing if DATASETS.TEST is empty.
         model: the model, in eval mode.
         tta: the model with test-time augmentation, or None.
-        aug: the resizing.
+        aug: the resize augmentation.
         input_format: channel order of the model's input, "BGR" or "RGB".
 
     Example:
@@ -217,7 +217,7 @@ class DefaultPredictor:
             original image.
 
         Raises:
-            TypeError: if the image is not an array of uint8 or float.
+            TypeError: if the image is not a uint8 or float array.
             ValueError: if it has another shape, no pixels, or values scaled to [0, 1].
         """
         _check_image(original_image)
@@ -238,7 +238,7 @@ def _find_metadata(name: str) -> Metadata:
         return MetadataCatalog.get(name)
     except FileNotFoundError as e:
         # A model is often used on a machine without its data.
-        logger.warning("Class names are unknown; predictions have class numbers only: %s", e)
+        logger.warning("Class names are unknown, so predictions have class indices only: %s", e)
         return Metadata(name=name)
 
 

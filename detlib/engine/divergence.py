@@ -1,8 +1,8 @@
-"""Detect and explain losses and parameters that are infinite or NaN.
+"""Detection of infinite or NaN losses and parameters, and error messages that explain them.
 
-A trainer reads its losses only when it gathers the metrics, because each reading waits for the device. Until
-then `LossRecord` keeps the losses of the last steps on their device, so that the error message names the step
-at which the trouble began and the images of that step.
+A trainer reads its losses only when it gathers the metrics, because each reading synchronizes with the
+device. Until then `LossRecord` keeps the losses of the last steps on the device, so that the error message
+can name the first step with a bad loss, and the images of that step.
 """
 
 import math
@@ -57,9 +57,9 @@ class LossRecord:
         """Record one step.
 
         Args:
-            iteration: its number.
-            loss_dict: its losses.
-            data: the batch that they were computed from.
+            iteration: number of the step.
+            loss_dict: losses of the step by name.
+            data: batch of the step.
         """
         losses = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in loss_dict.items()}
         self._steps.append(LossStep(iteration, losses, _image_names(data)))
@@ -89,10 +89,10 @@ class LossRecord:
         """Return the error message for losses that are not finite. All processes call this together.
 
         Args:
-            error: says at which iteration the losses were read.
-            iteration: its number.
+            error: the error raised when the losses were read.
+            iteration: the iteration at which they were read.
             period: number of iterations between two readings.
-            optimizer: its learning rates are reported.
+            optimizer: the optimizer, whose learning rates are reported.
             advice: a sentence to add, or "".
         """
         lines = [str(error)]
@@ -101,8 +101,8 @@ class LossRecord:
         if bad and period > 1:
             first = min(step.iteration for _, step in bad)
             lines.append(
-                f"It began at iteration {first} (the losses are read every {period} iterations; this reading "
-                f"covers {iteration + 1 - period} to {iteration})."
+                f"The first one was at iteration {first} (losses are read every {period} iterations; this "
+                f"reading covers {iteration + 1 - period} to {iteration})."
             )
             bad = [(rank, step) for rank, step in bad if step.iteration == first]
         lines.append(_learning_rates(optimizer))
@@ -119,13 +119,13 @@ class LossRecord:
         optimizer: torch.optim.Optimizer,
         advice: str,
     ) -> str:
-        """Return the error message for a model that found its own predictions to be infinite or NaN.
+        """Return the error message for a model that raised because its predictions are infinite or NaN.
 
         Args:
             error: the model's error.
             iteration: number of the step.
-            data: its batch.
-            optimizer: its learning rates are reported.
+            data: batch of the step.
+            optimizer: the optimizer, whose learning rates are reported.
             advice: a sentence to add, or "".
         """
         lines = [f"At iteration {iteration}: {error}", _learning_rates(optimizer)]
@@ -167,7 +167,7 @@ def format_losses(losses: Mapping[str, float]) -> str:
 
 
 def _list_images(names: list[str]) -> str:
-    return f"Images: {', '.join(names) or 'the batch names no files'}"
+    return f"Images: {', '.join(names) or 'the batch has no file names'}"
 
 
 def _learning_rates(optimizer: torch.optim.Optimizer) -> str:
@@ -202,7 +202,7 @@ def learning_rate_advice(optimizer: torch.optim.Optimizer, images_per_step: int,
 
 
 def find_non_finite_parameters(model: nn.Module) -> list[str]:
-    """Return the names of the parameters that hold an infinite value or NaN."""
+    """Return the names of the parameters that contain infinite or NaN values."""
     named = [
         # Each process checks its own shard of a sharded parameter.
         (name, cast(Any, param).to_local() if is_shard(param) else param)
@@ -212,7 +212,7 @@ def find_non_finite_parameters(model: nn.Module) -> list[str]:
     named = [(name, param) for name, param in named if param.numel()]
     bad: list[str] = []
     if named:
-        # One transfer for the whole model.
+        # A single transfer for the entire model.
         finite = torch.stack([torch.isfinite(p.detach()).all().to(named[0][1].device) for _, p in named])
         bad = [name for (name, _), good in zip(named, finite.tolist()) if not good]
     if is_sharded(model):
@@ -221,10 +221,10 @@ def find_non_finite_parameters(model: nn.Module) -> list[str]:
 
 
 def zero_fused_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Give a fused SGD momentum buffers of zeros before the first step.
+    """Initialize the momentum buffers of a fused SGD with zeros before the first step.
 
-    PyTorch allocates them uninitialized in the first step and leaves them so if the gradients overflow, as
-    they often do at first: NaN one step later.
+    PyTorch allocates them uninitialized in the first step, and does not write them if the gradients overflow,
+    which is common in the first steps. The next step would then produce NaN.
     """
     if not isinstance(optimizer, torch.optim.SGD):
         return

@@ -39,18 +39,18 @@ class WeightAverage:
             decay: weight of the old average in an update, in (0, 1).
 
         Raises:
-            ValueError: for another `decay`.
+            ValueError: if `decay` is not in (0, 1).
         """
         if not 0.0 < decay < 1.0:
-            raise ValueError(f"The decay of the average of the weights must be in (0, 1), got {decay}")
+            raise ValueError(f"The decay of the weight average must be in (0, 1), got {decay}")
         self.decay = decay
         self._model = model
         self.reset()
 
     def reset(self) -> None:
-        """Restart from the current weights of the model."""
+        """Restart the average from the current weights of the model."""
         self.updates = 0
-        # The model's own tensors, which training changes in place. A shared one has several names.
+        # The model's own tensors, which training modifies in-place. A shared tensor has multiple names.
         state = self._model.state_dict(keep_vars=True)
         first_names: dict[int, str] = {}
         self._names = {name: first_names.setdefault(id(x), name) for name, x in state.items()}
@@ -71,7 +71,7 @@ class WeightAverage:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Give the model, inside the block, the average as its weights."""
+        """Context manager in which the model has the averaged weights."""
         self._swap()
         try:
             yield
@@ -80,7 +80,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        # In place, because optimizer, DDP and compiled code hold references to the tensors.
+        # In-place, because the optimizer, DDP and compiled code hold references to the tensors.
         for name, value in self._values.items():
             own = value.clone()
             value.copy_(self._average[name])
@@ -91,20 +91,22 @@ class WeightAverage:
         return {name: self._average[first] for name, first in self._names.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
-        """Restore averages. A missing one starts from the model's parameter, with a warning.
+        """Restore the averages. A missing one starts from the model's parameter, with a warning.
 
         Raises:
-            ValueError: if a tensor does not have the shape of the model's.
+            ValueError: if the shape of a tensor differs from the model's.
         """
         for name, average in self._average.items():
             value = state_dict.get(name)
             if value is None:
-                logger.warning("The saved average has no '%s': it starts from the model's parameter", name)
+                logger.warning(
+                    "The saved weight average lacks '%s': it starts from the model's parameter", name
+                )
                 continue
             if value.shape != average.shape:
                 raise ValueError(
-                    f"The saved average of '{name}' has shape {tuple(value.shape)}, the model's parameter "
-                    f"has {tuple(average.shape)}"
+                    f"The saved average of '{name}' has shape {tuple(value.shape)}, but the model's "
+                    f"parameter has {tuple(average.shape)}"
                 )
             average.copy_(shard_like(value, average))
 
@@ -115,16 +117,18 @@ def load_for_inference(model: nn.Module, weights: str, *, use_average: bool) -> 
     Args:
         model: the model.
         weights: a file or URL, as in `DetectionCheckpointer.load`.
-        use_average: whether to use the average of the weights if the file has one.
+        use_average: whether to use the weight average if the file has one.
     """
     entries = DetectionCheckpointer(model).load(weights, checkpointables=[])
     average = entries.get(EMA_ENTRY)
     if not use_average:
         return
     if average is None:
-        logger.info("%s has no average of the weights; using the weights", weights)
+        logger.info("%s has no weight average; using the weights", weights)
         return
     missing, unexpected = model.load_state_dict(average, strict=False)
-    logger.info("Using the average of the weights of %s", weights)
+    logger.info("Using the weight average in %s", weights)
     if missing or unexpected:
-        logger.warning("The average lacks %s and has %s, which the model does not have", missing, unexpected)
+        logger.warning(
+            "The weight average lacks %s; it has %s, which the model does not have", missing, unexpected
+        )

@@ -30,7 +30,7 @@ def _coco(cfg: CfgNode, dataset_name: str, folder: str, metric: type = COCOEvalu
     return metric(
         dataset_name,
         output_dir=folder,
-        # By default the metric uses at most 100 detections of an image.
+        # By default the metric uses at most 100 detections per image.
         max_dets_per_image=limit if limit > 100 else None,
         kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
     )
@@ -64,7 +64,7 @@ def _cityscapes_sem_seg(cfg: CfgNode, dataset_name: str, folder: str) -> Dataset
     return CityscapesSemSegEvaluator(dataset_name)
 
 
-# By `evaluator_type`. Without a type, annotations are converted to COCO's format.
+# Builders by `evaluator_type`. Without a type, annotations are converted to COCO's format.
 _EVALUATORS = {
     None: (_coco,),
     "coco": (_coco,),
@@ -79,7 +79,7 @@ _EVALUATORS = {
 }
 
 
-# The outputs of which an evaluator needs one, see `MetaArchitecture.outputs`.
+# Model outputs, of which an evaluator needs at least one; see `MetaArchitecture.outputs`.
 _NEEDS = {
     _coco: {"instances", "proposals"},
     _sem_seg: {"sem_seg"},
@@ -111,8 +111,8 @@ def default_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     """Build the evaluator of one dataset for the `evaluator_type` in its metadata.
 
     Args:
-        cfg: the config. The files of the results go to OUTPUT_DIR/inference; with several datasets in
-            DATASETS.TEST, to a folder there for each of them.
+        cfg: the config. Result files are written to OUTPUT_DIR/inference, or to a subfolder for each dataset
+            if DATASETS.TEST has multiple datasets.
         dataset_name: a registered name or a dataset URI.
 
     Raises:

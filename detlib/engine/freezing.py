@@ -1,4 +1,4 @@
-"""Freeze parts of a model by parameter name."""
+"""Freezing of model parameters by name."""
 
 import fnmatch
 import logging
@@ -18,18 +18,19 @@ _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 def freeze_by_name(model: nn.Module, patterns: Iterable[str]) -> int:
-    """Freeze parameters by name. Call it before the optimizer is built.
+    """Freeze parameters by name. Call this before the optimizer is built.
 
-    BatchNorm layers whose parameters are all frozen keep their running statistics too, also in training mode;
-    they become `FrozenBatchNorm2d`. Parameter names do not change.
+    BatchNorm layers whose parameters are all frozen become `FrozenBatchNorm2d`, so their running statistics
+    are frozen too, even in training mode. Parameter names do not change.
 
     Args:
-        model: changed in place.
-        patterns: names of parameters, or of modules with everything in them. ``*`` matches anything and ``?``
-            one character: "backbone.bottom_up", "*.norm.*", "roi_heads.box_head.fc?.weight".
+        model: the model; modified in-place.
+        patterns: names of parameters, or of modules to freeze all parameters in them. ``*`` matches
+            anything and ``?`` one character: "backbone.bottom_up", "*.norm.*",
+            "roi_heads.box_head.fc?.weight".
 
     Returns:
-        The number of elements of the parameters that this call has frozen.
+        The number of elements of the newly frozen parameters.
 
     Raises:
         TypeError: if `patterns` is a single string.
@@ -41,7 +42,7 @@ def freeze_by_name(model: nn.Module, patterns: Iterable[str]) -> int:
     if not patterns:
         return 0
     parameters = dict(model.named_parameters())
-    # A pattern may also match what is frozen already, such as the first blocks of a ResNet.
+    # A pattern may also match layers that are already frozen, such as the first blocks of a ResNet.
     norms = {n: m for n, m in model.named_modules() if isinstance(m, FrozenBatchNorm2d)}
     constants = {f"{n}.{key}" for n in norms for key in ("weight", "bias")}
     frozen: set[str] = set()
@@ -78,7 +79,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _freeze_norms(model: nn.Module, frozen: set[str], patterns: list[str]) -> int:
-    """Freeze the statistics of BatchNorm layers whose parameters are all frozen, and return their number.
+    """Freeze the statistics of BatchNorm layers whose parameters are all frozen. Return their number.
 
     A layer without parameters, as in RetinaNet's heads, is matched by the names of its statistics.
     """

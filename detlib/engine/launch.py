@@ -1,4 +1,4 @@
-"""Launching of one training process per GPU, or of several processes on the CPU."""
+"""Launching of one training process per GPU, or of multiple processes on the CPU."""
 
 import datetime
 import logging
@@ -37,18 +37,18 @@ def launch(
     WORLD_SIZE and MASTER_ADDR), the function runs in the current process; see
     `detlib.engine.distributed.environment.info_from_environment`.
 
-    When a process fails, all others end within seconds, and all report the first failure. A process that does
-    not join a collective operation within `timeout` ends them too, and is named.
+    When a process fails, all others end within seconds, and all report the first failure. The same happens if
+    a process does not join a collective operation within `timeout`; the error names that process.
 
     Args:
-        main_func: the function; it must be importable by name if there are several processes.
+        main_func: the function; it must be importable by name if there are multiple processes.
         num_gpus_per_machine: number of processes on each machine. Under torchrun, 1 or torchrun's number.
         num_machines: number of machines.
         machine_rank: rank of this machine, from 0.
         dist_url: rendezvous URL, such as "tcp://HOST:PORT". None and "auto" find a free port on this machine,
             which works for a single machine only.
         args: arguments of `main_func`.
-        timeout: how long a process waits for the others before it gives up.
+        timeout: how long a process waits for the others.
 
     Raises:
         ValueError: if the numbers are inconsistent or this machine has too few GPUs.
@@ -76,7 +76,7 @@ def launch(
         check_gpus(num_gpus_per_machine)
     else:
         logger.warning("No CUDA device found: %d processes share the CPU", num_gpus_per_machine)
-    store, url = _meeting_point(dist_url, num_machines, machine_rank, world_size, timeout)
+    store, url = _rendezvous(dist_url, num_machines, machine_rank, world_size, timeout)
     supervisor = Supervisor(
         FailureBoard(store, world_size, timeout.total_seconds()),
         first_rank=machine_rank * num_gpus_per_machine,
@@ -87,13 +87,13 @@ def launch(
 
 
 def _launcher_info(num_gpus: int, num_machines: int) -> ProcessInfo | None:
-    """Return what the launcher set for this process, unless the arguments ask for something else."""
+    """Return the launcher's settings for this process, or None if the arguments request something else."""
     info = info_from_environment()
     if info is None:
         return None
-    asked = num_gpus * num_machines
+    requested = num_gpus * num_machines
     fits_machine = num_gpus in (1, info.local_size) or info.local_size is None
-    if asked == 1 or (fits_machine and asked in (num_gpus, info.world_size)):
+    if requested == 1 or (fits_machine and requested in (num_gpus, info.world_size)):
         return info
     if info.launcher == "torchrun":
         raise ValueError(
@@ -111,7 +111,7 @@ def _launcher_info(num_gpus: int, num_machines: int) -> ProcessInfo | None:
     return None
 
 
-def _meeting_point(
+def _rendezvous(
     dist_url: str | None, num_machines: int, machine_rank: int, world_size: int, timeout: datetime.timedelta
 ) -> tuple[dist.Store, str]:
     """Return the store that all processes share, and its URL.

@@ -1,4 +1,4 @@
-"""The trainer that builds everything from a lazy config."""
+"""The trainer for lazy configs."""
 
 import copy
 import inspect
@@ -30,12 +30,12 @@ logger = logging.getLogger(__name__)
 
 
 class _ClipGradients(HookBase):
-    """Clips the norm of all gradients together before each update."""
+    """A hook that clips the global gradient norm before each update."""
 
     def __init__(self, model: nn.Module, **kwargs: Any):
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._kwargs = kwargs
-        try:  # fails now, not in the first step
+        try:  # fail here, not in the first step
             inspect.signature(torch.nn.utils.clip_grad_norm_).bind(self._parameters, **kwargs)
         except TypeError as e:
             raise TypeError(f"train.clip_grad.params are not arguments of clip_grad_norm_: {e}") from None
@@ -51,15 +51,15 @@ def _takes_output_dir(node: Mapping[str, Any]) -> bool:
 
 
 class LazyTrainer(ConfigTrainer):
-    """Builds model, optimizer, schedule, data loader and hooks from a lazy config, and trains.
+    """A trainer that builds model, optimizer, schedule, data loader and hooks from a lazy config.
 
     The config has these nodes:
 
     - ``model``;
     - ``optimizer``, whose ``params.model`` is set here;
     - ``lr_multiplier``, a schedule of factors in [0, 1];
-    - ``dataloader`` with ``train``; ``test`` and ``evaluator`` for evaluations; ``val_loss``, one loader or
-      several by name, for a validation loss;
+    - ``dataloader`` with ``train``; ``test`` and ``evaluator`` for evaluations; ``val_loss``, one loader or a
+      dict of loaders by name, for validation losses;
     - ``train``, as in ``configs/common/train.py``. ``docs/training.md`` lists its entries.
 
     Example:
@@ -97,7 +97,7 @@ class LazyTrainer(ConfigTrainer):
         self.register_hooks(self.build_hooks())
 
     def _train_loader_config(self):
-        """Return the node of the training loader, whose batches are those of one forward pass."""
+        """Return the node of the training loader, with the batch size of one forward pass."""
         node, parts = self.cfg.dataloader.train, self.cfg.train.get("accum_steps", 1)
         total = node.get("total_batch_size")
         if not total or parts == 1:
@@ -125,7 +125,7 @@ class LazyTrainer(ConfigTrainer):
         return model
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Build the hooks as `ConfigTrainer` does, with the clipping of gradients first."""
+        """Build the hooks of `ConfigTrainer`, preceded by gradient clipping."""
         clip = self.settings.clip_grad
         return [None if clip is None else _ClipGradients(self.model, **clip), *super().build_hooks()]
 
@@ -143,7 +143,7 @@ class LazyTrainer(ConfigTrainer):
         return self.test(self.cfg, self.model)
 
     def build_val_loss_loaders(self) -> dict[str, Any]:
-        """Build the loaders of ``dataloader.val_loss``: one loader, or several by name."""
+        """Build the loaders of ``dataloader.val_loss`` by name."""
         node = self.cfg.dataloader.get("val_loss", {})
         nodes = {"val_loss": node} if "_target_" in node else node
         return {name: instantiate(loader) for name, loader in nodes.items()}
@@ -167,7 +167,7 @@ class LazyTrainer(ConfigTrainer):
             return {}
         evaluator = copy.deepcopy(cfg.dataloader.evaluator)
         for node in evaluator if isinstance(evaluator, Sequence) else [evaluator]:
-            # The report is built from the files of the results.
+            # The report reads the result files.
             if node.get("_target_") is not None and "output_dir" not in node and _takes_output_dir(node):
                 node.output_dir = os.path.join(cfg.train.output_dir, "inference")
         results = inference_on_dataset(model, instantiate(cfg.dataloader.test), instantiate(evaluator))

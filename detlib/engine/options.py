@@ -1,7 +1,7 @@
-"""The settings of a training run, parsed once from a config of either kind.
+"""The settings of a training run, parsed once from a YAML or lazy config.
 
-`detlib.config.run_options` declares the options; the trainers and their hooks use `RunSettings` and know no
-config.
+`detlib.config.run_options` declares the options. The trainers and their hooks use `RunSettings` and do not
+depend on the type of config.
 """
 
 import dataclasses
@@ -47,7 +47,8 @@ class RunSettings(RunOptions):
         """Check all settings.
 
         Raises:
-            TypeError, ValueError: naming the config key, the value and what is legal.
+            TypeError, ValueError: if a value is not legal; the message has the config key and the legal
+            values.
         """
         if not self.early_stop_metric or self.early_stop_mode is None:
             self.early_stop_mode = self.best_mode
@@ -76,7 +77,8 @@ class RunSettings(RunOptions):
             cfg: a CfgNode, or a lazy config with the node ``train``.
 
         Raises:
-            TypeError, ValueError: naming the config key, the value and what is legal.
+            TypeError, ValueError: if a value is not legal; the message has the config key and the legal
+            values.
         """
         is_yaml = isinstance(cfg, CfgNode)
         hints = typing.get_type_hints(cls)
@@ -148,7 +150,7 @@ class RunSettings(RunOptions):
 
 
 def _plain(value: Any, hint: Any) -> Any:
-    """Turn the lists and nodes of a config into tuples and dicts; a wrong type stays, to be refused."""
+    """Convert the lists and nodes of a config to tuples and dicts. Other types are checked later."""
     if hint == tuple[str, ...] and isinstance(value, Iterable) and not isinstance(value, str | Mapping):
         return tuple(value)
     return dict(value) if isinstance(value, Mapping) else value
@@ -205,7 +207,7 @@ def _warn_if_misspelled(path: str, name: str, known: Collection[str]) -> None:
 
 
 def set_iterations(cfg: CfgNode, images_per_epoch: int | None) -> CfgNode:
-    """Set SOLVER.MAX_ITER from SOLVER.MAX_EPOCHS, and move STEPS and WARMUP_ITERS in proportion.
+    """Set SOLVER.MAX_ITER from SOLVER.MAX_EPOCHS, and scale STEPS and WARMUP_ITERS in proportion.
 
     Args:
         cfg: the config, which is not changed.
@@ -247,11 +249,11 @@ def set_iterations(cfg: CfgNode, images_per_epoch: int | None) -> CfgNode:
 def epochs_to_iterations(
     key: str, epochs: float, images_per_epoch: int | None, images_per_step: int
 ) -> int | None:
-    """Convert passes over the training data to iterations; None for 0 epochs.
+    """Convert epochs to iterations. Return None for 0 epochs.
 
     Args:
         key: the config key of the number, for error messages.
-        epochs: number of passes, which may be a fraction.
+        epochs: number of passes over the training data; may be a fraction.
         images_per_epoch: number of training images, None if unknown.
         images_per_step: number of images of one update.
 

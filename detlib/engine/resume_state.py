@@ -1,8 +1,8 @@
-"""State that a resumed run restores in addition to parameters: the optimizer, and numbers of each process.
+"""State that a resumed run restores in addition to parameters: the optimizer, and the state of each process.
 
-A module that keeps numbers from step to step outside its parameters and buffers, as dense detectors do with
-the normalizer of their losses, has the methods ``training_state()``, which returns a dict of plain numbers,
-and ``load_training_state(state)``. Published checkpoints have no place for them among the parameters.
+Some modules keep numbers from step to step outside of parameters and buffers, such as the loss normalizer of
+dense detectors, because published checkpoints have no entry for them. These modules have the methods
+``training_state()``, which returns a dict of plain numbers, and ``load_training_state(state)``.
 """
 
 import logging
@@ -24,23 +24,23 @@ _NAMES = {"initial_lr": "learning rate"}
 
 
 def check_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Check that a state belongs to such an optimizer of such parameters; PyTorch notices late or never.
+    """Check that a saved state fits an optimizer and its parameters. PyTorch itself fails late or not at all.
 
-    It also warns about settings that loading the state will restore although the config now has others.
+    Also warn about settings that the state restores although the config now has other values.
 
     Args:
-        optimizer: the optimizer that is to load the state.
-        state: the result of ``optimizer.state_dict()``.
+        optimizer: the optimizer that will load the state.
+        state: the saved result of ``optimizer.state_dict()``.
 
     Raises:
-        ValueError: it names the difference and what to do.
+        ValueError: if it does not fit; the message has the difference and a remedy.
     """
     difference = _difference(optimizer, state)
     if difference:
         raise ValueError(
-            f"The checkpoint's optimizer does not fit: {difference}. A run is resumed with the same model, "
-            "frozen parameters (MODEL.FREEZE, train.freeze) and optimizer. To start a new run from the "
-            "checkpoint's weights, set MODEL.WEIGHTS (train.init_checkpoint) to it and leave out --resume"
+            f"The optimizer state of the checkpoint does not fit: {difference}. A resumed run needs the same "
+            "model, frozen parameters (MODEL.FREEZE, train.freeze) and optimizer. To start a new run from "
+            "its weights, set MODEL.WEIGHTS (train.init_checkpoint) to it and leave out --resume"
         )
     kept: dict[str, None] = {}
     for group, saved in zip(optimizer.param_groups, state["param_groups"]):
@@ -86,7 +86,7 @@ def _stateful_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def gather_process_state(model: nn.Module) -> list[dict]:
-    """Return every process's ``training_state()`` by module name; [] if no module has one.
+    """Return the ``training_state()`` of every process by module name; [] if no module has one.
 
     All processes call this together.
     """
@@ -97,7 +97,7 @@ def gather_process_state(model: nn.Module) -> list[dict]:
 
 
 def load_process_state(model: nn.Module, states: list[dict]) -> None:
-    """Restore the result of `gather_process_state`; with another number of processes, each takes the mean."""
+    """Restore the result of `gather_process_state`. Other numbers of processes use the mean."""
     if not states:
         return
     if len(states) == comm.get_world_size():

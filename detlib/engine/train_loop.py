@@ -1,4 +1,4 @@
-"""The training loop, its hooks, and the usual training step with and without mixed precision."""
+"""The training loop, the base class of its hooks, and training steps with and without mixed precision."""
 
 import concurrent.futures
 import contextlib
@@ -60,12 +60,12 @@ class HookBase:
         """Called after each step."""
 
     def state_dict(self) -> dict:
-        """Return what a resumed run needs. A hook that returns something also defines ``load_state_dict``."""
+        """Return the state for a resumed run. A hook with a state also defines ``load_state_dict``."""
         return {}
 
 
 class TrainerBase:
-    """The loop around `run_step`, which knows nothing of models, data or optimizers.
+    """The training loop around `run_step`, independent of models, data and optimizers.
 
     Attributes:
         iter: number of the current step.
@@ -93,11 +93,11 @@ class TrainerBase:
         self._loop: TrainerBase = weakref.proxy(self)
 
     def run_inside(self, outer: "TrainerBase") -> None:
-        """Let another trainer run the loop around this one's steps: its hooks and its batch are used."""
+        """Run the steps of this trainer in the loop of another one, with its hooks and its batch."""
         self._loop = weakref.proxy(outer)
 
     def register_hooks(self, hooks: list[HookBase | None]) -> None:
-        """Add hooks after those that are registered already. None entries are ignored.
+        """Add hooks after the registered ones. None entries are ignored.
 
         Raises:
             TypeError: if an entry is not a hook.
@@ -107,15 +107,15 @@ class TrainerBase:
                 continue
             if not isinstance(hook, HookBase):
                 raise TypeError(f"hooks must be HookBase instances or None, got {type(hook).__name__}")
-            # A strong reference would be a cycle that keeps the workers of the data loader alive.
+            # A strong reference would be a cycle that keeps the data loader workers alive.
             hook.trainer = weakref.proxy(self)
             self._hooks.append(hook)
 
     def train(self, start_iter: int, max_iter: int) -> None:
-        """Run the steps from `start_iter` up to, not including, `max_iter`."""
+        """Run the steps from `start_iter` to `max_iter` (exclusive)."""
         if start_iter >= max_iter:
             logger.warning(
-                "Nothing is left to train: iteration %d is not below max_iter, %d", start_iter, max_iter
+                "Nothing left to train: iteration %d is not below max_iter = %d", start_iter, max_iter
             )
         else:
             logger.info("Starting training from iteration %d of %d", start_iter, max_iter)
@@ -134,7 +134,7 @@ class TrainerBase:
                     self.after_train()
                 except Exception:
                     # The first error is the one to raise.
-                    logger.exception("The hooks failed too at the end of training:")
+                    logger.exception("The hooks also failed at the end of training:")
                 raise
             self.after_train()
 
@@ -156,11 +156,11 @@ class TrainerBase:
         In distributed training every process must call this at the same step.
 
         Args:
-            reason: logged as "Training stops: {reason}".
+            reason: logged as "Stopping training: {reason}".
         """
         if self.stopped_reason is None:
             self.stopped_reason = reason
-            logger.info("Training stops: %s", reason)
+            logger.info("Stopping training: %s", reason)
 
     @property
     def is_finished(self) -> bool:
@@ -180,19 +180,19 @@ class TrainerBase:
                 hook.after_train()
             except Exception as error:
                 if errors:
-                    logger.error("%s failed too:", type(hook).__name__, exc_info=error)
+                    logger.error("%s also failed:", type(hook).__name__, exc_info=error)
                 errors.append(error)
         if errors:
             raise errors[0]
 
     def before_step(self) -> None:
-        # The storage counts by itself otherwise, and would lag behind after a skipped step.
+        # Otherwise the storage counts by itself, and would lag behind after a skipped step.
         self.storage.iter = self.iter
         for hook in self._hooks:
             hook.before_step()
 
     def seed_step(self) -> None:
-        """Called before the first forward pass of a step, to seed random numbers. It does nothing here."""
+        """Called before the first forward pass of a step, to seed random numbers. No-op by default."""
 
     def after_backward(self) -> None:
         for hook in self._hooks:
@@ -208,7 +208,7 @@ class TrainerBase:
         raise NotImplementedError(f"{type(self).__name__} must define run_step()")
 
     def state_dict(self) -> dict:
-        """Return ``{"iteration": ..., "hooks": {class name: state}}``; a class's second hook is "Name#1"."""
+        """Return ``{"iteration": ..., "hooks": {name: state}}``. A second hook of a class is "Name#1"."""
         # The number of the last step: `iter` is one more once the loop is over.
         state: dict[str, Any] = {"iteration": self.iter - 1 if self._is_over else self.iter}
         hooks = {name: hook.state_dict() for name, hook in self._named_hooks()}
@@ -239,13 +239,13 @@ class TrainerBase:
 
 
 class SimpleTrainer(TrainerBase):
-    """The usual step: one batch, one forward and backward pass, one update by one optimizer.
+    """The standard training step: one batch, one forward and backward pass, one optimizer update.
 
     The model must return a dict of scalar losses, which are summed, or one scalar. For anything else,
     subclass `TrainerBase` and define ``run_step``.
 
     Attributes:
-        skipped: number of steps in a row that were skipped last, see `skip_non_finite`.
+        skipped: number of most recent steps skipped in a row, see `skip_non_finite`.
     """
 
     def __init__(
@@ -267,14 +267,14 @@ class SimpleTrainer(TrainerBase):
             data_loader: an endless iterable of batches.
             optimizer: the optimizer of the model's parameters.
             gather_metric_period: number of steps between two readings of the losses. Each reading waits for
-                the device and, in distributed training, for the other processes. A NaN is noticed only then.
+                the device and, in distributed training, for the other processes. A NaN is detected only then.
             zero_grad_before_forward: clear the gradients before the forward pass instead of after it.
-            async_write_metrics: read the losses in another thread. A NaN is noticed one step later.
+            async_write_metrics: read the losses in another thread. A NaN is detected one step later.
             accum_steps: number of batches whose gradients are averaged for one update. Their losses are
                 averaged too.
             skip_non_finite: number of steps in a row that may be skipped, with a warning, because their loss
                 is infinite or NaN in some process; 0 raises at the first one.
-            advice: added to the error message about such losses.
+            advice: text to add to the error message about such losses.
 
         Raises:
             ValueError: if `accum_steps` is less than 1, or `skip_non_finite` is combined with late readings.
@@ -306,8 +306,8 @@ class SimpleTrainer(TrainerBase):
     def run_step(self) -> None:
         if not self.model.training:
             raise RuntimeError(
-                f"{type(self).__name__}: the model is in eval mode; something called model.eval() "
-                "without model.train() after it"
+                f"{type(self).__name__}: the model is in eval mode, because model.eval() was called without "
+                "model.train() after it"
             )
         if self.zero_grad_before_forward:
             self.optimizer.zero_grad()
@@ -318,7 +318,7 @@ class SimpleTrainer(TrainerBase):
             data_time += time.perf_counter() - start
             if self._loop.keep_batch:
                 self._loop.batch = data
-            if k == 0:  # after loading: starting the data loader draws random numbers too
+            if k == 0:  # after loading, because the start of the data loader draws random numbers
                 self._loop.seed_step()
             with self._gradient_sync(is_last=k == self.accum_steps - 1):
                 loss_dict = self._forward_or_skip(data)
@@ -337,7 +337,7 @@ class SimpleTrainer(TrainerBase):
             if not self._may_skip(str(e)):
                 raise
             return
-        # After the report: a step whose loss is NaN must not reach the parameters.
+        # After the report, so that a NaN loss never updates the parameters.
         self._update()
         self.skipped = 0
 
@@ -356,8 +356,8 @@ class SimpleTrainer(TrainerBase):
             return next(self._data_loader_iter)
         except StopIteration:
             raise RuntimeError(
-                f"The data loader ended at iteration {self.iter}: training needs an endless one "
-                "(build_detection_train_loader makes it with an endless sampler)"
+                f"The data loader ended at iteration {self.iter}, but training needs an endless one "
+                "(build_detection_train_loader uses an endless sampler)"
             ) from None
         except (ConnectionError, EOFError):
             # Perhaps a loader process was killed: give PyTorch's signal handler time to report it.
@@ -410,7 +410,7 @@ class SimpleTrainer(TrainerBase):
         self.data_loader = data_loader_builder()
 
     def _report(self, loss_dict: Mapping[str, torch.Tensor], data_time: float) -> None:
-        """Write the metrics, here or in the other thread."""
+        """Write the metrics, in this thread or in another one."""
         if not self.async_write_metrics:
             self._write_metrics(loss_dict, data_time)
             return
@@ -421,7 +421,7 @@ class SimpleTrainer(TrainerBase):
         self._pending_write = self._executor.submit(self._write_metrics, loss_dict, data_time, iter=self.iter)
 
     def _finish_pending_write(self) -> None:
-        """Wait for the other thread, and raise its error here."""
+        """Wait for the other thread and raise its error, if any."""
         pending, self._pending_write = self._pending_write, None
         if pending is not None:
             pending.result()
@@ -436,7 +436,7 @@ class SimpleTrainer(TrainerBase):
         """Write the metrics every `gather_metric_period` steps.
 
         Raises:
-            FloatingPointError: if a loss is not finite. It names iteration, losses, learning rate and images.
+            FloatingPointError: if a loss is not finite. The message has the losses and the images.
         """
         iteration = self.iter if iter is None else iter
         if (iteration + 1) % self.gather_metric_period != 0:
@@ -454,12 +454,12 @@ class SimpleTrainer(TrainerBase):
     def write_metrics(
         loss_dict: Mapping[str, torch.Tensor], data_time: float, cur_iter: int, prefix: str = ""
     ) -> None:
-        """Average the losses over the processes and put them into the storage.
+        """Average the losses over the processes and store them in the active storage.
 
         Args:
             loss_dict: scalar losses by name.
             data_time: seconds that this process waited for data; the longest wait of all processes is stored.
-            cur_iter: the step's number.
+            cur_iter: number of the step.
             prefix: prefix of the name "total_loss".
 
         Raises:
@@ -481,7 +481,7 @@ class SimpleTrainer(TrainerBase):
                 storage.put_scalars(cur_iter=cur_iter, **means)
 
     def state_dict(self) -> dict:
-        """Return the base class's state, the optimizer's and, if the data loader has one, its position."""
+        """Return the state of the loop, the optimizer and, if it has one, the data loader."""
         state = {**super().state_dict(), "optimizer": self.optimizer.state_dict()}
         if self.skipped:
             state["skipped"] = self.skipped
@@ -499,7 +499,7 @@ class SimpleTrainer(TrainerBase):
             self.data_loader.load_state_dict(state_dict["data_loader"])
 
     def after_train(self) -> None:
-        # Before the hooks: the writers need the metrics of the last step.
+        # Before the hooks, because the writers need the metrics of the last step.
         try:
             self._finish_pending_write()
         finally:
@@ -512,7 +512,7 @@ class SimpleTrainer(TrainerBase):
 class AMPTrainer(SimpleTrainer):
     """`SimpleTrainer` with autocast and, for float16, scaled gradients.
 
-    The CPU has few float16 kernels, so there bfloat16 is used instead.
+    The CPU has few float16 kernels, so bfloat16 is used instead there.
     """
 
     def __init__(
@@ -538,12 +538,12 @@ class AMPTrainer(SimpleTrainer):
             log_grad_scaler: store the scale as "[metric]grad_scaler".
 
         Raises:
-            ValueError: for another precision, or a model that one process spreads over several devices.
+            ValueError: if `precision` is not supported, or the model uses multiple devices in one process.
         """
         if precision not in (torch.float16, torch.bfloat16):
             raise ValueError(f"precision must be torch.float16 or torch.bfloat16, got {precision}")
         if isinstance(model, DataParallel) or len(getattr(model, "device_ids", None) or []) > 1:
-            raise ValueError("AMPTrainer trains one device per process: use detlib.engine.launch for several")
+            raise ValueError("AMPTrainer supports one device per process; use detlib.engine.launch for more")
         super().__init__(
             model,
             data_loader,
@@ -577,7 +577,7 @@ class AMPTrainer(SimpleTrainer):
         self.grad_scaler.scale(losses).backward()
 
     def _update(self) -> None:
-        # Explicitly: clipping must see unscaled gradients also with optimizers that unscale by themselves.
+        # Explicitly, because clipping needs unscaled gradients even if the optimizer unscales them itself.
         self.grad_scaler.unscale_(self.optimizer)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
@@ -587,13 +587,13 @@ class AMPTrainer(SimpleTrainer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
-        # A checkpoint of a run in full precision has none.
+        # A checkpoint of a full-precision run has none.
         if state_dict.get("grad_scaler"):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 
 
 def _mean_losses(passes: Sequence[Mapping[str, torch.Tensor]]) -> Mapping[str, Any]:
-    """Return the mean losses of a step's passes; a loss that a pass lacks counts as 0 there."""
+    """Return the mean losses over the passes of a step. A loss missing in a pass counts as 0."""
     if len(passes) == 1:
         return passes[0]
     names = dict.fromkeys(name for losses in passes for name in losses)

@@ -1,4 +1,4 @@
-"""Validation losses: the losses of a model on data that it is not trained on."""
+"""Validation losses: the losses of a model on held-out data."""
 
 import contextlib
 import logging
@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from detlib.engine.distributed.ddp import whole_parameters
+from detlib.engine.distributed.ddp import gathered_parameters
 from detlib.engine.divergence import losses_to_floats
 from detlib.layers import ASPP
 from detlib.modeling.backbone.utils import DropPath
@@ -29,15 +29,15 @@ _KEPT_IN_EVAL = (_NormBase, _DropoutNd, DropPath, ASPP, nn.MultiheadAttention)
 
 
 def validation_results(model: nn.Module, loaders: Mapping[str, Iterable]) -> dict[str, Any]:
-    """Compute the losses on several datasets, in the form of an evaluation's results.
+    """Compute the losses on datasets, in the format of evaluation results.
 
     Args:
         model: as in `validation_losses`.
         loaders: data loaders by name.
 
     Returns:
-        ``{"val": {"total_loss": ..., "loss_cls": ..., ...}}``, or ``{"val": {name: {...}, ...}}`` for several
-        loaders; {} without any, and on processes other than the main one.
+        ``{"val": {"total_loss": ..., "loss_cls": ..., ...}}``, or ``{"val": {name: {...}, ...}}`` for
+        multiple loaders; {} without any, and on processes other than the main one.
     """
     results = {name: validation_losses(model, loader, name) for name, loader in loaders.items()}
     if not results or not comm.is_main_process():
@@ -73,11 +73,11 @@ def validation_losses(model: nn.Module, loader: Iterable, name: str = "") -> dic
     sums: defaultdict[str, float] = defaultdict(float)
     count = 0
     state = _ModelState(model)
-    # A separate storage: what models log during training stays apart. Seeded, because a loader draws a seed
-    # whenever it is iterated.
+    # A separate storage keeps the values that models log out of the training metrics. Seeded, because a
+    # loader draws a seed whenever it is iterated.
     with (
         _loss_mode(model),
-        whole_parameters(model),
+        gathered_parameters(model),
         torch.no_grad(),
         EventStorage(),
         seeded(0, all_devices=True),
@@ -123,10 +123,10 @@ def _losses_of(output: Any, name: str) -> Mapping[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def _loss_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model into training mode where losses need it; afterwards restore the mode of each module."""
+    """Context manager with the model in training mode where losses need it. Modes are restored on exit."""
     modes = [(module, module.training) for module in model.modules()]
     model.train()
-    # A backbone has the same features in both modes, apart from what must be off here.
+    # A backbone has the same features in both modes, except for randomness and batch statistics.
     if isinstance(getattr(model, "backbone", None), nn.Module):
         model.backbone.eval()
     for module in model.modules():
@@ -140,7 +140,7 @@ def _loss_mode(model: nn.Module) -> Iterator[None]:
 
 
 class _ModelState:
-    """State that a forward pass may change: buffers, and numbers in attributes of modules.
+    """The state that a forward pass may change: buffers, and numbers in attributes of modules.
 
     An example of the latter is RetinaNet's running number of positive anchors.
     """

@@ -1,4 +1,4 @@
-"""Helpers of the launch tests: functions that run in several processes, and fast ways to start these."""
+"""Helpers of the launch tests: functions that run in multiple processes, and fast ways to start them."""
 
 import datetime
 import multiprocessing
@@ -22,7 +22,7 @@ TIMEOUT = datetime.timedelta(seconds=60)
 
 
 def use_forkserver(monkeypatch) -> None:
-    """Fork processes from a server that has imported everything, which takes a tenth of the time."""
+    """Fork processes from a server that has imported everything, which is ten times faster."""
     multiprocessing.set_forkserver_preload(["tests.engine.launching"])
     monkeypatch.setattr("detlib.engine.distributed.supervisor._START_METHOD", "forkserver")
 
@@ -174,7 +174,7 @@ def training_cfg(folder, **overrides):
 
 
 def train(folder: str, hooks: list = (), overrides: dict | None = None, resume: bool = False) -> None:
-    """Train as tools/train_net.py does, with `hooks` after the default ones."""
+    """Train like tools/train_net.py, with `hooks` after the default ones."""
     torch.set_num_threads(1)
     cfg = training_cfg(folder, **(overrides or {}))
     seed_all_rng(cfg.SEED + comm.get_rank())
@@ -192,7 +192,7 @@ def train_and_be_killed_once(folder: str, rank: int, iteration: int) -> None:
 
 
 def train_and_be_preempted_once(folder: str) -> None:
-    """Train, and send rank 0 the signal with which submitit announces that the job's time is up."""
+    """Train, and send rank 0 the signal with which submitit announces the job's time limit."""
     first = os.environ["DETLIB_RESTART_COUNT"] == "0"
     train(folder, [At(2, 0, lambda: os.kill(os.getpid(), signal.SIGUSR2))] if first else [])
 

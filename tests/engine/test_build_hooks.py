@@ -1,4 +1,4 @@
-"""The hooks that the options of both kinds of config add."""
+"""The hooks that the options of YAML and lazy configs add."""
 
 import csv
 import logging
@@ -81,7 +81,7 @@ def lazy_trainer(folder, *more):
 
 
 @pytest.mark.parametrize("make", [yaml_trainer, lazy_trainer])
-def test_each_option_adds_its_hook_in_both_kinds_of_config(tmp_path, make):
+def test_each_option_adds_its_hook_in_yaml_and_lazy_configs(tmp_path, make):
     trainer = make(tmp_path)
     by_name = {type(h).__name__: h for h in trainer._hooks}
     assert [type(h).__name__ for h in trainer._hooks] == ALL
@@ -118,7 +118,7 @@ def test_each_option_adds_its_hook_in_both_kinds_of_config(tmp_path, make):
     ]
 
 
-def test_lazy_val_loss_is_one_loader_or_several_by_name(tmp_path):
+def test_lazy_val_loss_is_one_loader_or_a_dict_of_loaders(tmp_path):
     trainer = lazy_trainer(tmp_path)
     node = trainer.cfg.dataloader.val_loss
     assert list(trainer.build_val_loss_loaders()) == ["val_loss"]
@@ -167,7 +167,7 @@ def test_early_stopping_without_evaluations_warns(tmp_path, caplog):
 
 
 def test_learning_rate_advice_uses_the_rate_of_the_model(tmp_path):
-    """0.02 for 16 images is the published rate of R-CNN models, 0.01 that of dense detectors such as FCOS."""
+    """The published rate for 16 images is 0.02 for R-CNN models and 0.01 for dense detectors such as FCOS."""
     rcnn = DefaultTrainer(tiny_cfg(tmp_path, SOLVER__BASE_LR=0.02))
     assert "use 0.02 for 16, which scales to 0.0025 here" in rcnn._trainer.advice
     fcos = LazyTrainer(tiny_lazy_config(tmp_path, "optimizer.lr=0.0025"))

@@ -1,4 +1,4 @@
-"""Numbers of classes are set from the data unless the config sets them."""
+"""The number of classes is set from the data, unless the config sets it."""
 
 import pytest
 

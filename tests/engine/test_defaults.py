@@ -107,7 +107,7 @@ def test_hooks_of_the_outer_trainer_get_after_backward(tmp_path):
     assert trainer.train() == {} and spy.seen == 1
 
 
-def test_evaluation_on_several_datasets_with_custom_evaluators(trained):
+def test_evaluation_on_multiple_datasets_with_custom_evaluators(trained):
     trainer, _, _ = trained
     cfg = trainer.cfg.clone()
 
@@ -147,7 +147,7 @@ def test_evaluation_with_test_time_augmentation_adds_its_own_results(trained, tm
     assert results["bbox"] == pytest.approx(plain["bbox"], nan_ok=True)
     assert set(results["segm_TTA"]) == set(plain["segm"])
     assert (tmp_path / "inference").is_dir() and (tmp_path / "TTA" / "inference").is_dir()
-    # A single view without changes gives the plain results; results of several datasets are separate.
+    # A single unchanged view gives the plain results; results of multiple datasets are separate.
     cfg = with_tta(cfg, MIN_SIZES=(64,), FLIP=False)
     only = DefaultTrainer.test_with_TTA(cfg, trainer.model)
     for task in ("bbox", "segm"):
@@ -181,16 +181,16 @@ def test_datasets_test_may_be_a_single_name(trained):
 def test_an_unknown_evaluator_type_is_skipped_with_a_warning(trained, caplog):
     trainer, _, _ = trained
     cfg = trainer.cfg.clone()
-    DatasetCatalog.register("strange_set", lambda: DatasetCatalog.get("shapes:val?num=4&size=64"))
-    MetadataCatalog.get("strange_set").set(evaluator_type="strange")
+    DatasetCatalog.register("unknown_set", lambda: DatasetCatalog.get("shapes:val?num=4&size=64"))
+    MetadataCatalog.get("unknown_set").set(evaluator_type="strange")
     try:
-        cfg.DATASETS.TEST = ("strange_set",)
+        cfg.DATASETS.TEST = ("unknown_set",)
         with caplog.at_level(logging.WARNING, logger="detlib"):
             assert DefaultTrainer.test(cfg, trainer.model) == {}
-        assert "Skipping the evaluation on 'strange_set'" in caplog.text
+        assert "Skipping the evaluation on 'unknown_set'" in caplog.text
     finally:
-        DatasetCatalog.remove("strange_set")
-        MetadataCatalog.remove("strange_set")
+        DatasetCatalog.remove("unknown_set")
+        MetadataCatalog.remove("unknown_set")
 
 
 def test_evaluator_uses_as_many_detections_as_the_model_returns(trained):
@@ -271,7 +271,7 @@ def test_predictor_returns_the_output_in_the_size_of_the_image(trained):
     original = np.random.default_rng(0).integers(0, 255, (80, 160, 3), dtype=np.uint8)
     instances = predictor(original)["instances"]
     assert instances.image_size == (80, 160) and len(instances) and not instances.scores.requires_grad
-    # By hand: shorter side 64, channels first, float.
+    # Expected input: shorter side 64, channels first, float.
     resized = predictor.aug.get_transform(original).apply_image(original)
     assert resized.shape == (64, 128, 3)
     image = torch.from_numpy(resized.transpose(2, 0, 1).astype(np.float32))
@@ -409,7 +409,7 @@ def test_precise_bn_is_added_only_for_models_with_batch_norm(tmp_path):
 
 
 def test_checkpoint_period_in_epochs_and_number_of_kept_files(tmp_path):
-    """Six steps of two of eight images: an epoch is four steps."""
+    """Run six steps with two of eight images each, so an epoch is four steps."""
     cfg = tiny_cfg(
         tmp_path,
         DATASETS__TEST=(),

@@ -1,4 +1,4 @@
-"""Two processes on the CPU train like one process."""
+"""Training with two processes on the CPU equals training with one."""
 
 import pytest
 import torch
@@ -122,7 +122,7 @@ def test_two_processes_equal_one_that_accumulates(tmp_path, kind):
     parts = overrides.get("SOLVER.IMS_PER_BATCH", 2) // 2
     start, two, seen_two = _run(tmp_path / "two", "mask", 2, **overrides, **{"SOLVER.ACCUM_STEPS": parts})
     _, one, seen_one = _run(tmp_path / "one", "mask", 1, **overrides, **{"SOLVER.ACCUM_STEPS": 2 * parts})
-    # Every forward pass has one image in both cases, and each update the same images.
+    # In both cases every forward pass has one image, and each update the same images.
     assert {len(batch) for batch in seen_one[0] + seen_two[0] + seen_two[1]} == {1}
     step = [sum(seen_one[0][k : k + 2 * parts], []) for k in range(0, len(seen_one[0]), 2 * parts)]
     pairs = [a + b for a, b in zip(*seen_two)]
@@ -164,5 +164,5 @@ def test_evaluation_uses_the_batch_norm_statistics_that_are_saved(tmp_path):
     saved = torch.load(tmp_path / "model_final.pth")["model"]
     assert torch.equal(saved["backbone.bottom_up.stem.conv1.norm.running_mean"], first)
     assert torch.equal(first, second) and torch.equal(first, first_own)
-    # After it, each process has those of its own pictures again.
+    # Afterwards, each process has the statistics of its own images again.
     assert not torch.equal(first_own, second_own)

@@ -1,4 +1,4 @@
-"""The moving average of the weights against the plain formula."""
+"""The moving average of the weights, compared with the formula."""
 
 import pytest
 import torch
@@ -63,8 +63,10 @@ def test_state_is_restored_and_shapes_are_checked(caplog):
     assert all(torch.equal(value, saved[name]) for name, value in average.state_dict().items())
     del saved["a.bias"]
     average.load_state_dict(saved)
-    assert "no 'a.bias'" in caplog.text
-    with pytest.raises(ValueError, match=r"'a.weight' has shape \(1,\), the model's parameter has \(2, 2\)"):
+    assert "lacks 'a.bias'" in caplog.text
+    with pytest.raises(
+        ValueError, match=r"'a.weight' has shape \(1,\), but the model's parameter has \(2, 2\)"
+    ):
         average.load_state_dict({"a.weight": torch.ones(1)})
     with pytest.raises(ValueError, match=r"in \(0, 1\), got 1"):
         WeightAverage(net, 1.0)
@@ -95,7 +97,7 @@ def test_a_file_without_an_average_loads_its_weights(tmp_path, caplog):
     other = nn.Linear(2, 2)
     with caplog.at_level("INFO", logger="detlib"):
         load_for_inference(other, str(tmp_path / "plain.pth"), use_average=True)
-    assert torch.equal(other.weight, net.weight) and "has no average" in caplog.text
+    assert torch.equal(other.weight, net.weight) and "has no weight average" in caplog.text
 
 
 def _copy(model: nn.Module) -> dict:

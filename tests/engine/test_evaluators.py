@@ -37,7 +37,7 @@ ALL = [COCOEvaluator, SemSegEvaluator, COCOPanopticEvaluator]
 
 
 @pytest.mark.parametrize(
-    "model, task, overrides, want",
+    "model, task, overrides, expected",
     [
         (PANOPTIC, "panoptic", {}, ALL),
         (PANOPTIC, "panoptic", {"MODEL__PANOPTIC_FPN__COMBINE__ENABLED": False}, ALL[:2]),
@@ -50,8 +50,8 @@ ALL = [COCOEvaluator, SemSegEvaluator, COCOPanopticEvaluator]
         (MASK_RCNN, "instances", {}, ALL[:1]),
     ],
 )
-def test_default_evaluators_match_dataset_and_model(tmp_path, model, task, overrides, want):
-    assert kinds(default_evaluator(config(model, tmp_path, **overrides), SHAPES + task)) == want
+def test_default_evaluators_match_dataset_and_model(tmp_path, model, task, overrides, expected):
+    assert kinds(default_evaluator(config(model, tmp_path, **overrides), SHAPES + task)) == expected
 
 
 def test_data_without_label_images_get_no_semantic_evaluator(tmp_path):

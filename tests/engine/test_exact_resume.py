@@ -62,21 +62,21 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path, kind):
     overrides = {"SOLVER__CHECKPOINT_PERIOD": 1, "SOLVER__MAX_ITER": _STEPS, "DATASETS__TEST": ()}
     overrides |= _KINDS[kind]
     seed_all_rng(3)
-    whole = train(tiny_cfg(tmp_path / "whole", **overrides), resume=False)
-    make_interrupted_run(whole, tmp_path / "parts", iteration=0)
+    uninterrupted = train(tiny_cfg(tmp_path / "uninterrupted", **overrides), resume=False)
+    make_interrupted_run(uninterrupted, tmp_path / "parts", iteration=0)
     # Random numbers drawn before a run resumes, such as initial weights, must not matter.
     seed_all_rng(99)
     resumed = train(tiny_cfg(tmp_path / "parts", **overrides), resume=True)
     assert resumed.start_iter == 1
-    _assert_equal(whole, resumed)
+    _assert_equal(uninterrupted, resumed)
 
 
 def test_a_run_killed_before_its_final_checkpoint_saves_it_on_resume(tmp_path):
     overrides = {"SOLVER__CHECKPOINT_PERIOD": 1, "SOLVER__MAX_ITER": 1, "DATASETS__TEST": ()}
-    whole = train(tiny_cfg(tmp_path / "whole", **overrides), resume=False)
-    make_interrupted_run(whole, tmp_path / "parts", iteration=0)
+    uninterrupted = train(tiny_cfg(tmp_path / "uninterrupted", **overrides), resume=False)
+    make_interrupted_run(uninterrupted, tmp_path / "parts", iteration=0)
     resumed = train(tiny_cfg(tmp_path / "parts", **overrides), resume=True)
     assert resumed.start_iter == 1
-    one, two = (torch.load(tmp_path / name / "model_final.pth") for name in ("whole", "parts"))
+    one, two = (torch.load(tmp_path / name / "model_final.pth") for name in ("uninterrupted", "parts"))
     assert one["iteration"] == two["iteration"] == 0
     assert all(torch.equal(value, two["model"][name]) for name, value in one["model"].items())

@@ -9,7 +9,7 @@ import torch
 
 from detlib.checkpoint.sharded import is_sharded
 from detlib.engine import DefaultTrainer, launch
-from detlib.engine.distributed.ddp import whole_parameters
+from detlib.engine.distributed.ddp import gathered_parameters
 from detlib.engine.ema import load_for_inference
 from detlib.engine.validation import validation_losses
 from detlib.modeling import MetaArchitecture, build_model, sampling
@@ -53,10 +53,10 @@ def _train(folder: str, strategy: str, resume: bool, overrides: dict) -> None:
         results = trainer.train()
         if strategy == "fsdp":
             local = sum(p.to_local().numel() for p in trainer.model.parameters())
-            whole = sum(p.numel() for p in trainer.model.parameters())
-            assert local < 0.6 * whole
-            with whole_parameters(trainer.model):
-                with whole_parameters(trainer.model):
+            full = sum(p.numel() for p in trainer.model.parameters())
+            assert local < 0.6 * full
+            with gathered_parameters(trainer.model):
+                with gathered_parameters(trainer.model):
                     pass
                 assert not is_sharded(trainer.model)
             assert is_sharded(trainer.model)
@@ -117,14 +117,14 @@ _ADAMW = {"SOLVER__OPTIMIZER": "AdamW", "SOLVER__BASE_LR": 1e-3}
 )
 def test_sharded_training_equals_ddp(tmp_path, monkeypatch, overrides, tolerance, state_tolerance):
     launch(_train_all, 2, args=(str(tmp_path), overrides))
-    whole, parts, again = (
+    full, parts, again = (
         torch.load(tmp_path / name / "model_final.pth", weights_only=True)
         for name in ("ddp", "fsdp", "resumed")
     )
     for entry in ("model", "ema_state"):
-        _assert_close(whole[entry], parts[entry], tolerance)
+        _assert_close(full[entry], parts[entry], tolerance)
         _assert_close(parts[entry], again[entry], 0.0)
-    states = [x["trainer"]["_trainer"]["optimizer"]["state"] for x in (whole, parts)]
+    states = [x["trainer"]["_trainer"]["optimizer"]["state"] for x in (full, parts)]
     assert states[0] and states[0].keys() == states[1].keys()
     _assert_close(*states, state_tolerance)
     monkeypatch.setattr(sampling, "subsample_labels", sample_repeatably)

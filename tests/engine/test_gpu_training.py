@@ -1,4 +1,4 @@
-"""Training on a CUDA device: precision, resuming, no needless synchronization, one process under DDP."""
+"""Training on a CUDA device: precision, resuming, no unnecessary synchronization, one process under DDP."""
 
 import cv2
 import pytest
@@ -37,15 +37,15 @@ _KINDS = {
 def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path, kind, deterministic):
     overrides = {"SOLVER__CHECKPOINT_PERIOD": 1, "SOLVER__MAX_ITER": 4, "DATASETS__TEST": ()}
     overrides |= {"MODEL__DEVICE": "cuda", **_KINDS[kind]}
-    whole = train(tiny_cfg(tmp_path / "whole", **overrides), resume=False)
-    make_interrupted_run(whole, tmp_path / "parts", iteration=1)
+    uninterrupted = train(tiny_cfg(tmp_path / "uninterrupted", **overrides), resume=False)
+    make_interrupted_run(uninterrupted, tmp_path / "parts", iteration=1)
     resumed = train(tiny_cfg(tmp_path / "parts", **overrides), resume=True)
     assert resumed.start_iter == 2
-    one, two = whole.model.state_dict(), resumed.model.state_dict()
+    one, two = uninterrupted.model.state_dict(), resumed.model.state_dict()
     assert all(value.is_cuda and torch.equal(value, two[name]) for name, value in one.items())
     if kind == "float16":
-        assert whole._trainer.grad_scaler.state_dict() == resumed._trainer.grad_scaler.state_dict()
-        assert whole._trainer.grad_scaler.is_enabled()
+        assert uninterrupted._trainer.grad_scaler.state_dict() == resumed._trainer.grad_scaler.state_dict()
+        assert uninterrupted._trainer.grad_scaler.is_enabled()
 
 
 @pytest.mark.parametrize("clip", ["value", "norm", "full_model"])
@@ -94,9 +94,10 @@ def test_a_model_is_trained_evaluated_and_used_for_one_image(tmp_path):
 
 @pytest.mark.slow
 def test_a_compiled_model_gives_the_same_losses(tmp_path, exact_float32):
-    """Within what kernels joined into one round differently; minutes, most of which the compiler takes.
+    """The losses agree up to the rounding of fused kernels. Takes minutes, most of them for compilation.
 
-    With convolutions in TF32 the random model's proposals, whose scores nearly tie, change places.
+    With TF32 convolutions, the order of the random model's proposals, which have similar scores, would
+    change.
     """
     curves = []
     for enabled in (False, True):

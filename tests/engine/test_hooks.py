@@ -1,4 +1,4 @@
-"""The hooks, on trainers that do little or nothing."""
+"""The general hooks, with minimal trainers."""
 
 import json
 import logging
@@ -184,12 +184,14 @@ def test_precise_bn_computes_population_statistics():
     stacked = torch.cat(batches)
     torch.testing.assert_close(model.running_mean, stacked.mean(0))
     torch.testing.assert_close(model.running_var, stacked.var(0, unbiased=False), rtol=0.1, atol=0.1)
-    # The average of the weights still sees them: from 0, its first decay leaves 0.1.
+    # The weight average still refers to the statistics: the first update keeps 0.1 of the initial zeros.
     average.update()
     torch.testing.assert_close(average.state_dict()["running_mean"], 0.9 * stacked.mean(0))
     with average.applied():
         torch.testing.assert_close(model.running_mean, 0.9 * stacked.mean(0))
-    _train(_Idle(), [hooks.PreciseBN(0, nn.Linear(1, 1), [], num_iter=4)], end=1)  # no layer, no work
+    _train(
+        _Idle(), [hooks.PreciseBN(0, nn.Linear(1, 1), [], num_iter=4)], end=1
+    )  # no BatchNorm layer, no effect
 
 
 def test_precise_bn_computes_statistics_of_the_average_too():

@@ -74,7 +74,7 @@ def test_early_stopping_stops_after_patience_evaluations(tmp_path, caplog, value
     final = torch.load(tmp_path / "model_final.pth", weights_only=True)
     assert final["iteration"] == final["trainer"]["iteration"] == steps - 1
     assert trainer.checkpointer.get_checkpoint_file().endswith("model_final.pth")
-    assert caplog.text.count("Training stops: no better bbox/AP in") == stops
+    assert caplog.text.count("Stopping training: no better bbox/AP in") == stops
 
 
 def test_training_waits_until_the_best_checkpoint_is_on_disk(tmp_path, monkeypatch):
@@ -122,7 +122,7 @@ def test_a_stopped_run_does_not_train_further_on_resume(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="detlib"):
         again = _Course(tmp_path, values, patience=2, resume=True)
     assert again.iter == again.start_iter == 8 and again.evaluated == [8]
-    assert "the run was stopped early before: no better bbox/AP in 2 evaluations" in caplog.text
+    assert "this run was already stopped early: no better bbox/AP in 2 evaluations" in caplog.text
     assert "SOLVER.EARLY_STOP.PATIENCE (train.early_stop.patience) above 2 or to 0" in caplog.text
     assert (tmp_path / "model_final.pth").read_bytes() == before
     # With more patience training continues: the 9 after ten steps is the best.

@@ -1,4 +1,4 @@
-"""Drawings of training images, and profiles of steps."""
+"""TrainingImages and StepsProfiler."""
 
 import json
 import logging
@@ -39,7 +39,7 @@ def _drawn(path):
 
 
 @pytest.mark.parametrize("image_format", ["RGB", "BGR"])
-def test_images_are_drawn_every_period_with_right_colors_and_sizes(tmp_path, image_format):
+def test_images_are_drawn_every_period_with_correct_colors_and_sizes(tmp_path, image_format):
     color = (200, 100, 20)
     given = color if image_format == "RGB" else color[::-1]
     samples = [_blank(given), _blank(given, height=96, width=48)]

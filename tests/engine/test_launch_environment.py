@@ -55,7 +55,7 @@ def _summary(env):
         (_SRUN | {"SLURM_STEP_NODELIST": "a[3,5]-ib,b"}, (5, 8, 1, None, "tcp://a3-ib:23456")),
         (_SRUN | {"MASTER_ADDR": "x", "MASTER_PORT": "7"}, (5, 8, 1, None, "tcp://x:7")),
         (_SRUN | {"SLURM_STEP_NUM_TASKS": "1"}, None),
-        # The environment of a script of sbatch, which is not a task of srun.
+        # The environment of an sbatch script, which is not an srun task.
         ({"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, None),
     ],
 )

@@ -1,4 +1,4 @@
-"""After one of several processes fails, all end within seconds and report the cause."""
+"""After one process of a group fails, all end within seconds and report the cause."""
 
 import datetime
 import os

@@ -40,13 +40,13 @@ def test_signal_saves_and_stops_after_the_step(tmp_path, log, signum):
     assert "Training failed" not in log.text
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     launching.train(str(tmp_path / "out"), resume=True)
-    launching.train(str(tmp_path / "whole"))
-    _assert_equal(launching.read_model(tmp_path / "out"), launching.read_model(tmp_path / "whole"))
+    launching.train(str(tmp_path / "uninterrupted"))
+    _assert_equal(launching.read_model(tmp_path / "out"), launching.read_model(tmp_path / "uninterrupted"))
 
 
 @pytest.mark.parametrize("saved", [True, False])
 def test_the_first_process_decides_whether_all_save(tmp_path, monkeypatch, saved):
-    """The others may not see yet what it saves in the background, and would wait for it forever."""
+    """Other processes may not see yet what it saves in the background, and would wait for it forever."""
     took_part = []
 
     class Trainer(TrainerBase):
@@ -129,12 +129,12 @@ def _train_and_terminate(folder: str) -> None:
 
 
 def test_killed_process_is_restarted_by_torchrun(tmp_path):
-    folder, whole = str(tmp_path / "out"), str(tmp_path / "whole")
+    folder, uninterrupted = str(tmp_path / "out"), str(tmp_path / "uninterrupted")
     config = launching.agent_config(2, max_restarts=2)
     launching.run_agent(config, launching.train_and_be_killed_once, folder, 1, 3)
     assert not launching.remaining_processes()
-    launch(launching.train, 2, args=(whole,), timeout=launching.TIMEOUT)
-    _assert_equal(launching.read_model(folder), launching.read_model(whole))
+    launch(launching.train, 2, args=(uninterrupted,), timeout=launching.TIMEOUT)
+    _assert_equal(launching.read_model(folder), launching.read_model(uninterrupted))
 
 
 @pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])

@@ -44,14 +44,16 @@ def test_job_is_requeued_and_resumes(tmp_path, monkeypatch, tasks):
     assert "next is iteration 3 of 6" in log
     assert job.results() == [None] * tasks  # it raises if the job failed
     launching.use_forkserver(monkeypatch)
-    launching.launch(launching.train, tasks, args=(str(tmp_path / "whole"),), timeout=launching.TIMEOUT)
-    resumed, whole = (launching.read_model(tmp_path / name) for name in ("out", "whole"))
-    assert resumed and all(torch.equal(resumed[name], whole[name]) for name in whole)
+    launching.launch(
+        launching.train, tasks, args=(str(tmp_path / "uninterrupted"),), timeout=launching.TIMEOUT
+    )
+    resumed, uninterrupted = (launching.read_model(tmp_path / name) for name in ("out", "uninterrupted"))
+    assert resumed and all(torch.equal(resumed[name], uninterrupted[name]) for name in uninterrupted)
     assert not launching.remaining_processes()
 
 
 def test_signal_saves_before_the_job_is_requeued(tmp_path, monkeypatch):
-    """As above, without submitit's own processes."""
+    """Same as above, without submitit's own processes."""
     launching.use_forkserver(monkeypatch)
     script, out = tmp_path / "script.py", tmp_path / "out"
     script.write_text(_SCRIPT)

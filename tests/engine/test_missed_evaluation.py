@@ -18,7 +18,7 @@ class _Killed(BaseException):
     pass
 
 
-class _Judged(DefaultTrainer):
+class _MeasuredTrainer(DefaultTrainer):
     """Its metric is computed from the weights; the evaluation with the number `fatal` is interrupted."""
 
     evaluations, fatal, error = 0, None, _Killed
@@ -44,7 +44,7 @@ def _started(folder, fatal=None, resume=False, **overrides):
         },
     )
     seed_all_rng(1)
-    trainer = type("Judged", (_Judged,), {"fatal": fatal})(cfg)
+    trainer = type("MeasuredTrainer", (_MeasuredTrainer,), {"fatal": fatal})(cfg)
     trainer.resume_or_load(resume=resume)
     return trainer
 
@@ -69,29 +69,31 @@ def _results(folder):
 
 
 @pytest.fixture(scope="module")
-def whole_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
+def uninterrupted_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
     _started(folder).train()
     assert (folder / "last_evaluation").read_text() == "7\n"
     return folder
 
 
 @pytest.fixture(scope="module")
-def whole(whole_folder):
-    results = _results(whole_folder)
+def uninterrupted(uninterrupted_folder):
+    results = _results(uninterrupted_folder)
     assert list(results[0]) == [1, 3, 5, 7] and len(set(results[0].values())) == 4
     return results
 
 
 @pytest.fixture(scope="module")
-def whole_rows(whole_folder):
-    rows = _rows(whole_folder)
+def uninterrupted_rows(uninterrupted_folder):
+    rows = _rows(uninterrupted_folder)
     assert list(rows) == [1, 3, 5, 6, 7] and {"bbox/AP", "total_loss", "lr"} < set(rows[3])
     return rows
 
 
 @pytest.mark.parametrize("fatal", [1, 2, 3])
-def test_a_missed_evaluation_is_rerun_with_the_same_results(tmp_path, whole, whole_rows, caplog, fatal):
+def test_a_missed_evaluation_is_rerun_with_the_same_results(
+    tmp_path, uninterrupted, uninterrupted_rows, caplog, fatal
+):
     with pytest.raises(_Killed):
         _started(tmp_path, fatal).train()
     trainer = _started(tmp_path, resume=True)
@@ -105,11 +107,11 @@ def test_a_missed_evaluation_is_rerun_with_the_same_results(tmp_path, whole, who
     lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("iter: ")]
     assert [line.split()[1] for line in lines] == [f"{i}/7" for i in (2, 4, 6, 7) if i > 2 * fatal]
     assert type(trainer).evaluations == 5 - fatal
-    assert _results(tmp_path) == whole
+    assert _results(tmp_path) == uninterrupted
     # The losses of its step were written when training failed; the results are added to their row.
     rows = _rows(tmp_path)
-    assert list(rows) == list(whole_rows)
-    assert all(rows[i] == whole_rows[i] for i in rows if i < 2 * fatal)
+    assert list(rows) == list(uninterrupted_rows)
+    assert all(rows[i] == uninterrupted_rows[i] for i in rows if i < 2 * fatal)
 
 
 def _killed(trainer, **functions):
@@ -125,17 +127,17 @@ def _kill(trainer):
         raise _Killed
 
 
-def test_a_kill_after_the_writers_leaves_one_row(tmp_path, whole, whole_rows):
+def test_a_kill_after_the_writers_leaves_one_row(tmp_path, uninterrupted, uninterrupted_rows):
     """Losses and results are written, but the evaluation is not recorded as done."""
     _killed(_started(tmp_path), after_step=_kill)
-    assert _rows(tmp_path) == {1: whole_rows[1], 3: whole_rows[3]}
+    assert _rows(tmp_path) == {1: uninterrupted_rows[1], 3: uninterrupted_rows[3]}
     assert (tmp_path / "last_evaluation").read_text() == "2\n"
     trainer = _started(tmp_path, resume=True)
     trainer.train()
     assert trainer.start_iter == 4 and type(trainer).evaluations == 3
-    assert _results(tmp_path) == whole
+    assert _results(tmp_path) == uninterrupted
     rows = _rows(tmp_path)
-    assert list(rows) == list(whole_rows) and rows[3] == whole_rows[3]
+    assert list(rows) == list(uninterrupted_rows) and rows[3] == uninterrupted_rows[3]
     # TensorBoard could hide the duplicate results only together with the losses of their step.
     events = EventAccumulator(str(tmp_path), purge_orphaned_data=True).Reload()
     assert {(e.step, round(e.value, 5)) for e in events.Scalars("bbox/AP")} == {
@@ -144,20 +146,20 @@ def test_a_kill_after_the_writers_leaves_one_row(tmp_path, whole, whole_rows):
     assert [e.step for e in events.Scalars("total_loss")] == [1, 3, 5, 6]
 
 
-def test_kills_during_the_rerun_leave_one_row(tmp_path, whole, whole_rows):
+def test_kills_during_the_rerun_leave_one_row(tmp_path, uninterrupted, uninterrupted_rows):
     """Once in the evaluation, once in the rerun, once after the results of the rerun are written."""
     _killed(_started(tmp_path, fatal=2))
     _killed(_started(tmp_path, fatal=1, resume=True))
     assert list(_rows(tmp_path)) == [1]
     _killed(_started(tmp_path, resume=True), before_train=_kill)
-    results = {"iteration": 3, "bbox/AP": whole_rows[3]["bbox/AP"]}
-    assert _rows(tmp_path) == {1: whole_rows[1], 3: results}
+    results = {"iteration": 3, "bbox/AP": uninterrupted_rows[3]["bbox/AP"]}
+    assert _rows(tmp_path) == {1: uninterrupted_rows[1], 3: results}
     trainer = _started(tmp_path, resume=True)
     trainer.train()
     assert trainer.start_iter == 4 and type(trainer).evaluations == 3
-    assert _results(tmp_path) == whole
+    assert _results(tmp_path) == uninterrupted
     rows = _rows(tmp_path)
-    assert list(rows) == list(whole_rows) and rows[3] == results
+    assert list(rows) == list(uninterrupted_rows) and rows[3] == results
 
 
 @pytest.mark.parametrize("checkpoints", [2, 3])
@@ -212,22 +214,22 @@ def _stopped(folder, at, **overrides):
         trainer.train()
 
 
-def test_a_completed_evaluation_is_not_rerun(tmp_path, whole):
+def test_a_completed_evaluation_is_not_rerun(tmp_path, uninterrupted):
     _stopped(tmp_path, 5)
     trainer = _started(tmp_path, resume=True)
     assert trainer.start_iter == 4
     trainer.train()
-    assert type(trainer).evaluations == 2 and _results(tmp_path) == whole
+    assert type(trainer).evaluations == 2 and _results(tmp_path) == uninterrupted
 
 
-def test_an_earlier_run_in_the_folder_is_ignored(tmp_path, whole):
+def test_an_earlier_run_in_the_folder_is_ignored(tmp_path, uninterrupted):
     _started(tmp_path).train()
     with pytest.raises(_Killed):
         _started(tmp_path, fatal=1).train()
     assert not (tmp_path / "last_evaluation").exists()
     trainer = _started(tmp_path, resume=True)
     trainer.train()
-    assert type(trainer).evaluations == 4 and _results(tmp_path) == whole
+    assert type(trainer).evaluations == 4 and _results(tmp_path) == uninterrupted
 
 
 def test_no_evaluation_is_rerun_where_none_was_due(tmp_path):

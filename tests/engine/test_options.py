@@ -1,4 +1,4 @@
-"""The settings of a run: declared once, read from both kinds of config, checked and documented."""
+"""The settings of a run: declared once, read from YAML and lazy configs, checked and documented."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def _lazy_train(change: dict):
         ("checkpoint_async", "SOLVER.CHECKPOINT_ASYNC", "checkpointer.async_save", False, True),
     ],
 )
-def test_both_kinds_of_config_give_the_same_setting(name, yaml_key, lazy_key, default, other):
+def test_yaml_and_lazy_configs_give_the_same_setting(name, yaml_key, lazy_key, default, other):
     cfg, lazy = get_cfg(), OmegaConf.create({"train": {}})
     settings = [RunSettings.from_config(c) for c in (cfg, lazy, {})]
     assert [getattr(s, name) for s in settings] == [default] * 3
@@ -75,7 +75,7 @@ def test_every_declared_yaml_key_exists_with_its_default():
             assert try_get_key(cfg, declaration.yaml, default="missing") == declaration.default
 
 
-def test_early_stopping_takes_the_mode_of_the_best_checkpoint():
+def test_early_stopping_uses_the_mode_of_the_best_checkpoint():
     best = {"metric": "val/total_loss", "mode": "min"}
     lazy = {"best_checkpoint": best, "early_stop": {"patience": 2}}
     assert RunSettings.from_config({"train": lazy}).early_stop_mode == "min"
@@ -150,7 +150,7 @@ def test_misspelled_entries_of_lazy_configs_are_reported(caplog):
     assert "Unknown config entry train.model_ema.enable is ignored. Did you mean 'enabled'?" in caplog.text
 
 
-def test_arguments_of_writers_come_from_both_kinds_of_config():
+def test_writer_arguments_come_from_yaml_and_lazy_configs():
     cfg = tiny_cfg("out", TRAIN__WANDB__PROJECT="cells", TRAIN__MLFLOW__EXPERIMENT="cells")
     settings = RunSettings.from_config(cfg)
     assert settings.writer_arguments == {"wandb": {"project": "cells"}, "mlflow": {"experiment": "cells"}}
@@ -170,7 +170,7 @@ def test_epochs_need_data_of_known_length():
         settings.in_iterations(None)
 
 
-def test_a_trial_run_is_short():
+def test_fast_dev_run_is_short():
     cfg = LazyConfig.load(str(ROOT / "configs/DINO/dino_R_50_4scale_12ep.py"))
     before = RunSettings.from_config(cfg)
     assert (before.max_iter, before.eval_period, before.log_period) == (90000, 5000, 20)

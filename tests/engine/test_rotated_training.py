@@ -53,7 +53,7 @@ class TinyBackbone(Backbone):
 
 
 def build_tiny_model():
-    """Build the model from constructors, as lazy configs do."""
+    """Build the model with constructors, like lazy configs."""
     anchors = RotatedAnchorGenerator(
         sizes=[[11, 17]], aspect_ratios=[[0.2, 0.5]], angles=[[-90, -60, -30, 0, 30, 60]], strides=[4]
     )
@@ -134,7 +134,7 @@ def quickstart(*overrides):
 
 
 def test_predicted_rotated_boxes_are_in_the_frame_of_the_image(tmp_path):
-    """The network gets twice the height and width of the image."""
+    """The network input has twice the height and width of the image."""
     name = "shapes:val?rotated=1&num=2&size=64"
     cfg = quickstart("INPUT.MIN_SIZE_TEST", 128, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)
     cfg.DATASETS.TEST = (name,)

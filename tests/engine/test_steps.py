@@ -17,7 +17,7 @@ from detlib.solver import build_optimizer
 
 
 class _Model(nn.Module):
-    """A loss that is a sum over the images of the batch; `poisoned` are calls whose loss is NaN."""
+    """A loss that is a sum over the images of the batch; NaN in the calls in `poisoned`."""
 
     def __init__(self, poisoned=()):
         super().__init__()
@@ -62,26 +62,26 @@ def _values(trainer) -> torch.Tensor:
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
 @pytest.mark.parametrize("before", [False, True])
 def test_accumulated_passes_equal_one_batch(optimizer, before):
-    whole = _trained(3, 6, optimizer=optimizer, zero_grad_before_forward=before)
+    full = _trained(3, 6, optimizer=optimizer, zero_grad_before_forward=before)
     parts = _trained(3, 2, optimizer=optimizer, zero_grad_before_forward=before, accum_steps=3)
     start = _trained(0, 2)
-    assert (_values(whole) - _values(start)).abs().max() > 1e-2
-    torch.testing.assert_close(_values(parts), _values(whole), rtol=0, atol=1e-6)
-    assert parts.storage.latest()["total_loss"][0] == pytest.approx(whole.storage.latest()["total_loss"][0])
+    assert (_values(full) - _values(start)).abs().max() > 1e-2
+    torch.testing.assert_close(_values(parts), _values(full), rtol=0, atol=1e-6)
+    assert parts.storage.latest()["total_loss"][0] == pytest.approx(full.storage.latest()["total_loss"][0])
     assert parts.model.calls == 9
 
 
 def test_accumulated_passes_equal_one_batch_in_bfloat16():
-    whole = _trained(3, 6)
+    full = _trained(3, 6)
     parts = _trained(3, 2, cls=AMPTrainer, precision=torch.bfloat16, accum_steps=3)
-    # bfloat16 has 8 bits of precision: 2**-8 of updates of some hundredths.
-    torch.testing.assert_close(_values(parts), _values(whole), rtol=0, atol=2e-3)
-    assert (_values(parts) - _values(whole)).abs().max() > 0
+    # bfloat16 has 8 bits of precision: the tolerance is 2**-8 of updates of a few hundredths.
+    torch.testing.assert_close(_values(parts), _values(full), rtol=0, atol=2e-3)
+    assert (_values(parts) - _values(full)).abs().max() > 0
 
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_first_step_that_overflows_leaves_no_nan_behind(fused, monkeypatch):
-    """Also if the momentum buffers are allocated in memory that holds NaN."""
+    """Applies even if the momentum buffers are allocated in memory that contains NaN."""
 
     def poisoned(tensor, **kwargs):
         return torch.full_like(tensor, float("nan"), **kwargs)
@@ -116,7 +116,7 @@ def test_illegal_arguments_raise_an_error(arguments, message):
 def test_steps_without_a_finite_loss_are_skipped(caplog):
     with caplog.at_level(logging.WARNING, logger="detlib"):
         trainer = _trained(4, 2, poisoned={1, 2}, skip_non_finite=2, advice="Lower the rate.")
-    expected = SimpleTrainer(_Model(), iter(()), trainer.optimizer)  # the same steps without the bad ones
+    expected = SimpleTrainer(_Model(), iter(()), trainer.optimizer)  # the same steps without the skipped ones
     torch.manual_seed(0)
     model = _Model()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
@@ -137,7 +137,7 @@ def test_too_many_skipped_steps_in_a_row_end_training():
     with pytest.raises(FloatingPointError, match="iteration 3") as error:
         _trained(6, 2, poisoned={1, 2, 3}, skip_non_finite=2)
     assert "6.jpg" in str(error.value)
-    # A good step in between resets the count.
+    # A finite step in between resets the count.
     assert _trained(6, 2, poisoned={0, 1, 3, 4}, skip_non_finite=2).iter == 6
 
 
@@ -179,7 +179,7 @@ def _cfg(**solver):
     return cfg
 
 
-def test_adamw_takes_its_settings_from_the_config():
+def test_adamw_uses_the_settings_of_the_config():
     model = _Model()
     optimizer = build_optimizer(
         _cfg(OPTIMIZER="AdamW", BETAS=(0.8, 0.9), BASE_LR=0.3, LR_FACTORS=[["backbone.*", 0.1]]), model

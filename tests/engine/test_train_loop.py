@@ -14,7 +14,7 @@ from detlib.utils.events import EventStorage, JSONWriter
 
 
 class _Model(nn.Module):
-    """Two losses of a linear map; `poison` makes one NaN at that call."""
+    """Two losses of a linear map; one of them is NaN at call number `poison`."""
 
     def __init__(self, poison: int | None = None):
         super().__init__()
@@ -173,7 +173,7 @@ def test_nan_error_names_the_first_bad_step_between_two_readings(tmp_path):
     with pytest.raises(FloatingPointError) as error:
         trainer.train(0, 20)
     message = str(error.value)
-    assert "at iteration 9" in message and "began at iteration 4" in message and "0 to 9" in message
+    assert "at iteration 9" in message and "first one was at iteration 4" in message and "0 to 9" in message
     assert "image_4_0.jpg" in message and "image_5" not in message
 
 
@@ -247,8 +247,8 @@ def test_a_resumed_run_ends_with_the_parameters_of_an_uninterrupted_one(tmp_path
         )
         return trainer, checkpointer
 
-    whole, _ = make(0, "whole")
-    whole.train(0, 10)
+    uninterrupted, _ = make(0, "uninterrupted")
+    uninterrupted.train(0, 10)
     cut, _ = make(0, "cut")
     cut.train(0, 4)
     resumed, checkpointer = make(4, "cut")
@@ -258,8 +258,8 @@ def test_a_resumed_run_ends_with_the_parameters_of_an_uninterrupted_one(tmp_path
     checkpointer.resume_or_load("", resume=True)
     assert resumed.iter == 3
     resumed.train(resumed.iter + 1, 10)
-    assert resumed.optimizer.param_groups[0]["lr"] == whole.optimizer.param_groups[0]["lr"]
-    for a, b in zip(resumed.model.parameters(), whole.model.parameters()):
+    assert resumed.optimizer.param_groups[0]["lr"] == uninterrupted.optimizer.param_groups[0]["lr"]
+    for a, b in zip(resumed.model.parameters(), uninterrupted.model.parameters()):
         assert torch.equal(a, b)
 
 
@@ -284,7 +284,7 @@ def test_amp_computes_in_bfloat16_and_keeps_float32_parameters():
 
 
 def test_optimizer_step_hooks_see_unscaled_gradients():
-    """Clipping is such a hook. Fused optimizers would unscale only inside their step."""
+    """Clipping is such a hook; fused optimizers would unscale only inside their step."""
     norms = []
     for scale in (1.0, 1024.0):
         trainer = _trainer(
@@ -355,7 +355,7 @@ def test_stop_ends_training_after_the_hooks_of_the_step(caplog):
     # The hooks after the one that stops are still called, and the state is that of the last step.
     assert calls[-2:] == [("after_step", 3), ("after_train", 4, 4)]
     assert hook.finished == (True, 4, 3) and trainer.stopped_reason == "enough"
-    assert "Training stops: enough" in caplog.text
+    assert "Stopping training: enough" in caplog.text
     hook.iteration = -1
     trainer.train(4, 6)  # a later run trains as usual
     assert hook.finished == (True, 6, 5) and trainer.stopped_reason is None
@@ -403,7 +403,7 @@ def test_the_first_error_is_raised_when_hooks_fail_at_the_end(caplog):
     assert calls[-1] == ("after_train", 0, 0) and "OSError: first" in caplog.text
 
 
-def test_the_batch_is_kept_only_for_hooks_that_ask_for_it():
+def test_batch_is_kept_only_for_hooks_that_request_it():
     seen = []
 
     class Asks(HookBase):

@@ -81,7 +81,7 @@ def test_batch_norm_uses_its_running_statistics():
 
 @pytest.mark.parametrize("name", ["retinanet_bn", "fcos"])
 def test_validation_does_not_change_what_training_saves(name):
-    """Also if a validation comes before the first step."""
+    """Applies even if the validation comes before the first step."""
     model, images = build_architecture(name).train(), _images(name)
     assert gather_process_state(model) == [{"": {}}]
     validation_losses(model, [images])
@@ -95,7 +95,7 @@ def test_validation_does_not_change_what_training_saves(name):
 
 
 class _Transformer(nn.Module):
-    """The parts of a detection transformer: attention, dropout, losses of several layers, and noise."""
+    """A detection transformer in miniature: attention, dropout, losses of multiple layers, and noise."""
 
     def __init__(self):
         super().__init__()
@@ -157,7 +157,7 @@ def test_models_without_losses_and_empty_data_raise_errors():
     assert validation_results(model, {}) == {}
 
 
-def _uneven_shares(path: str) -> None:
+def _uneven_shards(path: str) -> None:
     model, images = build_architecture("mask_rcnn"), _images("mask_rcnn")
     share = images[:1] if comm.get_rank() == 0 else images[1:]
     losses = validation_losses(model, [share])
@@ -180,7 +180,7 @@ def test_shards_are_weighted_by_their_numbers_of_images(monkeypatch):
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_two_processes_with_uneven_shards_agree(tmp_path):
-    launch(_uneven_shares, 2, dist_url="auto", args=(str(tmp_path / "losses"),))
+    launch(_uneven_shards, 2, dist_url="auto", args=(str(tmp_path / "losses"),))
     expected = validation_losses(build_architecture("mask_rcnn"), [_images("mask_rcnn")])
     assert torch.load(tmp_path / "losses") == pytest.approx(expected, rel=1e-5)
 

@@ -20,11 +20,11 @@ def sample_repeatably(labels, num_samples, positive_fraction, bg_label):
     )
 
 
-def make_interrupted_run(whole: DefaultTrainer, folder, iteration: int) -> None:
-    """Make the output folder of a run that stopped right after writing checkpoint `iteration` of `whole`."""
+def make_interrupted_run(uninterrupted: DefaultTrainer, folder, iteration: int) -> None:
+    """Create the output folder of a run that stopped right after it wrote checkpoint `iteration`."""
     folder.mkdir()
     name = f"model_{iteration:07d}.pth"
-    shutil.copy(f"{whole.output_dir}/{name}", folder / name)
+    shutil.copy(f"{uninterrupted.output_dir}/{name}", folder / name)
     (folder / "last_checkpoint").write_text(name)
 
 

@@ -1,4 +1,4 @@
-"""Wrapping of a model for training: DDP, sharding of parameters (FSDP2) and torch.compile."""
+"""Wrapping of a model for training: DDP, parameter sharding (FSDP2) and torch.compile."""
 
 import contextlib
 import itertools
@@ -18,12 +18,12 @@ from detlib.modeling import facts_of
 from detlib.utils import comm
 from detlib.utils.suggest import near_names
 
-__all__ = ["compile_parts", "create_ddp_model", "first_process_buffers", "shard_model", "whole_parameters"]
+__all__ = ["compile_parts", "create_ddp_model", "first_process_buffers", "shard_model", "gathered_parameters"]
 
 logger = logging.getLogger(__name__)
 
-# Modules whose parameters `whole_parameters` has gathered.
-_held_whole: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# Modules whose parameters `gathered_parameters` has gathered.
+_gathered: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def compile_parts(model: nn.Module, names: Iterable[str] = (), backend: str = "inductor") -> list[str]:
@@ -70,11 +70,11 @@ def shard_model(model: nn.Module) -> nn.Module:
 
     if not dist.is_initialized():
         raise RuntimeError(
-            "TRAIN.STRATEGY 'fsdp' shards a model across processes: start several with --num-gpus or "
+            "TRAIN.STRATEGY 'fsdp' shards a model across processes: start more than one with --num-gpus or "
             "torchrun, or use 'ddp'"
         )
     with torch.no_grad():
-        # Each process has drawn its own initial weights; all take those of rank 0, as in DDP.
+        # Each process has drawn its own initial weights; all use those of rank 0, as in DDP.
         for tensor in itertools.chain(model.parameters(), model.buffers()):
             dist.broadcast(tensor, 0)
     device = next(model.parameters()).device.type
@@ -87,7 +87,7 @@ def shard_model(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def whole_parameters(model: nn.Module) -> Iterator[None]:
+def gathered_parameters(model: nn.Module) -> Iterator[None]:
     """Context manager that gathers all parameters of a model of `shard_model`; other models do not change.
 
     Processes evaluate different numbers of images, so they cannot gather parameters in each forward pass.
@@ -95,8 +95,8 @@ def whole_parameters(model: nn.Module) -> Iterator[None]:
     """
     from torch.distributed.fsdp import FSDPModule
 
-    parts = [m for m in model.modules() if isinstance(m, FSDPModule) and m not in _held_whole]
-    _held_whole.update(parts)
+    parts = [m for m in model.modules() if isinstance(m, FSDPModule) and m not in _gathered]
+    _gathered.update(parts)
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
@@ -106,15 +106,15 @@ def whole_parameters(model: nn.Module) -> Iterator[None]:
         for part in parts:
             part.set_reshard_after_forward(True, recurse=False)
             part.reshard()
-        _held_whole.difference_update(parts)
+        _gathered.difference_update(parts)
 
 
 @contextlib.contextmanager
 def first_process_buffers(model: nn.Module) -> Iterator[None]:
     """Context manager in which all processes have the buffers of rank 0, which are those in checkpoints.
 
-    BatchNorm layers keep the statistics of their own process's images. A distributed evaluation must evaluate
-    one model, the one that is saved. All processes must call this.
+    BatchNorm layers have the statistics of their own process's images, but a distributed evaluation must
+    evaluate one model, the one that is saved. All processes must call this.
 
     Args:
         model: the model, without wrappers.
@@ -135,7 +135,7 @@ def first_process_buffers(model: nn.Module) -> Iterator[None]:
 
 
 def create_ddp_model(model: nn.Module, *, fp16_compression: bool = False, **kwargs: Any) -> nn.Module:
-    """Wrap a model in DistributedDataParallel if there are several processes.
+    """Wrap a model in DistributedDataParallel if there are multiple processes.
 
     Unlike DDP's defaults, gradients are views into the communication buckets, and buffers are not broadcast.
 

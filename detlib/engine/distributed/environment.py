@@ -27,10 +27,10 @@ class ProcessInfo:
     Attributes:
         rank: rank of the process, from 0.
         world_size: number of processes.
-        local_rank: rank of the process on its machine. None if it must be found out from the others.
+        local_rank: rank of the process on its machine. None if it must be determined with the others.
         local_size: number of processes on this machine. None likewise.
         url: rendezvous URL: "env://" or "tcp://HOST:PORT".
-        launcher: what started it, for messages: "launch", "torchrun", "the environment" or "srun".
+        launcher: name of the launcher, for messages: "launch", "torchrun", "the environment" or "srun".
     """
 
     rank: int
@@ -42,11 +42,11 @@ class ProcessInfo:
 
 
 def info_from_environment(env: Mapping[str, str] | None = None) -> ProcessInfo | None:
-    """Find out whether a launcher has started this process as one of several.
+    """Detect whether a launcher has started this process as one of several.
 
     These launchers are recognized, in this order:
 
-    1. torchrun: TORCHELASTIC_RUN_ID, with all that torchrun sets;
+    1. torchrun: TORCHELASTIC_RUN_ID, with the other variables of torchrun;
     2. anything that sets RANK, WORLD_SIZE and MASTER_ADDR (and optionally MASTER_PORT, LOCAL_RANK and
        LOCAL_WORLD_SIZE), as Kubernetes operators do;
     3. Slurm's srun with multiple tasks: SLURM_STEP_ID, SLURM_PROCID, SLURM_STEP_NUM_TASKS. A script that
@@ -56,8 +56,8 @@ def info_from_environment(env: Mapping[str, str] | None = None) -> ProcessInfo |
         env: environment variables; None for those of this process.
 
     Returns:
-        The rank and rendezvous, also for a single process under torchrun; None if no launcher started several
-        processes.
+        The rank and rendezvous, also for a single process under torchrun; None if no launcher started
+        multiple processes.
 
     Raises:
         ValueError: if a variable is missing or not a number, or the rank is not below the world size.

@@ -1,7 +1,7 @@
 """Failure reports that the processes of a training run share.
 
-A process that fails leaves a report in the store that all processes share. The others read there why their
-peer is gone, instead of seeing a broken connection, or nothing until the timeout. A broken connection is
+A process that fails writes a report to a store that all processes share. There the others read why their peer
+is gone, instead of seeing only a broken connection, or nothing until the timeout. A broken connection is
 reported as a consequence, so that it never hides its cause.
 """
 
@@ -136,7 +136,8 @@ class FailureBoard:
     def __init__(self, store: dist.Store, world_size: int, timeout: float):
         """
         Args:
-            store: the store that all processes share; it is cloned, so that waiting on it blocks nobody.
+            store: the store that all processes share; it is cloned, so that waiting on it does not block
+                others.
             world_size: number of processes.
             timeout: seconds after which a collective operation times out, for messages.
         """

@@ -22,7 +22,7 @@ _listener = 0
 class StopTraining(SystemExit):
     """Raised to end a training run that was asked to stop. Uncaught, it ends the process with `code`.
 
-    It is not an Exception, because it is not an error: handlers of failures let it pass.
+    It is not an Exception, because it is not an error: failure handlers must not catch it.
 
     Attributes:
         signum: the signal that requested the stop.

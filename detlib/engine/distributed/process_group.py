@@ -1,4 +1,4 @@
-"""The life of one process of several: it joins the process group, runs a function, and leaves or fails."""
+"""The lifecycle of a distributed process: it joins the group, runs a function, and leaves or fails."""
 
 import datetime
 import json
@@ -24,7 +24,7 @@ __all__ = ["check_gpus", "host_and_port", "run_as_child", "run_here"]
 
 # Seconds to wait for the report of the cause of a lost connection.
 _GRACE = 3.0
-# Seconds by which the process that failed first ends before the others; leaving its group takes up to two.
+# Seconds by which the process that failed first ends before the others. Leaving its group takes up to two.
 _HEAD_START = 3.0
 
 

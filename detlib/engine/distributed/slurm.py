@@ -1,9 +1,9 @@
-"""Slurm jobs through submitit: submitted from the command line, requeued when their time is up.
+"""Slurm jobs with submitit: submitted from the command line, requeued at their time limit.
 
     tools/train_net.py --slurm --slurm-partition gpu --num-gpus 8 --num-machines 2 --config-file ...
     python -m detlib.engine.distributed.slurm --slurm-partition gpu --num-gpus 8 my_script.py ARGUMENTS
 
-Each GPU gets one task. Shortly before the job's time is up, or when it is preempted, Slurm sends a signal.
+Each GPU gets one task. Shortly before the job's time limit, or when it is preempted, Slurm sends a signal.
 The training run then saves a checkpoint after the current step and the job is requeued; when it starts again,
 it resumes. This needs the package submitit (``pip install detlib[slurm]``).
 """
@@ -106,7 +106,7 @@ class SlurmJob:
         def on_signal(signum: int, frame) -> None:
             if os.getpid() != self._pid:
                 return  # a data-loader worker, forked with this handler
-            logger.warning("The job's time is up: stopping after this step to requeue the job")
+            logger.warning("The job reaches its time limit: stopping after this step to requeue it")
             request_stop(signum)
             signal.setitimer(signal.ITIMER_REAL, _TIME_TO_SAVE)
 

@@ -22,15 +22,15 @@ _STOP_CODES = {128 + signum: signum for signum in (signal.SIGTERM, signal.SIGINT
 
 
 class Supervisor:
-    """Start processes on this machine, wait for them and leave none behind."""
+    """A supervisor that starts processes on this machine, waits for them and leaves none behind."""
 
     def __init__(self, board: FailureBoard, first_rank: int, is_last_to_leave: bool):
         """
         Args:
             board: the board on which processes report failures.
             first_rank: rank of the first process on this machine.
-            is_last_to_leave: wait at the end for the processes of other machines too, because the store ends
-                with this process.
+            is_last_to_leave: whether to wait at the end for the processes of other machines too, because the
+                store ends with this process.
         """
         self._board = board
         self._first_rank = first_rank
@@ -45,7 +45,7 @@ class Supervisor:
 
         Raises:
             ProcessFailedError: if a process fails; the message describes the first failure.
-            StopTraining: if they stopped because they were asked to.
+            StopTraining: if they stopped on request.
             KeyboardInterrupt: on a Ctrl-C before training began, or on a second one.
         """
         context = multiprocessing.get_context(_START_METHOD)

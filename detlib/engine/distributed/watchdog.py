@@ -102,7 +102,7 @@ class Watchdog:
 
     Twice a second it checks whether any process has reported a failure, whether the processes on this machine
     are alive (a killed process reports nothing), and whether the process that started this one is alive
-    (otherwise nobody would end this one). After a failure, this process has a few seconds to end by itself;
+    (otherwise nothing would end this one). After a failure, this process has a few seconds to end by itself;
     then the watchdog ends it, whatever it is doing.
     """
 

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class PreciseBN(HookBase):
-    """Recomputes the statistics of BatchNorm layers over many batches before each evaluation.
+    """A hook that recomputes the statistics of BatchNorm layers over many batches before each evaluation.
 
     The moving averages of training mix statistics of older weights. See "Rethinking 'Batch' in BatchNorm"
     (https://arxiv.org/abs/2105.07576). The hook goes before the `EvalHook`.
@@ -44,17 +44,18 @@ class PreciseBN(HookBase):
     ):
         """
         Args:
-            period: number of steps between two computations; 0 for after the last step only.
-            model: its BatchNorm layers in training mode are updated; without any, the hook does nothing.
-            data_loader: yields the batches.
+            period: number of steps between two computations; 0 computes them after the last step only.
+            model: the model, whose BatchNorm layers in training mode are updated. Without any, the hook
+                has no effect.
+            data_loader: iterable of batches.
             num_iter: number of batches.
-            average: the average of the weights, if that is evaluated; its statistics are computed too, over
-                as many batches.
+            average: the weight average, if that is evaluated; its statistics are computed over the same
+                number of batches.
         """
         self._average = average
         self._disabled = not get_bn_modules(model)
         if self._disabled:
-            logger.info("PreciseBN does nothing: the model has no BatchNorm layer in training mode")
+            logger.info("PreciseBN has no effect: the model has no BatchNorm layer in training mode")
         self._period = period
         self._model = model
         self._data_loader = data_loader
@@ -68,7 +69,7 @@ class PreciseBN(HookBase):
             self.update_stats()
 
     def update_stats(self) -> None:
-        """Compute the statistics of the model, and of the average of its weights if there is one."""
+        """Compute the statistics of the model and, if there is one, of its weight average."""
         if self._disabled:
             return
         if self._data_iter is None:
@@ -81,17 +82,17 @@ class PreciseBN(HookBase):
     def _compute(self) -> None:
         logger.info("Computing precise BatchNorm statistics over %d batches", self._num_iter)
         layers = get_bn_modules(self._model)
-        held = [(layer.running_mean, layer.running_var) for layer in layers]
+        originals = [(layer.running_mean, layer.running_var) for layer in layers]
         # A separate storage: these batches are not training steps.
         with EventStorage():
             update_bn_stats(self._model, itertools.islice(self._data_iter, self._num_iter), self._num_iter)
-        for layer, (mean, var) in zip(layers, held):
-            # fvcore assigns new tensors, but the average of the weights refers to the old ones.
+        for layer, (mean, var) in zip(layers, originals):
+            # fvcore assigns new tensors, but the weight average refers to the original ones.
             layer.running_mean = mean.copy_(layer.running_mean)
             layer.running_var = var.copy_(layer.running_var)
 
     def state_dict(self) -> dict:
-        """Return the position in the data, because other batches give other statistics."""
+        """Return the position in the data, because the statistics depend on the batches."""
         if self._disabled or not hasattr(self._data_loader, "state_dict"):
             return {}
         return {"data_loader": self._data_loader.state_dict()}
@@ -102,9 +103,9 @@ class PreciseBN(HookBase):
 
 
 class BestCheckpointer(HookBase):
-    """Saves the model whenever an evaluation gives a better metric than all earlier ones.
+    """A hook that saves the model whenever an evaluation gives a better metric than all earlier ones.
 
-    It goes after the `EvalHook` whose results it reads. A resumed run remembers the best value.
+    Register it after the `EvalHook` whose results it reads. A resumed run restores the best value.
 
     Attributes:
         best_metric, best_iter: the best value so far and its iteration; None before the first.
@@ -122,7 +123,7 @@ class BestCheckpointer(HookBase):
         """
         Args:
             eval_period: the period of the `EvalHook`.
-            checkpointer: saves the model.
+            checkpointer: the checkpointer that saves the model.
             val_metric: name of the metric in the storage, such as "bbox/AP50" or "val/total_loss".
             mode: "max" if higher is better, "min" if lower is better.
             file_prefix: name of the file, without ".pth".
@@ -130,7 +131,7 @@ class BestCheckpointer(HookBase):
                 then decides for all.
 
         Raises:
-            ValueError: for another `mode`.
+            ValueError: if `mode` is neither "max" nor "min".
         """
         _check_mode(mode)
         self._period = eval_period
@@ -139,7 +140,7 @@ class BestCheckpointer(HookBase):
         self._checkpointer = checkpointer
         self._file_prefix = file_prefix
         self._on_all_processes = on_all_processes
-        self._judged: int | None = None  # iteration of the last evaluation that was compared
+        self._compared: int | None = None  # iteration of the last evaluation that was compared
         self.best_metric: float | None = None
         self.best_iter: int | None = None
 
@@ -151,10 +152,10 @@ class BestCheckpointer(HookBase):
 
     def after_train(self) -> None:
         if self.trainer.is_finished:
-            # "last_checkpoint" keeps naming the final checkpoint, if there is one.
+            # "last_checkpoint" must keep the name of the final checkpoint, if there is one.
             is_last = not self._checkpointer.has_checkpoint()
             self._save_if_best(self._checkpointer.save if is_last else self._checkpointer.write)
-        # `PeriodicCheckpointer` has waited only for what was saved before this.
+        # `PeriodicCheckpointer` waits only for checkpoints saved before this one.
         self._checkpointer.wait()
 
     def _save_if_best(self, save: Callable) -> None:
@@ -168,11 +169,11 @@ class BestCheckpointer(HookBase):
         prepare_to_save(self.trainer)
         save(self._file_prefix, iteration=self.best_iter, best=self.state_dict())
         logger.info(
-            "%s is %.5f, the best so far: saved %s", self._val_metric, self.best_metric, self._file_prefix
+            "%s is %.5f, the best so far; saved %s", self._val_metric, self.best_metric, self._file_prefix
         )
 
     def _new_best(self) -> tuple[float, int] | None:
-        """Return metric and iteration of the last evaluation if it is new and the best, else None."""
+        """Return the metric and the iteration of the last evaluation if it is new and the best, else None."""
         if self._on_all_processes and not comm.is_main_process():
             return None
         latest = self.trainer.storage.latest().get(self._val_metric)
@@ -183,9 +184,9 @@ class BestCheckpointer(HookBase):
             )
             return None
         value, iteration = float(latest[0]), int(latest[1])
-        if iteration == self._judged:  # a run that was stopped early does not evaluate again
+        if iteration == self._compared:  # a run that was stopped early does not evaluate again
             return None
-        self._judged = iteration
+        self._compared = iteration
         if _is_better(value, self.best_metric, self._mode):
             return value, iteration
         logger.info(
@@ -217,14 +218,14 @@ class BestCheckpointer(HookBase):
 
 
 class EarlyStopping(HookBase):
-    """Ends training after `patience` evaluations in a row without a better metric, see `TrainerBase.stop`.
+    """A hook that stops training after `patience` evaluations without a better metric.
 
-    It goes after the `EvalHook` whose results it reads, on every process: the main process, which has the
-    results, decides for all.
+    It calls `TrainerBase.stop`. Register it after the `EvalHook` whose results it reads, on every process;
+    the main process, which has the results, decides for all.
 
-    The metrics are kept in the checkpoints and, because these are saved before the evaluation of the same
-    step, in ``OUTPUT_DIR/early_stop.json``. So a resumed run stops where an uninterrupted one would. A run
-    that was stopped does not train further on resume, unless `patience` is larger.
+    The metrics are stored in the checkpoints and, because these are saved before the evaluation of the same
+    step, in ``OUTPUT_DIR/early_stop.json``. A resumed run thus stops at the same step as an uninterrupted
+    one. A run that was stopped does not continue on resume, unless `patience` is larger.
     """
 
     def __init__(self, eval_period: int, metric: str, patience: int, mode: str = "max", output_dir: str = ""):
@@ -234,10 +235,10 @@ class EarlyStopping(HookBase):
             metric: name of the metric in the storage, such as "bbox/AP50" or "val/total_loss".
             patience: number of evaluations without improvement after which to stop.
             mode: "max" if higher is better, "min" if lower is better.
-            output_dir: folder of ``early_stop.json``; "" does not write it.
+            output_dir: folder of ``early_stop.json``; "" writes no file.
 
         Raises:
-            ValueError: for another `mode`, or a patience below 1.
+            ValueError: if `mode` is neither "max" nor "min", or `patience` is below 1.
         """
         _check_mode(mode)
         if patience < 1:
@@ -247,19 +248,19 @@ class EarlyStopping(HookBase):
         self._patience = patience
         self._mode = mode
         self._path = os.path.join(output_dir, "early_stop.json") if output_dir else ""
-        # Metric by number of steps done: a dict, because a resumed run may evaluate the same step again.
+        # Metric by number of completed steps. A resumed run may evaluate the same step again.
         self._seen: dict[int, float] = {}
 
     def before_train(self) -> None:
         if self.trainer.start_iter == 0:
             self._seen = {}
             if self._path and comm.is_main_process() and PathManager.isfile(self._path):
-                PathManager.rm(self._path)  # of an earlier run
+                PathManager.rm(self._path)  # from an earlier run
         # Processes on other machines may not see the file.
         self._seen = comm.all_gather(self._seen)[0]
         if self._seen:
             self._stop_if_due(
-                f"the run was stopped early before: %s. To train further, set "
+                f"this run was already stopped early: %s. To continue training, set "
                 f"SOLVER.EARLY_STOP.PATIENCE (train.early_stop.patience) above {self._patience} or to 0"
             )
 
@@ -297,7 +298,11 @@ class EarlyStopping(HookBase):
             write_bytes_atomically(self._path, lambda f: f.write(content.encode()))
 
     def _stop_if_due(self, reason: str) -> None:
-        """Call `stop` if the last `patience` evaluations brought no improvement; "%s" in `reason` says so."""
+        """Stop training if the last `patience` evaluations did not improve.
+
+        Args:
+            reason: reason for `TrainerBase.stop`, with "%s" for the best value and the number of evaluations.
+        """
         best, best_done = None, 0
         for done in sorted(self._seen):
             if _is_better(self._seen[done], best, self._mode):
@@ -323,7 +328,7 @@ class EarlyStopping(HookBase):
         if self._path and PathManager.isfile(self._path):
             with PathManager.open(self._path) as f:
                 states.append(json.load(f))
-        # The trainer's iteration is the checkpoint's by now.
+        # The trainer already has the iteration of the checkpoint.
         until = self.trainer.iter + 1
         for state in states:
             if state.get("metric") == self._metric:
@@ -331,38 +336,38 @@ class EarlyStopping(HookBase):
 
 
 class MissedEvaluation(HookBase):
-    """Runs the evaluation of the checkpoint's step on resume, if the earlier run was killed during it.
+    """A hook that runs an evaluation on resume if the earlier run was killed during it.
 
     Checkpoints are saved before the evaluation of the same step. Without this hook, a resumed run would
     continue without the results of that evaluation, and might keep another best checkpoint. The trainer needs
     ``rerun_evaluation`` and ``last_evaluation`` (see `detlib.engine.ConfigTrainer`).
 
-    ``OUTPUT_DIR/last_evaluation`` holds the number of steps done at the last evaluation whose results are
-    written. The hook goes before the `PeriodicWriter`, on every process.
+    ``OUTPUT_DIR/last_evaluation`` contains the number of completed steps at the last evaluation whose results
+    are written. Register the hook before the `PeriodicWriter`, on every process.
     """
 
     def __init__(self, eval_period: int, output_dir: str):
         """
         Args:
             eval_period: the period of the `EvalHook`, at least 1.
-            output_dir: the folder of ``last_evaluation``.
+            output_dir: folder of ``last_evaluation``.
         """
         self._period = eval_period
         self._path = os.path.join(output_dir, "last_evaluation")
-        self._made = 0  # steps done at an evaluation whose results are being written
+        self._made = 0  # completed steps at an evaluation whose results are not written yet
 
     def before_train(self) -> None:
         start = self.trainer.start_iter
         if start == 0:
             if comm.is_main_process() and PathManager.isfile(self._path):
-                PathManager.rm(self._path)  # of an earlier run
+                PathManager.rm(self._path)  # from an earlier run
             return
         # Processes on other machines may not see the file.
         made = comm.all_gather(self._read())[0]
         if made > start:
-            # It belongs to steps that are done again; their new evaluation may be interrupted too.
+            # It belongs to repeated steps, whose new evaluation may be interrupted too.
             self._made = start
-        # The evaluation after the last step runs in any case.
+        # The evaluation after the last step always runs.
         is_last = start >= self.trainer.max_iter or self.trainer.stopped_reason is not None
         if made < start and start % self._period == 0 and not is_last:
             if self.trainer.rerun_evaluation(start - 1):
@@ -408,7 +413,7 @@ def _check_mode(mode: str) -> None:
 
 
 def _is_better(value: float, than: float | None, mode: str) -> bool:
-    """Return whether a metric is better than another. NaN and infinity never are; anything beats None."""
+    """Return whether `value` is finite and better than `than`. Any finite value is better than None."""
     if not math.isfinite(value):
         return False
     if than is None:
@@ -418,7 +423,7 @@ def _is_better(value: float, than: float | None, mode: str) -> bool:
 
 def _explain_missing_metric(name: str, storage: EventStorage) -> str:
     """Return a message about a metric that is not in the storage, with similar and existing names."""
-    # Results of evaluations are not smoothed; measurements of the model during training are.
+    # Evaluation results are recorded without smoothing, training metrics with it.
     results = sorted(n for n, smoothed in storage.smoothing_hints().items() if not smoothed and "/" in n)
     near = near_names(name, results) or near_names(name, storage.latest())
     hint = f" Similar names: {', '.join(near)}." if near else ""

@@ -1,4 +1,4 @@
-"""The hooks of every training run: timing, learning rate, checkpoints, evaluation, output, interruption."""
+"""General hooks: timing, learning rate, checkpoints, evaluation, writers, interruption."""
 
 import contextlib
 import datetime
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 class CallbackHook(HookBase):
-    """Calls functions at the points of the loop, each with the trainer as its argument."""
+    """A hook that calls functions, each with the trainer as its argument."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class CallbackHook(HookBase):
     def after_train(self) -> None:
         if self._after_train:
             self._after_train(self.trainer)
-        # The functions may hold the trainer, which holds this hook.
+        # The functions may refer to the trainer, which refers to this hook.
         del self._before_train, self._after_train
         del self._before_step, self._after_step
 
@@ -77,15 +77,15 @@ class CallbackHook(HookBase):
 
 
 class IterationTimer(HookBase):
-    """Stores the seconds of each step as "time", and logs the totals at the end.
+    """A hook that stores the seconds of each step as "time" and logs the totals at the end.
 
-    The time of the hooks after this one is part of the total, not of the step.
+    The time of the hooks after this one counts in the total, not in the step.
     """
 
     def __init__(self, warmup_iter: int = 3):
         """
         Args:
-            warmup_iter: number of steps at the start that are not counted, because they are slower.
+            warmup_iter: number of first steps that are not counted, because they are slower.
         """
         self._warmup_iter = warmup_iter
         self._step_timer = Timer()
@@ -133,7 +133,7 @@ def _format_seconds(seconds: float) -> str:
 
 
 class LRScheduler(HookBase):
-    """Steps a learning-rate schedule and stores the learning rate as "lr"."""
+    """A hook that steps a learning-rate schedule and stores the learning rate as "lr"."""
 
     def __init__(self, optimizer: torch.optim.Optimizer | None = None, scheduler=None):
         """
@@ -157,7 +157,7 @@ class LRScheduler(HookBase):
     def get_best_param_group_id(optimizer: torch.optim.Optimizer) -> int:
         """Return the index of the parameter group whose learning rate is reported.
 
-        It is the largest group, or one with the most common rate if each group has a single parameter.
+        It is the largest group, or one with the most common learning rate if each group has one parameter.
         """
         groups = optimizer.param_groups
         largest = max(len(group["params"]) for group in groups)
@@ -188,7 +188,7 @@ class LRScheduler(HookBase):
 class PeriodicCheckpointer(_PeriodicCheckpointer, HookBase):
     """`detlib.checkpoint.PeriodicCheckpointer` as a hook.
 
-    It refuses to save a model with infinite or NaN parameters, so a run that diverges between two readings of
+    It does not save a model with infinite or NaN parameters, so a run that diverges between two readings of
     the losses does not overwrite good checkpoints.
     """
 
@@ -232,20 +232,21 @@ class PeriodicCheckpointer(_PeriodicCheckpointer, HookBase):
         lacks = not self.path_manager.exists(
             os.path.join(self.checkpointer.save_dir, f"{self.file_prefix}_final.pth")
         )
-        # If all processes have this hook, all of them save or none does: the main process decides.
+        # If all processes have this hook, all save or none does: the main process decides.
         all_save = is_sharded(self.checkpointer.model) or getattr(self.trainer, "_all_save", False)
         return comm.all_gather(lacks)[0] if all_save else lacks
 
 
 def prepare_to_save(trainer: TrainerBase) -> None:
-    """Let a trainer collect the state that each process keeps. Called before a checkpoint is saved."""
+    """Let a trainer collect the state of each process. Called before a checkpoint is saved."""
     prepare = getattr(trainer, "prepare_to_save", None)
     if prepare is not None:
         prepare()
 
 
 def refuse_diverged(checkpointer: Checkpointer, iteration: int) -> None:
-    """
+    """Check that the parameters are finite before a checkpoint is saved.
+
     Raises:
         FloatingPointError: if the model has infinite or NaN parameters.
     """
@@ -260,12 +261,12 @@ def refuse_diverged(checkpointer: Checkpointer, iteration: int) -> None:
 
 
 class EvalHook(HookBase):
-    """Calls an evaluation function every `eval_period` steps and after the last step.
+    """A hook that calls an evaluation function every `eval_period` steps and after the last step.
 
-    Every process calls it, and they wait for each other afterwards.
+    Every process calls the function, and they wait for each other afterwards.
 
     Attributes:
-        evaluated: number of steps done at the last evaluation; None before the first.
+        evaluated: number of completed steps at the last evaluation; None before the first.
     """
 
     def __init__(
@@ -278,10 +279,10 @@ class EvalHook(HookBase):
         """
         Args:
             eval_period: number of steps between two evaluations; 0 evaluates after the last step only.
-            eval_function: takes no arguments and returns a nested dict of numbers, or None.
+            eval_function: function without arguments that returns a nested dict of numbers, or None.
             eval_after_train: whether to evaluate after the last step.
-            repeat_after_stop: whether to evaluate again if training was stopped early by the evaluation of
-                its last step; for functions that do more at the end.
+            repeat_after_stop: whether to evaluate again if the evaluation of the last step stopped training
+                early; for functions that do more at the end.
         """
         self._period = eval_period
         self._func = eval_function
@@ -303,7 +304,7 @@ class EvalHook(HookBase):
                         f"eval_function must return a nested dict of numbers; '{name}' is {value!r}"
                     ) from e
             self.trainer.storage.put_scalars(**flat, smoothing_hint=False)
-        # Evaluation takes a different time in each process; steps must start together.
+        # The duration of an evaluation differs between processes, but steps must start together.
         comm.synchronize()
 
     def after_step(self) -> None:
@@ -319,12 +320,12 @@ class EvalHook(HookBase):
             if self._repeat_after_stop or self.evaluated != self.trainer.iter:
                 self._do_eval()
                 self.evaluated = self.trainer.iter
-        # The function usually holds the trainer, which holds this hook.
+        # The function usually refers to the trainer, which refers to this hook.
         del self._func
 
 
 class PeriodicWriter(HookBase):
-    """Calls each writer every `period` steps, at each evaluation and after the last step."""
+    """A hook that calls each writer every `period` steps, at each evaluation and after the last step."""
 
     def __init__(self, writers: list[EventWriter], period: int = 20, eval_period: int = 0):
         """
@@ -347,7 +348,7 @@ class PeriodicWriter(HookBase):
     def before_train(self) -> None:
         for writer in self._writers:
             writer.start()
-        if self.trainer.storage.latest():  # results of a missed evaluation: the next would replace them
+        if self.trainer.storage.latest():  # results of a missed evaluation, which the next would replace
             self._write()
 
     def after_step(self) -> None:
@@ -361,7 +362,7 @@ class PeriodicWriter(HookBase):
     def _write(self) -> None:
         for writer in self._writers:
             writer.write()
-        # No writer may have taken them.
+        # In case no writer has cleared them.
         self.trainer.storage.clear_images()
         self.trainer.storage.clear_histograms()
 
@@ -378,18 +379,18 @@ class PeriodicWriter(HookBase):
 
 
 class StopOnSignal(HookBase):
-    """Saves a checkpoint after the current step and stops, on SIGTERM or Ctrl-C.
+    """A hook that saves a checkpoint after the current step and stops, on SIGTERM or Ctrl-C.
 
-    Slurm, Kubernetes and spot machines send SIGTERM some time before the end.
+    Slurm, Kubernetes and spot instances send SIGTERM some time before they end a job.
 
-    It is enough if one process gets the signal: all stop after the same step. The hook goes after all hooks
-    with a state, so that the checkpoint includes what they did in this step.
+    If one process gets the signal, all stop after the same step. Register the hook after all hooks with a
+    state, so that the checkpoint includes their updates of this step.
     """
 
     def __init__(self, checkpointer: Checkpointer, period: int = 1):
         """
         Args:
-            checkpointer: saves the checkpoint.
+            checkpointer: the checkpointer that saves the checkpoint.
             period: number of steps between two checks for a stop request in any process.
 
         Raises:
@@ -416,7 +417,7 @@ class StopOnSignal(HookBase):
         signum = stop_requested()
         if not signum:
             if self._is_last_step():
-                # No step is left: from here a signal ends the program as usual.
+                # No step is left. From here on a signal ends the program as usual.
                 self._listening.close()
             return
         name = f"model_{iteration:07d}"

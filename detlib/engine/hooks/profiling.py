@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class TorchProfiler(HookBase):
-    """Profiles some steps with `torch.profiler`.
+    """A hook that profiles selected steps with `torch.profiler`.
 
     Example:
         >>> TorchProfiler(lambda trainer: 10 < trainer.iter < 20, cfg.OUTPUT_DIR)
@@ -33,7 +33,7 @@ class TorchProfiler(HookBase):
     ):
         """
         Args:
-            enable_predicate: takes the trainer and returns whether to profile its current step.
+            enable_predicate: function of the trainer that returns whether to profile its current step.
             output_dir: folder of the traces.
             activities: as in `torch.profiler.profile`; None for all available ones.
             save_tensorboard: write traces for TensorBoard to ``OUTPUT_DIR/log``, else Chrome traces to
@@ -78,7 +78,7 @@ class TorchProfiler(HookBase):
 
 
 class AutogradProfiler(TorchProfiler):
-    """Profiles some steps with `torch.autograd.profiler`, which has less overhead and less detail.
+    """A hook that profiles selected steps with `torch.autograd.profiler`: less overhead, less detail.
 
     Example:
         >>> AutogradProfiler(lambda trainer: trainer.iter > 10, cfg.OUTPUT_DIR)
@@ -87,7 +87,7 @@ class AutogradProfiler(TorchProfiler):
     def __init__(self, enable_predicate: Callable[..., bool], output_dir: str, *, use_cuda: bool = True):
         """
         Args:
-            enable_predicate: takes the trainer and returns whether to profile its current step.
+            enable_predicate: function of the trainer that returns whether to profile its current step.
             output_dir: folder of the Chrome traces.
             use_cuda: time CUDA kernels too, if CUDA is available.
         """
@@ -100,7 +100,7 @@ class AutogradProfiler(TorchProfiler):
 
 
 class StepsProfiler(HookBase):
-    """Profiles consecutive steps, including the hooks before this one.
+    """A hook that profiles consecutive steps, including the hooks before this one.
 
     It writes ``trace_iter20-24.json``, for chrome://tracing or https://ui.perfetto.dev, and
     ``operators_iter20-24.txt``, a table of the operators by time. With several processes, each writes its own
@@ -110,7 +110,7 @@ class StepsProfiler(HookBase):
     def __init__(self, start: int, steps: int, output_dir: str):
         """
         Args:
-            start: number of steps of this run before the first profiled one; the first steps are slower.
+            start: number of steps of this run before the first profiled one, because the first are slower.
             steps: number of steps to profile.
             output_dir: folder of the files.
 
@@ -155,11 +155,11 @@ class StepsProfiler(HookBase):
         table = profiler.key_averages().table(sort_by=by, row_limit=50)
         with PathManager.open(os.path.join(self._output_dir, f"operators_{name}.txt"), "w") as f:
             f.write(table + "\n")
-        logger.info("The trace of %s is in %s", name.replace("iter", "iterations "), trace)
+        logger.info("Saved the trace of %s to %s", name.replace("iter", "iterations "), trace)
 
 
 class TorchMemoryStats(HookBase):
-    """Logs CUDA memory periodically; does nothing without CUDA."""
+    """A hook that logs CUDA memory periodically. Without CUDA it has no effect."""
 
     def __init__(self, period: int = 20, max_runs: int = 10):
         """

@@ -1,4 +1,4 @@
-"""Drawings of what a model is trained on and of what it predicts."""
+"""Visualization of training images and of predictions."""
 
 import glob
 import logging
@@ -35,7 +35,7 @@ _MIN_PREDICTION_LONG_SIDE = 640
 
 
 class TrainingImages(HookBase):
-    """Draws the images of a batch with their ground truth every `period` steps, as the model sees them.
+    """A hook that draws the images of a batch with their ground truth every `period` steps.
 
     Images are drawn after all augmentations, with boxes, rotated boxes, masks, keypoints and semantic
     segmentation, next to the current predictions of the model. The drawings are written to
@@ -60,8 +60,8 @@ class TrainingImages(HookBase):
             period: number of steps between two drawings.
             output_dir: the output folder.
             image_format: format of the images in a batch, see `detlib.data.detection_utils.read_image`.
-            metadata: names and colors of the classes, see `Visualizer`; None for none.
-            model: the model that predicts; None draws no predictions. All processes predict, because a
+            metadata: class names and colors, see `Visualizer`; or None.
+            model: the model for predictions; None draws no predictions. All processes run it, because a
                 sharded model needs all of them; the main process draws.
             max_images: maximum number of images of a batch.
             max_files: number of files to keep, the newest ones.
@@ -95,7 +95,7 @@ class TrainingImages(HookBase):
         samples = _samples(self.trainer.batch)[: self._max_images]
         if not samples:
             if not self._has_warned:
-                logger.warning("Training images are not drawn: the batches are not in the standard format")
+                logger.warning("Cannot draw training images: the batches are not in the standard format")
                 self._has_warned = True
             return
         predictions = self._predict(samples)
@@ -111,7 +111,7 @@ class TrainingImages(HookBase):
         inputs = []
         for sample in samples:
             height, width = sample["image"].shape[-2:]
-            # Without the ground truth, and in the size of the training image.
+            # Without ground truth, and at the size of the training image.
             kept = {key: sample[key] for key in ("image", "proposals") if key in sample}
             inputs.append({**kept, "height": height, "width": width})
         with inference_context(self._model), torch.no_grad():
@@ -138,7 +138,7 @@ class TrainingImages(HookBase):
         path = os.path.join(self._folder, f"iter_{self.trainer.iter:07d}.jpg")
         with PathManager.open(path, "wb") as f:
             Image.fromarray(drawing).save(f, format="JPEG", quality=90)
-        # Files of an earlier run count too. Remote files are not listed, and stay.
+        # Files of an earlier run count too. Remote files are neither listed nor removed.
         for old in sorted(glob.glob(os.path.join(glob.escape(self._folder), "iter_*.jpg")))[
             : -self._max_files
         ]:
@@ -146,7 +146,7 @@ class TrainingImages(HookBase):
 
 
 def _samples(batch: Any) -> list[Mapping[str, Any]]:
-    """Return the dicts of a batch in the standard format; [] for another batch."""
+    """Return the dicts of a batch in the standard format; [] for other batches."""
     if not isinstance(batch, list | tuple):
         return []
     return [d for d in batch if isinstance(d, Mapping) and isinstance(d.get("image"), torch.Tensor)]
@@ -193,7 +193,7 @@ def write_prediction_images(
     """Draw a model's predictions on images spread evenly over the first test dataset.
 
     Args:
-        cfg: a config of either kind. Its output folder, test data and image format are used, and TEST.AUG of
+        cfg: a CfgNode or lazy config. Its output folder, test data and image format are used, and TEST.AUG of
             a YAML config.
         model: the model; its mode does not change.
         max_images: maximum number of images.
@@ -206,7 +206,7 @@ def write_prediction_images(
     if source is None:
         return []
     name, dataset, input_format = source
-    model = comm.unwrap(model)  # the other processes take no part
+    model = comm.unwrap(model)  # the other processes do not run it
     min_score = facts_of(model).default_score_threshold if min_score is None else min_score
     metadata = MetadataCatalog.get(name)
     folder = os.path.join(RunSettings.from_config(cfg).output_dir, "predictions")
@@ -226,7 +226,7 @@ def write_prediction_images(
             path = os.path.join(folder, f"{index:05d}_{stem}.png")
             _draw_prediction_image(sample, prediction, metadata, min_score, input_format).save(path)
             paths.append(path)
-    logger.info("Drawings of predictions are in %s", folder)
+    logger.info("Saved prediction images to %s", folder)
     return paths
 
 
@@ -247,7 +247,7 @@ def _test_data(cfg: CfgNode | Mapping[str, Any]) -> tuple[str, Any, str] | None:
 def _draw_prediction_image(
     sample: Mapping[str, Any], prediction: Mapping[str, Any], metadata: Any, min_score: float, fmt: str
 ):
-    """Draw one prediction on its image, in the image's own size or larger."""
+    """Draw one prediction on its image, at the original size or larger."""
     image = _image_rgb(sample, fmt)
     scale = max(1.0, _MIN_PREDICTION_LONG_SIDE / max(image.shape[:2]))
     visualizer = Visualizer(image, metadata, scale=scale)
@@ -285,7 +285,7 @@ def draw_prediction(
 
 
 def _image_rgb(sample: Mapping[str, Any], fmt: str) -> np.ndarray:
-    """Return the image (H, W, 3) uint8 RGB of the file, or else the model's input."""
+    """Return the image of the file, or else the model's input, as (H, W, 3) uint8 RGB."""
     if os.path.isfile(sample.get("file_name", "")):
         return read_image(sample["file_name"], "RGB")
     image = sample["image"].to(torch.float32)[None]
