@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 _DECLARATIONS = declarations()
 
 _TYPE_NAMES = {
-    int: "a whole number",
+    int: "an integer",
     float: "a number",
     bool: "True or False",
     str: "a string",

@@ -75,8 +75,8 @@ class F1Curve:
         return _ratio(correct, found), _ratio(correct, objects), np.where(objects > 0, f1, np.nan)
 
 
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.divide(part, whole, out=np.full(np.shape(part), np.nan), where=np.asarray(whole) > 0)
+def _ratio(part: np.ndarray, total: np.ndarray) -> np.ndarray:
+    return np.divide(part, total, out=np.full(np.shape(part), np.nan), where=np.asarray(total) > 0)
 
 
 def _cross(dt_group: np.ndarray, gt_group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -98,8 +98,8 @@ def _overlaps(found: Detections, dt: np.ndarray, gt: np.ndarray) -> np.ndarray:
     high = np.minimum(a[:, :2] + a[:, 2:], b[:, :2] + b[:, 2:])
     inside = (high - low).clip(min=0).prod(axis=1)
     of_detection, of_object = a[:, 2:].prod(axis=1), b[:, 2:].prod(axis=1)
-    whole = np.where(crowd, of_detection, of_detection + of_object - inside)
-    return np.divide(inside, whole, out=np.zeros(len(dt)), where=whole > 0)
+    total = np.where(crowd, of_detection, of_detection + of_object - inside)
+    return np.divide(inside, total, out=np.zeros(len(dt)), where=total > 0)
 
 
 def _rotated_overlaps(found: Detections, dt: np.ndarray, gt: np.ndarray) -> np.ndarray:

@@ -68,7 +68,7 @@ class Records:
     Attributes:
         by_iteration: scalars by iteration, in ascending order.
         skipped_lines: 1-based numbers of the lines that are not a JSON object with an iteration.
-        restarts: iterations from which the run was resumed after it had already come further.
+        restarts: iterations from which the run was resumed after it had already progressed further.
     """
 
     by_iteration: dict[int, dict[str, float]] = field(default_factory=dict)

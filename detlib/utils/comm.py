@@ -117,7 +117,7 @@ def synchronize() -> None:
     """Wait until every process has called this function.
 
     Raises:
-        RuntimeError: if a process does not come in time; on rank 0 the message names all missing ranks.
+        RuntimeError: if a process does not arrive in time; on rank 0 the message names all missing ranks.
     """
     if get_world_size() == 1:
         return

@@ -124,12 +124,12 @@ def test_illegal_values_raise_an_error_that_names_the_key(tmp_path, change, mess
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"max_iter": "abc"}, r"SOLVER.MAX_ITER \(train.max_iter\) must be a whole number, got 'abc'"),
-        ({"max_iter": 2.5}, "must be a whole number, got 2.5"),
-        ({"eval_period": "x"}, r"TEST.EVAL_PERIOD \(train.eval_period\) must be a whole number, got 'x'"),
+        ({"max_iter": "abc"}, r"SOLVER.MAX_ITER \(train.max_iter\) must be an integer, got 'abc'"),
+        ({"max_iter": 2.5}, "must be an integer, got 2.5"),
+        ({"eval_period": "x"}, r"TEST.EVAL_PERIOD \(train.eval_period\) must be an integer, got 'x'"),
         ({"eval_epochs": "x"}, r"TEST.EVAL_EPOCHS \(train.eval_epochs\) must be a number, got 'x'"),
-        ({"checkpointer": {"period": "a"}}, r"\(train.checkpointer.period\) must be a whole number"),
-        ({"early_stop": {"patience": "x"}}, r"\(train.early_stop.patience\) must be a whole number"),
+        ({"checkpointer": {"period": "a"}}, r"\(train.checkpointer.period\) must be an integer"),
+        ({"early_stop": {"patience": "x"}}, r"\(train.early_stop.patience\) must be an integer"),
         ({"model_ema": {"enabled": True, "decay": "x"}}, r"\(train.model_ema.decay\) must be a number"),
         ({"amp": {"enabled": True, "precision": 16}}, r"\(train.amp.precision\) must be a string, got 16"),
         ({"freeze": "backbone"}, r"\(train.freeze\) must be a list of strings, got 'backbone'"),

@@ -57,7 +57,7 @@ def compile_parts(model: nn.Module, names: Iterable[str] = (), backend: str = "i
 def shard_model(model: nn.Module) -> nn.Module:
     """Shard parameters, and thereby gradients and optimizer state, across all processes (FSDP2).
 
-    Each block of the backbone is gathered when it runs, the rest of the model in one piece. See
+    Each block of the backbone is gathered when it runs, the rest of the model as one unit. See
     `torch.distributed.fsdp.fully_shard`. Build the optimizer after this.
 
     Args:
@@ -171,8 +171,8 @@ def _average_in_double(state: None, bucket: dist.GradBucket) -> torch.futures.Fu
     DDP rebuilds its buckets after the first step of each run, and the summation order depends on the position
     in a bucket. In float32, a resumed run on three or more processes would differ in the last bits.
     """
-    whole = bucket.buffer().double()
-    future = dist.all_reduce(whole, async_op=True).get_future()
+    total = bucket.buffer().double()
+    future = dist.all_reduce(total, async_op=True).get_future()
 
     def take_mean(done: torch.futures.Future) -> torch.Tensor:
         return bucket.buffer().copy_(done.value()[0] / comm.get_world_size())

@@ -17,7 +17,7 @@ from torch.distributed import rendezvous
 from detlib.engine.distributed.environment import ProcessInfo
 from detlib.engine.distributed.failures import Failure, FailureBoard, ProcessFailedError, describe_failure
 from detlib.engine.distributed.interrupt import StopTraining
-from detlib.engine.distributed.watchdog import Watchdog, end_process, find_neighbours, write_error_file
+from detlib.engine.distributed.watchdog import Watchdog, end_process, find_neighbors, write_error_file
 from detlib.utils import comm
 
 __all__ = ["check_gpus", "host_and_port", "run_as_child", "run_here"]
@@ -192,7 +192,7 @@ class _Member:
         info = self._info
         if info.local_rank is not None and info.local_size is not None:
             return info.local_rank, info.local_size
-        ranks = find_neighbours(self._board, info.rank)
+        ranks = find_neighbors(self._board, info.rank)
         if ranks != list(range(ranks[0], ranks[0] + len(ranks))) or ranks[0] % len(ranks):
             raise ValueError(
                 f"Processes {ranks} are on one machine; the ranks on a machine must be consecutive and all "
@@ -236,7 +236,7 @@ def _agree_on_round(store: dist.Store, rank: int, world_size: int, timeout: floa
     """Return a namespace of the store that only the processes of this start use. All of them must call this.
 
     torchrun's store survives restarts with its contents, and its restart counter may differ between machines.
-    So rank 0 draws a name, every process answers with a name of its own, and rank 0 confirms these. A process
+    So rank 0 draws a name, every process answers with its own name, and rank 0 confirms these. A process
     that answered to the name of an earlier start is not confirmed, and tries again.
 
     Args:
@@ -246,7 +246,7 @@ def _agree_on_round(store: dist.Store, rank: int, world_size: int, timeout: floa
         timeout: seconds to wait for the others.
 
     Raises:
-        RuntimeError: if some processes do not come; the message of rank 0 names them.
+        RuntimeError: if some processes do not join; the message of rank 0 names them.
     """
     end = time.monotonic() + timeout
     own = os.urandom(8).hex()

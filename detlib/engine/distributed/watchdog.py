@@ -13,7 +13,7 @@ import traceback
 
 from detlib.engine.distributed.failures import Failure, FailureBoard
 
-__all__ = ["Watchdog", "end_process", "find_neighbours", "write_error_file"]
+__all__ = ["Watchdog", "end_process", "find_neighbors", "write_error_file"]
 
 # Seconds between checks, and seconds that a process has to end by itself after another one, or it, has
 # failed.
@@ -46,7 +46,7 @@ def write_error_file(message: str, *, is_cause: bool) -> None:
     Args:
         message: the message.
         is_cause: whether this process is the cause of the failure. torchrun reports the earliest error as the
-            root cause, and its timestamps are whole seconds, in which several processes may end.
+            root cause, and its timestamps are in full seconds, in which multiple processes may end.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
@@ -81,7 +81,7 @@ def _this_system() -> str:
     return f"{socket.gethostname()} {space}"
 
 
-def find_neighbours(board: FailureBoard, rank: int) -> list[int]:
+def find_neighbors(board: FailureBoard, rank: int) -> list[int]:
     """Return the ranks on the same machine as `rank`, itself included. Waits until all have registered.
 
     Raises:
@@ -133,7 +133,7 @@ class Watchdog:
     def find_peers(self) -> None:
         """Find the processes on this machine. Waits until all processes have started their watchdogs."""
         if self._watch_peers:
-            for rank in find_neighbours(self._board, self._rank):
+            for rank in find_neighbors(self._board, self._rank):
                 if rank != self._rank:
                     self._peers[rank] = int(str(self._board.noted("process", rank)).split()[0])
 

@@ -1,4 +1,4 @@
-"""The hooks that come with detlib."""
+"""Hooks of the training loop."""
 
 from detlib.engine.hooks.evaluation import BestCheckpointer, EarlyStopping, MissedEvaluation, PreciseBN
 from detlib.engine.hooks.general import (
