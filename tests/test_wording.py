@@ -56,14 +56,12 @@ EXCLUDED = {
 # Paths that are still to be migrated.
 LATER = """
     .ci/ build_backend/ configs/ pyproject.toml setup.py tools/
-    detlib/checkpoint/ detlib/config/ detlib/data/ detlib/engine/ detlib/evaluation/
-    detlib/model_zoo/ detlib/report/ detlib/solver/
-    detlib/utils/ detlib/visualization/
-    tests/checkpoint/ tests/config tests/conformance/ tests/data/ tests/engine/
+    detlib/checkpoint/ detlib/config/ detlib/data/ detlib/evaluation/
+    detlib/model_zoo/ detlib/solver/
+    tests/checkpoint/ tests/config tests/conformance/ tests/data/
     tests/compatibility/ tests/scripts/ tests/shipped_configs/
-    tests/evaluation/ tests/model_zoo/ tests/modeling/ tests/report/
-    tests/solver/ tests/test_ tests/tools/ tests/training_fixtures.py tests/utils/
-    tests/visualization/
+    tests/evaluation/ tests/model_zoo/ tests/modeling/
+    tests/solver/ tests/test_ tests/tools/
 """.split()
 
 
