@@ -1,4 +1,4 @@
-"""The compiled extension; everything else about the package is in pyproject.toml. See
+"""Build of the compiled extension. All other settings of the package are in pyproject.toml; see also
 build_backend/detlib_build.py."""
 
 import os
@@ -14,9 +14,9 @@ COMMANDS = {"build", "build_ext", "bdist_wheel", "editable_wheel", "install", "d
 
 
 def extension() -> dict:
-    """Arguments of `setup` for detlib/_C.abi3.so, which stands on LibTorch's stable ABI."""
+    """Return the arguments of `setup` for detlib/_C.abi3.so, which uses LibTorch's stable ABI."""
     if home := detlib_build.cuda_home():
-        os.environ.setdefault("CUDA_HOME", str(home))  # torch looks beside the nvcc on the PATH only
+        os.environ.setdefault("CUDA_HOME", str(home))  # torch only searches next to the nvcc on the PATH
     import torch
     from torch.utils import cpp_extension
 

@@ -1,10 +1,11 @@
-"""Show that one built wheel serves several PyTorch versions: run the operators' tests with each.
+"""Check that one wheel works with multiple PyTorch versions, by running the tests of the operators with each.
 
-    python tools/check_abi.py                                      # fresh: torch 2.13.0 and the newest
-    python tools/check_abi.py --torch 2.13.0 --python bin/python   # one fresh environment, one that exists
+    python tools/check_abi.py                                      # new environments: torch 2.13.0 and newest
+    python tools/check_abi.py --torch 2.13.0 --python bin/python   # one new and one existing environment
 
-The wheel is compiled (C++ operators) against the torch of the interpreter that runs this script. Environments
-that exist are not changed; they need torch, numpy, pycocotools and pytest. Exits with 1 if any tests fail.
+The C++ operators in the wheel are compiled against the torch of the interpreter that runs this script.
+Existing environments are not changed; they need torch, numpy, pycocotools and pytest. Exits with 1 if any
+test fails.
 """
 
 import argparse
@@ -44,7 +45,7 @@ def run(*command: str | Path, **options) -> subprocess.CompletedProcess:
 
 
 def build_wheel(work: Path) -> Path:
-    """Build the wheel from a copy of the sources, so that the checkout gains no files."""
+    """Build the wheel from a copy of the sources, so that no files are added to the checkout."""
     copy = work / "source"
     copy.mkdir()
     for name in SOURCES:
@@ -58,12 +59,12 @@ def build_wheel(work: Path) -> Path:
     run(sys.executable, "-m", "pip", "wheel", "--quiet", *arguments, env=os.environ | {"DETLIB_BUILD": "cpu"})
     (wheel,) = (work / "wheels").glob("*.whl")
     if "-abi3-" not in wheel.name:
-        raise RuntimeError(f"the wheel is not for the stable ABI of Python: {wheel.name}")
+        raise RuntimeError(f"the wheel does not have the stable ABI tag of Python: {wheel.name}")
     return wheel
 
 
 def new_environment(directory: Path, version: str, index_url: str | None) -> Path:
-    """Create an environment with this torch ("newest" for the newest); returns its interpreter."""
+    """Create an environment with a version of torch, or the newest one, and return its interpreter."""
     venv.create(directory, with_pip=True)
     python = directory / ("Scripts" if os.name == "nt" else "bin") / "python"
     torch = "torch" if version == "newest" else f"torch=={version}"
@@ -74,7 +75,7 @@ def new_environment(directory: Path, version: str, index_url: str | None) -> Pat
 
 
 def tests_pass(python: Path, wheel: Path, work: Path) -> bool:
-    """Run the operators' tests with the wheel's content, away from the checkout."""
+    """Run the tests of the operators with the content of the wheel, outside the checkout."""
     site = Path(tempfile.mkdtemp(dir=work))
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
@@ -93,15 +94,19 @@ def tests_pass(python: Path, wheel: Path, work: Path) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--torch", action="append", default=[], help="version to install, or 'newest'")
-    parser.add_argument("--python", action="append", type=Path, default=[], help="interpreter with a torch")
-    parser.add_argument("--index-url", help="where pip finds torch")
+    parser.add_argument(
+        "--torch", action="append", default=[], help="version of torch to install, or 'newest'"
+    )
+    parser.add_argument(
+        "--python", action="append", type=Path, default=[], help="interpreter with torch installed"
+    )
+    parser.add_argument("--index-url", help="index URL from which pip installs torch")
     args = parser.parse_args()
     versions = args.torch or ([] if args.python else ["2.13.0", "newest"])
     with tempfile.TemporaryDirectory(prefix="detlib-abi-") as directory:
         work = Path(directory)
         wheel = build_wheel(work)
-        print(f"one wheel: {wheel.name}, {wheel.stat().st_size // 1024} KiB")
+        print(f"wheel: {wheel.name}, {wheel.stat().st_size // 1024} KiB")
         pythons = {str(python): python.absolute() for python in args.python}
         for version in versions:
             pythons[f"torch {version}"] = new_environment(work / f"torch-{version}", version, args.index_url)

@@ -1,11 +1,11 @@
-"""Converts weight files: other libraries' names to detlib's, and any format to another.
+"""Convert weight files from the names of other libraries to those of detlib, and between formats.
 
     python tools/convert_weights.py resnet50.pth R-50.pkl --convert torchvision
     python tools/convert_weights.py detectron_model.pkl model.pth
     python tools/convert_weights.py model_final.pth model.safetensors
 
-The ending of the output tells its format: ``.pth``, ``.pkl`` (as the model zoo has it) or ``.safetensors``.
-The input may be any address that MODEL.WEIGHTS takes.
+The extension of the output selects its format: ``.pth``, ``.pkl`` (as in the model zoo) or ``.safetensors``.
+The input may be any path or URL that MODEL.WEIGHTS accepts.
 """
 
 import argparse
@@ -29,14 +29,16 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("input", help="weight file or address")
+    parser.add_argument("input", help="path or URL of a weight file")
     parser.add_argument("output", help=f"file to write, ending in {', '.join(OUTPUT_ENDINGS)}")
     parser.add_argument(
         "--convert",
         choices=list(CONVERSIONS),
-        help="the library that the input is of; files of Detectron and Caffe2 are recognized",
+        help="source library of the input; files of Detectron and Caffe2 are recognized automatically",
     )
-    parser.add_argument("--trust", action="store_true", help="let the input run code while it is unpickled")
+    parser.add_argument(
+        "--trust", action="store_true", help="allow the input to run code while it is unpickled"
+    )
     args = parser.parse_args()
     if os.path.splitext(args.output)[1] not in OUTPUT_ENDINGS:
         parser.error(f"the output {args.output} must end in one of {', '.join(OUTPUT_ENDINGS)}")
@@ -44,8 +46,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def convert(content: dict[str, Any], name: str | None) -> dict[str, Any]:
-    """Apply the conversion called `name`, or the one that the file calls for, and says what became of each
-    parameter."""
+    """Apply a conversion, or by default the one for the type of file, and print the new names."""
     if name is None and content.get("__author__") == "Caffe2":
         name = "caffe2"
     before = content["model"]
@@ -57,7 +58,7 @@ def convert(content: dict[str, Any], name: str | None) -> dict[str, Any]:
     for new, value in after.items():
         print(f"{old_names.get(id(value), '(changed)')} -> {new} {tuple(value.shape)}")
     print(f"{len(after)} of {len(before)} arrays are kept, named as in detlib ({name})")
-    # The names are those within a backbone or a head, wherever that sits in a model.
+    # The names are relative to a backbone or head, whose position in the model is unknown.
     return {"model": after, "__author__": name, "matching_heuristics": True}
 
 
@@ -74,7 +75,7 @@ def main() -> int:
     args = parse_args()
     try:
         content = read_checkpoint(PathManager.get_local_path(args.input), trust=args.trust)
-        if args.output.endswith(".pkl"):  # the zoo's files hold parameters alone
+        if args.output.endswith(".pkl"):  # model-zoo files have only parameters
             content = {
                 k: v for k, v in content.items() if k in ("model", "__author__", "matching_heuristics")
             }

@@ -1,7 +1,7 @@
 """A mypy plugin that gives undeclared attributes of modules, biases and ShapeSpec fields the type Any.
 
-torch types what `nn.Module.__getattr__` returns as `Tensor | Module`, and the bias of a layer as
-`Tensor | None`, so that every use of a bias, or of a buffer that a class does not declare, would need a cast.
+In torch, the return type of `nn.Module.__getattr__` is `Tensor | Module`, and the bias of a layer has the
+type `Tensor | None`. Without the plugin, every use of a bias or of an undeclared buffer would need a cast.
 Declared attributes keep their types.
 """
 
@@ -27,15 +27,15 @@ def _any(context: AttributeContext) -> Type:
 
 
 class TorchPlugin(Plugin):
-    """See the docstring of this file."""
+    """The plugin; see the docstring of this module."""
 
     def get_attribute_hook(self, fullname: str) -> Callable[[AttributeContext], Type] | None:
-        # Modules that need a value of a ShapeSpec do not check that there is one.
+        # Modules do not check that the fields of a ShapeSpec that they need are set.
         if fullname.endswith(".bias") or fullname.startswith("detlib.layers.shape_spec.ShapeSpec."):
             return _any
         return _any_if_undeclared
 
 
 def plugin(version: str) -> type[Plugin]:
-    """Return the plugin; mypy calls this."""
+    """Return the plugin class. mypy calls this function."""
     return TorchPlugin

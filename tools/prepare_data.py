@@ -1,9 +1,9 @@
-"""Makes the files that built-in data sets need and that nobody publishes.
+"""Create the files that built-in datasets need in addition to the published ones.
 
     python tools/prepare_data.py ade20k [--root DIR] [--workers N] [--overwrite]
     python tools/prepare_data.py cityscapes | coco-stuff | lvis-cocofied
 
-It is the same as ``python -m detlib.data.prepare``, which needs no copy of the sources; see there.
+This is the same as ``python -m detlib.data.prepare``, which also works without a source checkout; see there.
 """
 
 import sys

@@ -4,11 +4,11 @@
     tools/train_net.py --config-file configs/Quickstart/mask_rcnn_R_18_FPN_shapes.yaml OUTPUT_DIR out
     tools/train_net.py --config-file configs/COCO-Detection/fcos_R_50_FPN_1x.py train.output_dir=out
 
-It runs on several GPUs and machines with --num-gpus, under torchrun, and as a Slurm job with --slurm; see
-docs/training.md. The output folder contains checkpoints, config.yaml, log.txt, metrics.json, TensorBoard
-events, inference/, predictions/ and report/. Changes to the config come last: pairs KEY VALUE for a YAML
-config, path.to.key=value for a lazy one. For more than a config can express, subclass DefaultTrainer or
-LazyTrainer in a script like this one.
+The script runs on multiple GPUs and machines with --num-gpus, under torchrun, and as a Slurm job with
+--slurm; see docs/training.md. The output folder contains checkpoints, config.yaml, log.txt, metrics.json,
+TensorBoard events, inference/, predictions/ and report/. Overrides of the config are the last arguments:
+pairs KEY VALUE for a YAML config, path.to.key=value for a lazy config. For more than a config can express,
+subclass DefaultTrainer or LazyTrainer in a script like this one.
 """
 
 import datetime
@@ -45,7 +45,7 @@ logger = logging.getLogger("detlib.train_net")
 
 
 def make_config(args: Namespace) -> CfgNode | Mapping[str, Any]:
-    """Read the config file, YAML or lazy, and apply the changes of the command line."""
+    """Read the YAML or lazy config file, and apply the overrides of the command line."""
     if args.config_file.endswith(".py"):
         return LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
     cfg = get_cfg()
@@ -57,7 +57,7 @@ def make_config(args: Namespace) -> CfgNode | Mapping[str, Any]:
 
 
 def log_results(results: Mapping, title: str = "Results") -> None:
-    """Log one table for each task of nested results."""
+    """Log nested results as one table for each task."""
     numbers = {name: value for name, value in results.items() if not isinstance(value, Mapping)}
     if numbers:
         logger.info("%s:\n%s", title, create_small_table(numbers))
@@ -122,7 +122,8 @@ def run(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = default_argument_parser().parse_args(argv)
     try:
-        # Before any process starts: a mistake in the config should cost a second and print one line.
+        # Check the config before any process starts, so that a mistake fails fast and with a one-line
+        # message.
         cfg = make_config(args)
         settings = RunSettings.from_config(cfg)
         check_datasets(cfg, train=not args.eval_only)

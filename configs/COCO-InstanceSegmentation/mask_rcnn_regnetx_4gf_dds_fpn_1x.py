@@ -17,5 +17,5 @@ optimizer.weight_decay = 5e-5
 train.init_checkpoint = (
     "https://dl.fbaipublicfiles.com/pycls/dds_baselines/160906383/RegNetX-4.0GF_dds_8gpu.pyth"
 )
-# The sizes of the images vary little enough.
+# Image sizes vary little, so cuDNN's benchmark pays off.
 train.cudnn_benchmark = True

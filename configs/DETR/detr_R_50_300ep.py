@@ -1,4 +1,4 @@
-"""DETR with a ResNet-50, trained for 300 epochs of COCO, 64 images at a time."""
+"""DETR with a ResNet-50, trained for 300 epochs of COCO with a batch size of 64."""
 
 from ..common.data.coco_detr import dataloader
 from ..common.detr import lr_multiplier_300ep as lr_multiplier

@@ -1,4 +1,4 @@
-"""As dino_R_50_4scale_12ep.py, with nothing frozen, more denoising queries and more weight on classes."""
+"""Like dino_R_50_4scale_12ep.py, with nothing frozen, more denoising queries and a higher class weight."""
 
 from .dino_R_50_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train
 

@@ -1,4 +1,4 @@
-"""As dino_R_50_4scale_12ep.py, with a stem that trains too."""
+"""Like dino_R_50_4scale_12ep.py, with a trainable stem."""
 
 from .dino_R_50_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train
 

@@ -1,4 +1,4 @@
-"""DINO with a ResNet-50 and four scales, trained for 24 epochs of COCO, images without objects among it."""
+"""DINO with a ResNet-50 and four scales, trained for 24 epochs of COCO, including images without objects."""
 
 from ..common.detr import lr_multiplier_24ep as lr_multiplier
 from .dino_R_50_4scale_12ep import dataloader, model, optimizer, train

@@ -1,4 +1,4 @@
-"""DINO with a ResNet-50 and five scales, from stride 4 on, trained for 12 epochs of COCO."""
+"""DINO with a ResNet-50 and five scales, starting at stride 4, trained for 12 epochs of COCO."""
 
 from detlib.layers import ShapeSpec
 

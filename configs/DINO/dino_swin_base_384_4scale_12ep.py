@@ -1,4 +1,4 @@
-"""DINO with a Swin-B of ImageNet-22k with windows of 12, trained for 12 epochs of COCO."""
+"""DINO with a Swin-B pretrained on ImageNet-22k, with windows of size 12, trained for 12 epochs of COCO."""
 
 from ..common.data.coco_detr import dataloader
 from ..common.detr import lr_multiplier_12ep as lr_multiplier

@@ -1,4 +1,4 @@
-"""DINO with a ResNet-152-D of timm, from stride 4 on, trained for 12 epochs of COCO."""
+"""DINO with a ResNet-152-D of timm and four scales, starting at stride 4, trained for 12 epochs of COCO."""
 
 from detlib.config import LazyCall as L
 from detlib.layers import FrozenBatchNorm2d, ShapeSpec

@@ -1,4 +1,4 @@
-"""DINO with a plain ViT-L of MAE and its pyramid of four scales, 12 epochs of COCO at 1024 pixels."""
+"""DINO with a plain ViT-L pretrained by MAE and four scales, trained for 12 epochs of COCO at 1024 pixels."""
 
 from functools import partial
 

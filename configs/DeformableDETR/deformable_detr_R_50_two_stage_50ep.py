@@ -1,4 +1,4 @@
-"""As deformable_detr_R_50_with_box_refinement_50ep.py, with queries that begin as the encoder's proposals."""
+"""Like deformable_detr_R_50_with_box_refinement_50ep.py, with queries initialized from encoder proposals."""
 
 from .deformable_detr_R_50_50ep import dataloader, lr_multiplier, model, optimizer, train
 

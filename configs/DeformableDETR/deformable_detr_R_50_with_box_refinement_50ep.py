@@ -1,4 +1,4 @@
-"""As deformable_detr_R_50_50ep.py, with each decoder layer refining the boxes of the one before."""
+"""Like deformable_detr_R_50_50ep.py, with each decoder layer refining the boxes of the previous one."""
 
 from .deformable_detr_R_50_50ep import dataloader, lr_multiplier, model, optimizer, train
 

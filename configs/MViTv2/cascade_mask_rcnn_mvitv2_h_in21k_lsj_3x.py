@@ -1,4 +1,4 @@
-"""As with MViTv2-T, but for the backbone, an MViTv2-H, with large-scale jitter."""
+"""Like the recipe with MViTv2-T, but with an MViTv2-H and large-scale jitter."""
 
 from ..common.models.mvitv2 import mvitv2
 from .cascade_mask_rcnn_mvitv2_t_3x import lr_multiplier, model, optimizer, train

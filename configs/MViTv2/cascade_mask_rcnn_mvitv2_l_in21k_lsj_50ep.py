@@ -1,4 +1,4 @@
-"""As with MViTv2-T, but for the backbone, an MViTv2-L, trained for 50 epochs with large-scale jitter."""
+"""Like the recipe with MViTv2-T, but with an MViTv2-L, trained for 50 epochs with large-scale jitter."""
 
 from ..common.coco_schedule import steps
 from ..common.models.mvitv2 import mvitv2

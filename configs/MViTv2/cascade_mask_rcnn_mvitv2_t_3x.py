@@ -8,5 +8,5 @@ from ..common.models.edits import deepen_heads, make_cascade
 from .mask_rcnn_mvitv2_t_3x import dataloader, lr_multiplier, model, optimizer, train
 
 make_cascade(model)
-# Heads see another number of boxes on each GPU, so their statistics are weighted by it.
+# The number of boxes differs between GPUs, so statistics are weighted by it.
 deepen_heads(model, norm=partial(NaiveSyncBatchNorm, stats_mode="N"))

@@ -16,7 +16,7 @@ dataloader.train.total_batch_size = 64
 train.amp.enabled = True
 train.ddp.fp16_compression = True
 train.init_checkpoint = "detectron2://ImageNetPretrained/mvitv2/MViTv2_T_in1k.pyth"
-train.max_iter = 67500  # 3x in batches of 64
+train.max_iter = 67500  # 3x with a batch size of 64
 lr_multiplier = steps([52500, 62500, 67500], train.max_iter, warmup_length=250 / train.max_iter)
 
 optimizer.params.overrides = {

@@ -1,5 +1,8 @@
-"""DINO with ResNet-18 on generated images of circles, squares and triangles: needs no data, and trains from
-random weights on two CPU cores. Group norm, and nothing is frozen; three narrow layers and 100 queries."""
+"""DINO with ResNet-18 on generated images of circles, squares and triangles.
+
+It needs no dataset, and trains from random weights on two CPU cores. It has group norm, no frozen parameters,
+three narrow layers and 100 queries.
+"""
 
 from ..DINO.dino_R_50_4scale_12ep import dataloader, lr_multiplier, model, optimizer, train
 
@@ -22,7 +25,7 @@ dataloader.test.dataset.names = "shapes:val"
 dataloader.test.mapper.augmentation[0].update(short_edge_length=256, max_size=384)
 dataloader.test.num_workers = 1
 
-# From random weights the backbone learns as fast as the rest.
+# Since the backbone starts from random weights, it has the same learning rate as the other parts.
 optimizer.params.lr_factor_func.keywords["factor"] = 1.0
 optimizer.lr = 4e-4
 lr_multiplier.scheduler.milestones = [640, 800]

@@ -1,5 +1,8 @@
-"""FCOS with ResNet-18 on generated images of circles, squares and triangles: needs no data, and trains from
-random weights on two CPU cores in a few minutes. A small lazy config to begin with."""
+"""FCOS with ResNet-18 on generated images of circles, squares and triangles.
+
+It needs no dataset, and trains from random weights on two CPU cores in a few minutes. It is a small lazy
+config to start with.
+"""
 
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
@@ -20,7 +23,7 @@ model.head.conv_dims = [64, 64]
 for level in model.head.input_shape:
     level.channels = 64
 model.num_classes = 3
-# BGR images in [0, 255], from random weights.
+# BGR images in [0, 255].
 model.update(pixel_mean=[103.53, 116.28, 123.675], pixel_std=[57.375, 57.12, 58.395])
 
 dataloader.train.dataset.names = "shapes:train"

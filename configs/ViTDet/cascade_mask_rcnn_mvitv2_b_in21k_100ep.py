@@ -1,4 +1,4 @@
-"""Cascade Mask R-CNN with an MViTv2-B of ImageNet-21k, trained for 100 epochs."""
+"""Cascade Mask R-CNN with an MViTv2-B pretrained on ImageNet-21k, trained for 100 epochs."""
 
 from ..common.coco_schedule import steps
 from ..common.data.constants import constants

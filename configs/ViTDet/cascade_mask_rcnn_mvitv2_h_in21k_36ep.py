@@ -1,4 +1,4 @@
-"""As with MViTv2-B, but larger still, and trained for 36 epochs."""
+"""Like the recipe with MViTv2-B, but with an MViTv2-H, and trained for 36 epochs."""
 
 from ..common.coco_schedule import steps
 from ..common.models.mvitv2 import mvitv2

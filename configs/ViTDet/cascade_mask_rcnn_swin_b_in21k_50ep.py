@@ -1,4 +1,4 @@
-"""Cascade Mask R-CNN with a Swin-B of ImageNet-21k, trained for 50 epochs."""
+"""Cascade Mask R-CNN with a Swin-B pretrained on ImageNet-21k, trained for 50 epochs."""
 
 from detlib.config import LazyCall as L
 from detlib.modeling import SwinTransformer

@@ -1,4 +1,4 @@
-"""As with Swin-B, but larger."""
+"""Like the recipe with Swin-B, but with a Swin-L."""
 
 from .cascade_mask_rcnn_swin_b_in21k_50ep import dataloader, lr_multiplier, model, optimizer, train
 

@@ -1,4 +1,4 @@
-"""As with ViT-B, but larger still, and trained for 75 epochs."""
+"""Like the recipe with ViT-B, but with a ViT-H, and trained for 75 epochs."""
 
 from ..common.coco_schedule import steps
 from .cascade_mask_rcnn_vitdet_b_100ep import dataloader, model, optimizer, train

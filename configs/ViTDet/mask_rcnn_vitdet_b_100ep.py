@@ -15,7 +15,7 @@ train.ddp.fp16_compression = True
 train.init_checkpoint = (
     "detectron2://ImageNetPretrained/MAE/mae_pretrain_vit_base.pth?matching_heuristics=True"
 )
-train.max_iter = 184375  # 100 epochs of 118 000 images, 64 at a time
+train.max_iter = 184375  # 100 epochs of 118 000 images with a batch size of 64
 lr_multiplier = steps([163889, 177546], train.max_iter, warmup_length=250 / train.max_iter)
 
 optimizer.params.lr_factor_func = partial(get_vit_lr_decay_rate, num_layers=12, lr_decay_rate=0.7)

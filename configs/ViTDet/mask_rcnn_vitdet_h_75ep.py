@@ -1,4 +1,4 @@
-"""As with ViT-B, but larger still, and trained for 75 epochs."""
+"""Like the recipe with ViT-B, but with a ViT-H, and trained for 75 epochs."""
 
 from ..common.coco_schedule import steps
 from .common.vit import use_vit_huge

@@ -1,4 +1,4 @@
-"""Learning-rate schedules. "1x" is about 12 epochs of COCO in batches of 16."""
+"""Learning rate schedules. "1x" is about 12 epochs of COCO with a batch size of 16."""
 
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
@@ -7,9 +7,13 @@ from detlib.solver import WarmupParamScheduler
 
 
 def steps(milestones, max_iter, warmup_length, warmup_factor=0.001):
-    """Tenfold decays at two milestones, after a linear warm-up over a share of the training.
+    """Return a schedule with a decay by 10 at two milestones, after a linear warmup.
 
-    A third milestone is the end of the training.
+    Args:
+        milestones: steps of the decays, and optionally the last step.
+        max_iter: number of steps of the run.
+        warmup_length: length of the warmup, as a fraction of the run.
+        warmup_factor: learning rate factor at the start of the warmup.
     """
     end = {} if milestones[-1] == max_iter else {"num_updates": max_iter}
     return L(WarmupParamScheduler)(
@@ -20,9 +24,9 @@ def steps(milestones, max_iter, warmup_length, warmup_factor=0.001):
 
 
 def schedule_of_length(times):
-    """The schedule that is `times` as long as 1x. From 3x on, the decays keep their distance to the end."""
+    """Return the schedule `times` as long as 1x. From 3x on, the decays are at fixed distances to the end."""
     end = 90000 * times
-    # Milestones count as parts of the last one, so those of 1x serve 2x too.
+    # Milestones are relative to the last one, so those of 1x also apply to 2x.
     milestones = [60000, 80000, 90000] if times <= 2 else [end - 60000, end - 20000, end]
     schedule = steps(milestones, milestones[-1], warmup_length=1000 / end)
     schedule.warmup_method = "linear"

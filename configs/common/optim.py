@@ -1,4 +1,4 @@
-"""Optimizers. `params.model` is set by the training script, once there is a model."""
+"""Optimizers. The training script sets `params.model` after it has built the model."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Settings of a training run as a whole."""
+"""General settings of a training run."""
 
 train = dict(
     output_dir="./output",

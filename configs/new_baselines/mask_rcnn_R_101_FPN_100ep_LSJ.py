@@ -1,4 +1,4 @@
-"""As with R-50, but for the depth."""
+"""Like the recipe with R-50, but with a ResNet-101."""
 
 from .mask_rcnn_R_50_FPN_100ep_LSJ import dataloader, lr_multiplier, model, optimizer, train
 

@@ -1,4 +1,4 @@
-"""Mask R-CNN from scratch to 100 epochs, with SyncBN and large-scale jitter."""
+"""Mask R-CNN trained from scratch for 100 epochs, with SyncBN and large-scale jitter."""
 
 from functools import partial
 
@@ -20,12 +20,12 @@ dataloader.train.mapper.augmentations = [
     L(T.FixedSizeCrop)(crop_size=(image_size, image_size)),
     L(T.RandomFlip)(horizontal=True),
 ]
-# Boxes follow from the cropped masks.
+# Compute boxes from the cropped masks.
 dataloader.train.mapper.recompute_boxes = True
 
 model.backbone.bottom_up.stem.norm = model.backbone.bottom_up.stages.norm = model.backbone.norm = "SyncBN"
 model.backbone.bottom_up.freeze_at = 0
-# Heads see another number of boxes on each GPU, so their statistics are weighted by it.
+# The number of boxes differs between GPUs, so statistics are weighted by it.
 deepen_heads(model, norm=partial(NaiveSyncBatchNorm, stats_mode="N"))
 
 optimizer.lr = 0.1

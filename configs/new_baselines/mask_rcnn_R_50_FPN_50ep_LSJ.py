@@ -1,4 +1,4 @@
-"""As to 100 epochs, but half as long."""
+"""Like the recipe of 100 epochs, but half as long."""
 
 from .mask_rcnn_R_50_FPN_100ep_LSJ import dataloader, lr_multiplier, model, optimizer, train
 

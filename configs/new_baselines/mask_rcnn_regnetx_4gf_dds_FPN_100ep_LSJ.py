@@ -1,4 +1,4 @@
-"""As with R-50, but for the backbone, a RegNetX-4GF."""
+"""Like the recipe with R-50, but with a RegNetX-4GF."""
 
 from ..common.models.regnet import pixel_std as _pixel_std
 from ..common.models.regnet import regnetx_4gf as _regnet

@@ -1,4 +1,4 @@
-"""As to 100 epochs, but 2 times as long."""
+"""Like the recipe of 100 epochs, but 2 times as long."""
 
 from .mask_rcnn_regnety_4gf_dds_FPN_100ep_LSJ import dataloader, lr_multiplier, model, optimizer, train
 

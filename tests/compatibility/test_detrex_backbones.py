@@ -1,6 +1,6 @@
-"""What detrex's page "Using Pretrained Backbones" shows works here.
+"""The code blocks of detrex's page "Using Pretrained Backbones".
 
-The blocks are those of the page, with `detrex` and `detectron2` read as `detlib` and `pretrained=False`.
+In each block, `detrex` and `detectron2` are replaced by `detlib`, and `pretrained` is False.
 """
 
 import shutil
@@ -138,14 +138,14 @@ def adapted(block):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A copy of the shipped configs, in which the blocks of the page are saved beside DINO's."""
+    """Copy the shipped configs. Return the folder of DINO's, in which the code blocks are saved."""
     folder = tmp_path_factory.mktemp("zoo") / "configs"
     shutil.copytree(CONFIGS, folder)
     return folder / "DINO"
 
 
 def load(block, folder, tmp_path):
-    """The config of a block, by way of a saved one."""
+    """Load a code block as a config. Return the config, and a copy that was saved and loaded."""
     file = folder / "saved_by_a_user.py"
     file.write_text(adapted(block))
     cfg = LazyConfig.load(str(file))
@@ -154,7 +154,7 @@ def load(block, folder, tmp_path):
 
 
 @pytest.mark.parametrize("block, stride", [(RESNET, 32), (RESNET_DC5, 16)])
-def test_resnets(folder, tmp_path, block, stride):
+def test_resnet_block(folder, tmp_path, block, stride):
     for cfg in load(block, folder, tmp_path):
         backbone = instantiate(cfg.backbone)
         assert isinstance(backbone, ResNet)
@@ -177,7 +177,7 @@ def test_resnets(folder, tmp_path, block, stride):
         (TORCHVISION, TorchvisionBackbone, {"res3": (512, 8), "res4": (1024, 16), "res5": (2048, 32)}),
     ],
 )
-def test_backbones_of_dino(folder, tmp_path, block, kind, names):
+def test_dino_block(folder, tmp_path, block, kind, names):
     if kind is TimmBackbone:
         pytest.importorskip("timm")
     cfg, saved = load(block, folder, tmp_path)
@@ -197,8 +197,8 @@ def test_backbones_of_dino(folder, tmp_path, block, kind, names):
     assert bool(frozen) == (kind is TimmBackbone)
 
 
-def test_own_weights_are_the_initial_checkpoint(folder, tmp_path):
-    """pretrained=False and train.init_checkpoint = "path/to/your/own/pretrained_weight/"."""
+def test_init_checkpoint_loads_weights_of_the_backbone(folder, tmp_path):
+    """The page sets pretrained=False and train.init_checkpoint = "path/to/your/own/pretrained_weight/"."""
     from detlib.checkpoint import DetectionCheckpointer
 
     cfg, _ = load(TORCHVISION, folder, tmp_path)

@@ -1,8 +1,8 @@
-"""Holding a model against a stored case: parameter names, features, outputs, losses and gradients.
+"""Comparison of a model with a stored case: parameter names, features, outputs, losses and gradients.
 
-A case is a pair of files: NAME.json (config, overrides, inputs, and the numbers that are few) and NAME.npz
-(arrays). Its training losses are of a model that samples every anchor and proposal, so no random draw takes
-part.
+A case is a pair of files: NAME.json (config, overrides, inputs, single numbers) and NAME.npz (arrays). Its
+training losses are those of a model that samples every anchor and proposal, so they do not depend on random
+numbers.
 """
 
 import json
@@ -16,16 +16,16 @@ from detlib.config import CfgNode, LazyConfig, get_cfg
 from detlib.modeling import build_model
 from detlib.structures import Boxes, Instances, Keypoints, PolygonMasks
 from detlib.utils.events import EventStorage
-from tests.conformance.synthetic import objects, picture, semantic_map, weight
+from tests.conformance.synthetic import objects, semantic_map, synthetic_image, weight
 
-RTOL = (
-    2e-3  # float32 noise of other kernels and thread counts; a changed sampling ratio or threshold exceeds it
-)
+# Above the float32 rounding differences between kernels and thread counts, and below the effect of a changed
+# sampling ratio or threshold.
+RTOL = 2e-3
 
 
 @dataclass
 class Case:
-    """One stored case."""
+    """A stored case."""
 
     facts: dict
     arrays: dict[str, np.ndarray]
@@ -36,7 +36,7 @@ class Case:
             return cls(json.loads(path.read_text()), dict(arrays))
 
     def outputs(self, index: int) -> dict[str, dict[str, np.ndarray]]:
-        """Kind of output ("instances", "proposals") to its arrays, of one image."""
+        """Return the expected outputs of an image: arrays by name, by type ("instances", "proposals")."""
         kinds: dict[str, dict[str, np.ndarray]] = {}
         for key, value in self.arrays.items():
             if key.startswith(f"out{index}/"):
@@ -46,7 +46,7 @@ class Case:
 
 
 def build_case_model(case: Case, config_dir: pathlib.Path) -> tuple[torch.nn.Module, CfgNode | None]:
-    """The model of the case's YAML or lazy config, and the config of the former; None of the latter."""
+    """Build the model of a case. Return it with its config, which is None for a lazy config."""
     path = str(config_dir / case.facts["config"])
     if path.endswith(".py"):
         cfg = LazyConfig.apply_overrides(LazyConfig.load(path), case.facts["overrides"])
@@ -58,7 +58,7 @@ def build_case_model(case: Case, config_dir: pathlib.Path) -> tuple[torch.nn.Mod
 
 
 def moved(value, device: str):
-    """A copy of nested dicts, lists and tuples whose tensors and structures lie on `device`."""
+    """Copy nested dicts, lists and tuples, with their tensors and structures moved to `device`."""
     if isinstance(value, dict):
         return {key: moved(x, device) for key, x in value.items()}
     if isinstance(value, list | tuple):
@@ -69,7 +69,7 @@ def moved(value, device: str):
 def run_case(
     case: Case, config_dir: pathlib.Path, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> list[str]:
-    """Build the case's model, run it and list what differs; an empty list is conformance."""
+    """Build and run the model of a case, and return a list of the differences."""
     model, cfg = build_case_model(case, config_dir)
     model.eval()
     differences = compare_state(model, case)
@@ -89,14 +89,14 @@ def run_case(
 
     if "losses" not in case.facts:
         return differences
-    add_truth(
+    add_ground_truth(
         items,
         case,
         with_masks=cfg is None or cfg.MODEL.MASK_ON,
         with_keypoints=cfg.MODEL.KEYPOINT_ON if cfg else "keypoint" in case.facts["config"],
     )
     if hasattr(model, "sem_seg_head"):
-        add_semantic_truth(items, case, model.sem_seg_head.num_classes)
+        add_semantic_ground_truth(items, case, model.sem_seg_head.num_classes)
     with EventStorage() as storage:
         losses = model.train()(items)
     sum(losses.values()).backward()
@@ -118,13 +118,13 @@ def _counted(named_shapes, alias: dict[str, str]) -> dict[str, tuple[int, ...]]:
 
 
 def compare_state(model: torch.nn.Module, case: Case) -> list[str]:
-    """Names and shapes of parameters and buffers, but of those that a model may have or lack."""
+    """Compare names and shapes of parameters and buffers, except for optional ones."""
     alias, optional = case.facts.get("alias", {}), case.facts.get("optional", ())
     have = _counted(((k, v.shape) for k, v in model.state_dict().items() if k not in optional), alias)
     want = _counted(case.facts["state"], alias)
     return (
         [f"state: {name} is missing" for name in sorted(want.keys() - have.keys())]
-        + [f"state: {name} is not wanted" for name in sorted(have.keys() - want.keys())]
+        + [f"state: {name} is unexpected" for name in sorted(have.keys() - want.keys())]
         + [
             f"state: {name} has shape {have[name]}, want {want[name]}"
             for name in sorted(have.keys() & want.keys())
@@ -134,7 +134,7 @@ def compare_state(model: torch.nn.Module, case: Case) -> list[str]:
 
 
 def fill_weights(model: torch.nn.Module, case: Case) -> None:
-    """Give every parameter and buffer the value that its name stands for."""
+    """Set every parameter and buffer to the value that its name determines."""
     alias = case.facts.get("alias", {})
     values = {
         name: torch.from_numpy(weight(name, tuple(v.shape), case.facts["scale"], alias))
@@ -144,11 +144,11 @@ def fill_weights(model: torch.nn.Module, case: Case) -> None:
 
 
 def make_inputs(case: Case) -> list[dict]:
-    """The case's pictures, with the proposals that it brings."""
+    """Return the input images of a case, with proposals if it has them."""
     items = []
     for i, facts in enumerate(case.facts["inputs"]):
         height, width = facts["image"]
-        image = torch.from_numpy(picture(height, width, facts["image_seed"]))
+        image = torch.from_numpy(synthetic_image(height, width, facts["image_seed"]))
         item = {"image": image, "height": facts["height"], "width": facts["width"]}
         if "proposals" in facts:
             boxes = torch.from_numpy(case.arrays[f"proposals/{i}/boxes"])
@@ -161,29 +161,29 @@ def make_inputs(case: Case) -> list[dict]:
     return items
 
 
-def add_truth(items: list[dict], case: Case, with_masks: bool, with_keypoints: bool = False) -> None:
-    """Add the objects to train on."""
+def add_ground_truth(items: list[dict], case: Case, with_masks: bool, with_keypoints: bool = False) -> None:
+    """Add ground truth instances to the inputs."""
     for item, facts in zip(items, case.facts["inputs"]):
         height, width = facts["image"]
         found = objects(height, width, facts["image_seed"], case.facts["num_classes"])
-        truth = Instances((height, width), gt_boxes=Boxes(torch.tensor([x["box"] for x in found])))
-        truth.gt_classes = torch.tensor([x["class"] for x in found])
+        instances = Instances((height, width), gt_boxes=Boxes(torch.tensor([x["box"] for x in found])))
+        instances.gt_classes = torch.tensor([x["class"] for x in found])
         if with_masks:
-            truth.gt_masks = PolygonMasks([[np.array(x["polygon"])] for x in found])
+            instances.gt_masks = PolygonMasks([[np.array(x["polygon"])] for x in found])
         if with_keypoints:
-            truth.gt_keypoints = Keypoints(torch.tensor([x["keypoints"] for x in found]))
-        item["instances"] = truth
+            instances.gt_keypoints = Keypoints(torch.tensor([x["keypoints"] for x in found]))
+        item["instances"] = instances
 
 
-def add_semantic_truth(items: list[dict], case: Case, num_classes: int) -> None:
-    """Add the label maps to train on."""
+def add_semantic_ground_truth(items: list[dict], case: Case, num_classes: int) -> None:
+    """Add semantic label maps to the inputs."""
     for item, facts in zip(items, case.facts["inputs"]):
         labels = semantic_map(*facts["image"], facts["image_seed"], num_classes)
         item["sem_seg"] = torch.from_numpy(labels)
 
 
 def compare_features(features: dict[str, torch.Tensor], case: Case) -> list[str]:
-    """A stored grid of each feature map; errors count in units of its spread."""
+    """Compare a grid of each feature map. Errors are relative to its standard deviation."""
     found = []
     for name in case.facts["features"]:
         if name not in features:
@@ -194,20 +194,21 @@ def compare_features(features: dict[str, torch.Tensor], case: Case) -> list[str]
         have = x[:, :8, :: steps[0], :: steps[1]].numpy()
         want = case.arrays[f"feature/{name}"]
         if have.shape != want.shape:
-            found.append(f"features: {name} gives a grid of {have.shape}, want {want.shape}")
+            found.append(f"features: {name} has a grid of {have.shape}, want {want.shape}")
             continue
         error = np.abs(have - want).max() / (want.std() + 0.01 * np.abs(want).max())
         if not error < RTOL:
-            found.append(f"features: {name} is off by {error:.2g} of its spread")
+            found.append(f"features: {name} differs by {error:.2g} standard deviations")
     return found
 
 
 def compare_outputs(
     output: dict, kinds: dict[str, dict[str, np.ndarray]], where: str, best_only: bool = False
 ) -> list[str]:
-    """Detections and proposals, of which near ties may change places: 3 % may differ; and maps.
+    """Compare the outputs of an image.
 
-    With `best_only` the case holds just the detections that score highest, and there may be more.
+    Of detections and proposals, 3 % may differ, since near ties may change their order. With `best_only`, the
+    case has only the top-scoring detections, and the model may have more.
     """
     found = [f"{where}: no {kind!r}" for kind in kinds.keys() - output.keys()]
     for kind in kinds.keys() & output.keys():
@@ -223,7 +224,7 @@ def compare_outputs(
             continue
         pairs = _pair_up(have, want)
         if len(pairs) < count - spare:
-            found.append(f"{where}: {len(pairs)} of {count} {kind} are found again")
+            found.append(f"{where}: only {len(pairs)} of {count} {kind} match")
         elif "pred_masks_bits" in want and (bad := _count_other_masks(have, want, pairs)) > spare:
             found.append(f"{where}: {bad} of {len(pairs)} masks differ")
         elif "pred_keypoints" in want and (bad := _count_other_keypoints(have, want, pairs)) > spare:
@@ -232,7 +233,7 @@ def compare_outputs(
 
 
 def compare_sem_seg(logits: torch.Tensor, want: dict[str, np.ndarray]) -> list[str]:
-    """A grid of the logits, in units of their spread, and each pixel's best class."""
+    """Compare a grid of the logits, relative to their standard deviation, and the class of each pixel."""
     sample = want["sample"]
     error = np.abs(logits[:, ::16, ::16].numpy() - sample).max() / (
         sample.std() + 0.01 * np.abs(sample).max()
@@ -240,26 +241,29 @@ def compare_sem_seg(logits: torch.Tensor, want: dict[str, np.ndarray]) -> list[s
     agreement = (logits.argmax(dim=0).numpy() == want["argmax"]).mean()
     if error < 2 * RTOL and agreement > 0.998:
         return []
-    return [f"sem_seg is off by {error:.2g} of its spread, {agreement:.2%} of the pixels agree"]
+    return [f"sem_seg differs by {error:.2g} standard deviations, {agreement:.2%} of the pixels agree"]
 
 
 def compare_panoptic(have: tuple[torch.Tensor, list[dict]], want: dict[str, np.ndarray]) -> list[str]:
-    """Segments that share most pixels must be of one kind; all else of the map may differ by 1 %."""
+    """Compare panoptic segmentations.
+
+    Segments with the largest overlap must have the same category, and 99 % of the pixels must agree.
+    """
     ids, wanted_ids = have[0].numpy(), want["map"]
-    kinds = {x["id"]: (x["isthing"], x["category_id"]) for x in have[1]}
+    categories = {x["id"]: (x["isthing"], x["category_id"]) for x in have[1]}
     wanted = json.loads(str(want["segments"]))
-    if abs(len(kinds) - len(wanted)) > 1:
-        return [f"{len(kinds)} segments, want {len(wanted)}"]
+    if abs(len(categories) - len(wanted)) > 1:
+        return [f"{len(categories)} segments, want {len(wanted)}"]
     agree = int(((ids == 0) & (wanted_ids == 0)).sum())
     for segment in wanted:
         counts = np.bincount(ids[wanted_ids == segment["id"]])
-        if kinds.get(int(counts.argmax())) == (segment["isthing"], segment["category_id"]):
+        if categories.get(int(counts.argmax())) == (segment["isthing"], segment["category_id"]):
             agree += int(counts.max())
     return [] if agree > 0.99 * ids.size else [f"panoptic_seg: {agree / ids.size:.2%} of the pixels agree"]
 
 
 def _pair_up(have: Instances, want: dict[str, np.ndarray]) -> list[tuple[int, int]]:
-    """Pairs of indices of `have` and `want` with the same class and nearly the same box and score."""
+    """Return pairs of indices in `have` and `want` with the same class and nearly the same box and score."""
     is_detection = "pred_boxes" in want
     boxes = getattr(have, "pred_boxes" if is_detection else "proposal_boxes").tensor.numpy()
     scores = getattr(have, "scores" if is_detection else "objectness_logits").numpy()
@@ -282,7 +286,7 @@ def _pair_up(have: Instances, want: dict[str, np.ndarray]) -> list[tuple[int, in
 
 
 def _count_other_masks(have: Instances, want: dict[str, np.ndarray], pairs: list[tuple[int, int]]) -> int:
-    """Masks that differ by more than 5 % of their union and 4 pixels."""
+    """Return the number of masks that differ by more than 5 % of their union plus 4 pixels."""
     shape = tuple(want["pred_masks_shape"])
     masks = np.unpackbits(want["pred_masks_bits"], count=int(np.prod(shape))).reshape(shape).astype(bool)
     ours = have.pred_masks.numpy().astype(bool)
@@ -290,7 +294,7 @@ def _count_other_masks(have: Instances, want: dict[str, np.ndarray], pairs: list
 
 
 def _count_other_keypoints(have: Instances, want: dict[str, np.ndarray], pairs: list[tuple[int, int]]) -> int:
-    """Objects with a keypoint that is more than a pixel away or whose score is off by 5 % of their spread."""
+    """Count objects with a keypoint more than a pixel away, or a score error above 5 % of the deviation."""
     bad = 0
     for i, j in pairs:
         ours, theirs = have.pred_keypoints[i].numpy(), want["pred_keypoints"][j]
@@ -300,7 +304,7 @@ def _count_other_keypoints(have: Instances, want: dict[str, np.ndarray], pairs: 
 
 
 def compare_losses(losses: dict[str, torch.Tensor], case: Case) -> list[str]:
-    """Training losses by name."""
+    """Compare training losses by name."""
     want = case.facts["losses"]
     have = {name: loss.item() for name, loss in losses.items()}
     return [f"losses: {name} is missing" for name in sorted(want.keys() - have.keys())] + [
@@ -311,7 +315,7 @@ def compare_losses(losses: dict[str, torch.Tensor], case: Case) -> list[str]:
 
 
 def compare_counts(counts: dict[str, float], case: Case) -> list[str]:
-    """How many anchors and proposals an image counted as objects and as background, as they were logged."""
+    """Compare the logged numbers of foreground and background anchors and proposals per image."""
     return [
         f"counts: {name} {counts.get(name)}, want {want}"
         for name, want in case.facts.get("num_fg", {}).items()
@@ -320,7 +324,7 @@ def compare_counts(counts: dict[str, float], case: Case) -> list[str]:
 
 
 def compare_gradients(model: torch.nn.Module, case: Case) -> list[str]:
-    """Which parameters train, and the norm of each one's gradient."""
+    """Compare which parameters are trainable, and the norms of their gradients."""
     alias = case.facts.get("alias", {})
     have = {
         alias.get(name, name): p.grad.norm().item()
@@ -330,7 +334,7 @@ def compare_gradients(model: torch.nn.Module, case: Case) -> list[str]:
     want = {alias.get(name, name): norm for name, norm in case.facts["grad_norms"].items()}
     floor = 1e-4 * max(want.values())
     return (
-        [f"gradients: {name} should train" for name in sorted(want.keys() - have.keys())]
+        [f"gradients: {name} should be trainable" for name in sorted(want.keys() - have.keys())]
         + [f"gradients: {name} should be frozen" for name in sorted(have.keys() - want.keys())]
         + [
             f"gradients: {name} has norm {have[name]:.5g}, want {want[name]:.5g}"

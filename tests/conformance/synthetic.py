@@ -1,7 +1,8 @@
-"""Weights, pictures and objects made from names and seeds.
+"""Weights, images and objects that are generated from names and seeds.
 
-The numbers of the cases belong to exactly these values, so two implementations whose parameters bear the same
-names can be compared without a weight file. Every draw comes from a generator seeded with the CRC of a text.
+The numbers of the cases were computed with exactly these values, so implementations with the same parameter
+names can be compared without a weight file. Random numbers come from generators seeded with the CRC of a
+text.
 """
 
 import math
@@ -18,7 +19,7 @@ def _generator(text: str) -> np.random.Generator:
 
 
 def _spread(name: str, shape: tuple[int, ...]) -> float:
-    """Standard deviation of a weight with several axes: He's, or less where activations would grow."""
+    """Return the standard deviation of a weight: He's, or less where activations would grow."""
     spread = math.sqrt(2.0 / math.prod(shape[1:]))
     if ".stem.conv1." in name or "patch_embed" in name:
         return spread * 0.015
@@ -30,16 +31,16 @@ def _spread(name: str, shape: tuple[int, ...]) -> float:
 def weight(
     name: str, shape: tuple[int, ...], scale: Mapping[str, float], alias: Mapping[str, str]
 ) -> np.ndarray:
-    """The value of a parameter or buffer.
+    """Return the value of a parameter or buffer.
 
     Args:
-        name: its full name in the state dict.
-        shape: its shape.
-        scale: factors of single names.
-        alias: names that share the tensor of another name.
+        name: full name in the state dict.
+        shape: shape of the value.
+        scale: factors by name.
+        alias: maps names to the name that they share a tensor with.
 
     Returns:
-        float32 array; int64 zeros for counters of batches.
+        A float32 array; for batch counters, int64 zeros.
     """
     name = alias.get(name, name)
     kind = name.rpartition(".")[2]
@@ -63,8 +64,12 @@ def weight(
     return value.astype(np.float32)
 
 
-def picture(height: int, width: int, seed: int) -> np.ndarray:
-    """(3, height, width) float32 of whole numbers in [0, 255]: a wave, flat rectangles over it, and noise."""
+def synthetic_image(height: int, width: int, seed: int) -> np.ndarray:
+    """Draw a wave, constant rectangles on top of it, and noise.
+
+    Returns:
+        float32 array (3, height, width) of integers in [0, 255].
+    """
     generator = _generator(f"image-{seed}")
     rows, columns = np.mgrid[0:height, 0:width].astype(np.float64)
     channels = []
@@ -83,7 +88,7 @@ def picture(height: int, width: int, seed: int) -> np.ndarray:
 
 
 def semantic_map(height: int, width: int, seed: int, num_classes: int) -> np.ndarray:
-    """(height, width) int64 classes: 8 x 8 blocks, and 255 for no label in the first corner."""
+    """Return an int64 label map (height, width): 8 x 8 blocks, and 255 (no label) in the top left corner."""
     blocks = _generator(f"sem-{seed}").integers(0, num_classes, (8, 8))
     rows, columns = -(-height // 8), -(-width // 8)
     labels = blocks.repeat(rows, axis=0).repeat(columns, axis=1)[:height, :width]
@@ -92,7 +97,7 @@ def semantic_map(height: int, width: int, seed: int, num_classes: int) -> np.nda
 
 
 def objects(height: int, width: int, seed: int, num_classes: int, count: int = 4) -> list[dict]:
-    """`count` objects of a picture: eight-cornered ellipses.
+    """Return `count` random objects of an image, with ellipses of eight corners as masks.
 
     Each is a dict of "box" (xyxy), "class", "polygon" (x, y, x, y, ...) and "keypoints" (17, 3), in pixels.
     """

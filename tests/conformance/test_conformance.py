@@ -1,4 +1,4 @@
-"""Models built from the shipped configs give detectron2's numbers: every case in `cases/`."""
+"""Models built from the shipped configs, whose numbers must equal detectron2's in every case in `cases/`."""
 
 import pathlib
 
@@ -9,7 +9,7 @@ from tests.conformance.harness import Case, build_case_model, compare_state, run
 
 HERE = pathlib.Path(__file__).resolve().parent
 CASES = sorted((HERE / "cases").glob("*.json"))
-# Cases that take long and have a quicker relative in the default run.
+# Slow cases, each with a faster related case in the default run.
 SLOW = {
     "COCO-Detection__retinanet_R_50_FPN_1x",
     "COCO-InstanceSegmentation__mask_rcnn_R_50_DC5_1x",
@@ -35,7 +35,7 @@ def test_case(path):
     assert not differences, f"{len(differences)} differences:\n" + "\n".join(differences[:20])
 
 
-# Two of its proposals score so nearly alike that a GPU's rounding of float32 makes them change places.
+# Two proposals have nearly equal scores, so that float32 rounding on a GPU swaps their order.
 NEAR_TIES = {"DINO__dino_R_50_4scale_12ep"}
 
 
@@ -48,8 +48,8 @@ def test_case_on_gpu(path, exact_float32):
 
 
 @pytest.mark.parametrize("name", [name for name in sorted(SLOW) if name.startswith("DINO__dino_t")])
-def test_names_and_shapes(name):
-    """Of cases that the default run leaves out."""
+def test_names_and_shapes_of_slow_cases(name):
+    """The default run skips these cases."""
     if "timm" in name:
         pytest.importorskip("timm")
     case = Case.load(HERE / "cases" / f"{name}.json")
@@ -58,5 +58,5 @@ def test_names_and_shapes(name):
     assert compare_state(model, case) == []
 
 
-def test_there_are_cases():
+def test_cases_are_found():
     assert len(CASES) >= 3

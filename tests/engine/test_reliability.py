@@ -29,7 +29,7 @@ def test_killed_runs_end_like_uninterrupted_ones(number):
         [sys.executable, script, str(number)], cwd=_ROOT, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"and resumed: {number} end as the run that was not" in done.stdout
+    assert f"and resumed: {number} have the same results" in done.stdout
 
 
 def _cfg(folder, **overrides):

@@ -1,11 +1,11 @@
-"""Kill training runs at random moments, resume them, and compare their results.
+"""Kill training runs at random times, resume them, and compare their results.
 
     python tests/scripts/kill_and_resume.py 50
 
-Every run is a forked process, which saves the time of imports. What it was doing when it was killed
-(training, saving, evaluating) is kept in shared memory. The script prints one line, and exits with 1 if a
-resumed run ends with other parameters than an uninterrupted one, with another best checkpoint, with other
-results of evaluations, or with two rows of one iteration.
+Every run is a forked process, which saves the time for imports. Its phase when it is killed (training,
+saving, evaluating) is in shared memory. The script prints one line, and exits with 1 if a resumed run differs
+from an uninterrupted run in its parameters, best checkpoint or evaluation results, or if it has two rows for
+one iteration.
 """
 
 import csv
@@ -34,7 +34,7 @@ _STEPS = 8
 
 
 def _marking(phase: str, memory: mmap.mmap, function):
-    """Return `function` wrapped so that the shared memory names the phase while it runs."""
+    """Wrap a function so that the shared memory has the phase while it runs."""
 
     def marked(*args, **kwargs):
         memory[:1] = phase.encode()
@@ -63,7 +63,7 @@ def _train(folder: Path, memory: mmap.mmap, asynchronous: bool) -> None:
         TEST__EVAL_PERIOD=2,
         TEST__VAL_LOSS=("shapes:val?num=2&size=64",),
         DATASETS__TEST=("shapes:val?num=2&size=64",),
-        # A narrow network: what counts is the moments, not the megabytes that each checkpoint writes.
+        # A narrow network, to keep the checkpoints small.
         MODEL__RESNETS__DEPTH=50,
         MODEL__RESNETS__NORM="BN",
         MODEL__RESNETS__STEM_OUT_CHANNELS=8,
@@ -115,7 +115,7 @@ def _finish(folder: Path, memory: mmap.mmap, asynchronous: bool) -> dict:
 
 
 def _repeated(rows: list[dict]) -> list:
-    """Return the iterations with more than one row. (A kill may lose the row of the last step's losses.)"""
+    """Return the iterations with more than one row. A missing row is fine: a kill may lose the last one."""
     return [iteration for iteration, n in Counter(row["iteration"] for row in rows).items() if n > 1]
 
 
@@ -128,7 +128,7 @@ def _equal(one, two) -> bool:
 
 
 def main(number: int, seed: int = 0) -> int:
-    """Run the series and return how many runs ended with different results."""
+    """Kill and resume `number` runs, and return how many of them have different results."""
     memory = mmap.mmap(-1, 1)
     draw = random.Random(seed)
     phases: Counter = Counter()
@@ -136,7 +136,7 @@ def main(number: int, seed: int = 0) -> int:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         start = time.monotonic()
-        whole = _finish(root / "whole", memory, False)
+        reference = _finish(root / "reference", memory, False)
         duration = time.monotonic() - start
         for k in range(number):
             asynchronous = k % 2 == 1
@@ -149,15 +149,15 @@ def main(number: int, seed: int = 0) -> int:
                 _, status = os.waitpid(pid, 0)
                 if os.WIFSIGNALED(status):
                     break
-                # It was over already: the machine is faster than when the first run was timed.
+                # The run had already finished: the machine is faster than during the first run.
                 shutil.rmtree(folder)
                 duration *= 0.8
             phases[phase] += 1
-            different += not _equal(_finish(folder, memory, asynchronous), whole)
+            different += not _equal(_finish(folder, memory, asynchronous), reference)
             shutil.rmtree(folder)
     names = {"b": "starting", "t": "training", "s": "saving", "e": "evaluating"}
     listed = ", ".join(f"{count} {names[phase]}" for phase, count in sorted(phases.items()))
-    print(f"{number} runs killed ({listed}) and resumed: {number - different} end as the run that was not")
+    print(f"{number} runs killed ({listed}) and resumed: {number - different} have the same results")
     return different
 
 

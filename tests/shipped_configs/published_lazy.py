@@ -1,8 +1,8 @@
-"""The published lazy configs, and how to compare with them.
+"""The published lazy configs, and functions to compare configs with them.
 
-`lazy_configs.json.gz` has the published trees: targets by their dotted paths, `functools.partial` as
-``_partial_``, and ``<lambda>`` where a lambda stood, for which there are partials here. Those of DINO,
-Deformable DETR and DETR are detrex's, which writes "cuda" into them; here whoever runs them gives the device.
+`lazy_configs.json.gz` has the published trees: targets as dotted paths, `functools.partial` as ``_partial_``,
+and ``<lambda>`` for lambdas, which are partials in our configs. Those of DINO, Deformable DETR and DETR are
+from detrex and have the device "cuda", which is "auto" in ours.
 """
 
 import copy
@@ -15,18 +15,18 @@ from omegaconf import DictConfig, OmegaConf, SCMode
 
 from detlib.config import LazyConfig
 from detlib.utils.registry import locate
-from tests.conformance.harness import Case, add_semantic_truth, add_truth, make_inputs
+from tests.conformance.harness import Case, add_ground_truth, add_semantic_ground_truth, make_inputs
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parents[1] / "configs"
 PUBLISHED = json.loads(gzip.decompress((HERE / "lazy_configs.json.gz").read_bytes()))
 
 NAMES = list(PUBLISHED)
-# Parts that several configs share.
+# Parts that multiple configs share.
 PARTS = {"edits", "mvitv2", "regnet", "vit", "lvis", "detr", "coco_detr"}
 DETR_LIKE = ("DINO/", "DeformableDETR/", "DETR/")
 FILES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.py"))
-# Recipes of this project alone, next to those that were published.
+# Recipes that only this project has.
 OWN = sorted(
     name for name in FILES if name.startswith(DETR_LIKE) and "/models/" not in name and name not in PUBLISHED
 )
@@ -34,14 +34,14 @@ OWN = sorted(
 
 @functools.cache
 def load(name):
-    """A lazy config, read-only since all tests share it."""
+    """Load a lazy config. It is read-only, since all tests share it."""
     cfg = LazyConfig.load(str(CONFIGS / name))
     OmegaConf.set_readonly(cfg, True)
     return cfg
 
 
 def tree(value):
-    """A config in the form of the published trees."""
+    """Convert a config to the form of the published trees."""
     if isinstance(value, DictConfig):
         mode = SCMode.DICT_CONFIG if OmegaConf.get_type(value) is dict else SCMode.DICT
         value = OmegaConf.to_container(value, resolve=False, structured_config_mode=mode)
@@ -55,7 +55,7 @@ def tree(value):
 
 
 def differences(ours, name):
-    """Places where a tree differs from the published config of that name."""
+    """Return the differences between a tree and the published config with this name."""
     if name.startswith(DETR_LIKE):
         published = copy.deepcopy(PUBLISHED[name])
         assert published["model"].pop("device") == published["train"]["device"] == "cuda"
@@ -74,7 +74,7 @@ def _differences(ours, published, path):
             for found in (
                 _differences(ours[key], published[key], f"{path}.{key}")
                 if key in ours and key in published
-                else [f"{path}.{key}: {'missing' if key in published else 'not wanted'}"]
+                else [f"{path}.{key}: {'missing' if key in published else 'unexpected'}"]
             )
         ]
     if isinstance(published, list) and isinstance(ours, list) and len(ours) == len(published):
@@ -95,7 +95,7 @@ def _differences(ours, published, path):
 
 
 def training_items(model):
-    """Return two small images with all ground truth that any model may train on."""
+    """Return two small images with the ground truth for any model."""
     inputs = [
         {"image": [96, 128], "image_seed": 1, "height": 96, "width": 128},
         {"image": [128, 96], "image_seed": 2, "height": 128, "width": 96},
@@ -103,7 +103,7 @@ def training_items(model):
     heads = getattr(model, "roi_heads", None)
     case = Case({"inputs": inputs, "num_classes": getattr(heads, "num_classes", 80)}, {})
     items = make_inputs(case)
-    add_truth(items, case, with_masks=True, with_keypoints=getattr(heads, "keypoint_on", False))
+    add_ground_truth(items, case, with_masks=True, with_keypoints=getattr(heads, "keypoint_on", False))
     if hasattr(model, "sem_seg_head"):
-        add_semantic_truth(items, case, model.sem_seg_head.num_classes)
+        add_semantic_ground_truth(items, case, model.sem_seg_head.num_classes)
     return items

@@ -1,4 +1,4 @@
-"""The lazy configs hold what the published ones hold, and what is in them can be made."""
+"""Lazy configs, which must equal the published ones, and the instantiation of their optimizers and data."""
 
 import copy
 import functools
@@ -30,7 +30,7 @@ from tests.shipped_configs.published_lazy import (
 RECIPES = [name for name in NAMES if "optimizer" in PUBLISHED[name] and not name.startswith(DETR_LIKE)]
 
 
-def test_published_configs_are_there():
+def test_shipped_configs_are_the_published_and_own_ones():
     files = {
         name
         for name in FILES
@@ -42,13 +42,13 @@ def test_published_configs_are_there():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_trees(name):
+def test_config_equals_the_published_one(name):
     found = differences(tree(load(name)), name)
     assert not found, "\n".join(found)
 
 
 def nodes(value):
-    """All nodes with a target below `value`, which holds plain containers."""
+    """Yield all nodes with a target in `value`, a tree of plain containers."""
     if isinstance(value, dict):
         if "_target_" in value:
             yield value
@@ -58,7 +58,7 @@ def nodes(value):
             yield from nodes(item)
 
 
-def test_targets_take_the_arguments():
+def test_targets_accept_their_arguments():
     calls = {}
     for name in FILES:
         cfg = OmegaConf.to_container(load(name), resolve=False)
@@ -76,7 +76,7 @@ def test_targets_take_the_arguments():
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_saved_configs_are_the_same(name, tmp_path):
+def test_saved_config_is_the_same(name, tmp_path):
     cfg = load(name)
     LazyConfig.save(cfg, str(tmp_path / "cfg.yaml"))
     assert as_plain_data(LazyConfig.load(str(tmp_path / "cfg.yaml"))) == as_plain_data(cfg)
@@ -88,7 +88,7 @@ def test_saved_configs_are_the_same(name, tmp_path):
 class TestOptimizers:
     @pytest.fixture
     def model(self):
-        """Parameters with the names that the recipes treat apart."""
+        """Return a model with the parameter names that recipes treat separately."""
         block = nn.ModuleDict({"norm": nn.LayerNorm(2), "linear": nn.Linear(2, 2)})
         net = nn.ModuleDict({"blocks": nn.ModuleList([block])})
         net.register_parameter("pos_embed", nn.Parameter(torch.zeros(1)))
@@ -97,7 +97,7 @@ class TestOptimizers:
         return nn.ModuleDict({"backbone": backbone, "roi_heads": nn.Linear(2, 2)})
 
     @pytest.mark.parametrize("name", RECIPES)
-    def test_groups(self, name, model):
+    def test_parameter_groups(self, name, model):
         cfg = copy.deepcopy(load(name).optimizer)
         OmegaConf.set_readonly(cfg, False)
         cfg.params.model = model
@@ -118,7 +118,7 @@ class TestOptimizers:
             assert of["backbone.net.pos_embed"]["lr"] == pytest.approx(cfg.lr * rate ** (layers + 1))
 
     @pytest.mark.parametrize("name", RECIPES)
-    def test_schedules(self, name):
+    def test_schedule_has_a_warmup_and_two_decays(self, name):
         node = load(name).lr_multiplier
         multiplier = instantiate(node)
         length, factor = node.warmup_length, node.warmup_factor
@@ -126,8 +126,8 @@ class TestOptimizers:
         assert multiplier(length / 2) == pytest.approx((1 + factor) / 2)
         milestones = node.scheduler.milestones
         first, second = (m / node.scheduler.get("num_updates", milestones[-1]) for m in milestones[:2])
-        places = (length, first - 1e-4, first + 1e-4, second - 1e-4, second + 1e-4, 1.0)
-        assert [multiplier(x) for x in places] == [1.0, 1.0, 0.1, 0.1, 0.01, 0.01]
+        positions = (length, first - 1e-4, first + 1e-4, second - 1e-4, second + 1e-4, 1.0)
+        assert [multiplier(x) for x in positions] == [1.0, 1.0, 0.1, 0.1, 0.01, 0.01]
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ class TestOptimizers:
         "MViTv2/common/coco_loader_lsj.py",
     ],
 )
-def test_mappers_are_made(name):
+def test_mappers_are_instantiated(name):
     loaders = load(name).dataloader
     train, test = instantiate(loaders.train.mapper), instantiate(loaders.test.mapper)
     assert isinstance(train, DatasetMapper) and isinstance(test, DatasetMapper)
@@ -157,8 +157,7 @@ def test_datasets_are_registered():
     assert names <= set(DatasetCatalog.list()) and len(names) >= 6
 
 
-def test_instantiated_arguments():
-    """What stands in the configs of ViTDet and C4 arrives as plain objects."""
+def test_arguments_are_instantiated_as_plain_objects():
     cfg = load("common/models/mask_rcnn_c4.py").model
     made = instantiate({**cfg.roi_heads.mask_head, "_target_": dict})
     assert made["input_shape"] == ShapeSpec(channels=2048, height=14, width=14)

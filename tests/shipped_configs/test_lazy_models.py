@@ -1,4 +1,4 @@
-"""The models of the lazy configs: that they are made, and that they are those of the YAML configs."""
+"""Models of the lazy configs, which must build and equal those of the YAML configs."""
 
 import gzip
 import json
@@ -23,7 +23,7 @@ TWINS = [
 ]
 
 
-# One config for each model that there is: recipes of other lengths share theirs.
+# One config for each distinct model. Recipes that differ only in their length have the same model.
 DISTINCT = {json.dumps(PUBLISHED[name]["model"]): name for name in NAMES if "model" in PUBLISHED[name]}
 
 
@@ -37,7 +37,7 @@ def shapes(model):
 
 
 def saved(name, tmp_path):
-    """A config that was saved and loaded, whose backbone would not ask the network for its weights."""
+    """Save and reload a config, without pretrained backbone weights, which would need a download."""
     LazyConfig.save(load(name), str(tmp_path / "cfg.yaml"))
     cfg = LazyConfig.load(str(tmp_path / "cfg.yaml"))
     if "pretrained" in cfg.model.get("backbone", {}):
@@ -47,13 +47,13 @@ def saved(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", DISTINCT.values())
-def test_models_are_made(name, tmp_path):
+def test_model_is_built(name, tmp_path):
     model = on_meta(saved(name, tmp_path).model)
     assert {p.device.type for p in model.parameters()} == {"meta"}
 
 
-# timm's networks take a while to look through.
-MADE_SLOWLY = (
+# Models that take long to build.
+SLOW = (
     "DINO/dino_timm_resnet152d",
     "DINO/dino_timm_convnext_base",
     "DINO/dino_R_101",
@@ -63,10 +63,9 @@ MADE_SLOWLY = (
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[pytest.mark.slow] if n.startswith(MADE_SLOWLY) else []) for n in OWN],
+    [pytest.param(n, marks=[pytest.mark.slow] if n.startswith(SLOW) else []) for n in OWN],
 )
-def test_own_models_are_made(name, tmp_path):
-    """And their neck fits the backbone."""
+def test_own_model_is_built_with_a_neck_that_fits_the_backbone(name, tmp_path):
     if "timm" in name:
         pytest.importorskip("timm")
     cfg = saved(name, tmp_path)
@@ -85,8 +84,7 @@ def test_own_models_are_made(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name in STATES if name.endswith("100ep_LSJ.py")])
-def test_published_states(name, tmp_path):
-    """From the saved config, which must stand for the same model."""
+def test_model_of_saved_config_has_the_published_state(name, tmp_path):
     LazyConfig.save(load(name), str(tmp_path / "cfg.yaml"))
     model = on_meta(LazyConfig.load(str(tmp_path / "cfg.yaml")).model)
     assert shapes(model) == dict(STATES[name]["state"])
@@ -94,17 +92,17 @@ def test_published_states(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name in STATES if name.endswith(".py") and "100ep" not in name])
-def test_longer_recipes_have_the_same_model(name):
+def test_longer_recipe_has_the_same_model(name):
     base = re.sub(r"\d+ep", "100ep", name)
     assert STATES[name] == STATES[base]
     assert as_plain_data(load(name).model) == as_plain_data(load(base).model)
 
 
 @pytest.mark.parametrize("name", TWINS)
-def test_twins_of_yaml_configs(name):
-    """The same parameters, the same frozen ones, and from one seed the same losses."""
+def test_yaml_and_lazy_config_have_the_same_model(name):
+    """Parameters and frozen parameters must be the same, and for the same seed the losses."""
     if f"{name}.py" not in NAMES:
-        pytest.skip("it imports what is not built yet")
+        pytest.skip("there is no lazy config with this name")
     cfg = get_cfg()
     cfg.merge_from_file(str(CONFIGS / f"{name}.yaml"))
     cfg.MODEL.DEVICE = "cpu"

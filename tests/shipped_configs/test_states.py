@@ -1,4 +1,4 @@
-"""Every shipped model of the zoo, built without memory: parameter names, shapes and what is frozen."""
+"""Parameter names, shapes and frozen parameters of all shipped models, built on the meta device."""
 
 import gzip
 import json
@@ -17,7 +17,7 @@ with gzip.open(HERE / "zoo_states.json.gz", "rt") as f:
 
 
 def on_meta(name: str) -> torch.nn.Module:
-    """The model of a shipped config, with shapes alone and without values."""
+    """Build the model of a shipped config on the meta device, without values."""
     cfg = model_zoo.get_config(name)
     with torch.device("meta"):
         if not isinstance(cfg, CfgNode):
@@ -26,14 +26,14 @@ def on_meta(name: str) -> torch.nn.Module:
         return build_model(cfg)
 
 
-def test_all_models_are_walked():
+def test_every_yaml_config_has_a_published_state():
     values = json.loads((HERE / "config_deltas.json").read_text())
     assert values.keys() == {name for name in FACTS if name.endswith(".yaml")}
     assert len(FACTS) == 72
 
 
 @pytest.mark.parametrize("name", FACTS)
-def test_state_is_the_published_one(name):
+def test_state_equals_the_published_one(name):
     model = on_meta(name)
     state = {key: list(value.shape) for key, value in model.state_dict().items()}
     assert state == dict(FACTS[name]["state"])

@@ -1,4 +1,4 @@
-"""Every shipped YAML config resolves to what detectron2's config of that name resolves to."""
+"""Values of the shipped YAML configs, which must equal those of detectron2's configs of the same name."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ DELTAS = json.loads((HERE / "config_deltas.json").read_text())
 
 
 def flatten(node, prefix=""):
-    """(dotted key, value as JSON) pairs; tuples and lists read alike, but 0, 0.0 and False apart."""
+    """Yield (dotted key, value as JSON), with tuples as lists. JSON tells 0, 0.0 and False apart."""
     for key, value in node.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{key}.")
@@ -36,7 +36,7 @@ def delta(cfg):
     return {key: value for key, value in values.items() if value != DEFAULTS[key]}
 
 
-def test_all_configs_of_the_zoo_are_there_and_no_other():
+def test_shipped_configs_are_those_of_the_zoo():
     assert len(DELTAS) == 59
     own = {"Quickstart"}
     shipped = {path.relative_to(CONFIGS) for path in CONFIGS.glob("*/*.yaml")}
@@ -45,20 +45,20 @@ def test_all_configs_of_the_zoo_are_there_and_no_other():
 
 
 @pytest.mark.parametrize("name", DELTAS)
-def test_config_resolves_to_the_published_one(name):
+def test_config_equals_the_published_one(name):
     assert delta(resolve(CONFIGS / name)) == {key: json.dumps(value) for key, value in DELTAS[name].items()}
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
-def test_every_shipped_config_comes_back_from_its_dump(path, tmp_path):
+def test_dumped_config_loads_as_the_same_config(path, tmp_path):
     cfg = resolve(path)
     (tmp_path / "dump.yaml").write_text(cfg.dump())
     again = resolve(tmp_path / "dump.yaml")
     assert again == cfg
-    assert str(again) == str(cfg)  # tells tuples from lists at any depth
+    assert str(again) == str(cfg)  # the strings also differ between tuples and lists
 
 
-def test_quickstart_recipe():
+def test_quickstart_recipe_differs_from_faster_rcnn_as_intended():
     got = delta(resolve(CONFIGS / "Quickstart" / "faster_rcnn_R_18_FPN.yaml"))
     wanted = dict(DELTAS["COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"])
     for key in ("MODEL.WEIGHTS", "DATASETS.TRAIN", "DATASETS.TEST"):

@@ -1,3 +1,3 @@
-"""Fixtures of the tests that train."""
+"""Fixtures for tests that train."""
 
 from tests.training_fixtures import one_thread, restore_loggers  # noqa: F401

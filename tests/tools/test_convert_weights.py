@@ -1,4 +1,4 @@
-"""The command that converts weight files."""
+"""The script that converts weight files."""
 
 import os
 import pickle
@@ -25,7 +25,7 @@ def run(*args):
 @pytest.mark.parametrize(
     "ending", [".pth", *(pytest.param(e, marks=pytest.mark.slow) for e in (".pkl", ".safetensors"))]
 )
-def test_torchvision(tmp_path, ending):
+def test_torchvision_weights_are_converted(tmp_path, ending):
     model = torchvision.models.resnet18(weights=None)
     torch.save(model.state_dict(), tmp_path / "resnet18.pth")
     output = tmp_path / f"R-18{ending}"
@@ -38,7 +38,7 @@ def test_torchvision(tmp_path, ending):
     assert torch.equal(got, model.layer4[1].conv2.weight)
 
 
-def test_detectron_to_safetensors_to_pth(tmp_path):
+def test_detectron_weights_are_converted_to_safetensors_and_pth(tmp_path):
     blobs = {
         "fc6_w": np.ones((2, 3), np.float32),
         "fc6_w_momentum": np.ones(1),
@@ -53,7 +53,7 @@ def test_detectron_to_safetensors_to_pth(tmp_path):
     assert content["model"]["cls_score.bias"].tolist() == [1, 2, 0] and content["matching_heuristics"] is True
 
 
-def test_mistakes(tmp_path):
+def test_wrong_arguments_print_an_error(tmp_path):
     result = run(tmp_path / "a.pth", tmp_path / "a.onnx")
     assert result.returncode == 2 and ".safetensors" in result.stderr
     result = run(tmp_path / "a.pth", tmp_path / "b.pth")

@@ -1,4 +1,4 @@
-"""The complete quickstart of the README. A short version is in test_train_net.py."""
+"""The full quickstart of the README. A short version is in test_train_net.py."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ def train(config: str, out: Path) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_the_main_job_learns_the_shapes(tmp_path):
+def test_mask_rcnn_learns_the_shapes(tmp_path):
     out = tmp_path / "out"
     results = train("configs/Quickstart/mask_rcnn_R_18_FPN_shapes.yaml", out)
     assert results["bbox/AP50"] >= 80 and results["segm/AP50"] >= 75
@@ -30,7 +30,7 @@ def test_the_main_job_learns_the_shapes(tmp_path):
 
 
 @pytest.mark.slow
-def test_panoptic_fpn_learns_the_shapes_and_their_ground(tmp_path):
+def test_panoptic_fpn_learns_the_shapes_and_the_stuff(tmp_path):
     results = train("configs/Quickstart/panoptic_fpn_R_18_shapes.yaml", tmp_path / "out")
     assert results["panoptic_seg/PQ"] >= 65 and results["sem_seg/mIoU"] >= 85
     assert results["segm/AP50"] >= 65

@@ -30,7 +30,7 @@ def _write_config(folder) -> str:
     return str(path)
 
 
-def test_the_script_trains_resumes_and_evaluates(script, tmp_path, capsys):
+def test_script_trains_resumes_and_evaluates(script, tmp_path, capsys):
     config, out = _write_config(tmp_path), tmp_path / "out"
     script.run(["--config-file", config, "SOLVER.MAX_ITER", "1"])
     printed = capsys.readouterr().out
@@ -38,11 +38,11 @@ def test_the_script_trains_resumes_and_evaluates(script, tmp_path, capsys):
     for name in ("model_final.pth", "last_checkpoint", "metrics.json", "config.yaml", "log.txt", "inference"):
         assert (out / name).exists(), name
     page = (out / "report" / "index.html").read_text()
-    assert "1 of 1, finished" in page and "Best pictures" in page
+    assert "1 of 1, finished" in page and "Best images" in page
     assert "total_loss" in json.loads((out / "metrics.json").read_text().splitlines()[0])
-    drawings = sorted((out / "predictions").iterdir())
-    assert len(drawings) == 4 and all(path.suffix == ".png" for path in drawings)
-    assert max(Image.open(drawings[0]).size) >= 600
+    visualizations = sorted((out / "predictions").iterdir())
+    assert len(visualizations) == 4 and all(path.suffix == ".png" for path in visualizations)
+    assert max(Image.open(visualizations[0]).size) >= 600
 
     script.run(["--config-file", config, "--resume", "SOLVER.MAX_ITER", "2", "TRAIN.REPORT", "False"])
     assert (out / "report" / "index.html").read_text() == page
@@ -59,7 +59,7 @@ def test_the_script_trains_resumes_and_evaluates(script, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--config-file", "/no/such/config.yaml"], "/no/such/config.yaml"),
         (["SOLVER.BASE_LRR", "0.1"], "SOLVER.BASE_LR"),
@@ -69,22 +69,22 @@ def test_the_script_trains_resumes_and_evaluates(script, tmp_path, capsys):
         (["MODEL.WEIGHTS", "/no/such/weights.pth"], "/no/such/weights.pth"),
     ],
 )
-def test_mistakes_print_one_line_and_exit_with_2(script, tmp_path, capsys, arguments, said):
+def test_config_error_prints_one_line_and_exits_with_2(script, tmp_path, capsys, arguments, message):
     config = [] if "--config-file" in arguments else ["--config-file", _write_config(tmp_path)]
     with pytest.raises(SystemExit) as stop:
         script.run(config + arguments)
     assert stop.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and "error: " in lines[0] and said in lines[0]
+    assert len(lines) == 1 and "error: " in lines[0] and message in lines[0]
     assert not (tmp_path / "out").exists()
 
 
-def test_the_script_runs_as_a_program():
-    done = subprocess.run(
+def test_script_runs_as_a_program():
+    result = subprocess.run(
         [sys.executable, str(_SCRIPT), "--config-file", "/no/such.yaml"],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(_SCRIPT.parents[1])},
     )
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr and "/no/such.yaml" in done.stderr
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr and "/no/such.yaml" in result.stderr

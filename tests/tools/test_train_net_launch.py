@@ -1,4 +1,4 @@
-"""The training script on several processes, as people start it."""
+"""The training script in multiple processes, started from the command line."""
 
 import importlib.util
 import os
@@ -42,7 +42,7 @@ def _start(*arguments: str, **kwargs) -> subprocess.Popen:
 
 
 def _run(*arguments: str) -> str:
-    """What a program prints that ends well."""
+    """Run a program that must succeed, and return its output."""
     process = _start(*arguments)
     printed = process.communicate(timeout=400)[0]
     assert process.returncode == 0, printed[-3000:]
@@ -55,8 +55,8 @@ def _train(config: str, out, count: int = 2) -> str:
 
 def _assert_equal_models(one, other, tolerance: float = 0.0) -> None:
     one, other = read_model(one), read_model(other)
-    apart = max((one[name] - other[name]).abs().max().item() for name in one)
-    assert apart <= tolerance, f"{apart} apart"
+    difference = max((one[name] - other[name]).abs().max().item() for name in one)
+    assert difference <= tolerance, f"the parameters differ by {difference}"
 
 
 def _free_port() -> int:
@@ -75,59 +75,59 @@ def _iterations_done(out: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
-def test_killed_process_changes_nothing(tmp_path, count):
-    """One process is killed at a random moment, and torchrun starts all anew."""
-    dice = random.Random()
+def test_killed_process_does_not_change_the_result(tmp_path, count):
+    """A process is killed at a random time, and torchrun restarts all processes."""
+    rng = random.Random()
     iterations = 16
     config = _write_config(
         tmp_path, SOLVER__MAX_ITER=iterations, SOLVER__CHECKPOINT_PERIOD=3, DATALOADER__NUM_WORKERS=1
     )
-    _train(config, tmp_path / "whole", count)
+    _train(config, tmp_path / "reference", count)
     out = tmp_path / "out"
     options = ("--standalone", "--nproc-per-node", str(count), "--max-restarts=3")
     process = _start(*_TORCHRUN, *options, str(_SCRIPT), "--config-file", config)
-    until = dice.randrange(0, iterations - 3)
+    until = rng.randrange(0, iterations - 3)
     while _iterations_done(out) < until and process.poll() is None:
         time.sleep(0.05)
-    time.sleep(dice.uniform(0, 3))
+    time.sleep(rng.uniform(0, 3))
     workers = [p for p in psutil.Process(process.pid).children() if str(_SCRIPT) in p.cmdline()]
     assert len(workers) == count
-    dice.choice(workers).kill()
+    rng.choice(workers).kill()
     killed_at = _iterations_done(out)
     printed = process.communicate(timeout=500)[0]
     print(f"killed with {killed_at} iterations saved")
     assert process.returncode == 0, printed[-3000:]
     assert "This is a restart number 1 (TORCHELASTIC_RESTART_COUNT)" in printed or killed_at == 0
-    _assert_equal_models(out, tmp_path / "whole")
+    _assert_equal_models(out, tmp_path / "reference")
     assert not remaining_processes()
 
 
 @pytest.mark.slow
-def test_two_machines_equal_one(tmp_path):
+def test_two_machines_give_the_same_result_as_one(tmp_path):
     config = _write_config(tmp_path)
-    _train(config, tmp_path / "whole")
+    _train(config, tmp_path / "reference")
     endpoint = f"127.0.0.1:{_free_port()}"
     rendezvous = ("--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", "test")
     options = ("--nnodes", "2", "--nproc-per-node", "1", *rendezvous)
     nodes = [_start(*_TORCHRUN, *options, str(_SCRIPT), "--config-file", config) for _ in range(2)]
     printed = [node.communicate(timeout=400)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], printed[0][-3000:] + printed[1][-3000:]
-    _assert_equal_models(tmp_path / "out", tmp_path / "whole")
+    _assert_equal_models(tmp_path / "out", tmp_path / "reference")
     url = f"tcp://127.0.0.1:{_free_port()}"
     options = ("--num-machines", "2", "--dist-url", url, "--config-file", config, "--machine-rank")
-    changes = ("OUTPUT_DIR", str(tmp_path / "flags"))
-    nodes = [_start(str(_SCRIPT), *options, str(i), *changes) for i in range(2)]
+    overrides = ("OUTPUT_DIR", str(tmp_path / "flags"))
+    nodes = [_start(str(_SCRIPT), *options, str(i), *overrides) for i in range(2)]
     printed = [node.communicate(timeout=400)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], printed[0][-3000:] + printed[1][-3000:]
-    _assert_equal_models(tmp_path / "flags", tmp_path / "whole")
+    _assert_equal_models(tmp_path / "flags", tmp_path / "reference")
     assert not remaining_processes()
 
 
 @pytest.mark.slow
-def test_lazy_configs_are_launched_alike(tmp_path):
-    changes = ("train.max_iter=3", "train.device=cpu", "dataloader.train.num_workers=0", "+train.timeout=100")
-    changes = (*changes, "~dataloader.test", "~dataloader.evaluator")
-    common = ("--config-file", _LAZY, *changes)
+def test_lazy_config_trains_the_same_with_spawn_and_torchrun(tmp_path):
+    overrides = ("train.max_iter=3", "train.device=cpu", "dataloader.train.num_workers=0")
+    overrides = (*overrides, "+train.timeout=100", "~dataloader.test", "~dataloader.evaluator")
+    common = ("--config-file", _LAZY, *overrides)
     _run(str(_SCRIPT), "--num-gpus", "2", *common, f"train.output_dir={tmp_path / 'spawned'}")
     options = ("--standalone", "--nproc-per-node", "2", str(_SCRIPT))
     _run(*_TORCHRUN, *options, *common, f"train.output_dir={tmp_path / 'torchrun'}")
@@ -136,7 +136,7 @@ def test_lazy_configs_are_launched_alike(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["spawn", "torchrun"])
-def test_failure_is_the_last_that_is_said(tmp_path, launcher):
+def test_error_of_a_process_is_printed_last(tmp_path, launcher):
     config = _write_config(tmp_path, DATALOADER__NUM_WORKERS=1)
     options = ("--config-file", config, "SOLVER.BASE_LR", "1e12", "SOLVER.MAX_ITER", "30")
     if launcher == "spawn":
@@ -167,7 +167,7 @@ def test_sigterm_saves_and_ends_with_143(tmp_path, launcher):
     process.terminate()
     printed = process.communicate(timeout=100)[0]
     assert "Stopped by SIGTERM after iteration" in printed
-    # torchrun has a code of its own for this.
+    # torchrun has its own exit code.
     assert process.returncode == (1 if launcher == "torchrun" else 143), printed[-2000:]
     assert not remaining_processes()
 
@@ -179,7 +179,7 @@ def _load_script():
     return module
 
 
-def test_failure_ends_with_its_message_and_code(tmp_path, monkeypatch, capsys):
+def test_failed_process_exits_with_1_and_prints_the_error(tmp_path, monkeypatch, capsys):
     script = _load_script()
     seen = {}
 
@@ -196,14 +196,14 @@ def test_failure_ends_with_its_message_and_code(tmp_path, monkeypatch, capsys):
     assert seen["timeout"].total_seconds() == 77
 
 
-@pytest.mark.parametrize("changes", [["TRAIN.TIMEOUT", "0"], ["TRAIN.TIMEOUT", "-5"]])
-def test_timeouts_below_zero_are_refused(tmp_path, capsys, changes):
+@pytest.mark.parametrize("timeout", ["0", "-5"])
+def test_timeout_that_is_not_positive_fails(tmp_path, capsys, timeout):
     with pytest.raises(SystemExit) as end:
-        _load_script().run(["--config-file", _write_config(tmp_path), *changes])
+        _load_script().run(["--config-file", _write_config(tmp_path), "TRAIN.TIMEOUT", timeout])
     assert end.value.code == 2 and "must be above 0 seconds" in capsys.readouterr().err
 
 
-def test_job_runs_the_same_command(tmp_path, monkeypatch, capsys):
+def test_slurm_job_runs_the_same_command(tmp_path, monkeypatch, capsys):
     script = _load_script()
     seen = {}
 

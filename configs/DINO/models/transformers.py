@@ -1,4 +1,4 @@
-"""Transformers in the place of the backbone of DINO."""
+"""Transformer backbones for DINO."""
 
 from functools import partial
 
@@ -11,7 +11,7 @@ from detlib.modeling.backbone.fpn import LastLevelMaxPool
 
 
 def use_swin(model, embed_dim, depths, num_heads, window_size, pretrain_img_size, drop_path_rate):
-    """A Swin transformer, from its second stage (stride 8) on."""
+    """Set the backbone to a Swin transformer, with outputs from its second stage (stride 8) on."""
     model.backbone = L(SwinTransformer)(
         pretrain_img_size=pretrain_img_size,
         embed_dim=embed_dim,
@@ -26,7 +26,7 @@ def use_swin(model, embed_dim, depths, num_heads, window_size, pretrain_img_size
 
 
 def use_vit(model, embed_dim, depth, num_heads, drop_path_rate):
-    """A plain ViT with a simple feature pyramid, which gives all four scales."""
+    """Set the backbone to a plain ViT with a simple feature pyramid of all four scales."""
     model.backbone = L(SimpleFeaturePyramid)(
         net=L(ViT)(
             img_size=1024,
@@ -39,7 +39,7 @@ def use_vit(model, embed_dim, depth, num_heads, drop_path_rate):
             mlp_ratio=4,
             qkv_bias=True,
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
-            # The last block of each quarter attends to the whole image.
+            # The last block of each quarter has global attention.
             window_block_indexes=[i for i in range(depth) if (i + 1) % (depth // 4)],
             residual_block_indexes=[],
             use_rel_pos=True,

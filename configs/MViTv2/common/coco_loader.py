@@ -1,4 +1,4 @@
-"""COCO as DETR augments it: half of the images are cropped before they are resized."""
+"""COCO with the augmentation of DETR: half of the images are cropped before they are resized."""
 
 import detlib.data.transforms as T
 from detlib.config import LazyCall as L

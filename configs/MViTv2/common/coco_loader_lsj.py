@@ -1,4 +1,4 @@
-"""COCO with large-scale jitter, padded by the data loader; tested on images of the usual size."""
+"""COCO with large-scale jitter, padded by the data loader, and tested at the usual image size."""
 
 import detlib.data.transforms as T
 from detlib.config import LazyCall as L

@@ -1,4 +1,4 @@
-"""As with ViT-B, but larger."""
+"""Like the recipe with ViT-B, but with a ViT-L."""
 
 from ..common.vit import use_vit_large
 from .cascade_mask_rcnn_vitdet_b_100ep import dataloader, lr_multiplier, model, optimizer, train

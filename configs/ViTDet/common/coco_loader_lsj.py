@@ -1,4 +1,4 @@
-"""COCO with large-scale jitter: images of 1024 pixels, which the models pad to squares themselves."""
+"""COCO with large-scale jitter: images of up to 1024 x 1024 pixels, which the models pad to squares."""
 
 import detlib.data.transforms as T
 from detlib.config import LazyCall as L
@@ -14,7 +14,7 @@ dataloader.train.mapper.update(
         L(T.FixedSizeCrop)(crop_size=(image_size, image_size), pad=False),
     ],
     image_format="RGB",
-    # Boxes follow from the cropped masks.
+    # Compute boxes from the cropped masks.
     recompute_boxes=True,
 )
 dataloader.test.mapper.augmentations = [

@@ -1,4 +1,4 @@
-"""What changes from COCO to LVIS v1."""
+"""Changes from COCO to LVIS v1."""
 
 from functools import partial
 
@@ -11,7 +11,7 @@ from ...common.coco_schedule import steps
 
 
 def use_lvis(dataloader, model):
-    """Data, classes, and a loss that takes the few annotated classes of an image for what they are."""
+    """Set the data, the classes, and a federated loss, since each image has labels for only some classes."""
     dataloader.train.dataset.names = "lvis_v1_train"
     dataloader.train.sampler = L(RepeatFactorTrainingSampler)(
         repeat_factors=L(RepeatFactorTrainingSampler.repeat_factors_from_category_frequency)(
@@ -34,12 +34,12 @@ def use_lvis(dataloader, model):
 
 
 def schedule_100ep(train):
-    """100 epochs of 100 000 images, 64 at a time. Returns the schedule of the learning rate."""
+    """Set 100 epochs of 100 000 images with a batch size of 64, and return the learning rate schedule."""
     train.max_iter, train.eval_period = 156250, 30000
     return steps([138889, 150463], train.max_iter, warmup_length=250 / train.max_iter)
 
 
 def schedule_50ep(train):
-    """Half of `schedule_100ep`."""
+    """Set half the length of `schedule_100ep`, and return the learning rate schedule."""
     train.max_iter, train.eval_period = 78125, 30000
     return steps([69444, 75231], train.max_iter, warmup_length=250 / train.max_iter)

@@ -1,4 +1,4 @@
-"""The larger ViTs, with the layer-wise decay of the learning rate that suits them."""
+"""ViT-L and ViT-H, with their layer-wise learning rate decay."""
 
 from functools import partial
 
@@ -6,12 +6,12 @@ from detlib.modeling import get_vit_lr_decay_rate
 
 
 def _windows(depth):
-    """All blocks but every fourth part's last, which attends to the whole image."""
+    """Return the indices of the blocks with window attention: all but the last of each quarter."""
     return [i for i in range(depth) if (i + 1) % (depth // 4)]
 
 
 def use_vit_large(model, optimizer, train):
-    """ViT-L."""
+    """Set the backbone to ViT-L."""
     model.backbone.net.update(
         embed_dim=1024, depth=24, num_heads=16, drop_path_rate=0.4, window_block_indexes=_windows(24)
     )
@@ -22,7 +22,7 @@ def use_vit_large(model, optimizer, train):
 
 
 def use_vit_huge(model, optimizer, train):
-    """ViT-H, whose norms and position embeddings decay like all other weights."""
+    """Set the backbone to ViT-H, with weight decay for norms and position embeddings too."""
     model.backbone.net.update(
         embed_dim=1280, depth=32, num_heads=16, drop_path_rate=0.5, window_block_indexes=_windows(32)
     )

@@ -1,4 +1,4 @@
-"""COCO 2017: boxes and masks."""
+"""COCO 2017 with boxes and masks."""
 
 import detlib.data.transforms as T
 from detlib.config import LazyCall as L

@@ -1,4 +1,4 @@
-"""COCO 2017 as DETR-like models take it: boxes, several scales, and in every second image a crop."""
+"""COCO 2017 for DETR-like models: boxes, multiple scales, and random crops of half of the images."""
 
 import detlib.data.transforms as T
 from detlib.config import LazyCall as L

@@ -1,4 +1,4 @@
-"""COCO 2017: people with keypoints."""
+"""COCO 2017 with people and their keypoints."""
 
 from detlib.data.detection_utils import create_keypoint_hflip_indices
 

@@ -1,4 +1,4 @@
-"""COCO 2017: things with masks, and stuff as a semantic map."""
+"""COCO 2017 with masks of things, and stuff as semantic label maps."""
 
 from detlib.config import LazyCall as L
 from detlib.evaluation import COCOEvaluator, COCOPanopticEvaluator, SemSegEvaluator

@@ -1,4 +1,4 @@
-"""Changes that several recipes make to a model."""
+"""Changes to a model that multiple recipes share."""
 
 import copy
 
@@ -10,14 +10,14 @@ from ..data.constants import constants as _constants
 
 
 def use_rgb(model):
-    """RGB images of ImageNet's statistics, which newer backbones were trained on."""
+    """Set RGB input with ImageNet's statistics, which newer backbones were trained on."""
     model.pixel_mean = _constants.imagenet_rgb256_mean
     model.pixel_std = _constants.imagenet_rgb256_std
     model.input_format = "RGB"
 
 
 def deepen_heads(model, norm):
-    """One more convolution in the RPN; four and a normalization in place of a layer in the box head."""
+    """Add a convolution to the RPN, and replace a linear layer of the box head by four convolutions."""
     model.proposal_generator.head.conv_dims = [-1, -1]
     for head in model.roi_heads.get("box_heads") or [model.roi_heads.box_head]:
         head.update(conv_dims=[256, 256, 256, 256], fc_dims=[1024], conv_norm=norm)
@@ -25,7 +25,7 @@ def deepen_heads(model, norm):
 
 
 def make_cascade(model):
-    """Three box stages like the one there is, each trained at a higher IoU (Cascade R-CNN)."""
+    """Replace the box head by three stages with increasing IoU thresholds (Cascade R-CNN)."""
     heads = model.roi_heads
     heads._target_ = CascadeROIHeads
     del heads["proposal_matcher"]

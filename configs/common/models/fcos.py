@@ -1,4 +1,4 @@
-"""FCOS with a ResNet-50 and FPN: RetinaNet without anchors."""
+"""FCOS with a ResNet-50 and FPN, based on RetinaNet without anchors."""
 
 from detlib.modeling import FCOS
 from detlib.modeling.meta_arch.fcos import FCOSHead
@@ -9,7 +9,7 @@ model._target_ = FCOS
 for key in ("anchor_generator", "box2box_transform", "anchor_matcher", "input_format"):
     del model[key]
 
-# The coarse levels grow out of FPN's own p5.
+# The coarse levels are computed from p5 instead of res5.
 model.backbone.top_block.update(in_channels=256, in_feature="p5")
 model.head._target_ = FCOSHead
 model.head.norm = "GN"

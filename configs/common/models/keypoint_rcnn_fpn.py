@@ -20,6 +20,6 @@ model.roi_heads.update(
         loss_normalizer="visible",
     ),
 )
-# One class of hard examples: fewer proposals are lost, and the box loss is less of an L1 loss.
+# With a single class of hard examples, keep more proposals and use a smoother box loss.
 model.proposal_generator.post_nms_topk = (1500, 1000)
 model.roi_heads.box_predictor.smooth_l1_beta = 0.5

@@ -1,4 +1,4 @@
-"""Mask R-CNN on the fourth stage of a ResNet-50, with the fifth stage as its head."""
+"""Mask R-CNN on the fourth stage of a ResNet-50 (C4), with the fifth stage as the head."""
 
 from detlib.config import LazyCall as L
 from detlib.layers import ShapeSpec

@@ -16,7 +16,7 @@ from ..data.constants import constants
 
 
 def pooler(output_size):
-    """RoIAlign from the levels p2 to p5."""
+    """Return a pooler with ROIAlign on the levels p2 to p5."""
     return L(ROIPooler)(
         output_size=output_size,
         scales=(1.0 / 4, 1.0 / 8, 1.0 / 16, 1.0 / 32),

@@ -27,7 +27,7 @@ model.backbone = L(SimpleFeaturePyramid)(
         mlp_ratio=4,
         qkv_bias=True,
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        # Every third block attends to the whole image.
+        # Every third block has global attention.
         window_block_indexes=[0, 1, 3, 4, 6, 7, 9, 10],
         residual_block_indexes=[],
         use_rel_pos=True,

@@ -1,4 +1,4 @@
-"""MViTv2 backbones, tiny to huge."""
+"""MViTv2 backbones, from tiny to huge."""
 
 from functools import partial
 
@@ -24,7 +24,7 @@ _SIZES = {
 
 
 def mvitv2(size):
-    """The node of a backbone; `size` is one of T, S, B, L and H."""
+    """Return the node of a backbone. `size` is T, S, B, L or H."""
     return L(MViT)(
         **_SIZES[size],
         residual_pooling=True,

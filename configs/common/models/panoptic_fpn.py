@@ -1,4 +1,4 @@
-"""Panoptic FPN: Mask R-CNN with a semantic head beside it, on one ResNet-50 and FPN."""
+"""Panoptic FPN: Mask R-CNN and a semantic segmentation head on a shared ResNet-50 and FPN."""
 
 from detlib.config import LazyCall as L
 from detlib.layers import ShapeSpec
@@ -14,7 +14,7 @@ model.sem_seg_head = L(SemSegFPNHead)(
         for level, stride in zip(["p2", "p3", "p4", "p5"], [4, 8, 16, 32])
     },
     ignore_value=255,
-    num_classes=54,  # COCO's stuff, and one class for all things
+    num_classes=54,  # stuff classes of COCO, and one class for all things
     conv_dims=128,
     common_stride=4,
     loss_weight=0.5,

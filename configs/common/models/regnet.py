@@ -1,4 +1,4 @@
-"""The RegNets of 4 GFLOPs; recipes add a norm."""
+"""RegNets with 4 GFLOPs. Recipes set the norm."""
 
 from detlib.config import LazyCall as L
 from detlib.modeling.backbone import RegNet
@@ -29,5 +29,5 @@ regnety_4gf = L(RegNet)(
     out_features=["s1", "s2", "s3", "s4"],
 )
 
-# The deviation of ImageNet's BGR pixels, for weights that were not trained by Caffe.
+# Standard deviation of ImageNet's BGR channels, for weights that are not from Caffe.
 pixel_std = [57.375, 57.12, 58.395]
