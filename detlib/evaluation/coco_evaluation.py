@@ -39,32 +39,18 @@ __all__ = ["COCOEvaluator", "evaluate_box_proposals", "instances_to_coco_json"]
 
 _NUM_COCO_KEYPOINTS = 17
 
-# Of the average recall of box proposals.
+# For the average recall of box proposals.
 _RECALL_THRESHOLDS = np.arange(0.5, 0.95 + 1e-5, 0.05)
 _RECALL_AREAS = {"": (0.0, 1e5**2), "s": (0.0, 32.0**2), "m": (32.0**2, 96.0**2), "l": (96.0**2, 1e5**2)}
 
 
 class COCOEvaluator(DatasetEvaluator):
-    """Computes COCO's average precision of instance predictions, or the average recall of box proposals.
+    """Evaluator of instance predictions with COCO's average precision, and of proposals with average recall.
 
-    The metric is faster-coco-eval's, whose numbers are those of pycocotools. Where boxes are rotated, in the
-    ground truth or in the predictions, their overlap is that of the rotated rectangles. The ground truth is
-    the dataset's `json_file` if its metadata names one, else the registered dataset, converted; it is read
-    anew for each evaluator, so it is never out of date.
-
-    Args:
-        dataset_name: a registered name or an address.
-        tasks: of "bbox", "segm" and "keypoints"; by default, what the predictions have. A config in this
-            place, as old programs pass it, is accepted with a warning.
-        distributed: gather the predictions of all processes into the main one.
-        output_dir: folder for `instances_predictions.pth`, `coco_instances_results.json` (in COCO's result
-            format) or `box_proposals.pkl`, and for ground truth that was converted. Image ids that are no
-            whole numbers from 0 to 2^53 are numbers from 1 in the JSON files, the same in both.
-        max_dets_per_image: so many detections of an image count, the best first; default 100.
-        use_fast_impl: if False, use pycocotools.
-        kpt_oks_sigmas: one number for each keypoint; by default those of the dataset's metadata
-            (`keypoint_oks_sigmas`), or COCO's for 17 keypoints.
-        allow_cached_coco: accepted for compatibility. Nothing is taken from earlier runs in any case.
+    The metric is computed by faster-coco-eval, which gives the same numbers as pycocotools. If the ground
+    truth or the predictions have rotated boxes, the IoU is that of the rotated rectangles. The ground truth
+    is the `json_file` of the dataset's metadata if there is one, otherwise the registered dataset, converted
+    to COCO's format. Each evaluator reads it again, so it is never out of date.
     """
 
     _always_rotated = False
@@ -84,10 +70,31 @@ class COCOEvaluator(DatasetEvaluator):
         kpt_oks_sigmas: Sequence[float] = (),
         allow_cached_coco: bool = True,
     ) -> None:
+        """
+        Args:
+            dataset_name: a registered name or a dataset URI.
+            tasks: some of "bbox", "segm" and "keypoints"; by default the tasks that the predictions have
+                fields for. A config, as in old programs, is accepted with a warning.
+            distributed: gather the predictions of all processes in the main process.
+            output_dir: folder for `instances_predictions.pth`, `coco_instances_results.json` (in COCO's
+                result format) or `box_proposals.pkl`, and for converted ground truth. Unless all image ids
+                are integers in [0, 2^53], the JSON files number the images from 1, the same in both files.
+            max_dets_per_image: maximum number of detections per image that count, highest scores first.
+                Default: 100.
+            use_fast_impl: if False, use pycocotools.
+            kpt_oks_sigmas: one number for each keypoint; by default `keypoint_oks_sigmas` of the dataset's
+                metadata, or COCO's for 17 keypoints.
+            allow_cached_coco: accepted for compatibility and ignored. Results of earlier runs are never used.
+
+        Raises:
+            TypeError: `tasks` is not a tuple of names.
+            ValueError: a task is unknown, or the number of sigmas does not match the dataset's keypoints.
+            FileNotFoundError: the annotation file does not exist.
+        """
         self._logger = logging.getLogger(__name__)
         if isinstance(tasks, CfgNode):
             self._logger.warning(
-                "COCOEvaluator(name, cfg, ...) is the old form: pass tasks, max_dets_per_image and "
+                "COCOEvaluator(name, cfg, ...) is deprecated: pass tasks, max_dets_per_image and "
                 "kpt_oks_sigmas instead of the config."
             )
             kpt_oks_sigmas = kpt_oks_sigmas or tasks.TEST.KEYPOINT_OKS_SIGMAS
@@ -104,15 +111,15 @@ class COCOEvaluator(DatasetEvaluator):
         json_file = self._metadata.get("json_file")
         if json_file and "://" not in json_file and not PathManager.isfile(json_file):
             raise FileNotFoundError(
-                f"{type(self).__name__}: dataset {dataset_name!r} has the annotation file {json_file!r}, "
-                "which does not exist."
+                f"{type(self).__name__}: the annotation file {json_file!r} of dataset {dataset_name!r} does "
+                "not exist."
             )
         self._check_keypoints()
         self._predictions: list[dict] = []
         self._results: OrderedDict[str, dict[str, float]] = OrderedDict()
 
     def _check_keypoints(self) -> None:
-        """Raises ValueError if the keypoints cannot be evaluated, before the work is done."""
+        """Raise ValueError early if the keypoints cannot be evaluated."""
         num_keypoints = len(self._metadata.get("keypoint_names", ()))
         if not num_keypoints:
             return
@@ -129,8 +136,8 @@ class COCOEvaluator(DatasetEvaluator):
 
     def _missing_sigmas(self, num_keypoints: int) -> str:
         return (
-            f"The {num_keypoints} keypoints of dataset {self._dataset_name!r} are no persons' as in COCO, so "
-            "their evaluation needs one number for each in TEST.KEYPOINT_OKS_SIGMAS (kpt_oks_sigmas)."
+            f"The {num_keypoints} keypoints of dataset {self._dataset_name!r} are not COCO's person "
+            "keypoints, so set one number for each in TEST.KEYPOINT_OKS_SIGMAS (kpt_oks_sigmas)."
         )
 
     @functools.cached_property
@@ -147,15 +154,15 @@ class COCOEvaluator(DatasetEvaluator):
         return make_coco_api(self._ground_truth.coco, fast=self._use_fast_impl)
 
     def reset(self) -> None:
-        """Forgets the predictions."""
+        """Discard all predictions."""
         self._predictions = []
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        """Takes in one batch.
+        """Collect the predictions of one batch.
 
         Args:
-            inputs: the model's input dicts, each with `image_id`.
-            outputs: the model's output dicts, with `instances` or `proposals`.
+            inputs: the model's input dicts, each with "image_id".
+            outputs: the model's output dicts, with "instances" or "proposals".
         """
         for image, output in zip(inputs, outputs):
             prediction = {"image_id": image["image_id"]}
@@ -167,19 +174,22 @@ class COCOEvaluator(DatasetEvaluator):
                 self._predictions.append(prediction)
 
     def _to_json(self, instances: Any, img_id: Any) -> list[dict]:
-        """Converts one image's instances to COCO's result format, with class indices as category ids."""
+        """Convert the instances of an image to COCO's result format, with class indices as category ids."""
         return instances_to_coco_json(instances, img_id)
 
     def evaluate(self, img_ids: Sequence[Any] | None = None) -> dict[str, dict[str, float]]:
-        """Computes the metrics of all that was taken in.
+        """Compute the metrics of all collected predictions.
 
         Args:
-            img_ids: evaluate on the images with these ids only; all by default.
+            img_ids: evaluate only the images with these ids; all by default.
 
         Returns:
-            A dict of "bbox", "segm" and "keypoints", each with "AP", "AP50", "AP75", "APs", "APm", "APl" and
-            "AP-<class>" in percent; or of "box_proposals" with "AR@100", "ARs@100" and so on. Empty in
-            processes other than the main one, and where nothing can be evaluated.
+            `{task: {metric: percent}}`. The metrics of the tasks "bbox", "segm" and "keypoints" are "AP",
+            "AP50", "AP75", "APs", "APm", "APl" and "AP-<class>"; those of "box_proposals" are "AR@100",
+            "ARs@100" etc. Empty in processes other than the main one, and if nothing can be evaluated.
+
+        Raises:
+            ValueError: the predictions lack the fields of a requested task, or have an unknown class.
         """
         predictions = self._gather()
         if predictions is None:
@@ -200,7 +210,7 @@ class COCOEvaluator(DatasetEvaluator):
         return copy.deepcopy(self._results)
 
     def _gather(self) -> list[dict] | None:
-        """Returns the predictions of all processes, or None if this is not the main one."""
+        """Return the predictions of all processes, or None if this is not the main process."""
         if not self._distributed:
             return self._predictions
         comm.synchronize()
@@ -209,7 +219,7 @@ class COCOEvaluator(DatasetEvaluator):
         return list(itertools.chain(*gathered)) if comm.is_main_process() else None
 
     def _eval_predictions(self, predictions: list[dict], img_ids: Sequence[Any] | None = None) -> None:
-        """Evaluates instances and puts the metrics into `self._results`."""
+        """Evaluate instances and store the metrics in `self._results`."""
         results = list(itertools.chain(*(prediction["instances"] for prediction in predictions)))
         tasks = self._check_tasks_of(results)
         numbers = self._ground_truth.image_numbers
@@ -239,31 +249,31 @@ class COCOEvaluator(DatasetEvaluator):
             self._results[task] = self._derive_coco_results(scores, task, self._class_names())
 
     def _is_annotated(self, task: str) -> bool:
-        """Whether there is what the task compares with; tells of objects without."""
+        """Return whether any annotation has the field of the task; warn about annotations without it."""
         total = len(self._ground_truth.coco["annotations"])
         without = total - self._ground_truth.count({"segm": "segmentation"}.get(task, task))
         if without and (task == "segm" or without == total):
-            what = "count as objects never found" if without < total else "so this is not evaluated"
+            what = "count as missed objects" if without < total else "so this is not evaluated"
             self._logger.warning(
-                "%d of %d annotations of %r have no %s: %s",
+                "%d of %d annotations of %r have no %s, %s",
                 *(without, total, self._dataset_name),
                 *({"segm": "mask"}.get(task, task), what),
             )
         return without < total or not total
 
     def _check_tasks_of(self, results: list[dict]) -> set[str]:
-        """Returns the tasks to evaluate. Raises ValueError if the predictions lack what one of them needs."""
+        """Return the tasks to evaluate; raise ValueError if the predictions lack the fields of a task."""
         there = _tasks_of(results)
         missing = set(self._tasks or ()) - there
         if results and missing:
             raise ValueError(
-                f"{type(self).__name__}: tasks is {self._tasks}, but the predictions have nothing for "
+                f"{type(self).__name__}: tasks is {self._tasks}, but the predictions have no results for "
                 f"{sorted(missing)}, only for {sorted(there)}."
             )
         return set(self._tasks or there & self._METRICS.keys())
 
     def _score(self, results: list[dict], task: str, img_ids: Sequence[int] | None) -> CocoScores:
-        """Computes precision and recall for one task; image ids are the ground truth's numbers."""
+        """Compute precision and recall of one task; image ids are those of `GroundTruth.coco`."""
         max_dets = self._max_dets_per_image or self._DEFAULT_MAX_DETS
         rotated = task == "bbox" and (
             self._always_rotated
@@ -282,7 +292,7 @@ class COCOEvaluator(DatasetEvaluator):
         )
 
     def _eval_box_proposals(self, predictions: list[dict]) -> None:
-        """Evaluates proposals, and saves them in detectron2's form of precomputed proposals."""
+        """Evaluate proposals, and save them in detectron2's format of precomputed proposals."""
         if self._output_dir:
             proposals = [prediction["proposals"] for prediction in predictions]
             saved = {
@@ -303,31 +313,31 @@ class COCOEvaluator(DatasetEvaluator):
     def _derive_coco_results(
         self, coco_eval: CocoScores | None, iou_type: str, class_names: Sequence[str] | None = None
     ) -> dict[str, float]:
-        """Returns the metrics of one task by name, and logs them.
+        """Log the metrics of one task and return them by name.
 
         Args:
-            coco_eval: None if there are no predictions: all metrics are nan then.
+            coco_eval: precision and recall; None if there are no predictions, which makes all metrics nan.
             iou_type: the task.
-            class_names: with two or more, there is "AP-<class>" for each.
+            class_names: names of all classes. With two or more, the result has "AP-<class>" for each.
         """
         if coco_eval is None:
-            self._logger.warning("The model has predicted nothing: all %s metrics are nan.", iou_type)
+            self._logger.warning("The model made no predictions: all %s metrics are nan.", iou_type)
             return {metric: math.nan for metric in self._METRICS[iou_type]}
         results = {metric: coco_eval.ap(metric) for metric in self._METRICS[iou_type]}
         self._logger.info("Evaluation results for %s:\n%s", iou_type, create_small_table(results))
         recalls = {f"AR@{n}": coco_eval.ar(i) for i, n in enumerate(coco_eval.max_dets)}
         self._logger.info("Average recall for %s:\n%s", iou_type, create_small_table(recalls))
         if any(math.isnan(value) for value in results.values()):
-            self._logger.info("nan stands where there is no ground truth of that kind.")
+            self._logger.info("Metrics without ground truth are nan.")
         if class_names is None or len(class_names) <= 1:
             return results
-        class_names = _tell_apart(class_names)
+        class_names = _make_unique(class_names)
         per_class = {f"AP-{name}": coco_eval.ap_of_class(i) for i, name in enumerate(class_names)}
         self._logger.info("AP of each class for %s:\n%s", iou_type, _class_table(class_names, per_class))
         return {**results, **per_class}
 
     def _category_ids(self) -> dict[int, int]:
-        """Returns the map from class index to category id."""
+        """Return the mapping from class index to category id."""
         id_map = self._metadata.get("thing_dataset_id_to_contiguous_id")
         if id_map is None:
             return {i: i for i in self._ground_truth.category_ids}
@@ -336,14 +346,14 @@ class COCOEvaluator(DatasetEvaluator):
     def _category_id(self, class_index: int, category_ids: dict[int, int]) -> int:
         if class_index not in category_ids:
             raise ValueError(
-                f"The model has predicted class {class_index}, but dataset {self._dataset_name!r} has the "
-                f"{len(category_ids)} classes {', '.join(map(str, sorted(category_ids)[:100]))}. Is "
-                "NUM_CLASSES of the model right, and is it the dataset that it was trained for?"
+                f"The model predicted class {class_index}, but dataset {self._dataset_name!r} has the "
+                f"{len(category_ids)} classes {', '.join(map(str, sorted(category_ids)[:100]))}. Check the "
+                "model's NUM_CLASSES, and that it was trained for this dataset."
             )
         return category_ids[class_index]
 
     def _class_names(self) -> list[str]:
-        """Returns the class names in the order of the category ids, which is that of the scores."""
+        """Return the class names in the order of the category ids, as in `CocoScores`."""
         names = self._metadata.get("thing_classes")
         id_map = self._metadata.get("thing_dataset_id_to_contiguous_id")
         if names is None or id_map is None:
@@ -354,8 +364,8 @@ class COCOEvaluator(DatasetEvaluator):
         most = max(len(prediction["instances"]) for prediction in predictions)
         if self._max_dets_per_image is None and most > self._DEFAULT_MAX_DETS:
             self._logger.warning(
-                "There are images with up to %d detections, of which the best %d count. Pass "
-                "max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE to the evaluator to let all count.",
+                "There are up to %d detections per image, but only the best %d count. Pass "
+                "max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE to the evaluator to count all.",
                 most,
                 self._DEFAULT_MAX_DETS,
             )
@@ -385,12 +395,12 @@ def _check_tasks(
         )
     unknown = [task for task in tasks if task not in legal]
     if unknown:
-        raise ValueError(f"{evaluator}: there are no tasks {unknown}; legal are {', '.join(legal)}.")
+        raise ValueError(f"{evaluator}: unknown tasks {unknown}; legal tasks are {', '.join(legal)}.")
     return tuple(tasks)
 
 
 def _tasks_of(results: list[dict]) -> set[str]:
-    """Returns the tasks that predictions are there for; boxes are always one."""
+    """Return the tasks that the results have fields for; "bbox" is always one of them."""
     tasks = {"bbox"}
     for result in results:
         if "segmentation" in result:
@@ -400,18 +410,18 @@ def _tasks_of(results: list[dict]) -> set[str]:
     return tasks
 
 
-def _tell_apart(names: Sequence[str]) -> list[str]:
-    """Adds a number to names that were there before: several categories may have one."""
+def _make_unique(names: Sequence[str]) -> list[str]:
+    """Append a number to repeated names, because categories may share a name."""
     seen: Counter[str] = Counter()
-    told = []
+    unique = []
     for name in names:
         seen[name] += 1
-        told.append(f"{name} ({seen[name]})" if seen[name] > 1 else name)
-    return told
+        unique.append(f"{name} ({seen[name]})" if seen[name] > 1 else name)
+    return unique
 
 
 def _class_table(class_names: Sequence[str], per_class: dict[str, float]) -> str:
-    """Returns AP of each class as a table of up to three pairs of columns."""
+    """Return a table of the AP of each class, with up to three pairs of columns."""
     from tabulate import tabulate
 
     cells = list(itertools.chain(*zip(class_names, per_class.values())))
@@ -425,19 +435,19 @@ def _class_table(class_names: Sequence[str], per_class: dict[str, float]) -> str
 def evaluate_box_proposals(
     predictions: list[dict], ground_truth: GroundTruth, limits: Sequence[int] = (100, 1000)
 ) -> dict[str, float]:
-    """Computes the average recall over the IoU thresholds 0.5, 0.55, ..., 0.95, classes aside.
+    """Compute the class-agnostic average recall over the IoU thresholds 0.5, 0.55, ..., 0.95.
 
-    In each image proposals and ground truth boxes are paired off one by one, the pair of highest IoU first.
+    In each image, proposals and ground truth boxes are paired greedily, starting with the highest IoU.
 
     Args:
-        predictions: dicts of `image_id` and `proposals`: Instances with `proposal_boxes` and
+        predictions: dicts with "image_id" and "proposals", Instances with `proposal_boxes` and
             `objectness_logits`.
-        ground_truth: boxes of crowds are left out.
-        limits: so many proposals of an image count, the best first.
+        ground_truth: the annotations; crowd boxes are ignored.
+        limits: maximum numbers of proposals per image that count, highest scores first.
 
     Returns:
-        "AR@100", "ARs@100", "ARm@100", "ARl@100" and so on for each limit, in percent; nan where there is
-        no ground truth box of that size.
+        "AR@100", "ARs@100", "ARm@100", "ARl@100" etc. for each limit, in percent. Nan if there is no ground
+        truth box of that size.
     """
     by_image: dict[int, list[dict]] = {}
     for annotation in ground_truth.coco["annotations"]:
@@ -454,12 +464,12 @@ def evaluate_box_proposals(
         for limit in limits:
             for suffix, (low, high) in _RECALL_AREAS.items():
                 columns = (areas >= low) & (areas <= high)
-                overlaps[f"AR{suffix}@{limit}"].append(_pair_off(iou[:limit, columns]))
+                overlaps[f"AR{suffix}@{limit}"].append(_pair_greedily(iou[:limit, columns]))
     return {key: _average_recall(values) for key, values in overlaps.items()}
 
 
 def _proposal_iou(proposals: Instances, annotations: list[dict]) -> np.ndarray:
-    """Returns the IoU of the proposals, best first, with the ground truth boxes."""
+    """Return the IoU of the proposals, in descending score order, with the ground truth boxes."""
     order = proposals.objectness_logits.argsort(descending=True)
     boxes = proposals.proposal_boxes[order]
     if isinstance(boxes, RotatedBoxes) or are_rotated(annotations):
@@ -473,8 +483,8 @@ def _proposal_iou(proposals: Instances, annotations: list[dict]) -> np.ndarray:
     return boxes.pairwise_iou(gt_boxes).numpy()
 
 
-def _pair_off(iou: np.ndarray) -> np.ndarray:
-    """Returns, for each ground truth box, the IoU with the proposal that it is paired with, in no order."""
+def _pair_greedily(iou: np.ndarray) -> np.ndarray:
+    """Return the IoU of each ground truth box with its paired proposal, in arbitrary order."""
     num_proposals, num_boxes = iou.shape
     iou = iou.copy()
     found = np.zeros(num_boxes)

@@ -1,4 +1,4 @@
-"""Both sides of the COCO metric as data: predictions in COCO's result format, and the ground truth."""
+"""Inputs of the COCO metric: predictions in COCO's result format, and the ground truth."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from detlib.structures import BoxMode, Instances, ROIMasks, RotatedBoxes
 
 __all__ = ["GroundTruth", "instances_to_coco_json", "load_ground_truth"]
 
-_HIGHEST_ID = 2**53  # faster-coco-eval passes ids on as float64
+_HIGHEST_ID = 2**53  # faster-coco-eval converts ids to float64
 
 
 def instances_to_coco_json(instances: Instances, img_id: Any) -> list[dict]:
-    """Converts one image's predictions to COCO's result format (https://cocodataset.org/#format-results).
+    """Convert the predictions for an image to COCO's result format (https://cocodataset.org/#format-results).
 
     Args:
-        instances: with `pred_boxes`, `scores` and `pred_classes`, and if there are, `pred_masks` (N, H, W)
-            bool (or `ROIMasks`, which are pasted on the way, or a list of RLE dicts) and `pred_keypoints`
-            (N, K, 3), with x and y that become COCO's pixel indices (0.5 less).
+        instances: N instances with `pred_boxes`, `scores` and `pred_classes`. Optional fields: `pred_masks`,
+            (N, H, W) bool, `ROIMasks` (which are pasted into the image), or a list of RLE dicts; and
+            `pred_keypoints`, (N, K, 3). 0.5 is subtracted from the x and y of keypoints, which gives COCO's
+            pixel indices.
         img_id: the image's id.
 
     Returns:
-        One dict for each instance: `image_id`, `category_id` (the class index), `bbox` (XYWH, or center x,
-        center y, width, height, angle of rotated boxes), `score`, and if there are, `segmentation`
-        (compressed RLE) and `keypoints` (flat).
+        One dict for each instance, with `image_id`, `category_id` (the class index), `bbox` (XYWH, or center
+        x, center y, width, height and angle for rotated boxes) and `score`, and optionally `segmentation`
+        (compressed RLE) and `keypoints` (a flat list).
     """
     if len(instances) == 0:
         return []
@@ -56,7 +57,7 @@ def instances_to_coco_json(instances: Instances, img_id: Any) -> list[dict]:
 
 
 def _encode_masks(instances: Instances) -> list[dict]:
-    """Compresses the masks, a tensor, BitMasks or ROIMasks, to RLE that JSON can hold; RLE stays as it is."""
+    """Encode a tensor, BitMasks or ROIMasks as RLE that JSON can store. RLE is returned unchanged."""
     masks = instances.pred_masks
     if isinstance(masks, list):
         return masks
@@ -73,13 +74,13 @@ def _encode_masks(instances: Instances) -> list[dict]:
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """The annotations of a dataset, in COCO's format and complete.
+    """The annotations of a dataset in COCO's format, with all fields that the metric needs.
 
     Attributes:
-        coco: `images`, `categories` and `annotations`, where each annotation has `id` (from 1), `area` and
-            `iscrowd`, and image ids are whole numbers.
-        image_numbers: from the dataset's image ids, which may be anything, to the numbers in `coco`.
-        has_annotations: False for a test set, whose annotations are not known.
+        coco: `images`, `categories` and `annotations`. Each annotation has `id` (starting at 1), `area` and
+            `iscrowd`. Image ids are integers.
+        image_numbers: maps the dataset's image ids, of any type, to the ids in `coco`.
+        has_annotations: False for a test set without annotations.
     """
 
     coco: dict
@@ -88,11 +89,11 @@ class GroundTruth:
 
     @property
     def category_ids(self) -> list[int]:
-        """The category ids in rising order."""
+        """The category ids in ascending order."""
         return sorted(category["id"] for category in self.coco["categories"])
 
     def count(self, key: str) -> int:
-        """Number of annotations that have `key`, and not empty."""
+        """Return the number of annotations with a non-empty `key`."""
         return sum(bool(annotation.get(key)) for annotation in self.coco["annotations"])
 
     @property
@@ -103,7 +104,7 @@ class GroundTruth:
 
 
 def load_ground_truth(dataset_name: str, metadata: Metadata) -> GroundTruth:
-    """Reads `metadata.json_file`, or where there is none converts the registered dataset."""
+    """Read `metadata.json_file`, or convert the registered dataset if there is no such file."""
     json_file = metadata.get("json_file")
     return complete_ground_truth(
         read_coco_json(json_file) if json_file else convert_to_coco_dict(dataset_name)
@@ -111,11 +112,11 @@ def load_ground_truth(dataset_name: str, metadata: Metadata) -> GroundTruth:
 
 
 def complete_ground_truth(coco: dict) -> GroundTruth:
-    """Fills in what annotation files may lack and the metric needs, without changing `coco`.
+    """Add the fields that the metric needs and that annotation files may lack, without modifying `coco`.
 
-    Annotations are numbered anew: the metric takes id 0 for "no match", and ids may be missing. Images are
-    where their ids are no whole numbers, or ones that the back ends confuse. As when data are loaded,
-    annotations without an image and polygons of fewer than three points are left out.
+    Annotations are renumbered, because the metric takes id 0 for "no match" and ids may be missing. Images
+    are renumbered if their ids are not integers, or are too large for the backends. As in data loading,
+    annotations without an image and polygons of fewer than three points are dropped.
     """
     ids = [image["id"] for image in coco["images"]]
     keep_ids = all(type(i) is int and 0 <= i <= _HIGHEST_ID for i in ids)
@@ -138,7 +139,7 @@ def complete_ground_truth(coco: dict) -> GroundTruth:
             complete["segmentation"] = _good_mask(annotation.get("segmentation"))
         if not _is_area(complete.get("area")):
             complete["area"] = _area(complete, *sizes[image_id])
-        if num_values:  # of no keypoints is the same as of none that is labeled
+        if num_values:  # an object without keypoints is one without labeled keypoints
             complete["keypoints"] = annotation.get("keypoints") or [0] * num_values
             complete.setdefault("num_keypoints", sum(v > 0 for v in complete["keypoints"][2::3]))
         annotations.append(complete)
@@ -155,19 +156,19 @@ def complete_ground_truth(coco: dict) -> GroundTruth:
 
 
 def _good_mask(segmentation: Any) -> list | dict:
-    """A mask as both back ends take it: an RLE, or polygons of three points or more; perhaps none."""
+    """Return a mask that both backends accept: an RLE, or polygons of at least three points, perhaps none."""
     if isinstance(segmentation, list):
         return [polygon for polygon in segmentation if len(polygon) >= 6 and len(polygon) % 2 == 0]
     return segmentation or []
 
 
 def _is_area(area: Any) -> bool:
-    """Whether it is a number that the metric can compare with its limits; of the others it makes anything."""
+    """Return whether `area` is a number that the metric can compare with its area ranges."""
     return isinstance(area, int | float) and area >= 0
 
 
 def _area(annotation: dict, height: int, width: int) -> float:
-    """Returns the area of the annotation's mask in pixels, or of its box where it has none."""
+    """Return the area of the annotation's mask in pixels, or of its box if it has no mask."""
     segmentation = annotation.get("segmentation")
     if not segmentation:
         return float(annotation["bbox"][2] * annotation["bbox"][3])

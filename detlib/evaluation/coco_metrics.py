@@ -1,7 +1,7 @@
 """COCO's average precision and recall (https://cocodataset.org/#detection-eval).
 
-T IoU thresholds, R recall thresholds, K categories, A area ranges, M limits of detections in an image.
-In overlaps: D detections, G ground truth objects, P keypoints of an object.
+Shape legend: T IoU thresholds, R recall thresholds, K categories, A area ranges, M limits on the number of
+detections per image; in overlaps D detections, G ground truth objects, P keypoints of an object.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ _AREAS = {"": "all", "s": "small", "m": "medium", "l": "large"}
 
 @dataclass(frozen=True)
 class CocoScores:
-    """What COCO's evaluation computes.
+    """Precision and recall of a COCO evaluation.
 
     Attributes:
         precision: (T, R, K, A, M) float64, -1 where there is no ground truth.
-        recall: (T, K, A, M) float64, likewise.
+        recall: (T, K, A, M) float64, -1 where there is no ground truth.
         iou_thresholds: (T,) float64.
         area_names: the A names "all", "small", ...
-        max_dets: the M limits, rising.
+        max_dets: the M limits in ascending order.
     """
 
     precision: np.ndarray
@@ -63,9 +63,9 @@ class CocoScores:
     max_dets: tuple[int, ...]
 
     def ap(self, metric: str) -> float:
-        """Returns a metric such as "AP", "AP50" or "APs" in percent, or nan without ground truth for it.
+        """Return a metric such as "AP", "AP50" or "APs" in percent, or nan if it has no ground truth.
 
-        It is computed with the highest limit of detections.
+        The highest limit on the number of detections applies.
         """
         suffix = metric.removeprefix("AP")
         precision = self.precision[..., self._area_index("" if suffix.isdigit() else suffix), -1]
@@ -74,15 +74,15 @@ class CocoScores:
         return mean_percent(precision)
 
     def ap_of_class(self, index: int) -> float:
-        """Returns AP, in percent, of the category with the `index`-th smallest id, or nan."""
+        """Return the AP, in percent, of the category with the `index`-th smallest id, or nan."""
         return mean_percent(self.precision[:, :, index, 0, -1])
 
     def ar(self, max_dets_index: int = -1, area: str = "") -> float:
-        """Returns the average recall, in percent, or nan.
+        """Return the average recall in percent, or nan.
 
         Args:
-            max_dets_index: which of `max_dets` is the limit.
-            area: "", "s", "m" or "l".
+            max_dets_index: index into `max_dets` of the limit that applies.
+            area: "" for all, "s", "m" or "l".
         """
         return mean_percent(self.recall[:, :, self._area_index(area), max_dets_index])
 
@@ -91,13 +91,13 @@ class CocoScores:
 
 
 def mean_percent(values: np.ndarray) -> float:
-    """The mean in percent of the values that are there (above -1), or nan."""
+    """Return the mean, in percent, of the valid values (above -1), or nan if there are none."""
     values = values[values > -1]
     return float(values.mean() * 100) if values.size else float("nan")
 
 
 def make_coco_api(coco: dict, fast: bool = True) -> Any:
-    """Returns a `COCO` object of faster-coco-eval, or of pycocotools if not `fast`."""
+    """Return a `COCO` object of faster-coco-eval, or of pycocotools if `fast` is False."""
     if fast:
         from faster_coco_eval import COCO
 
@@ -113,7 +113,7 @@ def make_coco_api(coco: dict, fast: bool = True) -> Any:
 
 @contextlib.contextmanager
 def gc_paused() -> Iterator[None]:
-    """Keeps Python from looking for garbage while very many small objects are made, all of them in use."""
+    """Pause garbage collection while many small objects are created that all stay in use."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -124,10 +124,10 @@ def gc_paused() -> Iterator[None]:
 
 
 def _as_detections(coco_gt: Any, results: list[dict], task: str) -> Any:
-    """Returns predictions as a `COCO` object.
+    """Return predictions as a `COCO` object.
 
-    The back ends' own `loadRes` does this for one result after the other, and adds things that nothing asks
-    for. A result's area is that of its mask for the task "segm", else that of its box.
+    The backends' own `loadRes` processes the results one by one and adds fields that are not used. The area
+    of a result is that of its mask for the task "segm", otherwise that of its box.
     """
     key = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}[task]
     areas = _areas(results, task)
@@ -154,7 +154,7 @@ def _as_detections(coco_gt: Any, results: list[dict], task: str) -> Any:
 
 def _areas(results: list[dict], task: str) -> list[float]:
     if task == "segm":
-        from faster_coco_eval.core import mask as mask_utils  # pycocotools' takes no more than 255 at once
+        from faster_coco_eval.core import mask as mask_utils  # pycocotools.mask accepts at most 255 masks
 
         return list(map(float, mask_utils.area([result["segmentation"] for result in results])))
     if all("bbox" in result for result in results):
@@ -164,22 +164,27 @@ def _areas(results: list[dict], task: str) -> list[float]:
 
 
 def are_rotated(annotations: Iterable[dict]) -> bool:
-    """Whether a box in COCO's format, of the ground truth or of results, is (x, y, width, height, angle)."""
+    """Return whether any box of annotations or results in COCO's format has five numbers, so is rotated."""
     return any(len(annotation.get("bbox") or ()) == 5 for annotation in annotations)
 
 
 def to_rotated(boxes: list[list[float]]) -> np.ndarray:
-    """(N, 5) float64 from boxes in COCO's format; upright ones, (x0, y0, width, height), get the angle 0."""
+    """Convert boxes in COCO's format to (N, 5) float64 rotated boxes.
+
+    Axis-aligned boxes, (x0, y0, width, height), get the angle 0.
+    """
     rows = [b if len(b) == 5 else BoxMode.convert(b, BoxMode.XYWH_ABS, BoxMode.XYWHA_ABS) for b in boxes]
     return np.array(rows, dtype=np.float64).reshape(-1, 5)
 
 
 def rotated_iou(dt_boxes: np.ndarray, gt_boxes: np.ndarray, is_crowd: np.ndarray) -> np.ndarray:
-    """Overlaps as COCO defines them: of a crowd, it is the part of the detection that lies in it.
+    """Return the overlap of every pair as COCO defines it.
+
+    It is the IoU, but for a crowd region the fraction of the detection that lies inside the region.
 
     Args:
-        dt_boxes: (D, 5) float64.
-        gt_boxes: (G, 5) float64.
+        dt_boxes: (D, 5) float64, detections.
+        gt_boxes: (G, 5) float64, ground truth.
         is_crowd: (G,) bool.
 
     Returns:
@@ -196,16 +201,16 @@ def rotated_iou(dt_boxes: np.ndarray, gt_boxes: np.ndarray, is_crowd: np.ndarray
 
 
 def make_rotated_iou(annotations: list[dict], results: list[dict], max_dets: int) -> Callable:
-    """Returns what takes the place of the method `computeIoU` of a back end.
+    """Return a replacement for the method `computeIoU` of a backend.
 
     Args:
-        annotations: the ground truth's, in COCO's format.
-        results: the predictions, likewise.
-        max_dets: so many detections of an image and category count, the best first.
+        annotations: the ground truth in COCO's format.
+        results: the predictions in COCO's result format.
+        max_dets: maximum number of detections per image and category; those with the highest scores are kept.
 
     Returns:
-        A function of image id and category id. It gives (D, G) float64, the detections by descending score,
-        or an empty list where there are none of one kind.
+        A function of image id and category id, which returns (D, G) float64 overlaps with the detections in
+        descending score order, or an empty list if there are no detections or no ground truth objects.
     """
     gts, dts = by_image_and_category(annotations), by_image_and_category(results)
 
@@ -224,7 +229,7 @@ def make_rotated_iou(annotations: list[dict], results: list[dict], max_dets: int
 
 
 def by_image_and_category(annotations: list[dict]) -> dict[tuple[int, int], list[dict]]:
-    """Annotations in COCO's format by the ids of image and category, in their order."""
+    """Group annotations in COCO's format by image id and category id, in their order."""
     groups = defaultdict(list)
     for annotation in annotations:
         groups[annotation["image_id"], annotation["category_id"]].append(annotation)
@@ -232,32 +237,32 @@ def by_image_and_category(annotations: list[dict]) -> dict[tuple[int, int], list
 
 
 def keypoint_similarity(
-    found: np.ndarray, truth: np.ndarray, boxes: np.ndarray, areas: np.ndarray, sigmas: np.ndarray
+    found: np.ndarray, gt: np.ndarray, boxes: np.ndarray, areas: np.ndarray, sigmas: np.ndarray
 ) -> np.ndarray:
-    """COCO's object keypoint similarity (https://cocodataset.org/#keypoints-eval).
+    """Return COCO's object keypoint similarity of every pair (https://cocodataset.org/#keypoints-eval).
 
-    Objects without a labeled keypoint, which do not count, are compared by how far the keypoints lie outside
-    their box, taken three times as large.
+    Objects without labeled keypoints, which do not count, are compared by the distance of the keypoints from
+    the object's box, scaled by three about its center.
 
     Args:
-        found: (D, P, 3) float64, x, y and anything.
-        truth: (G, P, 3) float64, x, y and visibility.
-        boxes: (G, 4) float64, XYWH.
+        found: (D, P, 3) float64, x, y and an ignored value of the detected keypoints.
+        gt: (G, P, 3) float64, x, y and visibility of the ground truth keypoints.
+        boxes: (G, 4) float64 XYWH.
         areas: (G,) float64.
         sigmas: (P,) float64.
 
     Returns:
         (D, G) float64.
     """
-    labeled = truth[:, :, 2] > 0
+    labeled = gt[:, :, 2] > 0
     bare = ~labeled.any(axis=1)
-    offsets = found[:, None, :, :2] - truth[:, :, :2]
+    offsets = found[:, None, :, :2] - gt[:, :, :2]
     if bare.any():
         low, high = boxes[bare, :2] - boxes[bare, 2:], boxes[bare, :2] + 2 * boxes[bare, 2:]
         points = found[:, None, :, :2]
         below, above = low[:, None] - points, points - high[:, None]
         offsets[:, bare] = np.maximum(below, 0) + np.maximum(above, 0)
-    # In pycocotools' order, so that the last digits differ as seldom as can be.
+    # Same order of operations as in pycocotools, to keep rounding differences rare.
     distances = offsets[..., 0] ** 2 + offsets[..., 1] ** 2
     similar = np.exp(-(distances / (2 * sigmas) ** 2 / (areas[:, None] + np.spacing(1)) / 2))
     counted = labeled | bare[:, None]  # type: ignore[index]
@@ -267,17 +272,17 @@ def keypoint_similarity(
 def make_keypoint_similarity(
     annotations: list[dict], results: list[dict], max_dets: int, sigmas: np.ndarray
 ) -> Callable:
-    """Returns what takes the place of the method `computeOks` of a back end.
+    """Return a replacement for the method `computeOks` of a backend.
 
     Args:
-        annotations: the ground truth's, in COCO's format.
-        results: the predictions, likewise.
-        max_dets: so many detections of an image and category count, the best first.
-        sigmas: one number for each keypoint.
+        annotations: the ground truth in COCO's format.
+        results: the predictions in COCO's result format.
+        max_dets: maximum number of detections per image and category; those with the highest scores are kept.
+        sigmas: (P,) one number for each keypoint.
 
     Returns:
-        A function of image id and category id. It gives (D, G) float64, the detections by descending score,
-        or an empty list where there are none of one kind.
+        A function of image id and category id, which returns (D, G) float64 similarities with the detections
+        in descending score order, or an empty list if there are no detections or no ground truth objects.
     """
     gts, dts = by_image_and_category(annotations), by_image_and_category(results)
     sigmas = np.asarray(sigmas, dtype=np.float64)
@@ -308,18 +313,21 @@ def evaluate_coco(
     fast: bool = True,
     rotated: bool = False,
 ) -> CocoScores:
-    """Evaluates predictions by COCO's metric.
+    """Evaluate predictions with COCO's metric.
 
     Args:
-        coco_gt: from `make_coco_api`, with the same `fast`.
-        results: predictions in COCO's result format; at least one.
+        coco_gt: the ground truth, from `make_coco_api` with the same `fast`.
+        results: predictions in COCO's result format, at least one.
         task: "bbox", "segm" or "keypoints".
-        max_dets: limits of detections in an image; AP counts with the highest. Default: 1, 10, 100, and 20
-            for keypoints.
-        kpt_oks_sigmas: one number for each keypoint; default: those of COCO's 17.
-        img_ids: evaluate on these images only.
-        fast: use faster-coco-eval, else pycocotools. The numbers are the same.
-        rotated: whether overlaps of boxes are those of rotated boxes; only for the task "bbox".
+        max_dets: limits on the number of detections per image; the highest one applies to AP. Default: 1, 10
+            and 100. Ignored for keypoints, whose limit is 20.
+        kpt_oks_sigmas: one number for each keypoint. Default: those of COCO's 17 keypoints.
+        img_ids: evaluate only these images.
+        fast: use faster-coco-eval, otherwise pycocotools. The results are the same.
+        rotated: compute overlaps of rotated boxes; only for the task "bbox".
+
+    Returns:
+        Precision and recall.
     """
     if fast:
         from detlib.evaluation.fast_eval_api import COCOeval_opt as COCOeval
@@ -328,7 +336,7 @@ def evaluate_coco(
     with contextlib.redirect_stdout(io.StringIO()), gc_paused():
         evaluation = COCOeval(coco_gt, _as_detections(coco_gt, results, task), task)
         params = evaluation.params
-        # faster-coco-eval takes only the categories that have annotations, for keypoints.
+        # For keypoints, faster-coco-eval's default is only the categories that have annotations.
         params.catIds = sorted(coco_gt.getCatIds())
         if img_ids is not None:
             params.imgIds = list(img_ids)
@@ -338,10 +346,10 @@ def evaluate_coco(
             params.kpt_oks_sigmas = np.array(kpt_oks_sigmas)
         if rotated:
             annotations = coco_gt.dataset["annotations"]
-            # Both back ends look this method up when they begin.
+            # Both backends look up this method when the evaluation starts.
             evaluation.computeIoU = make_rotated_iou(annotations, results, max(params.maxDets))
         if task == "keypoints" and fast:
-            # The back end's own goes through the detections one by one.
+            # The backend's own method loops over the detections.
             evaluation.computeOks = make_keypoint_similarity(
                 coco_gt.dataset["annotations"], results, max(params.maxDets), params.kpt_oks_sigmas
             )

@@ -1,4 +1,4 @@
-"""What an evaluator is, and the loop that runs a model over a dataset for it."""
+"""The evaluator interface and the inference loop over a dataset."""
 
 from __future__ import annotations
 
@@ -23,38 +23,40 @@ _SECONDS_BETWEEN_REPORTS = 5.0
 
 
 class DatasetEvaluator:
-    """Collects what a model returns for the images of a dataset, and computes metrics of it in the end.
+    """Base class of evaluators, which collect a model's outputs over a dataset and compute metrics from them.
 
-    Subclasses override what they need of the three methods.
+    `inference_on_dataset` calls `reset` once, `process` for each batch, and `evaluate` at the end. Subclasses
+    override the methods that they need.
     """
 
     def reset(self) -> None:
-        """Forgets what was collected. Called before the first batch."""
+        """Discard all collected outputs. Called before the first batch."""
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        """Takes in one batch.
+        """Collect the outputs of one batch.
 
         Args:
-            inputs: what the model was called with.
-            outputs: what it returned: one dict for each input.
+            inputs: the model's input dicts.
+            outputs: the model's output dicts, one for each input.
         """
 
     def evaluate(self) -> Mapping[str, Mapping[str, float]] | None:
-        """Computes the metrics of all that was taken in.
+        """Compute the metrics of all collected outputs.
 
         Returns:
-            `{task: {metric: value}}`; in distributed runs in the main process only, else None or empty.
+            `{task: {metric: value}}`. In distributed runs, processes other than the main one return None or
+            an empty dict.
         """
 
 
 class DatasetEvaluators(DatasetEvaluator):
-    """Runs several evaluators as one.
-
-    Args:
-        evaluators: each gets every batch; the tasks that they report must differ.
-    """
+    """Multiple evaluators that run as one."""
 
     def __init__(self, evaluators: Iterable[DatasetEvaluator]) -> None:
+        """
+        Args:
+            evaluators: evaluators that each receive every batch. Their tasks must be distinct.
+        """
         self._evaluators = list(evaluators)
 
     def reset(self) -> None:
@@ -66,7 +68,14 @@ class DatasetEvaluators(DatasetEvaluator):
             evaluator.process(inputs, outputs)
 
     def evaluate(self) -> dict[str, Any]:
-        """Returns the results of all in one dict. Raises ValueError if two report the same task."""
+        """Compute the metrics of all evaluators.
+
+        Returns:
+            `{task: {metric: value}}` with the tasks of all evaluators.
+
+        Raises:
+            ValueError: two evaluators report the same task.
+        """
         results: dict[str, Any] = {}
         for evaluator in self._evaluators:
             result = evaluator.evaluate()
@@ -75,7 +84,7 @@ class DatasetEvaluators(DatasetEvaluator):
             for task, metrics in result.items():
                 if task in results:
                     raise ValueError(
-                        f"Two evaluators report a task {task!r}; the second is {type(evaluator).__name__}."
+                        f"Two evaluators report the task {task!r}; the second is {type(evaluator).__name__}."
                     )
                 results[task] = metrics
         return results
@@ -83,7 +92,7 @@ class DatasetEvaluators(DatasetEvaluator):
 
 @contextmanager
 def inference_context(model: nn.Module) -> Iterator[None]:
-    """Puts a model into eval mode inside the `with`, and each module back into its own mode afterwards."""
+    """Set a model to eval mode inside the `with` block, then restore the mode of each module."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -99,27 +108,29 @@ def inference_on_dataset(
     evaluator: DatasetEvaluator | list[DatasetEvaluator] | tuple[DatasetEvaluator, ...] | None,
     callbacks: Mapping[str, Callable[[], Any]] | None = None,
 ) -> dict[str, Any]:
-    """Runs a model over a dataset without gradients and evaluates what it returns.
+    """Run a model over a dataset without gradients and evaluate its outputs.
 
-    The log says how far it is, the time left, and in the end the time for an image on each device, as model
-    zoos have it: in all, and for the model alone ("pure compute"). The first batches, up to five, are left
-    out of these times.
+    The progress and the remaining time are logged. At the end the time per image on each device is logged,
+    in total and for the model alone ("pure compute"). These times exclude up to five warm-up batches.
 
     Args:
-        model: an nn.Module, which runs in eval mode and is put back afterwards; or any callable.
-        data_loader: its length is the number of batches; a batch is a list of input dicts.
-        evaluator: one, or a list of them, or None for running the model only.
-        callbacks: functions by the time at which they are called: "on_start" and "on_end", and
-            "before_inference" and "after_inference" of every batch.
+        model: an nn.Module, which runs in eval mode and is restored afterwards, or any callable.
+        data_loader: an iterable with a length, of batches. A batch is a list of input dicts.
+        evaluator: an evaluator, a list of evaluators, or None to run only the model.
+        callbacks: functions to call, by event: "on_start", "on_end", and for each batch "before_inference"
+            and "after_inference".
 
     Returns:
-        The evaluator's results; empty where there are none, as in processes other than the main one.
+        The evaluator's results. Empty if there are none, as in processes other than the main one.
+
+    Raises:
+        ValueError: `callbacks` has an unknown key.
     """
     callbacks = dict(callbacks or {})
     legal = ("on_start", "before_inference", "after_inference", "on_end")
     unknown = [key for key in callbacks if key not in legal]
     if unknown:
-        raise ValueError(f"callbacks has the keys {unknown}; legal are {', '.join(legal)}.")
+        raise ValueError(f"callbacks has unknown keys {unknown}; legal keys are {', '.join(legal)}.")
     if evaluator is None or isinstance(evaluator, list | tuple):
         evaluator = DatasetEvaluators(evaluator or [])
 
@@ -148,7 +159,7 @@ def inference_on_dataset(
 
 
 class _Progress:
-    """Takes the times of the loop and reports them to the log."""
+    """Timer of the inference loop, which logs the progress."""
 
     def __init__(self, num_batches: int, num_processes: int) -> None:
         self.num_batches = num_batches
@@ -195,7 +206,7 @@ class _Progress:
     def _per_image(self) -> str:
         images = max(self.images, 1)
         times = ", ".join(f"{key} {value / images:.4f}" for key, value in self.seconds.items())
-        return f"Seconds an image: {sum(self.seconds.values()) / images:.4f} ({times})"
+        return f"Seconds per image: {sum(self.seconds.values()) / images:.4f} ({times})"
 
     def finish(self) -> None:
         images = max(self.images, 1)
@@ -204,7 +215,7 @@ class _Progress:
             ("Pure compute time", self.seconds["model"]),
         ):
             logger.info(
-                "%s: %s (%.6f s / im on each device, on %d devices, over %d images here, warm-up left out)",
+                "%s: %s (%.6f s / image per device, %d devices, %d images in this process, no warm-up)",
                 what,
                 datetime.timedelta(seconds=int(seconds)),
                 seconds / images,

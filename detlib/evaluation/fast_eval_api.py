@@ -1,4 +1,4 @@
-"""The COCO evaluation in C++ behind pycocotools' interface, under the name that it has in detectron2."""
+"""COCO evaluation in C++ with the interface of pycocotools, under its name in detectron2."""
 
 from faster_coco_eval.core.faster_eval_api import COCOeval_faster
 
@@ -6,4 +6,4 @@ __all__ = ["COCOeval_opt"]
 
 
 class COCOeval_opt(COCOeval_faster):
-    """Takes the place of `pycocotools.cocoeval.COCOeval`, with the same results. It is faster-coco-eval's."""
+    """faster-coco-eval's replacement for `pycocotools.cocoeval.COCOeval`, with the same results."""

@@ -12,31 +12,37 @@ __all__ = ["RotatedCOCOEvaluator"]
 
 
 class RotatedCOCOEvaluator(COCOEvaluator):
-    """Computes COCO's average precision of rotated boxes: the overlap is that of the rotated rectangles.
+    """Evaluator of rotated boxes with COCO's average precision.
 
-    `COCOEvaluator` does the same where boxes are rotated, in the ground truth (`bbox` of five numbers: center
-    x, center y, width, height, angle in degrees) or in the predictions. This one does so in any case, and
-    leaves masks and keypoints alone. Sizes ("APs" and so on) go by width times height unless the ground truth
-    has `area`.
+    The IoU is that of the rotated rectangles. `COCOEvaluator` does the same if the ground truth (`bbox` of
+    five numbers: center x, center y, width, height, angle in degrees) or the predictions contain rotated
+    boxes. This class always does so, and ignores masks and keypoints. Sizes ("APs" etc.) are width times
+    height unless the ground truth has `area`.
 
-    Arguments and results are those of `COCOEvaluator`; the only task is "bbox".
-
-    Raises:
-        ValueError: `tasks` with another task than "bbox".
+    Results are the same as of `COCOEvaluator`, with "bbox" as the only task.
     """
 
     _always_rotated = True
 
     def __init__(self, dataset_name: str, tasks=None, *args, **kwargs) -> None:
+        """
+        Args:
+            dataset_name: see `COCOEvaluator`.
+            tasks: None or ("bbox",).
+            *args: see `COCOEvaluator`.
+            **kwargs: see `COCOEvaluator`.
+
+        Raises:
+            ValueError: `tasks` contains a task other than "bbox".
+        """
         super().__init__(dataset_name, tasks, *args, **kwargs)
         if set(self._tasks or ()) - {"bbox"}:
             raise ValueError(
-                f"RotatedCOCOEvaluator: tasks {list(self._tasks or ())}; "
-                "rotated boxes have only the task 'bbox'."
+                f"RotatedCOCOEvaluator supports only the task 'bbox', got tasks {list(self._tasks or ())}."
             )
 
     def instances_to_json(self, instances: Instances, img_id: Any) -> list[dict]:
-        """Converts one image's boxes to COCO's result format, see `instances_to_coco_json`."""
+        """Convert the boxes of an image to COCO's result format, see `instances_to_coco_json`."""
         fields = {name: instances.get(name) for name in ("pred_boxes", "scores", "pred_classes")}
         return instances_to_coco_json(Instances(instances.image_size, **fields), img_id)
 

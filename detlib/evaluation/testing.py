@@ -1,4 +1,4 @@
-"""Results of evaluations: printing, comparing with what is expected, flattening."""
+"""Utilities for evaluation results: print, compare with expected values, flatten."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ logger = logging.getLogger(__name__)
 
 
 def print_csv_format(results: Mapping[str, Any]) -> None:
-    """Logs the main metrics so that they can be pasted into a table: names and values, separated by commas.
+    """Log the main metrics as comma-separated names and values, which can be pasted into a table.
 
     Args:
-        results: `{task: {metric: value}}`; metrics of single classes, with a dash in the name, are left out.
-            A value that is no dict is logged as it is.
+        results: `{task: {metric: value}}`. Per-class metrics, with a dash in their name, are omitted. A value
+            that is not a dict is logged unchanged.
     """
     for task, metrics in results.items():
         if not isinstance(metrics, Mapping):
@@ -32,7 +32,7 @@ def print_csv_format(results: Mapping[str, Any]) -> None:
 
 
 def verify_results(cfg: Any, results: Mapping[str, Mapping[str, float]]) -> bool:
-    """Compares results with `cfg.TEST.EXPECTED_RESULTS`, and ends the program with status 1 if they differ.
+    """Compare results with `cfg.TEST.EXPECTED_RESULTS`; exit with status 1 if they differ.
 
     Args:
         cfg: the config. The expected results are a list of (task, metric, value, tolerance).
@@ -40,6 +40,9 @@ def verify_results(cfg: Any, results: Mapping[str, Mapping[str, float]]) -> bool
 
     Returns:
         True.
+
+    Raises:
+        SystemExit: a result is missing, is not finite, or differs by more than its tolerance.
     """
     expected_results = cfg.TEST.EXPECTED_RESULTS
     if not expected_results:
@@ -52,15 +55,15 @@ def verify_results(cfg: Any, results: Mapping[str, Mapping[str, float]]) -> bool
         elif not (math.isfinite(actual) and abs(actual - expected) <= tolerance):
             wrong.append(f"{task}/{metric} is {actual}, expected {expected} +- {tolerance}")
     if wrong:
-        logger.error("The results are not as expected: %s", "; ".join(wrong))
+        logger.error("The results differ from the expected ones: %s", "; ".join(wrong))
         logger.error("All results:\n%s", pprint.pformat(dict(results)))
         sys.exit(1)
-    logger.info("The results are as expected.")
+    logger.info("The results match the expected ones.")
     return True
 
 
 def flatten_results_dict(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns nested results as one dict, with keys such as `bbox/AP`."""
+    """Flatten nested results into one dict with keys such as `bbox/AP`."""
     flat: dict[str, Any] = {}
     for key, value in results.items():
         if isinstance(value, Mapping):

@@ -249,7 +249,7 @@ def test_arguments(dataset, tmp_path):
 def test_tasks_without_predictions(dataset, outputs):
     for instances in outputs.values():
         instances.remove("pred_masks")
-    with pytest.raises(ValueError, match=r"nothing for \['segm'\]"):
+    with pytest.raises(ValueError, match=r"no results for \['segm'\]"):
         feed(COCOEvaluator(NAME, ("bbox", "segm")), outputs).evaluate()
 
 
@@ -257,7 +257,7 @@ def test_old_form_with_a_config(dataset, outputs, tmp_path, log):
     cfg = get_cfg()
     cfg.TEST.DETECTIONS_PER_IMAGE = 7
     evaluator = COCOEvaluator(NAME, cfg, False, str(tmp_path / "old"))
-    assert "old form" in log.text
+    assert "is deprecated" in log.text
     new = COCOEvaluator(NAME, max_dets_per_image=7)
     np.testing.assert_equal(feed(evaluator, outputs).evaluate(), feed(new, outputs).evaluate())
     assert (tmp_path / "old" / "coco_instances_results.json").exists()

@@ -77,7 +77,7 @@ def test_some_objects_without_masks(tmp_path, coco, mask, log):
     expect(results, mended, outputs, ("segm",))
     expect(results, coco, outputs, ("bbox", "keypoints"))
     assert f"4 of {len(coco['annotations'])} annotations" in log.text
-    assert "have no mask: count as objects never found" in log.text
+    assert "have no mask, count as missed objects" in log.text
 
 
 def test_no_object_has_a_mask_or_keypoints(tmp_path, coco, log):
@@ -87,8 +87,8 @@ def test_no_object_has_a_mask_or_keypoints(tmp_path, coco, log):
     results = evaluate(tmp_path, coco, outputs)
     assert set(results) == {"bbox"}
     expect(results, coco, outputs, ("bbox",))
-    assert "have no mask: so this is not evaluated" in log.text
-    assert "have no keypoints: so this is not evaluated" in log.text
+    assert "have no mask, so this is not evaluated" in log.text
+    assert "have no keypoints, so this is not evaluated" in log.text
 
 
 @pytest.mark.parametrize("keypoints", [None, [], "missing"])

@@ -70,7 +70,7 @@ def test_several_and_no_evaluators():
     results = inference_on_dataset(Model(), LOADER, [Sum("a"), Sum("b")])
     assert results == {"a": {"total": 12.0}, "b": {"total": 12.0}}
     assert inference_on_dataset(Model(), LOADER, None) == {}
-    with pytest.raises(ValueError, match="report a task 'a'"):
+    with pytest.raises(ValueError, match="report the task 'a'"):
         DatasetEvaluators([Sum("a"), Sum("a")]).evaluate()
 
 
@@ -106,9 +106,9 @@ def test_progress_and_times(log, monkeypatch):
         return [{} for _ in inputs]
 
     inference_on_dataset(model, [[{}, {}]] * 12, None)
-    assert re.search(r"Inference done \d+/12\. Seconds an image: .* ETA 0:00:0\d", log.text)
+    assert re.search(r"Inference done \d+/12\. Seconds per image: .* ETA 0:00:0\d", log.text)
     # Seven of the twelve batches are timed.
-    pattern = r": 0:00:00 \((\d\.\d{6}) s / im on each device, on 1 devices, over 14 images here"
+    pattern = r": 0:00:00 \((\d\.\d{6}) s / image per device, 1 devices, 14 images in this process"
     total = float(re.search("Total inference time" + pattern, log.text)[1])
     model_alone = float(re.search("Pure compute time" + pattern, log.text)[1])
     assert 0.014 < model_alone <= total < 0.2

@@ -417,7 +417,7 @@ def test_chosen_by_type(registered, tmp_path):
 def test_errors(registered, tmp_path):
     lvis, results = registered
     with pytest.raises(
-        ValueError, match=r"LVISEvaluator: there are no tasks \['keypoints'\]; legal are bbox, segm"
+        ValueError, match=r"LVISEvaluator: unknown tasks \['keypoints'\]; legal tasks are bbox, segm"
     ):
         LVISEvaluator(NAME, tasks=("keypoints",))
     evaluator = LVISEvaluator(NAME)
