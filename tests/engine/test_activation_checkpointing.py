@@ -42,17 +42,17 @@ def _assert_same(one: dict, two: dict) -> None:
 
 
 def test_checkpointed_blocks_give_the_same_results():
-    plain, saving = _build(), _build()
-    assert add_activation_checkpoints(saving) == 8  # R-18 has eight residual blocks
-    assert plain.state_dict().keys() == saving.state_dict().keys()
+    plain, checkpointed = _build(), _build()
+    assert add_activation_checkpoints(checkpointed) == 8  # R-18 has eight residual blocks
+    assert plain.state_dict().keys() == checkpointed.state_dict().keys()
     calls = []
-    saving.backbone.bottom_up.res3[0].conv1.register_forward_hook(lambda *_: calls.append(1))
-    for one, two in zip(_step(plain), _step(saving)):
+    checkpointed.backbone.bottom_up.res3[0].conv1.register_forward_hook(lambda *_: calls.append(1))
+    for one, two in zip(_step(plain), _step(checkpointed)):
         _assert_same(one, two)
     assert len(calls) == 2
-    saving.eval()
+    checkpointed.eval()
     with torch.no_grad():
-        saving.backbone(torch.rand(1, 3, 64, 64))
+        checkpointed.backbone(torch.rand(1, 3, 64, 64))
     assert len(calls) == 3
 
 
@@ -63,9 +63,9 @@ def test_checkpointed_blocks_save_fewer_activations():
             model.backbone(torch.rand(1, 3, 64, 64))
         return sum(sizes)
 
-    plain, saving = _build().train(), _build().train()
-    add_activation_checkpoints(saving)
-    assert kept(saving) < 0.6 * kept(plain)
+    plain, checkpointed = _build().train(), _build().train()
+    add_activation_checkpoints(checkpointed)
+    assert kept(checkpointed) < 0.6 * kept(plain)
 
 
 def test_model_without_blocks_raises():

@@ -117,14 +117,14 @@ _ADAMW = {"SOLVER__OPTIMIZER": "AdamW", "SOLVER__BASE_LR": 1e-3}
 )
 def test_sharded_training_equals_ddp(tmp_path, monkeypatch, overrides, tolerance, state_tolerance):
     launch(_train_all, 2, args=(str(tmp_path), overrides))
-    full, parts, again = (
+    unsharded, sharded, resumed = (
         torch.load(tmp_path / name / "model_final.pth", weights_only=True)
         for name in ("ddp", "fsdp", "resumed")
     )
     for entry in ("model", "ema_state"):
-        _assert_close(full[entry], parts[entry], tolerance)
-        _assert_close(parts[entry], again[entry], 0.0)
-    states = [x["trainer"]["_trainer"]["optimizer"]["state"] for x in (full, parts)]
+        _assert_close(unsharded[entry], sharded[entry], tolerance)
+        _assert_close(sharded[entry], resumed[entry], 0.0)
+    states = [x["trainer"]["_trainer"]["optimizer"]["state"] for x in (unsharded, sharded)]
     assert states[0] and states[0].keys() == states[1].keys()
     _assert_close(*states, state_tolerance)
     monkeypatch.setattr(sampling, "subsample_labels", sample_repeatably)

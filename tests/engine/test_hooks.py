@@ -17,15 +17,15 @@ from detlib.utils.events import EventWriter
 class _Idle(TrainerBase):
     """Steps that store one metric with the given values."""
 
-    def __init__(self, course=()):
+    def __init__(self, values=()):
         super().__init__()
-        self.course = course
+        self.values = values
         self.optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
 
     def run_step(self):
         self.optimizer.step()
-        if self.course:
-            self.storage.put_scalar("bbox/AP", self.course[self.iter], smoothing_hint=False)
+        if self.values:
+            self.storage.put_scalar("bbox/AP", self.values[self.iter], smoothing_hint=False)
 
 
 def _train(trainer, hooks_, start=0, end=6):
@@ -81,9 +81,9 @@ def test_eval_hook_refuses_results_that_are_not_numbers(result, error):
         _train(_Idle(), [hooks.EvalHook(2, lambda: result)])
 
 
-def _best(folder, course, mode="max", start=0, resume_from=None, period=2):
+def _best(folder, values, mode="max", start=0, resume_from=None, period=2):
     model = nn.Linear(1, 1)
-    trainer = _Idle(course)
+    trainer = _Idle(values)
     checkpointer = Checkpointer(model, str(folder), trainer=trainer)
     best = hooks.BestCheckpointer(period, checkpointer, "bbox/AP", mode)
     trainer.register_hooks([hooks.PeriodicCheckpointer(checkpointer, period), best])
@@ -91,20 +91,20 @@ def _best(folder, course, mode="max", start=0, resume_from=None, period=2):
         checkpointer.load(str(folder / resume_from))
     with torch.no_grad():
         model.weight.fill_(7.0)
-    trainer.train(start, len(course))
+    trainer.train(start, len(values))
     return best, checkpointer
 
 
 @pytest.mark.parametrize(
-    ("course", "mode", "value", "iteration"),
+    ("values", "mode", "value", "iteration"),
     [
         ([1, 3, 9, 2, 0, 1], "max", 3, 1),
         ([1, 3, 9, 2, 0, 1], "min", 1, 5),
         ([9, float("nan"), 9, 2, 0, 1], "max", 2, 3),
     ],
 )
-def test_best_checkpointer_saves_the_best_iteration(tmp_path, course, mode, value, iteration):
-    best, checkpointer = _best(tmp_path, [float(c) for c in course], mode)
+def test_best_checkpointer_saves_the_best_iteration(tmp_path, values, mode, value, iteration):
+    best, checkpointer = _best(tmp_path, [float(c) for c in values], mode)
     assert (best.best_metric, best.best_iter) == (value, iteration)
     saved = torch.load(tmp_path / "model_best.pth", weights_only=True)
     assert saved["iteration"] == iteration and saved["best"]["best_metric"] == value

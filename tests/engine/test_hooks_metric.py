@@ -12,7 +12,7 @@ from detlib.engine import TrainerBase, hooks, launch
 from detlib.utils import comm
 
 
-class _Course(TrainerBase):
+class _ScriptedTrainer(TrainerBase):
     """A run whose k-th evaluation returns the k-th value."""
 
     def __init__(
@@ -66,7 +66,7 @@ class _Course(TrainerBase):
 )
 def test_early_stopping_stops_after_patience_evaluations(tmp_path, caplog, values, mode, patience, steps):
     with caplog.at_level(logging.INFO, logger="detlib"):
-        trainer = _Course(tmp_path, values, patience=patience, mode=mode, end=2 * len(values))
+        trainer = _ScriptedTrainer(tmp_path, values, patience=patience, mode=mode, end=2 * len(values))
     stops = steps < 2 * len(values)
     assert trainer.iter == steps and (trainer.stopped_reason is not None) == stops
     # The last evaluation is not repeated, and the final checkpoint is of the last step.
@@ -84,13 +84,13 @@ def test_training_waits_until_the_best_checkpoint_is_on_disk(tmp_path, monkeypat
 
     monkeypatch.setattr("detlib.checkpoint.checkpointer.write_checkpoint", write)
     with pytest.raises(OSError, match="the disk is full"):
-        _Course(tmp_path, [1], patience=2, end=2, async_save=True)
+        _ScriptedTrainer(tmp_path, [1], patience=2, end=2, async_save=True)
 
 
 def test_the_reason_for_stopping_names_the_best_value(tmp_path):
-    trainer = _Course(tmp_path, [1, 3.25, 2, 3, 9], patience=2)
+    trainer = _ScriptedTrainer(tmp_path, [1, 3.25, 2, 3, 9], patience=2)
     assert trainer.stopped_reason == "no better bbox/AP in 2 evaluations; the best was 3.25 at iteration 3"
-    trainer = _Course(tmp_path / "nan", [float("nan")] * 5, patience=2)
+    trainer = _ScriptedTrainer(tmp_path / "nan", [float("nan")] * 5, patience=2)
     assert trainer.stopped_reason.endswith("the best was never finite")
 
 
@@ -101,14 +101,14 @@ def test_a_resumed_run_stops_where_an_uninterrupted_one_does(tmp_path, cut):
     class Killed(BaseException):
         pass
 
-    class Cut(_Course):
+    class Cut(_ScriptedTrainer):
         def run_step(self):
             if self.iter == cut:
                 raise Killed
 
     with pytest.raises(Killed):
         Cut(tmp_path, values, patience=2)
-    resumed = _Course(tmp_path, values, patience=2, resume=True)
+    resumed = _ScriptedTrainer(tmp_path, values, patience=2, resume=True)
     assert resumed.start_iter == cut and resumed.iter == 8
     assert resumed.stopped_reason == "no better bbox/AP in 2 evaluations; the best was 3 at iteration 3"
     seen = json.loads((tmp_path / "early_stop.json").read_text())
@@ -117,29 +117,29 @@ def test_a_resumed_run_stops_where_an_uninterrupted_one_does(tmp_path, cut):
 
 def test_a_stopped_run_does_not_train_further_on_resume(tmp_path, caplog):
     values = [1, 3, 2, 1, 9, 8, 7, 6]
-    _Course(tmp_path, values, patience=2)
+    _ScriptedTrainer(tmp_path, values, patience=2)
     before = (tmp_path / "model_final.pth").read_bytes()
     with caplog.at_level(logging.INFO, logger="detlib"):
-        again = _Course(tmp_path, values, patience=2, resume=True)
+        again = _ScriptedTrainer(tmp_path, values, patience=2, resume=True)
     assert again.iter == again.start_iter == 8 and again.evaluated == [8]
     assert "this run was already stopped early: no better bbox/AP in 2 evaluations" in caplog.text
     assert "SOLVER.EARLY_STOP.PATIENCE (train.early_stop.patience) above 2 or to 0" in caplog.text
     assert (tmp_path / "model_final.pth").read_bytes() == before
     # With more patience training continues: the 9 after ten steps is the best.
-    further = _Course(tmp_path, values, patience=3, resume=True)
+    further = _ScriptedTrainer(tmp_path, values, patience=3, resume=True)
     assert (further.start_iter, further.iter) == (8, 16) and "at iteration 9" in further.stopped_reason
 
 
 def test_a_new_run_ignores_the_history_of_an_earlier_one_in_its_folder(tmp_path):
-    _Course(tmp_path, [9, 1, 1], patience=2, end=6)
-    trainer = _Course(tmp_path, [1, 2, 3], patience=1, end=6)
+    _ScriptedTrainer(tmp_path, [9, 1, 1], patience=2, end=6)
+    trainer = _ScriptedTrainer(tmp_path, [1, 2, 3], patience=1, end=6)
     assert trainer.iter == 6
     assert [d for d, _ in json.loads((tmp_path / "early_stop.json").read_text())["seen"]] == [2, 4, 6]
 
 
 def test_an_unknown_metric_warns_with_similar_names_and_does_not_stop(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="detlib"):
-        trainer = _Course(tmp_path, [1, 1, 1], patience=1, metric="bbox/PA", end=6)
+        trainer = _ScriptedTrainer(tmp_path, [1, 1, 1], patience=1, metric="bbox/PA", end=6)
     assert trainer.iter == 6
     assert "The evaluation has no metric 'bbox/PA'. Similar names: bbox/AP." in caplog.text
     assert "Training cannot be stopped early (SOLVER.EARLY_STOP.METRIC" in caplog.text
@@ -153,7 +153,7 @@ def test_the_main_process_decides_when_to_stop(tmp_path, monkeypatch):
     monkeypatch.setattr(comm, "all_gather", lambda data: [next(known), data])
     monkeypatch.setattr(comm, "synchronize", lambda: None)
 
-    class Other(_Course):
+    class Other(_ScriptedTrainer):
         def _evaluate(self):
             return {}
 
@@ -163,14 +163,14 @@ def test_the_main_process_decides_when_to_stop(tmp_path, monkeypatch):
     assert (best.best_metric, best.best_iter) == (1.0, 1)
 
 
-class _OnlyTheMainKnows(_Course):
+class _MainProcessMetricTrainer(_ScriptedTrainer):
     def _evaluate(self):
         results = super()._evaluate()
         return results if comm.is_main_process() else {}
 
 
 def _stop_together(folder: str) -> None:
-    trainer = _OnlyTheMainKnows(folder, [1, 3, 2, 2, 9], patience=2)
+    trainer = _MainProcessMetricTrainer(folder, [1, 3, 2, 2, 9], patience=2)
     assert comm.all_gather((trainer.iter, trainer.is_finished)) == [(8, True)] * 2
 
 

@@ -15,7 +15,7 @@ from tests.builders import ground_truth
 from tests.modeling.architectures import architecture_batch, build_architecture
 
 
-class _Gives(TrainerBase):
+class _BatchTrainer(TrainerBase):
     """A trainer whose steps have the given batches."""
 
     def __init__(self, batches, hook):
@@ -41,10 +41,10 @@ def _drawn(path):
 @pytest.mark.parametrize("image_format", ["RGB", "BGR"])
 def test_images_are_drawn_every_period_with_correct_colors_and_sizes(tmp_path, image_format):
     color = (200, 100, 20)
-    given = color if image_format == "RGB" else color[::-1]
-    samples = [_blank(given), _blank(given, height=96, width=48)]
+    pixel = color if image_format == "RGB" else color[::-1]
+    samples = [_blank(pixel), _blank(pixel, height=96, width=48)]
     hook = hooks.TrainingImages(3, str(tmp_path), image_format=image_format)
-    trainer = _Gives([samples], hook)
+    trainer = _BatchTrainer([samples], hook)
     trainer.train(0, 7)
     files = sorted(p.name for p in (tmp_path / "train_images").iterdir())
     assert files == ["iter_0000002.jpg", "iter_0000005.jpg"]
@@ -73,7 +73,7 @@ def test_annotations_are_drawn_at_their_positions(tmp_path, kind):
         sample = _blank(sem_seg=torch.zeros(64, 96, dtype=torch.int64))
     elif kind == "nothing":
         sample = _blank(instances=Instances((64, 96), gt_boxes=Boxes(torch.zeros(0, 4))))
-    _Gives([[sample]], hooks.TrainingImages(1, str(tmp_path), image_format="RGB")).train(0, 1)
+    _BatchTrainer([[sample]], hooks.TrainingImages(1, str(tmp_path), image_format="RGB")).train(0, 1)
     drawing = _drawn(tmp_path / "train_images" / "iter_0000000.jpg").sum(axis=2) / 3
     scale = 512 / 96
     outline = drawing[int(32 * scale), int(48 * scale) - 8 : int(48 * scale) + 9].max()
@@ -93,7 +93,7 @@ def test_predictions_are_drawn_next_to_the_ground_truth(tmp_path, name):
     modes = [m.training for m in model.modules()]
     # All predictions: an untrained model has low scores.
     hook = hooks.TrainingImages(1, str(tmp_path), model=model, min_score=0.0)
-    _Gives([architecture_batch(name)], hook).train(0, 1)
+    _BatchTrainer([architecture_batch(name)], hook).train(0, 1)
     drawing = _drawn(tmp_path / "train_images" / "iter_0000000.jpg")
     assert drawing.shape == (2 * 341 + 4, 2 * 512 + 4, 3)
     left, right = drawing[:341, :512], drawing[:341, 516:]
@@ -103,7 +103,7 @@ def test_predictions_are_drawn_next_to_the_ground_truth(tmp_path, name):
 
 def test_numbers_of_images_and_files_are_limited(tmp_path):
     hook = hooks.TrainingImages(1, str(tmp_path), image_format="RGB", max_images=2, max_files=3)
-    _Gives([[_blank()] * 5], hook).train(0, 5)
+    _BatchTrainer([[_blank()] * 5], hook).train(0, 5)
     files = sorted((tmp_path / "train_images").iterdir())
     assert [p.name for p in files] == [f"iter_000000{k}.jpg" for k in (2, 3, 4)]
     assert _drawn(files[0]).shape[0] == 2 * 341 + 4
@@ -115,18 +115,18 @@ def test_numbers_of_images_and_files_are_limited(tmp_path):
 def test_batches_in_another_format_warn_once(tmp_path, caplog):
     hook = hooks.TrainingImages(1, str(tmp_path), model=nn.Linear(1, 1))
     with caplog.at_level(logging.WARNING, logger="detlib"):
-        _Gives([torch.zeros(2)], hook).train(0, 3)
+        _BatchTrainer([torch.zeros(2)], hook).train(0, 3)
     assert caplog.text.count("not in the standard format") == 1 and not list(tmp_path.iterdir())
 
 
-class _Works(TrainerBase):
+class _MatmulTrainer(TrainerBase):
     def run_step(self):
         torch.ones(4, 4) @ torch.full((4, 4), float(self.iter))
 
 
 @pytest.mark.parametrize(("end", "last"), [(9, 5), (5, 4)])
 def test_consecutive_steps_are_profiled_in_one_trace(tmp_path, end, last):
-    trainer = _Works()
+    trainer = _MatmulTrainer()
     trainer.register_hooks([hooks.StepsProfiler(1, 3, str(tmp_path))])
     trainer.train(2, end)
     name = f"iter3-{last}"

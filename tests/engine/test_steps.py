@@ -153,8 +153,8 @@ def test_too_many_skipped_steps_in_a_row_end_training():
 )
 def test_learning_rate_advice_follows_the_batch_size(cls, rate, images, advice):
     optimizer = cls([nn.Parameter(torch.zeros(1))], rate)
-    said = learning_rate_advice(optimizer, images, 0.02 / 16)
-    assert said == "" if advice == "" else advice in said
+    actual = learning_rate_advice(optimizer, images, 0.02 / 16)
+    assert actual == "" if advice == "" else advice in actual
 
 
 def _draws() -> tuple:

@@ -101,11 +101,11 @@ def test_matches_confusions_and_f1_agree_with_loops(tmp_path, seed, rotated):
 
     curve = f1_curve(found, matches)
     counted = {i: m for i, m in expected.items() if m != "ignored"}
-    there = sum(not a["iscrowd"] for a in ground_truth["annotations"])
+    num_objects = sum(not a["iscrowd"] for a in ground_truth["annotations"])
     slow_f1 = []
     for threshold in curve.thresholds:
         kept = [m for i, m in counted.items() if results[i]["score"] >= threshold]
-        slow_f1.append(2 * sum(m is not None for m in kept) / (len(kept) + there))
+        slow_f1.append(2 * sum(m is not None for m in kept) / (len(kept) + num_objects))
     np.testing.assert_allclose(curve.rates()[2], slow_f1, atol=1e-12)
     assert curve.threshold == curve.thresholds[int(np.argmax(slow_f1))]
 
@@ -121,10 +121,10 @@ def test_image_scores_and_ranks(tmp_path):
     ground_truth = {"images": images, "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]}
     box = [10, 10, 40, 40]
     half = [10, 10, 40, 24]  # an IoU of 0.6
-    there = [(1, 1, box), (2, 1, box), (2, 1, [55, 55, 40, 40]), (3, 1, box), (4, 1, box), (4, 2, box)]
+    objects = [(1, 1, box), (2, 1, box), (2, 1, [55, 55, 40, 40]), (3, 1, box), (4, 1, box), (4, 2, box)]
     ground_truth["annotations"] = [
         {"id": n, "image_id": i, "category_id": c, "bbox": b, "area": 1600, "iscrowd": 0}
-        for n, (i, c, b) in enumerate(there, start=1)
+        for n, (i, c, b) in enumerate(objects, start=1)
     ]
     results = [
         {"image_id": i, "category_id": c, "bbox": b, "score": s}

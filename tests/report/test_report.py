@@ -69,8 +69,8 @@ def test_report_of_finished_run_agrees_with_pycocotools(tmp_path, capsys):
         for column, k in (("AP", 0), ("AP50", 1), ("AP75", 2), ("APs", 3), ("APm", 4)):
             expected = stats[category][k]
             assert row[column] == ("" if expected < 0 else f"{round(expected, 2)}"), column
-        there = [a for a in ground_truth["annotations"] if a["category_id"] == category and not a["iscrowd"]]
-        assert int(row["objects"]) == len(there)
+        annotations = [a for a in ground_truth["annotations"] if a["category_id"] == category]
+        assert int(row["objects"]) == sum(not a["iscrowd"] for a in annotations)
 
     # The mean height of a curve is the AP.
     uri = f"coco:{folder}/ground_truth.json@{folder}/images"

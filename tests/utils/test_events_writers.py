@@ -381,12 +381,12 @@ def test_storage_is_bounded():
 
 
 def test_custom_writer_needs_only_write():
-    class Mine(EventWriter):
+    class MyWriter(EventWriter):
         written = 0
 
         def write(self):
             self.written += 1
 
-    mine = Mine()
-    mine.start(), mine.step(), mine.finish()
-    assert mine.written == 1
+    writer = MyWriter()
+    writer.start(), writer.step(), writer.finish()
+    assert writer.written == 1
