@@ -9,7 +9,7 @@ from detlib.data import DatasetCatalog, MetadataCatalog
 from detlib.data.catalog import check_datasets_exist
 from detlib.data.check import check_dataset
 from detlib.data.datasets import load_voc_instances, register_pascal_voc
-from detlib.data.datasets.pascal_voc import find_voc_class_names
+from detlib.data.datasets.voc_layout import find_voc_class_names
 from detlib.structures import BoxMode
 
 
@@ -121,7 +121,7 @@ def test_error_for_missing_lists_annotations_and_images(folder):
         check_datasets_exist(f"voc:{folder}@none")
     with pytest.raises(FileNotFoundError, match="the folder '/nowhere' does not exist"):
         check_datasets_exist("voc:/nowhere@train")
-    with pytest.raises(ValueError, match="voc:DIR@SPLIT"):
+    with pytest.raises(ValueError, match="has the splits: train, val. Specify which is meant"):
         check_datasets_exist(f"voc:{folder}")
     (folder / "ImageSets/Main/train.txt").write_text("b\nz\n")
     with pytest.raises(FileNotFoundError, match="no image 'z'.*train.txt"):
@@ -182,3 +182,93 @@ def test_duplicates_in_lists_are_read_once(folder, caplog, monkeypatch):
     assert "lists ['owl'] more than once" in caplog.text
     kinds = {f.kind for f in check_dataset(f"voc:{folder}@train").findings}
     assert {"duplicate-file-name", "duplicate-category-name"} <= kinds
+
+
+def write_images(root, *names):
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30)).save(path)
+
+
+def write_xml(root, *names, filename=""):
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stated = f"<filename>{filename}</filename>" if filename else ""
+        path.write_text(xml(("wren", (2, 3, 10, 12))).replace("<annotation>", f"<annotation>{stated}"))
+
+
+@pytest.mark.parametrize(
+    ("xml_file", "image"),
+    [
+        ("annotations/a.xml", "images/a.png"),
+        ("annots/a.xml", "JPEGImages/a.jpg"),
+        ("Annotations/a.xml", "a.jpg"),
+        ("labels/a.xml", "Images/a.jpeg"),
+        ("a.xml", "a.JPG"),
+        ("a.xml", "images/a.jpg"),
+    ],
+)
+def test_layouts_without_lists_are_one_split(tmp_path, xml_file, image):
+    write_xml(tmp_path, xml_file)
+    write_images(tmp_path, image)
+    for uri in (f"voc:{tmp_path}", f"voc:{tmp_path}@all", f"dir:{tmp_path}"):
+        check_datasets_exist(uri)
+        assert [r["file_name"] for r in DatasetCatalog.get(uri)] == [str(tmp_path / image)]
+        assert not check_dataset(uri).num_errors
+    with pytest.raises(FileNotFoundError, match="neither a list ImageSets/Main/val.txt nor a folder 'val'"):
+        check_datasets_exist(f"voc:{tmp_path}@val")
+
+
+@pytest.mark.parametrize(
+    ("xml_file", "image"),
+    [
+        ("{}/a.xml", "{}/a.jpg"),  # Roboflow
+        ("{}/annotations/a.xml", "{}/images/a.jpg"),
+        ("annotations/{}/a.xml", "images/{}/a.jpg"),
+    ],
+)
+def test_splits_may_be_folders(tmp_path, xml_file, image):
+    for split in ("train", "valid"):
+        write_xml(tmp_path, xml_file.format(split))
+        write_images(tmp_path, image.format(split))
+    for uri in (f"voc:{tmp_path}@val", f"dir:{tmp_path}@val"):
+        assert [r["file_name"] for r in DatasetCatalog.get(uri)] == [str(tmp_path / image.format("valid"))]
+        assert MetadataCatalog.get(uri).thing_classes == ["wren"]
+    with pytest.raises(FileNotFoundError, match="no folder 'test'.* has the splits: train, valid"):
+        check_datasets_exist(f"voc:{tmp_path}@test")
+    with pytest.raises(ValueError, match="has the splits train, valid; specify which is meant"):
+        check_datasets_exist(f"voc:{tmp_path}")
+
+
+def test_lists_may_be_in_imagesets_itself(tmp_path):
+    write_xml(tmp_path, "Annotations/a.xml", "Annotations/b.xml")
+    write_images(tmp_path, "JPEGImages/a.jpg", "JPEGImages/b.jpg")
+    (tmp_path / "ImageSets").mkdir()
+    (tmp_path / "ImageSets/train.txt").write_text("b\n")
+    assert [r["image_id"] for r in DatasetCatalog.get(f"voc:{tmp_path}@train")] == ["b"]
+
+
+def test_image_of_another_name_is_found_by_the_filename_in_the_xml(tmp_path):
+    write_xml(tmp_path, "annotations/a.xml", filename=r"C:\data\photo 1.png")
+    write_images(tmp_path, "images/photo 1.png")
+    assert DatasetCatalog.get(f"voc:{tmp_path}")[0]["file_name"] == str(tmp_path / "images/photo 1.png")
+    (tmp_path / "images/photo 1.png").unlink()
+    with pytest.raises(FileNotFoundError, match="images has no image 'a'"):
+        DatasetCatalog.get(f"voc:{tmp_path}@all")
+
+
+def test_folders_without_xml_name_what_was_searched(tmp_path):
+    write_images(tmp_path, "images/a.jpg")
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/a.xml").write_text("<annotations></annotations>")
+    with pytest.raises(FileNotFoundError, match="no XML files of VOC, here or in a folder annotations, "):
+        check_datasets_exist(f"voc:{tmp_path}@train")
+
+
+def test_files_of_macos_are_passed_over(tmp_path):
+    write_xml(tmp_path, "annotations/a.xml")
+    (tmp_path / "annotations/._a.xml").write_bytes(b"\0\5\x16\7")
+    write_images(tmp_path, "images/a.jpg")
+    assert len(DatasetCatalog.get(f"voc:{tmp_path}")) == 1

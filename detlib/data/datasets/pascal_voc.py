@@ -1,40 +1,21 @@
-"""Datasets in the folder layout of Pascal VOC (http://host.robots.ox.ac.uk/pascal/VOC/).
-
-DIR/ImageSets/Main/SPLIT.txt    one image name per line
-DIR/Annotations/NAME.xml
-DIR/labels.txt                  optional, not part of VOC: the classes in order, one per line
-DIR/JPEGImages/NAME.jpg         or .jpeg, .png, ...
-"""
+"""Datasets with the XML files of Pascal VOC (http://host.robots.ox.ac.uk/pascal/VOC/), see `voc_layout`."""
 
 from __future__ import annotations
 
 import logging
 import math
-import os
-import re
 import xml.etree.ElementTree as ElementTree
-from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import cast
 
 from detlib.data.catalog import DatasetCatalog, MetadataCatalog
+from detlib.data.datasets.voc_layout import IMAGE_SUFFIXES, find_voc_split, parse_xml
 from detlib.data.image_io import read_image_size
 from detlib.structures import BoxMode
 from detlib.utils.file_io import PathManager
 from detlib.utils.suggest import suggest
 
-__all__ = [
-    "CLASS_NAMES",
-    "IMAGE_SUFFIXES",
-    "find_voc_class_names",
-    "find_voc_images",
-    "load_voc_instances",
-    "parse_xml",
-    "read_lines",
-    "read_voc_split",
-    "register_pascal_voc",
-]
+__all__ = ["CLASS_NAMES", "load_voc_instances", "register_pascal_voc"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +23,6 @@ CLASS_NAMES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable"),
     *("dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".jfif")
-
-# The lists of one class that VOC has give each image a flag: whether it shows such an object.
-_FLAGS = (["1"], ["-1"], ["0"])
 
 
 def register_pascal_voc(
@@ -64,8 +40,9 @@ def register_pascal_voc(
 
     Args:
         name: the name to use in `cfg.DATASETS`.
-        dirname: the folder with `Annotations`, `ImageSets` and `JPEGImages`.
-        split: name of a list in `ImageSets/Main`, without `.txt`.
+        dirname: the folder with `Annotations`, `ImageSets` and `JPEGImages`, or another layout that
+            `detlib.data.datasets.voc_layout` describes.
+        split: name of a list in `ImageSets/Main`, without `.txt`; or of a folder; "all" without lists.
         year: 2007 or 2012; VOC's metric differs between them.
         class_names: all classes, in the order of their indices.
         one_based, empty_boxes: see `load_voc_instances`.
@@ -98,8 +75,9 @@ def load_voc_instances(
     """Load a Pascal VOC split as dicts in the standard format.
 
     Args:
-        dirname: the folder with `Annotations`, `ImageSets` and `JPEGImages`.
-        split: name of a list in `ImageSets/Main`, without `.txt`.
+        dirname: the folder with `Annotations`, `ImageSets` and `JPEGImages`, or another layout that
+            `detlib.data.datasets.voc_layout` describes.
+        split: name of a list in `ImageSets/Main`, without `.txt`; or of a folder; "all" without lists.
         class_names: all classes, in the order of their indices.
         one_based: whether the XML counts pixels from 1 and includes the maximum, as VOC's own does. If True,
             1 is subtracted from xmin and ymin. If False, boxes are read as written; a box with equal minimum
@@ -119,33 +97,35 @@ def load_voc_instances(
     """
     if empty_boxes not in ("error", "drop"):
         raise ValueError(f"empty_boxes must be 'error' or 'drop', not {empty_boxes!r}.")
-    listed = read_voc_split(dirname, split)
-    names = [*dict.fromkeys(listed)]
-    if len(names) < len(listed):
+    files = find_voc_split(dirname, split)
+    names = [*dict.fromkeys(files.names)]
+    if len(names) < len(files.names):
         # With the same id twice, the detections on an image would count twice in an evaluation.
-        repeated = len(listed) - len(names)
-        logger.warning(
-            "ImageSets/Main/%s.txt of %s lists %d images again: left out", split, dirname, repeated
-        )
-    images = find_voc_images(dirname)
+        logger.warning("%s lists %d images again: left out", files.source, len(files.names) - len(names))
     class_index = {name: i for i, name in enumerate(class_names)}
     dicts = []
     for name in names:
-        if name not in images:
+        xml_file = files.xml_file(name)
+        image_file = files.image_file(name)
+        if image_file is None and not PathManager.isfile(xml_file):
             raise FileNotFoundError(
-                f"{os.path.join(dirname, 'JPEGImages')} has no image {name!r} "
-                f"({', '.join(IMAGE_SUFFIXES)}), which ImageSets/Main/{split}.txt lists."
+                f"There is no image {name!r} and no {xml_file}, but {files.source} lists it."
             )
-        xml_file = os.path.join(dirname, "Annotations", name + ".xml")
         root = parse_xml(xml_file)
-        width, height = _image_size(root, xml_file, images[name])
+        image_file = image_file or files.image_file(name, root)
+        if image_file is None:
+            raise FileNotFoundError(
+                f"{files.image_folders[0]} has no image {name!r} ({', '.join(IMAGE_SUFFIXES)}), which "
+                f"{files.source} names."
+            )
+        width, height = _image_size(root, xml_file, image_file)
         objects = (
             _read_object(element, xml_file, class_index, one_based, empty_boxes)
             for element in root.iter("object")
         )
         dicts.append(
             {
-                "file_name": images[name],
+                "file_name": image_file,
                 "image_id": name,
                 "height": height,
                 "width": width,
@@ -154,74 +134,6 @@ def load_voc_instances(
         )
     logger.info("Loaded %d images of split %r in VOC layout from %s", len(dicts), split, dirname)
     return dicts
-
-
-def read_voc_split(dirname: str, split: str) -> list[str]:
-    """Return the image names of a split.
-
-    Raises:
-        FileNotFoundError: The list does not exist; the message names the existing lists.
-        ValueError: The list is empty.
-    """
-    folder = os.path.join(dirname, "ImageSets", "Main")
-    path = os.path.join(folder, split + ".txt")
-    if not PathManager.isfile(path):
-        if not PathManager.isdir(dirname):
-            raise FileNotFoundError(f"Folder {dirname!r} does not exist.")
-        there = PathManager.ls(folder) if PathManager.isdir(folder) else []
-        splits = sorted(entry.removesuffix(".txt") for entry in there if entry.endswith(".txt"))
-        raise FileNotFoundError(
-            f"{path!r} does not exist. {folder!r} has the splits: {', '.join(splits) or 'none'}."
-        )
-    names = read_split_names(path, os.path.join(dirname, "Annotations"))
-    if not names:
-        raise ValueError(f"{path!r} lists no images.")
-    return names
-
-
-def find_voc_class_names(dirname: str) -> list[str]:
-    """Return the class names of a dataset.
-
-    They are the lines of `DIR/labels.txt`, or without that file the sorted names of all objects in
-    `DIR/Annotations`, of any split.
-
-    Raises:
-        FileNotFoundError: Neither exists.
-        ValueError: No object has a name.
-    """
-    listed = os.path.join(dirname, "labels.txt")
-    if PathManager.isfile(listed):
-        lines = read_lines(listed)
-        if len({*lines}) < len(lines):
-            twice = [name for name, count in Counter(lines).items() if count > 1]
-            logger.warning("%s lists %s more than once; each is one class.", listed, twice)
-        if lines:
-            return [*dict.fromkeys(lines)]
-    folder = os.path.join(dirname, "Annotations")
-    if not PathManager.isdir(folder):
-        raise FileNotFoundError(f"Folder {folder!r} does not exist.")
-    names: set[str] = set()
-    files = [os.path.join(folder, entry) for entry in PathManager.ls(folder) if entry.endswith(".xml")]
-    with ThreadPoolExecutor(8) as pool:  # in an object store, most of the time is waiting
-        for root in pool.map(parse_xml, files):
-            names.update((element.findtext("name") or "").strip() for element in root.iter("object"))
-    names.discard("")
-    if not names:
-        raise ValueError(f"No annotation in {folder!r} has a named object.")
-    return sorted(names)
-
-
-def find_voc_images(dirname: str) -> dict[str, str]:
-    """Return the paths of all images by name without suffix."""
-    folder = os.path.join(dirname, "JPEGImages")
-    if not PathManager.isdir(folder):
-        raise FileNotFoundError(f"Folder {folder!r} does not exist.")
-    files: dict[str, str] = {}
-    for entry in PathManager.ls(folder):
-        stem, suffix = os.path.splitext(entry)
-        if suffix.lower() == ".jpg" or (suffix.lower() in IMAGE_SUFFIXES and stem not in files):
-            files[stem] = os.path.join(folder, entry)
-    return files
 
 
 def _image_size(root: ElementTree.Element, xml_file: str, image_file: str) -> tuple[int, int]:
@@ -276,62 +188,3 @@ def _read_object(
     if (element.findtext("difficult") or "0").strip() not in ("0", ""):
         annotation["difficult"] = 1
     return annotation
-
-
-def read_lines(path: str) -> list[str]:
-    """Return the lines of a text file, stripped, without empty lines.
-
-    Raises:
-        ValueError: The file is not UTF-8 text.
-    """
-    with PathManager.open(path, "rb") as file:
-        try:
-            text = file.read().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path!r} is not UTF-8 text: {error}.") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
-
-
-def read_split_names(path: str, annotations: str) -> list[str]:
-    """Return the image names of a list in `ImageSets/Main`.
-
-    A line is a name, or a name and a flag. Names may contain spaces. If the flag could be the end of the
-    name, the files in the folder `annotations` decide.
-    """
-    lines = read_lines(path)
-    existing: set[str] = set()
-    if any(len(line.split()) > 1 for line in lines) and PathManager.isdir(annotations):
-        existing = {name.removesuffix(".xml") for name in PathManager.ls(annotations)}
-    words = [line.split() for line in lines]
-    return [
-        first if rest in _FLAGS and line not in existing else line
-        for line, (first, *rest) in zip(lines, words)
-    ]
-
-
-def parse_xml(path: str) -> ElementTree.Element:
-    """Return the root element of an annotation file.
-
-    Raises:
-        FileNotFoundError: The file does not exist.
-        ValueError: It is not XML, or has an unknown encoding.
-    """
-    if not PathManager.isfile(path):
-        raise FileNotFoundError(f"Annotation file {path!r} does not exist.")
-    with PathManager.open(path, "rb") as file:
-        content = file.read()
-    try:
-        return _parse(content)
-    except (ElementTree.ParseError, ValueError, LookupError) as error:
-        raise ValueError(f"Annotation file {path!r} is not valid XML: {error}") from error
-
-
-def _parse(content: bytes) -> ElementTree.Element:
-    try:
-        return ElementTree.fromstring(content)
-    except (ValueError, LookupError):
-        # The parser has no multi-byte encodings except Unicode. Given decoded text, it needs none.
-        declared = re.match(rb"\s*<\?xml[^>]*encoding=[\"']([\w.-]+)[\"']", content)
-        if declared is None:
-            raise
-        return ElementTree.fromstring(content.decode(declared[1].decode("ascii")))

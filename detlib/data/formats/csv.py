@@ -19,7 +19,7 @@ from itertools import repeat
 from typing import Any
 
 from detlib.data.datasets.image_paths import ImageFinder
-from detlib.data.datasets.pascal_voc import IMAGE_SUFFIXES
+from detlib.data.datasets.voc_layout import IMAGE_SUFFIXES
 from detlib.data.formats.base import EMPTY_BOXES, Candidate, Format, register_format
 from detlib.data.formats.findings import RawSet
 from detlib.data.formats.objects import (

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from detlib.data.datasets.image_paths import ImageFinder
-from detlib.data.datasets.pascal_voc import parse_xml
+from detlib.data.datasets.voc_layout import parse_xml
 from detlib.data.formats.base import EMPTY_BOXES, Candidate, Format, register_format
 from detlib.data.formats.findings import RawSet
 from detlib.data.formats.objects import (

@@ -29,7 +29,7 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 
-from detlib.data.datasets.pascal_voc import IMAGE_SUFFIXES
+from detlib.data.datasets.voc_layout import IMAGE_SUFFIXES
 from detlib.data.datasets.yolo_layout import join_path
 from detlib.data.formats.base import EMPTY_BOXES, Candidate, Format, register_format
 from detlib.data.formats.findings import RawSet

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from detlib.data.datasets.pascal_voc import IMAGE_SUFFIXES, read_lines
+from detlib.data.datasets.voc_layout import IMAGE_SUFFIXES, read_lines
 from detlib.data.formats.base import ParsedURI, URIOption
 from detlib.data.formats.findings import RawSet, split_common_folder
 from detlib.structures import BoxMode

@@ -1,4 +1,4 @@
-"""Pascal VOC's folder layout: one XML file for each image, and lists of the splits."""
+"""Pascal VOC's XML, one file for each image, in VOC's folders or in those of labelling tools."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections import Counter
 from typing import Any, cast
 from xml.sax.saxutils import escape
 
-from detlib.data.datasets.pascal_voc import (
+from detlib.data.datasets.pascal_voc import load_voc_instances
+from detlib.data.datasets.voc_layout import (
     IMAGE_SUFFIXES,
     find_voc_class_names,
-    find_voc_images,
-    load_voc_instances,
+    find_voc_split,
+    list_voc_splits,
     parse_xml,
     read_lines,
-    read_voc_split,
 )
 from detlib.data.formats.base import (
     EMPTY_BOXES,
@@ -33,10 +33,11 @@ __all__ = ["VocURI", "read_raw_voc", "write_voc"]
 
 
 class VocURI(ParsedURI):
-    """`voc:DIR@SPLIT`.
+    """`voc:DIR@SPLIT` or `voc:DIR`.
 
-    The classes are the lines of DIR/labels.txt. Without that file they are the sorted names of all objects in
-    DIR/Annotations, so that all splits agree on them.
+    A split is a list in DIR/ImageSets/Main, or a folder in DIR; without either, all XML files are one split.
+    The classes are the lines of DIR/labels.txt. Without that file they are the sorted names of all objects of
+    all splits, so that these agree on them.
     """
 
     form = "voc:DIR@SPLIT"
@@ -52,15 +53,13 @@ class VocURI(ParsedURI):
     def __init__(self, uri: str) -> None:
         super().__init__(uri)
         self.one_based = self.values["one_based"] == "1"
-        self.dirname, self.split = self.split_body()
+        self.dirname, self.split = self.split_body_with_optional_split()
         self._class_names: list[str] | None = None
 
     def check(self) -> None:
-        """Raise FileNotFoundError if the folder, its parts or the split do not exist."""
+        """Raise FileNotFoundError if the folder, the split or its XML files do not exist."""
         self.require_folder(self.dirname)
-        for part in ("Annotations", "JPEGImages"):
-            self.require_folder(os.path.join(self.dirname, part))
-        read_voc_split(self.dirname, self.split)
+        find_voc_split(self.dirname, self.split)
 
     def load(self) -> list[dict]:
         """Return the dataset in the standard dict format."""
@@ -95,16 +94,13 @@ class VocURI(ParsedURI):
 
 
 def find_voc(path: str) -> list[Candidate]:
-    """Find the splits in a folder with VOC's layout."""
-    lists = os.path.join(path, "ImageSets", "Main")
-    folders = (os.path.join(path, "Annotations"), os.path.join(path, "JPEGImages"), lists)
-    if not all(map(PathManager.isdir, folders)):
-        return []
-    splits = sorted(name.removesuffix(".txt") for name in PathManager.ls(lists) if name.endswith(".txt"))
-    return [
-        Candidate(f"voc:{path}@{split}", split, f"found Annotations, JPEGImages, ImageSets/Main/{split}.txt")
-        for split in splits
-    ]
+    """Find the splits in a folder."""
+    found = []
+    for split in list_voc_splits(path):
+        files = find_voc_split(path, split)
+        reason = f"found {os.path.relpath(files.source, path)} and XML of VOC"
+        found.append(Candidate(f"voc:{path}@{split}", split, reason))
+    return found
 
 
 def read_raw_voc(dirname: str, split: str, *, one_based: bool = False) -> RawSet:
@@ -112,22 +108,21 @@ def read_raw_voc(dirname: str, split: str, *, one_based: bool = False) -> RawSet
 
     The categories are the lines of labels.txt, or without that file the sorted names of the split's objects.
     """
-    raw = RawSet(dirname, os.path.join(dirname, "JPEGImages"))
-    names = read_voc_split(dirname, split)
-    files = find_voc_images(dirname)
-    for name, count in Counter(names).items():
+    files = find_voc_split(dirname, split)
+    raw = RawSet(dirname, files.image_folders[0])
+    for name, count in Counter(files.names).items():
         if count > 1:
-            raw.report(
-                "duplicate-file-name", f"ImageSets/Main/{split}.txt lists it {count} times", image=name
-            )
+            raw.report("duplicate-file-name", f"{files.source} lists it {count} times", image=name)
     listed = _listed_classes(raw, dirname)
     images, objects = [], []
-    for name in dict.fromkeys(names):
-        path = files.get(name)
-        image: dict[str, Any] = {"id": name, "file_name": os.path.basename(path) if path else f"{name}.jpg"}
+    for name in dict.fromkeys(files.names):
+        image: dict[str, Any] = {"id": name}
+        xml_file = files.xml_file(name)
+        path = files.image_file(name)
+        root = _parse(raw, xml_file, os.path.basename(path or f"{name}.jpg"))
+        path = path or files.image_file(name, root) or os.path.join(raw.image_root, f"{name}.jpg")
+        image["file_name"] = os.path.relpath(path, raw.image_root)
         images.append(image)
-        xml_file = os.path.join(dirname, "Annotations", f"{name}.xml")
-        root = _parse(raw, xml_file, image["file_name"])
         if root is not None:
             _read_size(raw, root, xml_file, image)
             objects += _read_objects(raw, root, xml_file, image, one_based)
@@ -189,7 +184,7 @@ def _read_objects(
     objects = []
     for number, element in enumerate(root.iter("object"), start=1):
         name = (element.findtext("name") or "").strip()
-        location = f"Annotations/{image['id']}.xml, object {number} ({name or 'no name'})"
+        location = f"{os.path.basename(xml_file)}, object {number} ({name or 'no name'})"
         where = {"image": image["file_name"], "annotation": location, "action": "object dropped"}
         texts = [element.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
         if not name or None in texts:
@@ -262,11 +257,13 @@ def _object_xml(source: ConversionSource, annotation: dict, classes: list[str]) 
 register_format(
     Format(
         name="voc",
-        summary="Pascal VOC's folders: `Annotations/*.xml`, `JPEGImages/`, `ImageSets/Main/SPLIT.txt`",
+        summary="XML of Pascal VOC, in VOC's folders or next to the images; `SPLIT` is a list in "
+        "`ImageSets/Main` or a folder, `voc:DIR` reads all files where there is neither",
         uri_class=VocURI,
         write=write_voc,
         find=find_voc,
-        layout="Annotations/*.xml with ImageSets/Main/SPLIT.txt and JPEGImages/",
+        layout="Annotations/*.xml with JPEGImages/ or images/, XML files next to the images, or folders of "
+        "these",
         findings={"missing-annotation-file": ("error", "an image has no annotation file")},
     )
 )
