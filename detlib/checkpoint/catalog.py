@@ -40,7 +40,9 @@ class ModelCatalog:
             return cls.PREFIX + name
         if backbone in cls.IMAGENET_MODELS:
             return cls.PREFIX + cls.IMAGENET_MODELS[backbone]
-        near = suggest(backbone, cls.IMAGENET_MODELS) or f" There are {', '.join(cls.IMAGENET_MODELS)}."
+        near = (
+            suggest(backbone, cls.IMAGENET_MODELS) or f" Known backbones: {', '.join(cls.IMAGENET_MODELS)}."
+        )
         raise KeyError(f"catalog://{name}: there is no backbone '{backbone}'.{near}")
 
 

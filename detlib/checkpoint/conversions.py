@@ -36,7 +36,7 @@ def get_conversion(name: str) -> Conversion:
     if name in CONVERSIONS:
         return CONVERSIONS[name]
     raise ValueError(
-        f"There is no conversion '{name}' of weights.{suggest(name, CONVERSIONS)} There are "
+        f"There is no conversion '{name}' of weights.{suggest(name, CONVERSIONS)} Known conversions: "
         f"{', '.join(CONVERSIONS)}."
     )
 

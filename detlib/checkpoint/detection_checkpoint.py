@@ -95,8 +95,8 @@ class DetectionCheckpointer(Checkpointer):
             return self._with_other_names(match_by_longest_suffix(first, state))
         matched = match_part(first, state)
         if matched is not None:
-            state, place = matched
-            logger.info("The checkpoint has a part of the model: its weights are loaded into '%s'", place)
+            state, part = matched
+            logger.info("The checkpoint has a part of the model: its weights are loaded into '%s'", part)
         return self._with_other_names(state)
 
     def _names_of_tensors(self) -> list[tuple[list[str], torch.Tensor]]:
@@ -122,11 +122,11 @@ class DetectionCheckpointer(Checkpointer):
         if order not in (None, conversion.input_format):
             wrong.append(f"INPUT.FORMAT is {order!r} instead of {conversion.input_format!r}")
         mean = getattr(self.model, "pixel_mean", None)
-        wanted = torch.tensor(conversion.pixel_mean)
+        expected = torch.tensor(conversion.pixel_mean)
         if isinstance(mean, torch.Tensor):
             got = mean.detach().flatten().float().cpu()
-            if got.shape != wanted.shape or not torch.allclose(got, wanted, atol=1.0):
-                wrong.append(f"MODEL.PIXEL_MEAN is {got.tolist()} instead of {wanted.tolist()}")
+            if got.shape != expected.shape or not torch.allclose(got, expected, atol=1.0):
+                wrong.append(f"MODEL.PIXEL_MEAN is {got.tolist()} instead of {expected.tolist()}")
         if wrong:
             logger.warning("Weights of '%s' will perform poorly: %s", name, " and ".join(wrong))
 

@@ -72,11 +72,11 @@ def _with_model_entry(content: dict[str, Any], path: str) -> dict[str, Any]:
         content["model"] = content.pop("state_dict")
         return content
     # A bare state dict, as torch.save(model.state_dict()) writes it.
-    strange = [k for k, v in content.items() if not isinstance(v, torch.Tensor | np.ndarray | np.generic)]
-    if strange or not content:
+    others = [k for k, v in content.items() if not isinstance(v, torch.Tensor | np.ndarray | np.generic)]
+    if others or not content:
         raise ValueError(
             f"Checkpoint file {path} has neither a 'model' entry nor only arrays; "
-            f"entries that are not arrays: {', '.join(map(repr, strange[:8])) or 'it is empty'}"
+            f"entries that are not arrays: {', '.join(map(repr, others[:8])) or 'none, it is empty'}"
         )
     bare = {"model": content}
     # Only Caffe2 has names without dots.
@@ -230,11 +230,11 @@ def to_plain_types(value: Any, where: str) -> Any:
         return copy
     if isinstance(value, list | tuple | set | frozenset):
         items = (to_plain_types(item, f"{where}[{i}]") for i, item in enumerate(value))
-        kind = next(k for k in (list, tuple, set, frozenset) if isinstance(value, k))
-        return kind(items)
-    for kind in (bool, int, float, str):
-        if isinstance(value, kind):  # a subclass, such as an enum member
-            return kind(value)
+        container = next(t for t in (list, tuple, set, frozenset) if isinstance(value, t))
+        return container(items)
+    for plain in (bool, int, float, str):
+        if isinstance(value, plain):  # a subclass, such as an enum member
+            return plain(value)
     raise TypeError(
         f"{where} is a {type(value).__module__}.{type(value).__qualname__}: a checkpoint may only have "
         "tensors and plain types, so that it can be loaded without running code"

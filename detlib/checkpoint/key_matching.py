@@ -102,18 +102,18 @@ def match_part(
     for name, shape in model_shapes.items():
         parts = name.split(".")
         for i in range(1, len(parts)):
-            place = ".".join(parts[:i])
-            below[place] += 1
+            module = ".".join(parts[:i])
+            below[module] += 1
             ours = files.get(_flat(".".join(parts[i:])))
             if ours is not None and ours[1] == tuple(shape):
-                found.setdefault(place, {})[ours[0]] = name
+                found.setdefault(module, {})[ours[0]] = name
     if not found:
         return None
-    place = max(found, key=lambda p: (len(found[p]), -below[p], -len(p)))
-    names = found[place]
-    if len(names) < _MIN_MATCHED * min(below[place], len(state)):
+    module = max(found, key=lambda p: (len(found[p]), -below[p], -len(p)))
+    names = found[module]
+    if len(names) < _MIN_MATCHED * min(below[module], len(state)):
         return None
-    return {names.get(name, name): value for name, value in state.items()}, place
+    return {names.get(name, name): value for name, value in state.items()}, module
 
 
 @dataclass

@@ -113,19 +113,19 @@ class _Session:
         exec(code, variables)
         return variables
 
-    def _import(self, importer: str, name: str, wanted: tuple[str, ...], level: int) -> ModuleType:
-        """Return the module for ``from ..name import wanted`` in the file `importer`, with `level` dots."""
+    def _import(self, importer: str, name: str, names: tuple[str, ...], level: int) -> ModuleType:
+        """Return the module for ``from ..name import names`` in the file `importer`, with `level` dots."""
         stem = _relative_path(importer, level, name)
-        written = f"from {'.' * level}{name} import {', '.join(wanted)}"
+        statement = f"from {'.' * level}{name} import {', '.join(names)}"
         if _is_file(f"{stem}.py"):
             module = self._module(f"{stem}.py", importer)
         elif os.path.isdir(stem):
-            module = self._folder(stem, wanted, importer)
+            module = self._folder(stem, names, importer)
         else:
-            raise ImportError(_no_file(stem, importer, written), name=name, path=importer)
-        for attribute in wanted:
+            raise ImportError(_no_file(stem, importer, statement), name=name, path=importer)
+        for attribute in names:
             if attribute != "*" and not hasattr(module, attribute):
-                raise ImportError(_no_name(module, attribute, importer, written), name=name, path=importer)
+                raise ImportError(_no_name(module, attribute, importer, statement), name=name, path=importer)
         return module
 
     def _module(self, path: str, importer: str) -> ModuleType:
@@ -140,11 +140,11 @@ class _Session:
                 setattr(module, key, as_config(_copied(value, memo)))
         return module
 
-    def _folder(self, folder: str, wanted: tuple[str, ...], importer: str) -> ModuleType:
+    def _folder(self, folder: str, names: tuple[str, ...], importer: str) -> ModuleType:
         """Return a module of the imported files, for ``from ..common import train``."""
         module = ModuleType(f"lazy_config({folder})")
         module.__file__ = folder
-        for attribute in wanted:
+        for attribute in names:
             file = os.path.join(folder, f"{attribute}.py")
             if _is_file(file):
                 setattr(module, attribute, self._module(file, importer))
@@ -154,30 +154,30 @@ class _Session:
 _ONLY_FILES = "Relative imports in config files can only import other config files"
 
 
-def _no_file(stem: str, importer: str, written: str) -> str:
+def _no_file(stem: str, importer: str, statement: str) -> str:
     folder, name = os.path.split(stem)
     near = suggest(f"{name}.py", os.listdir(folder)) if os.path.isdir(folder) else ""
     return (
-        f"There is no config file '{stem}.py', which {importer!r} imports ({written}).{near} "
+        f"There is no config file '{stem}.py', which {importer!r} imports ({statement}).{near} "
         f"{_ONLY_FILES}; import packages by their full name."
     )
 
 
-def _no_name(module: ModuleType, attribute: str, importer: str, written: str) -> str:
-    place = module.__file__ or ""
-    if not os.path.isdir(place):
+def _no_name(module: ModuleType, attribute: str, importer: str, statement: str) -> str:
+    path = module.__file__ or ""
+    if not os.path.isdir(path):
         near = suggest(attribute, (name for name in vars(module) if not name.startswith("__")))
         return (
-            f"The config file {place!r} has no {attribute!r}, which {importer!r} asks for ({written}).{near}"
+            f"The config file {path!r} has no {attribute!r}, which {importer!r} imports ({statement}).{near}"
         )
-    near = suggest(f"{attribute}.py", os.listdir(place))
+    near = suggest(f"{attribute}.py", os.listdir(path))
     package: list[str] = []
-    parent = place
+    parent = path
     while os.path.isfile(os.path.join(parent, "__init__.py")):
         parent, name = os.path.split(parent)
         package.insert(0, name)
     right = f"; write: from {'.'.join(package)} import {attribute}" if package else ""
     return (
-        f"The folder {place!r} has no config file '{attribute}.py', which {importer!r} imports ({written})."
+        f"The folder {path!r} has no config file '{attribute}.py', which {importer!r} imports ({statement})."
         f"{near} {_ONLY_FILES}{right}."
     )

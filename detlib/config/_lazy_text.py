@@ -78,11 +78,11 @@ def _plain_mapping(value: Mapping, path: str, refused: list[str]) -> dict[str, A
         }
     result = {}
     for key, item in value.items():
-        place = join_path(path, key)
+        entry_path = join_path(path, key)
         if key == "_target_" and callable(item) and not isinstance(item, functools.partial):
-            result[key] = _name(item, place, refused)
+            result[key] = _name(item, entry_path, refused)
         else:
-            result[key] = _plain(item, place, refused)
+            result[key] = _plain(item, entry_path, refused)
     return result
 
 

@@ -66,32 +66,32 @@ def unknown_key(key: str, root: Node, where: str = "") -> KeyError:
 
 def _coerce(value: Any, old: Any, key: str, where: str) -> Any:
     """Convert `value` to the type of `old`, the value that it replaces."""
-    wanted, got = type(old), type(value)
+    expected, got = type(old), type(value)
     if got not in LEAF_TYPES:
         legal = ", ".join(t.__name__ for t in LEAF_TYPES)
         raise ValueError(
             f"Config key {key}{where} got {value!r} of type {got.__name__}; valid types are {legal}."
         )
-    if old is None or value is None or got is wanted and wanted not in (list, tuple):
+    if old is None or value is None or got is expected and expected not in (list, tuple):
         return value
-    if wanted is float and got is int:
+    if expected is float and got is int:
         return float(value)
-    if wanted in (list, tuple):
+    if expected in (list, tuple):
         if got in (list, tuple):
             nested = type(old[0]) if old and all(type(x) is type(old[0]) for x in old) else None
             if nested in (list, tuple):  # YAML has no tuples: restore the types of dumped values
                 value = [nested(x) if type(x) in (list, tuple) else x for x in value]
-            return wanted(value)
-        names_wanted = all(type(x) is str for x in old) and (old or wanted is tuple)
-        if got is str and names_wanted:
-            return wanted([value])
+            return expected(value)
+        expects_names = all(type(x) is str for x in old) and (old or expected is tuple)
+        if got is str and expects_names:
+            return expected([value])
     hint = ""
-    if wanted in (list, tuple):
-        hint = f" For a single element, write {f'[{value!r}]' if wanted is list else f'({value!r},)'}."
-    elif wanted is str:
+    if expected in (list, tuple):
+        hint = f" For a single element, write {f'[{value!r}]' if expected is list else f'({value!r},)'}."
+    elif expected is str:
         hint = " Put it in quotes to make it a string."
     raise ValueError(
-        f"Config key {key}{where} must be of type {wanted.__name__} (it is {old!r}), "
+        f"Config key {key}{where} must be of type {expected.__name__} (it is {old!r}), "
         f"got {value!r} of type {got.__name__}.{hint}"
     )
 

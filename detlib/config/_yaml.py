@@ -83,8 +83,8 @@ def parse_yaml(text: str, name: str = "<string>") -> dict[str, Any]:
         data = loader.get_single_data()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ValueError(f"{name}{place}: {error.problem or error.context}.") from error
+        position = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(f"{name}{position}: {error.problem or error.context}.") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{name}: this is not valid YAML: {error}") from error
     finally:

@@ -79,26 +79,29 @@ class RunOptions:
         "MODEL.WEIGHTS",
         "train.init_checkpoint",
         "",
-        "weights to start from: a file or a URL; empty for random weights",
+        "initial weights: a file or a URL; empty for random weights",
     )
     device: str = _option(
         "MODEL.DEVICE",
         "train.device",
         "auto",
-        "`auto` (CUDA, else MPS, else the CPU), `cpu`, `cuda`, `cuda:1`",
+        "device: `auto` (CUDA, else MPS, else CPU), `cpu`, `cuda`, `cuda:1`",
     )
     seed: int = _option(
-        "SEED", "train.seed", -1, "seed of all random numbers; negative draws one, which is logged"
+        "SEED", "train.seed", -1, "seed of all random numbers; if negative, a random seed, which is logged"
     )
     max_iter: int = _option(
-        "SOLVER.MAX_ITER", "train.max_iter", 40000, "number of steps (updates) of the run", minimum=1
+        "SOLVER.MAX_ITER",
+        "train.max_iter",
+        40000,
+        "number of steps (optimizer updates) of the run",
+        minimum=1,
     )
     max_epochs: float = _option(
         "SOLVER.MAX_EPOCHS",
         None,
         0.0,
-        "passes over the training data; above 0 it sets `MAX_ITER` and moves `STEPS` and `WARMUP_ITERS` in "
-        "proportion",
+        "number of epochs; if above 0, it sets `MAX_ITER` and scales `STEPS` and `WARMUP_ITERS` accordingly",
     )
     fast_dev_run: bool = _option(
         None,
@@ -110,13 +113,13 @@ class RunOptions:
         "CUDNN_BENCHMARK",
         "train.cudnn_benchmark",
         False,
-        "let cuDNN try its algorithms for each input size; pays off when sizes vary little",
+        "benchmark cuDNN's algorithms for each input size, which pays off if sizes vary little",
     )
     timeout: float = _option(
         "TRAIN.TIMEOUT",
         "train.timeout",
         1800,
-        "seconds that a process waits for the others before the run ends with the names of the missing ones",
+        "seconds that a process waits for the others before the run fails and names the missing processes",
     )
 
     # The step.
@@ -124,21 +127,21 @@ class RunOptions:
         "SOLVER.IMS_PER_BATCH",
         "dataloader.train.total_batch_size",
         16,
-        "images of one update, over all processes",
+        "batch size of an update, over all processes",
         lazy_default=0,
     )
     accum_steps: int = _option(
         "SOLVER.ACCUM_STEPS",
         "train.accum_steps",
         1,
-        "forward and backward passes that share the images of one update, to save memory",
+        "number of forward and backward passes that split the images of an update, to save memory",
         minimum=1,
     )
     precision: str = _option(
         "SOLVER.AMP.PRECISION",
         "train.amp.precision",
         "float16",
-        "mixed precision: `float16`, whose gradients are scaled, or `bfloat16`, always used on the CPU",
+        "mixed precision: `float16`, with gradient scaling, or `bfloat16`, which is always used on the CPU",
         off="",
         choices=("float16", "bfloat16"),
     )
@@ -153,15 +156,15 @@ class RunOptions:
         "SOLVER.SKIP_NON_FINITE",
         "train.skip_non_finite",
         0,
-        "how many steps in a row may be skipped because their loss is infinite or NaN; 0 ends the run at the "
-        "first one",
+        "maximum number of consecutive steps to skip because their loss is infinite or NaN; with 0, the run "
+        "ends at the first one",
         minimum=0,
     )
     ema_decay: float = _option(
         "SOLVER.EMA.DECAY",
         "train.model_ema.decay",
         0.9998,
-        "decay of a moving average of the weights, which evaluation uses and checkpoints keep",
+        "decay of the moving average of the weights, which evaluation uses and checkpoints include",
         lazy_default=0.999,
         off=0.0,
         minimum=0,
@@ -170,13 +173,13 @@ class RunOptions:
 
     # The model.
     freeze: tuple[str, ...] = _option(
-        "MODEL.FREEZE", "train.freeze", [], "parameters that are not trained, by name with `*` and `?`"
+        "MODEL.FREEZE", "train.freeze", [], "frozen parameters, by name with the wildcards `*` and `?`"
     )
     activation_checkpoint: bool = _option(
         "TRAIN.ACTIVATION_CHECKPOINT",
         "train.activation_checkpoint",
         False,
-        "recompute the backbone's blocks in the backward pass instead of keeping their activations",
+        "recompute the blocks of the backbone in the backward pass instead of storing their activations",
     )
     compile: bool = _option(
         "TRAIN.COMPILE.ENABLED",
@@ -188,7 +191,7 @@ class RunOptions:
         "TRAIN.COMPILE.MODULES",
         "train.compile.modules",
         (),
-        "names of these parts; empty for backbone and heads",
+        "names of the parts to compile; empty for backbone and heads",
     )
     compile_backend: str = _option(
         "TRAIN.COMPILE.BACKEND", "train.compile.backend", "inductor", "backend of `torch.compile`"
@@ -199,15 +202,15 @@ class RunOptions:
         "TRAIN.STRATEGY",
         "train.strategy",
         "ddp",
-        "`ddp` keeps the model in each process; `fsdp` shards parameters, gradients and optimizer state, for "
-        "models that fill the memory",
+        "`ddp` replicates the model in each process; `fsdp` shards parameters, gradients and optimizer "
+        "state, for models that do not fit in memory",
         choices=("ddp", "fsdp"),
     )
     static_graph: bool = _option(
-        "TRAIN.STATIC_GRAPH", None, False, "promise DDP that every step uses the same parameters"
+        "TRAIN.STATIC_GRAPH", None, False, "tell DDP that every step uses the same parameters"
     )
     find_unused_parameters: bool = _option(
-        "TRAIN.FIND_UNUSED_PARAMETERS", None, False, "let DDP search for parameters that a step did not use"
+        "TRAIN.FIND_UNUSED_PARAMETERS", None, False, "let DDP search for parameters that a step does not use"
     )
     ddp: dict[str, Any] = _option(
         None, "train.ddp", {}, "arguments of `DistributedDataParallel`, and `fp16_compression`"
@@ -218,13 +221,16 @@ class RunOptions:
         "SOLVER.CHECKPOINT_PERIOD", "train.checkpointer.period", 5000, "steps between two checkpoints"
     )
     checkpoint_epochs: float = _option(
-        "SOLVER.CHECKPOINT_EPOCHS", None, 0, "epochs between two checkpoints; above 0 it is used instead"
+        "SOLVER.CHECKPOINT_EPOCHS",
+        None,
+        0,
+        "epochs between two checkpoints; if above 0, it replaces the number of steps",
     )
     checkpoint_keep: int | None = _option(
         "SOLVER.CHECKPOINT_KEEP_LAST",
         "train.checkpointer.max_to_keep",
         0,
-        "how many periodic checkpoints to keep, the newest ones; 0 keeps all",
+        "number of the latest periodic checkpoints to keep; 0 keeps all",
         lazy_default=None,
         minimum=0,
     )
@@ -241,20 +247,20 @@ class RunOptions:
         "TEST.EVAL_EPOCHS",
         "train.eval_epochs",
         0.0,
-        "epochs between two evaluations, fractions allowed; above 0 it is used instead",
+        "epochs between two evaluations, fractions allowed; if above 0, it replaces the number of steps",
     )
     val_loss: tuple[str, ...] = _option(
         "TEST.VAL_LOSS",
         None,
         (),
-        "datasets with annotations whose losses each evaluation computes (lazy configs: a loader "
+        "annotated datasets on which each evaluation computes the losses (lazy configs: a loader "
         "`dataloader.val_loss`)",
     )
     precise_bn_batches: int = _option(
         "TEST.PRECISE_BN.NUM_ITER",
         "train.precise_bn.num_iter",
         200,
-        "training batches from which BatchNorm's statistics are recomputed before each evaluation",
+        "number of training batches to recompute the statistics of BatchNorm before each evaluation",
         off=0,
     )
     best_metric: str = _option(
@@ -274,13 +280,13 @@ class RunOptions:
         "SOLVER.EARLY_STOP.PATIENCE",
         "train.early_stop.patience",
         0,
-        "evaluations in a row without a better metric after which training ends; 0: never",
+        "number of consecutive evaluations without improvement after which training ends; 0: never",
     )
     early_stop_metric: str = _option(
         "SOLVER.EARLY_STOP.METRIC",
         "train.early_stop.metric",
         "",
-        "metric of early stopping; empty for metric and mode of the best checkpoint",
+        "metric of early stopping; empty for the metric and mode of the best checkpoint",
     )
     early_stop_mode: str | None = _option(
         "SOLVER.EARLY_STOP.MODE",
@@ -296,7 +302,7 @@ class RunOptions:
         "TRAIN.LOG_PERIOD",
         "train.log_period",
         20,
-        "steps between two rows of metrics; each evaluation writes a row too",
+        "steps between two rows of metrics; evaluations write a row too",
         minimum=1,
     )
     writers: tuple[str, ...] = _option(
@@ -306,24 +312,24 @@ class RunOptions:
         "where metrics are written: `console`, `json`, `csv`, `tensorboard`, `wandb`, `mlflow`",
     )
     wandb_project: str = _option("TRAIN.WANDB.PROJECT", None, "", "project of the writer `wandb`")
-    wandb_name: str = _option("TRAIN.WANDB.NAME", None, "", "name of its run")
+    wandb_name: str = _option("TRAIN.WANDB.NAME", None, "", "run name of the writer `wandb`")
     wandb: dict[str, Any] | None = _option(
         None,
         "train.wandb.params",
         {},
-        "adds the writer `wandb`, with these arguments of `wandb.init`",
+        "arguments of `wandb.init`; adds the writer `wandb`",
         off=None,
     )
     mlflow_uri: str = _option(
         "TRAIN.MLFLOW.TRACKING_URI", None, "", "server of the writer `mlflow`; empty for `OUTPUT_DIR/mlruns`"
     )
-    mlflow_experiment: str = _option("TRAIN.MLFLOW.EXPERIMENT", None, "", "its experiment")
-    mlflow_name: str = _option("TRAIN.MLFLOW.NAME", None, "", "name of its run")
+    mlflow_experiment: str = _option("TRAIN.MLFLOW.EXPERIMENT", None, "", "experiment of the writer `mlflow`")
+    mlflow_name: str = _option("TRAIN.MLFLOW.NAME", None, "", "run name of the writer `mlflow`")
     mlflow: dict[str, Any] | None = _option(
         None,
         "train.mlflow.params",
         {},
-        "adds the writer `mlflow`; `tracking_uri`, `experiment` and `run_name`",
+        "`tracking_uri`, `experiment` and `run_name` of the writer `mlflow`, which it adds",
         off=None,
     )
     vis_period: int = _option(

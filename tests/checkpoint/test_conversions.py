@@ -63,12 +63,12 @@ def test_detectron_file_sets_every_parameter(tmp_path, caplog):
     cfg.MODEL.DEVICE = "cpu"
     model = build_model(cfg)
     rng = np.random.default_rng(0)
-    wanted, blobs = {}, {}
+    expected, blobs = {}, {}
     for name, value in model.state_dict().items():
         if "running" in name:
             continue
         array = rng.standard_normal(value.shape, dtype=np.float32)
-        wanted[name], theirs = array, caffe2_name(name)
+        expected[name], theirs = array, caffe2_name(name)
         if "cls_score" in name:  # the background comes first
             array = np.concatenate([array[-1:], array[:-1]])
         elif "bbox_pred" in name and "roi_heads" in name:
@@ -83,7 +83,7 @@ def test_detectron_file_sets_every_parameter(tmp_path, caplog):
         checkpointer.load(str(tmp_path / "e2e.pkl"))
     assert not caplog.records
     state = model.state_dict()
-    for name, array in wanted.items():
+    for name, array in expected.items():
         assert np.array_equal(state[name].numpy(), array), name
     # Batch norms are folded into an affine transformation, so their statistics must have no effect.
     means = [value for name, value in state.items() if name.endswith("running_mean")]

@@ -23,7 +23,7 @@ def _model(seed: int) -> nn.Module:
 def _work(folder: str) -> None:
     """Save in two formats, and load from a copy that only the main process can access."""
     x = torch.linspace(-1, 1, 12).view(4, 3)
-    wanted = _model(0)(x)
+    expected = _model(0)(x)
     checkpointer = DetectionCheckpointer(DistributedDataParallel(_model(0)), folder)
     checkpointer.save("model")
     checkpointer.save("model.safetensors")
@@ -39,7 +39,7 @@ def _work(folder: str) -> None:
             # Simulate a disk that is not shared: each process uses a path of its own.
             path = own / name if wrapped else Path(folder) / name
             DetectionCheckpointer(target).load(str(path))
-            assert torch.equal(model(x), wanted), (name, wrapped)
+            assert torch.equal(model(x), expected), (name, wrapped)
     (own / "done").touch()
 
 

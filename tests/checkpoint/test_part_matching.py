@@ -60,14 +60,14 @@ def test_torchvision_file_into_torchvision_backbone(tmp_path, ending, caplog):
 
 
 @pytest.mark.parametrize(
-    "name, indices, place",
+    "name, indices, module",
     [
         ("resnet18", (2, 3), "backbone.timm_model"),
         ("convnext_atto", (0, 3), "backbone.timm_model"),
         ("vit_tiny_patch16_224", (3, 11), "backbone.timm_model.model"),
     ],
 )
-def test_timm_file_into_timm_backbone(tmp_path, caplog, name, indices, place):
+def test_timm_file_into_timm_backbone(tmp_path, caplog, name, indices, module):
     """Names must match even if timm's extractor has "stages_0" where the file has "stages.0"."""
     timm = pytest.importorskip("timm")
     theirs = randomized(timm.create_model(name, pretrained=False), 2)
@@ -75,7 +75,7 @@ def test_timm_file_into_timm_backbone(tmp_path, caplog, name, indices, place):
     before = {k: v.clone() for k, v in model.neck.state_dict().items()}
     with caplog.at_level(logging.INFO, "detlib"):
         report = load(model, theirs.state_dict(), tmp_path)
-    assert f"its weights are loaded into '{place}'" in caplog.text
+    assert f"its weights are loaded into '{module}'" in caplog.text
     assert {key.split(".")[0] for key in report.missing_keys} == {"neck"}
     # Only the classifier and the stages after the last feature map are unused.
     allowed = ("fc.", "head.", "norm.", "fc_norm.", "layer4.")
@@ -104,8 +104,8 @@ class TestMatching:
 
     def test_module_with_most_matches_is_found(self):
         state = self.arrays(conv1__weight=2, layer__0__weight=3, fc__weight=4)
-        matched, place = match_part(self.SHAPES, state)
-        assert place == "a.net"
+        matched, module = match_part(self.SHAPES, state)
+        assert module == "a.net"
         assert set(matched) == {"a.net.conv1.weight", "a.net.layer.0.weight", "fc.weight"}
         assert matched["a.net.layer.0.weight"] is state["layer.0.weight"]
 

@@ -148,9 +148,9 @@ def test_default_predictor_returns_the_outputs_of_the_model(tmp_path):
     image = random_image().permute(1, 2, 0).numpy()
     outputs = DefaultPredictor(cfg)(image)
     with torch.no_grad():
-        (want,) = model.eval()([{"image": random_image(), "height": HEIGHT, "width": WIDTH}])
+        (expected,) = model.eval()([{"image": random_image(), "height": HEIGHT, "width": WIDTH}])
     check_instances(outputs["instances"], (HEIGHT, WIDTH), with_masks=True)
-    assert torch.equal(outputs["instances"].pred_boxes.tensor, want["instances"].pred_boxes.tensor)
+    assert torch.equal(outputs["instances"].pred_boxes.tensor, expected["instances"].pred_boxes.tensor)
     # A larger image is resized for the model, and the results are scaled back.
     large = image.repeat(3, axis=0).repeat(3, axis=1)
     check_instances(DefaultPredictor(cfg)(large)["instances"], (3 * HEIGHT, 3 * WIDTH), with_masks=True)
@@ -314,9 +314,9 @@ def check_instances(
 ) -> None:
     """Check type, shape and range of the documented fields."""
     assert isinstance(x, Instances) and x.image_size == tuple(size)
-    wanted = {"pred_boxes", "scores", "pred_classes"} | ({"pred_masks"} if with_masks else set())
-    wanted |= {"pred_keypoints", "pred_keypoint_heatmaps"} if with_keypoints else set()
-    assert set(x.get_fields()) == wanted
+    expected = {"pred_boxes", "scores", "pred_classes"} | ({"pred_masks"} if with_masks else set())
+    expected |= {"pred_keypoints", "pred_keypoint_heatmaps"} if with_keypoints else set()
+    assert set(x.get_fields()) == expected
     count = len(x)
     assert 0 < count <= 20
     check_boxes(x.pred_boxes, size)
@@ -471,7 +471,7 @@ def test_subclassed_mask_head_can_return_its_input_features(mask_rcnn):
     model = built(MODEL__ROI_MASK_HEAD__NAME="KeepsFeatures").eval()
     model.load_state_dict(mask_rcnn.state_dict())
     inputs = [{"image": random_image()}]
-    (out,), (want,) = model(inputs), mask_rcnn(inputs)
-    assert torch.equal(out["instances"].pred_masks, want["instances"].pred_masks)
+    (out,), (expected,) = model(inputs), mask_rcnn(inputs)
+    assert torch.equal(out["instances"].pred_masks, expected["instances"].pred_masks)
     seen = model.roi_heads.mask_head.seen
     assert seen.shape[1:] == (32, 14, 14) and len(seen) >= len(out["instances"]) > 0

@@ -24,20 +24,20 @@ def test_file_of_version_1_is_upgraded(tmp_path, version, model, sizes, ratios):
     path.write_text(OLD.format(version=version, model=model))
     cfg = get_cfg()
     cfg.merge_from_file(str(path))
-    wanted = get_cfg()
-    wanted.MODEL.WEIGHTS = "old.pkl"
-    wanted.MODEL.META_ARCHITECTURE = model
-    wanted.MODEL.ANCHOR_GENERATOR.SIZES = sizes
-    wanted.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS = ratios
-    wanted.MODEL.RPN.NMS_THRESH = 0.6
-    wanted.MODEL.RPN.LOSS_WEIGHT = 2.0
-    wanted.MODEL.RETINANET.NMS_THRESH_TEST = 0.4
-    wanted.MODEL.PANOPTIC_FPN.COMBINE.ENABLED = False
-    wanted.MODEL.PANOPTIC_FPN.COMBINE.STUFF_AREA_LIMIT = 9
-    wanted.TEST.DETECTIONS_PER_IMAGE = 7
-    wanted.TEST.AUG.ENABLED = True
-    wanted.TEST.AUG.MIN_SIZES = (1, 2)
-    assert str(cfg) == str(wanted)
+    expected = get_cfg()
+    expected.MODEL.WEIGHTS = "old.pkl"
+    expected.MODEL.META_ARCHITECTURE = model
+    expected.MODEL.ANCHOR_GENERATOR.SIZES = sizes
+    expected.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS = ratios
+    expected.MODEL.RPN.NMS_THRESH = 0.6
+    expected.MODEL.RPN.LOSS_WEIGHT = 2.0
+    expected.MODEL.RETINANET.NMS_THRESH_TEST = 0.4
+    expected.MODEL.PANOPTIC_FPN.COMBINE.ENABLED = False
+    expected.MODEL.PANOPTIC_FPN.COMBINE.STUFF_AREA_LIMIT = 9
+    expected.TEST.DETECTIONS_PER_IMAGE = 7
+    expected.TEST.AUG.ENABLED = True
+    expected.TEST.AUG.MIN_SIZES = (1, 2)
+    assert str(cfg) == str(expected)
 
 
 def test_file_without_a_model_uses_the_anchors_of_the_configs_model(tmp_path):

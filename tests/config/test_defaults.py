@@ -62,8 +62,8 @@ def test_every_key_has_its_type_and_default():
     assert not missing, f"config keys without a default; remove those of ADDED that are gone: {missing}"
     for key, fact in DEFAULTS.items():
         assert type(ours[key]).__name__ == fact["type"], key
-        wanted = "auto" if key == "MODEL.DEVICE" else fact["default"]
-        assert as_json(ours[key]) == as_json(wanted), key
+        expected = "auto" if key == "MODEL.DEVICE" else fact["default"]
+        assert as_json(ours[key]) == as_json(expected), key
 
 
 def test_get_cfg_returns_a_new_config_each_time():

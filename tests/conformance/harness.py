@@ -36,13 +36,13 @@ class Case:
             return cls(json.loads(path.read_text()), dict(arrays))
 
     def outputs(self, index: int) -> dict[str, dict[str, np.ndarray]]:
-        """Return the expected outputs of an image: arrays by name, by type ("instances", "proposals")."""
-        kinds: dict[str, dict[str, np.ndarray]] = {}
+        """Return the expected outputs of an image: arrays by name, by field ("instances", "proposals")."""
+        fields: dict[str, dict[str, np.ndarray]] = {}
         for key, value in self.arrays.items():
             if key.startswith(f"out{index}/"):
-                _, kind, name = key.split("/", 2)
-                kinds.setdefault(kind, {})[name] = value
-        return kinds
+                _, field, name = key.split("/", 2)
+                fields.setdefault(field, {})[name] = value
+        return fields
 
 
 def build_case_model(case: Case, config_dir: pathlib.Path) -> tuple[torch.nn.Module, CfgNode | None]:
@@ -121,14 +121,14 @@ def compare_state(model: torch.nn.Module, case: Case) -> list[str]:
     """Compare names and shapes of parameters and buffers, except for optional ones."""
     alias, optional = case.facts.get("alias", {}), case.facts.get("optional", ())
     have = _counted(((k, v.shape) for k, v in model.state_dict().items() if k not in optional), alias)
-    want = _counted(case.facts["state"], alias)
+    expected = _counted(case.facts["state"], alias)
     return (
-        [f"state: {name} is missing" for name in sorted(want.keys() - have.keys())]
-        + [f"state: {name} is unexpected" for name in sorted(have.keys() - want.keys())]
+        [f"state: {name} is missing" for name in sorted(expected.keys() - have.keys())]
+        + [f"state: {name} is unexpected" for name in sorted(have.keys() - expected.keys())]
         + [
-            f"state: {name} has shape {have[name]}, want {want[name]}"
-            for name in sorted(have.keys() & want.keys())
-            if have[name] != want[name]
+            f"state: {name} has shape {have[name]}, expected {expected[name]}"
+            for name in sorted(have.keys() & expected.keys())
+            if have[name] != expected[name]
         ]
     )
 
@@ -192,11 +192,11 @@ def compare_features(features: dict[str, torch.Tensor], case: Case) -> list[str]
         x = features[name]
         steps = [max(1, side // 8) for side in x.shape[2:]]
         have = x[:, :8, :: steps[0], :: steps[1]].numpy()
-        want = case.arrays[f"feature/{name}"]
-        if have.shape != want.shape:
-            found.append(f"features: {name} has a grid of {have.shape}, want {want.shape}")
+        expected = case.arrays[f"feature/{name}"]
+        if have.shape != expected.shape:
+            found.append(f"features: {name} has a grid of {have.shape}, expected {expected.shape}")
             continue
-        error = np.abs(have - want).max() / (want.std() + 0.01 * np.abs(want).max())
+        error = np.abs(have - expected).max() / (expected.std() + 0.01 * np.abs(expected).max())
         if not error < RTOL:
             found.append(f"features: {name} differs by {error:.2g} standard deviations")
     return found
@@ -212,72 +212,72 @@ def compare_outputs(
     """
     found = [f"{where}: no {kind!r}" for kind in kinds.keys() - output.keys()]
     for kind in kinds.keys() & output.keys():
-        have, want = output[kind], kinds[kind]
+        have, expected = output[kind], kinds[kind]
         if kind in ("sem_seg", "panoptic_seg"):
             compare = compare_sem_seg if kind == "sem_seg" else compare_panoptic
-            found += [f"{where}: {text}" for text in compare(have, want)]
+            found += [f"{where}: {text}" for text in compare(have, expected)]
             continue
-        count = int(want["count"])
+        count = int(expected["count"])
         spare = max(1, int(0.03 * count))
         if abs(len(have) - count) > spare and not (best_only and len(have) > count):
-            found.append(f"{where}: {len(have)} {kind}, want {count}")
+            found.append(f"{where}: {len(have)} {kind}, expected {count}")
             continue
-        pairs = _pair_up(have, want)
+        pairs = _pair_up(have, expected)
         if len(pairs) < count - spare:
             found.append(f"{where}: only {len(pairs)} of {count} {kind} match")
-        elif "pred_masks_bits" in want and (bad := _count_other_masks(have, want, pairs)) > spare:
+        elif "pred_masks_bits" in expected and (bad := _count_other_masks(have, expected, pairs)) > spare:
             found.append(f"{where}: {bad} of {len(pairs)} masks differ")
-        elif "pred_keypoints" in want and (bad := _count_other_keypoints(have, want, pairs)) > spare:
+        elif "pred_keypoints" in expected and (bad := _count_other_keypoints(have, expected, pairs)) > spare:
             found.append(f"{where}: the keypoints of {bad} of {len(pairs)} objects differ")
     return found
 
 
-def compare_sem_seg(logits: torch.Tensor, want: dict[str, np.ndarray]) -> list[str]:
+def compare_sem_seg(logits: torch.Tensor, expected: dict[str, np.ndarray]) -> list[str]:
     """Compare a grid of the logits, relative to their standard deviation, and the class of each pixel."""
-    sample = want["sample"]
+    sample = expected["sample"]
     error = np.abs(logits[:, ::16, ::16].numpy() - sample).max() / (
         sample.std() + 0.01 * np.abs(sample).max()
     )
-    agreement = (logits.argmax(dim=0).numpy() == want["argmax"]).mean()
+    agreement = (logits.argmax(dim=0).numpy() == expected["argmax"]).mean()
     if error < 2 * RTOL and agreement > 0.998:
         return []
     return [f"sem_seg differs by {error:.2g} standard deviations, {agreement:.2%} of the pixels agree"]
 
 
-def compare_panoptic(have: tuple[torch.Tensor, list[dict]], want: dict[str, np.ndarray]) -> list[str]:
+def compare_panoptic(have: tuple[torch.Tensor, list[dict]], expected: dict[str, np.ndarray]) -> list[str]:
     """Compare panoptic segmentations.
 
     Segments with the largest overlap must have the same category, and 99 % of the pixels must agree.
     """
-    ids, wanted_ids = have[0].numpy(), want["map"]
+    ids, expected_ids = have[0].numpy(), expected["map"]
     categories = {x["id"]: (x["isthing"], x["category_id"]) for x in have[1]}
-    wanted = json.loads(str(want["segments"]))
-    if abs(len(categories) - len(wanted)) > 1:
-        return [f"{len(categories)} segments, want {len(wanted)}"]
-    agree = int(((ids == 0) & (wanted_ids == 0)).sum())
-    for segment in wanted:
-        counts = np.bincount(ids[wanted_ids == segment["id"]])
+    expected_segments = json.loads(str(expected["segments"]))
+    if abs(len(categories) - len(expected_segments)) > 1:
+        return [f"{len(categories)} segments, expected {len(expected_segments)}"]
+    agree = int(((ids == 0) & (expected_ids == 0)).sum())
+    for segment in expected_segments:
+        counts = np.bincount(ids[expected_ids == segment["id"]])
         if categories.get(int(counts.argmax())) == (segment["isthing"], segment["category_id"]):
             agree += int(counts.max())
     return [] if agree > 0.99 * ids.size else [f"panoptic_seg: {agree / ids.size:.2%} of the pixels agree"]
 
 
-def _pair_up(have: Instances, want: dict[str, np.ndarray]) -> list[tuple[int, int]]:
-    """Return pairs of indices in `have` and `want` with the same class and nearly the same box and score."""
-    is_detection = "pred_boxes" in want
+def _pair_up(have: Instances, expected: dict[str, np.ndarray]) -> list[tuple[int, int]]:
+    """Return pairs of indices in `have` and `expected` with equal class and nearly equal box and score."""
+    is_detection = "pred_boxes" in expected
     boxes = getattr(have, "pred_boxes" if is_detection else "proposal_boxes").tensor.numpy()
     scores = getattr(have, "scores" if is_detection else "objectness_logits").numpy()
-    want_boxes = want["pred_boxes" if is_detection else "proposal_boxes"]
-    want_scores = want["scores" if is_detection else "objectness_logits"]
+    expected_boxes = expected["pred_boxes" if is_detection else "proposal_boxes"]
+    expected_scores = expected["scores" if is_detection else "objectness_logits"]
     free, pairs = np.ones(len(have), bool), []
-    for j, (box, score) in enumerate(zip(want_boxes, want_scores)):
+    for j, (box, score) in enumerate(zip(expected_boxes, expected_scores)):
         side = max(1.0, box[2] - box[0], box[3] - box[1])
         distance = np.maximum(
             np.abs(boxes - box).max(axis=1, initial=0) / (0.3 + 10 * RTOL * side),
             np.abs(scores - score) / (5 * RTOL * max(1.0, abs(float(score)))),
         )
-        legal = free & (have.pred_classes.numpy() == want["pred_classes"][j]) if is_detection else free
-        distance[~legal] = np.inf
+        valid = free & (have.pred_classes.numpy() == expected["pred_classes"][j]) if is_detection else free
+        distance[~valid] = np.inf
         if len(distance) and distance.min() < 1:
             i = int(distance.argmin())
             free[i] = False
@@ -285,19 +285,21 @@ def _pair_up(have: Instances, want: dict[str, np.ndarray]) -> list[tuple[int, in
     return pairs
 
 
-def _count_other_masks(have: Instances, want: dict[str, np.ndarray], pairs: list[tuple[int, int]]) -> int:
+def _count_other_masks(have: Instances, expected: dict[str, np.ndarray], pairs: list[tuple[int, int]]) -> int:
     """Return the number of masks that differ by more than 5 % of their union plus 4 pixels."""
-    shape = tuple(want["pred_masks_shape"])
-    masks = np.unpackbits(want["pred_masks_bits"], count=int(np.prod(shape))).reshape(shape).astype(bool)
+    shape = tuple(expected["pred_masks_shape"])
+    masks = np.unpackbits(expected["pred_masks_bits"], count=int(np.prod(shape))).reshape(shape).astype(bool)
     ours = have.pred_masks.numpy().astype(bool)
     return sum((ours[i] ^ masks[j]).sum() > 0.05 * (ours[i] | masks[j]).sum() + 4 for i, j in pairs)
 
 
-def _count_other_keypoints(have: Instances, want: dict[str, np.ndarray], pairs: list[tuple[int, int]]) -> int:
+def _count_other_keypoints(
+    have: Instances, expected: dict[str, np.ndarray], pairs: list[tuple[int, int]]
+) -> int:
     """Count objects with a keypoint more than a pixel away, or a score error above 5 % of the deviation."""
     bad = 0
     for i, j in pairs:
-        ours, theirs = have.pred_keypoints[i].numpy(), want["pred_keypoints"][j]
+        ours, theirs = have.pred_keypoints[i].numpy(), expected["pred_keypoints"][j]
         score_error = np.abs(ours[:, 2] - theirs[:, 2]).max() / (theirs[:, 2].std() + 1e-6)
         bad += np.abs(ours[:, :2] - theirs[:, :2]).max() > 1 or score_error > 0.05
     return bad
@@ -305,21 +307,21 @@ def _count_other_keypoints(have: Instances, want: dict[str, np.ndarray], pairs: 
 
 def compare_losses(losses: dict[str, torch.Tensor], case: Case) -> list[str]:
     """Compare training losses by name."""
-    want = case.facts["losses"]
+    expected = case.facts["losses"]
     have = {name: loss.item() for name, loss in losses.items()}
-    return [f"losses: {name} is missing" for name in sorted(want.keys() - have.keys())] + [
-        f"losses: {name} {value:.6g}, want {want.get(name, 0.0):.6g}"
+    return [f"losses: {name} is missing" for name in sorted(expected.keys() - have.keys())] + [
+        f"losses: {name} {value:.6g}, expected {expected.get(name, 0.0):.6g}"
         for name, value in have.items()
-        if not abs(value - want.get(name, 0.0)) <= RTOL * max(abs(want.get(name, 0.0)), 1e-3)
+        if not abs(value - expected.get(name, 0.0)) <= RTOL * max(abs(expected.get(name, 0.0)), 1e-3)
     ]
 
 
 def compare_counts(counts: dict[str, float], case: Case) -> list[str]:
     """Compare the logged numbers of foreground and background anchors and proposals per image."""
     return [
-        f"counts: {name} {counts.get(name)}, want {want}"
-        for name, want in case.facts.get("num_fg", {}).items()
-        if counts.get(name) != want
+        f"counts: {name} {counts.get(name)}, expected {expected}"
+        for name, expected in case.facts.get("num_fg", {}).items()
+        if counts.get(name) != expected
     ]
 
 
@@ -331,14 +333,14 @@ def compare_gradients(model: torch.nn.Module, case: Case) -> list[str]:
         for name, p in model.named_parameters()
         if p.grad is not None
     }
-    want = {alias.get(name, name): norm for name, norm in case.facts["grad_norms"].items()}
-    floor = 1e-4 * max(want.values())
+    expected = {alias.get(name, name): norm for name, norm in case.facts["grad_norms"].items()}
+    floor = 1e-4 * max(expected.values())
     return (
-        [f"gradients: {name} should be trainable" for name in sorted(want.keys() - have.keys())]
-        + [f"gradients: {name} should be frozen" for name in sorted(have.keys() - want.keys())]
+        [f"gradients: {name} should be trainable" for name in sorted(expected.keys() - have.keys())]
+        + [f"gradients: {name} should be frozen" for name in sorted(have.keys() - expected.keys())]
         + [
-            f"gradients: {name} has norm {have[name]:.5g}, want {want[name]:.5g}"
-            for name in sorted(have.keys() & want.keys())
-            if not abs(have[name] - want[name]) <= 10 * RTOL * max(want[name], floor)
+            f"gradients: {name} has norm {have[name]:.5g}, expected {expected[name]:.5g}"
+            for name in sorted(have.keys() & expected.keys())
+            if not abs(have[name] - expected[name]) <= 10 * RTOL * max(expected[name], floor)
         ]
     )

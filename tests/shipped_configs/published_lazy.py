@@ -90,7 +90,7 @@ def _differences(ours, published, path):
     return (
         []
         if ours == published and type(ours) is type(published)
-        else [f"{path}: {ours!r}, want {published!r}"]
+        else [f"{path}: {ours!r}, expected {published!r}"]
     )
 
 

@@ -60,10 +60,10 @@ def test_dumped_config_loads_as_the_same_config(path, tmp_path):
 
 def test_quickstart_recipe_differs_from_faster_rcnn_as_intended():
     got = delta(resolve(CONFIGS / "Quickstart" / "faster_rcnn_R_18_FPN.yaml"))
-    wanted = dict(DELTAS["COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"])
+    expected = dict(DELTAS["COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"])
     for key in ("MODEL.WEIGHTS", "DATASETS.TRAIN", "DATASETS.TEST"):
-        del wanted[key]
-    wanted |= {
+        del expected[key]
+    expected |= {
         "MODEL.RESNETS.DEPTH": 18,
         "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
         "MODEL.RESNETS.NORM": "GN",
@@ -82,4 +82,4 @@ def test_quickstart_recipe_differs_from_faster_rcnn_as_intended():
         "DATALOADER.NUM_WORKERS": 2,
         "OUTPUT_DIR": "./output/faster_rcnn_R_18_FPN",
     }
-    assert got == {key: json.dumps(value) for key, value in wanted.items()}
+    assert got == {key: json.dumps(value) for key, value in expected.items()}
