@@ -1,6 +1,6 @@
-"""The metrics of Cityscapes (https://www.cityscapes-dataset.com/benchmarks): instances, and label maps.
+"""The Cityscapes metrics (https://www.cityscapes-dataset.com/benchmarks) of instances and label maps.
 
-The figures are those of the package cityscapesscripts, which is not needed.
+The results are the same as those of the package cityscapesscripts, which is not required.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _COUNTED = [label for label in _LABELS.values() if not label.ignored]
 _THINGS = [label for label in _COUNTED if label.has_instances]
 _NUM_IDS = max(_LABELS) + 1
 
-# Mean number of pixels of an object in the training set: small objects weigh as much as large ones in iIoU.
+# Mean number of pixels per object in the training set, so that objects of any size weigh equally in iIoU.
 _MEAN_SIZES = {
     "person": 3462.4756337644,
     "rider": 3930.4788056518,
@@ -47,18 +47,19 @@ _MEAN_SIZES = {
 
 
 class CityscapesEvaluator(DatasetEvaluator):
-    """What both evaluators share: the truth's files.
+    """Base class of the Cityscapes evaluators, which finds the ground truth files."""
 
-    Args:
-        dataset_name: a registered name; its metadata has `gt_dir`, the folder of the cities' annotations.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-    """
-
-    _truth_suffix = ""
+    _gt_suffix = ""
 
     def __init__(self, dataset_name: str) -> None:
+        """
+        Args:
+            dataset_name: a registered name. Its metadata has `gt_dir`, the folder with the annotations by
+                city.
+
+        Raises:
+            FileNotFoundError: `gt_dir` does not exist.
+        """
         self._logger = logging.getLogger(__name__)
         self._dataset_name = dataset_name
         self._metadata = MetadataCatalog.get(dataset_name)
@@ -71,49 +72,49 @@ class CityscapesEvaluator(DatasetEvaluator):
         self.reset()
 
     @functools.cached_property
-    def _truth_files(self) -> dict[str, str]:
-        """Paths of the truth's PNGs by city, sequence and frame, as the names of all files begin."""
+    def _gt_files(self) -> dict[str, str]:
+        """Paths of the ground truth PNGs, by the CITY_SEQUENCE_FRAME that all file names begin with."""
         found = {}
         for city in sorted(PathManager.ls(self._gt_dir)):
             folder = os.path.join(self._gt_dir, city)
             for name in PathManager.ls(folder) if PathManager.isdir(folder) else ():
-                if name.endswith(self._truth_suffix):
-                    found[name.removesuffix(self._truth_suffix)] = os.path.join(folder, name)
+                if name.endswith(self._gt_suffix):
+                    found[name.removesuffix(self._gt_suffix)] = os.path.join(folder, name)
         if not found:
             raise FileNotFoundError(
-                f"{type(self).__name__}: there is no CITY/*{self._truth_suffix} in {self._gt_dir!r}."
+                f"{type(self).__name__}: there is no CITY/*{self._gt_suffix} in {self._gt_dir!r}."
             )
         return found
 
     def reset(self) -> None:
-        """Forgets what was collected."""
+        """Discard all collected results."""
         self._images: dict[str, Any] = {}
 
     def _name(self, image: dict) -> str:
         name = os.path.basename(image["file_name"]).removesuffix(".png").removesuffix("_leftImg8bit")
-        if name not in self._truth_files:
+        if name not in self._gt_files:
             raise ValueError(
-                f"{type(self).__name__}: dataset {self._dataset_name!r} has no truth for the image "
+                f"{type(self).__name__}: dataset {self._dataset_name!r} has no ground truth for the image "
                 f"{image['file_name']!r} in {self._gt_dir!r}."
             )
         return name
 
     def _gather(self) -> list[Any] | None:
-        """What was collected, in the order of the truth's files, or None but in the main process.
+        """Return the results of all images, sorted by name; None in processes other than the main one.
 
-        Images without a prediction count as if nothing had been found in them.
+        Images without a prediction count as images without detections.
         """
         comm.synchronize()
         gathered = comm.gather(self._images, dst=0)
         if not comm.is_main_process():
             return None
         images = dict(itertools.chain(*(part.items() for part in gathered)))
-        missing = [name for name in self._truth_files if name not in images]
+        missing = [name for name in self._gt_files if name not in images]
         if missing:
             self._logger.warning(
-                "%d of %d images of %s have no prediction; all that is in them counts as missed.",
+                "%d of %d images of %s have no prediction; all their objects count as missed.",
                 len(missing),
-                len(self._truth_files),
+                len(self._gt_files),
                 self._dataset_name,
             )
         for name in missing:
@@ -121,24 +122,22 @@ class CityscapesEvaluator(DatasetEvaluator):
         return [images[name] for name in sorted(images)]
 
     def _compare(self, name: str, prediction: Any) -> Any:
-        """What is kept of an image: numbers, no pixels; `prediction` is None for nothing."""
+        """Return the counts needed for the metrics of an image; `prediction` is None if there is none."""
         raise NotImplementedError
 
 
 class CityscapesInstanceEvaluator(CityscapesEvaluator):
-    """Computes average precision of instance masks as Cityscapes defines it.
+    """Evaluator of instance masks with the average precision defined by Cityscapes.
 
-    "AP" is the mean over classes and the IoU thresholds 0.5, 0.55, ..., 0.95, "AP50" that at 0.5, in percent.
-
-    Args:
-        dataset_name: see `CityscapesEvaluator`; `thing_classes` name Cityscapes' labels. Those without
-            instances are not evaluated.
+    "AP" is the mean over classes and the IoU thresholds 0.5, 0.55, ..., 0.95, "AP50" the mean over classes at
+    the threshold 0.5, in percent. `thing_classes` of the metadata must be names of Cityscapes labels.
+    Classes without instances are not evaluated.
     """
 
-    _truth_suffix = "_gtFine_instanceIds.png"
+    _gt_suffix = "_gtFine_instanceIds.png"
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        """Takes in one batch.
+        """Evaluate one batch and collect the counts.
 
         Args:
             inputs: the model's input dicts, each with "file_name".
@@ -151,31 +150,31 @@ class CityscapesInstanceEvaluator(CityscapesEvaluator):
 
     @functools.cached_property
     def _label_ids(self) -> np.ndarray:
-        """Label ids of the classes; 0 for those that are not evaluated."""
+        """Label id of each class; 0 if the class is not evaluated."""
         ids = {label.name: label.id for label in _THINGS}
         return np.array([ids.get(name, 0) for name in self._metadata.thing_classes])
 
     def _compare(self, name: str, prediction: Any) -> InstanceMatches:
-        path = self._truth_files[name]
-        ids, places = np.unique(read_png(path).astype(np.int64), return_inverse=True)
-        places = places.reshape(-1)
-        sizes = np.bincount(places, minlength=len(ids))
+        path = self._gt_files[name]
+        ids, indices = np.unique(read_png(path).astype(np.int64), return_inverse=True)
+        indices = indices.reshape(-1)
+        sizes = np.bincount(indices, minlength=len(ids))
         labels = np.where(ids < 1000, ids, ids // 1000)
         legal = [i in _LABELS for i in labels.tolist()]
         if not all(legal):
-            raise ValueError(f"{path}: the ids {ids[~np.array(legal)].tolist()} have no label in Cityscapes.")
+            raise ValueError(f"{path}: the ids {ids[~np.array(legal)].tolist()} have no Cityscapes label.")
         overlaps, scores, pred_labels = np.zeros((0, len(ids)), np.int64), np.zeros(0), np.zeros(0, np.int64)
         if prediction is not None and len(prediction):
             masks = _as_arrays(prediction)
-            if masks.shape[1] != len(places):
+            if masks.shape[1] != len(indices):
                 raise ValueError(
-                    f"{type(self).__name__}: the masks of {name!r} have {masks.shape[1]} pixels, the truth "
-                    f"{path!r} has {len(places)}."
+                    f"{type(self).__name__}: the masks of {name!r} have {masks.shape[1]} pixels, but the "
+                    f"ground truth {path!r} has {len(indices)}."
                 )
-            overlaps = np.stack([np.bincount(places[mask], minlength=len(ids)) for mask in masks])
+            overlaps = np.stack([np.bincount(indices[mask], minlength=len(ids)) for mask in masks])
             scores = prediction.scores.detach().cpu().numpy().astype(np.float64)
             pred_labels = self._label_ids[prediction.pred_classes.cpu().numpy()]
-        # Objects of ignored labels (caravans, trailers) are no void in the reference, only their groups are.
+        # As in cityscapesscripts, of an ignored label (caravan, trailer) groups are void, objects are not.
         void = np.array([i < 1000 and _LABELS[i].ignored for i in ids.tolist()])
         kept = np.isin(labels, [label.id for label in _THINGS])
         return InstanceMatches(
@@ -190,7 +189,11 @@ class CityscapesInstanceEvaluator(CityscapesEvaluator):
         )
 
     def evaluate(self) -> OrderedDict[str, dict[str, float]] | None:
-        """Returns `{"segm": {"AP", "AP50", "AP-<class>"}}`, in the main process only, else None."""
+        """Compute the metrics of all collected results.
+
+        Returns:
+            `{"segm": {"AP", "AP50", "AP-<class>"}}` in percent, or None in processes other than the main one.
+        """
         images = self._gather()
         if images is None:
             return None
@@ -198,14 +201,14 @@ class CityscapesInstanceEvaluator(CityscapesEvaluator):
         occurs = ~np.isnan(table[:, 0])
         means = table[occurs].mean(axis=0) if occurs.any() else np.full(table.shape[1], np.nan)
         results = {"AP": float(means.mean()), "AP50": float(means[0])}
-        self._logger.info("Instances of Cityscapes:\n%s", create_small_table(results))
+        self._logger.info("Cityscapes instance metrics:\n%s", create_small_table(results))
         per_class = {f"AP-{x.name}": float(ap) for x, ap in zip(_THINGS, table.mean(axis=1))}
         self._logger.info("Per class:\n%s", create_small_table(per_class))
         return OrderedDict(segm=results | per_class)
 
 
 def _as_arrays(instances: Any) -> np.ndarray:
-    """The masks as (N, H * W) bool."""
+    """Return the masks as (N, H * W) bool."""
     masks = instances.pred_masks
     if isinstance(masks, ROIMasks):
         masks = masks.to_bitmasks(instances.pred_boxes, *instances.image_size)
@@ -215,20 +218,21 @@ def _as_arrays(instances: Any) -> np.ndarray:
 
 
 class CityscapesSemSegEvaluator(CityscapesEvaluator):
-    """Computes intersection over union of label maps as Cityscapes defines it, in percent.
+    """Evaluator of semantic segmentation with the IoU metrics defined by Cityscapes, in percent.
 
-    "IoU" is the mean over the 19 classes, "IoU_sup" over their categories. "iIoU" and "iIoU_sup" weigh the
-    pixels of each object so that all objects of a class count the same; they are for classes with instances.
+    "IoU" is the mean over the 19 classes, "IoU_sup" the mean over their categories. "iIoU" and "iIoU_sup"
+    weight the pixels of each object so that all objects of a class count equally. They only cover classes
+    with instances.
     """
 
-    _truth_suffix = "_gtFine_labelIds.png"
+    _gt_suffix = "_gtFine_labelIds.png"
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        """Takes in one batch.
+        """Evaluate one batch and collect the counts.
 
         Args:
             inputs: the model's input dicts, each with "file_name".
-            outputs: the model's output dicts, with "sem_seg": (19, H, W) logits by training id.
+            outputs: the model's output dicts, with "sem_seg", (19, H, W) logits by train id.
         """
         for image, output in zip(inputs, outputs):
             if "sem_seg" not in output:
@@ -239,36 +243,43 @@ class CityscapesSemSegEvaluator(CityscapesEvaluator):
             self._images[name] = self._compare(name, output["sem_seg"].argmax(dim=0).cpu().numpy())
 
     @functools.cached_property
-    def _ids_of_training_ids(self) -> np.ndarray:
-        ids = np.zeros(256, np.int64)  # 0 is "unlabeled"
+    def _label_ids(self) -> np.ndarray:
+        ids = np.zeros(256, np.int64)  # by train id; 0 is "unlabeled"
         for label in _COUNTED:
             ids[label.train_id] = label.id
         return ids
 
     def _compare(self, name: str, prediction: Any) -> tuple[np.ndarray, list[tuple[int, int, int, int]]]:
-        """The confusion of label ids (truth, prediction), and of each object label, size, pixels found, and
-        pixels found of its category."""
-        path = self._truth_files[name]
-        truth = read_png(path).astype(np.int64)
-        if truth.size and truth.max() >= _NUM_IDS:
-            raise ValueError(f"{path}: the id {truth.max()} has no label in Cityscapes.")
+        """Return the confusion matrix of label ids (ground truth, prediction) and a tuple for each object.
+
+        The tuple has the object's label id, its number of pixels, and the numbers of its pixels whose
+        predicted class, and predicted category, is right.
+        """
+        path = self._gt_files[name]
+        gt = read_png(path).astype(np.int64)
+        if gt.size and gt.max() >= _NUM_IDS:
+            raise ValueError(f"{path}: the id {gt.max()} has no Cityscapes label.")
         if prediction is None:
-            pred = np.zeros_like(truth)
-        elif prediction.shape != truth.shape:
+            pred = np.zeros_like(gt)
+        elif prediction.shape != gt.shape:
             raise ValueError(
-                f"{type(self).__name__}: the truth {path!r} has the size {truth.shape}, the prediction "
-                f"{prediction.shape}."
+                f"{type(self).__name__}: the ground truth {path!r} has the size {gt.shape}, the "
+                f"prediction {prediction.shape}."
             )
         else:
-            pred = self._ids_of_training_ids[prediction]
-        confusion = np.bincount((truth * _NUM_IDS + pred).ravel(), minlength=_NUM_IDS**2)
+            pred = self._label_ids[prediction]
+        confusion = np.bincount((gt * _NUM_IDS + pred).ravel(), minlength=_NUM_IDS**2)
         instance_file = path.replace("_labelIds.png", "_instanceIds.png")
         objects = _objects(read_png(instance_file).astype(np.int64), pred)
         return confusion.reshape(_NUM_IDS, _NUM_IDS), objects
 
     def evaluate(self) -> OrderedDict[str, dict[str, float]] | None:
-        """Returns `{"sem_seg": {"IoU", "iIoU", "IoU_sup", "iIoU_sup", "IoU-<class>"}}`, or None but in the
-        main process."""
+        """Compute the metrics of all collected results.
+
+        Returns:
+            `{"sem_seg": {"IoU", "iIoU", "IoU_sup", "iIoU_sup", "IoU-<class>"}}` in percent, or None in
+            processes other than the main one.
+        """
         images = self._gather()
         if images is None:
             return None
@@ -290,14 +301,14 @@ class CityscapesSemSegEvaluator(CityscapesEvaluator):
             "IoU_sup": _mean(iou_sup),
             "iIoU_sup": _mean(weighted_sup),
         }
-        self._logger.info("Label maps of Cityscapes:\n%s", create_small_table(results))
+        self._logger.info("Cityscapes semantic segmentation metrics:\n%s", create_small_table(results))
         per_class = {f"IoU-{name}": 100 * value for name, value in iou.items()}
         self._logger.info("Per class:\n%s", create_small_table(per_class))
         return OrderedDict(sem_seg=results | per_class)
 
 
 def _objects(instance_ids: np.ndarray, pred: np.ndarray) -> list[tuple[int, int, int, int]]:
-    """See `_compare`; only objects of classes that are evaluated."""
+    """Return the tuples described in `_compare`, for objects of evaluated classes."""
     categories = {
         category: [label.id for label in labels]
         for category, labels in itertools.groupby(_THINGS, key=lambda label: label.category)
@@ -314,30 +325,33 @@ def _objects(instance_ids: np.ndarray, pred: np.ndarray) -> list[tuple[int, int,
 
 
 def _wrong(confusion: np.ndarray, ids: list[int]) -> int:
-    """Pixels that are said to be of `ids` and are of other labels that count."""
+    """Return the number of pixels predicted as `ids` whose ground truth is another evaluated label."""
     others = [label.id for label in _COUNTED if label.id not in ids]
     return int(confusion[np.ix_(others, ids)].sum())
 
 
 def _iou(confusion: np.ndarray, labels: list) -> float:
-    """IoU of labels that count as one."""
+    """Return the IoU of labels that are merged into one."""
     ids = [label.id for label in labels]
-    right, true = int(confusion[np.ix_(ids, ids)].sum()), int(confusion[ids].sum())
-    whole = true + _wrong(confusion, ids)
-    return right / whole if whole else math.nan
+    correct, num_gt = int(confusion[np.ix_(ids, ids)].sum()), int(confusion[ids].sum())
+    union = num_gt + _wrong(confusion, ids)
+    return correct / union if union else math.nan
 
 
-def _weighted_iou(confusion: np.ndarray, labels: list, objects: list[tuple], place: int) -> float:
-    """IoU of labels that count as one, where each object's pixels are weighted by the mean size of its class
-    over its own; `place` is where the number of pixels found stands in `objects`."""
+def _weighted_iou(confusion: np.ndarray, labels: list, objects: list[tuple], field: int) -> float:
+    """Return the IoU of labels that are merged into one, with weighted objects.
+
+    The weight of an object's pixels is the mean size of its class divided by its own size. `field` is the
+    index, in the tuples of `objects`, of the number of correct pixels.
+    """
     ids = {label.id: _MEAN_SIZES[label.name] for label in labels}
     mine = [(entry, ids[entry[0]] / entry[1]) for entry in objects if entry[0] in ids]
-    right = math.fsum(entry[place] * weight for entry, weight in mine)
-    missed = math.fsum((entry[1] - entry[place]) * weight for entry, weight in mine)
-    whole = right + missed + _wrong(confusion, list(ids))
-    return right / whole if whole else math.nan
+    correct = math.fsum(entry[field] * weight for entry, weight in mine)
+    missed = math.fsum((entry[1] - entry[field]) * weight for entry, weight in mine)
+    union = correct + missed + _wrong(confusion, list(ids))
+    return correct / union if union else math.nan
 
 
 def _mean(values: dict[str, float]) -> float:
-    there = [value for value in values.values() if not math.isnan(value)]
-    return 100 * sum(there) / len(there) if there else math.nan
+    valid = [value for value in values.values() if not math.isnan(value)]
+    return 100 * sum(valid) / len(valid) if valid else math.nan

@@ -1,6 +1,6 @@
-"""Average precision of instance masks as Cityscapes defines it.
+"""Average precision of instance masks as defined by Cityscapes.
 
-P predicted masks and G true ones of an image.
+Shape legend: P predicted and G ground truth masks of an image, K labels, T IoU thresholds.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ __all__ = ["InstanceMatches", "THRESHOLDS", "instance_average_precision"]
 
 THRESHOLDS = np.arange(0.5, 1.0, 0.05)
 
-# Smaller objects need not be found.
+# In pixels. Smaller objects do not count as missed.
 _MIN_SIZE = 100
 
 
 @dataclass(frozen=True)
 class InstanceMatches:
-    """How the masks of one image overlap, in pixels.
+    """The overlaps of the masks of one image, in pixels.
 
     Attributes:
-        labels: (G,) label ids of the true masks, groups among them.
-        is_group: (G,) bool, whether a mask is that of several objects which are not told apart.
-        sizes: (G,) pixels.
+        labels: (G,) label ids of the ground truth masks, including groups.
+        is_group: (G,) bool, whether the mask covers multiple objects that are not annotated separately.
+        sizes: (G,) number of pixels.
         pred_labels: (P,) label ids.
         scores: (P,) float64.
-        pred_sizes: (P,) pixels.
-        void_sizes: (P,) pixels in regions whose label does not count.
-        overlaps: (P, G) pixels in common.
+        pred_sizes: (P,) number of pixels.
+        void_sizes: (P,) number of pixels in regions with an ignored label.
+        overlaps: (P, G) number of pixels in the intersection.
     """
 
     labels: np.ndarray
@@ -43,23 +43,23 @@ class InstanceMatches:
     overlaps: np.ndarray
 
     def of_label(self, label: int) -> InstanceMatches:
-        """The masks of one label; predictions without a pixel are left out."""
-        true = self.labels == label
+        """Return the masks of one label, without empty predictions."""
+        gt = self.labels == label
         pred = (self.pred_labels == label) & (self.pred_sizes > 0)
         return InstanceMatches(
-            self.labels[true],
-            self.is_group[true],
-            self.sizes[true],
+            self.labels[gt],
+            self.is_group[gt],
+            self.sizes[gt],
             self.pred_labels[pred],
             self.scores[pred],
             self.pred_sizes[pred],
             self.void_sizes[pred],
-            self.overlaps[pred][:, true],
+            self.overlaps[pred][:, gt],
         )
 
 
 def instance_average_precision(images: Sequence[InstanceMatches], labels: Sequence[int]) -> np.ndarray:
-    """Computes average precision for each label and each of `THRESHOLDS`: (K, T), nan without objects."""
+    """Return the average precision of each label at each of `THRESHOLDS`, (K, T); nan without objects."""
     table = np.full((len(labels), len(THRESHOLDS)), np.nan)
     for row, label in enumerate(labels):
         mine = [image.of_label(label) for image in images]
@@ -67,8 +67,8 @@ def instance_average_precision(images: Sequence[InstanceMatches], labels: Sequen
         if to_find:
             for column, threshold in enumerate(THRESHOLDS):
                 outcomes = [_outcomes(image, threshold) for image in mine]
-                right, scores = (np.concatenate(parts) for parts in zip(*outcomes))
-                table[row, column] = _area(right, scores, to_find)
+                correct, scores = (np.concatenate(parts) for parts in zip(*outcomes))
+                table[row, column] = _area(correct, scores, to_find)
     return table
 
 
@@ -77,10 +77,11 @@ def _must_be_found(image: InstanceMatches) -> np.ndarray:
 
 
 def _outcomes(image: InstanceMatches, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """Whether predictions are right, (N,) bool, and their scores; those that do not count are left out.
+    """Return whether the N counted predictions are correct, (N,) bool, and their scores.
 
-    An object is found by the best of the predictions that match it. Of the others those are wrong which match
-    an object that was to be found, and those which match none and lie for the most part where it counts.
+    An object is found by the matching prediction with the highest score. Other predictions that match an
+    object to be found are wrong. So are predictions that match nothing, unless the fraction of their pixels
+    that are ignored is above `threshold`.
     """
     overlaps = image.overlaps
     union = image.sizes + image.pred_sizes[:, None] - overlaps
@@ -89,30 +90,30 @@ def _outcomes(image: InstanceMatches, threshold: float) -> tuple[np.ndarray, np.
     finds = matches[:, objects]
     scores = np.where(finds, image.scores[:, None], -np.inf)
     found = finds.any(axis=0)
-    right = scores.max(axis=0, initial=-np.inf)[found]
+    correct = scores.max(axis=0, initial=-np.inf)[found]
 
     is_best = np.zeros_like(finds)
     if len(finds):
         is_best[scores.argmax(axis=0)[found], np.flatnonzero(found)] = True
-    late = image.scores[np.nonzero(finds & ~is_best)[0]]
+    duplicates = image.scores[np.nonzero(finds & ~is_best)[0]]
 
-    # A group that is small counts twice, as in the reference.
+    # Small groups count twice, as in cityscapesscripts.
     ignored = image.void_sizes + overlaps[:, image.is_group].sum(axis=1)
     ignored = ignored + overlaps[:, image.sizes < _MIN_SIZE].sum(axis=1)
-    alone = ~matches.any(axis=1) & (ignored / np.maximum(image.pred_sizes, 1) <= threshold)
-    scores = np.concatenate([right, late, image.scores[alone]])
-    return np.arange(len(scores)) < len(right), scores
+    unmatched = ~matches.any(axis=1) & (ignored / np.maximum(image.pred_sizes, 1) <= threshold)
+    scores = np.concatenate([correct, duplicates, image.scores[unmatched]])
+    return np.arange(len(scores)) < len(correct), scores
 
 
-def _area(right: np.ndarray, scores: np.ndarray, to_find: int) -> float:
-    """The area below the curve of precision by recall, at all scores that occur, and recall 0."""
+def _area(correct: np.ndarray, scores: np.ndarray, to_find: int) -> float:
+    """Return the area under the precision-recall curve, with a point for each distinct score and recall 0."""
     if not len(scores):
         return 0.0
     order = np.argsort(-scores, kind="stable")
-    last = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)  # equal scores are one point
-    num_right = np.cumsum(right[order])[last]
-    precision = np.append(1.0, num_right / (last + 1))
-    recall = np.append(0.0, num_right / to_find)
-    # Each point stands for the recall from halfway to the one before to halfway to the one after.
+    last = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)  # equal scores make one point
+    num_correct = np.cumsum(correct[order])[last]
+    precision = np.append(1.0, num_correct / (last + 1))
+    recall = np.append(0.0, num_correct / to_find)
+    # Each point covers the recall range between the midpoints to its neighbors.
     widths = np.append(recall[1:], recall[-1]) - np.append(0.0, recall[:-1])
     return float((precision * widths).sum() / 2)

@@ -1,8 +1,8 @@
-"""LVIS's metric (https://arxiv.org/abs/1908.03195) for boxes and masks, and the recall of box proposals.
+"""The LVIS metric (https://arxiv.org/abs/1908.03195) for boxes and masks, and the recall of box proposals.
 
-It is COCO's metric on a federated ground truth: each image was searched for some of the categories only.
+It is COCO's metric on a federated dataset, whose images are each annotated for some of the categories only.
 
-T IoU thresholds, R recall thresholds, K categories, A area ranges.
+Shape legend: T IoU thresholds, R recall thresholds, K categories, A area ranges.
 """
 
 from __future__ import annotations
@@ -33,22 +33,9 @@ _AREA_NAMES = ("all", "small", "medium", "large")
 
 
 class LVISEvaluator(COCOEvaluator):
-    """Computes LVIS's average precision of instance predictions, or the average recall of box proposals.
+    """Evaluator of instance predictions with LVIS's average precision, and of proposals with average recall.
 
-    See `evaluate_lvis` for how it differs from COCO's.
-
-    Args:
-        dataset_name: a registered name; its metadata names the annotation file, in LVIS's format.
-        tasks: of "bbox" and "segm"; by default, what the predictions have.
-        distributed: gather the predictions of all processes into the main one.
-        output_dir: folder for `instances_predictions.pth`, `lvis_instances_results.json` (in COCO's result
-            format) or `box_proposals.pkl`.
-        max_dets_per_image: so many detections of an image count, the best first, all classes together;
-            default 300, negative for all.
-
-    Raises:
-        ValueError: the dataset has no annotation file, or a task is unknown.
-        FileNotFoundError: the annotation file does not exist.
+    See `evaluate_lvis` for the differences to COCO's metric.
     """
 
     _METRICS = METRICS
@@ -64,23 +51,38 @@ class LVISEvaluator(COCOEvaluator):
         *,
         max_dets_per_image: int | None = None,
     ) -> None:
+        """
+        Args:
+            dataset_name: a registered name. Its metadata has `json_file`, the annotation file in LVIS's
+                format.
+            tasks: some of "bbox" and "segm"; by default the tasks that the predictions have fields for.
+            distributed: gather the predictions of all processes in the main process.
+            output_dir: folder for `instances_predictions.pth`, `lvis_instances_results.json` (in COCO's
+                result format) or `box_proposals.pkl`.
+            max_dets_per_image: maximum number of detections per image that count, over all classes, highest
+                scores first. Default: 300. Negative for no limit.
+
+        Raises:
+            ValueError: the dataset has no annotation file, or a task is unknown.
+            FileNotFoundError: the annotation file does not exist.
+        """
         super().__init__(dataset_name, tasks, distributed, output_dir, max_dets_per_image=max_dets_per_image)
         if not self._metadata.get("json_file"):
             raise ValueError(
                 f"LVISEvaluator: dataset {dataset_name!r} has no 'json_file' in its metadata; the metric "
-                "needs the annotation file to know which categories each image was searched for."
+                "needs the annotation file, which lists the annotated categories of each image."
             )
 
     def evaluate(self, img_ids: Sequence[int] | None = None) -> dict[str, dict[str, float]]:
-        """Computes the metrics of all that was taken in.
+        """Compute the metrics of all collected predictions.
 
         Args:
-            img_ids: evaluate on the images with these ids only; all by default.
+            img_ids: evaluate only the images with these ids; all by default.
 
         Returns:
-            A dict of "bbox" and "segm", each with "AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc" and
-            "APf" in percent; or of "box_proposals" with "AR@100", "ARs@100" and so on. Empty in processes
-            other than the main one, and where nothing can be evaluated.
+            `{task: {metric: percent}}`. The metrics of the tasks "bbox" and "segm" are "AP", "AP50", "AP75",
+            "APs", "APm", "APl", "APr", "APc" and "APf"; those of "box_proposals" are "AR@100", "ARs@100" etc.
+            Empty in processes other than the main one, and if nothing can be evaluated.
         """
         return super().evaluate(img_ids)
 
@@ -100,28 +102,33 @@ class LVISEvaluator(COCOEvaluator):
         )
 
     def _category_ids(self) -> dict[int, int]:
-        """Returns the map from class index to category id."""
+        """Return the mapping from class index to category id."""
         if self._metadata.get("thing_dataset_id_to_contiguous_id") is None:
             return {category_id - 1: category_id for category_id in self._ground_truth.category_ids}
         return super()._category_ids()
 
     def _class_names(self) -> None:
-        """There are too many classes for a table of each."""
+        """Return None: there are too many classes for a table."""
         return None
 
 
 @dataclass(frozen=True)
 class LvisScores(CocoScores):
-    """What LVIS's evaluation computes.
+    """Precision and recall of an LVIS evaluation.
 
     Attributes:
-        frequencies: of the K categories: "r", "c", "f", or "" where the file does not say.
+        frequencies: K frequency groups of the categories: "r" (rare), "c" (common), "f" (frequent), or "" if
+            the file does not specify it.
     """
 
     frequencies: tuple[str, ...] = ()
 
     def ap(self, metric: str) -> float:
-        """As `CocoScores.ap`; "APr", "APc" and "APf" are that of rare, common and frequent categories."""
+        """Return a metric in percent, or nan if it has no ground truth.
+
+        Args:
+            metric: as in `CocoScores.ap`, or "APr", "APc" or "APf" for rare, common or frequent categories.
+        """
         if metric not in _BY_FREQUENCY:
             return super().ap(metric)
         chosen = np.array([frequency == metric[-1] for frequency in self.frequencies], dtype=bool)
@@ -129,9 +136,9 @@ class LvisScores(CocoScores):
 
 
 def keep_best_per_image(results: list[dict], limit: int) -> list[dict]:
-    """Returns the results without those of an image that come after its `limit` best, all classes together.
+    """Return the `limit` results with the highest scores of each image, over all classes.
 
-    Of equal scores the earlier comes first. A negative limit keeps all.
+    Of equal scores, the earlier result is preferred. A negative limit keeps all results.
     """
     by_image = defaultdict(list)
     for result in results:
@@ -152,30 +159,33 @@ def evaluate_lvis(
     max_dets: int = 300,
     img_ids: Sequence[int] | None = None,
 ) -> LvisScores:
-    """Evaluates predictions by LVIS's metric.
+    """Evaluate predictions with the LVIS metric.
 
-    In an image, only categories count that are annotated in it or among its `neg_category_ids`. Of those in
-    `not_exhaustive_category_ids`, detections that match nothing are not held to be wrong.
+    In an image, only categories count that are annotated in it or listed in its `neg_category_ids`. Unmatched
+    detections of categories in its `not_exhaustive_category_ids` are not counted as wrong.
 
-    The work is done by faster-coco-eval, category by category, on the images that matter to it: there are
-    millions of pairs of an image and a category, nearly all of them empty.
+    faster-coco-eval evaluates each category on the images that are relevant to it. There are millions of
+    pairs of an image and a category, nearly all of them empty.
 
     Args:
-        lvis: ground truth in LVIS's format. Crowds are unknown to it; `iscrowd` is not looked at.
+        lvis: ground truth in LVIS's format. LVIS has no crowd regions, so `iscrowd` is ignored.
         results: predictions in COCO's result format, with category ids.
         task: "bbox" or "segm".
-        max_dets: so many detections of an image count, the best first, all categories together; negative
-            for all.
-        img_ids: evaluate on these images only.
+        max_dets: maximum number of detections per image that count, over all categories, highest scores
+            first. Negative for no limit.
+        img_ids: evaluate only these images.
+
+    Returns:
+        Precision and recall, with -1 for categories without ground truth.
     """
     images = {image["id"]: image for image in lvis["images"]}
     if img_ids is not None:
         images = {i: images[i] for i in img_ids}
-    truth: dict[int, list[dict]] = defaultdict(list)
+    gt: dict[int, list[dict]] = defaultdict(list)
     searched = {i: set(image.get("neg_category_ids") or ()) for i, image in images.items()}
     for annotation in lvis["annotations"]:
         if annotation["image_id"] in images:
-            truth[annotation["category_id"]].append({**annotation, "iscrowd": 0})
+            gt[annotation["category_id"]].append({**annotation, "iscrowd": 0})
             searched[annotation["image_id"]].add(annotation["category_id"])
     found: dict[int, list[dict]] = defaultdict(list)
     for result in keep_best_per_image(results, max_dets):
@@ -187,9 +197,9 @@ def evaluate_lvis(
     precision, recall = np.full(shape, -1.0), np.full((shape[0], *shape[2:]), -1.0)
     for k, category in enumerate(categories):
         category_id = category["id"]
-        if truth[category_id]:
+        if gt[category_id]:
             precision[:, :, k], recall[:, k] = _evaluate_category(
-                category_id, truth[category_id], found[category_id], images, task
+                category_id, gt[category_id], found[category_id], images, task
             )
     return LvisScores(
         precision=precision,
@@ -202,15 +212,15 @@ def evaluate_lvis(
 
 
 def _evaluate_category(
-    category_id: int, truth: list[dict], found: list[dict], images: dict[int, dict], task: str
+    category_id: int, gt: list[dict], found: list[dict], images: dict[int, dict], task: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns precision (T, R, A, 1) and recall (T, A, 1) of one category that has ground truth."""
+    """Return precision (T, R, A, 1) and recall (T, A, 1) of one category that has ground truth."""
     from faster_coco_eval import COCO
 
     from detlib.evaluation.fast_eval_api import COCOeval_opt
 
-    image_ids = sorted({a["image_id"] for a in truth} | {a["image_id"] for a in found})
-    facts = {
+    image_ids = sorted({a["image_id"] for a in gt} | {a["image_id"] for a in found})
+    header = {
         "info": {},
         "categories": [{"id": category_id, "name": "", "frequency": "f"}],
         "images": [
@@ -218,7 +228,7 @@ def _evaluate_category(
                 "id": i,
                 "height": images[i]["height"],
                 "width": images[i]["width"],
-                "neg_category_ids": [category_id],  # what does not count is left out already
+                "neg_category_ids": [category_id],  # irrelevant detections are already removed
                 "not_exhaustive_category_ids": [
                     c for c in images[i].get("not_exhaustive_category_ids") or () if c == category_id
                 ],
@@ -229,8 +239,8 @@ def _evaluate_category(
     results = [_as_annotation(result, number, task) for number, result in enumerate(found, start=1)]
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval_opt(
-            COCO({**facts, "annotations": truth}),
-            COCO({**facts, "annotations": results}),
+            COCO({**header, "annotations": gt}),
+            COCO({**header, "annotations": results}),
             task,
             lvis_style=True,
         )
@@ -241,7 +251,7 @@ def _evaluate_category(
 
 
 def _as_annotation(result: dict, number: int, task: str) -> dict:
-    """A result as an annotation: with an id, and with the area of its mask, or of its box for boxes."""
+    """Return a result as an annotation, with an id and the area of its mask, or of its box for "bbox"."""
     annotation = {"id": number, "iscrowd": 0} | {
         key: result[key] for key in ("image_id", "category_id", "score")
     }

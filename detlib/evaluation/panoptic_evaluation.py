@@ -1,4 +1,4 @@
-"""The panoptic quality of predictions, and their files in COCO's panoptic format."""
+"""Panoptic quality of predictions, and output files in COCO's panoptic format."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ __all__ = ["COCOPanopticEvaluator"]
 
 @dataclass(frozen=True)
 class _GroundTruth:
-    """What is true, in COCO's panoptic format.
+    """The ground truth in COCO's panoptic format.
 
     Attributes:
-        coco: "categories" (with "id", "name", "isthing"), and "images".
-        annotations: from image id to the segments ("id", "category_id" of the dataset, "iscrowd") and the
-            path of the PNG with their ids.
+        coco: "categories" (with "id", "name" and "isthing") and "images".
+        annotations: maps an image id to the segments ("id", "category_id" of the dataset, "iscrowd") and the
+            path of the PNG with the segment ids.
     """
 
     coco: dict[str, Any]
@@ -39,9 +39,9 @@ class _GroundTruth:
 
 
 class _CategoryIds:
-    """The dataset's ids of things and stuff, from the contiguous ids of models.
+    """Mapping from the contiguous category ids of models to the dataset's ids of things and stuff.
 
-    Without maps in the metadata, things are numbered from 1, and stuff after them.
+    If the metadata has no such mapping, things are numbered from 1 and stuff after them.
     """
 
     def __init__(self, metadata: Metadata) -> None:
@@ -58,13 +58,14 @@ class _CategoryIds:
         ids = self._maps[bool(isthing)]
         if category not in ids:
             raise ValueError(
-                f"{where}: a segment has the category_id {category}; the dataset has {len(ids)} kinds of "
-                f"{'things' if isthing else 'stuff'} ({min(ids, default=None)} to {max(ids, default=None)})."
+                f"{where}: a segment has the category_id {category}; the dataset has {len(ids)} "
+                f"{'thing' if isthing else 'stuff'} classes ({min(ids, default=None)} to "
+                f"{max(ids, default=None)})."
             )
         return ids[category]
 
     def categories(self, metadata: Metadata) -> list[dict]:
-        """The categories in COCO's format."""
+        """Return the categories in COCO's format."""
         return [
             {"id": dataset_id, "name": metadata.get(f"{kind}_classes")[contiguous], "isthing": int(isthing)}
             for isthing, kind in ((True, "thing"), (False, "stuff"))
@@ -73,24 +74,25 @@ class _CategoryIds:
 
 
 class COCOPanopticEvaluator(DatasetEvaluator):
-    """Computes panoptic quality (arXiv:1801.00868): PQ, and its factors SQ and RQ, in percent.
+    """Evaluator with the panoptic quality (arXiv:1801.00868) PQ and its factors SQ and RQ, in percent.
 
-    PQ is the mean over all categories that occur, PQ_th over things, PQ_st over stuff; so with SQ and RQ.
-    Images are compared as they come, so that nothing is kept but sums.
+    PQ is the mean over all categories that occur, PQ_th over things and PQ_st over stuff; the same applies to
+    SQ and RQ. Each batch is evaluated immediately, so no segment ids are kept in memory.
 
-    The truth is the `panoptic_json` and `panoptic_root` of the dataset's metadata; without these, it is what
-    the dataset's dicts have under "pan_seg_file_name" and "segments_info" (with contiguous ids, see
-    `load_coco_panoptic_json`).
-
-    Args:
-        dataset_name: a registered name or an address.
-        output_dir: folder for `predictions.json` and `predictions/*.png`, in COCO's panoptic format.
-
-    Raises:
-        FileNotFoundError: the metadata names a file or folder that does not exist.
+    The ground truth is read from `panoptic_json` and `panoptic_root` of the dataset's metadata. If these are
+    missing, it is read from "pan_seg_file_name" and "segments_info" of the dataset's dicts (with contiguous
+    ids, see `load_coco_panoptic_json`).
     """
 
     def __init__(self, dataset_name: str, output_dir: str | None = None) -> None:
+        """
+        Args:
+            dataset_name: a registered name or a dataset URI.
+            output_dir: folder for `predictions.json` and `predictions/*.png`, in COCO's panoptic format.
+
+        Raises:
+            FileNotFoundError: `panoptic_json` or `panoptic_root` does not exist.
+        """
         self._logger = logging.getLogger(__name__)
         self._dataset_name = dataset_name
         self._output_dir = output_dir
@@ -105,29 +107,32 @@ class COCOPanopticEvaluator(DatasetEvaluator):
         self.reset()
 
     @functools.cached_property
-    def _truth(self) -> _GroundTruth:
+    def _gt(self) -> _GroundTruth:
         if self._metadata.get("panoptic_json"):
-            return _read_truth(self._metadata.panoptic_json, self._metadata.panoptic_root)
-        return _convert_truth(self._dataset_name, self._metadata, self._ids)
+            return _read_gt(self._metadata.panoptic_json, self._metadata.panoptic_root)
+        return _convert_gt(self._dataset_name, self._metadata, self._ids)
 
     @functools.cached_property
-    def _places(self) -> dict[int, int]:
-        """Places of the categories in the sums, by the dataset's ids."""
-        return {category["id"]: i for i, category in enumerate(self._truth.coco["categories"])}
+    def _indices(self) -> dict[int, int]:
+        """Index of each category in the sums, by the dataset's id."""
+        return {category["id"]: i for i, category in enumerate(self._gt.coco["categories"])}
 
     def reset(self) -> None:
-        """Forgets all predictions."""
+        """Discard all collected results."""
         self._stats: PanopticStats | None = None
         self._predictions: list[dict] = []
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        """Takes in one batch.
+        """Evaluate one batch and collect the counts.
 
         Args:
             inputs: the model's input dicts, each with "image_id" and "file_name".
-            outputs: the model's output dicts, with "panoptic_seg": (H, W) segment ids and a dict for each
-                segment ("id", "category_id", "isthing"), or None in its place, when ids are category *
-                `label_divisor` of the metadata + number, and -1 for none.
+            outputs: the model's output dicts. "panoptic_seg" is a tuple of (H, W) segment ids and a list with
+                a dict ("id", "category_id", "isthing") for each segment. The list may be None if each id is
+                category * `label_divisor` of the metadata + number, and -1 for no segment.
+
+        Raises:
+            ValueError: an output lacks "panoptic_seg" or is inconsistent, or the image is not in the dataset.
         """
         for image, output in zip(inputs, outputs):
             if "panoptic_seg" not in output:
@@ -140,7 +145,7 @@ class COCOPanopticEvaluator(DatasetEvaluator):
             where = f"the prediction for {image['file_name']!r}"
             if segments is None:
                 ids, segments = self._segments_from_ids(ids)
-            # Without "isthing", a category is the dataset's own already.
+            # Without "isthing", "category_id" already is the dataset's id.
             categories = [
                 self._ids.to_dataset(x["category_id"], x["isthing"], where)
                 if x.get("isthing") is not None
@@ -150,12 +155,12 @@ class COCOPanopticEvaluator(DatasetEvaluator):
             pred = Segments(
                 ids,
                 [x["id"] for x in segments],
-                [self._place(category, where) for category in categories],
+                [self._index(category, where) for category in categories],
                 where=where,
             )
             if self._stats is None:
-                self._stats = PanopticStats(len(self._places))
-            self._stats.add_image(self._true_segments(image["image_id"], where), pred)
+                self._stats = PanopticStats(len(self._indices))
+            self._stats.add_image(self._gt_segments(image["image_id"], where), pred)
             annotation = {"image_id": image["image_id"], "file_name": _png_name(image["file_name"])}
             if self._output_dir:
                 annotation["segments_info"] = [
@@ -174,26 +179,27 @@ class COCOPanopticEvaluator(DatasetEvaluator):
         ]
         return ids + 1, segments
 
-    def _place(self, category: int, where: str) -> int:
-        if category not in self._places:
+    def _index(self, category: int, where: str) -> int:
+        if category not in self._indices:
             raise ValueError(
-                f"{where}: a segment has the category {category}, which the truth does not list."
+                f"{where}: a segment has the category {category}, which the ground truth does not list."
             )
-        return self._places[category]
+        return self._indices[category]
 
-    def _true_segments(self, image_id: Any, where: str) -> Segments:
-        if image_id not in self._truth.annotations:
+    def _gt_segments(self, image_id: Any, where: str) -> Segments:
+        if image_id not in self._gt.annotations:
             raise ValueError(
-                f"{where}: the truth of dataset {self._dataset_name!r} has no image of id {image_id!r}."
+                f"{where}: the ground truth of dataset {self._dataset_name!r} has no image "
+                f"with id {image_id!r}."
             )
-        segments, path = self._truth.annotations[image_id]
+        segments, path = self._gt.annotations[image_id]
         with PathManager.open(path, "rb") as file, Image.open(file) as image:
             ids = rgb_to_id(np.asarray(image.convert("RGB")))
-        where = f"the truth {path!r}"
+        where = f"the ground truth {path!r}"
         return Segments(
             ids,
             [x["id"] for x in segments],
-            [self._place(x["category_id"], where) for x in segments],
+            [self._index(x["category_id"], where) for x in segments],
             [bool(x.get("iscrowd", 0)) for x in segments],
             where,
         )
@@ -205,38 +211,42 @@ class COCOPanopticEvaluator(DatasetEvaluator):
             Image.fromarray(id_to_rgb(ids)).save(file, format="PNG")
 
     def evaluate(self) -> OrderedDict[str, dict[str, float]] | None:
-        """Returns `{"panoptic_seg": {metric: percent}}`, see the class; None but in the main process."""
+        """Compute the metrics of all collected results and write the output files.
+
+        Returns:
+            `{"panoptic_seg": {metric: percent}}`, see the class; None in processes other than the main one.
+        """
         comm.synchronize()
         gathered = comm.all_gather((self._stats, self._predictions))
         if not comm.is_main_process():
             return None
-        stats = PanopticStats(len(self._places))
+        stats = PanopticStats(len(self._indices))
         for part, _ in gathered:
             stats = stats if part is None else stats + part
         predictions = [x for _, part in gathered for x in part]
-        missing = self._truth.annotations.keys() - {x["image_id"] for x in predictions}
+        missing = self._gt.annotations.keys() - {x["image_id"] for x in predictions}
         if missing:
             self._logger.warning(
                 "%d of %d images of %s have no prediction; all their segments count as missed.",
                 len(missing),
-                len(self._truth.annotations),
+                len(self._gt.annotations),
                 self._dataset_name,
             )
         for image_id in missing:
-            segments = self._truth.annotations[image_id][0]
-            places = [self._places[x["category_id"]] for x in segments]
-            stats.miss(places, [bool(x.get("iscrowd", 0)) for x in segments])
+            segments = self._gt.annotations[image_id][0]
+            indices = [self._indices[x["category_id"]] for x in segments]
+            stats.miss(indices, [bool(x.get("iscrowd", 0)) for x in segments])
         if self._output_dir:
             PathManager.mkdirs(self._output_dir)
             with PathManager.open(os.path.join(self._output_dir, "predictions.json"), "w") as file:
-                json.dump(self._truth.coco | {"annotations": predictions}, file)
+                json.dump(self._gt.coco | {"annotations": predictions}, file)
         return OrderedDict(panoptic_seg=self._results(stats))
 
     def _results(self, stats: PanopticStats) -> dict[str, float]:
-        """Means over categories, in percent; logs them, and the quality of each category."""
+        """Return the means over categories, in percent; log them and the quality of each category."""
         from tabulate import tabulate
 
-        categories = self._truth.coco["categories"]
+        categories = self._gt.coco["categories"]
         values = np.stack(stats.quality()) * 100
         isthing = np.array([bool(category["isthing"]) for category in categories])
         occurs = ~np.isnan(values[0])
@@ -263,7 +273,7 @@ def _png_name(file_name: str) -> str:
     return os.path.splitext(os.path.basename(file_name))[0] + ".png"
 
 
-def _read_truth(json_file: str, folder: str) -> _GroundTruth:
+def _read_gt(json_file: str, folder: str) -> _GroundTruth:
     coco = read_coco_json(json_file)
     annotations = {
         x["image_id"]: (x["segments_info"], os.path.join(folder, x["file_name"]))
@@ -272,8 +282,8 @@ def _read_truth(json_file: str, folder: str) -> _GroundTruth:
     return _GroundTruth({**coco, "annotations": []}, annotations)
 
 
-def _convert_truth(dataset_name: str, metadata: Metadata, ids: _CategoryIds) -> _GroundTruth:
-    """The truth from a dataset's dicts."""
+def _convert_gt(dataset_name: str, metadata: Metadata, ids: _CategoryIds) -> _GroundTruth:
+    """Return the ground truth from the dicts of a registered dataset."""
     annotations, images = {}, []
     for record in DatasetCatalog.get(dataset_name):
         if "pan_seg_file_name" not in record or "segments_info" not in record:

@@ -1,4 +1,4 @@
-"""Metrics of semantic segmentation: IoU, accuracy and Boundary IoU of every class."""
+"""Metrics of semantic segmentation: IoU, accuracy and Boundary IoU of each class."""
 
 from __future__ import annotations
 
@@ -24,47 +24,36 @@ from detlib.utils.logger import create_small_table
 
 __all__ = ["SemSegEvaluator", "load_image_into_numpy_array"]
 
-# Boundary IoU looks at the pixels this near to an outline, as a fraction of the image's diagonal.
+# Maximum distance to an outline of the pixels in Boundary IoU, as a fraction of the image diagonal.
 _BOUNDARY_WIDTH = 0.02
 
 
 def load_image_into_numpy_array(filename: str, copy: bool = False, dtype: Any = None) -> np.ndarray:
-    """Reads an image as it is, say a PNG of labels: (H, W) or (H, W, C).
+    """Read an image file, such as a label PNG, as an (H, W) or (H, W, C) array without conversion.
 
     Args:
         filename: path of the image.
         copy: whether the array must be writable.
-        dtype: type of the values; the image's own by default.
+        dtype: dtype of the array; by default that of the image.
     """
     with PathManager.open(filename, "rb") as file, Image.open(file) as image:
         return np.array(image, dtype=dtype) if copy else np.asarray(image, dtype=dtype)
 
 
 class SemSegEvaluator(DatasetEvaluator):
-    """Computes the metrics of semantic segmentation over a dataset with "sem_seg_file_name".
+    """Evaluator of semantic segmentation on a dataset with "sem_seg_file_name".
 
-    The results, in percent, where a class's pixels are counted over all images and pixels with the ignored
-    label are left out:
+    The metrics, in percent, count the pixels of each class over all images, without those of the ignored
+    label:
 
-    * mIoU, IoU-{class}: intersection over union; fwIoU: its mean weighted by how frequent classes are.
-    * mACC, ACC-{class}: the part of a class's true pixels that are found (its recall); pACC: of all pixels.
-    * Precision-{class}: the part of the pixels said to be of a class that are.
-    * BoundaryIoU-{class} (arXiv:2103.16562): IoU of what lies near the outlines, 2 % of the diagonal;
-      min(IoU, B-Iou)-{class}: the smaller of the two.
+    * mIoU, IoU-{class}: intersection over union. fwIoU: its mean weighted by class frequency.
+    * mACC, ACC-{class}: accuracy, the fraction of the pixels of a class that are predicted correctly (its
+      recall). pACC: the same for all pixels.
+    * Precision-{class}: the fraction of the pixels predicted as a class that are correct.
+    * BoundaryIoU-{class} (arXiv:2103.16562): IoU of the pixels near outlines, within 2 % of the image
+      diagonal. min(IoU, B-Iou)-{class}: the minimum of IoU and Boundary IoU.
 
-    Means are over the classes that occur; a class without true pixels has nan.
-
-    Args:
-        dataset_name: a registered name or an address; its metadata has `stuff_classes` and `ignore_label`.
-        distributed: gather the counts of all processes into the main one.
-        output_dir: folder for `sem_seg_predictions.json`, see `encode_json_sem_seg`, and
-        `sem_seg_evaluation.pth`.
-        sem_seg_loading_fn: reads the label map of a path, (H, W) integers.
-        num_classes: deprecated; must be the number of `stuff_classes`.
-        ignore_label: deprecated; overrides the metadata's.
-
-    Raises:
-        ValueError: the dataset has no label maps or no `stuff_classes`, or `num_classes` is another number.
+    Means are over the classes that occur in the ground truth; the metrics of other classes are nan.
     """
 
     def __init__(
@@ -77,6 +66,20 @@ class SemSegEvaluator(DatasetEvaluator):
         num_classes: int | None = None,
         ignore_label: int | None = None,
     ) -> None:
+        """
+        Args:
+            dataset_name: a registered name or a dataset URI. Its metadata has `stuff_classes` and optionally
+                `ignore_label`, 255 by default.
+            distributed: gather the counts of all processes in the main process.
+            output_dir: folder for `sem_seg_predictions.json`, see `encode_json_sem_seg`, and
+                `sem_seg_evaluation.pth`.
+            sem_seg_loading_fn: function that reads a label map, (H, W) integers, from a path.
+            num_classes: deprecated; must equal the number of `stuff_classes`.
+            ignore_label: deprecated; overrides the metadata's.
+
+        Raises:
+            ValueError: the dataset has no `stuff_classes`, or `num_classes` differs from their number.
+        """
         self._logger = logging.getLogger(__name__)
         metadata = MetadataCatalog.get(dataset_name)
         self._dataset_name = dataset_name
@@ -91,7 +94,7 @@ class SemSegEvaluator(DatasetEvaluator):
         self._num_classes = len(self._class_names)
         for name, value in (("num_classes", num_classes), ("ignore_label", ignore_label)):
             if value is not None:
-                self._logger.warning("SemSegEvaluator: %s is deprecated; the metadata tells it.", name)
+                self._logger.warning("SemSegEvaluator: %s is deprecated; it is read from the metadata.", name)
         if num_classes not in (None, self._num_classes):
             raise ValueError(
                 f"SemSegEvaluator: num_classes is {num_classes}, but dataset {dataset_name!r} has "
@@ -104,7 +107,7 @@ class SemSegEvaluator(DatasetEvaluator):
 
     @functools.cached_property
     def _gt_files(self) -> dict[str, str]:
-        """Paths of the label maps by those of the images."""
+        """Paths of the label maps, by image path."""
         records = DatasetCatalog.get(self._dataset_name)
         files = {x["file_name"]: x["sem_seg_file_name"] for x in records if "sem_seg_file_name" in x}
         if not files:
@@ -112,19 +115,22 @@ class SemSegEvaluator(DatasetEvaluator):
         return files
 
     def reset(self) -> None:
-        """Forgets all counts."""
+        """Discard all counts."""
         size = self._num_classes + 1
-        # Rows are predictions, columns the truth; the last of each stands for pixels that do not count.
+        # Rows are predictions, columns are ground truth. The last row and column are for ignored pixels.
         self._confusion = np.zeros((size, size), np.int64)
         self._boundary_confusion = np.zeros((size, size), np.int64)
         self._predictions: list[dict] = []
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        """Takes in one batch.
+        """Evaluate one batch and collect the counts.
 
         Args:
             inputs: the model's input dicts, each with "file_name".
-            outputs: the model's output dicts, with "sem_seg": (K, H, W) logits of the label map's size.
+            outputs: the model's output dicts, with "sem_seg", (K, H, W) logits in the size of the label map.
+
+        Raises:
+            ValueError: an output lacks "sem_seg", or the image has no valid label map of its size.
         """
         for image, output in zip(inputs, outputs):
             if "sem_seg" not in output:
@@ -136,7 +142,7 @@ class SemSegEvaluator(DatasetEvaluator):
             gt = self._load_labels(name, pred.shape)
             self._confusion += self._count(pred, gt)
             boundary_pred, boundary_gt = _near_outlines(pred), _near_outlines(gt)
-            # Predictions at pixels without a label must not count, wherever an outline runs.
+            # Predictions at unlabeled pixels must not count, even if they are near an outline.
             boundary_pred &= gt != self._num_classes
             none = self._num_classes
             self._boundary_confusion += self._count(
@@ -146,7 +152,7 @@ class SemSegEvaluator(DatasetEvaluator):
                 self._predictions.extend(self.encode_json_sem_seg(pred, name))
 
     def _load_labels(self, file_name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """Returns the truth of an image, (H, W) int64, with `num_classes` for pixels without a label."""
+        """Return the label map of an image, (H, W) int64, with `num_classes` for unlabeled pixels."""
         if file_name not in self._gt_files:
             raise ValueError(
                 f"SemSegEvaluator: dataset {self._dataset_name!r} has no label map for the image "
@@ -163,8 +169,8 @@ class SemSegEvaluator(DatasetEvaluator):
         wrong = ~is_ignored & ((labels < 0) | (labels >= self._num_classes))
         if wrong.any():
             raise ValueError(
-                f"SemSegEvaluator: the label map {path!r} holds {np.unique(labels[wrong]).tolist()}; there "
-                f"are {self._num_classes} stuff_classes, and the ignored label is {self._ignore_label}."
+                f"SemSegEvaluator: the label map {path!r} has labels {np.unique(labels[wrong]).tolist()}, "
+                f"but there are {self._num_classes} stuff_classes, and ignore_label is {self._ignore_label}."
             )
         labels[is_ignored] = self._num_classes
         return labels
@@ -175,7 +181,11 @@ class SemSegEvaluator(DatasetEvaluator):
         return np.bincount(pairs, minlength=size * size).reshape(size, size)
 
     def evaluate(self) -> OrderedDict[str, dict[str, float]] | None:
-        """Returns `{"sem_seg": {metric: percent}}`, see the class; in the main process only, else None."""
+        """Compute the metrics of all collected counts and write the output files.
+
+        Returns:
+            `{"sem_seg": {metric: percent}}`, see the class, or None in processes other than the main one.
+        """
         if self._distributed:
             comm.synchronize()
             gathered = comm.all_gather((self._confusion, self._boundary_confusion, self._predictions))
@@ -199,15 +209,18 @@ class SemSegEvaluator(DatasetEvaluator):
         return OrderedDict(sem_seg=results)
 
     def encode_json_sem_seg(self, sem_seg: np.ndarray, input_file_name: str) -> list[dict]:
-        """Converts a prediction to COCO's stuff format (https://cocodataset.org/#format-results).
+        """Convert a prediction to COCO's stuff format (https://cocodataset.org/#format-results).
 
         Args:
             sem_seg: (H, W) integer classes.
-            input_file_name: the image's file.
+            input_file_name: path of the image.
 
         Returns:
-            One dict for each class that occurs: "file_name", "category_id" (the dataset's own id, where the
+            One dict for each class that occurs, with "file_name", "category_id" (the dataset's id if the
             metadata has `stuff_dataset_id_to_contiguous_id`) and "segmentation" (compressed RLE).
+
+        Raises:
+            ValueError: a class is not in `stuff_dataset_id_to_contiguous_id`.
         """
         labels = np.unique(sem_seg).tolist()
         unknown = [label for label in labels if self._dataset_ids and label not in self._dataset_ids]
@@ -228,9 +241,9 @@ class SemSegEvaluator(DatasetEvaluator):
 
 
 def _near_outlines(labels: np.ndarray) -> np.ndarray:
-    """Which pixels have one of another class, or the image's edge, in the square window around them.
+    """Return which pixels have another class, or the image border, in the square window around them.
 
-    This is, for all classes at once, what an erosion takes off the class's mask.
+    These are the pixels that erosion removes from the mask of their class, computed for all classes together.
 
     Args:
         labels: (H, W) integers, 0 to 65534.
@@ -251,7 +264,7 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 
 def _counts(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Correct, true and predicted pixels of each class, (K,) each, in pixels that have a label."""
+    """Return the number of correct, ground truth and predicted labeled pixels of each class, (K,) each."""
     return (
         confusion.diagonal()[:-1].astype(float),
         confusion[:, :-1].sum(axis=0, dtype=float),
@@ -260,19 +273,19 @@ def _counts(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _metrics(confusion: np.ndarray, boundary: np.ndarray, names: Sequence[str]) -> dict[str, float]:
-    """See `SemSegEvaluator`; the matrices are (K + 1, K + 1)."""
-    correct, true, predicted = _counts(confusion * (np.arange(len(confusion)) < len(names)))
-    accuracy = _ratio(correct, true)
+    """Return the metrics listed in `SemSegEvaluator` from confusion matrices of shape (K + 1, K + 1)."""
+    correct, num_gt, predicted = _counts(confusion * (np.arange(len(confusion)) < len(names)))
+    accuracy = _ratio(correct, num_gt)
     precision = _ratio(correct, predicted)
-    iou = np.where(true > 0, _ratio(correct, true + predicted - correct), np.nan)
-    both, near_true, near_predicted = _counts(boundary)
-    boundary_iou = _ratio(both, near_true + near_predicted - both)
+    iou = np.where(num_gt > 0, _ratio(correct, num_gt + predicted - correct), np.nan)
+    both, near_gt, near_predicted = _counts(boundary)
+    boundary_iou = _ratio(both, near_gt + near_predicted - both)
 
-    occurs = true > 0
+    occurs = num_gt > 0
     if occurs.any():
-        frequency = true[occurs] / true.sum()
+        frequency = num_gt[occurs] / num_gt.sum()
         means = (iou[occurs].mean(), (iou[occurs] * frequency).sum(), accuracy[occurs].mean())
-        means = (*means, correct.sum() / true.sum())
+        means = (*means, correct.sum() / num_gt.sum())
     else:
         means = (np.nan,) * 4
     results = {"mIoU": means[0], "fwIoU": means[1]}

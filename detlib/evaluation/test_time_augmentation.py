@@ -176,7 +176,7 @@ class GeneralizedRCNNWithTTA(nn.Module):
             names = sorted(name for name, x in META_ARCH_REGISTRY if getattr(x, "supports_tta", False))
             raise TypeError(
                 f"Test-time augmentation (TEST.AUG.ENABLED) does not support {type(model).__name__}; a model "
-                f"that does has supports_tta = True in its class, as have {', '.join(names)}"
+                f"that does has supports_tta = True in its class, such as {', '.join(names)}"
             )
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")

@@ -210,7 +210,7 @@ class TestErrors:
         MetadataCatalog.remove(NAME)
 
     def test_unknown_image(self, dataset):
-        with pytest.raises(ValueError, match="has no truth for the image 'x_leftImg8bit.png'"):
+        with pytest.raises(ValueError, match="has no ground truth for the image 'x_leftImg8bit.png'"):
             CityscapesSemSegEvaluator(NAME).process(
                 [{"file_name": "x_leftImg8bit.png"}], [{"sem_seg": torch.zeros(19, 2, 2)}]
             )
@@ -224,5 +224,5 @@ class TestErrors:
         instances = Instances((2, 2))
         instances.pred_masks, instances.scores = torch.ones(1, 2, 2, dtype=torch.bool), torch.ones(1)
         instances.pred_classes = torch.zeros(1, dtype=torch.int64)
-        with pytest.raises(ValueError, match="have 4 pixels, the truth .* has 6144"):
+        with pytest.raises(ValueError, match="have 4 pixels, but the ground truth .* has 6144"):
             CityscapesInstanceEvaluator(NAME).process([image], [{"instances": instances}])

@@ -295,16 +295,20 @@ SEGMENT = {"id": 1, "category_id": 0, "isthing": True}
     "ids, segments, message",
     [
         (GOOD, [], r"segment ids \[1\], which segments_info does not list"),
-        (GOOD[:9], [SEGMENT], r"'000.jpg' has the size \(9, 64\), the truth .*000.png' has \(48, 64\)"),
+        (
+            GOOD[:9],
+            [SEGMENT],
+            r"'000.jpg' has the size \(9, 64\), the ground truth .*000.png' has \(48, 64\)",
+        ),
         (GOOD, [SEGMENT, SEGMENT], "two segments have the same id"),
         (-GOOD, [SEGMENT], "pixels from -1"),
         (
             GOOD,
             [{**SEGMENT, "category_id": 7}],
-            "category_id 7; the dataset has 3 kinds of things .0 to 2",
+            "category_id 7; the dataset has 3 thing classes .0 to 2",
         ),
-        (GOOD, [{**SEGMENT, "isthing": False}], "category_id 0; .*2 kinds of stuff"),
-        (GOOD, [{"id": 1, "category_id": 2}], "category 2, which the truth does not list"),
+        (GOOD, [{**SEGMENT, "isthing": False}], "category_id 0; .*2 stuff classes"),
+        (GOOD, [{"id": 1, "category_id": 2}], "category 2, which the ground truth does not list"),
     ],
 )
 def test_wrong_predictions(data, ids, segments, message):
@@ -318,7 +322,7 @@ def test_wrong_predictions(data, ids, segments, message):
 def test_wrong_use(data):
     evaluator = COCOPanopticEvaluator(NAME)
     good = {"panoptic_seg": (torch.from_numpy(GOOD), [SEGMENT])}
-    with pytest.raises(ValueError, match="no image of id 5"):
+    with pytest.raises(ValueError, match="no image with id 5"):
         evaluator.process([{"image_id": 5, "file_name": "a.jpg"}], [good])
     with pytest.raises(ValueError, match="no 'panoptic_seg', only .'sem_seg'."):
         evaluator.process([{"image_id": 0, "file_name": "a.jpg"}], [{"sem_seg": 0}])

@@ -168,7 +168,7 @@ def test_perfect_and_nothing(register, caplog):
     for year in (2007, 2012):
         with caplog.at_level(logging.INFO, "detlib.evaluation.pascal_voc_evaluation"):
             assert run(register(records, year), records, predictions)["AP"] == pytest.approx(100.0)
-        assert f"metric of {year}" in caplog.text and "| wren" in caplog.text
+        assert f"Pascal VOC {year} metric" in caplog.text and "| wren" in caplog.text
         nothing = [instances[torch.zeros(len(instances), dtype=torch.bool)] for instances in predictions]
         assert run(register(records, year), records, nothing)["AP"] == 0.0
 
@@ -187,5 +187,5 @@ def test_errors(register):
     with pytest.raises(ValueError, match="predicted class .* has 4 classes"):
         evaluator.process([{"image_id": "p0"}], [{"instances": predictions[0]}])
     evaluator.process([{"image_id": "other"}], [{"instances": predictions[1]}])
-    with pytest.raises(ValueError, match="'other', which is no image"):
+    with pytest.raises(ValueError, match="'other', which is not in dataset"):
         evaluator.evaluate()

@@ -199,7 +199,7 @@ def test_wrong_use(data, tmp_path):
         with pytest.raises(ValueError, match=message):
             evaluator.process([image], [out])
     Image.fromarray(np.full((HEIGHT, WIDTH), 4, np.uint8)).save(records[0]["sem_seg_file_name"])
-    with pytest.raises(ValueError, match=r"0.png' holds \[4\]; there are 4 stuff_classes.*is 200"):
+    with pytest.raises(ValueError, match=r"0.png' has labels \[4\], but there are 4 stuff_classes.*is 200"):
         evaluator.process([{"file_name": "0.jpg"}], [output(predictions[0])])
     with pytest.raises(ValueError, match=r"classes \[9\] are not in stuff_dataset_id_to_contiguous_id"):
         evaluator.encode_json_sem_seg(np.full((4, 4), 9), "0.jpg")
