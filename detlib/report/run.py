@@ -27,7 +27,7 @@ _LOGGED = ("platform", "processor", "Python", "detlib", "torch", "torch built fo
 
 
 def read_config(output_dir: str) -> Mapping[str, Any] | None:
-    """Read the yacs or lazy config that a run saved as ``config.yaml``. Return None if there is no such file.
+    """Read the config that a run saved as ``config.yaml``. Return None if there is no such file.
 
     Raises:
         ValueError: the file is not a YAML mapping.
@@ -58,7 +58,7 @@ def setting(config: Mapping[str, Any] | None, *paths: str, default: Any = None) 
 
 
 def dataset_names(config: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """Return the names of the test datasets of a yacs or lazy config."""
+    """Return the names of the test datasets of a YAML or lazy config."""
     names = setting(config, "DATASETS.TEST", "dataloader.test.dataset.names", default=())
     return (names,) if isinstance(names, str) else tuple(map(str, names))
 

@@ -106,7 +106,7 @@ def make_report(output_dir: str, cfg: Mapping[str, Any] | None = None) -> str:
 
     Args:
         output_dir: the output folder of the run.
-        cfg: the yacs or lazy config of the run; None reads ``config.yaml``.
+        cfg: the YAML or lazy config of the run; None reads ``config.yaml``.
 
     Returns:
         The path of the page.
@@ -176,7 +176,7 @@ def write_report(output_dir: str, cfg: Mapping[str, Any] | None = None) -> str:
 
     Args:
         output_dir: the output folder of the run.
-        cfg: the yacs or lazy config of the run; None reads ``config.yaml``.
+        cfg: the YAML or lazy config of the run; None reads ``config.yaml``.
 
     Returns:
         The path of the page, or "" if it could not be written. Errors are logged, not raised.

@@ -106,7 +106,7 @@ class SlurmJob:
         def on_signal(signum: int, frame) -> None:
             if os.getpid() != self._pid:
                 return  # a data-loader worker, forked with this handler
-            logger.warning("The job reaches its time limit: stopping after this step to requeue it")
+            logger.warning("The job is close to its time limit: stopping after this step to requeue the job")
             request_stop(signum)
             signal.setitimer(signal.ITIMER_REAL, _TIME_TO_SAVE)
 
