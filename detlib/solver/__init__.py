@@ -1,4 +1,4 @@
-"""Optimizers, gradient clipping and learning-rate schedules, built from a config."""
+"""Optimizers, gradient clipping and learning rate schedules, built from a config."""
 
 from detlib.solver.build import (
     GradientClipType,

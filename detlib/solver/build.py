@@ -1,4 +1,4 @@
-"""Builds optimizers and learning-rate schedules from the ``SOLVER`` section of a config."""
+"""Optimizers and learning rate schedules built from the ``SOLVER`` section of a config."""
 
 import copy
 import fnmatch
@@ -49,36 +49,36 @@ _NORM_MODULES = (
 _SCHEDULE_NAMES = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
 
 
-# Clips, in place, the gradients of all the parameters that one step will update.
+# Clips the gradients of the given parameters in place.
 GradientClipper = Callable[[list[torch.nn.Parameter]], None]
 
 
 class GradientClipType(Enum):
-    """What SOLVER.CLIP_GRADIENTS.CLIP_TYPE may say."""
+    """The legal values of SOLVER.CLIP_GRADIENTS.CLIP_TYPE."""
 
-    VALUE = "value"  # each element to [-CLIP_VALUE, CLIP_VALUE]
-    NORM = "norm"  # each parameter's gradient to a norm of at most CLIP_VALUE
-    FULL_MODEL = "full_model"  # all gradients together to a norm of at most CLIP_VALUE
+    VALUE = "value"  # clip each element to [-CLIP_VALUE, CLIP_VALUE]
+    NORM = "norm"  # clip the gradient of each parameter to a norm of at most CLIP_VALUE
+    FULL_MODEL = "full_model"  # clip the norm over all gradients to at most CLIP_VALUE
 
 
 def build_gradient_clipper(cfg: CfgNode) -> GradientClipper:
-    """Builds the clipping function of a ``SOLVER.CLIP_GRADIENTS`` node.
+    """Build the clipping function from a ``SOLVER.CLIP_GRADIENTS`` node.
 
     Raises:
-        ValueError: if CLIP_TYPE is unknown, or CLIP_VALUE not above 0.
+        ValueError: CLIP_TYPE is unknown, or CLIP_VALUE is not positive.
     """
     legal = [t.value for t in GradientClipType]
     if cfg.CLIP_TYPE not in legal:
         raise ValueError(f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE must be one of {legal}, got {cfg.CLIP_TYPE!r}")
     if not cfg.CLIP_VALUE > 0.0:
-        raise ValueError(f"SOLVER.CLIP_GRADIENTS.CLIP_VALUE must be above 0, got {cfg.CLIP_VALUE}")
+        raise ValueError(f"SOLVER.CLIP_GRADIENTS.CLIP_VALUE must be positive, got {cfg.CLIP_VALUE}")
     kind, limit, norm_type = GradientClipType(cfg.CLIP_TYPE), cfg.CLIP_VALUE, cfg.NORM_TYPE
 
     def clip_by_value(params: list[torch.nn.Parameter]) -> None:
         torch.nn.utils.clip_grad_value_(params, limit)
 
     def clip_each_norm(params: list[torch.nn.Parameter]) -> None:
-        # All at once, and without a look at any norm, for which the device would have to be waited.
+        # Multi-tensor kernels for all gradients. No norm is read on the host, which would synchronize.
         gradients = [param.grad for param in params if param.grad is not None]
         norms = torch._foreach_norm(gradients, norm_type)
         scales = [(limit / (norm + 1e-6)).clamp(max=1.0).to(g.dtype) for norm, g in zip(norms, gradients)]
@@ -97,17 +97,17 @@ def build_gradient_clipper(cfg: CfgNode) -> GradientClipper:
 def add_gradient_clipping(
     optimizer: torch.optim.Optimizer | type[torch.optim.Optimizer], clipper: GradientClipper
 ) -> torch.optim.Optimizer | type[torch.optim.Optimizer]:
-    """Makes every ``step`` clip the gradients first.
+    """Clip the gradients before each ``step`` of an optimizer.
 
-    Works through PyTorch's step hooks, so the step itself and its other hooks stay as they are. Under
-    `torch.amp.GradScaler` the gradients are unscaled by then.
+    A PyTorch step hook is used, so the step itself and its other hooks are unchanged. With
+    `torch.amp.GradScaler`, the gradients are already unscaled when they are clipped.
 
     Args:
-        optimizer: an optimizer, which is changed in place, or an optimizer class.
-        clipper: what `build_gradient_clipper` returns.
+        optimizer: an optimizer, which is modified in place, or an optimizer class.
+        clipper: a function from `build_gradient_clipper`.
 
     Returns:
-        The same optimizer, or a class derived from the given one.
+        The same optimizer, or a subclass of the optimizer class.
     """
 
     def clip_before_step(opt: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
@@ -129,10 +129,10 @@ def add_gradient_clipping(
 def maybe_add_gradient_clipping(
     cfg: CfgNode, optimizer: torch.optim.Optimizer | type[torch.optim.Optimizer]
 ) -> torch.optim.Optimizer | type[torch.optim.Optimizer]:
-    """Adds the clipping of ``cfg.SOLVER.CLIP_GRADIENTS``, if it is enabled, to an optimizer or its class.
+    """Add gradient clipping to an optimizer or optimizer class if ``cfg.SOLVER.CLIP_GRADIENTS`` enables it.
 
     Returns:
-        `optimizer` itself when clipping is off or an instance was given, else a class derived from it.
+        `optimizer` itself if clipping is disabled or it is an instance, otherwise a subclass of it.
     """
     if not cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
         return optimizer
@@ -140,13 +140,13 @@ def maybe_add_gradient_clipping(
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """Builds the optimizer SOLVER.OPTIMIZER over the trainable parameters of `model`, as ``cfg.SOLVER`` says.
+    """Build the optimizer ``cfg.SOLVER.OPTIMIZER`` for the trainable parameters of `model`.
 
-    On CUDA it is the fused one: a single kernel for the whole update.
+    On CUDA, the fused implementation is used.
 
     Raises:
-        ValueError: for an unknown optimizer, a rate or BETAS that are not legal, factors that fit no
-            parameter, or a model without any.
+        ValueError: the optimizer is unknown, the learning rate or BETAS are out of range, a pattern of
+            LR_FACTORS matches no parameter, or the model has no trainable parameters.
     """
     solver = cfg.SOLVER
     if solver.OPTIMIZER not in _OPTIMIZERS:
@@ -165,7 +165,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     )
     if not params:
         raise ValueError(
-            "The model has no trainable parameter; check MODEL.BACKBONE.FREEZE_AT and MODEL.FREEZE"
+            "The model has no trainable parameters; check MODEL.BACKBONE.FREEZE_AT and MODEL.FREEZE"
         )
     on_cuda = all(p.is_cuda and p.is_floating_point() for group in params for p in group["params"])
     optimizer = _OPTIMIZERS[solver.OPTIMIZER](
@@ -183,7 +183,7 @@ _OPTIMIZERS = {
 
 
 def _lr_factor_function(solver: CfgNode, model: nn.Module) -> Callable[[str], float] | None:
-    """The factor on the learning rate by a parameter's name, of SOLVER.LR_FACTORS and SOLVER.LAYER_DECAY."""
+    """Return the learning rate factor by parameter name from SOLVER.LR_FACTORS and SOLVER.LAYER_DECAY."""
     if not solver.LR_FACTORS and solver.LAYER_DECAY == 1.0:
         return None
     names = [name for name, param in model.named_parameters() if param.requires_grad]
@@ -192,7 +192,7 @@ def _lr_factor_function(solver: CfgNode, model: nn.Module) -> Callable[[str], fl
             raise ValueError(f"SOLVER.LR_FACTORS takes pairs [pattern, factor], got {entry!r}")
         if not fnmatch.filter(names, entry[0]):
             raise ValueError(
-                f"SOLVER.LR_FACTORS: no trainable parameter's name fits {entry[0]!r}; they are named like "
+                f"SOLVER.LR_FACTORS: no trainable parameter's name matches {entry[0]!r}; examples of names: "
                 f"{', '.join(names[:3])}"
             )
     layers_above = None
@@ -224,32 +224,32 @@ def get_default_optimizer_params(
     lr_factor_func: Callable[[str], float] | None = None,
     overrides: dict[str, dict[str, float]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Sorts the trainable parameters of a model into groups with their own settings.
+    """Group the trainable parameters of a model by their settings.
 
-    A setting that is None is left to the optimizer's default. Later entries of this list win:
-    `base_lr` and `weight_decay`, `weight_decay_norm`, `lr_factor_func`, and last `overrides` and the two
-    settings for biases, which both go by the parameter's own name.
+    For a setting that is None, the optimizer's default applies. Later settings take precedence in this order:
+    `base_lr` and `weight_decay`, `weight_decay_norm`, `lr_factor_func`, and finally `overrides` and the two
+    bias settings, which both apply by the last part of a parameter's name.
 
     Args:
-        model: parameters used in several places count once, with the settings of the first place.
-        base_lr: learning rate of every group; the factors below multiply it.
-        weight_decay: weight decay of every group.
+        model: the model. A parameter shared by multiple modules counts once, with the settings of the first.
+        base_lr: learning rate of all groups, before the factors below.
+        weight_decay: weight decay of all groups.
         weight_decay_norm: weight decay of the parameters of normalization layers.
-        bias_lr_factor: factor on the learning rate of parameters named "bias".
+        bias_lr_factor: learning rate factor of parameters named "bias".
         weight_decay_bias: weight decay of parameters named "bias".
-        lr_factor_func: gives the factor on the learning rate for a parameter's full name.
+        lr_factor_func: function that returns the learning rate factor for a parameter's full name.
         overrides: settings by parameter name (the last part of the full name, such as "bias" or
             "absolute_pos_embed"), for example ``{"embedding": {"lr": 0.01, "weight_decay": 0.1}}``.
 
     Returns:
-        Parameter groups for a PyTorch optimizer, parameters of equal settings sharing one.
+        Parameter groups for a PyTorch optimizer, one for each combination of settings.
 
     Raises:
-        ValueError: if a factor is given without `base_lr`, or "bias" is set twice.
+        ValueError: a factor is given without `base_lr`, or "bias" is set twice.
     """
     by_name = _settings_by_name(base_lr, bias_lr_factor, weight_decay_bias, overrides)
     if lr_factor_func is not None and base_lr is None:
-        raise ValueError("lr_factor_func needs base_lr, which is None")
+        raise ValueError("lr_factor_func requires base_lr, which is None")
     defaults = {"lr": base_lr, "weight_decay": weight_decay}
     defaults = {key: value for key, value in defaults.items() if value is not None}
 
@@ -277,33 +277,33 @@ def _settings_by_name(
     weight_decay_bias: float | None,
     overrides: dict[str, dict[str, float]] | None,
 ) -> dict[str, dict[str, float]]:
-    """Joins `overrides` with the settings for biases."""
+    """Merge `overrides` with the bias settings."""
     by_name = copy.deepcopy(overrides) if overrides else {}
     bias: dict[str, float] = {}
     if bias_lr_factor is not None and bias_lr_factor != 1.0:
         if base_lr is None:
-            raise ValueError(f"bias_lr_factor={bias_lr_factor} needs base_lr, which is None")
+            raise ValueError(f"bias_lr_factor={bias_lr_factor} requires base_lr, which is None")
         bias["lr"] = base_lr * bias_lr_factor
     if weight_decay_bias is not None:
         bias["weight_decay"] = weight_decay_bias
     if bias:
         if "bias" in by_name:
             raise ValueError(
-                "overrides['bias'] and bias_lr_factor or weight_decay_bias both set biases; give only one"
+                "overrides['bias'] conflicts with bias_lr_factor or weight_decay_bias; use only one of them"
             )
         by_name["bias"] = bias
     return by_name
 
 
 def reduce_param_groups(params: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Merges parameter groups of equal settings: fewer groups make for faster optimizer steps.
+    """Merge parameter groups with equal settings. Fewer groups make optimizer steps faster.
 
     Args:
-        params: parameter groups, each with a list (or one tensor) under "params" and any settings; a
-            parameter that comes again takes the settings of the later group on top of its earlier ones.
+        params: parameter groups, each with a list (or one tensor) under "params" and any settings. If a
+            parameter is in multiple groups, the settings of later groups override those of earlier ones.
 
     Returns:
-        The merged groups, in the order in which their settings first come up.
+        The merged groups, in the order in which their settings first occur.
     """
     settings_of: dict[torch.Tensor, dict[str, Any]] = {}
     for group in params:
@@ -320,10 +320,10 @@ def reduce_param_groups(params: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRScheduler:
-    """Builds the schedule ``cfg.SOLVER.LR_SCHEDULER_NAME`` with its warm-up.
+    """Build the schedule ``cfg.SOLVER.LR_SCHEDULER_NAME`` with its warmup.
 
     Raises:
-        ValueError: for an unknown name or settings that do not fit together, naming the key.
+        ValueError: the name is unknown, or a setting is invalid; the message names the key.
     """
     solver = cfg.SOLVER
     if solver.MAX_ITER < 1:
@@ -345,13 +345,13 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRSche
 
 
 def _build_multiplier(solver: CfgNode) -> ParamScheduler:
-    """The schedule without its warm-up, as a factor on the base learning rate."""
+    """Build the schedule without its warmup, as a factor of the base learning rate."""
     name, max_iter = solver.LR_SCHEDULER_NAME, solver.MAX_ITER
     if name == "WarmupMultiStepLR":
         steps = [step for step in solver.STEPS if step < max_iter]
         if len(steps) != len(solver.STEPS):
             logger.warning(
-                "SOLVER.STEPS %s: steps from SOLVER.MAX_ITER=%d on are never reached and are left out",
+                "SOLVER.STEPS %s: steps at or after SOLVER.MAX_ITER=%d are never reached and are ignored",
                 tuple(solver.STEPS),
                 max_iter,
             )
@@ -362,7 +362,7 @@ def _build_multiplier(solver: CfgNode) -> ParamScheduler:
     if name == "WarmupCosineLR":
         if not 0.0 <= solver.BASE_LR_END <= solver.BASE_LR:
             raise ValueError(
-                f"SOLVER.BASE_LR_END must lie in [0, SOLVER.BASE_LR={solver.BASE_LR}], "
+                f"SOLVER.BASE_LR_END must be in [0, SOLVER.BASE_LR={solver.BASE_LR}], "
                 f"got {solver.BASE_LR_END}"
             )
         return CosineParamScheduler(1.0, solver.BASE_LR_END / solver.BASE_LR if solver.BASE_LR else 0.0)

@@ -1,8 +1,8 @@
-"""Learning-rate schedules as multipliers over the progress of training.
+"""Learning rate schedules as multipliers over the training progress.
 
 A `fvcore.common.param_scheduler.ParamScheduler` is a pure function of the progress ``where`` in [0, 1).
-`WarmupParamScheduler` puts a warm-up before one, and `LRMultiplier` turns one into a PyTorch scheduler
-that is stepped once an iteration.
+`WarmupParamScheduler` adds a warmup to it, and `LRMultiplier` turns it into a PyTorch scheduler that is
+stepped once per iteration.
 """
 
 import math
@@ -31,12 +31,12 @@ __all__ = [
 
 WARMUP_METHODS = ("linear", "constant")
 
-# Some schedules of fvcore have no value at progress 1, for which PyTorch asks after the last step.
+# Some fvcore schedules are undefined at progress 1, which PyTorch evaluates after the last step.
 _END = 1.0 - 2 * ParamScheduler.WHERE_EPSILON
 
 
 class WarmupParamScheduler(CompositeParamScheduler):
-    """A schedule that begins with a warm-up phase."""
+    """A schedule that begins with a warmup phase."""
 
     def __init__(
         self,
@@ -48,19 +48,19 @@ class WarmupParamScheduler(CompositeParamScheduler):
     ):
         """
         Args:
-            scheduler: the schedule that follows the warm-up.
-            warmup_factor: the warm-up starts at ``warmup_factor * scheduler(0)``.
-            warmup_length: share of the whole training, in [0, 1], that the warm-up takes.
-            warmup_method: "linear" climbs to the value that `scheduler` has where the warm-up ends;
-                "constant" stays at the start value.
-            rescale_interval: False lets the warm-up cover the head of `scheduler`, whose steps stay where
-                they were; True squeezes the whole of `scheduler` into what is left after the warm-up.
+            scheduler: the schedule that follows the warmup.
+            warmup_factor: the warmup starts at ``warmup_factor * scheduler(0)``.
+            warmup_length: length of the warmup as a fraction of the training run, in [0, 1].
+            warmup_method: "linear" increases to the value of `scheduler` at the end of the warmup, "constant"
+                stays at the start value.
+            rescale_interval: if False, the warmup replaces the beginning of `scheduler`, whose steps are
+                unchanged. If True, the entire `scheduler` is rescaled to the interval after the warmup.
 
         Raises:
-            ValueError: if `warmup_method` or `warmup_length` is out of range.
+            ValueError: `warmup_method` is unknown, or `warmup_length` is out of range.
         """
         if not 0.0 <= warmup_length <= 1.0:
-            raise ValueError(f"warmup_length is a share of the training in [0, 1], got {warmup_length}")
+            raise ValueError(f"warmup_length must be in [0, 1], got {warmup_length}")
         start = warmup_factor * scheduler(0.0)
         end = scheduler(0.0 if rescale_interval else _before_end(warmup_length))
         if warmup_method == "linear":
@@ -70,7 +70,7 @@ class WarmupParamScheduler(CompositeParamScheduler):
         else:
             raise ValueError(f"warmup_method must be one of {WARMUP_METHODS}, got {warmup_method!r}")
         if warmup_length == 1.0:
-            # A second part of no length could not be rescaled: the warm-up is all there is.
+            # A second part of zero length cannot be rescaled, so there is only the warmup.
             super().__init__([warmup], lengths=[1.0], interval_scaling=["rescaled"])
             return
         super().__init__(
@@ -81,7 +81,7 @@ class WarmupParamScheduler(CompositeParamScheduler):
 
 
 class LRMultiplier(LRScheduler):
-    """Sets each group's learning rate to its initial one times ``multiplier(iteration / max_iter)``.
+    """Scheduler that multiplies each group's initial learning rate by ``multiplier(iteration / max_iter)``.
 
     Example:
         >>> schedule = MultiStepParamScheduler([1, 0.1, 0.01], milestones=[60000, 80000], num_updates=90000)
@@ -97,24 +97,24 @@ class LRMultiplier(LRScheduler):
     ):
         """
         Args:
-            optimizer: as for every PyTorch scheduler.
+            optimizer: the optimizer.
             multiplier: the schedule, a function of the progress in [0, 1).
-            max_iter: number of iterations in the whole training.
-            last_iter: the last iteration done, -1 for a fresh start.
+            max_iter: total number of iterations of the training run.
+            last_iter: index of the last completed iteration; -1 to start from the beginning.
 
         Raises:
-            TypeError: if `multiplier` is not a ParamScheduler.
+            TypeError: `multiplier` is not a ParamScheduler.
         """
         if not isinstance(multiplier, ParamScheduler):
             raise TypeError(
-                f"multiplier must be a fvcore.common.param_scheduler.ParamScheduler, got {type(multiplier)}"
+                f"multiplier must be an fvcore.common.param_scheduler.ParamScheduler, got {type(multiplier)}"
             )
         self._multiplier = multiplier
         self._max_iter = max_iter
         super().__init__(optimizer, last_epoch=last_iter)
 
     def state_dict(self) -> dict:
-        """Only the position and the base rates: the schedule itself comes from the config."""
+        """Return the position and the base learning rates. The schedule itself comes from the config."""
         return {"base_lrs": self.base_lrs, "last_epoch": self.last_epoch}
 
     def get_lr(self) -> list[float | torch.Tensor]:
@@ -123,7 +123,7 @@ class LRMultiplier(LRScheduler):
 
 
 class WarmupMultiStepLR(LRScheduler):
-    """Step decay at given iterations, times a warm-up. New code composes `LRMultiplier` instead."""
+    """Step decay at given iterations with a warmup. Prefer `LRMultiplier` in new code."""
 
     def __init__(
         self,
@@ -153,7 +153,7 @@ class WarmupMultiStepLR(LRScheduler):
 
 
 class WarmupCosineLR(LRScheduler):
-    """Half a cosine down to zero, times a warm-up. New code composes `LRMultiplier` instead."""
+    """Half-cosine decay to zero with a warmup. Prefer `LRMultiplier` in new code."""
 
     def __init__(
         self,
@@ -183,7 +183,7 @@ def _before_end(progress: float) -> float:
 
 
 def _warmup_multiplier(method: str, iteration: int, warmup_iters: int, warmup_factor: float) -> float:
-    """The factor on the learning rate at `iteration`: 1.0 once the warm-up is over."""
+    """Return the learning rate factor at `iteration`, which is 1.0 after the warmup."""
     if method not in WARMUP_METHODS:
         raise ValueError(f"warmup_method must be one of {WARMUP_METHODS}, got {method!r}")
     if iteration >= warmup_iters:

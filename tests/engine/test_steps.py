@@ -195,7 +195,7 @@ def test_adamw_uses_the_settings_of_the_config():
     ("solver", "message"),
     [
         ({"OPTIMIZER": "Adam"}, r"SOLVER.OPTIMIZER must be one of \('SGD', 'AdamW'\), got 'Adam'"),
-        ({"LR_FACTORS": [["backbon.*", 0.1]]}, r"no trainable parameter's name fits 'backbon.\*'"),
+        ({"LR_FACTORS": [["backbon.*", 0.1]]}, r"no trainable parameter's name matches 'backbon.\*'"),
         ({"LR_FACTORS": ["backbone"]}, "takes pairs"),
         ({"LR_FACTORS": [["backbone.*", "a"]]}, "takes pairs"),
         ({"BASE_LR": -1.0}, "SOLVER.BASE_LR must be at least 0, got -1.0"),

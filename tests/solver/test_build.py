@@ -1,4 +1,4 @@
-"""Parameter groups, SGD and gradient clipping."""
+"""Tests of parameter groups, SGD and gradient clipping."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ class _Model(nn.Module):
 
 
 def _settings(model: nn.Module, groups: list[dict]) -> dict[str, dict]:
-    """The settings of each parameter by name; fails if one is in two groups."""
+    """Return the settings of each parameter by name; fail if a parameter is in two groups."""
     names = {param: name for name, param in model.named_parameters()}
     found = {}
     for group in groups:
@@ -38,14 +38,14 @@ def _settings(model: nn.Module, groups: list[dict]) -> dict[str, dict]:
     return found
 
 
-def test_every_trainable_parameter_is_there_once():
+def test_every_trainable_parameter_is_in_one_group():
     model = _Model()
     found = _settings(model, get_default_optimizer_params(model))
     assert set(found) == {name for name, p in model.named_parameters() if p.requires_grad}
     assert all(settings == {} for settings in found.values())
 
 
-def test_settings_by_kind_and_name():
+def test_settings_by_module_type_and_parameter_name():
     model = _Model()
     groups = get_default_optimizer_params(
         model,
@@ -67,7 +67,7 @@ def test_settings_by_kind_and_name():
     assert len(groups) == 5  # equal settings share a group
 
 
-def test_lr_factor_func_sees_full_names():
+def test_lr_factor_func_gets_full_names_of_trainable_parameters():
     seen = []
     get_default_optimizer_params(_Model(), base_lr=1.0, lr_factor_func=lambda n: seen.append(n) or 1.0)
     assert "conv.weight" in seen and "scale" in seen and "frozen.weight" not in seen
@@ -76,17 +76,17 @@ def test_lr_factor_func_sees_full_names():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"bias_lr_factor": 2.0}, "bias_lr_factor=2.0 needs base_lr"),
-        ({"lr_factor_func": lambda name: 1.0}, "lr_factor_func needs base_lr"),
+        ({"bias_lr_factor": 2.0}, "bias_lr_factor=2.0 requires base_lr"),
+        ({"lr_factor_func": lambda name: 1.0}, "lr_factor_func requires base_lr"),
         ({"overrides": {"bias": {"lr": 1.0}}, "weight_decay_bias": 0.0}, "overrides"),
     ],
 )
-def test_settings_that_do_not_fit(kwargs, message):
+def test_conflicting_settings_raise(kwargs, message):
     with pytest.raises(ValueError, match=message):
         get_default_optimizer_params(_Model(), **kwargs)
 
 
-def test_reduce_param_groups():
+def test_reduce_param_groups_merges_equal_settings():
     a, b, c, d = (nn.Parameter(torch.zeros(i + 1)) for i in range(4))
     groups = reduce_param_groups(
         [
@@ -103,7 +103,7 @@ def test_reduce_param_groups():
     ]
 
 
-def test_sgd_follows_its_formula():
+def test_sgd_step_equals_formula():
     torch.manual_seed(0)
     cfg = get_cfg()
     cfg.SOLVER.BASE_LR, cfg.SOLVER.MOMENTUM, cfg.SOLVER.WEIGHT_DECAY = 0.1, 0.9, 0.01
@@ -126,7 +126,7 @@ def test_sgd_follows_its_formula():
 
 
 def _clip(kind: str, limit: float, norm: float = 2.0, of_class: bool = False) -> list[torch.Tensor]:
-    """Takes one step of rate 1 with gradients (3, 4) and (6, 8), and returns what it subtracted."""
+    """Take one step of learning rate 1 with gradients (3, 4) and (6, 8); return the clipped gradients."""
     cfg = get_cfg()
     cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = kind
@@ -140,12 +140,12 @@ def _clip(kind: str, limit: float, norm: float = 2.0, of_class: bool = False) ->
         assert maybe_add_gradient_clipping(cfg, optimizer) is optimizer
     params[0].grad, params[1].grad = torch.tensor([3.0, 4.0]), torch.tensor([6.0, 8.0])
     optimizer.step()
-    assert torch.equal(params[2].detach(), torch.zeros(2))  # had no gradient
+    assert torch.equal(params[2].detach(), torch.zeros(2))  # has no gradient
     return [-p.detach() for p in params[:2]]
 
 
 @pytest.mark.parametrize("of_class", [False, True])
-def test_gradient_clipping(of_class):
+def test_gradients_are_clipped_by_each_type(of_class):
     def check(actual, expected):
         for a, e in zip(actual, expected):
             torch.testing.assert_close(a, torch.tensor(e), rtol=1e-4, atol=1e-4)
@@ -157,7 +157,7 @@ def test_gradient_clipping(of_class):
     check(_clip("full_model", 5.0, of_class=of_class), [[3 * full, 4 * full], [6 * full, 8 * full]])
 
 
-def test_clipping_is_off_by_default_and_its_type_is_checked():
+def test_clipping_is_off_by_default_and_unknown_type_raises():
     cfg = get_cfg()
     assert maybe_add_gradient_clipping(cfg, torch.optim.SGD) is torch.optim.SGD
     cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
@@ -166,7 +166,7 @@ def test_clipping_is_off_by_default_and_its_type_is_checked():
         build_optimizer(cfg, _Model())
 
 
-def test_clipping_survives_other_hooks_and_counts_once():
+def test_other_step_hooks_still_run_with_clipping():
     cfg = get_cfg()
     cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
     calls = []
@@ -178,7 +178,7 @@ def test_clipping_survives_other_hooks_and_counts_once():
     assert calls == [1]
 
 
-def test_a_frozen_model_is_refused():
+def test_model_without_trainable_parameters_raises():
     model = nn.Linear(1, 1).requires_grad_(False)
     with pytest.raises(ValueError, match="no trainable parameter"):
         build_optimizer(get_cfg(), model)

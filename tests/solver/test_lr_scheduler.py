@@ -1,4 +1,4 @@
-"""Learning-rate schedules against the formulas written out."""
+"""Tests of learning rate schedules against explicit formulas."""
 
 import math
 
@@ -52,7 +52,7 @@ def _built(cfg) -> list[float]:
 
 
 @pytest.mark.parametrize("method", ["linear", "constant"])
-def test_multi_step(method):
+def test_multi_step_schedule_equals_formula(method):
     cfg = _cfg(
         "WarmupMultiStepLR", STEPS=(10, 15, 20), WARMUP_ITERS=5, WARMUP_METHOD=method, WARMUP_FACTOR=0.1
     )
@@ -64,9 +64,9 @@ def test_multi_step(method):
     assert _built(cfg) == pytest.approx(expected, rel=1e-9)
 
 
-def test_warmup_over_a_step_climbs_to_the_rate_after_it():
+def test_linear_warmup_across_a_step_ends_at_the_decayed_rate():
     cfg = _cfg("WarmupMultiStepLR", STEPS=(10,), WARMUP_ITERS=12, WARMUP_FACTOR=0.1)
-    # The ramp goes from 0.1 * 1 to the value at iteration 12, which is past the step.
+    # The warmup goes from 0.1 * 1 to the value at iteration 12, which is after the step.
     expected = [0.1 if i >= 12 else 0.1 + (0.1 - 0.1) * i / 12 for i in range(30)]
     assert _built(cfg) == pytest.approx([2.0 * e for e in expected], rel=1e-9)
 
@@ -82,27 +82,27 @@ def test_constant_warmup_over_all_iterations(warmup_iters):
     "schedule",
     [ConstantParamScheduler(1.0), StepWithFixedGammaParamScheduler(1.0, 2, 1.0, 30)],
 )
-def test_schedules_without_a_value_at_the_end(schedule, warmup_length):
+def test_schedule_undefined_at_the_end_is_clamped(schedule, warmup_length):
     optimizer = _optimizer()
     if warmup_length:
         schedule = WarmupParamScheduler(schedule, 1.0, warmup_length)
     scheduler = LRMultiplier(optimizer, schedule, max_iter=30)
-    # One step more: after the last one PyTorch asks for the rate of the next.
+    # PyTorch computes the next learning rate after the last step, too.
     assert _rates(optimizer, scheduler, 31) == pytest.approx([2.0] * 31, rel=1e-9)
 
 
-def test_cosine():
+def test_cosine_schedule_equals_formula():
     cfg = _cfg("WarmupCosineLR", WARMUP_ITERS=5, WARMUP_FACTOR=0.1, BASE_LR_END=0.5)
 
     def cosine(i):
         return 0.25 + 0.75 * 0.5 * (1 + math.cos(math.pi * i / 30))
 
-    # The warm-up ends on the cosine's value there, not on the full rate.
+    # The warmup ends at the value of the cosine, not at the base learning rate.
     expected = [2.0 * (cosine(i) if i >= 5 else 0.1 + (cosine(5) - 0.1) * i / 5) for i in range(30)]
     assert _built(cfg) == pytest.approx(expected, rel=1e-9)
 
 
-def test_rescaled_interval_squeezes_the_schedule_behind_the_warmup():
+def test_rescale_interval_starts_the_schedule_after_the_warmup():
     cfg = _cfg("WarmupCosineLR", WARMUP_ITERS=6, WARMUP_FACTOR=0.1, RESCALE_INTERVAL=True)
     expected = []
     for i in range(30):
@@ -119,12 +119,12 @@ def test_fixed_gamma_steps_are_evenly_spaced():
 
 
 @pytest.mark.parametrize("rescale", [False, True])
-def test_warmup_longer_than_the_training(rescale):
+def test_warmup_longer_than_max_iter_takes_all_iterations(rescale):
     cfg = _cfg("WarmupMultiStepLR", STEPS=(), WARMUP_ITERS=99, WARMUP_FACTOR=0.1, RESCALE_INTERVAL=rescale)
     assert _built(cfg) == pytest.approx([2.0 * (0.1 + 0.9 * i / 30) for i in range(30)], rel=1e-9)
 
 
-def test_steps_that_are_never_reached_are_left_out(caplog):
+def test_steps_beyond_max_iter_are_ignored_with_a_warning(caplog):
     cfg = _cfg("WarmupMultiStepLR", STEPS=(10, 30, 40), WARMUP_ITERS=0)
     assert _built(cfg) == pytest.approx([2.0 * 0.1 ** (i >= 10) for i in range(30)], rel=1e-9)
     assert "SOLVER.STEPS" in caplog.text
@@ -147,33 +147,33 @@ def test_steps_that_are_never_reached_are_left_out(caplog):
     ],
 )
 def test_errors_name_the_key(solver, message):
-    cfg = _cfg("WarmupMultiStepLR", STEPS=(), **{k: v for k, v in solver.items() if k == ""})
+    cfg = _cfg("WarmupMultiStepLR", STEPS=())
     for key, value in solver.items():
         cfg.SOLVER[key] = value
     with pytest.raises(ValueError, match=message):
         build_lr_scheduler(cfg, _optimizer())
 
 
-def test_multiplier_resumes_where_it_was():
+def test_multiplier_resumes_from_state_dict():
     def make():
         optimizer = _optimizer()
         schedule = WarmupParamScheduler(CosineParamScheduler(1, 0), 0.01, 0.2)
         return optimizer, LRMultiplier(optimizer, schedule, max_iter=20)
 
     optimizer, scheduler = make()
-    whole = _rates(optimizer, scheduler, 20)
+    uninterrupted = _rates(optimizer, scheduler, 20)
     optimizer, scheduler = make()
-    head = _rates(optimizer, scheduler, 7)
+    first = _rates(optimizer, scheduler, 7)
     assert set(scheduler.state_dict()) == {"base_lrs", "last_epoch"}
     resumed_optimizer, resumed = make()
     resumed.load_state_dict(scheduler.state_dict())
     resumed_optimizer.load_state_dict(optimizer.state_dict())
-    assert head + _rates(resumed_optimizer, resumed, 13) == pytest.approx(whole, rel=1e-12)
+    assert first + _rates(resumed_optimizer, resumed, 13) == pytest.approx(uninterrupted, rel=1e-12)
     with pytest.raises(TypeError, match="ParamScheduler"):
         LRMultiplier(optimizer, lambda where: 1.0, max_iter=3)
 
 
-def test_plain_schedulers_agree_with_their_formulas():
+def test_plain_schedulers_equal_formulas():
     optimizer = _optimizer()
     rates = _rates(optimizer, WarmupMultiStepLR(optimizer, [10, 20], 0.5, 0.1, 4), 30)
     expected = [
@@ -189,7 +189,7 @@ def test_plain_schedulers_agree_with_their_formulas():
         WarmupMultiStepLR(optimizer, [20, 10])
 
 
-def test_composite_equals_product_without_overlap():
+def test_warmup_before_the_first_step_equals_product():
     schedule = WarmupParamScheduler(
         MultiStepParamScheduler([1, 0.1], milestones=[60], num_updates=90), 0.5, 0.1
     )
