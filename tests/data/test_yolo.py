@@ -214,3 +214,156 @@ def test_malformed_data_yaml_is_refused(tmp_path):
         load_yolo(f"{tmp_path}/no.yaml", "train")
     with pytest.raises(ValueError, match="yolo:DATA.yaml@SPLIT"):
         DatasetCatalog.get("yolo:data.yaml")
+
+
+@pytest.mark.parametrize(
+    ("image", "label"),
+    [
+        ("train/a.jpg", "train/a.txt"),
+        ("images/train/a.jpg", "images/train/a.txt"),
+        ("Images/train/a.jpg", "Labels/train/a.txt"),
+        ("img/a.jpg", "labels/a.txt"),
+        ("images/a.jpg", "labels/a.TXT"),
+        ("train/imgs/a.jpg", "train/Label/a.txt"),
+        ("train/a.jpg", "labels/train/a.txt"),
+        ("train/a.jpg", "train/labels/a.txt"),
+    ],
+)
+def test_labels_are_found_in_other_folders(tmp_path, image, label, log):
+    write(f"{tmp_path}/{image}", make_image())
+    write(f"{tmp_path}/{label}", "0 0.5 0.5 0.5 0.5\n")
+    write(f"{tmp_path}/data.yaml", f"train: {image.rpartition('/')[0]}\nnames: [owl]\n")
+    uri = f"yolo:{tmp_path}/data.yaml@train"
+    assert [a["bbox"] for a in DatasetCatalog.get(uri)[0]["annotations"]] == [[10, 7.5, 30, 22.5]]
+    assert not check_dataset(uri).num_errors
+    if label != "train/a.txt":
+        assert f"{tmp_path}/{label}" in log.text
+
+
+def test_images_without_labels_are_counted_and_none_with_labels_is_an_error(tmp_path, log):
+    uri = write_yolo(tmp_path)
+    write(f"{tmp_path}/images/train/c.jpg", make_image())
+    assert len(DatasetCatalog.get(uri)) == 3
+    assert "labels were found for 1 of 3 images" in log.text and "labels/train/b.txt" in log.text
+    (tmp_path / "labels/train/a.txt").unlink()
+    with pytest.raises(
+        ValueError, match=r"none of the 3 images has a label file. Looked for: .*labels/train/a.txt"
+    ):
+        DatasetCatalog.get(uri)
+    assert "no-labels" in {f.kind for f in check_dataset(uri).findings}
+
+
+OBB = "0 0.25 0.1 0.75 0.1 0.75 0.5 0.25 0.5\n"
+
+
+def test_lines_with_four_points_are_oriented_boxes(tmp_path):
+    uri = write_yolo(tmp_path, {"a": OBB})
+    (annotation,) = DatasetCatalog.get(uri)[0]["annotations"]
+    assert annotation == {"category_id": 0, "bbox": [20, 9, 20, 12, 0], "bbox_mode": BoxMode.XYWHA_ABS}
+    assert MetadataCatalog.get(uri).evaluator_type == "rotated_coco"
+    assert not check_dataset(uri).num_errors
+    as_polygons = f"{uri}?boxes=axis-aligned"
+    (annotation,) = DatasetCatalog.get(as_polygons)[0]["annotations"]
+    assert annotation["segmentation"] == [[10, 3, 30, 3, 30, 15, 10, 15]] and annotation["bbox"] == [
+        10,
+        3,
+        30,
+        15,
+    ]
+    assert MetadataCatalog.get(as_polygons).evaluator_type == "coco"
+
+
+def test_oriented_boxes_among_other_lines_are_polygons_with_a_warning(tmp_path, log):
+    uri = write_yolo(tmp_path, {"a": OBB + "0 0.5 0.5 0.2 0.2\n"})
+    assert ["segmentation" in a for a in DatasetCatalog.get(uri)[0]["annotations"]] == [True, False]
+    assert (
+        "1 lines are boxes and 1 are polygons" in log.text
+        and "oriented boxes are recognized only if" in log.text
+    )
+    assert MetadataCatalog.get(uri).evaluator_type == "coco"
+
+
+def test_darknet_files_of_cvat(tmp_path):
+    write(
+        f"{tmp_path}/obj.data",
+        "classes = 2\ntrain = data/train.txt\nvalid = data/valid.txt\nnames = data/obj.names\n",
+    )
+    write(f"{tmp_path}/obj.names", "owl\nwren\n")
+    write(f"{tmp_path}/train.txt", "data/obj_train_data/b.jpg\ndata/obj_train_data/a.jpg\n")
+    for name in "ab":
+        write(f"{tmp_path}/obj_train_data/{name}.jpg", make_image())
+    write(f"{tmp_path}/obj_train_data/a.txt", "1 0.5 0.5 0.5 0.5\n")
+    for uri in (f"yolo:{tmp_path}/obj.data@train", f"dir:{tmp_path}"):
+        assert [(r["image_id"], len(r["annotations"])) for r in DatasetCatalog.get(uri)] == [
+            ("b", 0),
+            ("a", 1),
+        ]
+        assert MetadataCatalog.get(uri).thing_classes == ["owl", "wren"]
+    with pytest.raises(ValueError, match="no split 'val', only: train"):
+        DatasetCatalog.get(f"yolo:{tmp_path}/obj.data@val")
+
+
+def test_class_lists_of_label_studio_and_labelimg(tmp_path):
+    write(f"{tmp_path}/classes.txt", "owl\nwren\n")
+    write(f"{tmp_path}/images/a.jpg", make_image())
+    write(f"{tmp_path}/labels/a.txt", "1 0.5 0.5 0.5 0.5\n")
+    for uri in (f"yolo:{tmp_path}", f"dir:{tmp_path}"):
+        assert [a["category_id"] for a in DatasetCatalog.get(uri)[0]["annotations"]] == [1]
+    write(f"{tmp_path}/flat/classes.txt", "owl\n")
+    write(f"{tmp_path}/flat/a.jpg", make_image())
+    write(f"{tmp_path}/flat/a.txt", "0 0.5 0.5 0.5 0.5\n")
+    assert len(DatasetCatalog.get(f"dir:{tmp_path}/flat")[0]["annotations"]) == 1
+
+
+def test_darknet_labels_of_roboflow(tmp_path):
+    for split in ("train", "valid"):
+        write(f"{tmp_path}/{split}/_darknet.labels", "owl\nwren\n")
+        write(f"{tmp_path}/{split}/a.jpg", make_image())
+        write(f"{tmp_path}/{split}/a.txt", "1 0.5 0.5 0.5 0.5\n")
+    for uri in (f"yolo:{tmp_path}@val", f"dir:{tmp_path}@val"):
+        (record,) = DatasetCatalog.get(uri)
+        assert record["file_name"] == f"{tmp_path}/valid/a.jpg" and len(record["annotations"]) == 1
+
+
+@pytest.mark.parametrize(
+    "line", [r"C:\data\images\train\a.jpg", "/content/set/images/train/a.jpg", r"images\train\a.jpg"]
+)
+def test_lists_of_another_machine(tmp_path, line):
+    uri = write_yolo(tmp_path, train="list.txt")
+    (tmp_path / "list.txt").write_text(f"{line}\n{line.replace('a.jpg', 'b.jpg')}\n")
+    assert [r["file_name"] for r in DatasetCatalog.get(uri)] == [
+        f"{tmp_path}/images/train/{n}.jpg" for n in "ab"
+    ]
+
+
+def test_class_names_are_read_as_written(tmp_path):
+    uri = write_yolo(tmp_path)
+    (tmp_path / "data.yaml").write_text("train: images/train\nnames: [yes, no, 007, 1.0, null, 2024-01-01]\n")
+    assert MetadataCatalog.get(uri).thing_classes == ["yes", "no", "007", "1.0", "null", "2024-01-01"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: images/train\nnc: 99999999999\n", "'nc' must be from 1 to 100000"),
+        ("train: images/train\nnames: [a]\nkpt_shape: [99999999999, 3]\n", "'kpt_shape' must be"),
+        ("train: images/train\nnames: {0: [a, b]}\n", "'names' must list the classes"),
+        ("train: images/train\nnames: &a [*a]\n", "'names' must list the classes|not valid YAML"),
+        (
+            "a: &a [x]\nb: &b [*a, *a]\nnames: [*b, *b]\ntrain: x\n",
+            "'names' must list the classes, got a list",
+        ),
+        ("names: [a]\ntrain: " + "[" * 2000, "not valid YAML"),
+    ],
+)
+def test_hostile_data_yaml_is_refused_quickly(tmp_path, text, message):
+    uri = write_yolo(tmp_path)
+    (tmp_path / "data.yaml").write_text(text)
+    with pytest.raises(ValueError, match=rf"data\.yaml.*({message})"):
+        DatasetCatalog.get(uri)
+
+
+def test_files_of_macos_are_no_images(tmp_path):
+    uri = write_yolo(tmp_path)
+    write(f"{tmp_path}/images/train/._a.jpg", b"\0\5\x16\7")
+    assert len(DatasetCatalog.get(uri)) == 2

@@ -1,8 +1,8 @@
 """Datasets in Ultralytics' YOLO format: boxes, polygons or poses (https://docs.ultralytics.com/datasets/).
 
 A line of a label file is `class cx cy w h` for a box, `class x1 y1 x2 y2 ...` for a polygon, or with
-`kpt_shape` in the data.yaml `class cx cy w h x1 y1 [v1] ...` for a pose. Coordinates are normalized by the
-size of the image.
+`kpt_shape` in the data.yaml `class cx cy w h x1 y1 [v1] ...` for a pose. If all lines of a split have four
+points, they are oriented boxes. Coordinates are normalized by the size of the image.
 """
 
 from __future__ import annotations
@@ -11,18 +11,29 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from detlib.data.catalog import DatasetCatalog, MetadataCatalog
 from detlib.data.datasets.keypoint_names import left_right_pairs, warn_of_no_pairs
-from detlib.data.datasets.yolo_layout import YoloConfig, find_yolo_images, label_file_of, read_yolo_config
+from detlib.data.datasets.rotated_corners import fit_rotated_box
+from detlib.data.datasets.yolo_labels import LabelFinder, find_labels, label_file_of
+from detlib.data.datasets.yolo_layout import YoloConfig, find_yolo_images, read_yolo_config
 from detlib.data.image_io import read_image_size
 from detlib.structures import BoxMode
 from detlib.utils.file_io import PathManager
 
-__all__ = ["SLACK", "load_yolo", "read_label_rows", "register_yolo", "row_to_annotation", "yolo_metadata"]
+__all__ = [
+    "SLACK",
+    "has_oriented_boxes",
+    "load_yolo",
+    "read_label_rows",
+    "register_yolo",
+    "row_to_annotation",
+    "to_rotated",
+    "yolo_metadata",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +50,7 @@ def register_yolo(
 
     Args:
         name: the name to use in `cfg.DATASETS`.
-        yaml_file: path of the data.yaml.
+        yaml_file: path of the data.yaml, or another description that `read_yolo_config` reads.
         split: "train", "val" or "test".
         empty_boxes: see `load_yolo`.
         overwrite: replace a dataset that is already registered under `name`.
@@ -56,10 +67,20 @@ def register_yolo(
     MetadataCatalog.get(name).set(**metadata)
 
 
-def yolo_metadata(config: YoloConfig, split: str) -> dict[str, Any]:
-    """Return the metadata of a split: classes, and keypoints if there are any."""
+def yolo_metadata(config: YoloConfig, split: str, *, rotated: bool = True) -> dict[str, Any]:
+    """Return the metadata of a split: classes, keypoints if there are any, and the evaluator.
+
+    Args:
+        config: the dataset.
+        split: name of the split.
+        rotated: whether oriented boxes are read as rotated boxes, see `load_yolo`.
+    """
+    finder = LabelFinder()
+    files = filter(None, map(finder.find, find_yolo_images(config, split)))
+    # Usually the first file decides.
+    is_oriented = rotated and has_oriented_boxes(config, (list(read_label_rows(file)) for file in files))
     metadata: dict[str, Any] = {
-        "evaluator_type": "coco",
+        "evaluator_type": "rotated_coco" if is_oriented else "coco",
         "yaml_file": config.file,
         "split": split,
         "thing_classes": list(config.names),
@@ -80,19 +101,60 @@ def yolo_metadata(config: YoloConfig, split: str) -> dict[str, Any]:
     }
 
 
-def load_yolo(yaml_file: str, split: str, *, empty_boxes: str = "error") -> list[dict]:
+def has_oriented_boxes(config: YoloConfig, rows: Iterable[list[tuple[int, list[str]]]]) -> bool:
+    """Whether all lines are four points: oriented boxes, as CVAT, Roboflow and Ultralytics write them.
+
+    Args:
+        config: has the keypoints; poses are not oriented boxes.
+        rows: the lines of each label file.
+    """
+    if config.kpt_shape is not None:
+        return False
+    found = False
+    for lines in rows:
+        if any(len(words) != 9 for _, words in lines):
+            return False
+        found = found or bool(lines)
+    return found
+
+
+def _warn_of_mixed_lines(rows: list[list[tuple[int, list[str]]]], yaml_file: str) -> None:
+    lengths = Counter(
+        min(len(words), 10) if len(words) in (5, 9) else 0 for lines in rows for _, words in lines
+    )
+    boxes, four, other = lengths[5], lengths[9], lengths[0]
+    if boxes and (four or other):
+        logger.warning(
+            "%s: %d lines are boxes and %d are polygons. An object without a polygon has no mask; to train a "
+            "mask head, all need one.",
+            yaml_file,
+            boxes,
+            four + other,
+        )
+    if four and boxes and not other:
+        logger.warning(
+            "%s: the %d lines with four points are read as polygons; oriented boxes are recognized only if "
+            "all lines have four points",
+            yaml_file,
+            four,
+        )
+
+
+def load_yolo(yaml_file: str, split: str, *, empty_boxes: str = "error", rotated: bool = True) -> list[dict]:
     """Load a split of a dataset in YOLO's format as dicts in the standard format.
 
     The sizes of the images are read from their headers, after the EXIF rotation. Boxes become XYXY_ABS; the
     box of a polygon is its extent. Coordinates are rounded to 1e-6 pixel, so that integer pixels stay
     integers. Keypoints of two values are visible (2), except that those at (0, 0) or with a negative value
-    are not labeled (0). An image without a label file has no objects. Duplicate lines of a file are read
-    once, with a warning.
+    are not labeled (0). Images without label files have no objects, and are counted in the log. Duplicate
+    lines of a file are read once, with a warning.
 
     Args:
-        yaml_file: path of the data.yaml.
+        yaml_file: path of the data.yaml, or another description that `read_yolo_config` reads.
         split: "train", "val" or "test".
         empty_boxes: how to treat a box without area: "error", or "drop" to leave it out with a warning.
+        rotated: whether oriented boxes become rotated boxes, (center x, center y, width, height, angle) in
+            XYWHA_ABS; else they are polygons with their extents.
 
     Returns:
         One dict for each image, in the order of a list file, or sorted for a folder. `image_id` is the file
@@ -100,19 +162,24 @@ def load_yolo(yaml_file: str, split: str, *, empty_boxes: str = "error") -> list
 
     Raises:
         FileNotFoundError: A file or folder does not exist.
-        ValueError: A file is malformed; the message names file and line.
+        ValueError: A file is malformed, and the message names file and line; or no image has a label file.
     """
     if empty_boxes not in ("error", "drop"):
         raise ValueError(f"empty_boxes must be 'error' or 'drop', not {empty_boxes!r}.")
     config = read_yolo_config(yaml_file)
     paths = find_yolo_images(config, split)
+    files = find_labels(paths, f"{yaml_file}, split {split!r}")
     with ThreadPoolExecutor(8) as pool:  # most of the time is waiting for disks and object stores
         sizes = list(pool.map(read_image_size, paths))
-        rows = list(pool.map(lambda path: list(read_label_rows(label_file_of(path))), paths))
+        rows = list(pool.map(lambda file: list(read_label_rows(file)) if file else [], files))
+    as_rotated = rotated and has_oriented_boxes(config, rows)
+    if not as_rotated and config.kpt_shape is None:
+        _warn_of_mixed_lines(rows, yaml_file)
     dropped: Counter[str] = Counter()
     dicts = []
-    for path, image_id, size, lines in zip(paths, _image_ids(paths), sizes, rows):
-        annotations = _annotations(lines, label_file_of(path), size, config, empty_boxes, dropped)
+    for path, image_id, size, file, lines in zip(paths, _image_ids(paths), sizes, files, rows):
+        file = file or label_file_of(path)
+        annotations = _annotations(lines, file, size, config, empty_boxes, dropped, as_rotated)
         dicts.append(
             {
                 "file_name": path,
@@ -158,6 +225,7 @@ def _annotations(
     config: YoloConfig,
     empty_boxes: str,
     dropped: Counter[str],
+    as_rotated: bool,
 ) -> list[dict]:
     annotations = []
     seen = set()
@@ -170,6 +238,9 @@ def _annotations(
         annotation = row_to_annotation(words, size, config, where)
         _check_range(words, annotation, where)
         x0, y0, x1, y1 = annotation["bbox"]
+        if as_rotated:
+            annotation = to_rotated(annotation)
+            x0, y0, x1, y1 = 0.0, 0.0, annotation["bbox"][2], annotation["bbox"][3]
         if x1 > x0 and y1 > y0:
             annotations.append(annotation)
         elif empty_boxes == "drop":
@@ -180,6 +251,17 @@ def _annotations(
                 "out with empty_boxes='drop' (in a dataset URI: ?empty_boxes=drop)."
             )
     return annotations
+
+
+def to_rotated(annotation: dict) -> dict:
+    """Return an annotation with a polygon of four points as one with a rotated box."""
+    (points,) = annotation["segmentation"]
+    box = fit_rotated_box([*zip(points[0::2], points[1::2])])
+    return {
+        "category_id": annotation["category_id"],
+        "bbox": [round(value, _DIGITS) for value in box],
+        "bbox_mode": BoxMode.XYWHA_ABS,
+    }
 
 
 def _check_range(words: list[str], annotation: dict, where: str) -> None:

@@ -1,8 +1,16 @@
-"""Ultralytics' dataset layout (https://docs.ultralytics.com/datasets/detect/): data.yaml, images and labels.
+"""Layouts of YOLO datasets: what the images of each split are, and the classes.
 
-data.yaml           path: ROOT; train, val, test: a folder, a list file, or a list of these; names, nc;
-                    for poses kpt_shape, and flip_idx if left and right differ
-.../images/A.jpg    an image; its objects are in .../labels/A.txt, one per line
+Ultralytics (https://docs.ultralytics.com/datasets/detect/)
+    data.yaml           path: ROOT; train, val, test: a folder, a list file, or a list of these; names, nc;
+                        for poses kpt_shape, and flip_idx if left and right differ
+Darknet (https://github.com/AlexeyAB/darknet), CVAT
+    obj.data            lines such as `names = obj.names` and `train = train.txt`, a list of images
+labelImg, Label Studio
+    classes.txt         one class a line; images here or in `images`
+Roboflow's Darknet
+    SPLIT/_darknet.labels   one class a line; images next to it
+
+`yolo_labels` finds the label file of an image.
 """
 
 from __future__ import annotations
@@ -13,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from detlib.data.datasets.image_paths import ImageFinder
 from detlib.utils.file_io import PathManager, is_remote
 from detlib.utils.suggest import suggest
 
@@ -21,7 +30,6 @@ __all__ = [
     "YoloConfig",
     "find_yolo_images",
     "join_path",
-    "label_file_of",
     "read_yolo_config",
 ]
 
@@ -31,6 +39,10 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".m
 _NO_FOLDERS = (".txt", ".json", ".xml", ".cache", ".npy")
 
 _SPLITS = ("train", "val", "test")
+_OTHER_NAMES = ("valid", "validation", "train2017", "val2017", "test2017")
+_MAX_CLASSES = 100_000
+_MAX_KEYPOINTS = 1000
+_MAX_DESCRIPTION = 2**26  # bytes of a data.yaml or a list of classes
 _ALIASES = {"val": ("valid", "validation"), "valid": ("val",), "validation": ("val",)}
 
 
@@ -39,7 +51,7 @@ class YoloConfig:
     """The content of a data.yaml.
 
     Attributes:
-        file: path of the data.yaml.
+        file: path of the data.yaml or obj.data, or the folder.
         roots: folders that relative paths may start from, the most likely first.
         names: the classes in the order of their indices.
         splits: the locations of the images of each split, as written.
@@ -72,20 +84,43 @@ class YoloConfig:
         )
 
 
-def read_yolo_config(yaml_file: str) -> YoloConfig:
-    """Read a data.yaml.
+def read_yolo_config(path: str) -> YoloConfig:
+    """Read the description of a dataset.
+
+    Args:
+        path: a data.yaml, an obj.data of Darknet, or the folder of one of the layouts above.
 
     Raises:
-        FileNotFoundError: The file does not exist.
-        ValueError: It is not YAML, or a key is missing or invalid; the message names the key.
+        FileNotFoundError: There is no description.
+        ValueError: It is malformed, or a key is missing or invalid; the message names the key.
     """
-    if not PathManager.isfile(yaml_file):
-        raise FileNotFoundError(f"Dataset file {yaml_file!r} does not exist.")
-    with PathManager.open(yaml_file, "rb") as file:
-        try:
-            data = yaml.safe_load(file.read())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"Dataset file {yaml_file!r} is not valid YAML: {error}") from error
+    if PathManager.isdir(path):
+        return _read_folder(path)
+    if not PathManager.isfile(path):
+        raise FileNotFoundError(f"Dataset file {path!r} does not exist.")
+    return _read_darknet(path) if path.endswith(".data") else _read_yaml(path)
+
+
+def _read_text(path: str) -> str:
+    with PathManager.open(path, "rb") as file:
+        data = file.read(_MAX_DESCRIPTION + 1)
+    if len(data) > _MAX_DESCRIPTION:
+        raise ValueError(f"Dataset file {path!r} has more than {_MAX_DESCRIPTION} bytes.")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"Dataset file {path!r} is not UTF-8 text: {error}.") from error
+
+
+def _read_yaml(yaml_file: str) -> YoloConfig:
+    text = _read_text(yaml_file)
+    try:
+        data = yaml.safe_load(text)
+        if isinstance(data, dict) and "names" in data:
+            # As they are written: "yes" and "007" are names, not a truth value and a number.
+            data["names"] = yaml.load(text, Loader=yaml.BaseLoader)["names"]
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"Dataset file {yaml_file!r} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise ValueError(
             f"Dataset file {yaml_file!r} must hold keys such as 'train', 'val' and 'names', not a "
@@ -101,6 +136,64 @@ def read_yolo_config(yaml_file: str) -> YoloConfig:
         flip_idx=_flip_idx(data, yaml_file, kpt_shape),
         kpt_names=_kpt_names(data, yaml_file, kpt_shape),
     )
+
+
+def _read_darknet(data_file: str) -> YoloConfig:
+    folder = os.path.dirname(data_file)
+    values = {}
+    for line in _read_text(data_file).splitlines():
+        key, mark, value = line.partition("=")
+        if mark:
+            values[key.strip()] = value.strip()
+    names_file = ImageFinder(folder).find(values.get("names", ""))
+    if names_file is None:
+        raise ValueError(
+            f"{data_file}: 'names' must be a file of class names, one a line; got {values.get('names')!r}."
+        )
+    splits = {
+        ("val" if key == "valid" else key): values[key] for key in ("train", "valid", "test") if key in values
+    }
+    lists = {split: ImageFinder(folder).find(stated) for split, stated in splits.items()}
+    # CVAT names lists that it does not write.
+    found = {split: [path] for split, path in lists.items() if path is not None}
+    if not found:
+        raise ValueError(f"{data_file}: none of the lists of images exists: {splits}.")
+    return YoloConfig(data_file, (folder,), _name_lines(names_file), found)
+
+
+def _read_folder(folder: str) -> YoloConfig:
+    for name in ("data.yaml", "data.yml", "obj.data"):
+        path = os.path.join(folder, name)
+        if PathManager.isfile(path):
+            return read_yolo_config(path)
+    splits = {}
+    names_file = os.path.join(folder, "classes.txt")
+    for name in sorted(PathManager.ls(folder)):
+        path = os.path.join(folder, name, "_darknet.labels")
+        if PathManager.isfile(path):
+            splits[name] = [os.path.join(folder, name)]
+            names_file = path
+    if PathManager.isfile(os.path.join(folder, "_darknet.labels")):
+        splits, names_file = {"all": [folder]}, os.path.join(folder, "_darknet.labels")
+    if not PathManager.isfile(names_file):
+        raise FileNotFoundError(
+            f"{folder!r} has no data.yaml, obj.data, classes.txt or _darknet.labels, which name the classes."
+        )
+    if not splits:
+        images = os.path.join(folder, "images")
+        images = images if PathManager.isdir(images) else folder
+        folders = [name for name in sorted(PathManager.ls(images)) if name in (*_SPLITS, *_OTHER_NAMES)]
+        splits = {name: [os.path.join(images, name)] for name in folders} or {"all": [images]}
+    return YoloConfig(folder, (folder,), _name_lines(names_file), splits)
+
+
+def _name_lines(path: str) -> list[str]:
+    names = [line.strip() for line in _read_text(path).splitlines()]
+    while names and not names[-1]:
+        names.pop()
+    if not names or not all(names):
+        raise ValueError(f"{path!r} must have one class name a line; it has an empty line, or none.")
+    return names
 
 
 def _roots(data: dict, yaml_file: str) -> tuple[str, ...]:
@@ -119,17 +212,28 @@ def _roots(data: dict, yaml_file: str) -> tuple[str, ...]:
 def _class_names(data: dict, yaml_file: str) -> list[str]:
     names = data.get("names")
     if isinstance(names, dict):
-        keys = sorted(names, key=lambda key: (not isinstance(key, int), key if isinstance(key, int) else 0))
-        if keys != [*range(len(names))]:
-            raise ValueError(f"{yaml_file}: the keys of 'names' must be 0 to {len(names) - 1}, not {keys}.")
-        names = [names[key] for key in keys]
-    if names is None and isinstance(data.get("nc"), int):
-        names = [f"class{i}" for i in range(data["nc"])]
-    if not isinstance(names, list) or not names:
-        raise ValueError(f"{yaml_file}: 'names' must list the classes, got {names!r}.")
-    if data.get("nc", len(names)) != len(names):
-        raise ValueError(f"{yaml_file}: 'nc' is {data['nc']!r}, but 'names' has {len(names)} classes.")
-    return [str(name) for name in names]
+        numbers = {
+            int(key): name for key, name in names.items() if str(key).isdecimal() and len(str(key)) < 8
+        }
+        if sorted(numbers) != [*range(len(names))]:
+            shown = ", ".join(map(str, [*names][:20]))
+            raise ValueError(f"{yaml_file}: the keys of 'names' must be 0 to {len(names) - 1}, not {shown}.")
+        names = [numbers[i] for i in range(len(names))]
+    count = data.get("nc")
+    if names is None and isinstance(count, int):
+        if not 0 < count <= _MAX_CLASSES:
+            raise ValueError(f"{yaml_file}: 'nc' must be from 1 to {_MAX_CLASSES}, got {str(count)[:50]}.")
+        names = [f"class{i}" for i in range(count)]
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{yaml_file}: 'names' must list the classes, got {_shorten(names)}.")
+    if count is not None and count != len(names):
+        raise ValueError(f"{yaml_file}: 'nc' is {_shorten(count)}, but 'names' has {len(names)} classes.")
+    return names
+
+
+def _shorten(value: Any) -> str:
+    """Return the text of a value of a file, without following aliases of collections."""
+    return f"a {type(value).__name__}" if isinstance(value, list | dict) and value else repr(value)[:100]
 
 
 def _splits(data: dict, yaml_file: str) -> dict[str, list[str]]:
@@ -157,9 +261,10 @@ def _kpt_shape(data: dict, yaml_file: str) -> tuple[int, int] | None:
     if shape is None:
         return None
     valid = isinstance(shape, list) and len(shape) == 2 and all(isinstance(number, int) for number in shape)
-    if not valid or shape[0] < 1 or shape[1] not in (2, 3):
+    if not valid or not 0 < shape[0] <= _MAX_KEYPOINTS or shape[1] not in (2, 3):
         raise ValueError(
-            f"{yaml_file}: 'kpt_shape' must be [number of keypoints, 2 or 3 values for each], got {shape!r}."
+            f"{yaml_file}: 'kpt_shape' must be [number of keypoints, 2 or 3 values for each], got "
+            f"{str(shape)[:100]}."
         )
     return shape[0], shape[1]
 
@@ -240,6 +345,8 @@ def _walk(folder: str) -> list[str]:
     found = []
     for name in PathManager.ls(folder):
         path = os.path.join(folder, name)
+        if name.startswith("._"):  # written by macOS next to each file
+            continue
         if name.lower().endswith(IMAGE_SUFFIXES):
             found.append(path)
         elif not name.lower().endswith(_NO_FOLDERS) and PathManager.isdir(path):
@@ -257,20 +364,14 @@ def _read_list(path: str, config: YoloConfig) -> list[str]:
     lines = [line.strip() for line in text.splitlines()]
     folders = [os.path.dirname(path), *config.roots]
     used = folders[0]
+    finders = [ImageFinder(folder) for folder in dict.fromkeys(folders)]
     found = []
     for line in filter(None, lines):
-        if os.path.isabs(line) or is_remote(line):
-            found.append(line)
-            continue
-        if not found or not PathManager.isfile(join_path(used, line)):
-            matching = (folder for folder in folders if PathManager.isfile(join_path(folder, line)))
-            used = next(matching, used)
-        found.append(join_path(used, line))
+        stated = line if os.path.isabs(line) else join_path(used, line)
+        if is_remote(line):
+            stated = line
+        elif not PathManager.isfile(stated):
+            known = [(finder.find(line), finder.root) for finder in finders]
+            stated, used = next(((p, root) for p, root in known if p is not None), (stated, used))
+        found.append(stated)
     return found
-
-
-def label_file_of(image: str) -> str:
-    """Return the path of an image's labels: in `labels` instead of `images`, else next to the image."""
-    stem = os.path.splitext(image)[0]
-    head, folder, tail = f"/{stem}".rpartition("/images/")
-    return f"{head}/labels/{tail}.txt"[1:] if folder else f"{stem}.txt"

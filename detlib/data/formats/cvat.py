@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from detlib.data.datasets.image_paths import ImageFinder
+from detlib.data.datasets.rotated_corners import corners, normalize_angle
 from detlib.data.datasets.voc_layout import parse_xml
 from detlib.data.formats.base import EMPTY_BOXES, Candidate, Format, register_format
 from detlib.data.formats.findings import RawSet
@@ -34,9 +35,7 @@ from detlib.data.formats.objects import (
     DrawnURI,
     RawSetBuilder,
     ShapeError,
-    corners,
     find_split_folder,
-    normalize_angle,
     read_class_list,
     subfolders,
 )

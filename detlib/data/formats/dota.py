@@ -14,6 +14,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from detlib.data.datasets.rotated_corners import fit_rotated_box
 from detlib.data.datasets.voc_layout import IMAGE_SUFFIXES, read_lines
 from detlib.data.formats.base import EMPTY_BOXES, Candidate, Format, register_format
 from detlib.data.formats.findings import RawSet
@@ -25,7 +26,6 @@ from detlib.data.formats.objects import (
     ShapeError,
     check_points,
     find_split_folder,
-    fit_rotated_box,
     read_class_list,
     subfolders,
 )

@@ -14,19 +14,22 @@ import yaml
 from detlib.data.catalog import Metadata
 from detlib.data.datasets.yolo import (
     SLACK,
+    has_oriented_boxes,
     load_yolo,
     read_label_rows,
     row_to_annotation,
+    to_rotated,
     yolo_metadata,
 )
+from detlib.data.datasets.yolo_labels import LabelFinder, label_file_of
 from detlib.data.datasets.yolo_layout import (
     YoloConfig,
     find_yolo_images,
-    label_file_of,
     read_yolo_config,
 )
 from detlib.data.formats.base import EMPTY_BOXES, Candidate, Format, ParsedURI, register_format
 from detlib.data.formats.findings import RawSet, split_common_folder
+from detlib.data.formats.objects import ROTATED_BOXES
 from detlib.data.formats.writing import ConversionSource, format_number, write_text
 from detlib.data.image_io import check_image_size, read_image_size
 from detlib.utils.file_io import PathManager
@@ -40,14 +43,18 @@ _SAME_BOX = 0.011
 
 
 class YoloURI(ParsedURI):
-    """`yolo:DATA.yaml@SPLIT`."""
+    """`yolo:DATA.yaml@SPLIT`, `yolo:obj.data@SPLIT`, `yolo:DIR@SPLIT` or `yolo:DIR`."""
 
     form = "yolo:DATA.yaml@SPLIT"
-    options = (EMPTY_BOXES,)
+    options = (ROTATED_BOXES, EMPTY_BOXES)
 
     def __init__(self, uri: str) -> None:
         super().__init__(uri)
-        self.yaml_file, self.split = self.split_body()
+        self.yaml_file, self.split = self.split_body_with_optional_split()
+        if not self.split and self.yaml_file.endswith((".yaml", ".yml", ".data")):
+            raise self.error(f"it must be {self.form}; the split is missing.")
+        self.split = self.split or "all"
+        self.rotated = self.values["boxes"] == "rotated"
 
     def check(self) -> None:
         """Raise FileNotFoundError or ValueError if the file, the split or its images do not exist."""
@@ -55,21 +62,22 @@ class YoloURI(ParsedURI):
 
     def load(self) -> list[dict]:
         """Return the dataset in the standard dict format."""
-        return load_yolo(self.yaml_file, self.split, empty_boxes=self.values["empty_boxes"])
+        empty_boxes = self.values["empty_boxes"]
+        return load_yolo(self.yaml_file, self.split, empty_boxes=empty_boxes, rotated=self.rotated)
 
     def metadata(self) -> dict[str, Any]:
         """Return classes and keypoints from the data.yaml."""
         config = read_yolo_config(self.yaml_file)
         config.split_name(self.split)
-        return yolo_metadata(config, self.split)
+        return yolo_metadata(config, self.split, rotated=self.rotated)
 
     def read_raw(self) -> RawSet:
         """Read the split for the checker."""
-        return read_raw_yolo(self.yaml_file, self.split)
+        return read_raw_yolo(self.yaml_file, self.split, rotated=self.rotated)
 
 
 def find_yolo(path: str) -> list[Candidate]:
-    """Find the splits of all data.yaml files in a folder, whatever their name."""
+    """Find the splits of all data.yaml files in a folder, whatever their name, or of another layout."""
     found = []
     for name in sorted(PathManager.ls(path)):
         if not name.endswith((".yaml", ".yml")):
@@ -83,7 +91,17 @@ def find_yolo(path: str) -> list[Candidate]:
             logger.debug("%s does not describe a dataset: %s", file, error)
             continue
         found += [Candidate(f"yolo:{file}@{split}", split, f"found {name}") for split in config.splits]
-    return found
+    if found:
+        return found
+    try:
+        config = read_yolo_config(path)
+        first = find_yolo_images(config, next(iter(config.splits)))[0]
+    except (ValueError, OSError) as error:
+        logger.debug("%s is not a folder of YOLO: %s", path, error)
+        return []
+    if LabelFinder().find(first) is None and config.file == path:
+        return []  # a list of classes and images, but no labels: not this format
+    return [Candidate(f"yolo:{config.file}@{split}", split, "found YOLO labels") for split in config.splits]
 
 
 def read_registered_yolo(metadata: Metadata) -> RawSet | None:
@@ -93,8 +111,8 @@ def read_registered_yolo(metadata: Metadata) -> RawSet | None:
     return read_raw_yolo(metadata.yaml_file, metadata.split)
 
 
-def read_raw_yolo(yaml_file: str, split: str) -> RawSet:
-    """Read a split for the checker.
+def read_raw_yolo(yaml_file: str, split: str, *, rotated: bool = True) -> RawSet:
+    """Read a split for the checker; `rotated` as for `load_yolo`.
 
     Raises:
         FileNotFoundError: The data.yaml, or a folder or list that it names, does not exist.
@@ -109,21 +127,27 @@ def read_raw_yolo(yaml_file: str, split: str) -> RawSet:
     with ThreadPoolExecutor(8) as pool:
         sizes = list(pool.map(_size, paths))
     raw.image_root, names = split_common_folder(paths)
+    finder = LabelFinder()
+    files = [finder.find(path) for path in paths]
+    if not any(files):
+        detail = f"none of the {len(paths)} images has a label file. Looked for: {finder.searched(paths[0])}"
+        raw.report("no-labels", detail)
+    rows = [_rows(raw, file, name) if file else [] for file, name in zip(files, names)]
+    as_rotated = rotated and has_oriented_boxes(config, rows)
     images: list[dict] = []
     annotations: list[dict] = []
-    for path, name, size in zip(paths, names, sizes):
+    for name, size, file, lines in zip(names, sizes, files, rows):
         image: dict[str, Any] = {"id": len(images) + 1, "file_name": name}
         if size is not None:
             image["width"], image["height"] = size
         images.append(image)
-        label_file = label_file_of(path)
-        for number, words in _rows(raw, label_file, name):
-            where = {"image": name, "annotation": f"{label_file}, line {number}"}
-            annotation = _read_row(raw, words, size or (1, 1), config, where)
+        for number, words in lines:
+            where = {"image": name, "annotation": f"{file}, line {number}"}
+            annotation = _read_row(raw, words, size or (1, 1), config, where, as_rotated)
             if annotation is not None:
                 raw.locations[len(annotations)] = where["annotation"]
                 annotations.append({"id": len(annotations) + 1, "image_id": image["id"], **annotation})
-    _report_orphans(raw, paths)
+    _report_orphans(raw, [file or label_file_of(path) for path, file in zip(paths, files)])
     categories: list[dict] = [{"id": i, "name": name} for i, name in enumerate(config.names)]
     if config.kpt_names:
         for category in categories:
@@ -149,7 +173,12 @@ def _rows(raw: RawSet, label_file: str, image: str) -> list[tuple[int, list[str]
 
 
 def _read_row(
-    raw: RawSet, words: list[str], size: tuple[int, int], config: YoloConfig, where: dict[str, str]
+    raw: RawSet,
+    words: list[str],
+    size: tuple[int, int],
+    config: YoloConfig,
+    where: dict[str, str],
+    as_rotated: bool,
 ) -> dict | None:
     """Return a line as a COCO annotation, or None and a finding."""
     kind, detail = _fault(words, config)
@@ -157,6 +186,9 @@ def _read_row(
         raw.report(kind, detail, action="line dropped", **where)
         return None
     annotation = row_to_annotation(words, size, config, where["annotation"])
+    if as_rotated:
+        annotation = to_rotated(annotation)
+        return {"category_id": annotation["category_id"], "bbox": annotation["bbox"]}
     x0, y0, x1, y1 = annotation["bbox"]
     result = {"category_id": annotation["category_id"], "bbox": [x0, y0, x1 - x0, y1 - y0]}
     if "segmentation" in annotation:
@@ -192,15 +224,15 @@ def _fault(words: list[str], config: YoloConfig) -> tuple[str, str]:
     return "", ""
 
 
-def _report_orphans(raw: RawSet, paths: list[str]) -> None:
-    """Report label files without an image, in the folders of the label files."""
-    expected = {label_file_of(path) for path in paths}
+def _report_orphans(raw: RawSet, label_files: list[str]) -> None:
+    """Report label files without an image, in the folders `labels` of the label files."""
+    expected = {*label_files}
     folders = {os.path.dirname(path) for path in expected}
     folders &= {folder for folder in folders if "labels" in folder.split("/") and PathManager.isdir(folder)}
     for folder in sorted(folders):
         for name in sorted(PathManager.ls(folder)):
             path = os.path.join(folder, name)
-            if name.endswith(".txt") and path not in expected:
+            if name.lower().endswith(".txt") and not name.startswith("._") and path not in expected:
                 raw.report("label-without-image", "no image of the split has this name", file=path)
 
 
@@ -321,13 +353,16 @@ def _data_yaml(source: ConversionSource, file: str, keypoints: list[str] | None)
 register_format(
     Format(
         name="yolo",
-        summary="Ultralytics' YOLO layout: boxes, polygons, or poses with `kpt_shape`",
+        summary="YOLO: boxes, oriented boxes, polygons, or poses with `kpt_shape`. Also Darknet's "
+        "`yolo:obj.data@SPLIT`, and `yolo:DIR` with classes.txt or _darknet.labels",
         uri_class=YoloURI,
         read_registered=read_registered_yolo,
         write=write_yolo,
         find=find_yolo,
-        layout="data.yaml (or another .yaml with 'names' and 'train', 'val' or 'test')",
+        layout="data.yaml (or another .yaml with 'names' and 'train', 'val' or 'test'), obj.data, or "
+        "classes.txt or _darknet.labels with images and labels",
         findings={
+            "no-labels": ("error", "no image of the split has a label file"),
             "label-without-image": ("warning", "a label file belongs to no image"),
         },
     )

@@ -6,7 +6,7 @@ import pytest
 from detlib.data import DatasetCatalog, MetadataCatalog
 from detlib.data.catalog import check_datasets_exist
 from detlib.data.check import check_dataset
-from detlib.data.formats.objects import corners, fit_rotated_box
+from detlib.data.datasets.rotated_corners import corners, fit_rotated_box
 from detlib.structures import BoxMode
 from tests.data.small_datasets import SIZE, make_image, write
 
