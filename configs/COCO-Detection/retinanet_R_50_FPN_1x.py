@@ -1,4 +1,4 @@
-"""RetinaNet, trained for 1x."""
+"""RetinaNet, trained with the 1x schedule."""
 
 from ..common.coco_schedule import lr_multiplier_1x as lr_multiplier
 from ..common.data.coco import dataloader

@@ -1,4 +1,4 @@
-"""Mask R-CNN on C4, trained for 1x."""
+"""Mask R-CNN on C4, trained with the 1x schedule."""
 
 from ..common.coco_schedule import lr_multiplier_1x as lr_multiplier
 from ..common.data.coco import dataloader

@@ -1,4 +1,4 @@
-"""Mask R-CNN with a RegNetX-4GF, trained for 1x."""
+"""Mask R-CNN with a RegNetX-4GF, trained with the 1x schedule."""
 
 from ..common.coco_schedule import lr_multiplier_1x as lr_multiplier
 from ..common.data.coco import dataloader

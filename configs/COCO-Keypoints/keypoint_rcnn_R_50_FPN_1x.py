@@ -1,4 +1,4 @@
-"""Keypoint R-CNN with FPN, trained for 1x."""
+"""Keypoint R-CNN with FPN, trained with the 1x schedule."""
 
 from ..common.coco_schedule import lr_multiplier_1x as lr_multiplier
 from ..common.data.coco_keypoint import dataloader

@@ -1,4 +1,4 @@
-"""Panoptic FPN, trained for 1x."""
+"""Panoptic FPN, trained with the 1x schedule."""
 
 from ..common.coco_schedule import lr_multiplier_1x as lr_multiplier
 from ..common.data.coco_panoptic_separated import dataloader

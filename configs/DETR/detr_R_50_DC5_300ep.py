@@ -1,4 +1,4 @@
-"""DETR with a ResNet-50 with a dilated last stage at stride 16, trained for 300 epochs of COCO."""
+"""DETR with a ResNet-50 with a dilated last stage (DC5), trained for 300 epochs of COCO."""
 
 from detlib.config import LazyCall as L
 from detlib.modeling.backbone import make_stage

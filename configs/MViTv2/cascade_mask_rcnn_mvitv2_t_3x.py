@@ -1,4 +1,4 @@
-"""Cascade Mask R-CNN with an MViTv2-T, trained for 3x."""
+"""Cascade Mask R-CNN with an MViTv2-T, trained with the 3x schedule."""
 
 from functools import partial
 

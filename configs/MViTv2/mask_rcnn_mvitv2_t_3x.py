@@ -1,4 +1,4 @@
-"""Mask R-CNN with an MViTv2-T, trained for 3x."""
+"""Mask R-CNN with an MViTv2-T, trained with the 3x schedule."""
 
 from ..common.coco_schedule import steps
 from ..common.data.constants import constants

@@ -24,7 +24,7 @@ def steps(milestones, max_iter, warmup_length, warmup_factor=0.001):
 
 
 def schedule_of_length(times):
-    """Return the schedule `times` as long as 1x. From 3x on, the decays are at fixed distances to the end."""
+    """Return the schedule `times` as long as 1x. From 3x on, decays are at a fixed distance from the end."""
     end = 90000 * times
     # Milestones are relative to the last one, so those of 1x also apply to 2x.
     milestones = [60000, 80000, 90000] if times <= 2 else [end - 60000, end - 20000, end]

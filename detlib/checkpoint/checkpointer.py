@@ -182,8 +182,8 @@ class Checkpointer:
         if incompatible is not None:
             self.report.missing_keys, self.report.unexpected_keys, self.report.incorrect_shapes = incompatible
             self.report.log()
-        wanted = self.checkpointables if checkpointables is None else checkpointables
-        for key in wanted:
+        names = self.checkpointables if checkpointables is None else checkpointables
+        for key in names:
             if key not in self.checkpointables:
                 raise KeyError(f"The checkpointer has no object '{key}', only {list(self.checkpointables)}")
             if key in checkpoint:
@@ -245,7 +245,7 @@ class Checkpointer:
         return read_checkpoint(self.path_manager.get_local_path(path), trust=trust)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> IncompatibleKeys:
-        """Remove "model" from `checkpoint` and copy the tensors that fit into the model."""
+        """Remove "model" from `checkpoint` and copy the tensors with matching shapes to the model."""
         state = {name: _to_tensor(value, name) for name, value in checkpoint.pop("model").items()}
         old_names = {id(value): name for name, value in state.items()}
         state = strip_common_prefix(state, "module.")
@@ -258,10 +258,10 @@ class Checkpointer:
         ]
         for name, _, _ in wrong:
             del state[name]
-        placed = state
+        local = state
         if is_sharded(self.model):
-            placed = {name: shard_like(x, own[name]) if name in own else x for name, x in state.items()}
-        result = self.model.load_state_dict(placed, strict=False)
+            local = {name: shard_like(x, own[name]) if name in own else x for name, x in state.items()}
+        result = self.model.load_state_dict(local, strict=False)
         skipped = {name for name, _, _ in wrong}
         missing = [name for name in result.missing_keys if name not in skipped]
         assert self.report is not None, "`load` creates the report before it loads the model"
@@ -319,7 +319,7 @@ class PeriodicCheckpointer:
         state = {"iteration": iteration, **kwargs}
         if self._is_periodic(iteration):
             name = f"{self.file_prefix}_{iteration:07d}"
-            self._note(f"{name}.pth")
+            self._record(f"{name}.pth")
             self.checkpointer.save(name, **state)
             self._remove_old()
         if self._is_final(iteration):
@@ -335,7 +335,7 @@ class PeriodicCheckpointer:
     def _is_final(self, iteration: int) -> bool:
         return self.max_iter is not None and iteration >= self.max_iter - 1
 
-    def _note(self, newest: str) -> None:
+    def _record(self, newest: str) -> None:
         """Record a file before it is saved, so that the state in the file includes it."""
         path = os.path.join(self.checkpointer.save_dir, newest)
         self.recent_checkpoints = [old for old in self.recent_checkpoints if old != path] + [path]

@@ -80,7 +80,7 @@ class CfgNode(_YacsNode):
             model = self.get("MODEL")
             meta_architecture = model.get("META_ARCHITECTURE") if isinstance(model, dict) else None
             upgrade_tree(tree, str(cfg_filename), meta_architecture)
-        self._carry_out(plan_tree(tree, self, self, lambda key: f" (in {origins.get(key, cfg_filename)})"))
+        self._apply(plan_tree(tree, self, self, lambda key: f" (in {origins.get(key, cfg_filename)})"))
 
     def merge_from_other_cfg(self, cfg_other: dict[str, Any]) -> None:
         """Merge another config, or nested dicts.
@@ -93,7 +93,7 @@ class CfgNode(_YacsNode):
             raise TypeError(f"cfg_other must be a CfgNode or a dict, got {type(cfg_other).__name__}.")
         if BASE_KEY in cfg_other:
             raise KeyError(f"{BASE_KEY} is only supported in files; use merge_from_file.")
-        self._carry_out(plan_tree(cfg_other, self, self))
+        self._apply(plan_tree(cfg_other, self, self))
 
     def merge_from_list(self, cfg_list: list[Any]) -> None:
         """Merge the key-value pairs of a command line.
@@ -118,9 +118,9 @@ class CfgNode(_YacsNode):
         for key, _ in pairs:
             if not isinstance(key, str):
                 raise ValueError(f"Overrides must be pairs of KEY VALUE, got {key!r} in place of a key.")
-        self._carry_out(step for key, value in pairs for step in plan_override(key, value, self))
+        self._apply(step for key, value in pairs for step in plan_override(key, value, self))
 
-    def _carry_out(self, plan: Iterable[Assignment]) -> None:
+    def _apply(self, plan: Iterable[Assignment]) -> None:
         steps = list(plan)  # raises all errors before the first assignment
         if self.is_frozen():
             raise AttributeError("Cannot merge: the config is frozen; call cfg.defrost() to change it.")

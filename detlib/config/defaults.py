@@ -37,7 +37,7 @@ _DATA = {
         "PRECOMPUTED_PROPOSAL_TOPK_TEST": 1000,
     },
     "DATALOADER": {
-        # Worker processes of each training or test process; 0 loads in the main process.
+        # Worker processes of each training or test process; 0 loads in that process itself.
         "NUM_WORKERS": 4,
         # Whether all images of a batch have the same orientation (landscape or portrait), which saves
         # padding.
@@ -100,7 +100,7 @@ _BACKBONE = {
         # A function or class of BACKBONE_REGISTRY.
         "NAME": "build_resnet_backbone",
         # Number of frozen stages: 0 none, 1 the stem, 2 the stem and res2, ... 5 all. Their BatchNorm is
-        # frozen too. It has no effect on networks of timm and torchvision.
+        # frozen too. This has no effect on networks of timm and torchvision.
         "FREEZE_AT": 2,
     },
     "RESNETS": {
@@ -280,9 +280,9 @@ _ROI_HEADS = {
         "TRAIN_ON_PRED_BOXES": False,
         # Whether to use binary cross entropy per class (sigmoid) instead of softmax cross entropy.
         "USE_SIGMOID_CE": False,
-        # Federated loss of CenterNet2 (https://arxiv.org/abs/2103.07461), for LVIS. NUM_CLASSES is the number
-        # of classes in each loss. Negative classes are sampled with probability proportional to their number
-        # of images to the power of FREQ_WEIGHT_POWER. Requires USE_SIGMOID_CE.
+        # Federated loss of CenterNet2 (https://arxiv.org/abs/2103.07461), for LVIS. FED_LOSS_NUM_CLASSES is
+        # the number of classes in each loss. Negative classes are sampled with probability proportional to
+        # their number of images to the power of FED_LOSS_FREQ_WEIGHT_POWER. Requires USE_SIGMOID_CE.
         "USE_FED_LOSS": False,
         "FED_LOSS_NUM_CLASSES": 50,
         "FED_LOSS_FREQ_WEIGHT_POWER": 0.5,
@@ -484,7 +484,8 @@ _MODEL = {
 }
 
 _DEFAULTS = {**_RUN, **_DATA, "MODEL": _MODEL, "SOLVER": _SOLVER, "TEST": _TEST}
-# The options of a training run (OUTPUT_DIR, SOLVER.MAX_ITER, TRAIN.* and others) are declared elsewhere.
+# Add the options of a training run (OUTPUT_DIR, SOLVER.MAX_ITER, TRAIN.* etc.) from
+# detlib.config.run_options.
 for _key, _default in yaml_defaults().items():
     *_parents, _name = _key.split(".")
     _node: dict[str, Any] = _DEFAULTS

@@ -30,7 +30,7 @@ def as_param(path: pathlib.Path):
 
 
 @pytest.mark.parametrize("path", [as_param(path) for path in CASES])
-def test_case(path):
+def test_model_matches_case(path):
     differences = run_case(Case.load(path), HERE.parents[1] / "configs")
     assert not differences, f"{len(differences)} differences:\n" + "\n".join(differences[:20])
 
@@ -41,7 +41,7 @@ NEAR_TIES = {"DINO__dino_R_50_4scale_12ep"}
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
-def test_case_on_gpu(path, exact_float32):
+def test_model_matches_case_on_gpu(path, exact_float32):
     dtype = torch.float64 if path.stem in NEAR_TIES else torch.float32
     differences = run_case(Case.load(path), HERE.parents[1] / "configs", "cuda", dtype)
     assert not differences, f"{len(differences)} differences:\n" + "\n".join(differences[:20])
