@@ -10,7 +10,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     # Workers that each use all cores would wait for one another.
     share = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     torch.set_num_threads(share)
-    os.environ.setdefault("OMP_NUM_THREADS", str(share))  # of the processes that tests start
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))  # for subprocesses of the tests
 
 
 def pytest_collection_modifyitems(items):
@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """Hides CUDA devices, from started processes too: the other tests do the same on every machine."""
+    """Hide CUDA devices from tests without the mark gpu, and from their subprocesses."""
     if "gpu" in item.keywords or not torch.cuda.is_available():
         return (yield)
     with pytest.MonkeyPatch.context() as patch:
@@ -36,7 +36,7 @@ def pytest_runtest_protocol(item):
 
 @pytest.fixture
 def log(caplog, monkeypatch):
-    """What detlib logs, even after a test that stopped its logger from handing messages on."""
+    """Capture the logs of detlib, even if an earlier test turned off propagation of its logger."""
     monkeypatch.setattr(logging.getLogger("detlib"), "propagate", True)
     caplog.set_level(logging.INFO, "detlib")
     return caplog
@@ -44,7 +44,7 @@ def log(caplog, monkeypatch):
 
 @pytest.fixture
 def exact_float32():
-    """Convolutions of float32 on a GPU with all bits of their factors; by default they round these to ten."""
+    """Turn off TF32 for convolutions on a GPU, which rounds the mantissa of their inputs to ten bits."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     yield
