@@ -63,7 +63,7 @@ def make_coco(random, num_images=12, num_keypoints=17):
 
 
 def make_predictions(random, coco, num_keypoints=17, extra=3, masks=True):
-    """Noisy copies of the ground truth, and nonsense: {image id: Instances}."""
+    """Return noisy copies of the ground truth and random detections, as {image id: Instances}."""
     outputs = {}
     for image in coco["images"]:
         boxes, classes, keypoints = [], [], []
@@ -84,7 +84,7 @@ def make_predictions(random, coco, num_keypoints=17, extra=3, masks=True):
         boxes = torch.tensor(np.array(boxes), dtype=torch.float32).clamp(0, SIZE)
         fields = {
             "pred_boxes": Boxes(boxes),
-            # With two decimals there are ties.
+            # Rounded, so that some scores are equal.
             "scores": torch.tensor(random.rand(len(boxes)).round(2), dtype=torch.float32),
             "pred_classes": torch.tensor(classes),
             "pred_keypoints": torch.tensor(np.array(keypoints), dtype=torch.float32),
@@ -96,7 +96,7 @@ def make_predictions(random, coco, num_keypoints=17, extra=3, masks=True):
 
 
 def _ellipses(boxes):
-    """(N, SIZE, SIZE) bool: the ellipse inside each box."""
+    """Return the mask of the ellipse inside each box, (N, SIZE, SIZE) bool."""
     ys, xs = torch.meshgrid(torch.arange(SIZE) + 0.5, torch.arange(SIZE) + 0.5, indexing="ij")
     x0, y0, x1, y1 = boxes[:, :, None, None].unbind(1)
     return ((2 * xs - x0 - x1) / (x1 - x0)) ** 2 + ((2 * ys - y0 - y1) / (y1 - y0)) ** 2 <= 1
@@ -110,7 +110,7 @@ def feed(evaluator, outputs):
 
 
 def reference(coco, outputs, task, max_dets=None, sigmas=None, img_ids=None):
-    """pycocotools' stats and per-class AP, in percent."""
+    """Return pycocotools' stats and per-class AP, in percent, and its COCOeval object."""
     with contextlib.redirect_stdout(io.StringIO()):
         gt = COCO()
         gt.dataset = coco

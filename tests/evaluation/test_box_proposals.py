@@ -1,4 +1,4 @@
-"""Average recall of proposals against a formula that sorts all pairs."""
+"""Tests of the average recall of proposals against a formula that sorts all pairs."""
 
 import json
 import pickle
@@ -19,13 +19,13 @@ SIZE = 200
 def slow_average_recall(boxes_per_image, coco, limit, low, high):
     found, num_boxes = [], 0
     for image_id, boxes in boxes_per_image.items():
-        truth = [a for a in coco["annotations"] if a["image_id"] == image_id and not a["iscrowd"]]
-        truth = [a["bbox"] for a in truth if low <= a["area"] <= high]
-        num_boxes += len(truth)
-        if not truth:
+        gt = [a for a in coco["annotations"] if a["image_id"] == image_id and not a["iscrowd"]]
+        gt_boxes = [a["bbox"] for a in gt if low <= a["area"] <= high]
+        num_boxes += len(gt_boxes)
+        if not gt_boxes:
             continue
-        truth = torchvision.ops.box_convert(torch.tensor(truth), "xywh", "xyxy")
-        iou = torchvision.ops.box_iou(boxes[:limit], truth)
+        gt_boxes = torchvision.ops.box_convert(torch.tensor(gt_boxes), "xywh", "xyxy")
+        iou = torchvision.ops.box_iou(boxes[:limit], gt_boxes)
         pairs = sorted(((-float(v), i, j) for (i, j), v in np.ndenumerate(iou.numpy())))
         rows, columns = set(), set()
         for v, i, j in pairs:
@@ -46,11 +46,11 @@ def case(tmp_path):
     outputs, ordered = {}, {}
     for image_id in range(1, 9):
         coco["images"].append({"id": image_id, "file_name": "x.png", "height": SIZE, "width": SIZE})
-        truth = []
+        gt_boxes = []
         for _ in range(random.randint(0, 8)):
             x, y = random.uniform(0, 120, 2)
             w, h = random.uniform(5, 80, 2) if random.rand() < 0.7 else random.uniform(5, 25, 2)
-            truth.append([x, y, x + w, y + h])
+            gt_boxes.append([x, y, x + w, y + h])
             coco["annotations"].append(
                 {
                     "id": len(coco["annotations"]) + 1,
@@ -61,10 +61,10 @@ def case(tmp_path):
                     "iscrowd": int(random.rand() < 0.1),
                 }
             )
-        noisy = np.array(truth).reshape(-1, 4).repeat(30, axis=0)
+        noisy = np.array(gt_boxes).reshape(-1, 4).repeat(30, axis=0)
         noisy = noisy + random.normal(0, 6, noisy.shape)
-        nonsense = random.uniform(0, 100, (40, 4)) + [0, 0, 100, 100]
-        boxes = torch.tensor(np.concatenate([noisy, nonsense]), dtype=torch.float32).clamp(0, SIZE)
+        spurious = random.uniform(0, 100, (40, 4)) + [0, 0, 100, 100]
+        boxes = torch.tensor(np.concatenate([noisy, spurious]), dtype=torch.float32).clamp(0, SIZE)
         scores = torch.tensor(random.permutation(len(boxes)), dtype=torch.float32)
         outputs[image_id] = Instances((SIZE, SIZE), proposal_boxes=Boxes(boxes), objectness_logits=scores)
         ordered[image_id] = boxes[scores.argsort(descending=True)]
@@ -73,7 +73,7 @@ def case(tmp_path):
     return coco, f"coco:{path}@{tmp_path}", outputs, ordered
 
 
-def test_average_recall(case, tmp_path):
+def test_average_recall_equals_slow_formula_and_proposals_are_saved(case, tmp_path):
     coco, name, outputs, ordered = case
     evaluator = COCOEvaluator(name, output_dir=str(tmp_path / "out"))
     evaluator.reset()
@@ -90,7 +90,7 @@ def test_average_recall(case, tmp_path):
     assert list(results["box_proposals"]) == list(expected)
     np.testing.assert_allclose(list(results["box_proposals"].values()), list(expected.values()), atol=1e-6)
     assert results["box_proposals"]["AR@100"] < results["box_proposals"]["AR@1000"]
-    assert np.isnan(expected["ARl@100"]), "no box is so large"
+    assert np.isnan(expected["ARl@100"]), "there are no large boxes"
 
     with open(tmp_path / "out" / "box_proposals.pkl", "rb") as file:
         saved = pickle.load(file)
@@ -100,10 +100,10 @@ def test_average_recall(case, tmp_path):
     np.testing.assert_array_equal(saved["objectness_logits"][2], outputs[3].objectness_logits.numpy())
 
 
-def test_a_proposal_is_used_once():
-    truth = {"image_id": 1, "category_id": 5, "bbox": [0, 0, 50, 50]}
+def test_proposal_matches_only_one_box():
+    annotation = {"image_id": 1, "category_id": 5, "bbox": [0, 0, 50, 50]}
     image = {"id": 1, "file_name": "x.png", "height": SIZE, "width": SIZE}
-    coco = {"images": [image], "categories": [{"id": 5, "name": "x"}], "annotations": [truth, truth]}
+    coco = {"images": [image], "categories": [{"id": 5, "name": "x"}], "annotations": [annotation] * 2}
     boxes = Boxes(torch.tensor([[0.0, 0, 50, 50], [100, 100, 150, 150]]))
     proposals = Instances((SIZE, SIZE), proposal_boxes=boxes, objectness_logits=torch.zeros(2))
     recalls = evaluate_box_proposals(

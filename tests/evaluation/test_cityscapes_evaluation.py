@@ -1,4 +1,4 @@
-"""Cityscapes' metrics, against the package cityscapesscripts on generated images."""
+"""Tests of the Cityscapes metrics against the package cityscapesscripts on generated images."""
 
 import argparse
 import logging
@@ -20,7 +20,7 @@ NAMES = [f"aachen/aachen_{i:06d}_000019" for i in range(6)] + ["bonn/bonn_000000
 
 
 def objects(rng):
-    """Areas of stuff and void, objects large and small, and groups; trains never occur."""
+    """Return stuff and void regions, large and small objects, and groups, but no trains."""
     found = [
         {"label": "road", "polygon": tree.box(0, 32, 95, 63)},
         {"label": "sky", "polygon": tree.box(0, 0, 95, 31)},
@@ -38,29 +38,29 @@ def split(tmp_path_factory):
     root = tmp_path_factory.mktemp("cityscapes")
     rng = np.random.default_rng(7)
     for name in NAMES:
-        images, truth = tree.write(root, objects(rng) if name != NAMES[2] else [], [name])
-    return root, images, truth
+        images, gt = tree.write(root, objects(rng) if name != NAMES[2] else [], [name])
+    return root, images, gt
 
 
 @pytest.fixture
 def dataset(split, monkeypatch):
-    if not hasattr(np, "in1d"):  # cityscapesscripts calls what new releases of numpy do not have
+    if not hasattr(np, "in1d"):  # cityscapesscripts uses it, and NumPy 2 removed it
         monkeypatch.setattr(np, "in1d", np.isin, raising=False)
     MetadataCatalog.get(NAME).set(gt_dir=split[2], thing_classes=[c["name"] for c in THINGS])
     yield split
     MetadataCatalog.remove(NAME)
 
 
-def truth(split, name, what="instanceIds"):
-    return np.asarray(Image.open(f"{split[2]}/{name}_gtFine_{what}.png")).astype(int)
+def load_gt(split, name, suffix="instanceIds"):
+    return np.asarray(Image.open(f"{split[2]}/{name}_gtFine_{suffix}.png")).astype(int)
 
 
 def predictions(split, seed=0):
-    """Masks that are moved objects and groups, doubles, and rectangles; scores come in steps."""
+    """Return shifted objects and groups, duplicates, rectangles and empty masks, with tied scores."""
     rng = np.random.default_rng(seed)
     found = {}
     for name in NAMES:
-        ids = truth(split, name)
+        ids = load_gt(split, name)
         masks, classes = [], []
         for instance_id in np.unique(ids[ids >= 24]):
             label = instance_id // 1000 if instance_id >= 1000 else instance_id
@@ -74,7 +74,7 @@ def predictions(split, seed=0):
             masks.append(np.zeros(ids.shape, bool))
             masks[-1][y : y + 12, x : x + 14] = True
             classes.append(rng.integers(8))
-        masks.append(np.zeros(ids.shape, bool))  # a mask without a pixel
+        masks.append(np.zeros(ids.shape, bool))  # an empty mask
         classes.append(2)
         instances = Instances(ids.shape)
         instances.pred_masks = torch.from_numpy(np.stack(masks))
@@ -99,7 +99,7 @@ def run(evaluator, split, outputs, order=NAMES):
 def reference_instances(split, found, folder, monkeypatch):
     from cityscapesscripts.evaluation import evalInstanceLevelSemanticLabeling as reference
 
-    # Its caches, which newer releases of numpy keep it from writing.
+    # It fails to write its cache with new NumPy releases.
     monkeypatch.setattr(reference, "writeDict2JSON", lambda content, path: None)
     lists = []
     for name in NAMES:
@@ -118,7 +118,7 @@ def reference_instances(split, found, folder, monkeypatch):
     return results["averages"], np.array(results["resultApMatrix"])[0]
 
 
-def test_instances_against_cityscapesscripts(dataset, tmp_path, monkeypatch):
+def test_instance_ap_equals_cityscapesscripts(dataset, tmp_path, monkeypatch):
     found = predictions(dataset)
     averages, matrix = reference_instances(dataset, found, tmp_path, monkeypatch)
     evaluator = CityscapesInstanceEvaluator(NAME)
@@ -134,10 +134,10 @@ def test_instances_against_cityscapesscripts(dataset, tmp_path, monkeypatch):
     np.testing.assert_equal(shuffled, results)
 
 
-def test_perfect_instances(dataset, caplog):
+def test_perfect_instances_and_missing_image(dataset, caplog):
     found = {}
     for name in NAMES:
-        ids = truth(dataset, name)
+        ids = load_gt(dataset, name)
         known = [i for i in np.unique(ids) if i >= 1000 and any(c["id"] == i // 1000 for c in THINGS)]
         instances = Instances(ids.shape)
         instances.pred_masks = torch.from_numpy(np.array([ids == i for i in known]).reshape(-1, *ids.shape))
@@ -166,11 +166,11 @@ def reference_labels(split, found, folder):
     return reference.evaluateImgLists(*map(list, zip(*lists)), args)
 
 
-def test_label_maps_against_cityscapesscripts(dataset, tmp_path):
+def test_semantic_iou_equals_cityscapesscripts(dataset, tmp_path):
     rng = np.random.default_rng(3)
     found, outputs = {}, {}
     for name in NAMES:
-        labels = truth(dataset, name, "labelTrainIds")
+        labels = load_gt(dataset, name, "labelTrainIds")
         noise = rng.integers(0, 19, labels.shape)
         found[name] = np.where((rng.random(labels.shape) < 0.3) | (labels > 18), noise, labels)
         logits = torch.nn.functional.one_hot(torch.from_numpy(found[name]), 19).permute(2, 0, 1).float()
@@ -192,10 +192,10 @@ def test_label_maps_against_cityscapesscripts(dataset, tmp_path):
     np.testing.assert_equal(run(evaluator, dataset, outputs, NAMES[::-1]), results)
 
 
-def test_missing_label_maps_count_as_missed(dataset):
+def test_images_without_prediction_count_as_missed(dataset):
     outputs = {}
     for name in NAMES:
-        labels = torch.from_numpy(truth(dataset, name, "labelTrainIds")).clamp(max=18)
+        labels = torch.from_numpy(load_gt(dataset, name, "labelTrainIds")).clamp(max=18)
         outputs[name] = {"sem_seg": torch.nn.functional.one_hot(labels, 19).permute(2, 0, 1)}
     evaluator = CityscapesSemSegEvaluator(NAME)
     assert run(evaluator, dataset, outputs)["IoU"] == pytest.approx(100.0)
@@ -203,7 +203,7 @@ def test_missing_label_maps_count_as_missed(dataset):
 
 
 class TestErrors:
-    def test_no_folder(self):
+    def test_missing_folder(self):
         MetadataCatalog.get(NAME).set(gt_dir="nowhere", thing_classes=["car"])
         with pytest.raises(FileNotFoundError, match="gt_dir of dataset .* 'nowhere', does not exist"):
             CityscapesSemSegEvaluator(NAME)
@@ -215,7 +215,7 @@ class TestErrors:
                 [{"file_name": "x_leftImg8bit.png"}], [{"sem_seg": torch.zeros(19, 2, 2)}]
             )
 
-    def test_wrong_size_and_output(self, dataset):
+    def test_wrong_size_and_missing_output(self, dataset):
         image = {"file_name": file_name(dataset, NAMES[0])}
         with pytest.raises(ValueError, match=r"has the size \(64, 96\), the prediction \(2, 2\)"):
             CityscapesSemSegEvaluator(NAME).process([image], [{"sem_seg": torch.zeros(19, 2, 2)}])

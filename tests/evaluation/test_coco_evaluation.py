@@ -1,4 +1,4 @@
-"""COCOEvaluator held against pycocotools on random detections, and its way with unusual input."""
+"""Tests of COCOEvaluator against pycocotools on random detections, and of unusual input."""
 
 import contextlib
 import copy
@@ -36,7 +36,7 @@ NAME = "coco_evaluation_test"
 
 @pytest.fixture
 def dataset(tmp_path):
-    """Registers a random dataset from an annotation file; returns its content and the file."""
+    """The content and the annotation file of a registered random dataset."""
     coco = make_coco(np.random.RandomState(3))
     path = tmp_path / "annotations.json"
     path.write_text(json.dumps(coco))
@@ -53,7 +53,7 @@ def outputs(dataset):
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_equals_pycocotools(dataset, outputs, fast):
+def test_metrics_equal_pycocotools(dataset, outputs, fast):
     results = feed(COCOEvaluator(NAME, use_fast_impl=fast), outputs).evaluate()
     assert set(results) == {"bbox", "segm", "keypoints"}
     for task, metrics in results.items():
@@ -67,7 +67,7 @@ def test_equals_pycocotools(dataset, outputs, fast):
         assert math.isnan(metrics["AP-class8"]) and 5 < metrics["AP"] < 95
 
 
-def test_evaluating_twice_and_after_reset(dataset, outputs):
+def test_evaluate_is_repeatable_and_reset_discards_predictions(dataset, outputs):
     evaluator = feed(COCOEvaluator(NAME, ("bbox",)), outputs)
     first = evaluator.evaluate()
     assert list(first) == ["bbox"]
@@ -76,7 +76,7 @@ def test_evaluating_twice_and_after_reset(dataset, outputs):
     assert evaluator.evaluate() == {}
 
 
-def test_some_images_only(dataset, outputs):
+def test_subset_of_images_equals_pycocotools(dataset, outputs):
     ids = [image["id"] for image in dataset[0]["images"][2:7]]
     results = feed(COCOEvaluator(NAME, ("bbox",)), outputs).evaluate(img_ids=ids)
     assert results["bbox"]["AP"] == pytest.approx(
@@ -85,7 +85,7 @@ def test_some_images_only(dataset, outputs):
 
 
 @pytest.mark.parametrize("limit", [5, 10, 300])
-def test_max_dets_per_image(dataset, limit, log):
+def test_max_dets_per_image_equals_pycocotools(dataset, limit, log):
     outputs = make_predictions(np.random.RandomState(6), dataset[0], extra=150, masks=False)
     result = feed(COCOEvaluator(NAME, ("bbox",), max_dets_per_image=limit), outputs).evaluate()["bbox"]
     _, per_class, _ = reference(dataset[0], outputs, "bbox", max_dets=[limit])
@@ -94,7 +94,7 @@ def test_max_dets_per_image(dataset, limit, log):
     assert "max_dets_per_image=" not in log.text
 
 
-def test_limit_of_detections_is_said(dataset, log):
+def test_exceeding_the_default_limit_of_detections_warns(dataset, log):
     outputs = make_predictions(np.random.RandomState(6), dataset[0], extra=150, masks=False)
     feed(COCOEvaluator(NAME, ("bbox",)), outputs).evaluate()
     assert "max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE" in log.text
@@ -113,7 +113,7 @@ def test_files_can_be_evaluated_by_pycocotools(dataset, outputs, tmp_path):
     assert [p["image_id"] for p in predictions] == list(outputs)
 
 
-def test_nothing_predicted_is_nan(dataset):
+def test_no_predictions_give_nan(dataset):
     outputs = {image["id"]: Instances((SIZE, SIZE)) for image in dataset[0]["images"]}
     for instances in outputs.values():
         instances.pred_boxes = Boxes(torch.zeros(0, 4))
@@ -125,7 +125,7 @@ def test_nothing_predicted_is_nan(dataset):
     assert list(results["bbox"]) == ["AP", "AP50", "AP75", "APs", "APm", "APl"]
 
 
-def test_all_wrong_is_zero(dataset, outputs):
+def test_wrong_predictions_give_zero(dataset, outputs):
     for instances in outputs.values():
         instances.pred_boxes = Boxes(torch.tensor([[0.0, 0.0, 1.0, 1.0]]).repeat(len(instances), 1))
     assert feed(COCOEvaluator(NAME, ("bbox",)), outputs).evaluate()["bbox"]["AP"] == 0
@@ -138,21 +138,21 @@ def test_single_class_has_no_class_ap(tmp_path):
         annotation["category_id"] = CATEGORY_IDS[0]
     path = tmp_path / "one.json"
     path.write_text(json.dumps(coco))
-    address = f"coco:{path}@{tmp_path}"
+    uri = f"coco:{path}@{tmp_path}"
     outputs = make_predictions(np.random.RandomState(0), coco)
     for instances in outputs.values():
         instances.pred_classes[:] = 0
-    assert list(feed(COCOEvaluator(address, ("bbox",)), outputs).evaluate()["bbox"])[-1] == "APl"
+    assert list(feed(COCOEvaluator(uri, ("bbox",)), outputs).evaluate()["bbox"])[-1] == "APl"
 
 
-def test_class_that_the_data_set_lacks(dataset, outputs):
+def test_predicted_class_not_in_dataset_raises(dataset, outputs):
     outputs[10].pred_classes[0] = 3
     with pytest.raises(ValueError, match="predicted class 3.*3 classes 0, 1, 2.*NUM_CLASSES"):
         feed(COCOEvaluator(NAME), outputs).evaluate()
 
 
 def test_incomplete_annotations_are_completed(dataset, outputs, tmp_path):
-    """`area`, `iscrowd`, `id`, `info` and `num_keypoints` may be missing, and ids may begin with 0."""
+    """`area`, `iscrowd`, `id`, `info` and `num_keypoints` may be missing, and ids may start at 0."""
     full = dataset[0]
     for annotation in full["annotations"]:
         if annotation["iscrowd"]:
@@ -177,8 +177,8 @@ def test_incomplete_annotations_are_completed(dataset, outputs, tmp_path):
             assert results[task]["AP"] == pytest.approx(expected, abs=1e-9), (i, task)
 
 
-def test_registered_dicts_are_converted_each_time(outputs, dataset, tmp_path):
-    """No ground truth of an earlier run is used, even with the same name and folder."""
+def test_registered_dicts_are_converted_by_each_evaluator(outputs, dataset, tmp_path):
+    """Ground truth of an earlier run is not reused, even with the same name and folder."""
     name = "coco/evaluation:test dicts"
     dicts = load_coco_json(str(dataset[1]), "")
     for record in dicts:
@@ -206,7 +206,7 @@ def test_registered_dicts_are_converted_each_time(outputs, dataset, tmp_path):
         MetadataCatalog.remove(name)
 
 
-def test_without_annotations_predictions_are_saved(outputs, dataset, tmp_path):
+def test_predictions_without_annotations_are_saved(outputs, dataset, tmp_path):
     coco = {key: value for key, value in dataset[0].items() if key != "annotations"}
     path = tmp_path / "test.json"
     path.write_text(json.dumps(coco))
@@ -217,26 +217,26 @@ def test_without_annotations_predictions_are_saved(outputs, dataset, tmp_path):
     assert {result["category_id"] for result in saved} == set(CATEGORY_IDS)
 
 
-def test_custom_keypoints_need_sigmas(tmp_path, log):
+def test_custom_keypoints_require_sigmas(tmp_path, log):
     coco = make_coco(np.random.RandomState(0), num_keypoints=4)
     coco["categories"][0].update(keypoints=["a", "b", "left_c", "right_c"])
     path = tmp_path / "keypoints.json"
     path.write_text(json.dumps(coco))
-    address = f"coco:{path}@{tmp_path}"
+    uri = f"coco:{path}@{tmp_path}"
     outputs = make_predictions(np.random.RandomState(0), coco, num_keypoints=4)
     with pytest.raises(ValueError, match="4 keypoints.*TEST.KEYPOINT_OKS_SIGMAS"):
-        COCOEvaluator(address, ("keypoints",))
+        COCOEvaluator(uri, ("keypoints",))
     with pytest.raises(ValueError, match="has 3 numbers.*4 keypoints"):
-        COCOEvaluator(address, kpt_oks_sigmas=[0.1, 0.1, 0.1])
-    assert set(feed(COCOEvaluator(address), outputs).evaluate()) == {"bbox", "segm"}
+        COCOEvaluator(uri, kpt_oks_sigmas=[0.1, 0.1, 0.1])
+    assert set(feed(COCOEvaluator(uri), outputs).evaluate()) == {"bbox", "segm"}
     assert "TEST.KEYPOINT_OKS_SIGMAS" in log.text
     sigmas = [0.05, 0.1, 0.2, 0.1]
-    results = feed(COCOEvaluator(address, kpt_oks_sigmas=sigmas), outputs).evaluate()
+    results = feed(COCOEvaluator(uri, kpt_oks_sigmas=sigmas), outputs).evaluate()
     expected = reference(coco, outputs, "keypoints", sigmas=sigmas)[0][0]
     assert results["keypoints"]["AP"] == pytest.approx(expected, abs=1e-9)
 
 
-def test_arguments(dataset, tmp_path):
+def test_invalid_tasks_and_missing_file_raise(dataset, tmp_path):
     with pytest.raises(TypeError, match="tuple of names"):
         COCOEvaluator(NAME, "bbox")
     with pytest.raises(ValueError, match=r"\['boxes'\].*bbox, segm, keypoints"):
@@ -246,14 +246,14 @@ def test_arguments(dataset, tmp_path):
         COCOEvaluator(NAME)
 
 
-def test_tasks_without_predictions(dataset, outputs):
+def test_task_without_predicted_field_raises(dataset, outputs):
     for instances in outputs.values():
         instances.remove("pred_masks")
     with pytest.raises(ValueError, match=r"no results for \['segm'\]"):
         feed(COCOEvaluator(NAME, ("bbox", "segm")), outputs).evaluate()
 
 
-def test_old_form_with_a_config(dataset, outputs, tmp_path, log):
+def test_config_instead_of_tasks_is_deprecated(dataset, outputs, tmp_path, log):
     cfg = get_cfg()
     cfg.TEST.DETECTIONS_PER_IMAGE = 7
     evaluator = COCOEvaluator(NAME, cfg, False, str(tmp_path / "old"))
@@ -263,7 +263,7 @@ def test_old_form_with_a_config(dataset, outputs, tmp_path, log):
     assert (tmp_path / "old" / "coco_instances_results.json").exists()
 
 
-def test_instances_to_coco_json():
+def test_instances_to_coco_json_fields():
     masks = torch.zeros(70, 5, 6, dtype=torch.bool)
     for i in range(70):
         masks[i, i % 5, : i % 7] = True
@@ -280,13 +280,13 @@ def test_instances_to_coco_json():
     assert results[69]["bbox"] == [1.0, 2.0, 3.0, 5.0] and results[69]["score"] == 1.0
     assert results[69]["category_id"] == 69 and results[69]["image_id"] == 9
     assert results[0]["keypoints"] == [2.0, 3.0, 0.75]
-    assert instances.pred_keypoints[0, 0, 0] == 2.5, "the input must stay as it was"
+    assert instances.pred_keypoints[0, 0, 0] == 2.5, "the input must not change"
     for i, result in enumerate(results):
         np.testing.assert_array_equal(mask_utils.decode(result["segmentation"]), masks[i].numpy())
     assert instances_to_coco_json(instances[:0], 9) == []
 
 
-def test_masks_within_boxes_are_pasted_on_the_way():
+def test_all_mask_types_give_the_same_json():
     masks = torch.rand(9, 7, 7, generator=torch.Generator().manual_seed(0))
     boxes = torch.tensor([[1.0, 2.0, 14.5, 17.0]]) + torch.arange(9)[:, None]
     fields = {"pred_boxes": Boxes(boxes), "scores": torch.ones(9), "pred_classes": torch.zeros(9).long()}
@@ -298,7 +298,7 @@ def test_masks_within_boxes_are_pasted_on_the_way():
     assert all(result == results[0] for result in results)
 
 
-def test_coco_eval_opt_takes_pycocotools_objects(dataset, outputs):
+def test_coco_eval_opt_accepts_pycocotools_objects(dataset, outputs):
     expected = reference(dataset[0], outputs, "bbox")[2]
     evaluation = COCOeval_opt(expected.cocoGt, expected.cocoDt, "bbox")
     with contextlib.redirect_stdout(io.StringIO()):
@@ -308,7 +308,7 @@ def test_coco_eval_opt_takes_pycocotools_objects(dataset, outputs):
     np.testing.assert_allclose(evaluation.stats[:12], expected.stats, atol=1e-12)
 
 
-def test_complete_ground_truth_leaves_its_input_alone():
+def test_complete_ground_truth_does_not_modify_input():
     coco = {
         "images": [{"id": "a", "height": 4, "width": 4, "file_name": "a"}],
         "categories": [{"id": 1, "name": "x"}],
@@ -317,10 +317,10 @@ def test_complete_ground_truth_leaves_its_input_alone():
         ],
     }
     before = json.dumps(coco)
-    truth = complete_ground_truth(coco)
+    gt = complete_ground_truth(coco)
     assert json.dumps(coco) == before
-    assert truth.coco["annotations"][0]["area"] == 6 and truth.image_numbers == {"a": 1}
-    assert truth.coco["images"][0]["id"] == 1 and truth.has_annotations
+    assert gt.coco["annotations"][0]["area"] == 6 and gt.image_numbers == {"a": 1}
+    assert gt.coco["images"][0]["id"] == 1 and gt.has_annotations
 
 
 def test_predictions_of_all_processes_are_gathered(dataset, outputs, monkeypatch):
@@ -338,8 +338,8 @@ def test_predictions_of_all_processes_are_gathered(dataset, outputs, monkeypatch
     assert halves[1].evaluate()["bbox"]["AP"] < expected["bbox"]["AP"]
 
 
-def test_rle_masks_of_many_predictions(tmp_path):
-    """Masks that come as RLE stay as they are, however many there are (pycocotools stumbles at 256)."""
+def test_many_rle_masks_are_evaluated(tmp_path):
+    """RLE masks are used unchanged, also more than 255 of them, where pycocotools.mask.area fails."""
     from detlib.evaluation.coco_metrics import evaluate_coco, make_coco_api
 
     rng = np.random.default_rng(0)
@@ -361,5 +361,5 @@ def test_rle_masks_of_many_predictions(tmp_path):
         for fast in (True, False)
     ]
     assert scores[0].ap("AP") == pytest.approx(scores[1].ap("AP"), abs=1e-10)
-    # The area is that of the mask, not of the box, so what is found counts as small and nothing is wrong.
+    # The area is that of the mask, not of the box, so detections count as small and none is wrong.
     assert scores[0].ap("APs") == pytest.approx(100)

@@ -1,4 +1,4 @@
-"""COCOEvaluator on annotation files as other programs write them, held against pycocotools on mended ones."""
+"""Tests of COCOEvaluator on irregular annotation files, against pycocotools on corrected ones."""
 
 import copy
 import json
@@ -31,7 +31,7 @@ def expect(results, coco, outputs, tasks=("bbox", "segm", "keypoints")):
 
 
 @pytest.mark.parametrize("shift", [-1000, 2**53, 2**60])
-def test_ids_that_the_back_ends_confuse(tmp_path, coco, shift):
+def test_negative_and_huge_image_ids_are_renumbered(tmp_path, coco, shift):
     outputs = make_predictions(np.random.RandomState(5), coco)
     odd = copy.deepcopy(coco)
     for image in odd["images"]:
@@ -42,7 +42,7 @@ def test_ids_that_the_back_ends_confuse(tmp_path, coco, shift):
     expect(results, coco, outputs)
 
 
-def test_sizes_as_floats_and_odd_areas(tmp_path, coco):
+def test_float_sizes_and_invalid_areas_are_corrected(tmp_path, coco):
     outputs = make_predictions(np.random.RandomState(5), coco)
     odd = copy.deepcopy(coco)
     for image in odd["images"]:
@@ -52,7 +52,7 @@ def test_sizes_as_floats_and_odd_areas(tmp_path, coco):
     expect(evaluate(tmp_path, odd, outputs), coco, outputs)
 
 
-def test_annotations_that_loaders_leave_out(tmp_path, coco):
+def test_annotations_without_image_and_short_polygons_are_dropped(tmp_path, coco):
     outputs = make_predictions(np.random.RandomState(5), coco)
     odd = copy.deepcopy(coco)
     for image_id in (None, [10], 999):
@@ -64,23 +64,23 @@ def test_annotations_that_loaders_leave_out(tmp_path, coco):
 
 
 @pytest.mark.parametrize("mask", [None, {}, [], [[]], [[1.0, 2.0, 3.0, 4.0]], "missing"])
-def test_some_objects_without_masks(tmp_path, coco, mask, log):
+def test_objects_without_masks_count_as_missed(tmp_path, coco, mask, log):
     outputs = make_predictions(np.random.RandomState(5), coco)
-    mended, odd = copy.deepcopy(coco), copy.deepcopy(coco)
+    corrected, odd = copy.deepcopy(coco), copy.deepcopy(coco)
     chosen = [i for i, a in enumerate(coco["annotations"]) if not a["iscrowd"]][:4]
     for i in chosen:
-        mended["annotations"][i]["segmentation"] = {"size": [SIZE, SIZE], "counts": [SIZE * SIZE]}
+        corrected["annotations"][i]["segmentation"] = {"size": [SIZE, SIZE], "counts": [SIZE * SIZE]}
         odd["annotations"][i]["segmentation"] = mask
         if mask == "missing":
             del odd["annotations"][i]["segmentation"]
     results = evaluate(tmp_path, odd, outputs)
-    expect(results, mended, outputs, ("segm",))
+    expect(results, corrected, outputs, ("segm",))
     expect(results, coco, outputs, ("bbox", "keypoints"))
     assert f"4 of {len(coco['annotations'])} annotations" in log.text
     assert "have no mask, count as missed objects" in log.text
 
 
-def test_no_object_has_a_mask_or_keypoints(tmp_path, coco, log):
+def test_tasks_without_annotations_are_skipped(tmp_path, coco, log):
     outputs = make_predictions(np.random.RandomState(5), coco)
     for annotation in coco["annotations"]:
         del annotation["segmentation"], annotation["keypoints"], annotation["num_keypoints"]
@@ -92,19 +92,19 @@ def test_no_object_has_a_mask_or_keypoints(tmp_path, coco, log):
 
 
 @pytest.mark.parametrize("keypoints", [None, [], "missing"])
-def test_some_objects_without_keypoints(tmp_path, coco, keypoints):
+def test_objects_without_keypoints_have_no_labeled_keypoints(tmp_path, coco, keypoints):
     outputs = make_predictions(np.random.RandomState(5), coco)
-    mended, odd = copy.deepcopy(coco), copy.deepcopy(coco)
+    corrected, odd = copy.deepcopy(coco), copy.deepcopy(coco)
     for i in range(4):
-        mended["annotations"][i].update(keypoints=[0] * 51, num_keypoints=0)
+        corrected["annotations"][i].update(keypoints=[0] * 51, num_keypoints=0)
         odd["annotations"][i]["keypoints"] = keypoints
         del odd["annotations"][i]["num_keypoints"]
         if keypoints == "missing":
             del odd["annotations"][i]["keypoints"]
-    expect(evaluate(tmp_path, odd, outputs), mended, outputs)
+    expect(evaluate(tmp_path, odd, outputs), corrected, outputs)
 
 
-def test_classes_of_one_name_are_told_apart(tmp_path, coco):
+def test_repeated_class_names_get_a_number(tmp_path, coco):
     outputs = make_predictions(np.random.RandomState(5), coco)
     expected = reference(coco, outputs, "bbox")[1]
     for category in coco["categories"][:2]:

@@ -1,4 +1,4 @@
-"""The inference loop, and what is around it."""
+"""Tests of the inference loop and of evaluator composition."""
 
 import re
 import time
@@ -57,7 +57,7 @@ def modes(model):
     return [module.training for module in model.modules()]
 
 
-def test_results_and_modes():
+def test_results_are_returned_and_modes_restored():
     model = Model()
     before = modes(model)
     assert before == [True, True, False]
@@ -66,7 +66,7 @@ def test_results_and_modes():
     assert torch.is_grad_enabled()
 
 
-def test_several_and_no_evaluators():
+def test_multiple_evaluators_and_none():
     results = inference_on_dataset(Model(), LOADER, [Sum("a"), Sum("b")])
     assert results == {"a": {"total": 12.0}, "b": {"total": 12.0}}
     assert inference_on_dataset(Model(), LOADER, None) == {}
@@ -74,12 +74,12 @@ def test_several_and_no_evaluators():
         DatasetEvaluators([Sum("a"), Sum("a")]).evaluate()
 
 
-def test_other_processes_report_nothing(monkeypatch):
+def test_other_processes_return_no_results(monkeypatch):
     monkeypatch.setattr(comm, "is_main_process", lambda: False)
     assert DatasetEvaluators([Sum()]).evaluate() == {}
 
 
-def test_modes_come_back_after_an_error():
+def test_modes_are_restored_after_an_error():
     model = Model()
     with pytest.raises(RuntimeError, match="boom"), inference_context(model):
         assert modes(model) == [False] * 3
@@ -87,7 +87,7 @@ def test_modes_come_back_after_an_error():
     assert modes(model) == [True, True, False]
 
 
-def test_callbacks():
+def test_callbacks_are_called_in_order():
     calls = []
     names = ("on_start", "before_inference", "after_inference", "on_end")
     inference_on_dataset(
@@ -98,7 +98,7 @@ def test_callbacks():
         inference_on_dataset(Model(), LOADER, None, {"at_end": print})
 
 
-def test_progress_and_times(log, monkeypatch):
+def test_progress_and_times_are_logged(log, monkeypatch):
     monkeypatch.setattr("detlib.evaluation.evaluator._SECONDS_BETWEEN_REPORTS", 0.05)
 
     def model(inputs):
@@ -116,8 +116,8 @@ def test_progress_and_times(log, monkeypatch):
     assert float(re.search(r"model (\d\.\d+)", last)[1]) == pytest.approx(model_alone, abs=1e-4)
 
 
-def test_the_ground_truth_as_prediction_is_perfect(tmp_path, monkeypatch):
-    """Dataset by address, loader, loop and evaluator together."""
+def test_ground_truth_as_prediction_is_perfect(tmp_path, monkeypatch):
+    """A dataset URI, the data loader, the inference loop and the evaluator work together."""
     monkeypatch.setenv("DETLIB_CACHE", str(tmp_path))
     name = "shapes:val?num=5&size=64"
     loader = build_detection_test_loader(DatasetCatalog.get(name), mapper=lambda record: record, batch_size=2)

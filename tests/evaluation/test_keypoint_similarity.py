@@ -1,4 +1,4 @@
-"""The similarity of keypoints against pycocotools' own."""
+"""Tests of the keypoint similarity against pycocotools."""
 
 import contextlib
 import io
@@ -28,22 +28,22 @@ def make_objects(rng, count, num_keypoints, visible):
                 "iscrowd": int(i % 5 == 0),
                 "num_keypoints": int((points[:, 2] > 0).sum()),
                 "keypoints": points.reshape(-1).tolist(),
-                "score": float(rng.integers(0, 4) / 4),  # with ties
+                "score": float(rng.integers(0, 4) / 4),  # some are equal
             }
         )
     return objects
 
 
 @pytest.mark.parametrize("num_keypoints", [1, 17])
-def test_equals_pycocotools(num_keypoints):
+def test_similarity_equals_pycocotools(num_keypoints):
     rng = np.random.default_rng(num_keypoints)
-    truth = make_objects(rng, 14, num_keypoints, visible=0)
+    gt = make_objects(rng, 14, num_keypoints, visible=0)
     found = make_objects(rng, 90, num_keypoints, visible=2)
     sigmas = rng.uniform(0.02, 0.2, num_keypoints)
     images = [{"id": i} for i in (1, 2, 3, 4)]
     with contextlib.redirect_stdout(io.StringIO()):
         sides = []
-        for objects in (truth, found):
+        for objects in (gt, found):
             side = COCO()
             side.dataset = {"images": images, "annotations": objects, "categories": [{"id": 1}]}
             side.createIndex()
@@ -51,7 +51,7 @@ def test_equals_pycocotools(num_keypoints):
         reference = COCOeval(*sides, "keypoints")
         reference.params.kpt_oks_sigmas = sigmas
         reference._prepare()
-    compute = make_keypoint_similarity(truth, found, 20, sigmas)
+    compute = make_keypoint_similarity(gt, found, 20, sigmas)
     for image in images:
         want = reference.computeOks(image["id"], 1)
         np.testing.assert_allclose(compute(image["id"], 1), want, rtol=1e-13, atol=1e-15)

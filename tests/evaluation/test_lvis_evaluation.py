@@ -1,4 +1,4 @@
-"""LVISEvaluator against a slow formula written from the paper, and against the lvis package where it is."""
+"""Tests of LVISEvaluator against a slow formula from the paper, and against the lvis package if installed."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def rectangle(box):
 
 
 def make_lvis(random, num_images=14):
-    """A random annotation file; category 9 has no object, category 8 is of a frequency of its own."""
+    """Return random annotations without objects of category 9."""
     categories = [
         {"id": c, "name": f"class{c}", "frequency": "rccffffrc"[c - 1]} for c in range(1, NUM_CATEGORIES + 1)
     ]
@@ -65,13 +65,13 @@ def make_lvis(random, num_images=14):
 
 
 def make_results(random, lvis):
-    """Detections near the truth and far from it, of any category; scores with ties."""
+    """Return detections near the ground truth and far from it, of any category, with tied scores."""
     results = []
     for image in lvis["images"]:
-        truth = [a for a in lvis["annotations"] if a["image_id"] == image["id"]]
+        gt = [a for a in lvis["annotations"] if a["image_id"] == image["id"]]
         for _ in range(random.randint(0, 40)):
-            if truth and random.rand() < 0.6:
-                near = truth[random.randint(len(truth))]
+            if gt and random.rand() < 0.6:
+                near = gt[random.randint(len(gt))]
                 x, y, w, h = near["bbox"]
                 box = [x + random.normal(0, 0.08) * w, y + random.normal(0, 0.08) * h, w, h]
                 category = near["category_id"]
@@ -92,7 +92,7 @@ def make_results(random, lvis):
     return results
 
 
-# ---------------------------------------------------------------------------- the slow formula
+# ---------------------------------------------------------------------------- slow formula
 
 
 def iou_of_boxes(a, b):
@@ -111,18 +111,18 @@ def iou_of_masks(a, b):
     return (a & b).sum() / (a | b).sum()
 
 
-def slow_matches(truth, found, overlap, threshold, low, high, not_exhaustive):
-    """(score, is a hit, counts) of each detection of an image and category, and how many objects count."""
-    counts = [low <= t["area"] <= high for t in truth]
-    order = sorted(range(len(truth)), key=lambda j: not counts[j])  # those that count are matched first
+def slow_matches(gt, found, overlap, threshold, low, high, not_exhaustive):
+    """Return (score, is a match, counts) of each detection in an image, and how many objects count."""
+    counts = [low <= t["area"] <= high for t in gt]
+    order = sorted(range(len(gt)), key=lambda j: not counts[j])  # objects that count are matched first
     taken, rows = set(), []
     for d in sorted(found, key=lambda d: -d["score"]):
         best, best_iou = None, threshold
         for j in order:
             if best is not None and counts[best] and not counts[j]:
                 break
-            if j not in taken and overlap(d, truth[j]) >= best_iou:
-                best, best_iou = j, overlap(d, truth[j])
+            if j not in taken and overlap(d, gt[j]) >= best_iou:
+                best, best_iou = j, overlap(d, gt[j])
         if best is None:
             rows.append((d["score"], False, not not_exhaustive and low <= d["area"] <= high))
         else:
@@ -132,15 +132,15 @@ def slow_matches(truth, found, overlap, threshold, low, high, not_exhaustive):
 
 
 def slow_ap(lvis, results, task, max_dets, threshold, category, low, high):
-    """Precision averaged over 101 recalls, or None without objects; and the recall that is reached."""
+    """Return the mean precision at 101 recalls and the final recall; None for both without objects."""
     rows, num_objects = [], 0
     for image in sorted(lvis["images"], key=lambda image: image["id"]):
         mine = [a for a in lvis["annotations"] if a["image_id"] == image["id"]]
         found = [r for r in results if r["image_id"] == image["id"]]
         if max_dets >= 0:
             found = sorted(found, key=lambda r: -r["score"])[:max_dets]
-        searched = {a["category_id"] for a in mine} | set(image["neg_category_ids"])
-        if category not in searched:
+        annotated = {a["category_id"] for a in mine} | set(image["neg_category_ids"])
+        if category not in annotated:
             continue
         overlap = OVERLAPS[task]
         new_rows, n = slow_matches(
@@ -217,7 +217,7 @@ def slow_scores(lvis, results, task, max_dets=300):
 
 @pytest.mark.parametrize("max_dets", [300, 8])
 @pytest.mark.parametrize("task", ["bbox", "segm"])
-def test_against_the_slow_formula(task, max_dets):
+def test_scores_equal_slow_formula(task, max_dets):
     random = np.random.RandomState(3)
     lvis = make_lvis(random)
     results = make_results(random, lvis)
@@ -235,20 +235,20 @@ def test_against_the_slow_formula(task, max_dets):
 @pytest.mark.parametrize("max_dets", [300, 8, -1])
 @pytest.mark.parametrize("task", ["bbox", "segm"])
 @pytest.mark.parametrize("seed", range(3))
-def test_against_the_lvis_package(task, max_dets, seed, tmp_path, monkeypatch):
-    monkeypatch.setattr(np, "float", float, raising=False)  # the package was written for numpy 1
+def test_scores_equal_lvis_package(task, max_dets, seed, tmp_path, monkeypatch):
+    monkeypatch.setattr(np, "float", float, raising=False)  # the package requires NumPy 1
     lvis_package = pytest.importorskip("lvis")
     random = np.random.RandomState(seed)
-    truth = make_lvis(random)
-    results = make_results(random, truth)
-    (tmp_path / "lvis.json").write_text(json.dumps(truth))
+    gt = make_lvis(random)
+    results = make_results(random, gt)
+    (tmp_path / "lvis.json").write_text(json.dumps(gt))
     lvis = lvis_package.LVIS(str(tmp_path / "lvis.json"))
     hidden = {"bbox"} if task == "segm" else {"segmentation"}
     theirs = [{k: v for k, v in r.items() if k not in hidden} for r in results]
     evaluation = lvis_package.LVISEval(lvis, lvis_package.LVISResults(lvis, theirs, max_dets=max_dets), task)
     evaluation.run()
     want = evaluation.get_results()
-    scores = evaluate_lvis(truth, results, task, max_dets=max_dets)
+    scores = evaluate_lvis(gt, results, task, max_dets=max_dets)
     for name in METRICS:
         value = want[name] * 100 if want[name] > -1 else math.nan
         assert scores.ap(name) == pytest.approx(value, abs=1e-9, nan_ok=True), name
@@ -257,7 +257,7 @@ def test_against_the_lvis_package(task, max_dets, seed, tmp_path, monkeypatch):
 
 
 def one_image(boxes, categories, **image):
-    """Ground truth of one image with three categories, r, c and f."""
+    """Return the ground truth of one image, with a rare, a common and a frequent category."""
     return {
         "images": [{"id": 1, "height": 100, "width": 100, "file_name": "1.jpg", **image}],
         "categories": [{"id": i, "name": f"c{i}", "frequency": "rcf"[i - 1]} for i in (1, 2, 3)],
@@ -282,14 +282,14 @@ def detections(*rows):
 BOX, FAR = [0, 0, 40, 40], [50, 50, 40, 40]
 
 
-def test_federated_by_hand():
+def test_federated_categories_in_small_examples():
     hit, miss = (BOX, 1, 0.5), (FAR, 1, 0.9)
-    # The better detection is wrong: precision is 1/2 at every recall.
+    # The detection with the higher score is wrong, so precision is 1/2 at every recall.
     assert evaluate_lvis(one_image([BOX], [1]), detections(hit, miss), "bbox").ap("AP") == pytest.approx(50)
-    # Not all objects of the category are annotated, so it may be right.
+    # Not all objects of the category are annotated, so it does not count as wrong.
     lenient = one_image([BOX], [1], not_exhaustive_category_ids=[1])
     assert evaluate_lvis(lenient, detections(hit, miss), "bbox").ap("AP") == pytest.approx(100)
-    # Of category 2 nothing is known, or else that it is absent; without any object it has no precision.
+    # Category 2 is not annotated, or known to be absent. Without objects it has no precision.
     other = detections(hit, (FAR, 2, 0.9))
     for lvis in (one_image([BOX], [1]), one_image([BOX], [1], neg_category_ids=[2])):
         scores = evaluate_lvis(lvis, other, "bbox")
@@ -297,7 +297,7 @@ def test_federated_by_hand():
         assert scores.ap("APr") == pytest.approx(100)
 
 
-def test_absent_categories_count_where_they_are_known_to_be_absent():
+def test_detections_of_a_category_count_only_where_it_is_annotated():
     lvis = one_image([BOX], [1])
     lvis["images"].append({"id": 2, "height": 100, "width": 100, "file_name": "2.jpg"})
     results = [*detections((BOX, 1, 0.5)), {"image_id": 2, "category_id": 1, "bbox": BOX, "score": 0.9}]
@@ -309,13 +309,13 @@ def test_absent_categories_count_where_they_are_known_to_be_absent():
     assert evaluate_lvis(lvis, results, "bbox", img_ids=[1]).ap("AP") == pytest.approx(100)
 
 
-def test_an_object_without_detection_counts():
+def test_object_without_detection_counts():
     scores = evaluate_lvis(one_image([BOX, FAR], [1, 3]), detections((BOX, 1, 0.5)), "bbox")
     assert scores.ap("AP") == pytest.approx(50)
     assert scores.ap("APr") == pytest.approx(100) and scores.ap("APf") == 0
 
 
-def test_limit_goes_over_all_categories():
+def test_limit_of_detections_applies_over_all_categories():
     results = detections((BOX, 1, 0.2), (FAR, 2, 0.9), (FAR, 3, 0.9), (BOX, 1, 0.2))
     assert [r["category_id"] for r in keep_best_per_image(results, 3)] == [2, 3, 1]
     assert keep_best_per_image(results, -1) == results and len(keep_best_per_image(results, 4)) == 4
@@ -336,7 +336,7 @@ def registered(tmp_path):
 
 
 def predictions_of(results, with_masks=False):
-    """The model's inputs and outputs that stand for results."""
+    """Return the model inputs and outputs that correspond to results."""
     by_image = defaultdict(list)
     for result in results:
         by_image[result["image_id"]].append(result)
@@ -354,7 +354,7 @@ def predictions_of(results, with_masks=False):
     return inputs, outputs
 
 
-def test_evaluator(registered, tmp_path):
+def test_evaluator_equals_evaluate_lvis(registered, tmp_path):
     lvis, results = registered
     evaluator = LVISEvaluator(NAME, output_dir=str(tmp_path / "out"))
     evaluator.reset()
@@ -381,7 +381,7 @@ def test_evaluator(registered, tmp_path):
     )
 
 
-def test_proposals(registered):
+def test_perfect_proposals_have_full_recall(registered):
     lvis, _ = registered
     evaluator = LVISEvaluator(NAME)
     for image in lvis["images"]:
@@ -395,7 +395,7 @@ def test_proposals(registered):
     assert recalls["AR@100"] == pytest.approx(100)
 
 
-def test_no_detections(registered):
+def test_no_detections_give_nan(registered):
     lvis, _ = registered
     evaluator = LVISEvaluator(NAME)
     assert evaluator.evaluate() == {}
@@ -406,7 +406,7 @@ def test_no_detections(registered):
     assert tuple(values) == METRICS and all(math.isnan(value) for value in values.values())
 
 
-def test_chosen_by_type(registered, tmp_path):
+def test_default_evaluator_of_an_lvis_dataset(registered, tmp_path):
     cfg = get_cfg()
     cfg.OUTPUT_DIR = str(tmp_path)
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = NUM_CATEGORIES
@@ -414,7 +414,7 @@ def test_chosen_by_type(registered, tmp_path):
     assert type(default_evaluator(cfg, NAME)) is LVISEvaluator
 
 
-def test_errors(registered, tmp_path):
+def test_invalid_arguments_and_predictions_raise(registered, tmp_path):
     lvis, results = registered
     with pytest.raises(
         ValueError, match=r"LVISEvaluator: unknown tasks \['keypoints'\]; legal tasks are bbox, segm"

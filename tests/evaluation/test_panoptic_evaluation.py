@@ -1,4 +1,4 @@
-"""Panoptic quality held against a slow computation with sets of pixels, in both forms of ground truth."""
+"""Tests of panoptic quality against a slow computation with sets of pixels, for both ground truth formats."""
 
 import json
 import math
@@ -22,7 +22,7 @@ HEIGHT, WIDTH = 48, 64
 
 
 def random_panoptic_image(random) -> tuple[np.ndarray, dict[int, tuple[int, bool]]]:
-    """Stuff on two halves, rectangles on it, a strip without label: ids, and each id's (category, crowd)."""
+    """Return segment ids of stuff, rectangles and an unlabeled strip, and (category, crowd) by id."""
     ids = np.full((HEIGHT, WIDTH), 70_000, np.int64)
     ids[:, random.randint(20, 40) :] = 300
     info = {70_000: (40, False), 300: (41, False)}
@@ -36,7 +36,7 @@ def random_panoptic_image(random) -> tuple[np.ndarray, dict[int, tuple[int, bool
 
 
 def guess(random, ids, info) -> tuple[np.ndarray, list[dict]]:
-    """The truth, moved a little, with some segments lost, renamed or invented; contiguous ids from 1."""
+    """Return shifted segments with ids from 1, some of them missing, misclassified or spurious."""
     moved = np.roll(ids, (random.randint(0, 3), random.randint(0, 3)), axis=(0, 1))
     out, segments = np.zeros_like(ids), []
     for i in info:
@@ -59,7 +59,7 @@ def dataset_id(segment) -> int:
 
 
 def slow_quality(images) -> dict[int, tuple[float, float, float]]:
-    """PQ, SQ, RQ of each category that occurs, by sets of pixels."""
+    """Return PQ, SQ and RQ of each category that occurs, from sets of pixels."""
     sums = {}
     for (ids, info), (pred_ids, segments) in images:
 
@@ -67,25 +67,25 @@ def slow_quality(images) -> dict[int, tuple[float, float, float]]:
             return set(map(tuple, np.argwhere(array == i).tolist()))
 
         void = pixels(ids, 0)
-        truth = {i: (*info[i], pixels(ids, i)) for i in info}
+        gt = {i: (*info[i], pixels(ids, i)) for i in info}
         pred = {x["id"]: (dataset_id(x), pixels(pred_ids, x["id"])) for x in segments}
         found, used = set(), set()
-        for i, (kind, crowd, mine) in truth.items():
+        for i, (category, crowd, mine) in gt.items():
             for j, (other, theirs) in pred.items():
                 iou = len(mine & theirs) / len(mine | (theirs - void))
-                if kind == other and not crowd and iou > 0.5:
+                if category == other and not crowd and iou > 0.5:
                     found.add(i)
                     used.add(j)
-                    sums.setdefault(kind, [0.0, 0, 0, 0])
-                    sums[kind][0] += iou
-                    sums[kind][1] += 1
-        for i, (kind, crowd, _) in truth.items():
+                    sums.setdefault(category, [0.0, 0, 0, 0])
+                    sums[category][0] += iou
+                    sums[category][1] += 1
+        for i, (category, crowd, _) in gt.items():
             if i not in found and not crowd:
-                sums.setdefault(kind, [0.0, 0, 0, 0])[2] += 1
-        for j, (kind, theirs) in pred.items():
-            excused = void.union(*(mine for other, crowd, mine in truth.values() if crowd and other == kind))
+                sums.setdefault(category, [0.0, 0, 0, 0])[2] += 1
+        for j, (category, theirs) in pred.items():
+            excused = void.union(*(mine for other, crowd, mine in gt.values() if crowd and other == category))
             if j not in used and len(theirs & excused) <= len(theirs) / 2:
-                sums.setdefault(kind, [0.0, 0, 0, 0])[3] += 1
+                sums.setdefault(category, [0.0, 0, 0, 0])[3] += 1
     return {
         k: (iou / (tp + fn / 2 + fp / 2), iou / tp if tp else 0.0, tp / (tp + fn / 2 + fp / 2))
         for k, (iou, tp, fn, fp) in sums.items()
@@ -103,8 +103,8 @@ METADATA = {
 @pytest.fixture
 def images():
     random = np.random.RandomState(1)
-    truths = [random_panoptic_image(random) for _ in range(8)]
-    return [(truth, guess(random, *truth)) for truth in truths]
+    ground_truth = [random_panoptic_image(random) for _ in range(8)]
+    return [(gt, guess(random, *gt)) for gt in ground_truth]
 
 
 @pytest.fixture
@@ -138,14 +138,18 @@ def process(evaluator, images):
 def check(results, images):
     quality = slow_quality(images)
     assert set(quality) == {3, 5, 40, 41}
-    for suffix, kinds in (("", quality), ("_th", quality.keys() & THINGS), ("_st", quality.keys() & STUFF)):
+    for suffix, categories in (
+        ("", quality),
+        ("_th", quality.keys() & THINGS),
+        ("_st", quality.keys() & STUFF),
+    ):
         for k, name in enumerate(("PQ", "SQ", "RQ")):
-            want = 100 * np.mean([quality[kind][k] for kind in kinds])
+            want = 100 * np.mean([quality[category][k] for category in categories])
             assert results[name + suffix] == pytest.approx(want), name + suffix
     assert 10 < results["PQ"] < 90 and len(results) == 9
 
 
-def test_quality_equals_the_slow_one(data, images):
+def test_quality_equals_slow_computation(data, images):
     evaluator = COCOPanopticEvaluator(NAME)
     process(evaluator, images)
     results = evaluator.evaluate()
@@ -154,7 +158,7 @@ def test_quality_equals_the_slow_one(data, images):
     assert evaluator.evaluate() == results
 
 
-def test_processes_add_up(data, images, monkeypatch):
+def test_counts_of_all_processes_are_added(data, images, monkeypatch):
     whole, first, second = (COCOPanopticEvaluator(NAME) for _ in range(3))
     process(whole, images)
     process(first, images[:3])
@@ -172,8 +176,8 @@ def test_processes_add_up(data, images, monkeypatch):
     assert first.evaluate() is None
 
 
-def test_truth_from_the_data_sets_own_dicts(data, images):
-    """The same without `panoptic_json`, and without maps of category ids."""
+def test_ground_truth_from_dataset_dicts(data, images):
+    """Results are the same without `panoptic_json` and without category id mappings."""
     records = DatasetCatalog.get(NAME)
     name = NAME + "_dicts"
     DatasetCatalog.register(name, lambda: records)
@@ -194,13 +198,13 @@ def test_truth_from_the_data_sets_own_dicts(data, images):
         MetadataCatalog.pop(name)
 
 
-def test_files(data, images):
+def test_written_files_have_the_predicted_segments(data, images):
     evaluator = COCOPanopticEvaluator(NAME, str(data / "out"))
     process(evaluator, images)
     evaluator.evaluate()
     written = json.loads((data / "out" / "predictions.json").read_text())
-    truth = json.loads((data / "panoptic.json").read_text())
-    assert written["images"] == truth["images"] and written["categories"] == truth["categories"]
+    gt = json.loads((data / "panoptic.json").read_text())
+    assert written["images"] == gt["images"] and written["categories"] == gt["categories"]
     assert len(written["annotations"]) == len(images)
     for annotation, (_, (ids, segments)) in zip(written["annotations"], images):
         png = np.asarray(Image.open(data / "out" / "predictions" / annotation["file_name"]))
@@ -209,8 +213,8 @@ def test_files(data, images):
         assert annotation["segments_info"] == want
 
 
-def test_ids_that_tell_the_category(data, images):
-    """Predictions without a list of segments: category * label_divisor + number, -1 for none."""
+def test_segment_ids_encode_the_category(data, images):
+    """Predictions without a list of segments have the ids category * label_divisor + number, or -1."""
     evaluator = COCOPanopticEvaluator(NAME)
     MetadataCatalog.get(NAME).set(overwrite=True, stuff_dataset_id_to_contiguous_id={40: 10, 41: 11})
     evaluator = COCOPanopticEvaluator(NAME)
@@ -230,12 +234,12 @@ def test_images_without_prediction_count_as_missed(data, images, log):
     results = evaluator.evaluate()["panoptic_seg"]
     assert "3 of 8 images" in log.text
     nothing = np.zeros((HEIGHT, WIDTH), np.int32), []
-    check(results, images[:5] + [(truth, nothing) for truth, _ in images[5:]])
+    check(results, images[:5] + [(gt, nothing) for gt, _ in images[5:]])
     evaluator.reset()
     assert evaluator.evaluate()["panoptic_seg"]["PQ"] == 0
 
 
-def test_perfect_predictions_and_kinds_that_do_not_occur(data, images):
+def test_perfect_predictions_and_absent_categories(data, images):
     evaluator = COCOPanopticEvaluator(NAME)
     perfect = []
     for (ids, info), _ in images:
@@ -250,35 +254,34 @@ def test_perfect_predictions_and_kinds_that_do_not_occur(data, images):
     assert math.isnan(pq[2]) and math.isnan(sq[2]) and math.isnan(rq[2])
 
 
-def test_half_is_no_match():
-    """An IoU of exactly one half leaves two unmatched segments."""
-    truth = np.zeros((2, 6), np.int64)
-    truth[:, :3] = 1
+def test_iou_of_one_half_is_not_a_match():
+    gt = np.zeros((2, 6), np.int64)
+    gt[:, :3] = 1
     pred = np.where(np.arange(6) < 6, 4, 0) * np.ones((2, 1), np.int64)
-    truth[:, 3:] = 2
+    gt[:, 3:] = 2
     stats = PanopticStats(2)
-    stats.add_image(Segments(truth, [1, 2], [0, 1]), Segments(pred, [4], [0]))
+    stats.add_image(Segments(gt, [1, 2], [0, 1]), Segments(pred, [4], [0]))
     assert stats.matched.tolist() == [0, 0] and stats.missed.tolist() == [1, 1]
     assert stats.wrong.tolist() == [1, 0]
-    # Without truth on the other half, the union is smaller and they match.
-    truth[:, 3:] = 0
+    # If the other half is unlabeled, the union is smaller and they match.
+    gt[:, 3:] = 0
     stats = PanopticStats(2)
-    stats.add_image(Segments(truth, [1], [0]), Segments(pred, [4], [0]))
+    stats.add_image(Segments(gt, [1], [0]), Segments(pred, [4], [0]))
     assert stats.matched.tolist() == [1, 0] and stats.iou.tolist() == [1.0, 0.0]
 
 
-def test_just_half_on_pixels_without_truth_is_no_excuse():
-    truth = np.zeros((1, 4), np.int64)
-    truth[0, 2:] = 1
+def test_prediction_half_on_unlabeled_pixels_is_wrong():
+    gt = np.zeros((1, 4), np.int64)
+    gt[0, 2:] = 1
     for columns, wrong in ((slice(0, 4), 1), (slice(0, 3), 0)):
         pred = np.zeros((1, 4), np.int64)
         pred[0, columns] = 1
         stats = PanopticStats(2)
-        stats.add_image(Segments(truth, [1], [0]), Segments(pred, [1], [1]))
+        stats.add_image(Segments(gt, [1], [0]), Segments(pred, [1], [1]))
         assert stats.wrong.tolist() == [0, wrong] and stats.missed.tolist() == [1, 0]
 
 
-def test_ids_as_colours():
+def test_ids_as_rgb_round_trip():
     ids = np.array([[0, 255, 256], [65_536, 70_000, (1 << 24) - 1]])
     rgb = id_to_rgb(ids)
     assert rgb.dtype == np.uint8 and rgb[1, 0].tolist() == [0, 0, 1] and rgb[0, 2].tolist() == [0, 1, 0]
@@ -311,7 +314,7 @@ SEGMENT = {"id": 1, "category_id": 0, "isthing": True}
         (GOOD, [{"id": 1, "category_id": 2}], "category 2, which the ground truth does not list"),
     ],
 )
-def test_wrong_predictions(data, ids, segments, message):
+def test_invalid_predictions_raise(data, ids, segments, message):
     image = {"image_id": 0, "file_name": "000.jpg"}
     with pytest.raises(ValueError, match=message):
         COCOPanopticEvaluator(NAME).process(
@@ -319,7 +322,7 @@ def test_wrong_predictions(data, ids, segments, message):
         )
 
 
-def test_wrong_use(data):
+def test_unknown_image_missing_output_and_missing_file_raise(data):
     evaluator = COCOPanopticEvaluator(NAME)
     good = {"panoptic_seg": (torch.from_numpy(GOOD), [SEGMENT])}
     with pytest.raises(ValueError, match="no image with id 5"):

@@ -1,4 +1,4 @@
-"""Pascal VOC's metric, against a slow formula with pixels counted from 1 as in VOC's own files."""
+"""Tests of the Pascal VOC metric against a slow formula with 1-based pixel coordinates as in VOC files."""
 
 import logging
 
@@ -29,9 +29,10 @@ def register():
 
 
 def make(seed=0, num_images=12):
-    """Images with objects on whole pixels, some difficult; one image is empty and "never" never occurs.
+    """Return random dataset dicts and predictions.
 
-    Predictions are moved objects, doubles, and others; scores come in steps, so that many are equal.
+    Objects have integer coordinates, and some are difficult. One image is empty, and the class "never" does
+    not occur. Predictions are shifted objects, duplicates and random boxes, with many equal scores.
     """
     rng = np.random.default_rng(seed)
     records, predictions = [], []
@@ -67,7 +68,7 @@ def run(evaluator, records, predictions, order=None):
 
 
 def slow_pixel_iou(a, b):
-    """Of two boxes whose corners are pixels, the last one included."""
+    """Return the IoU of two boxes in pixel indices, including the last pixel."""
     w = min(a[2], b[2]) - max(a[0], b[0]) + 1
     h = min(a[3], b[3]) - max(a[1], b[1]) + 1
     if w <= 0 or h <= 0:
@@ -87,7 +88,7 @@ def slow_ap(records, predictions, category, threshold, is_2007):
     detections.sort(key=lambda d: d[:3])
     objects = [[a for a in r["annotations"] if a["category_id"] == category] for r in records]
     to_find = sum(not a.get("difficult") for group in objects for a in group)
-    taken, right, wrong, points = set(), 0, 0, []
+    taken, correct, wrong, points = set(), 0, 0, []
     for _, number, _, pixels in detections:
         best, which = 0.0, None
         for i, annotation in enumerate(objects[number]):
@@ -102,10 +103,10 @@ def slow_ap(records, predictions, category, threshold, is_2007):
                 wrong += 1
             else:
                 taken.add((number, which))
-                right += 1
+                correct += 1
         else:
             wrong += 1
-        points.append((right / to_find, right / (right + wrong)))
+        points.append((correct / to_find, correct / (correct + wrong)))
     if is_2007:
         return np.mean([max([p for r, p in points if r >= k * 0.1], default=0.0) for k in range(11)])
     area, last = 0.0, 0.0
@@ -118,7 +119,7 @@ def slow_ap(records, predictions, category, threshold, is_2007):
 
 @pytest.mark.parametrize("year", [2007, 2012])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_against_slow_formula(register, year, seed):
+def test_ap_equals_slow_formula(register, year, seed):
     records, predictions = make(seed)
     found = run(register(records, year), records, predictions)
     table = np.array(
@@ -136,7 +137,7 @@ def test_against_slow_formula(register, year, seed):
     assert np.isnan(found["AP-never"])
 
 
-def test_difficult_objects_matter(register):
+def test_difficult_flags_change_the_result(register):
     records, predictions = make()
     with_them = run(register(records, 2012), records, predictions)
     for record in records:
@@ -146,7 +147,7 @@ def test_difficult_objects_matter(register):
 
 
 def test_order_of_images_does_not_matter(register):
-    """Equal scores abound, so an order that depends on arrival would show."""
+    """Many scores are equal, so a ranking by order of processing would change the result."""
     records, predictions = make(num_images=20)
     evaluator = register(records, 2012)
     first = run(evaluator, records, predictions)
@@ -155,7 +156,7 @@ def test_order_of_images_does_not_matter(register):
         np.testing.assert_equal(run(evaluator, records, predictions, order), first)
 
 
-def test_perfect_and_nothing(register, caplog):
+def test_perfect_and_missing_detections(register, caplog):
     records, _ = make()
     predictions = []
     for record in records:
@@ -173,14 +174,14 @@ def test_perfect_and_nothing(register, caplog):
         assert run(register(records, year), records, nothing)["AP"] == 0.0
 
 
-def test_eleven_points_by_hand():
-    """Recall 1/3, 2/3 with precision 1 and 2/3: levels 0 to 0.3 have 1, 0.4 to 0.6 have 2/3, the rest 0."""
+def test_eleven_point_average_of_a_small_curve():
+    """Precision is 1 at the recalls 0 to 0.3, 2/3 at 0.4 to 0.6, and 0 above."""
     recall, precision = np.array([1, 1, 2]) / 3, np.array([1, 1 / 2, 2 / 3])
     assert voc_average_precision(recall, precision, True) == pytest.approx((4 + 3 * 2 / 3) / 11)
     assert voc_average_precision(recall, precision) == pytest.approx(1 / 3 + 1 / 3 * 2 / 3)
 
 
-def test_errors(register):
+def test_unknown_class_and_unknown_image_raise(register):
     records, predictions = make()
     evaluator = register(records, 2012)
     predictions[0].pred_classes += 9

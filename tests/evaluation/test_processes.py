@@ -1,4 +1,4 @@
-"""Every metric is the same for one process and two, and whatever order the images come in."""
+"""Tests that all metrics are independent of the number of processes and of the order of images."""
 
 import json
 import zlib
@@ -25,7 +25,7 @@ NAME = "shapes:val?num=9&size=64&task=panoptic"
 
 
 def predict(inputs):
-    """Something like the truth, with doubles and equal scores; the same for an image whenever it comes."""
+    """Return noisy ground truth with duplicates and equal scores, which depends only on the image id."""
     outputs = []
     for record in inputs:
         rng = np.random.default_rng(zlib.crc32(str(record["image_id"]).encode()))
@@ -61,7 +61,7 @@ def predict(inputs):
 
 
 def evaluate(path: str, seed: int | None) -> None:
-    """What each process does: evaluates its share of the images; the main one writes the figures."""
+    """Evaluate this process's share of the images; the main process writes the results."""
     records = DatasetCatalog.get(NAME)
     order = np.arange(len(records)) if seed is None else np.random.default_rng(seed).permutation(len(records))
     mine = order[comm.get_rank() :: comm.get_world_size()]
@@ -74,7 +74,7 @@ def evaluate(path: str, seed: int | None) -> None:
 
 
 @pytest.mark.parametrize("num_processes, seed", [(1, 3), (2, None), (2, 5)])
-def test_figures_are_identical(tmp_path, monkeypatch, num_processes, seed):
+def test_metrics_are_independent_of_processes_and_order(tmp_path, monkeypatch, num_processes, seed):
     monkeypatch.setenv("DETLIB_CACHE", str(tmp_path))
     DatasetCatalog.get(NAME)
     evaluate(str(tmp_path / "want.json"), None)

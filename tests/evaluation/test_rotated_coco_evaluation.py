@@ -1,4 +1,4 @@
-"""The COCO metric of rotated boxes, against that of axis-aligned boxes."""
+"""Tests of the COCO metric of rotated boxes against that of axis-aligned boxes."""
 
 import json
 
@@ -17,7 +17,7 @@ from detlib.structures import Boxes, BoxMode, Instances, RotatedBoxes
 
 SIZE = 160
 NAME = "rotated_coco_evaluation_test"
-UPRIGHT = "upright_coco_evaluation_test"
+AXIS_ALIGNED = "axis_aligned_coco_evaluation_test"
 CATEGORIES = [{"id": i, "name": f"class{i}"} for i in (3, 7, 8)]
 METADATA = {
     "thing_classes": [category["name"] for category in CATEGORIES],
@@ -26,7 +26,7 @@ METADATA = {
 
 
 def random_scene(random):
-    """Ground truth and noisy detections, as axis-aligned boxes (x0, y0, width, height)."""
+    """Return ground truth and noisy detections as axis-aligned boxes (x0, y0, width, height)."""
     images = [{"id": 4 * i, "file_name": f"{i}.png", "height": SIZE, "width": SIZE} for i in range(10)]
     annotations, detections = [], {image["id"]: [] for image in images}
     for image in images[1:]:
@@ -49,8 +49,8 @@ def random_scene(random):
     return {"images": images, "annotations": annotations, "categories": CATEGORIES}, detections
 
 
-def other_description(random, box):
-    """One of the ways to write an upright (x0, y0, width, height) as a rotated box."""
+def equivalent_rotated_box(random, box):
+    """Return a random rotated box that equals the axis-aligned box (x0, y0, width, height)."""
     x, y, w, h = box
     center = [x + w / 2, y + h / 2]
     return center + [[w, h, 0], [h, w, 90], [w, h, 180], [h, w, -90], [w, h, -360]][random.randint(5)]
@@ -63,16 +63,16 @@ def scene():
 
 @pytest.fixture
 def names(scene, tmp_path):
-    """The same ground truth twice: upright, and rotated by multiples of a right angle."""
+    """Names of the same ground truth with axis-aligned boxes, and with equivalent rotated boxes."""
     coco, _ = scene
     random = np.random.RandomState(1)
-    turned = [{**a, "bbox": other_description(random, a["bbox"])} for a in coco["annotations"]]
-    for name, annotations in ((UPRIGHT, coco["annotations"]), (NAME, turned)):
+    rotated = [{**a, "bbox": equivalent_rotated_box(random, a["bbox"])} for a in coco["annotations"]]
+    for name, annotations in ((AXIS_ALIGNED, coco["annotations"]), (NAME, rotated)):
         path = tmp_path / f"{name}.json"
         path.write_text(json.dumps({**coco, "annotations": annotations}))
         register_coco_instances(name, METADATA, str(path), str(tmp_path))
-    yield UPRIGHT, NAME
-    for name in (UPRIGHT, NAME):
+    yield AXIS_ALIGNED, NAME
+    for name in (AXIS_ALIGNED, NAME):
         DatasetCatalog.pop(name)
         MetadataCatalog.pop(name, None)
 
@@ -81,7 +81,7 @@ def to_instances(detections, box_type):
     boxes = np.array([d[0] for d in detections]).reshape(-1, 4)
     if box_type is RotatedBoxes:
         random = np.random.RandomState(2)
-        boxes = np.array([other_description(random, b) for b in boxes.tolist()])
+        boxes = np.array([equivalent_rotated_box(random, b) for b in boxes.tolist()])
     else:
         boxes = BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
     return Instances(
@@ -100,35 +100,35 @@ def evaluate(evaluator, detections, box_type):
 
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("evaluator_type", [COCOEvaluator, RotatedCOCOEvaluator])
-def test_multiples_of_a_right_angle_change_nothing(scene, names, evaluator_type, fast):
+def test_equivalent_rotated_boxes_give_the_same_ap(scene, names, evaluator_type, fast):
     _, detections = scene
-    expected = evaluate(COCOEvaluator(UPRIGHT, distributed=False), detections, Boxes)
+    expected = evaluate(COCOEvaluator(AXIS_ALIGNED, distributed=False), detections, Boxes)
     assert 5 < expected["AP"] < 80 and expected["AP50"] > expected["AP75"] > 0
     evaluator = evaluator_type(NAME, distributed=False, use_fast_impl=fast)
     assert evaluate(evaluator, detections, RotatedBoxes) == pytest.approx(expected, abs=1e-3, nan_ok=True)
 
 
 @pytest.mark.parametrize("box_type, index", [(RotatedBoxes, 0), (Boxes, 1)])
-def test_one_side_alone_may_be_rotated(scene, names, box_type, index):
+def test_only_ground_truth_or_predictions_rotated(scene, names, box_type, index):
     _, detections = scene
-    expected = evaluate(COCOEvaluator(UPRIGHT, distributed=False), detections, Boxes)
+    expected = evaluate(COCOEvaluator(AXIS_ALIGNED, distributed=False), detections, Boxes)
     got = evaluate(COCOEvaluator(names[index], distributed=False), detections, box_type)
     assert got == pytest.approx(expected, abs=1e-3, nan_ok=True)
 
 
 def covered(box, step=0.1):
-    """Which points of a grid over the image lie in a rotated box."""
+    """Return which points of a grid over the image are inside a rotated box."""
     x, y = np.meshgrid(*[np.arange(0, SIZE, step) + step / 2] * 2)
     x, y, angle = x - box[0], y - box[1], np.deg2rad(box[4])
     along_width, along_height = x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)
     return (abs(along_width) <= box[2] / 2) & (abs(along_height) <= box[3] / 2)
 
 
-def test_angle_counts(names):
-    """AP of one detection is the part of the ten thresholds that its overlap reaches."""
-    truth = [80, 80, 90, 30, 30]
+def test_overlap_depends_on_the_angle(names):
+    """AP of one detection is the fraction of the ten thresholds that its IoU reaches."""
+    gt = [80, 80, 90, 30, 30]
     coco = json.loads(open(MetadataCatalog.get(NAME).json_file).read())
-    coco["annotations"] = [{"id": 1, "image_id": 4, "category_id": 3, "bbox": truth}]
+    coco["annotations"] = [{"id": 1, "image_id": 4, "category_id": 3, "bbox": gt}]
     with open(MetadataCatalog.get(NAME).json_file, "w") as file:
         json.dump(coco, file)
     for angle in (30, 210, 120, 34, 22, 45):
@@ -137,19 +137,19 @@ def test_angle_counts(names):
         fields = {"scores": torch.ones(1), "pred_classes": torch.zeros(1, dtype=torch.int64)}
         found = Instances((SIZE, SIZE), pred_boxes=RotatedBoxes([box]), **fields)
         evaluator.process([{"image_id": 4}], [{"instances": found}])
-        iou = (covered(truth) & covered(box)).sum() / (covered(truth) | covered(box)).sum()
+        iou = (covered(gt) & covered(box)).sum() / (covered(gt) | covered(box)).sum()
         expected = 100 * np.mean(iou >= np.arange(0.5, 0.96, 0.05) - 1e-6)
         assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(expected, abs=1e-6), (angle, iou)
 
 
-def test_overlap_with_a_crowd_is_the_part_of_the_detection():
+def test_overlap_with_a_crowd_is_the_covered_fraction_of_the_detection():
     dt = np.array([[50, 50, 20, 10, 30.0], [50, 50, 400, 400, 0]])
     gt = np.array([[50, 50, 200, 200, 77.0]] * 2)
     overlaps = rotated_iou(dt, gt, np.array([True, False]))
     np.testing.assert_allclose(overlaps, [[1, 200 / 40000], [0.25, 0.25]], rtol=1e-9)
 
 
-def test_results_are_written_as_they_are():
+def test_rotated_boxes_are_unchanged_in_json():
     boxes = RotatedBoxes([[30, 40, 20, 10, -35.5]])
     fields = {"scores": torch.ones(1), "pred_classes": torch.ones(1, dtype=torch.int64)}
     (result,) = instances_to_coco_json(Instances((90, 90), pred_boxes=boxes, **fields), "a")
@@ -157,11 +157,10 @@ def test_results_are_written_as_they_are():
 
 
 @pytest.mark.parametrize("box_type", [Boxes, RotatedBoxes])
-def test_proposals(scene, names, box_type, tmp_path):
-    """The recall of proposals does not see right angles either."""
+def test_equivalent_rotated_proposals_give_the_same_recall(scene, names, box_type, tmp_path):
     _, detections = scene
     recalls = []
-    for name, kind in ((UPRIGHT, Boxes), (NAME, box_type)):
+    for name, kind in ((AXIS_ALIGNED, Boxes), (NAME, box_type)):
         evaluator = COCOEvaluator(name, distributed=False, output_dir=str(tmp_path))
         for image_id, found in detections.items():
             proposals = Instances((SIZE, SIZE), proposal_boxes=to_instances(found, kind).pred_boxes)
@@ -174,7 +173,7 @@ def test_proposals(scene, names, box_type, tmp_path):
     assert saved["bbox_mode"] == (BoxMode.XYWHA_ABS if box_type is RotatedBoxes else BoxMode.XYXY_ABS)
 
 
-def test_nothing_predicted_and_unknown_tasks(names):
+def test_no_detections_give_nan_and_other_tasks_raise(names):
     evaluator = RotatedCOCOEvaluator(NAME, distributed=False)
     evaluator.process([{"image_id": 0}], [{"instances": to_instances([], RotatedBoxes)}])
     assert np.isnan(evaluator.evaluate()["bbox"]["AP"])
@@ -182,7 +181,7 @@ def test_nothing_predicted_and_unknown_tasks(names):
         RotatedCOCOEvaluator(NAME, ("bbox", "segm"))
 
 
-def test_trainer_takes_it_by_type(names, tmp_path):
+def test_trainer_selects_evaluator_by_type(names, tmp_path):
     cfg = get_cfg()
     cfg.OUTPUT_DIR = str(tmp_path)
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3

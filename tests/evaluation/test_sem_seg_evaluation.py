@@ -1,4 +1,4 @@
-"""SemSegEvaluator held against sets of pixels, counted one by one."""
+"""Tests of SemSegEvaluator against sets of pixels."""
 
 import json
 import math
@@ -18,7 +18,7 @@ NAME = "sem_seg_evaluation_test"
 CLASSES = ["sky", "road", "tree", "never"]
 IGNORED = 200
 HEIGHT, WIDTH = 60, 80
-REACH = 2  # 2 % of the diagonal of 100 pixels
+REACH = 2  # in pixels: 2 % of the diagonal of 100 pixels
 
 
 def blocks(random, num_classes=3, side=12) -> np.ndarray:
@@ -28,16 +28,16 @@ def blocks(random, num_classes=3, side=12) -> np.ndarray:
 
 @pytest.fixture
 def data(tmp_path):
-    """A registered dataset of three label maps, and predictions that are right in most places."""
+    """A registered dataset of three label maps, and mostly correct predictions."""
     random = np.random.RandomState(0)
     records, predictions = [], []
     for i in range(3):
-        truth = blocks(random)
-        pred = np.roll(truth, 2, axis=1)
+        gt = blocks(random)
+        pred = np.roll(gt, 2, axis=1)
         pred[20:31, 10:42] = 3 if i == 0 else 1
-        truth[:9, 30:50] = IGNORED
+        gt[:9, 30:50] = IGNORED
         path = tmp_path / f"{i}.png"
-        Image.fromarray(truth).save(path)
+        Image.fromarray(gt).save(path)
         records.append({"file_name": f"{i}.jpg", "sem_seg_file_name": str(path)})
         predictions.append(pred)
     DatasetCatalog.register(NAME, lambda: records)
@@ -52,7 +52,7 @@ def data(tmp_path):
 
 
 def output(pred: np.ndarray) -> dict:
-    """Logits whose best class is the prediction."""
+    """Return logits whose argmax is the prediction."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(len(CLASSES), *pred.shape, generator=generator)
     one_hot = torch.nn.functional.one_hot(torch.from_numpy(pred.astype(np.int64)), len(CLASSES))
@@ -75,49 +75,49 @@ def near_outline(labels, y, x) -> bool:
 
 
 def slow_counts(records, predictions, only_near=False):
-    """For each class the pixels that are true, predicted, and both."""
-    true, found, both = ([set() for _ in CLASSES] for _ in range(3))
+    """Return the sets of ground truth, predicted, and correct pixels of each class."""
+    gt_pixels, found, both = ([set() for _ in CLASSES] for _ in range(3))
     for record, pred in zip(records, predictions):
-        truth = np.asarray(Image.open(record["sem_seg_file_name"]))
+        gt = np.asarray(Image.open(record["sem_seg_file_name"]))
         for y in range(HEIGHT):
             for x in range(WIDTH):
-                if truth[y, x] == IGNORED:
+                if gt[y, x] == IGNORED:
                     continue
-                place = (record["file_name"], y, x)
-                if not only_near or near_outline(truth, y, x):
-                    true[truth[y, x]].add(place)
+                pixel = (record["file_name"], y, x)
+                if not only_near or near_outline(gt, y, x):
+                    gt_pixels[gt[y, x]].add(pixel)
                 if not only_near or near_outline(pred, y, x):
-                    found[pred[y, x]].add(place)
+                    found[pred[y, x]].add(pixel)
     for c in range(len(CLASSES)):
-        both[c] = true[c] & found[c]
-    return true, found, both
+        both[c] = gt_pixels[c] & found[c]
+    return gt_pixels, found, both
 
 
-def test_metrics_equal_counted_ones(data):
+def test_metrics_equal_slow_counts(data):
     results = run(SemSegEvaluator(NAME), *data)
-    true, found, both = slow_counts(*data)
-    total = sum(map(len, true))
+    gt_pixels, found, both = slow_counts(*data)
+    total = sum(map(len, gt_pixels))
     iou, accuracy, weighted = [], [], 0
     for c, name in enumerate(CLASSES[:3]):
-        iou.append(100 * len(both[c]) / len(true[c] | found[c]))
-        accuracy.append(100 * len(both[c]) / len(true[c]))
-        weighted += iou[-1] * len(true[c]) / total
+        iou.append(100 * len(both[c]) / len(gt_pixels[c] | found[c]))
+        accuracy.append(100 * len(both[c]) / len(gt_pixels[c]))
+        weighted += iou[-1] * len(gt_pixels[c]) / total
         assert results[f"IoU-{name}"] == pytest.approx(iou[-1])
         assert results[f"ACC-{name}"] == pytest.approx(accuracy[-1])
         assert results[f"Precision-{name}"] == pytest.approx(100 * len(both[c]) / len(found[c]))
     assert results["mIoU"] == pytest.approx(np.mean(iou)) and results["fwIoU"] == pytest.approx(weighted)
     assert results["mACC"] == pytest.approx(np.mean(accuracy))
     assert results["pACC"] == pytest.approx(100 * sum(map(len, both)) / total)
-    # Predicted, though there is none: no IoU that could enter a mean.
+    # The class is predicted but does not occur, so it has no IoU and is not in the means.
     assert math.isnan(results["IoU-never"]) and math.isnan(results["ACC-never"])
     assert results["Precision-never"] == 0
 
 
-def test_boundary_iou_equals_counted_one(data):
+def test_boundary_iou_equals_slow_counts(data):
     results = run(SemSegEvaluator(NAME), *data)
-    true, found, both = slow_counts(*data, only_near=True)
+    gt_pixels, found, both = slow_counts(*data, only_near=True)
     for c, name in enumerate(CLASSES[:3]):
-        want = 100 * len(both[c]) / len(true[c] | found[c])
+        want = 100 * len(both[c]) / len(gt_pixels[c] | found[c])
         assert results[f"BoundaryIoU-{name}"] == pytest.approx(want)
         assert 0 < want < results[f"IoU-{name}"] == pytest.approx(results[f"IoU-{name}"])
         assert results[f"min(IoU, B-Iou)-{name}"] == pytest.approx(min(want, results[f"IoU-{name}"]))
@@ -125,12 +125,12 @@ def test_boundary_iou_equals_counted_one(data):
 
 def test_perfect_predictions(data):
     records, _ = data
-    truths = [np.asarray(Image.open(r["sem_seg_file_name"])) for r in records]
-    results = run(SemSegEvaluator(NAME), records, [np.where(t == IGNORED, 1, t) for t in truths])
+    labels = [np.asarray(Image.open(r["sem_seg_file_name"])) for r in records]
+    results = run(SemSegEvaluator(NAME), records, [np.where(t == IGNORED, 1, t) for t in labels])
     assert results["mIoU"] == results["pACC"] == results["fwIoU"] == results["mACC"] == 100
 
 
-def test_results_are_forgotten_and_batches_add_up(data):
+def test_reset_discards_counts_and_batches_add_up(data):
     records, predictions = data
     evaluator = SemSegEvaluator(NAME, distributed=False)
     first = run(evaluator, records, predictions)
@@ -142,7 +142,7 @@ def test_results_are_forgotten_and_batches_add_up(data):
     assert evaluator.evaluate()["sem_seg"]["mIoU"] == first["mIoU"]
 
 
-def test_processes_add_up(data, monkeypatch):
+def test_counts_of_all_processes_are_added(data, monkeypatch):
     records, predictions = data
     want = run(SemSegEvaluator(NAME), records, predictions)
     first, second = (SemSegEvaluator(NAME) for _ in range(2))
@@ -156,7 +156,7 @@ def test_processes_add_up(data, monkeypatch):
     assert run(alone, records, predictions) == pytest.approx(want, nan_ok=True)
 
 
-def test_files(data, tmp_path):
+def test_written_files_have_the_predicted_classes(data, tmp_path):
     records, predictions = data
     run(SemSegEvaluator(NAME, output_dir=str(tmp_path / "out")), records, predictions)
     written = json.loads((tmp_path / "out" / "sem_seg_predictions.json").read_text())
@@ -170,20 +170,20 @@ def test_files(data, tmp_path):
     assert 0 < results["mIoU"] < 100
 
 
-def test_other_loaders_and_labels(data):
+def test_custom_loading_function_is_used(data):
     records, predictions = data
-    shift = SemSegEvaluator(
+    custom = SemSegEvaluator(
         NAME, sem_seg_loading_fn=lambda path: load_image_into_numpy_array(path, dtype=np.int64)
     )
     assert (
-        run(shift, records, predictions)["mIoU"] == run(SemSegEvaluator(NAME), records, predictions)["mIoU"]
+        run(custom, records, predictions)["mIoU"] == run(SemSegEvaluator(NAME), records, predictions)["mIoU"]
     )
     array = load_image_into_numpy_array(records[0]["sem_seg_file_name"], copy=True)
     array[0] = 0
     assert array.dtype == np.uint8
 
 
-def test_wrong_use(data, tmp_path):
+def test_invalid_arguments_and_inputs_raise(data, tmp_path):
     records, predictions = data
     with pytest.raises(ValueError, match="num_classes is 3, but .*4 stuff_classes"):
         SemSegEvaluator(NAME, num_classes=3)

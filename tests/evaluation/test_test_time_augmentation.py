@@ -1,4 +1,4 @@
-"""Test-time augmentation: views, merging and averaging, held against the same done by hand."""
+"""Tests of test-time augmentation: views, merging and averaging, against a manual computation."""
 
 import copy
 
@@ -66,7 +66,7 @@ def build(name, seed=0, **overrides):
     cfg = CONFIGS[name](**{**AUG, **overrides})
     model = build_model(cfg).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # so that predictions differ from place to place
+        for parameter in model.parameters():  # so that predictions vary over the image
             if parameter.dim() > 1 and parameter.std() < 0.02:
                 parameter.normal_(std=0.05)
     return cfg, model
@@ -82,7 +82,7 @@ def item(**extra):
 
 
 def same(actual, expected, atol=1e-4):
-    """Holds two model outputs against each other."""
+    """Assert that two model outputs are nearly equal."""
     assert actual.keys() == expected.keys()
     if "sem_seg" in actual:
         a, b = (x["sem_seg"].softmax(0) for x in (actual, expected))
@@ -129,7 +129,7 @@ def test_one_view_of_the_original_size_equals_the_model(name):
     cfg, model = build(name, MODEL__RETINANET__NMS_THRESH_TEST=1.0)
     tta = GeneralizedRCNNWithTTA(one_view(cfg), model)
     inputs = [item(height=128, width=192), {"image": random_image(HEIGHT, WIDTH, seed=1)}]
-    if name == "keypoints":  # which are looked for among the wanted frame's pixels, not the view's
+    if name == "keypoints":  # keypoints are searched on the pixels of the output frame, not of the view
         del inputs[0]
     with torch.no_grad():
         expected = [model([x])[0] for x in inputs]
@@ -138,7 +138,7 @@ def test_one_view_of_the_original_size_equals_the_model(name):
 
 
 def mirrored(output):
-    """An output as the mirrored picture should have it."""
+    """Return the output for the mirrored image."""
     out = dict(output)
     if "sem_seg" in out:
         out["sem_seg"] = out["sem_seg"].flip(2)
@@ -173,7 +173,7 @@ def test_flipped_image_gives_flipped_results(name):
 
 
 def voted(boxes, scores, classes, keep):
-    """Each kept box averaged with the boxes that agree with it, one by one."""
+    """Return each kept box averaged with the boxes of its class that overlap it."""
     out = []
     for i in keep:
         total, weights = 0, 0
@@ -261,7 +261,7 @@ def test_views_are_generated_from_the_original_image(tmp_path):
     same(tta([{**frame, **name}])[0], want)
     same(tta([name])[0], want)
     same(tta([{"image": small, **frame, **name}])[0], want)
-    # An image that is not from a file of that kind, or whose file is not there, stays.
+    # An image is kept if its file does not exist, or if it is not uint8 like the file.
     given = tta([{"image": small, **frame}])[0]
     same(tta([{"image": small, **frame, "file_name": "/no/such.png"}])[0], given)
     same(tta([{"image": small.float(), **frame, **name}])[0], given)

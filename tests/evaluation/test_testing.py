@@ -1,4 +1,4 @@
-"""Printing, flattening and comparing results."""
+"""Tests of printing, flattening and comparing results."""
 
 import math
 
@@ -11,7 +11,7 @@ from detlib.evaluation.testing import flatten_results_dict
 RESULTS = {"bbox": {"AP": 41.25, "AP50": 60.0, "AP-cat": 1.0}, "segm": {"AP": math.nan}}
 
 
-def test_flatten():
+def test_flatten_joins_nested_keys():
     assert flatten_results_dict({"bbox": {"AP": 1, "deep": {"x": 2}}, "n": 3}) == {
         "bbox/AP": 1,
         "bbox/deep/x": 2,
@@ -19,7 +19,7 @@ def test_flatten():
     }
 
 
-def test_print(log):
+def test_print_omits_class_metrics(log):
     print_csv_format({"bbox": RESULTS["bbox"], "score": 2})
     assert [record.getMessage() for record in log.records] == [
         "copypaste: Task: bbox",
@@ -29,7 +29,7 @@ def test_print(log):
     ]
 
 
-def test_verify_passes():
+def test_verify_accepts_results_within_tolerance():
     cfg = get_cfg()
     assert verify_results(cfg, RESULTS)
     cfg.TEST.EXPECTED_RESULTS = [["bbox", "AP", 41.0, 0.25], ["bbox", "AP50", 60.0, 0.0]]
@@ -40,7 +40,7 @@ def test_verify_passes():
     "expected",
     [["bbox", "AP", 41.0, 0.2], ["segm", "AP", 41.0, 99], ["keypoints", "AP", 1, 1], ["bbox", "APx", 1, 1]],
 )
-def test_verify_ends_the_program(expected, log):
+def test_verify_exits_on_unexpected_results(expected, log):
     cfg = get_cfg()
     cfg.TEST.EXPECTED_RESULTS = [expected]
     with pytest.raises(SystemExit) as end:
