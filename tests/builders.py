@@ -77,8 +77,8 @@ def random_boxes(
         image_size: (height, width).
         min_side: the shortest side.
         max_side: the longest side; by default the corners are uniform in the image.
-        seed: of the random generator.
-        dtype: of the result; the values are drawn in float32.
+        seed: seed of the random generator.
+        dtype: dtype of the result; the values are drawn in float32.
     """
     generator = torch.Generator().manual_seed(seed)
     limits = torch.tensor([image_size[1], image_size[0]], dtype=torch.float32)
@@ -190,7 +190,7 @@ def rotated_ground_truth(boxes=((30, 30, 40, 20, 30), (60, 40, 30, 50, -70))) ->
 
 
 def rotated_batch(empty: tuple[bool, ...] = (False, False)) -> list[dict]:
-    """Return what `training_batch` returns, with rotated boxes."""
+    """Return the batch of `training_batch` with rotated boxes."""
     return [
         {
             "image": random_image(seed=i),

@@ -1,4 +1,4 @@
-"""The package as source text: its files, their imports, and the graph of them."""
+"""The source files of the package, their imports, and the import graph."""
 
 import ast
 from functools import cache

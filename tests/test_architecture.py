@@ -47,7 +47,7 @@ LEVELS = {
 # Imports that are allowed within a level: (importing package, imported package).
 ALLOWED_WITHIN_LEVEL = {("structures", "layers")}
 
-# (file, imported package): why.
+# (file, imported package): reason.
 EXCEPTIONS = {
     ("data/build.py", "modeling"): "reads which config keys hold the model's number of classes",
     ("utils/collect_env.py", "ops"): "reports which operators are compiled",
@@ -66,7 +66,7 @@ TABLES = {
 }
 
 MAX_FUNCTION_LINES = 60  # without the docstring
-# (file, function): why it is longer.
+# (file, function): the reason.
 LONG_FUNCTIONS = {
     ("modeling/backbone/mvit.py", "__init__"): "20 arguments, and one loop that builds the blocks",
     ("modeling/backbone/swin.py", "__init__"): "20 arguments, and one loop that builds the stages",
@@ -75,13 +75,13 @@ LONG_FUNCTIONS = {
 SMALL = 100  # lines
 MAX_SMALL_MODULES = 27
 
-# Files with strings that are the dotted path of something in detlib: why these are no hidden imports.
+# Files that contain dotted paths of detlib in strings, and why these are not hidden imports.
 DOTTED_STRINGS = {
-    "config/_lazy_text.py": "the name of a function in the Python text that it writes",
+    "config/_lazy_text.py": "the name of a function in the Python code that it writes",
     "utils/safe_pickle.py": "names of classes in pickled files",
 }
 
-# Slow to import or not always installed, so they are imported inside the functions that use them.
+# Packages that are slow to import or optional, so they are imported inside the functions that use them.
 LAZY = {
     "cv2",
     "faster_coco_eval",
@@ -98,7 +98,7 @@ LAZY = {
     "torch.distributed.tensor",
     "wandb",
 }
-# Files that are themselves imported inside functions only.
+# Files that are imported inside functions only, so they may import these packages at module level.
 LAZY_FILES = {"evaluation/fast_eval_api.py"}
 BANNED = {"detectron2": "this is its successor", "pkg_resources": "setuptools no longer has it"}
 
@@ -327,7 +327,7 @@ def test_functions_are_short():
 
 
 def test_small_modules_have_several_importers():
-    """A small module that one file imports belongs into that file, unless it is an idea of its own."""
+    """A small module with a single importer belongs in that file, unless it is a separate concept."""
     users = importers()
     small = [
         place(path)
@@ -340,7 +340,7 @@ def test_small_modules_have_several_importers():
 
 
 @pytest.mark.parametrize("path", FILES, ids=place)
-def test_files(path):
+def test_file_follows_the_code_rules(path):
     text = path.read_text()
     if place(path) not in TABLES:
         assert len(text.splitlines()) <= MAX_LINES

@@ -1,4 +1,4 @@
-"""What the documentation names exists: paths, links, names of detlib and config keys.
+"""Paths, links, names of detlib and config keys in the documentation exist.
 
 It also lists every private name of PyTorch that the code uses.
 """
@@ -26,7 +26,7 @@ BASES = [ROOT / folder for folder in (".", "detlib", "detlib/data", "configs", "
 NAME = re.compile(r"(?<![\w/.:{-])detlib(?:\.\w+)+(?![\w/*])")
 KEY = re.compile(r"\b[A-Z][A-Z0-9_]+(?:\.[A-Z][A-Z0-9_]*)+\b(?!\.)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-# Placeholders and data in instructions, a misspelling on purpose, and what the build makes.
+# Placeholders and data in instructions, an intended misspelling, and build outputs.
 NOT_THERE = re.compile(r"NAME|my_|MY_|BASELR|\.so$|^output/|^birds/")
 
 
@@ -61,7 +61,7 @@ def is_importable(name):
 
 
 def is_config_key(key):
-    """Return whether a key of a config section exists. Words with dots that name no section are not keys."""
+    """Return whether a config key exists. Dotted words that do not start with a section are not keys."""
     section, *parts = key.split(".")
     node = get_cfg()
     if section not in node or not isinstance(node[section], dict):

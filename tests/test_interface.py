@@ -1,8 +1,8 @@
 """Every public name of detectron2 that this project promises exists here and takes the same arguments.
 
 `interface.json` lists detectron2's modules (below the package), their public names, and the parameters of
-functions, constructors and methods. What belongs to parts of the project that are not built yet is listed
-below; those lists only ever get shorter.
+functions, constructors and methods. The lists below name what is not implemented yet; they may only get
+shorter.
 """
 
 import ast
@@ -16,7 +16,7 @@ import pytest
 
 INTERFACE = json.loads(Path(__file__).with_name("interface.json").read_text())
 
-# Modules of parts that are to come.
+# Modules that are not implemented yet.
 LATER_MODULES = {
     "export": "export",
     "modeling.mmdet_wrapper": "models of other libraries",
@@ -25,7 +25,7 @@ LATER_MODULES = {
     "utils.video_visualizer": "video",
 }
 
-# Names of parts that are to come, in modules that are here.
+# Names that are not implemented yet, in existing modules.
 LATER_NAMES = {
     "modeling": {
         "MMDetBackbone",
@@ -33,10 +33,10 @@ LATER_NAMES = {
     },
 }
 
-# Methods of parts that are to come.
+# Methods that are not implemented yet.
 LATER_METHODS = {}
 
-# Differences that are meant, as the beginning of what `check` says after the module, and why.
+# Intended differences and their reasons. A key is the start of a finding of `check`, after the module.
 DIFFERENT = {
     "Backbone.forward: x": "detectron2's abstract method takes no input, though all that implement it do",
     "COCOevalMaxDets": "the evaluator asks its back end for the number of detections",
@@ -47,7 +47,7 @@ DIFFERENT = {
 
 
 def promised():
-    """Yields (module, name, entry) of all that must be there today."""
+    """Yield (module, name, entry) of all names that must exist now."""
     for module, names in INTERFACE.items():
         if module in LATER_MODULES:
             continue
@@ -61,7 +61,12 @@ def get(module, name):
 
 
 def parse(parameters):
-    """Parameters as written in interface.json: positional and keyword-only (name, default source or None)."""
+    """Parse parameters as written in interface.json.
+
+    Returns:
+        The positional parameters as (name, source of the default or None), the keyword-only parameters
+        likewise, and whether there is a `*args`.
+    """
     args = ast.parse(f"def f({parameters}): pass").body[0].args
     positional = args.posonlyargs + args.args
     defaults = [None] * (len(positional) - len(args.defaults)) + args.defaults
@@ -73,7 +78,7 @@ def parse(parameters):
 
 
 def differences(function, parameters):
-    """What a caller who knows `parameters` would stumble over when calling `function`."""
+    """Return the reasons why a call written for `parameters` may fail or differ with `function`."""
     ours = [p for p in inspect.signature(function).parameters.values() if p.name not in ("self", "cls")]
     by_name = {p.name: p for p in ours}
     takes_any_keyword = any(p.kind is p.VAR_KEYWORD for p in ours)
@@ -99,7 +104,7 @@ def differences(function, parameters):
 
 
 def different_default(parameter, source):
-    """Compares defaults as far as the source can be evaluated."""
+    """Compare the defaults if the source is a literal."""
     if source is None:
         return []
     if parameter.default is parameter.empty:
@@ -116,12 +121,12 @@ def different_default(parameter, source):
 
 
 def check(module, name, entry):
-    """All differences of one public name, as texts that begin with its place."""
+    """Return all differences of one public name as messages that start with its path."""
     target = get(module, name)
     found = []
     if entry["kind"] == "class":
         if not inspect.isclass(target):
-            return [f"{module}.{name} is no class"]
+            return [f"{module}.{name} is not a class"]
         for prop in entry.get("properties", ()):
             if not hasattr(target, prop):
                 found.append(f"{module}.{name}.{prop} is missing")
@@ -134,7 +139,7 @@ def check(module, name, entry):
                 found += [
                     f"{module}.{name}.{method}: {d}" for d in differences(getattr(target, method), parameters)
                 ]
-    # A class of PyTorch's own has the parameters of the version that is installed.
+    # The parameters of PyTorch's own classes depend on the installed version.
     if "parameters" in entry and callable(target) and not target.__module__.startswith("torch."):
         function = target.__init__ if entry["kind"] == "class" else target
         found += [f"{module}.{name}: {d}" for d in differences(function, entry["parameters"])]
@@ -145,25 +150,25 @@ MODULES = sorted({module for module, _, _ in promised()})
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_names_and_parameters(module):
+def test_names_and_parameters_are_those_of_detectron2(module):
     found = []
     for _, name, entry in (p for p in promised() if p[0] == module):
         if hasattr(importlib.import_module(f"detlib.{module}"), name):
             found += check(module, name, entry)
         else:
             found.append(f"{module}.{name} is missing")
-    unmeant = [text for text in found if not text[len(module) + 1 :].startswith(tuple(DIFFERENT))]
-    assert not unmeant, "\n".join(unmeant)
+    unexpected = [text for text in found if not text[len(module) + 1 :].startswith(tuple(DIFFERENT))]
+    assert not unexpected, "\n".join(unexpected)
 
 
-def test_lists_of_what_is_to_come_are_up_to_date():
-    """What has come must leave the lists, so that it is checked from then on."""
+def test_names_listed_as_not_implemented_do_not_exist():
+    """An implemented name must leave the lists, so that it is checked from then on."""
     here = [module for module in LATER_MODULES if exists(module)]
     for module, names in LATER_NAMES.items():
         here += [
             f"{module}.{name}" for name in names if hasattr(importlib.import_module(f"detlib.{module}"), name)
         ]
-    assert not here, f"exist now, to be taken off the lists: {here}"
+    assert not here, f"implemented now; remove them from the lists: {here}"
 
 
 def exists(module):
@@ -174,7 +179,7 @@ def exists(module):
 
 
 class TestComparison:
-    """The comparison itself finds what it should."""
+    """Tests of the comparison itself."""
 
     @pytest.mark.parametrize(
         "function, parameters, expected",

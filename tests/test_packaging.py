@@ -55,7 +55,7 @@ def test_torch_is_a_build_requirement_only_when_something_is_compiled(backend, m
     assert not required()
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("DETLIB_BUILD", "cpu")
-    assert required()  # asked for, so a missing compiler must fail the build
+    assert required()  # requested, so a missing compiler must fail the build
 
 
 def test_unknown_build_mode_is_rejected(backend, monkeypatch):
@@ -150,7 +150,7 @@ def test_setup_script_stays_small():
 
 
 def broken_linter(directory):
-    """Return an interpreter whose environments have checkers that succeed, but for mypy."""
+    """Return an interpreter that creates environments in which all checkers succeed, except mypy."""
     names = "".join(f"ln -s /bin/true $3/bin/{name}\n" for name in ("ruff", "codespell"))
     tool = directory / "python_with_checkers"
     python = f'mkdir -p "$3/bin"\nln -s {sys.executable} "$3/bin/python"\n'
@@ -160,7 +160,7 @@ def broken_linter(directory):
 
 
 def test_ci_runs_the_command_of_the_readme(tmp_path):
-    """With small commands instead of the README's: a fresh environment, the status, the closing line."""
+    """Check the fresh environment, the exit status and the last line, with short commands in the README."""
     (tmp_path / ".ci").mkdir()
     script = tmp_path / ".ci" / "run"
     script.write_text((ROOT / ".ci" / "run").read_text())
@@ -189,7 +189,7 @@ def test_ci_runs_the_command_of_the_readme(tmp_path):
     assert status == 0 and "installing" in lines and lines[-1] == ".ci/run: == 3 passed"
     assert lines.index("installing") < lines.index(".ci/run: === tests ===")
     assert run("false && echo '3 passed'")[0] == 1
-    # A static check that fails fails the run, but the tests run nevertheless.
+    # A failing static check fails the run, but the tests still run.
     (tmp_path / "pyproject.toml").touch()
     status, lines = run("echo '== 3 passed'", broken_linter(tmp_path))
     assert status == 1 and ".ci/run: mypy failed" in lines and lines[-1] == ".ci/run: == 3 passed"

@@ -1,7 +1,7 @@
 """Anchors: the reference boxes that dense detectors classify and refine.
 
-Shape legend: L feature levels, H and W the size of one level's feature map, A anchors per pixel of the map, B
-numbers per box, R = H*W*A anchors of one level.
+Shape legend: L feature levels, H and W the size of one level's feature map, A anchors per pixel of the
+feature map, B numbers per box, R = H*W*A anchors of one level.
 """
 
 import math
@@ -35,7 +35,7 @@ Classes of anchor generators, called as `cls(cfg, input_shape: list[ShapeSpec])`
 
 
 class BufferList(nn.Module):
-    """A list of tensors that move with the module and are not part of its state dict."""
+    """A list of tensors that move with the module and are not in its state dict."""
 
     def __init__(self, buffers):
         super().__init__()
@@ -130,7 +130,7 @@ class _GridAnchorGenerator(nn.Module):
             offset: position of an anchor's center in its cell, as a fraction of the stride, in [0, 1).
 
         Raises:
-            ValueError: an offset outside [0, 1).
+            ValueError: `offset` is not in [0, 1).
         """
         super().__init__()
         if not 0.0 <= offset < 1.0:
@@ -196,7 +196,7 @@ class DefaultAnchorGenerator(_GridAnchorGenerator):
             offset: position of an anchor's center in its cell, as a fraction of the stride, in [0, 1).
 
         Raises:
-            ValueError: an offset outside [0, 1), or sizes or ratios that do not fit the levels.
+            ValueError: `offset` is not in [0, 1), or sizes or ratios do not fit the levels.
         """
         strides = list(strides)
         per_level = _params_per_level(len(strides), SIZES=sizes, ASPECT_RATIOS=aspect_ratios)
@@ -247,12 +247,12 @@ class RotatedAnchorGenerator(_GridAnchorGenerator):
             sizes: list of anchor sizes (square roots of areas, in pixels) for all levels, or a list of such
                 lists, one for each level.
             aspect_ratios: height / width, for all levels or one list for each, as `sizes`.
-            strides: stride of each level's map, in pixels.
+            strides: stride of each level, in pixels.
             angles: degrees, counter-clockwise, for all levels or one list for each, as `sizes`.
-            offset: where in its cell an anchor's center lies, as a fraction of the stride, in [0, 1).
+            offset: position of an anchor's center in its cell, as a fraction of the stride, in [0, 1).
 
         Raises:
-            ValueError: an offset outside [0, 1), or sizes, ratios or angles that do not fit the levels.
+            ValueError: `offset` is not in [0, 1), or sizes, ratios or angles do not fit the levels.
         """
         strides = list(strides)
         per_level = _params_per_level(len(strides), SIZES=sizes, ASPECT_RATIOS=aspect_ratios, ANGLES=angles)
@@ -359,4 +359,4 @@ def check_rows(anchors, predictions: list[torch.Tensor], remedy: str) -> None:
     """
     have, want = [p.shape[1] for p in predictions], [len(a) for a in anchors]
     if have != want:
-        raise ValueError(f"the head predicts for {have} anchors by level, there are {want}: {remedy}")
+        raise ValueError(f"the head predicts {have} anchors per level, but there are {want}: {remedy}")

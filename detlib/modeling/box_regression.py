@@ -275,7 +275,7 @@ def check_loss_of_boxes(loss_type: str, box_dim: int, key: str = "box loss type"
     """
     if box_dim != 4 and loss_type in _IOU_LOSSES:
         raise ValueError(
-            f"{key} {loss_type!r} compares axis-aligned boxes; for rotated ones only 'smooth_l1' is legal"
+            f"{key} {loss_type!r} compares axis-aligned boxes; rotated boxes support only 'smooth_l1'"
         )
 
 

@@ -40,7 +40,7 @@ class Matcher:
         """
         thresholds, labels = list(thresholds), list(labels)
         if any(not t > 0 for t in thresholds) or any(a > b for a, b in zip(thresholds, thresholds[1:])):
-            raise ValueError(f"thresholds must be above 0 and rise, got {thresholds}")
+            raise ValueError(f"thresholds must be above 0 and in ascending order, got {thresholds}")
         if len(labels) != len(thresholds) + 1:
             raise ValueError(f"{len(thresholds)} thresholds need {len(thresholds) + 1} labels, got {labels}")
         if any(label not in (-1, 0, 1) for label in labels):

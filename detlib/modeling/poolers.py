@@ -130,7 +130,7 @@ class ROIPooler(nn.Module):
         levels = [_level_of_scale(scale) for scale in scales]
         if not levels or levels != list(range(levels[0], levels[0] + len(levels))):
             raise ValueError(
-                f"ROIPooler: scales must fall by factors of 2 from level to level, got {list(scales)}."
+                f"ROIPooler: scales must decrease by factors of 2 from level to level, got {list(scales)}."
             )
         self.output_size = (output_size[0], output_size[1])
         self.level_poolers = nn.ModuleList(

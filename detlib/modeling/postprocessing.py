@@ -11,7 +11,7 @@ __all__ = ["detector_postprocess", "sem_seg_postprocess"]
 def _check_output_size(function: str, height: int, width: int) -> tuple[int, int]:
     height, width = int(height), int(width)
     if height < 1 or width < 1:
-        raise ValueError(f"{function}: an output of {height} x {width} has no pixels.")
+        raise ValueError(f"{function}: the output size must be at least 1 x 1, got {height} x {width}.")
     return height, width
 
 

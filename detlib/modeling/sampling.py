@@ -72,8 +72,8 @@ def label_boxes(boxes, gt_boxes, matcher, *, gt_classes: torch.Tensor | None = N
         gt_boxes = type(boxes)(boxes.tensor[:0])  # without objects the type may be unknown
     if boxes.box_dim != gt_boxes.box_dim:
         raise ValueError(
-            f"the model works on {type(boxes).__name__} ({boxes.box_dim} numbers a box), its ground truth "
-            f"'gt_boxes' are {type(gt_boxes).__name__} ({gt_boxes.box_dim}). Rotated boxes need "
+            f"the model works on {type(boxes).__name__} ({boxes.box_dim} numbers per box), but its "
+            f"ground-truth 'gt_boxes' are {type(gt_boxes).__name__} ({gt_boxes.box_dim}). Rotated boxes need "
             "MODEL.PROPOSAL_GENERATOR.NAME 'RRPN', MODEL.ANCHOR_GENERATOR.NAME 'RotatedAnchorGenerator' and "
             "MODEL.ROI_HEADS.NAME 'RROIHeads'; for axis-aligned boxes from rotated annotations use "
             "DatasetMapper(..., rotated_boxes=False)"

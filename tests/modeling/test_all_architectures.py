@@ -1,4 +1,4 @@
-"""What all architectures must do: train and predict in any dtype, and train on pictures without objects."""
+"""All architectures train and predict in every dtype, and train on images without objects."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from tests.modeling.architectures import (
 
 
 def tensors_of(output: dict):
-    """Every floating point tensor in what a model returned for a picture."""
+    """Yield every floating point tensor in the output of one image."""
     for value in output.values():
         if isinstance(value, Instances):
             fields = [getattr(x, "tensor", x) for x in value.get_fields().values()]
@@ -26,9 +26,9 @@ def tensors_of(output: dict):
 def train_and_predict(
     name: str, dtype: torch.dtype = torch.float32, autocast: bool = False
 ) -> dict[str, torch.Tensor]:
-    """One training step and one prediction, both finite; returns the losses."""
+    """Run one training step and one prediction, check that both are finite, and return the losses."""
     model = build_architecture(name).to(dtype)
-    torch.manual_seed(1)  # of the sampling
+    torch.manual_seed(1)  # for the sampling
     with EventStorage(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         losses = model.train()(architecture_batch(name))
         assert losses and all(x.dim() == 0 and x.isfinite() for x in losses.values()), losses
@@ -43,7 +43,7 @@ def train_and_predict(
     return losses
 
 
-# Seconds each, with bfloat16 on most processors; these variants share what can go wrong with the others.
+# Slow in bfloat16 on most CPUs, for seconds each. Other architectures cover the code of these variants.
 _VARIANTS = {
     "giou", "class_agnostic", "dc5", "modulated", "syncbn", "gn", "frozen", "sigmoid", "rpn_c4", "c4",
     "retinanet_bn", "panoptic_cascade", "regnetx", "fast_rcnn", "semantic",
@@ -76,7 +76,7 @@ def test_models_train_and_predict_under_autocast(name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_gpu_agrees_with_cpu(name, exact_float32):
-    """Losses and the norm of the gradient; then a step in float16 and a prediction."""
+    """Compare losses and the gradient norm; then run a float16 step and a prediction."""
     results = []
     for device in ("cpu", "cuda"):
         model = build_architecture(name, **ALL_SAMPLED).to(device)
@@ -102,8 +102,8 @@ def test_gpu_agrees_with_cpu(name, exact_float32):
         assert output and all(x.is_cuda and x.isfinite().all() for x in tensors_of(output))
 
 
-def trained(model: torch.nn.Module, items: list[dict]) -> set[str]:
-    """Names of the parameters that one step gives a gradient."""
+def trained_parameters(model: torch.nn.Module, items: list[dict]) -> set[str]:
+    """Return the names of the parameters that get a gradient in one step."""
     model.train().zero_grad(set_to_none=True)
     losses = model(items)
     assert all(x.isfinite() for x in losses.values()), losses
@@ -114,10 +114,10 @@ def trained(model: torch.nn.Module, items: list[dict]) -> set[str]:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_images_without_objects_train_the_same_parameters(name):
     model = build_architecture(name)
-    usual = trained(model, architecture_batch(name))
+    usual = trained_parameters(model, architecture_batch(name))
     assert usual == {key for key, p in model.named_parameters() if p.requires_grad}
-    assert trained(model, architecture_batch(name, empty=(True, True))) == usual
-    assert trained(model, architecture_batch(name, empty=(True, False))) == usual
+    assert trained_parameters(model, architecture_batch(name, empty=(True, True))) == usual
+    assert trained_parameters(model, architecture_batch(name, empty=(True, False))) == usual
 
 
 def test_deformable_convolutions_train_on_cpu():
@@ -126,7 +126,7 @@ def test_deformable_convolutions_train_on_cpu():
     assert len(offsets) == 13 and all(not m.weight.any() for m in offsets)  # res3 to res5 of ResNet-50
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     history = []
-    for _ in range(20):  # long enough: from one step to the next the loss goes up as well, by other samples
+    for _ in range(20):  # the sampled regions change, so the loss of a single step may rise
         torch.manual_seed(1)
         losses = model(architecture_batch("deformable"))
         optimizer.zero_grad()

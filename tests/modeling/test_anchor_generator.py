@@ -1,4 +1,4 @@
-"""Anchors against a loop over every pixel."""
+"""Anchors, compared with a loop over every pixel."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Configs and inputs that cannot be: each error names the key, what it holds, and what there is."""
+"""Errors of invalid configs and inputs: each names the key, its value and the legal values."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ CASCADE = "Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml"
 
 
 def error_of(kind, overrides: dict, name: str = MASK_RCNN) -> str:
-    """What building a config says; keys are below MODEL."""
+    """Return the error message of building a config; the keys of `overrides` are below MODEL."""
     cfg = small_config(name)
     cfg.merge_from_list([x for key, value in overrides.items() for x in (f"MODEL.{key}", value)])
     with pytest.raises(kind) as error:

@@ -1,4 +1,4 @@
-"""Box transforms and losses against torchvision's and against loops."""
+"""Box transforms and losses, compared with torchvision and with loops."""
 
 import math
 

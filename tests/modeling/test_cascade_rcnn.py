@@ -1,4 +1,4 @@
-"""CascadeROIHeads built from parts, against its stages written one after the other."""
+"""CascadeROIHeads built from parts, compared with its stages run one after the other."""
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def make_features(num_images: int) -> dict[str, torch.Tensor]:
 
 
 def proposals_near_objects(count: int, seed: int) -> Instances:
-    """Random boxes, some of them near the objects of `truth`."""
+    """Return random boxes and eight boxes near the objects of `ground_truth`."""
     generator = torch.Generator().manual_seed(seed)
     corner = torch.rand(count, 2, generator=generator) * torch.tensor([70.0, 40])
     boxes = torch.cat([corner, corner + 5 + 20 * torch.rand(count, 2, generator=generator)], dim=1)
@@ -73,7 +73,7 @@ def proposals_near_objects(count: int, seed: int) -> Instances:
 
 
 def slow_stage(heads, features, boxes, stage):
-    """Logits and deltas of each image's boxes, image by image."""
+    """Return the logits and deltas of each image's boxes, computed image by image."""
     out = []
     for i, image_boxes in enumerate(boxes):
         pooled = heads.box_pooler([features["p3"][i : i + 1]], [Boxes(image_boxes)])
@@ -107,13 +107,13 @@ def test_training_losses_equal_those_of_separate_stages():
     assert set(losses) == {f"loss_{kind}_stage{k}" for kind in ("cls", "box_reg") for k in range(3)}
 
     boxes = [x.proposal_boxes.tensor for x in sampled]
-    assert [len(x) for x in boxes] == [20 + 8 + 2, 15 + 8]  # the objects are regions too
+    assert [len(x) for x in boxes] == [20 + 8 + 2, 15 + 8]  # the ground-truth boxes are added
     scalars = {name: value for name, (value, _) in storage.latest().items()}
     foregrounds = []
     for k, (threshold, weights) in enumerate(zip(IOUS, WEIGHTS)):
-        truths = [slow_labels(b, t, threshold) for b, t in zip(boxes, targets)]
-        classes = torch.cat([c for c, _ in truths])
-        matched = torch.cat([b for _, b in truths])
+        labeled = [slow_labels(b, t, threshold) for b, t in zip(boxes, targets)]
+        classes = torch.cat([c for c, _ in labeled])
+        matched = torch.cat([b for _, b in labeled])
         predictions = slow_stage(heads, features, boxes, k)
         logits, deltas = (torch.cat(x) for x in zip(*predictions))
         torch.testing.assert_close(losses[f"loss_cls_stage{k}"], F.cross_entropy(logits, classes))
@@ -129,7 +129,7 @@ def test_training_losses_equal_those_of_separate_stages():
         foregrounds.append(foreground.sum().item())
         boxes = [slow_refine(d, b, weights) for (_, d), b in zip(predictions, boxes)]
         boxes = [b[(b[:, 2] > b[:, 0]) & (b[:, 3] > b[:, 1])] for b in boxes]
-    assert len(set(foregrounds)) == 3  # else the test would not see the thresholds
+    assert len(set(foregrounds)) == 3  # otherwise the test would not detect wrong thresholds
 
 
 def test_gradient_of_features_is_scaled_by_the_number_of_stages():
@@ -143,13 +143,14 @@ def test_gradient_of_features_is_scaled_by_the_number_of_stages():
 
     heads.zero_grad()
     features["p3"].grad = None
-    heads.num_cascade_stages = 1  # the scale is one over it
+    heads.num_cascade_stages = 1  # the gradient is scaled by its inverse
     torch.manual_seed(3)
     _, losses = heads(None, features, [proposals_near_objects(20, 0)], [ground_truth()])
     sum(losses.values()).backward()
     assert got.any()
     torch.testing.assert_close(3 * got, features["p3"].grad)
-    torch.testing.assert_close(own, heads.box_head[1].fc1.weight.grad)  # but each learns in full
+    # The gradient of the heads is not scaled.
+    torch.testing.assert_close(own, heads.box_head[1].fc1.weight.grad)
 
 
 @torch.no_grad()

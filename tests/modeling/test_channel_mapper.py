@@ -1,4 +1,4 @@
-"""ChannelMapper against the formula written out, with its names, shapes and errors."""
+"""ChannelMapper: outputs compared with the formula, parameter names, shapes and errors."""
 
 import pytest
 import torch
@@ -26,8 +26,8 @@ def randomize(module):
     return module
 
 
-def by_hand(neck, x, name, stride, padding, dilation=1):
-    """The convolution `name` of the neck, its GroupNorm with 4 groups, and ReLU, from the weights alone."""
+def conv_norm_relu(neck, x, name, stride, padding, dilation=1):
+    """Compute the convolution `name` of the neck, its GroupNorm of 4 groups, and ReLU from the weights."""
     state = neck.state_dict()
     x = F.conv2d(x, state[f"{name}.conv.weight"], state[f"{name}.conv.bias"], stride, padding, dilation)
     grouped = x.reshape(len(x), 4, -1)
@@ -38,7 +38,7 @@ def by_hand(neck, x, name, stride, padding, dilation=1):
 
 
 @pytest.mark.parametrize("kernel_size, dilation", [(1, 1), (3, 1), (3, 2)])
-def test_values(kernel_size, dilation):
+def test_outputs_equal_the_formula(kernel_size, dilation):
     node = LazyCall(ChannelMapper)(
         input_shapes=SHAPES,
         in_features=["res3", "res4", "res5"],
@@ -53,14 +53,14 @@ def test_values(kernel_size, dilation):
     out = neck(x)
     assert [tuple(o.shape[2:]) for o in out] == [(13, 17), (7, 9), (4, 5), (2, 3), (1, 2)]
     padding = dilation * (kernel_size // 2)
-    want = [by_hand(neck, x[n], f"convs.{i}", 1, padding, dilation) for i, n in enumerate(SHAPES)]
-    want.append(by_hand(neck, x["res5"], "extra_convs.0", 2, 1))
-    want.append(by_hand(neck, want[-1], "extra_convs.1", 2, 1))
-    for ours, theirs in zip(out, want, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    want = [conv_norm_relu(neck, x[n], f"convs.{i}", 1, padding, dilation) for i, n in enumerate(SHAPES)]
+    want.append(conv_norm_relu(neck, x["res5"], "extra_convs.0", 2, 1))
+    want.append(conv_norm_relu(neck, want[-1], "extra_convs.1", 2, 1))
+    for actual, expected in zip(out, want, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_names_and_shapes():
+def test_state_dict_has_published_names_and_shapes():
     norm = nn.GroupNorm(4, 16)
     neck = ChannelMapper(SHAPES, ["res4", "res5"], 16, kernel_size=1, bias=False, norm_layer=norm, num_outs=4)
     shapes = {key: tuple(value.shape) for key, value in neck.state_dict().items()}
@@ -75,16 +75,16 @@ def test_names_and_shapes():
     want |= {f"{name}.{key}": shape for name in weights for key, shape in norms.items()}
     assert shapes == want
     norms = {id(module) for module in neck.modules() if isinstance(module, nn.GroupNorm)}
-    assert len(norms) == 4 and id(norm) not in norms  # nobody shares a norm
+    assert len(norms) == 4 and id(norm) not in norms  # every convolution has its own
 
 
-def test_defaults():
+def test_default_is_3x3_convolutions_without_extra_levels():
     neck = ChannelMapper(SHAPES, ["res3", "res4", "res5"], 16)
     assert len(neck.extra_convs) == 0 and neck.convs[0].conv.kernel_size == (3, 3)
     assert [tuple(o.shape[2:]) for o in neck(inputs())] == [(13, 17), (7, 9), (4, 5)]
 
 
-def test_bad_arguments():
+def test_wrong_arguments_raise():
     with pytest.raises(ValueError, match=r"in_features.*'res6' is not among them.*Did you mean"):
         ChannelMapper(SHAPES, ["res3", "res6"], 16)
     with pytest.raises(ValueError, match="at least one"):

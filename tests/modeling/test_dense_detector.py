@@ -1,4 +1,4 @@
-"""What one-stage detectors share, on a detector of a few lines."""
+"""The base class of one-stage detectors, tested on a minimal detector."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.builders import random_image, training_batch
 
 
 class Pyramid(Backbone):
-    """Averages over 8 x 8 and 4 x 4 pixels."""
+    """A backbone that averages over 8 x 8 and 4 x 4 pixels."""
 
     def forward(self, x):
         return {"coarse": nn.functional.avg_pool2d(x, 8), "fine": nn.functional.avg_pool2d(x, 4)}
@@ -76,7 +76,7 @@ def test_training_gets_ground_truth_on_the_model_device():
 def test_wrong_inputs_and_features_raise():
     with pytest.raises(ValueError, match=r"head_in_features is \['p3'\]; .* \['coarse', 'fine'\]"):
         detector(head_in_features=["p3"])
-    with pytest.raises(ValueError, match="must be of one length"):
+    with pytest.raises(ValueError, match="must have the same length"):
         Detector(Pyramid(), Head(), pixel_mean=[0.0] * 3, pixel_std=[1.0])
     model = detector().train()
     with pytest.raises(ValueError, match="Training needs 'instances'.* item 1 of the batch"):

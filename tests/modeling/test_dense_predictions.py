@@ -1,4 +1,4 @@
-"""The dense-prediction toolkit against loops."""
+"""Selection and decoding of dense predictions, compared with loops."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_top_predictions_are_selected_per_level():
     assert levels.tolist() == [0, 0, 1] and levels.dtype == torch.int64
 
 
-def test_decoding_the_top_equals_the_top_of_all_decoded():
+def test_decoding_selected_boxes_equals_selecting_decoded_boxes():
     g = torch.Generator().manual_seed(0)
     anchors = [Boxes(random_boxes(40, seed=1)), Boxes(random_boxes(9, seed=2))]
     scores = [torch.randn(2, len(a), generator=g) for a in anchors]
@@ -91,7 +91,7 @@ def test_dense_box_loss_equals_a_loop(loss_type):
 
 
 def rows_of(candidates):
-    """{(image, row, class): score}"""
+    """Return {(image, row, class): score}."""
     keys = zip(*(x.tolist() for x in candidates[:3]))
     return dict(zip(keys, candidates.scores.tolist(), strict=True))
 
@@ -110,7 +110,7 @@ def test_candidates_equal_all_scores_above_the_threshold(threshold, with_quality
     assert have.keys() == want.keys() and len(want) == (scores > threshold).sum()
     assert all(have[key] == pytest.approx(want[key], rel=1e-6) for key in want)
     if threshold == 0.9:
-        assert len(found.scores) < (60 if with_quality else 30)  # of 180: the others were not scored
+        assert len(found.scores) < (60 if with_quality else 30)  # of 180; the others were not scored
 
 
 def test_candidates_of_half_precision_are_scored_in_float32():
@@ -183,6 +183,6 @@ def test_mismatched_levels_raise():
     assert same_on_all_levels([3, 3], "channels") == 3
     with pytest.raises(ValueError, match=r"channels must be the same on each; got \[3, 4\]"):
         same_on_all_levels([3, 4], "channels")
-    check_rows([Boxes(random_boxes(5, seed=0))], [torch.zeros(1, 5, 2)], "set it right")
-    with pytest.raises(ValueError, match=r"\[6\] anchors by level, there are \[5\]: set it right"):
-        check_rows([Boxes(random_boxes(5, seed=0))], [torch.zeros(1, 6, 2)], "set it right")
+    check_rows([Boxes(random_boxes(5, seed=0))], [torch.zeros(1, 5, 2)], "change the head")
+    with pytest.raises(ValueError, match=r"\[6\] anchors per level, but there are \[5\]: change the head"):
+        check_rows([Boxes(random_boxes(5, seed=0))], [torch.zeros(1, 6, 2)], "change the head")

@@ -1,4 +1,4 @@
-"""FastRCNNOutputLayers: losses against formulas written as loops, inference against a slow NMS."""
+"""FastRCNNOutputLayers: losses compared with loops, inference compared with a slow NMS."""
 
 import math
 
@@ -42,7 +42,7 @@ def labeled_proposals(counts=(7, 4), empty_last=False) -> list[Instances]:
 
 
 def slow_inference(boxes, scores, shape, score_thresh, nms_thresh, topk):
-    """All (row, class, score, box) that stay, in descending score order."""
+    """Return (row, class, score, box) of each detection, in descending score order."""
     height, width = shape
     found = []
     for row, (row_boxes, row_scores) in enumerate(zip(boxes.numpy(), scores.numpy())):
@@ -233,7 +233,7 @@ def test_federated_loss_uses_the_selected_classes_only():
     assert "fed_loss_cls_weights" not in layers.state_dict()
     gt_classes = torch.tensor([2, NUM_CLASSES, 2])
     chosen = layers.get_fed_loss_classes(gt_classes, 3, NUM_CLASSES, weights)
-    assert sorted(chosen.tolist()) in ([1, 2, 5], [2, 3, 5])  # present, and one that has a weight
+    assert sorted(chosen.tolist()) in ([1, 2, 5], [2, 3, 5])  # the classes present, and one sampled by weight
     assert sorted(layers.get_fed_loss_classes(gt_classes, 1, NUM_CLASSES, weights).tolist()) == [2, 5]
     assert sorted(layers.get_fed_loss_classes(gt_classes, 50, NUM_CLASSES, weights).tolist()) == [1, 2, 3, 5]
 
@@ -283,14 +283,14 @@ def test_federated_loss_from_config_gets_weights_of_the_datasets(monkeypatch):
     with pytest.raises(ValueError, match="USE_FED_LOSS.* provide_fed_loss_cls_weights"):
         layers.sigmoid_cross_entropy_loss(logits, gt_classes)
     checks.set_class_weights(cfg, torch.nn.Sequential(layers))
-    assert not calls  # a model that only predicts needs no datasets
+    assert not calls  # inference does not need the datasets
     got = [layers.sigmoid_cross_entropy_loss(logits, gt_classes).item() for _ in range(2)]
     assert calls == [(("a", "b"), 0.25)]
     torch.testing.assert_close(layers.fed_loss_cls_weights, torch.tensor([4.0, 0, 9, 0, 0]) ** 0.25)
     assert not layers.state_dict().keys() - {"cls_score.weight", "cls_score.bias", *BBOX_PRED}
     target = F.one_hot(gt_classes, NUM_CLASSES + 1).float()
     loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    wants = [loss[:, [1, drawn]].sum().item() / 3 for drawn in (0, 2)]  # what is there, and one drawn
+    wants = [loss[:, [1, drawn]].sum().item() / 3 for drawn in (0, 2)]  # the class present, and a sampled one
     assert all(min(abs(value - want) for want in wants) < 1e-5 for value in got)
 
     head.USE_SIGMOID_CE = False
@@ -315,7 +315,7 @@ def test_losses_without_regions_are_zero_and_require_grad(sigmoid, num_images):
     assert all(p.grad is not None and not p.grad.any() for p in layers.parameters())
 
 
-def test_background_alone_gives_zero_box_loss():
+def test_box_loss_without_foreground_is_zero():
     layers = make_layers()
     proposals = labeled_proposals((6,), empty_last=True)
     with EventStorage() as storage:

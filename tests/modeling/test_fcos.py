@@ -1,4 +1,4 @@
-"""FCOS: which point answers for which box, losses and detections, each against loops."""
+"""FCOS: assignment of points to boxes, losses and detections, each compared with loops."""
 
 import math
 
@@ -21,7 +21,7 @@ from tests.builders import (
 
 K = NUM_CLASSES
 STRIDES = (8, 16, 32, 64, 128)
-# Sizes of the maps of a picture of 128 x 256.
+# Sizes of the feature maps of a 128 x 256 image.
 MAPS = [(16, 32), (8, 16), (4, 8), (2, 4), (1, 2)]
 
 
@@ -45,7 +45,7 @@ def objects(num, seed=0, height=128, width=256) -> Instances:
 
 
 def points():
-    """(x, y, stride) of every point, level by level."""
+    """Return (x, y, stride) of every point, level by level."""
     return [
         ((i + 0.5) * s, (j + 0.5) * s, s)
         for s, (h, w) in zip(STRIDES, MAPS)
@@ -55,7 +55,7 @@ def points():
 
 
 def slow_match(x, y, stride, boxes, radius):
-    """Index of the box that a point answers for, or None."""
+    """Return the index of the box that a point is assigned to, or None."""
     low = 0 if stride == STRIDES[0] else 4 * stride
     high = math.inf if stride == STRIDES[-1] else 8 * stride
     found = []
@@ -71,7 +71,7 @@ def slow_match(x, y, stride, boxes, radius):
 @pytest.mark.parametrize("max_pairs", [None, 2000])
 def test_labels_equal_a_loop_over_points(anchors, radius, max_pairs, monkeypatch):
     if max_pairs:
-        monkeypatch.setattr(fcos, "_MAX_PAIRS", max_pairs)  # two boxes at once
+        monkeypatch.setattr(fcos, "_MAX_PAIRS", max_pairs)  # two boxes per chunk
     model = small_fcos(center_sampling_radius=radius)
     gt = [objects(60), objects(0), objects(7, seed=1)]
     labels, boxes = model.label_anchors(anchors, gt)
@@ -219,7 +219,7 @@ def test_overfits_a_batch():
 
 
 class OneByOne(FCOS):
-    """Has steps of its own for one picture's detections and for centerness."""
+    """Overrides the detections of one image and the centerness."""
 
     def inference_single_image(self, anchors, box_cls, box_delta, image_size):
         self.given = [*getattr(self, "given", []), image_size]

@@ -1,4 +1,4 @@
-"""The focal loss against its formula."""
+"""The focal loss, compared with its formula."""
 
 import math
 
@@ -11,14 +11,14 @@ K = 4
 
 
 def example(seed=0, dtype=torch.float64):
-    """(2, 6, 4) logits, and labels with foreground, background and ignored anchors."""
+    """Return (2, 6, 4) logits, and labels with foreground, background and ignored anchors."""
     g = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(2, 6, K, generator=g, dtype=torch.float64)
     labels = torch.tensor([[0, K, -1, 3, 2, K], [-1, 1, 1, K, 0, -1]])
     return logits.to(dtype), labels
 
 
-def slow(logits, labels, alpha, gamma):
+def slow_loss(logits, labels, alpha, gamma):
     total = 0.0
     for row, label in zip(logits.flatten(0, 1).tolist(), labels.flatten().tolist()):
         for k, x in enumerate(row if label >= 0 else []):
@@ -33,7 +33,7 @@ def slow(logits, labels, alpha, gamma):
 def test_value_and_gradient_equal_the_formula(alpha, gamma):
     logits, labels = example()
     assert focal_loss_sum(logits, labels, alpha, gamma).item() == pytest.approx(
-        slow(logits, labels, alpha, gamma), rel=1e-9
+        slow_loss(logits, labels, alpha, gamma), rel=1e-9
     )
     assert torch.autograd.gradcheck(
         lambda x: focal_loss_sum(x, labels, alpha, gamma), logits.requires_grad_(), atol=1e-6
@@ -74,7 +74,7 @@ def test_half_precision_logits_are_summed_in_float32(dtype):
     loss = focal_loss_sum(logits, labels)
     loss.backward()
     assert loss.dtype == torch.float32 and logits.grad.dtype == dtype
-    assert loss.item() == pytest.approx(slow(logits.detach().double(), labels, 0.25, 2.0), rel=1e-5)
+    assert loss.item() == pytest.approx(slow_loss(logits.detach().double(), labels, 0.25, 2.0), rel=1e-5)
 
 
 def test_arguments_are_not_changed():

@@ -1,4 +1,4 @@
-"""The keypoint head: choice of regions, loss against a loop over keypoints, inference."""
+"""The keypoint head: selection of regions, loss compared with a loop over keypoints, inference."""
 
 import math
 
@@ -28,12 +28,12 @@ def make_head(**kwargs) -> KRCNNConvDeconvUpsampleHead:
 
 
 def regions() -> list[Instances]:
-    """Three regions in two images; 5 of their 9 keypoints are visible: labelled and in the region."""
+    """Return three regions in two images; 5 of their 9 keypoints are labeled and inside the region."""
     first = Instances((50, 50), proposal_boxes=Boxes([[0.0, 0, 16, 16], [10, 20, 30, 36]]))
     first.gt_keypoints = Keypoints(
         [
             [[3, 5, 2], [16, 16, 1], [17, 5, 2]],  # inside, on the far corner, outside
-            [[10, 20, 2], [12, 22, 0], [29, 35, 2]],  # on the near corner, not labelled, inside
+            [[10, 20, 2], [12, 22, 0], [29, 35, 2]],  # on the near corner, not labeled, inside
         ]
     )
     second = Instances((50, 50), proposal_boxes=Boxes([[5.0, 5, 13, 13]]))
@@ -41,7 +41,7 @@ def regions() -> list[Instances]:
     return [first, second]
 
 
-# (region, keypoint, row, column) of the visible ones, in grids of 8 x 8 cells.
+# (region, keypoint, row, column) of the visible keypoints, in grids of 8 x 8 cells.
 VISIBLE = [(0, 0, 2, 1), (0, 1, 7, 7), (1, 0, 0, 0), (1, 2, 7, 7), (2, 0, 7, 1)]
 
 
@@ -156,7 +156,7 @@ def test_layers_have_published_names_and_initial_values():
     assert y.shape == (2, K, 14, 14)
     got = head.layers(x)
     assert got.shape == (2, K, 28, 28)
-    # Pixel centers at half integers: the fifth of the doubled row lies a quarter above the third.
+    # Pixel centers are at half integers, so the fifth doubled pixel is 1/4 before the third original one.
     rows = 0.75 * y[0, 0, 2] + 0.25 * y[0, 0, 1]
     torch.testing.assert_close(got[0, 0, 4, 9], 0.75 * rows[4] + 0.25 * rows[5])
     torch.testing.assert_close(got[0, 0, 0, 0], y[0, 0, 0, 0])

@@ -1,4 +1,4 @@
-"""The mask head: loss against a loop over pixels, inference by class."""
+"""The mask head: loss compared with a loop over pixels, inference by class."""
 
 import math
 
@@ -23,7 +23,7 @@ def rectangle(x0, y0, x1, y1) -> list[np.ndarray]:
 
 
 def foreground(kind: str = "polygon") -> list[Instances]:
-    """Regions of 8 x 8 pixels whose masks fill their left half, their lower quarter, and all of them."""
+    """Return 8 x 8 regions with masks that cover the left half, the lower quarter and the full region."""
     first = Instances((40, 40), proposal_boxes=Boxes([[0.0, 0, 8, 8], [10, 10, 18, 18]]))
     first.gt_classes = torch.tensor([2, 0])
     second = Instances((30, 40), proposal_boxes=Boxes([[4.0, 4, 12, 12]]))
@@ -37,7 +37,7 @@ def foreground(kind: str = "polygon") -> list[Instances]:
     return [first, second]
 
 
-def true_masks(side: int) -> torch.Tensor:
+def expected_masks(side: int) -> torch.Tensor:
     masks = torch.zeros(3, side, side, dtype=torch.bool)
     masks[0, :, : side // 2] = True
     masks[1, side * 3 // 4 :] = True
@@ -53,27 +53,27 @@ def test_loss_equals_the_formula(kind, agnostic):
     with EventStorage() as storage:
         loss = mask_rcnn_loss(logits, foreground(kind))
     total, wrong, false_positive, false_negative = 0.0, 0, 0, 0
-    truth = true_masks(8)
+    target = expected_masks(8)
     for i, c in enumerate([2, 0, 1]):
         for y in range(8):
             for x in range(8):
                 value = logits[i, 0 if agnostic else c, y, x].item()
-                p, t = 1 / (1 + math.exp(-value)), truth[i, y, x].item()
+                p, t = 1 / (1 + math.exp(-value)), target[i, y, x].item()
                 total -= math.log(p if t else 1 - p)
                 wrong += (p > 0.5) != t
                 false_positive += p > 0.5 and not t
                 false_negative += p <= 0.5 and t
     assert loss.item() == pytest.approx(total / 192, rel=1e-5)
-    positive = truth.sum().item()
+    positive = target.sum().item()
     scalars = {k: v[0] for k, v in storage.latest().items()}
     assert scalars["mask_rcnn/accuracy"] == pytest.approx(1 - wrong / 192)
     assert scalars["mask_rcnn/false_positive"] == pytest.approx(false_positive / (192 - positive))
     assert scalars["mask_rcnn/false_negative"] == pytest.approx(false_negative / positive)
 
     loss.backward()
-    touched = logits.grad.flatten(2).any(dim=2)
-    if not agnostic:  # only the channels of the true classes learn
-        assert touched.nonzero().tolist() == [[0, 2], [1, 0], [2, 1]]
+    channels_with_grad = logits.grad.flatten(2).any(dim=2)
+    if not agnostic:  # only the channels of the ground-truth classes get a gradient
+        assert channels_with_grad.nonzero().tolist() == [[0, 2], [1, 0], [2, 1]]
 
 
 def test_images_without_regions_do_not_change_the_loss():

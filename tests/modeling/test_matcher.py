@@ -1,4 +1,4 @@
-"""Matching against torchvision's matcher and against loops."""
+"""Matching, compared with torchvision's matcher and with loops."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def test_labels_of_a_worked_example():
     matches, labels = Matcher([0.3, 0.5], [0, -1, 1])(quality)
     assert matches.tolist() == [1, 1, 2, 0] and matches.dtype == torch.int64
     assert labels.tolist() == [-1, 1, 0, 1] and labels.dtype == torch.int8
-    # The third ground truth is best matched, with a tie, by the second and the fourth prediction.
+    # The second and the fourth prediction tie as the best match of the third ground truth.
     matches, labels = Matcher([0.7], [0, 1], allow_low_quality_matches=True)(quality)
     assert matches.tolist() == [1, 1, 2, 0]
     assert labels.tolist() == [0, 1, 0, 1]
@@ -58,7 +58,7 @@ def test_empty_inputs_give_empty_or_background_matches(shape):
 @pytest.mark.parametrize(
     "thresholds, labels, words",
     [
-        ([0.5, 0.3], [0, -1, 1], "rise"),
+        ([0.5, 0.3], [0, -1, 1], "ascending"),
         ([0.0], [0, 1], "above 0"),
         ([0.5], [0, -1, 1], "1 thresholds need 2 labels"),
         ([0.5], [0, 2], "-1 .ignore."),
@@ -97,11 +97,14 @@ def test_chunks_bound_the_size_of_matrices():
 
 
 def test_subclass_of_matcher_gets_the_full_matrix():
-    class Mine(Matcher):
+    class CustomMatcher(Matcher):
         def __call__(self, match_quality_matrix):
             assert match_quality_matrix.shape == (5, 40)
             return super().__call__(match_quality_matrix)
 
     match_boxes(
-        Mine([0.5], [0, 1]), Boxes(random_boxes(5, seed=0)), Boxes(random_boxes(40, seed=1)), max_pairs=10
+        CustomMatcher([0.5], [0, 1]),
+        Boxes(random_boxes(5, seed=0)),
+        Boxes(random_boxes(40, seed=1)),
+        max_pairs=10,
     )

@@ -1,4 +1,4 @@
-"""In which layout maps lie in memory: channels-last where it makes convolutions faster."""
+"""Memory layout of feature maps: channels-last where it makes convolutions faster."""
 
 import pytest
 import torch
@@ -9,17 +9,17 @@ from tests.modeling.detr.small_models import batch as detr_batch
 
 
 def layouts(model: torch.nn.Module, modules: list[torch.nn.Module], items: list[dict]) -> set[str]:
-    """In what layouts modules get their maps, in a training step and in a prediction."""
+    """Return the layouts of the inputs of modules in a training step and in a prediction."""
     found = set()
 
-    def look(module, args):
+    def record_layout(module, args):
         is_contiguous = args[0].is_contiguous()
         is_channels_last = args[0].is_contiguous(memory_format=torch.channels_last)
-        if not (is_contiguous and is_channels_last):  # maps of one cell are both
+        if not (is_contiguous and is_channels_last):  # a feature map of one pixel is both
             found.add("contiguous" if is_contiguous else "channels-last" if is_channels_last else "neither")
 
     for module in modules:
-        module.register_forward_pre_hook(look)
+        module.register_forward_pre_hook(record_layout)
     sum(model.train()(items).values()).backward()
     with torch.no_grad():
         model.eval()(items)

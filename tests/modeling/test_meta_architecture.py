@@ -1,4 +1,4 @@
-"""Model facts: what the engine and the data loaders read of a model, for built-in and third-party models."""
+"""Model facts, which the engine and the data loaders read, of built-in and third-party models."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ from tests.builders import tiny_cfg, tiny_lazy_config
 
 
 class OneBoxDetector(MetaArchitecture):
-    """A new meta architecture, known to this test only: predicts a fixed box and learns its class."""
+    """A new meta architecture, defined in this test only. It predicts a fixed box and learns its class."""
 
     reference_lr_per_image = 0.001
     compile_modules = ("backbone", "classifier")
@@ -59,8 +59,10 @@ class OneBoxDetector(MetaArchitecture):
         images = self.preprocess_image(batched_inputs)
         logits = self.classifier(self.backbone(images.tensor).mean(dim=(2, 3)))
         if self.training:
-            truth = self.take_ground_truth(batched_inputs, self.num_classes, "MODEL.ONE_BOX.NUM_CLASSES")
-            wanted = torch.stack([t.gt_classes[0] for t in truth])
+            ground_truth = self.take_ground_truth(
+                batched_inputs, self.num_classes, "MODEL.ONE_BOX.NUM_CLASSES"
+            )
+            wanted = torch.stack([t.gt_classes[0] for t in ground_truth])
             return {"loss_cls": nn.functional.cross_entropy(logits, wanted)}
         scores, classes = logits.softmax(dim=1).max(dim=1, keepdim=True)
         found = [
@@ -75,7 +77,7 @@ class OneBoxDetector(MetaArchitecture):
 
 @pytest.fixture
 def one_box():
-    """The name under which `OneBoxDetector` is registered during a test."""
+    """Register `OneBoxDetector` during a test, and return its name."""
     META_ARCH_REGISTRY.register(OneBoxDetector)
     yield "OneBoxDetector"
     del META_ARCH_REGISTRY._obj_map["OneBoxDetector"]
@@ -98,32 +100,33 @@ def test_new_architecture_trains_and_evaluates_without_changes_elsewhere(one_box
     before = trainer.model.classifier.weight.clone()
     results = trainer.train()
     assert trainer.iter == 2 and not torch.equal(trainer.model.classifier.weight, before)
-    assert results.keys() == {"bbox"} and 0 <= results["bbox"]["AP"] <= 100  # no semantic or panoptic metric
+    assert results.keys() == {"bbox"} and 0 <= results["bbox"]["AP"] <= 100  # no semantic or panoptic metrics
     assert isinstance(DefaultTrainer.build_evaluator(cfg, cfg.DATASETS.TEST[0]), COCOEvaluator)
     assert ddp.compile_parts(trainer.model, backend="eager") == ["backbone", "classifier"]
 
 
-def test_number_of_classes_of_a_new_architecture_is_compared_with_the_data(one_box, tmp_path):
+def test_number_of_classes_of_a_new_architecture_is_compared_with_the_dataset(one_box, tmp_path):
     cfg = one_box_cfg(tmp_path, one_box, MODEL__ONE_BOX__NUM_CLASSES=2)
     with pytest.raises(ValueError, match="MODEL.ONE_BOX.NUM_CLASSES is 2"):
         DefaultTrainer(cfg)
 
 
-def test_reference_rate_of_a_new_architecture_reaches_the_advice(one_box, tmp_path):
+def test_divergence_error_names_reference_learning_rate_of_a_new_architecture(one_box, tmp_path):
     cfg = one_box_cfg(tmp_path, one_box, SOLVER__BASE_LR=1e30)
     with pytest.raises(FloatingPointError, match="0.016 for 16, .* 0.002 here"):
         DefaultTrainer(cfg).train()
 
 
-def test_lazy_fcos_gets_the_reference_rate_of_dense_detectors(tmp_path):
-    # The rate is high for dense detectors, though not by R-CNN's 0.02 for 16. The loss overflows at once.
+def test_lazy_fcos_has_the_reference_learning_rate_of_dense_detectors(tmp_path):
+    # The learning rate is high for dense detectors, though not for R-CNN with 0.02 for 16. The loss overflows
+    # in the first step.
     cfg = tiny_lazy_config(tmp_path, "optimizer.lr=0.0025", "model.focal_loss_alpha=1e60")
     with pytest.raises(FloatingPointError, match="0.01 for 16, .* 0.00125 here"):
         LazyTrainer(cfg).train()
 
 
 @pytest.mark.parametrize("name, model", [("fcos", FCOS), ("retinanet", RetinaNet)])
-def test_shipped_lazy_dense_detectors_state_their_published_rate(name, model):
+def test_shipped_lazy_dense_detectors_use_their_reference_learning_rate(name, model):
     cfg = LazyConfig.load(f"configs/COCO-Detection/{name}_R_50_FPN_1x.py")
     assert cfg.model._target_ is model
     assert cfg.optimizer.lr / cfg.dataloader.train.total_batch_size == model.reference_lr_per_image
@@ -133,7 +136,7 @@ def test_shipped_lazy_dense_detectors_state_their_published_rate(name, model):
     "model, rate",
     [(GeneralizedRCNN, 0.02), (PanopticFPN, 0.02), (RetinaNet, 0.01), (DINO, 1e-4), (DETR, 1e-4 / 4)],
 )
-def test_reference_rates_for_16_images(model, rate):
+def test_reference_learning_rates_for_16_images(model, rate):
     assert 16 * model.reference_lr_per_image == pytest.approx(rate)
 
 
@@ -165,7 +168,7 @@ def test_third_party_models_have_the_default_facts():
     assert facts is MetaArchitecture and facts.num_classes_keys(get_cfg()) == {} and not facts.supports_tta
 
 
-def test_facts_of_built_in_models_are_their_class():
+def test_facts_of_built_in_models_are_read_from_their_class():
     cfg = get_cfg()
     for entry in (GeneralizedRCNN, PanopticFPN, ProposalNetwork, RetinaNet, SemanticSegmentor):
         cfg.MODEL.META_ARCHITECTURE = entry.__name__

@@ -1,4 +1,4 @@
-"""Panoptic FPN: the merge against a slow one, and the model around it."""
+"""Panoptic FPN: the merge compared with a slow one, and the model."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ NUM_STUFF = 4
 
 
 def scene(num: int, seed: int, height: int = 40, width: int = 60) -> tuple[Instances, torch.Tensor]:
-    """Ellipses of random scores that overlap much, on blocks of stuff; one of them is empty."""
+    """Return strongly overlapping ellipses with random scores, one of them empty, and blocks of stuff."""
     generator = torch.Generator().manual_seed(seed)
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     place = torch.rand(num, 4, generator=generator)
@@ -32,7 +32,7 @@ def scene(num: int, seed: int, height: int = 40, width: int = 60) -> tuple[Insta
 
 
 def slow_merge(instances, semantic, overlap: float, area: int, score: float):
-    """The same with sets of pixels."""
+    """Merge with sets of pixels instead of tensors."""
     free = {(y, x) for y in range(semantic.shape[0]) for x in range(semantic.shape[1])}
     ids, segments = torch.zeros(semantic.shape, dtype=torch.int32), []
 
@@ -73,9 +73,9 @@ def test_merge_equals_a_slow_merge(overlap, area, score, seed):
 
 def test_merge_of_a_worked_example():
     masks = torch.zeros(3, 4, 6, dtype=torch.bool)
-    masks[0, :2, :3] = True  # score 0.6: half of it lies under the next
-    masks[1, :2, 1:4] = True  # the best
-    masks[2, 1, :4] = True  # 3 of 4 pixels lie under the others: dropped
+    masks[0, :2, :3] = True  # 4 of 6 pixels are covered by a better one
+    masks[1, :2, 1:4] = True  # the best score
+    masks[2, 1, :4] = True  # covered by the others: dropped
     semantic = torch.tensor([[0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 1, 1], [2, 2, 2, 1, 1, 3], [2, 2, 2, 1, 1, 0]])
     x = Instances((4, 6), pred_masks=masks, scores=torch.tensor([0.5, 0.75, 0.5]))
     x.pred_classes = torch.tensor([7, 3, 5])
@@ -99,7 +99,7 @@ def test_merge_without_instances_has_stuff_only():
     assert not ids.any() and segments == []
 
 
-def test_merge_of_results_that_do_not_fit_raises():
+def test_merge_of_mismatched_results_raises():
     instances, semantic = scene(4, 0)
     with pytest.raises(ValueError, match=r"\(40, 59\), got \(4, 40, 60\)"):
         combine_semantic_and_instance_outputs(instances, semantic[:, :59], 0.5, 0, 0.5)
@@ -134,12 +134,12 @@ def batch() -> list[dict]:
 
 
 def losses_of(model: PanopticFPN) -> dict[str, float]:
-    torch.manual_seed(1)  # of the sampling
+    torch.manual_seed(1)  # for the sampling
     with EventStorage():
         return {key: x.item() for key, x in model.train()(batch()).items()}
 
 
-def test_losses_equal_those_of_the_parts(model):
+def test_loss_weights_scale_the_losses_of_each_part(model):
     losses = losses_of(model)
     detection = {"loss_cls", "loss_box_reg", "loss_mask", "loss_rpn_cls", "loss_rpn_loc"}
     assert losses.keys() == {"loss_sem_seg"} | detection
@@ -154,10 +154,10 @@ def test_instance_loss_weight_scales_all_stages_of_a_cascade():
         "MODEL__ROI_HEADS__NAME": "CascadeROIHeads",
         "MODEL__ROI_BOX_HEAD__CLS_AGNOSTIC_BBOX_REG": True,
     }
-    whole = losses_of(built(**agnostic))
+    full = losses_of(built(**agnostic))
     half = losses_of(built(MODEL__PANOPTIC_FPN__INSTANCE_LOSS_WEIGHT=0.5, **agnostic))
-    assert {"loss_cls_stage2", "loss_box_reg_stage0", "loss_mask"} < whole.keys()
-    for key, value in whole.items():
+    assert {"loss_cls_stage2", "loss_box_reg_stage0", "loss_mask"} < full.keys()
+    for key, value in full.items():
         factor = 1 if key.startswith(("loss_rpn", "loss_sem")) else 0.5
         assert half[key] == pytest.approx(factor * value, rel=1e-4), key
 
@@ -165,7 +165,7 @@ def test_instance_loss_weight_scales_all_stages_of_a_cascade():
 @torch.no_grad()
 def test_outputs_have_the_size_and_merge_of_each_image(model):
     items = [{"image": random_image(), "height": 128, "width": 144}, {"image": random_image(40, 96, seed=1)}]
-    # The stuff predictor of a fresh model prefers one class; let it prefer another than things'.
+    # The predictor of a new model prefers one class. Make it prefer a stuff class over class 0, the things.
     model.sem_seg_head.predictor.bias.copy_(torch.tensor([-9.0, 0, 0, 0]))
     model.eval()
     for out, (height, width) in zip(model(items), ((128, 144), (40, 96))):

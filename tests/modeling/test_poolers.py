@@ -1,4 +1,4 @@
-"""ROIPooler against a loop over boxes with torchvision's operators."""
+"""ROIPooler, compared with a loop over boxes that calls torchvision's operators."""
 
 import math
 
@@ -37,7 +37,7 @@ def test_levels_are_clamped_to_the_pyramid():
     def boxes_of_sides(*sides):
         return [Boxes(torch.tensor([[0.0, 0.0, s, s] for s in sides]))]
 
-    # A doubling of the side goes one level up; the border belongs to the upper level.
+    # Doubling the side moves a box one level up. A box on the boundary belongs to the upper level.
     sides = (0.0, 1.0, 55.0, 56.0, 111.9, 112.0, 223.9, 224.0, 447.9, 448.0, 5000.0)
     assert assign_boxes_to_levels(boxes_of_sides(*sides), 2, 5, 224, 4).tolist() == [
         *(0, 0, 0, 0, 0, 1, 1, 2, 2, 3, 3)
@@ -135,7 +135,7 @@ def test_wrong_inputs_raise():
 
 
 def test_rotated_boxes_are_pooled_from_their_level():
-    """Each box alone, by the operator itself; the level follows from width times height."""
+    """Compare with the operator on each box alone; the level depends on width times height."""
     generator = torch.Generator().manual_seed(5)
     features = [torch.randn(2, 3, 256 // s, 320 // s, generator=generator) for s in STRIDES]
     sides = 2 ** (5 + 4.5 * torch.rand(20, 2, generator=generator))
@@ -156,14 +156,14 @@ def test_rotated_boxes_are_pooled_from_their_level():
     assert len(set(levels)) == 4
 
 
-def test_boxes_of_another_type_than_the_pooler_raise():
+def test_boxes_of_a_type_that_the_pooler_does_not_support_raise():
     pooler, axis_aligned = ROIPooler(2, [0.25], 0, "ROIAlignRotated"), Boxes([[0, 0, 9, 9]])
     with pytest.raises(ValueError, match="ROIAlignRotated pools boxes of 5 numbers, got Boxes"):
         pooler([torch.zeros(1, 1, 8, 8)], [axis_aligned])
 
 
 def test_features_pooled_from_a_pyramid_are_contiguous():
-    """So box heads of users may flatten them with view(); also where some level has no box."""
+    """Custom box heads may flatten them with view(), even if a level has no boxes."""
     maps = [torch.randn(1, 3, 64 >> i, 80 >> i).to(memory_format=torch.channels_last) for i in range(3)]
     pooler = ROIPooler(7, [1 / 4, 1 / 8, 1 / 16], 0, "ROIAlignV2")
     small, large = [4.0, 5.0, 24.0, 30.0], [2.0, 3.0, 250.0, 240.0]

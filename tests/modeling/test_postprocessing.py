@@ -37,7 +37,7 @@ def test_proposals_are_scaled():
 
 
 def slow_paste(mask, box, height: int, width: int, threshold: float) -> torch.Tensor:
-    """Bilinear reading of the mask at each pixel's center; outside the mask there is nothing."""
+    """Sample the mask bilinearly at each pixel's center; it is 0 outside."""
     side = len(mask)
 
     def value(row: int, column: int) -> float:
@@ -64,7 +64,7 @@ def test_masks_are_pasted_into_their_boxes(wrap, threshold):
     x.pred_masks = wrap(masks)
     out = detector_postprocess(x, 50, 80, mask_threshold=threshold)
     assert out.pred_masks.shape == (3, 50, 80) and out.pred_masks.dtype == torch.bool
-    # A mask belongs to the box as it is after clipping: the last one reaches from 72 to 80, not to 96.
+    # A mask covers the box after clipping: the last box extends from 72 to 80, not to 96.
     for got, mask, box in zip(out.pred_masks, masks, [[8, 10, 24, 30], [0, 0, 4, 2.5], [72, 5, 80, 10]]):
         want = slow_paste(mask[0].tolist(), box, 50, 80, threshold)
         assert torch.equal(got, want) and want.any()

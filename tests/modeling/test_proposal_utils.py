@@ -1,4 +1,4 @@
-"""Choice of proposals and ground truth among them, against slow formulas."""
+"""Selection of proposals and appending of ground truth, compared with slow formulas."""
 
 import math
 
@@ -18,7 +18,7 @@ SIZES = [(60, 64), (48, 50)]
 
 
 def slow_proposals(boxes, scores, sizes, thresh, pre, post, min_size):
-    """`find_top_rpn_proposals`, a box at a time, NMS by torchvision."""
+    """Compute `find_top_rpn_proposals` one box at a time, with torchvision's NMS."""
     out = []
     for i, (height, width) in enumerate(sizes):
         rows = []
@@ -86,8 +86,8 @@ def test_ground_truth_is_appended_to_the_proposals():
     proposals.objectness_logits = torch.arange(3.0)
     gt = Instances((50, 60))
     gt.gt_boxes, gt.gt_classes = Boxes(random_boxes(2, (90, 90), 0, 40, seed=1)), torch.tensor([1, 2])
-    for truth in (gt, gt.gt_boxes):
-        (joined,) = add_ground_truth_to_proposals([truth], [proposals])
+    for added in (gt, gt.gt_boxes):
+        (joined,) = add_ground_truth_to_proposals([added], [proposals])
         assert len(joined) == 5 and set(joined.get_fields()) == {"proposal_boxes", "objectness_logits"}
         assert torch.equal(joined.proposal_boxes.tensor[3:], gt.gt_boxes.tensor)
         assert torch.equal(joined.objectness_logits[:3], torch.arange(3.0))

@@ -1,4 +1,4 @@
-"""Whole models: a step of training, inference, mixed precision, and what wrong inputs are answered with."""
+"""R-CNN models: a training step, inference, mixed precision, and errors of wrong inputs."""
 
 from types import SimpleNamespace
 
@@ -30,7 +30,7 @@ LOSSES = {
 
 @pytest.fixture(scope="module")
 def models():
-    """One model of each config, built on first use; tests leave their parameters as they are."""
+    """Return a function that builds each model on first use; tests must not change its parameters."""
     built = {}
 
     def get(name: str) -> torch.nn.Module:
@@ -71,7 +71,7 @@ def test_training_step_gives_every_parameter_a_gradient(models, name):
     assert all(v.dim() == 0 and torch.isfinite(v) and v > 0 for v in losses.values())
     sum(losses.values()).backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
-    if name != FAST_RCNN:  # whose given boxes are too small for the upper levels
+    if name != FAST_RCNN:  # its proposals are too small for the upper levels
         assert [n for n, p in model.named_parameters() if not p.grad.any()] == []
     if name == MASK_RCNN:
         assert {
@@ -94,7 +94,7 @@ def test_images_without_objects_give_finite_losses(models, name, empty):
             assert losses[key].item() == 0, key
     assert all(torch.isfinite(v) for v in losses.values())
     sum(losses.values()).backward()
-    # Every parameter takes part, as distributed training demands, though with a gradient of zero.
+    # Distributed training requires that every parameter has a gradient, even if it is zero.
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
 
 
@@ -118,7 +118,7 @@ def test_losses_are_float32_under_bfloat16_autocast(models, name):
         half = model(batch)
     for key, value in half.items():
         assert value.dtype == torch.float32 and value.isfinite()
-        # The second stage's losses hang on which proposals there are, unless these are given.
+        # The losses of the second stage depend on the proposals, which only Fast R-CNN takes from the input.
         if name == FAST_RCNN or key.startswith("loss_rpn"):
             assert value.item() == pytest.approx(full[key].item(), rel=0.05, abs=0.01), key
     sum(half.values()).backward()
@@ -180,7 +180,7 @@ def test_given_proposals_are_classified(models):
     item = {"image": random_image(), "proposals": proposals(count=1)}
     x = model([item])[0]["instances"]
     assert sorted(x.pred_classes.tolist()) == [0, 1, 2]
-    # Box deltas start near zero, so the detections lie where the proposal lay.
+    # Box deltas are near zero at initialization, so the detections are at the proposals.
     want = item["proposals"].proposal_boxes.tensor.expand(3, 4)
     torch.testing.assert_close(x.pred_boxes.tensor, want, atol=1.0, rtol=0)
 
@@ -287,7 +287,7 @@ def test_training_does_not_change_its_inputs(models):
 
 
 def test_postprocess_scales_each_image_to_its_size(models):
-    """What users' own `inference` ends with, in the size that each dict asks for or in the input's."""
+    """Custom overrides of `inference` call `_postprocess`, with or without an output size in each dict."""
     model = models(MASK_RCNN).eval()
     batch = [
         {"image": random_image(64, 96), "height": 128, "width": 192},

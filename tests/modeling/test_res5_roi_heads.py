@@ -68,7 +68,7 @@ def test_training_losses_equal_those_of_the_branches():
     classes = torch.cat([x.gt_classes for x in sampled])
     torch.testing.assert_close(losses["loss_cls"], F.cross_entropy(logits, classes))
 
-    # Masks are learnt from the features that were made for the boxes, on the foreground alone.
+    # The mask loss uses the features computed for the boxes, of the foreground only.
     rows = (classes < NUM_CLASSES).nonzero()[:, 0]
     assert len(rows) == 3
     logits = heads.mask_head.layers(regions[rows])[torch.arange(3), classes[rows]]

@@ -1,4 +1,4 @@
-"""RetinaNet: labels, losses and detections against loops, its head, and what it refuses."""
+"""RetinaNet: labels, losses and detections compared with loops, its head and its errors."""
 
 import logging
 import math
@@ -43,7 +43,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def anchors(model):
-    """For a picture of 64 x 128: five levels, the last of one pixel."""
+    """Return the anchors of a 64 x 128 image: five levels, the last of one pixel."""
     return model.anchor_generator([torch.zeros(1, 1, max(1, 8 >> i), max(1, 16 >> i)) for i in range(5)])
 
 
@@ -61,7 +61,7 @@ def test_labels_equal_a_loop_over_anchors(model, anchors):
     best = iou.max(dim=1).values
     for i, (label, box) in enumerate(zip(labels[0].tolist(), boxes[0])):
         j = int(iou[:, i].argmax())
-        forced = any(iou[m, i] == best[m] for m in range(3))  # no object goes without an anchor
+        forced = any(iou[m, i] == best[m] for m in range(3))  # every object has an anchor
         if iou[j, i] >= 0.5 or forced:
             assert label == gt[0].gt_classes[j] and torch.equal(box, gt[0].gt_boxes.tensor[j])
         else:
@@ -101,13 +101,13 @@ def test_losses_equal_the_formulas(anchors, loss_type):
     assert storage.latest()["num_pos_anchors"][0] == num_fg / 2
     assert losses["loss_cls"].item() == pytest.approx(loss_cls / normalizer, rel=1e-5)
     assert losses["loss_box_reg"].item() == pytest.approx(loss_box / normalizer, rel=1e-5)
-    # Without objects the normalizer falls as if there were one.
+    # Without foreground anchors the normalizer is updated as if there were one.
     model.losses(anchors, logits, [torch.full_like(x, K) for x in labels], deltas, boxes)
     assert model.loss_normalizer == pytest.approx(0.9 * normalizer + 0.1)
 
 
 def slow_detections(model, anchors, scores, deltas, threshold, topk, nms_thresh, limit):
-    """Of one image: rows of (box, class, score) in descending score order."""
+    """Return rows of (box, class, score) for one image, in descending score order."""
     found = []
     for a, s, d in zip(anchors, scores, deltas):
         level = [(s[r, k].item(), r, k) for r in range(len(a)) for k in range(K) if s[r, k] > threshold]
@@ -241,7 +241,7 @@ def test_batch_norms_of_the_head_are_separate_per_level(caplog):
         ({"NORM": "XN"}, "MODEL.RETINANET.NORM: .*XN"),
         ({"PRIOR_PROB": 1.0}, r"MODEL.RETINANET.PRIOR_PROB\) must be in \(0, 1\)"),
         ({"BBOX_REG_LOSS_TYPE": "gious"}, "MODEL.RETINANET.BBOX_REG_LOSS_TYPE.*'gious'.*Did you mean 'giou'"),
-        ({"IOU_THRESHOLDS": [0.5, 0.4]}, "MODEL.RETINANET.IOU_THRESHOLDS.*must be above 0 and rise"),
+        ({"IOU_THRESHOLDS": [0.5, 0.4]}, "MODEL.RETINANET.IOU_THRESHOLDS.*must be above 0 and in ascending"),
         ({"BBOX_REG_WEIGHTS": (1.0, 1.0)}, "MODEL.RETINANET.BBOX_REG_WEIGHTS"),
     ],
 )
@@ -272,7 +272,7 @@ def test_labels_out_of_range_raise():
 
 
 class OneByOne(RetinaNet):
-    """Keeps what its own step for one picture was given."""
+    """Records the arguments of `inference_single_image`."""
 
     def inference_single_image(self, anchors, box_cls, box_delta, image_size):
         self.given = [*getattr(self, "given", []), (box_cls, image_size)]

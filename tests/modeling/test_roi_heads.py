@@ -58,9 +58,9 @@ def make_features(num_images: int) -> dict[str, torch.Tensor]:
     }
 
 
-# The truth has boxes (8, 8, 40, 40) of class 0 and (30, 20, 90, 60) of class 1.
+# The ground truth has boxes (8, 8, 40, 40) of class 0 and (30, 20, 90, 60) of class 1.
 NEAR_FIRST, NEAR_SECOND, APART = (8, 8, 40, 36), (32, 20, 90, 60), (50, 0, 90, 10)
-HALF_FIRST = (8, 8, 40, 24)  # overlaps the first by exactly one half: not below the threshold
+HALF_FIRST = (8, 8, 40, 24)  # IoU of exactly 0.5 with the first, which is not below the threshold
 LESS_THAN_HALF = (8, 8, 40, 23)
 
 
@@ -129,7 +129,7 @@ def test_training_losses_equal_those_of_the_branches():
     proposals = [make_proposals(boxes), make_proposals(boxes)]
     with EventStorage() as storage:
         sampled, losses = heads(None, features, proposals, [ground_truth(), ground_truth(boxes=())])
-    # Four foreground regions in the first image, none in the second: two an image.
+    # Four foreground regions in the first image, none in the second: two per image on average.
     assert storage.latest()["roi_head/num_fg_samples"][0] == 2
     assert storage.latest()["roi_head/num_bg_samples"][0] == 2
     assert set(losses) == {"loss_cls", "loss_box_reg", "loss_mask"}
@@ -143,7 +143,7 @@ def test_training_losses_equal_those_of_the_branches():
     want = nn.functional.cross_entropy(logits, torch.cat([s.gt_classes for s in sampled]))
     torch.testing.assert_close(losses["loss_cls"], want)
 
-    # Masks are learnt on the foreground of the first image alone; the truth fills its box.
+    # The mask loss uses the foreground of the first image only; its ground-truth masks fill the boxes.
     foreground = sampled[0][sampled[0].gt_classes < 3]
     pooled = heads.mask_pooler(maps, [foreground.proposal_boxes, Boxes(torch.zeros(0, 4))])
     logits = heads.mask_head.layers(pooled)[torch.arange(4), foreground.gt_classes]
@@ -246,8 +246,8 @@ def test_convolutions_of_a_box_head_are_channels_last():
     assert layouts == [True, True]
 
 
-class HeadsWithOwnMasks(StandardROIHeads):
-    """Makes its mask head after the rest, by a method of the instance."""
+class HeadsWithOwnMaskHead(StandardROIHeads):
+    """Builds its mask head after the rest, in a method of the instance."""
 
     def __init__(self, cfg, input_shape):
         super().__init__(cfg, input_shape)
@@ -263,6 +263,6 @@ class HeadsWithOwnMasks(StandardROIHeads):
 
 def test_subclass_may_build_a_head_in_an_instance_method():
     shapes = {f"p{i}": ShapeSpec(channels=4, stride=2**i) for i in range(2, 6)}
-    heads = HeadsWithOwnMasks(small_config(), shapes)
+    heads = HeadsWithOwnMaskHead(small_config(), shapes)
     assert not hasattr(heads, "mask_head") and heads.box_head.fc1.in_features == 4 * 7 * 7
     assert heads._forward_mask({}, [])["loss_mask"] == 6

@@ -1,6 +1,6 @@
-"""Rotated models: published numbers of their parts, and axis-aligned boxes as the case that must agree.
+"""Rotated models: published values of their parts, and agreement with axis-aligned models at angle 0.
 
-Other dtypes and pictures without objects: see test_all_architectures.
+For other dtypes and images without objects see test_all_architectures.
 """
 
 import math
@@ -42,7 +42,7 @@ from tests.builders import (
 
 @pytest.fixture(scope="module")
 def published():
-    """Boxes with deltas between them, and anchors, as detectron2 computes them."""
+    """Return boxes, the deltas between them, and anchors, as computed by detectron2."""
     with np.load(Path(__file__).with_name("rotated.npz")) as arrays:
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
@@ -143,7 +143,7 @@ class TestTransform:
 
 @pytest.fixture(scope="module")
 def axis_aligned_and_rotated():
-    """Two models with the same weights: with axis-aligned boxes, and with rotated anchors at angle 0."""
+    """Return two models with the same weights: one axis-aligned, one with rotated anchors at angle 0."""
     torch.manual_seed(0)
     axis_aligned = build_model(small_config(FASTER_RCNN, MODEL__ROI_HEADS__SCORE_THRESH_TEST=0.0))
     for layer in (
@@ -163,7 +163,7 @@ def axis_aligned_and_rotated():
 
 
 class TestAngleZeroEqualsAxisAligned:
-    """With no angle anywhere, a rotated model is the usual one, whose numbers other tests hold."""
+    """With all angles 0, a rotated model equals the axis-aligned one, which other tests check."""
 
     @staticmethod
     def as_rotated(batch):
@@ -242,7 +242,7 @@ class TestModel:
         expected.scale(1, 2)
         got = scaled["instances"]
         assert got.image_size == (128, 96) and got.pred_boxes.tensor.shape[1] == 5
-        # Boxes next to axis-aligned are clipped, in either frame.
+        # Boxes that are nearly axis-aligned are clipped, in both frames.
         turned = (expected.tensor[:, 4].abs() > 2) & (plain["instances"].pred_boxes.tensor[:, 4].abs() > 2)
         torch.testing.assert_close(got.pred_boxes.tensor[turned], expected.tensor[turned])
 
@@ -258,7 +258,7 @@ class TestModel:
 
     @pytest.mark.parametrize("thresh, num_left", [(-1, 3), (0, 1), (10, 2)])
     def test_anchors_beyond_the_border_are_ignored(self, thresh, num_left):
-        """What decides is the center, for an anchor that is turned has no side along the border."""
+        """The center decides, as the sides of a rotated anchor are not parallel to the border."""
         rrpn = build_model(rotated_config(MODEL__RPN__BOUNDARY_THRESH=thresh)).proposal_generator
         anchors = RotatedBoxes([[90, 60, 50, 50, 45], [100, 60, 20, 20, 0], [-20, 5, 20, 20, 0]])
         ((labels,), _) = rrpn.label_and_sample_anchors([anchors], [rotated_ground_truth(boxes=())])
@@ -286,7 +286,7 @@ class TestFunctions:
         boxes = torch.tensor([[50.0, 50, 40, 10, 45], [50, 50, 40, 10, 47], [50, 50, 40, 10, 590]])
         scores = torch.tensor([[0.6, 0.1, 0.3], [0.8, 0.2, 0.0], [0.3, 0.1, 0.6]])
         result, rows = fast_rcnn_inference_single_image_rotated(boxes, scores, (90, 80), 0.15, 0.5, 10)
-        # 590 degrees is -130, the same area as at 50, so that the best of class 0 hides the others.
+        # 590 degrees is -130, which covers the same area as 50, so the best of class 0 suppresses the others.
         assert rows.tolist() == [1, 1] and result.pred_classes.tolist() == [0, 1]
         assert result.pred_boxes.tensor[0].tolist() == [50, 50, 40, 10, 47]
         several, rows = fast_rcnn_inference_rotated([boxes.repeat(1, 2)], [scores], [(90, 80)], 0.25, 1.0, -1)
@@ -316,7 +316,7 @@ class TestErrors:
         with pytest.raises(ValueError, match=words):
             build_model(rotated_config(**overrides))
 
-    def test_parts_that_do_not_fit_raise(self):
+    def test_mismatched_box_types_of_parts_raise(self):
         only_rpn = {k: v for k, v in ROTATED.items() if "RPN" in k or "ANCHOR" in k}
         with pytest.raises(ValueError, match="ROIAlign pools boxes of 4 numbers, got RotatedBoxes"):
             build_model(small_config(FASTER_RCNN, **only_rpn)).eval()([{"image": random_image()}])
@@ -326,7 +326,7 @@ class TestErrors:
             )
 
     def test_empty_ground_truth_may_be_of_another_type(self):
-        """A picture without objects does not show what its boxes would have been."""
+        """The box type of an image without objects is unknown."""
         batch = rotated_batch((False, True))
         batch[1]["instances"].gt_boxes = Boxes(torch.zeros(0, 4))
         losses = build_model(rotated_config())(batch)

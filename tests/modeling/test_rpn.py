@@ -1,4 +1,4 @@
-"""RPN and proposals against slow formulas."""
+"""RPN and its proposals, compared with slow formulas."""
 
 import math
 
@@ -61,7 +61,7 @@ def batch():
 
 
 def flat_predictions(rpn, features):
-    """For each image the (R,) logits, (R, 4) deltas and (R, 4) anchors of all levels, by loops."""
+    """Return the (R,) logits, (R, 4) deltas and (R, 4) anchors of all levels for each image, by loops."""
     maps = [features[f] for f in rpn.in_features]
     logits, deltas = rpn.rpn_head(maps)
     anchors = torch.cat([a.tensor for a in rpn.anchor_generator(maps)])
@@ -88,7 +88,7 @@ def flat_predictions(rpn, features):
     ],
 )
 def test_losses_equal_the_formulas(kwargs):
-    """All anchors are drawn, so no chance is involved."""
+    """All anchors are sampled, so the losses are deterministic."""
     rpn = build_rpn(batch_size_per_image=2000, **kwargs).train()
     images, features, targets = batch()
     with EventStorage() as storage:
@@ -204,7 +204,7 @@ def test_autocast_keeps_boxes_and_losses_in_float32():
 
 
 def test_rpn_works_with_another_box_type():
-    """Boxes as (cx, cy, w, h): the box type brings IoU, clipping and NMS, as rotated boxes do."""
+    """Boxes as (cx, cy, w, h): the box type implements IoU, clipping and NMS, as rotated boxes do."""
 
     class CenterBoxes(Boxes):
         def corners(self):

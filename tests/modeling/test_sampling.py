@@ -1,4 +1,4 @@
-"""Labelling and sampling of boxes."""
+"""Labeling and sampling of boxes."""
 
 import pytest
 import torch

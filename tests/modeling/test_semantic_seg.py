@@ -1,4 +1,4 @@
-"""The semantic head, its loss and its model, held against formulas written out."""
+"""The semantic head, its loss and its model, compared with formulas."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def head_of(shapes=SHAPES, **kwargs) -> SemSegFPNHead:
     return head.double()
 
 
-def maps_of(shapes=SHAPES, height=64, width=96) -> dict[str, torch.Tensor]:
+def features_of(shapes=SHAPES, height=64, width=96) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     return {
         name: torch.randn(
@@ -41,7 +41,7 @@ def labels_of(height=64, width=96) -> torch.Tensor:
 
 
 def enlarge(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Bilinear resizing of (..., H, W) from pixel centers, one axis after the other."""
+    """Resize (..., H, W) bilinearly between pixel centers, one axis after the other."""
     for dim, size in ((-2, height), (-1, width)):
         old = x.shape[dim]
         at = ((torch.arange(size, dtype=torch.float64) + 0.5) * old / size - 0.5).clamp(0, old - 1)
@@ -54,7 +54,7 @@ def enlarge(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def predicted(head: SemSegFPNHead, maps: dict[str, torch.Tensor], names, common: int) -> torch.Tensor:
-    """The head written out: per level (conv, norm, relu, double) until the common stride, sum, 1x1."""
+    """Compute the head: on each level conv, norm, ReLU, doubling up to the common stride; sum; 1x1 conv."""
     state, total = head.state_dict(), 0
     for name in names:
         x, stride = maps[name], SHAPES[name].stride
@@ -80,8 +80,8 @@ def predicted(head: SemSegFPNHead, maps: dict[str, torch.Tensor], names, common:
     ],
 )
 def test_head_equals_the_sum_of_upsampled_levels(names, common, kwargs):
-    shapes = {name: SHAPES[name] for name in reversed(names)}  # sorted by stride inside
-    head, maps = head_of(shapes, common_stride=common, **kwargs).eval(), maps_of()
+    shapes = {name: SHAPES[name] for name in reversed(names)}  # the head sorts by stride
+    head, maps = head_of(shapes, common_stride=common, **kwargs).eval(), features_of()
     logits, losses = head(maps)
     want = predicted(head, maps, names, common)
     assert losses == {} and head.in_features == list(names)
@@ -91,13 +91,13 @@ def test_head_equals_the_sum_of_upsampled_levels(names, common, kwargs):
 
 def test_rounded_up_levels_are_cropped():
     head = head_of().eval()
-    maps = maps_of()
+    maps = features_of()
     maps["p5"] = F.pad(maps["p5"], (0, 1, 0, 1))
     assert head.layers(maps).shape == (2, NUM_CLASSES, 16, 24)
 
 
 def test_loss_is_the_mean_over_labeled_pixels():
-    head, maps, labels = head_of(loss_weight=0.5), maps_of(), labels_of()
+    head, maps, labels = head_of(loss_weight=0.5), features_of(), labels_of()
     none, losses = head(maps, labels)
     logits = enlarge(predicted(head, maps, head.in_features, 4), 64, 96).detach().numpy()
     log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
@@ -114,7 +114,7 @@ def test_loss_is_the_mean_over_labeled_pixels():
 
 def test_loss_without_labeled_pixels_is_zero_and_requires_grad():
     head = head_of()
-    _, losses = head(maps_of(), torch.full((2, 64, 96), 255))
+    _, losses = head(features_of(), torch.full((2, 64, 96), 255))
     losses["loss_sem_seg"].backward()
     assert losses["loss_sem_seg"].item() == 0
     assert all(p.grad is not None and not p.grad.any() for p in head.parameters())
@@ -138,8 +138,8 @@ def test_wrong_arguments_of_the_head_raise(change, message):
 def test_wrong_calls_of_the_head_raise():
     head = head_of()
     with pytest.raises(ValueError, match="targets"):
-        head(maps_of())
-    maps = maps_of()
+        head(features_of())
+    maps = features_of()
     del maps["p4"]
     with pytest.raises(KeyError, match="'p4'; available: .'p2', 'p3', 'p5'."):
         head.eval()(maps)
@@ -205,7 +205,7 @@ def model() -> SemanticSegmentor:
 
 
 def batch() -> list[dict]:
-    """Pictures of different sizes, so that both are padded."""
+    """Return images of different sizes, so that both are padded."""
     labels = labels_of()
     return [
         {"image": random_image(64, 72), "sem_seg": labels[0, :, :72]},

@@ -1,4 +1,4 @@
-"""Whole models of the zoo's second stages: C4, keypoints, cascade, GN and class-agnostic heads."""
+"""Models with the second stages of the zoo: C4, keypoint, cascade, GN and class-agnostic heads."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.builders import small_config, training_batch
 
 KEYPOINTS = {"MODEL__KEYPOINT_ON": True, "MODEL__ROI_KEYPOINT_HEAD__CONV_DIMS": (8, 8)}
 CASCADE_YAML = "Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml"
-# Name: config, overrides, losses beside RPN's.
+# Name: config, overrides, losses of the second stage.
 MODELS = {
     "c4": (
         "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x.yaml",
@@ -49,7 +49,7 @@ def make_model(name: str) -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def models():
-    """One model of each kind, built on first use; tests leave their parameters as they are."""
+    """Return a function that builds each model on first use; tests must not change its parameters."""
     built = {}
 
     def get(name: str) -> torch.nn.Module:
@@ -63,7 +63,7 @@ def models():
 
 
 def batch(empty=(False, False)) -> list[dict]:
-    """As `training_batch`, with 17 visible keypoints for each object."""
+    """Return the batch of `training_batch` with 17 visible keypoints for each object."""
     generator = torch.Generator().manual_seed(5)
     items = training_batch(empty)
     for item in items:
@@ -99,7 +99,7 @@ def test_images_without_objects_give_finite_losses(models, name, empty):
     if all(empty):
         assert all(v.item() == 0 for key, v in losses.items() if "_cls" not in key)
     sum(losses.values()).backward()
-    # Every parameter takes part, as distributed training demands, though with a gradient of zero.
+    # Distributed training requires that every parameter has a gradient, even if it is zero.
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
 
 
@@ -132,10 +132,10 @@ def test_outputs_have_the_fields_and_sizes_of_the_heads(models, name):
         assert x.pred_masks.shape == (len(x), 128, 192) and x.pred_masks.dtype == torch.bool
     if "loss_keypoint" in losses:
         assert x.pred_keypoints.shape == (len(x), 17, 3) and (x.pred_keypoints[..., 2] > 0).all()
-        # Each lies in its box, by up to the half pixel of the grid that it was found on.
+        # Each keypoint is in its box, up to half a pixel of the heatmap.
         points, boxes = x.pred_keypoints[..., :2], x.pred_boxes.tensor[:, None]
         assert (points > boxes[..., :2] - 1).all() and (points < boxes[..., 2:] + 1).all()
-        # The other heads run alone on boxes that are known.
+        # With given boxes, only the other heads run.
         (raw,) = model.inference(items[:1], do_postprocess=False)
         given = raw[:3]
         for field in set(given.get_fields()) - {"pred_boxes", "pred_classes"}:

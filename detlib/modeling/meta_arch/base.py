@@ -68,8 +68,8 @@ class MetaArchitecture(nn.Module):
     otherwise. The class adds buffers for the pixel statistics and nothing else to the model.
 
     The class attributes and class methods below are the model's facts: what the engine, the data loaders and
-    test-time augmentation must know of a model. A new architecture overrides those that differ, and needs no
-    change elsewhere. `facts_of` reads them; models that do not derive from this class have these defaults.
+    test-time augmentation must know about a model. A new architecture overrides those that differ, and needs
+    no change elsewhere. `facts_of` reads them; models that do not derive from this class have these defaults.
 
     Example:
         >>> @META_ARCH_REGISTRY.register()
@@ -85,13 +85,13 @@ class MetaArchitecture(nn.Module):
     """Base learning rate over batch size of the published schedule, for advice when a run diverges."""
 
     compile_modules: tuple[str, ...] = ("backbone",)
-    """Submodules that torch.compile takes by default; missing ones are skipped.
+    """Submodules that are compiled with torch.compile by default; missing ones are skipped.
 
-    These are parts that compute the same for every batch: no lists of boxes go in or out.
+    They must run the same operations for every batch, and take and return no lists of boxes.
     """
 
     default_score_threshold: float = 0.5
-    """Score from which detections are drawn where the caller names no threshold."""
+    """Default score threshold for drawing detections."""
 
     channels_last_on: tuple[str, ...] = CHANNELS_LAST_ON
     """Device types on which batches, and so the feature maps of convolutions, are in channels-last layout."""
@@ -143,7 +143,7 @@ class MetaArchitecture(nn.Module):
         """
         if len(pixel_mean) != len(pixel_std) or not all(value > 0 for value in pixel_std):
             raise ValueError(
-                "pixel_mean (MODEL.PIXEL_MEAN) and pixel_std (MODEL.PIXEL_STD, above 0) must be of one "
+                "pixel_mean (MODEL.PIXEL_MEAN) and pixel_std (MODEL.PIXEL_STD, above 0) must have the same "
                 f"length, got {list(pixel_mean)} and {list(pixel_std)}."
             )
         for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
@@ -184,8 +184,8 @@ class MetaArchitecture(nn.Module):
     ) -> list[Instances]:
         """Return the checked "instances" of every dict, on the model's device.
 
-        Labels out of range are refused here: label K would be trained as background, others would crash a GPU
-        without a message. Labels on a GPU are not checked, as that would synchronize it.
+        Labels out of range are rejected here: label K would be trained as background, others would crash a
+        GPU without a message. Labels on a GPU are not checked, as that would synchronize it.
 
         Args:
             batched_inputs: N dicts with "instances".
@@ -222,10 +222,10 @@ class MetaArchitecture(nn.Module):
         """
         for i, item in enumerate(batched_inputs):
             if not isinstance(item.get(key), Instances):
-                found = type(item[key]).__name__ if key in item else "nothing"
+                found = f"a {type(item[key]).__name__}" if key in item else "none"
                 raise ValueError(
                     f"{why} needs {key!r}, an Instances, in every dict; {describe_item(batched_inputs, i)} "
-                    f"has {found} there."
+                    f"has {found}."
                 )
         device = self.device
         return [item[key].to(device) for item in batched_inputs]
@@ -269,7 +269,7 @@ class MetaArchitecture(nn.Module):
     def tta_fields(self) -> tuple[str, ...]:
         """Return the fields that `tta_predict_for_boxes` adds, which are averaged over all views.
 
-        These are "pred_masks" and "pred_keypoint_heatmaps". Without any, boxes are predicted alone.
+        These are "pred_masks" and "pred_keypoint_heatmaps". Without any, only boxes are predicted.
         """
         return ()
 

@@ -66,7 +66,7 @@ class DenseDetector(MetaArchitecture, metaclass=ABCMeta):
         Args:
             backbone: maps images to a dict of feature maps.
             head: maps L feature maps to a tuple of predictions, each L tensors (N, ..., H, W).
-            head_in_features: names of the features that the head sees; by default all, in ascending stride
+            head_in_features: names of the features that the head takes; by default all, in ascending stride
                 order.
             pixel_mean: mean of each channel, in the pixels' own unit (0 to 255 for the built-in models).
             pixel_std: standard deviation of each channel.
@@ -249,7 +249,7 @@ class DenseDetector(MetaArchitecture, metaclass=ABCMeta):
 
     @property
     def _has_own_inference(self) -> bool:
-        """Whether a subclass overrides `inference_single_image`, as code for detectron2 does."""
+        """Whether a subclass overrides `inference_single_image`, as code written for detectron2 may."""
         return type(self).inference_single_image is not DenseDetector.inference_single_image
 
     def _detect_one_by_one(self, anchors, scores, deltas, image_sizes) -> list[Instances]:

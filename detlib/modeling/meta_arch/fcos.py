@@ -56,7 +56,7 @@ class FCOS(DenseDetector):
             backbone: maps images to a dict of feature maps.
             head: maps L feature maps to L class logits (N, K, H, W), L distances (N, 4, H, W) and L
                 centerness logits (N, 1, H, W).
-            head_in_features: names of the features that the head sees, in ascending stride order; by default
+            head_in_features: names of the features that the head takes, in ascending stride order; by default
                 all.
             box2box_transform: encoding of the boxes; by default `Box2BoxTransformLinear`.
             num_classes: K, without the background.
@@ -201,7 +201,7 @@ class FCOS(DenseDetector):
         }
 
     def _centerness(self, anchors: torch.Tensor, gt_boxes: torch.Tensor) -> torch.Tensor:
-        """Return the (P,) centerness of (P, 4) anchors in (P, 4) boxes: 1 in the center, 0 outside."""
+        """Return the (P,) centerness of (P, 4) anchors in (P, 4) boxes: 1 at the center, 0 outside."""
         sides = self.box2box_transform.get_deltas(anchors, gt_boxes)
         pairs = sides.unflatten(-1, (2, 2))  # (left, top), (right, bottom)
         near, far = pairs.amin(dim=-2).clamp(min=0), pairs.amax(dim=-2)

@@ -26,7 +26,7 @@ def _scale_losses(roi_heads: nn.Module, factor: float) -> None:
         for part in head if isinstance(head, nn.ModuleList) else [head]:
             weight = getattr(part, "loss_weight", None)
             if isinstance(weight, dict):
-                # A loss that the dict leaves out has the weight 1.
+                # A loss that is missing in the dict has the weight 1.
                 losses = dict.fromkeys(("loss_cls", "loss_box_reg"), 1.0) | weight
                 part.loss_weight = {key: value * factor for key, value in losses.items()}
             elif weight is not None:
@@ -62,7 +62,7 @@ class PanopticFPN(GeneralizedRCNN):
         """
         Args:
             sem_seg_head: maps feature maps to semantic logits and losses, see `SEM_SEG_HEADS_REGISTRY`. Its
-                class 0 stands for all things together and never becomes a segment.
+                class 0 represents all things and never becomes a segment.
             combine_overlap_thresh: instances are dropped if a larger fraction is covered by better ones.
             combine_stuff_area_thresh: stuff with fewer pixels is dropped.
             combine_instances_score_thresh: instances below this score are not merged.
@@ -214,7 +214,7 @@ def combine_semantic_and_instance_outputs(
     Args:
         instance_results: R detections of one image with `scores`, `pred_classes` and `pred_masks` (R, H, W)
             bool.
-        semantic_results: (H, W) integer classes; 0 stands for all things and gives no segment.
+        semantic_results: (H, W) integer classes; 0 represents all things and gives no segment.
         overlap_threshold: an instance is dropped if more than this fraction of it is not free.
         stuff_area_thresh: stuff with fewer free pixels is dropped.
         instances_score_thresh: instances below this score are dropped.

@@ -1,4 +1,4 @@
-"""Two-stage detectors (backbone, proposal generator, ROI heads), and the first stage by itself.
+"""Two-stage detectors (backbone, proposal generator, ROI heads), and the first stage on its own.
 
 Shape legend: N images, C channels, H_i and W_i the size of one image before padding.
 """
@@ -148,7 +148,7 @@ class GeneralizedRCNN(MetaArchitecture):
         batched_inputs: list[dict],
         detected_instances: list[Instances] | None = None,
     ) -> list[Instances]:
-        """Run the model after the backbone in inference; returns N `Instances` in pixels of "image"."""
+        """Run the model after the backbone in inference, and return N `Instances` in pixels of "image"."""
         if detected_instances is not None:
             detected_instances = [x.to(self.device) for x in detected_instances]
             return self.roi_heads.forward_with_given_boxes(features, detected_instances)
@@ -166,7 +166,7 @@ class GeneralizedRCNN(MetaArchitecture):
         batched_inputs: list[dict],
         gt_instances: list[Instances],
     ) -> dict[str, torch.Tensor]:
-        """Run the model after the backbone in training."""
+        """Run the model after the backbone in training, and return the losses."""
         if self.proposal_generator is not None:
             proposals, losses = self.proposal_generator(images, features, gt_instances)
         else:
@@ -209,7 +209,7 @@ class GeneralizedRCNN(MetaArchitecture):
         return GeneralizedRCNN.inference(self, batched_inputs, instances, do_postprocess=False)
 
     def _given_proposals(self, batched_inputs: list[dict]) -> list[Instances]:
-        return self.take_instances(batched_inputs, "proposals", "A model without proposal generator")
+        return self.take_instances(batched_inputs, "proposals", "A model without a proposal generator")
 
     def _take_ground_truth(self, batched_inputs: list[dict]) -> list[Instances]:
         """Return the checked "instances" of every dict, on the model's device."""
@@ -219,7 +219,7 @@ class GeneralizedRCNN(MetaArchitecture):
 
 @META_ARCH_REGISTRY.register()
 class ProposalNetwork(MetaArchitecture):
-    """A backbone and a proposal generator: the first stage of a two-stage detector by itself."""
+    """A backbone and a proposal generator: the first stage of a two-stage detector on its own."""
 
     compile_modules = ("backbone", "proposal_generator.rpn_head")
 

@@ -169,8 +169,8 @@ class RetinaNet(DenseDetector):
     ) -> dict[str, torch.Tensor]:
         """Compute the losses, summed over anchors and divided by the average number of foreground anchors.
 
-        It is averaged over the last iterations, so that batches with few objects weigh less than those with
-        many.
+        This number is averaged over the last iterations, so that batches with few objects weigh less than
+        those with many.
 
         Args:
             anchors: anchors of each level.

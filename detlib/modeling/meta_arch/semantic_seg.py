@@ -60,7 +60,7 @@ def take_sem_seg(
         if "sem_seg" not in item:
             raise ValueError(
                 f"Training a semantic head needs 'sem_seg' in every dict; {where} has only {sorted(item)}. "
-                "The dataset provides it as 'sem_seg_file_name'."
+                "It is loaded from the dataset's 'sem_seg_file_name'."
             )
         labels = item["sem_seg"]
         if not isinstance(labels, torch.Tensor) or labels.dtype not in _INTEGERS:

@@ -14,7 +14,7 @@ gt_instances: list[Instances] | None)` to proposals (`list[Instances]`) and loss
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
 def PrecomputedProposals(cfg, input_shape) -> None:
-    """Return None: the proposals come with the data."""
+    """Return None: the proposals are part of the input."""
 
 
 def build_proposal_generator(cfg, input_shape):
@@ -25,7 +25,7 @@ def build_proposal_generator(cfg, input_shape):
         input_shape: the backbone's `output_shape()`.
 
     Returns:
-        nn.Module | None: None for "PrecomputedProposals", where the proposals come with the data.
+        nn.Module | None: None for "PrecomputedProposals", where the proposals are part of the input.
     """
     name = cfg.MODEL.PROPOSAL_GENERATOR.NAME
     return PROPOSAL_GENERATOR_REGISTRY.get(name, key="MODEL.PROPOSAL_GENERATOR.NAME")(cfg, input_shape)

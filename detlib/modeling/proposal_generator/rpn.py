@@ -117,8 +117,8 @@ class StandardRPNHead(nn.Module):
 class RPN(nn.Module):
     """Scores and refines anchors, and returns the best as proposals.
 
-    The type of the boxes is that of the anchors, whose class implements IoU, clipping and NMS;
-    `box2box_transform` must fit it.
+    The boxes have the type of the anchors, a class that implements IoU, clipping and NMS. `box2box_transform`
+    must support that type.
     """
 
     @configurable
@@ -169,8 +169,8 @@ class RPN(nn.Module):
         if box_dim != anchor_generator.box_dim:
             raise ValueError(
                 f"{type(box2box_transform).__name__} (MODEL.RPN.BBOX_REG_WEIGHTS) is for boxes of {box_dim} "
-                f"numbers, {type(anchor_generator).__name__} (MODEL.ANCHOR_GENERATOR.NAME) makes boxes of "
-                f"{anchor_generator.box_dim}"
+                f"numbers, {type(anchor_generator).__name__} (MODEL.ANCHOR_GENERATOR.NAME) generates "
+                f"boxes of {anchor_generator.box_dim}"
             )
         self.in_features = in_features
         self.rpn_head = head

@@ -1,6 +1,6 @@
 """The region proposal network of rotated boxes (arXiv:1703.01086).
 
-`RPN` works on any type of boxes. This file has the name for YAML configs and detectron2's function.
+`RPN` works on any type of boxes. This file defines the name for YAML configs and detectron2's function.
 """
 
 import torch
@@ -51,7 +51,7 @@ class RRPN(RPN):
     def __init__(self, *args, **kwargs):
         """
         Raises:
-            ValueError: the anchor generator has other boxes, there are not five BBOX_REG_WEIGHTS, or the box
+            ValueError: the anchors are not rotated, there are not five BBOX_REG_WEIGHTS, or the box
                 loss is not defined for rotated boxes.
         """
         super().__init__(*args, **kwargs)

@@ -165,7 +165,7 @@ class CascadeROIHeads(StandardROIHeads):
         proposals: list[Instances],
         targets: list[Instances] | None = None,
     ) -> Any:
-        """Run the box heads of all stages: returns losses in training, otherwise detections.
+        """Run the box heads of all stages; return losses in training, detections otherwise.
 
         Training needs `targets`. User code calls this method by name.
         """
@@ -187,7 +187,7 @@ class CascadeROIHeads(StandardROIHeads):
         # Linear layers need contiguous features, and third-party box heads may flatten them with view().
         pooled = self.box_pooler(features, [x.proposal_boxes for x in proposals]).contiguous()
         if self.training:
-            # All stages contribute to the gradient of the feature maps, with the total weight of one.
+            # All stages contribute to the gradient of the feature maps, with a total weight of one.
             pooled = _ScaleGradient.apply(pooled, 1.0 / self.num_cascade_stages)
         return self.box_predictor[stage](self.box_head[stage](pooled))  # type: ignore[index]
 

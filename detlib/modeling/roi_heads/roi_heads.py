@@ -343,7 +343,7 @@ class StandardROIHeads(ROIHeads):
         return self._forward_keypoint(features, instances)
 
     def _forward_box(self, features: dict[str, torch.Tensor], proposals: list[Instances]) -> Any:
-        """Run the box head: returns losses in training, otherwise detections.
+        """Run the box head; return losses in training, detections otherwise.
 
         User code calls this method by name.
         """
@@ -363,7 +363,7 @@ class StandardROIHeads(ROIHeads):
         return losses
 
     def _forward_mask(self, features: dict[str, torch.Tensor], instances: list[Instances]) -> Any:
-        """Run the mask head: returns losses in training, otherwise `instances` with masks."""
+        """Run the mask head; return losses in training, `instances` with masks otherwise."""
         if not self.mask_on:
             return {} if self.training else instances
         if self.training:
@@ -372,7 +372,7 @@ class StandardROIHeads(ROIHeads):
         return self.mask_head(x, instances)
 
     def _forward_keypoint(self, features: dict[str, torch.Tensor], instances: list[Instances]) -> Any:
-        """Run the keypoint head: returns losses in training, otherwise `instances` with keypoints."""
+        """Run the keypoint head; return losses in training, `instances` with keypoints otherwise."""
         if not self.keypoint_on:
             return {} if self.training else instances
         if self.training:
@@ -424,7 +424,7 @@ class Res5ROIHeads(ROIHeads):
         Args:
             in_features: a list with the name of the feature map to pool from.
             pooler: pools the region features.
-            res5: the stage, a module or the list of its blocks: maps (R, C, H, W) to (R, C', H/2, W/2).
+            res5: a module or the list of its blocks, which maps (R, C, H, W) to (R, C', H/2, W/2).
             box_predictor: predicts class scores and boxes from the (R, C') averages, see
                 `FastRCNNOutputLayers`.
             mask_head: works on the output of `res5`, see `BaseMaskRCNNHead`; None for no masks.
@@ -471,7 +471,7 @@ class Res5ROIHeads(ROIHeads):
 
     @classmethod
     def _build_res5_block(cls, cfg: CfgNode) -> tuple[nn.Sequential, int]:
-        """Build three bottleneck blocks with stride 2; returns them and their output channels."""
+        """Build three bottleneck blocks with stride 2; return them and their output channels."""
         resnets = cfg.MODEL.RESNETS
         if resnets.DEFORM_ON_PER_STAGE[-1]:
             raise ValueError(
@@ -547,5 +547,5 @@ class Res5ROIHeads(ROIHeads):
         return self.mask_head(region_features, instances)
 
     def _shared_roi_transform(self, features: list[torch.Tensor], boxes: list[Boxes]) -> torch.Tensor:
-        """Pool the boxes and run `res5`: returns (R, C', H/2, W/2). User code calls this method by name."""
+        """Pool the boxes and run `res5`; return (R, C', H/2, W/2). User code calls this method by name."""
         return self.res5(self.pooler(features, boxes))

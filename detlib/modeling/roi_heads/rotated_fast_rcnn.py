@@ -1,7 +1,7 @@
 """ROI heads for rotated boxes.
 
-`StandardROIHeads`, `FastRCNNOutputLayers` and the inference work on any type of boxes. This file has the
-names for YAML configs, with their checks, and detectron2's functions.
+`StandardROIHeads`, `FastRCNNOutputLayers` and the inference work on any type of boxes. This file defines
+the names for YAML configs, with their checks, and detectron2's functions.
 
 Shape legend: R_i regions of one image, K classes.
 """
@@ -85,7 +85,7 @@ class RROIHeads(StandardROIHeads):
         """
         Raises:
             ValueError: there is a mask or keypoint head, `train_on_pred_boxes` is set, or the pooler is for
-                other boxes; rotated boxes do not support these.
+                axis-aligned boxes. Rotated boxes support none of these.
         """
         super().__init__(**kwargs)
         wrong = {

@@ -1,4 +1,4 @@
-"""Networks of timm and torchvision in YAML configs: under a pyramid, RetinaNet and Mask R-CNN."""
+"""Backbones of timm and torchvision in YAML configs: plain, with FPN, in RetinaNet and in Mask R-CNN."""
 
 import re
 from pathlib import Path
@@ -51,7 +51,7 @@ def test_detectors_train_and_predict(name, builder, options):
     sum(losses.values()).backward()
     assert all(loss.isfinite() for loss in losses.values())
     without = [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    # Only a positive proposal gives the mask head's gradients their paths; the rest must all have them.
+    # The mask head gets gradients only from positive proposals. All other parameters must have one.
     assert [key for key in without if "backbone" in key] == []
     wanted = ["p3", "p4", "p5", "p6", "p7"] if "retinanet" in builder else ["p2", "p3", "p4", "p5", "p6"]
     shapes = model.backbone.output_shape()
@@ -61,7 +61,7 @@ def test_detectors_train_and_predict(name, builder, options):
         assert "instances" in model.eval()(items[:1])[0]
 
 
-def test_plain_backbones():
+def test_backbones_without_fpn_are_built():
     cfg = config(MASK_RCNN, "build_timm_backbone", *TIMM[:2], "MODEL.TIMM.NORM", "FrozenBN")
     cfg.MODEL.TIMM.OUT_INDICES = [2, 3]
     with torch.device("meta"):
@@ -72,22 +72,22 @@ def test_plain_backbones():
         assert list(build_backbone(cfg).output_shape()) == ["res2", "res3", "res4", "res5"]
 
 
-def test_last_level_of_a_network_with_a_map_of_its_name():
-    """VGG's own "p5" is not the pyramid's, of which the last level is made."""
+def test_last_fpn_level_is_computed_from_the_fpn_output_of_that_name():
+    """The backbone VGG has a feature "p5" too, but "p6" is computed from the "p5" of FPN."""
     cfg = config(MASK_RCNN, "build_timm_fpn_backbone", "MODEL.TIMM.MODEL_NAME", "vgg11_bn")
     cfg.MODEL.TIMM.OUT_INDICES = [2, 3, 4, 5]
     cfg.MODEL.FPN.IN_FEATURES = ["p2", "p3", "p4", "p5"]
     with torch.device("meta"):
-        maps = build_backbone(cfg)(torch.empty(1, 3, 64, 64))
-    assert maps["p6"].shape == (1, 256, 1, 1)
+        features = build_backbone(cfg)(torch.empty(1, 3, 64, 64))
+    assert features["p6"].shape == (1, 256, 1, 1)
 
 
-def test_the_example_of_the_documentation(tmp_path):
+def test_documentation_example_builds(tmp_path):
     page = (Path(__file__).parents[2] / "docs" / "model_zoo.md").read_text()
     (example,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
-    (tmp_path / "own.yaml").write_text(example.replace("PRETRAINED: True", "PRETRAINED: False"))
+    (tmp_path / "custom.yaml").write_text(example.replace("PRETRAINED: True", "PRETRAINED: False"))
     cfg = model_zoo.get_config(MASK_RCNN)
-    cfg.merge_from_file(str(tmp_path / "own.yaml"))
+    cfg.merge_from_file(str(tmp_path / "custom.yaml"))
     cfg.MODEL.DEVICE = "meta"
     with torch.device("meta"):
         model = build_model(cfg)
@@ -106,8 +106,8 @@ def test_the_example_of_the_documentation(tmp_path):
         ("timm", ["MODEL.TIMM.MODEL_NAME", "resnot18"], "MODEL.TIMM: .*no model 'resnot18'.*resnet18"),
         ("timm", ["MODEL.TIMM.OUT_INDICES", [1, 2, 3, 9]], "MODEL.TIMM: .*has 5 features"),
         ("timm_fpn", [], r"FPN.IN_FEATURES is \['res2'.*MODEL.TIMM.OUT_INDICES. gives \['p1', 'p2'"),
-        ("torchvision", ["MODEL.TORCHVISION.RETURN_NODES", ["a"]], "OUT_FEATURES must name each node"),
-        ("torchvision", ["MODEL.PIXEL_MEAN", [1.0]], "3 channels, MODEL.PIXEL_MEAN has 1"),
+        ("torchvision", ["MODEL.TORCHVISION.RETURN_NODES", ["a"]], "OUT_FEATURES must have a name for each"),
+        ("torchvision", ["MODEL.PIXEL_MEAN", [1.0]], "3 channels, but MODEL.PIXEL_MEAN has 1"),
         (
             "torchvision_fpn",
             ["MODEL.FPN.IN_FEATURES", ["res7"]],
@@ -115,7 +115,7 @@ def test_the_example_of_the_documentation(tmp_path):
         ),
     ],
 )
-def test_bad_keys(builder, options, words):
+def test_wrong_values_raise_with_their_key(builder, options, words):
     name = f"build_{builder}_backbone"
     assert name in BACKBONE_REGISTRY
     cfg = config(MASK_RCNN, name, *TIMM[:2], *TORCHVISION, *options)
