@@ -249,11 +249,11 @@ class COCOEvaluator(DatasetEvaluator):
             self._results[task] = self._derive_coco_results(scores, task, self._class_names())
 
     def _is_annotated(self, task: str) -> bool:
-        """Return whether any annotation has the field of the task; warn about annotations without it."""
+        """Return False if all annotations lack the field of the task; warn about annotations without it."""
         total = len(self._ground_truth.coco["annotations"])
         without = total - self._ground_truth.count({"segm": "segmentation"}.get(task, task))
         if without and (task == "segm" or without == total):
-            what = "count as missed objects" if without < total else "so this is not evaluated"
+            what = "count as missed objects" if without < total else "so the task is not evaluated"
             self._logger.warning(
                 "%d of %d annotations of %r have no %s, %s",
                 *(without, total, self._dataset_name),
@@ -263,14 +263,14 @@ class COCOEvaluator(DatasetEvaluator):
 
     def _check_tasks_of(self, results: list[dict]) -> set[str]:
         """Return the tasks to evaluate; raise ValueError if the predictions lack the fields of a task."""
-        there = _tasks_of(results)
-        missing = set(self._tasks or ()) - there
+        predicted = _tasks_of(results)
+        missing = set(self._tasks or ()) - predicted
         if results and missing:
             raise ValueError(
                 f"{type(self).__name__}: tasks is {self._tasks}, but the predictions have no results for "
-                f"{sorted(missing)}, only for {sorted(there)}."
+                f"{sorted(missing)}, only for {sorted(predicted)}."
             )
-        return set(self._tasks or there & self._METRICS.keys())
+        return set(self._tasks or predicted & self._METRICS.keys())
 
     def _score(self, results: list[dict], task: str, img_ids: Sequence[int] | None) -> CocoScores:
         """Compute precision and recall of one task; image ids are those of `GroundTruth.coco`."""

@@ -182,14 +182,14 @@ def evaluate_lvis(
     if img_ids is not None:
         images = {i: images[i] for i in img_ids}
     gt: dict[int, list[dict]] = defaultdict(list)
-    searched = {i: set(image.get("neg_category_ids") or ()) for i, image in images.items()}
+    annotated = {i: set(image.get("neg_category_ids") or ()) for i, image in images.items()}
     for annotation in lvis["annotations"]:
         if annotation["image_id"] in images:
             gt[annotation["category_id"]].append({**annotation, "iscrowd": 0})
-            searched[annotation["image_id"]].add(annotation["category_id"])
+            annotated[annotation["image_id"]].add(annotation["category_id"])
     found: dict[int, list[dict]] = defaultdict(list)
     for result in keep_best_per_image(results, max_dets):
-        if result["category_id"] in searched.get(result["image_id"], ()):
+        if result["category_id"] in annotated.get(result["image_id"], ()):
             found[result["category_id"]].append(result)
 
     categories = sorted(lvis["categories"], key=lambda category: category["id"])

@@ -87,8 +87,8 @@ def test_tasks_without_annotations_are_skipped(tmp_path, coco, log):
     results = evaluate(tmp_path, coco, outputs)
     assert set(results) == {"bbox"}
     expect(results, coco, outputs, ("bbox",))
-    assert "have no mask, so this is not evaluated" in log.text
-    assert "have no keypoints, so this is not evaluated" in log.text
+    assert "have no mask, so the task is not evaluated" in log.text
+    assert "have no keypoints, so the task is not evaluated" in log.text
 
 
 @pytest.mark.parametrize("keypoints", [None, [], "missing"])

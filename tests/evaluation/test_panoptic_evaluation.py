@@ -159,8 +159,8 @@ def test_quality_equals_slow_computation(data, images):
 
 
 def test_counts_of_all_processes_are_added(data, images, monkeypatch):
-    whole, first, second = (COCOPanopticEvaluator(NAME) for _ in range(3))
-    process(whole, images)
+    full, first, second = (COCOPanopticEvaluator(NAME) for _ in range(3))
+    process(full, images)
     process(first, images[:3])
     process(second, images)
     second.reset()
@@ -168,7 +168,7 @@ def test_counts_of_all_processes_are_added(data, images, monkeypatch):
         ids, segments = images[i][1]
         image = {"image_id": 7 * i, "file_name": f"{i:03d}.jpg"}
         second.process([image], [{"panoptic_seg": (torch.from_numpy(ids), segments)}])
-    want = whole.evaluate()["panoptic_seg"]
+    want = full.evaluate()["panoptic_seg"]
     other = (second._stats, second._predictions)
     monkeypatch.setattr(comm, "all_gather", lambda mine: [mine, other])
     assert first.evaluate()["panoptic_seg"] == pytest.approx(want)

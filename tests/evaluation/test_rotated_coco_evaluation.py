@@ -33,19 +33,19 @@ def random_scene(random):
         for _ in range(random.randint(1, 7)):
             w, h = random.uniform(6, 110, 2)
             box = [random.uniform(0, SIZE - w), random.uniform(0, SIZE - h), w, h]
-            kind = random.randint(2)
+            category = random.randint(2)
             annotations.append(
                 {
                     "id": len(annotations) + 1,
                     "image_id": image["id"],
-                    "category_id": CATEGORIES[kind]["id"],
+                    "category_id": CATEGORIES[category]["id"],
                     "bbox": box,
                     "iscrowd": int(random.rand() < 0.15),
                 }
             )
             for _ in range(2):
                 noisy = np.maximum(np.array(box) + random.normal(0, 4, 4), [-9, -9, 1, 1])
-                detections[image["id"]].append((noisy, kind, round(random.rand(), 2)))
+                detections[image["id"]].append((noisy, category, round(random.rand(), 2)))
     return {"images": images, "annotations": annotations, "categories": CATEGORIES}, detections
 
 
@@ -160,10 +160,10 @@ def test_rotated_boxes_are_unchanged_in_json():
 def test_equivalent_rotated_proposals_give_the_same_recall(scene, names, box_type, tmp_path):
     _, detections = scene
     recalls = []
-    for name, kind in ((AXIS_ALIGNED, Boxes), (NAME, box_type)):
+    for name, each_type in ((AXIS_ALIGNED, Boxes), (NAME, box_type)):
         evaluator = COCOEvaluator(name, distributed=False, output_dir=str(tmp_path))
         for image_id, found in detections.items():
-            proposals = Instances((SIZE, SIZE), proposal_boxes=to_instances(found, kind).pred_boxes)
+            proposals = Instances((SIZE, SIZE), proposal_boxes=to_instances(found, each_type).pred_boxes)
             proposals.objectness_logits = torch.tensor([d[2] for d in found])
             evaluator.process([{"image_id": image_id}], [{"proposals": proposals}])
         recalls.append(evaluator.evaluate()["box_proposals"])
