@@ -215,7 +215,8 @@ class _Progress:
             ("Pure compute time", self.seconds["model"]),
         ):
             logger.info(
-                "%s: %s (%.6f s / image per device, %d devices, %d images in this process, no warm-up)",
+                "%s: %s (%.6f s / image per device, %d devices, %d images in this process, "
+                "excluding warm-up)",
                 what,
                 datetime.timedelta(seconds=int(seconds)),
                 seconds / images,
