@@ -196,5 +196,5 @@ class TestComparison:
             (lambda *, a: None, "a", ["a is not positional argument 0"]),
         ],
     )
-    def test_differences(self, function, parameters, expected):
+    def test_differences_of_parameters_are_found(self, function, parameters, expected):
         assert differences(function, parameters) == expected

@@ -81,7 +81,7 @@ def test_cuda_is_compiled_when_the_toolkit_matches_torch(backend, monkeypatch, t
         backend.use_cuda("13.2")
 
 
-def test_nvcc_wrapper_outside_the_toolkit_is_not_taken_for_it(backend, monkeypatch, tmp_path):
+def test_nvcc_wrapper_outside_the_toolkit_does_not_define_its_location(backend, monkeypatch, tmp_path):
     toolkit = fake_cuda(tmp_path / "cuda", "13.0")
     monkeypatch.setenv("PATH", str(toolkit / "bin"))
     assert backend.cuda_home() == toolkit

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SUFFIXES = {".py", ".md", ".cpp", ".cu", ".h", ".cuh", ".inc", ".yaml", ".toml", ""}
 
-# pattern (case is ignored): the term to use.
+# Pattern (case is ignored): the term to use instead.
 TRAINING = r"\b(a|another|each|every|one) training(?=[.,;:)]| (ends|goes|has|is|of|that|was|which)\b)"
 GLOSSARY = {
     r"pictures?": "image; a drawn result is a visualization",
@@ -100,5 +100,5 @@ def test_words_of_the_glossary_are_not_used():
         ("this is no file", ["is no file"]),
     ],
 )
-def test_findings(text, words):
+def test_glossary_words_are_found_in_identifiers_and_prose(text, words):
     assert [found for _, found, _ in findings(text)] == words

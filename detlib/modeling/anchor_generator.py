@@ -70,7 +70,7 @@ def broadcast_params(params, num_features: int, name: str) -> list[list[float]]:
     if not any(nested):
         return [list(params)] * num_features
     if not all(nested) or not all(len(p) for p in params):
-        raise ValueError(f"{name} must hold either numbers or non-empty lists of numbers, got {params!r}")
+        raise ValueError(f"{name} must contain either numbers or non-empty lists of numbers, got {params!r}")
     if len(params) == 1:
         return [list(params[0])] * num_features
     if len(params) != num_features:

@@ -87,8 +87,8 @@ def sem_seg_postprocess(
     height, width = img_size
     if result.dim() != 3 or result.shape[1] < height or result.shape[2] < width:
         raise ValueError(
-            f"sem_seg_postprocess: the result must be (C, H, W) and hold an image of {height} x {width}, got "
-            f"{tuple(result.shape)}."
+            f"sem_seg_postprocess: the result must be (C, H, W) and contain an image of {height} x {width}, "
+            f"got {tuple(result.shape)}."
         )
     result = result[:, :height, :width]
     if size == (height, width):

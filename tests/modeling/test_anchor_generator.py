@@ -84,7 +84,7 @@ def test_cell_anchors_are_not_saved_and_move_with_the_module():
     assert len(BufferList([torch.ones(1), torch.zeros(2)])) == 2
 
 
-def test_generator_from_config_has_its_values():
+def test_config_values_reach_the_generator():
     cfg = get_cfg()
     cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[32], [64]]
     cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS = [[1.0]]

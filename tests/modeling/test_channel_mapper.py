@@ -89,7 +89,7 @@ def test_wrong_arguments_raise():
         ChannelMapper(SHAPES, ["res3", "res6"], 16)
     with pytest.raises(ValueError, match="at least one"):
         ChannelMapper(SHAPES, [], 16)
-    with pytest.raises(ValueError, match="channels 'res3' has"):
+    with pytest.raises(ValueError, match="number of channels of 'res3'"):
         ChannelMapper({"res3": ShapeSpec(stride=8)}, ["res3"], 16)
     with pytest.raises(ValueError, match="kernel_size must be odd, got 2"):
         ChannelMapper(SHAPES, ["res3"], 16, kernel_size=2)

@@ -167,9 +167,9 @@ def test_inference_without_postprocessing_and_with_given_boxes(models):
 
     given = Instances((64, 96), pred_boxes=raw.pred_boxes, pred_classes=raw.pred_classes)
     (out,) = model.inference([item], detected_instances=[given])
-    whole = model([item])[0]["instances"]
-    torch.testing.assert_close(out["instances"].pred_boxes.tensor, whole.pred_boxes.tensor)
-    assert torch.equal(out["instances"].pred_masks, whole.pred_masks)
+    full = model([item])[0]["instances"]
+    torch.testing.assert_close(out["instances"].pred_boxes.tensor, full.pred_boxes.tensor)
+    assert torch.equal(out["instances"].pred_masks, full.pred_masks)
 
 
 @torch.no_grad()

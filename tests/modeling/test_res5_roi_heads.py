@@ -84,17 +84,17 @@ def test_mask_features_are_pooled_from_the_detections():
     nn.init.constant_(heads.box_predictor.bbox_pred.bias, 0.7)
     features = make_features(2)
     proposals = [make_proposals([NEAR_FIRST, APART]), make_proposals([])]
-    whole, losses = heads(None, features, proposals)
-    assert losses == {} and len(whole[0]) > 0 and len(whole[1]) == 0
-    assert whole[1].pred_masks.shape == (0, 1, 6, 6)
-    x = heads._shared_roi_transform([features["res4"]], [x.pred_boxes for x in whole])
+    full, losses = heads(None, features, proposals)
+    assert losses == {} and len(full[0]) > 0 and len(full[1]) == 0
+    assert full[1].pred_masks.shape == (0, 1, 6, 6)
+    x = heads._shared_roi_transform([features["res4"]], [x.pred_boxes for x in full])
     logits = heads.mask_head.layers(x)
-    want = logits[torch.arange(len(x)), whole[0].pred_classes].sigmoid()
-    torch.testing.assert_close(whole[0].pred_masks[:, 0], want)
+    want = logits[torch.arange(len(x)), full[0].pred_classes].sigmoid()
+    torch.testing.assert_close(full[0].pred_masks[:, 0], want)
 
-    given = [Instances(SIZE, pred_boxes=x.pred_boxes, pred_classes=x.pred_classes) for x in whole]
+    given = [Instances(SIZE, pred_boxes=x.pred_boxes, pred_classes=x.pred_classes) for x in full]
     again = heads.forward_with_given_boxes(features, given)
-    assert torch.equal(again[0].pred_masks, whole[0].pred_masks)
+    assert torch.equal(again[0].pred_masks, full[0].pred_masks)
 
 
 def test_heads_without_mask_head_predict_boxes():

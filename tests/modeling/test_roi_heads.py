@@ -100,7 +100,7 @@ def test_regions_of_an_image_without_objects_are_background():
     assert not got.has("gt_boxes") and not got.has("gt_masks")
 
 
-def test_sample_has_its_size_and_foreground_fraction():
+def test_sample_has_the_requested_size_and_foreground_fraction():
     heads = make_heads(batch_size_per_image=8, positive_fraction=0.25, proposal_append_gt=False)
     torch.manual_seed(0)
     (got,) = heads.label_and_sample_proposals(
@@ -172,12 +172,12 @@ def test_heads_on_given_boxes_equal_full_inference():
     heads = make_heads().eval()
     features = make_features(2)
     proposals = [make_proposals([NEAR_FIRST, APART]), make_proposals([NEAR_SECOND])]
-    whole, losses = heads(None, features, proposals)
-    assert losses == {} and [x.pred_masks.shape[1:] for x in whole] == [(1, 14, 14)] * 2
+    full, losses = heads(None, features, proposals)
+    assert losses == {} and [x.pred_masks.shape[1:] for x in full] == [(1, 14, 14)] * 2
     parts = heads._forward_box(features, proposals)
     assert not parts[0].has("pred_masks")
     parts = heads.forward_with_given_boxes(features, parts)
-    for a, b in zip(whole, parts):
+    for a, b in zip(full, parts):
         assert torch.equal(a.pred_boxes.tensor, b.pred_boxes.tensor)
         assert torch.equal(a.pred_masks, b.pred_masks)
 

@@ -68,7 +68,7 @@ class TestAnchors:
             *([0, 0, 16, 16, -90], [0, 0, 16, 16, 45], [0, 0, 8, 32, -90], [0, 0, 8, 32, 45]),
         ]
 
-    def test_from_config(self):
+    def test_config_values_reach_the_generator(self):
         cfg = rotated_config(
             MODEL__ANCHOR_GENERATOR__SIZES=[[32], [64]],
             MODEL__ANCHOR_GENERATOR__ASPECT_RATIOS=[[1.0]],
@@ -175,7 +175,7 @@ class TestAngleZeroEqualsAxisAligned:
             )
         return batch
 
-    def test_losses(self, axis_aligned_and_rotated):
+    def test_losses_agree(self, axis_aligned_and_rotated):
         losses = []
         for model, batch in zip(
             axis_aligned_and_rotated, (training_batch(), self.as_rotated(training_batch()))
@@ -185,7 +185,7 @@ class TestAngleZeroEqualsAxisAligned:
         assert losses[0]["loss_rpn_loc"] > 0 and losses[0]["loss_box_reg"] > 0
         torch.testing.assert_close(losses[1], losses[0], rtol=2e-4, atol=1e-5)
 
-    def test_detections(self, axis_aligned_and_rotated):
+    def test_detections_agree(self, axis_aligned_and_rotated):
         axis_aligned, rotated = (
             model.eval()([{"image": random_image(), "height": 100, "width": 120}])[0]["instances"]
             for model in axis_aligned_and_rotated
@@ -246,7 +246,7 @@ class TestModel:
         turned = (expected.tensor[:, 4].abs() > 2) & (plain["instances"].pred_boxes.tensor[:, 4].abs() > 2)
         torch.testing.assert_close(got.pred_boxes.tensor[turned], expected.tensor[turned])
 
-    def test_proposals_are_the_best_without_duplicates(self, model):
+    def test_proposals_are_sorted_rotated_boxes_without_grad(self, model):
         model.train()
         images = model.preprocess_image(rotated_batch())
         features = model.backbone(images.tensor)
@@ -272,7 +272,7 @@ class TestModel:
 
 
 class TestFunctions:
-    def test_find_top_rrpn_proposals(self):
+    def test_rotated_proposals_are_filtered_by_rotated_iou(self):
         boxes = torch.tensor(
             [[50.0, 50, 40, 10, 45], [50, 50, 40, 10, 47], [50, 50, 40, 10, -45], [20, 20, 0.5, 9, 0]]
         )
@@ -282,16 +282,18 @@ class TestFunctions:
         assert found.proposal_boxes.tensor.tolist() == boxes[[1, 2]].tolist()
         assert pairwise_iou(found.proposal_boxes, found.proposal_boxes)[0, 1] < 0.7
 
-    def test_fast_rcnn_inference_rotated(self):
+    def test_rotated_detections_are_filtered_by_rotated_iou(self):
         boxes = torch.tensor([[50.0, 50, 40, 10, 45], [50, 50, 40, 10, 47], [50, 50, 40, 10, 590]])
         scores = torch.tensor([[0.6, 0.1, 0.3], [0.8, 0.2, 0.0], [0.3, 0.1, 0.6]])
         result, rows = fast_rcnn_inference_single_image_rotated(boxes, scores, (90, 80), 0.15, 0.5, 10)
         # 590 degrees is -130, which covers the same area as 50, so the best of class 0 suppresses the others.
         assert rows.tolist() == [1, 1] and result.pred_classes.tolist() == [0, 1]
         assert result.pred_boxes.tensor[0].tolist() == [50, 50, 40, 10, 47]
-        several, rows = fast_rcnn_inference_rotated([boxes.repeat(1, 2)], [scores], [(90, 80)], 0.25, 1.0, -1)
+        all_classes, rows = fast_rcnn_inference_rotated(
+            [boxes.repeat(1, 2)], [scores], [(90, 80)], 0.25, 1.0, -1
+        )
         assert rows[0].tolist() == [1, 0, 2]
-        torch.testing.assert_close(several[0].pred_boxes.tensor[2, 4], torch.tensor(-130.0))
+        torch.testing.assert_close(all_classes[0].pred_boxes.tensor[2, 4], torch.tensor(-130.0))
 
 
 class TestErrors:

@@ -151,7 +151,7 @@ def test_forward_returns_the_best_proposals():
         torch.testing.assert_close(inst.objectness_logits, reference.objectness_logits)
 
 
-def test_training_keeps_its_own_number_of_proposals():
+def test_number_of_proposals_in_training_has_its_own_limit():
     rpn = build_rpn(post_nms_topk=(7, 3)).train()
     proposals, _ = rpn(*batch())
     assert [len(p) for p in proposals] == [7, 7]

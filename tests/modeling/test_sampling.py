@@ -26,7 +26,7 @@ MATCHER = Matcher([0.3, 0.5], [0, -1, 1])
     "num_samples, fraction, num_pos, num_neg",
     [(64, 0.5, 30, 34), (40, 0.5, 20, 20), (40, 0.26, 10, 30), (1000, 0.5, 30, 60), (10, 0.0, 0, 10)],
 )
-def test_sample_has_its_size_and_foreground_fraction(num_samples, fraction, num_pos, num_neg):
+def test_sample_has_the_requested_size_and_foreground_fraction(num_samples, fraction, num_pos, num_neg):
     labels = torch.tensor([7] * 30 + [80] * 60 + [-1] * 10)[torch.randperm(100)]
     pos, neg = subsample_labels(labels, num_samples, fraction, bg_label=80)
     assert (len(pos), len(neg)) == (num_pos, num_neg)

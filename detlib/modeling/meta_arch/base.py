@@ -54,7 +54,7 @@ def _check_batch(batched_inputs: Sequence[Mapping], num_channels: int) -> None:
             )
         if image.dtype == torch.bool or image.is_complex():
             raise ValueError(
-                f"'image' of {describe_item(batched_inputs, i)} must hold pixel values (uint8 or floating "
+                f"'image' of {describe_item(batched_inputs, i)} must contain pixel values (uint8 or floating "
                 f"point, in [0, 255] for the built-in models), got {image.dtype}."
             )
         if image.numel() == 0:

@@ -83,8 +83,9 @@ def _check_labels(labels: torch.Tensor, num_classes: int, ignore_value: int, whe
     legal = (labels < num_classes) & (labels >= 0) | (labels == ignore_value)
     if not legal.all():
         raise ValueError(
-            f"'sem_seg' of {where} must hold labels in [0, {num_classes}) (MODEL.SEM_SEG_HEAD.NUM_CLASSES) "
-            f"or {ignore_value} (MODEL.SEM_SEG_HEAD.IGNORE_VALUE), got {labels[~legal].unique().tolist()}."
+            f"'sem_seg' of {where} must contain labels in [0, {num_classes}) "
+            f"(MODEL.SEM_SEG_HEAD.NUM_CLASSES) or {ignore_value} (MODEL.SEM_SEG_HEAD.IGNORE_VALUE), "
+            f"got {labels[~legal].unique().tolist()}."
         )
 
 

@@ -1,4 +1,4 @@
-"""Necks: what stands between a backbone and a transformer."""
+"""Necks: modules between a backbone and a transformer."""
 
 from detlib.modeling.neck.channel_mapper import ChannelMapper
 

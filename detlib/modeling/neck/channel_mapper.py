@@ -1,7 +1,7 @@
-"""Feature maps of a backbone brought to one number of channels, and further ones below them.
+"""Convolutions that map a backbone's features to one number of channels and add coarser levels.
 
-DETR-like models with several scales (arXiv:2010.04159) take their maps from here. Shapes: N images, H and W
-as the backbone gives them.
+Multi-scale DETR models (arXiv:2010.04159) use them. Shape legend: N images, C_f, H_f and W_f the channels,
+height and width of a feature map.
 """
 
 import copy
@@ -16,10 +16,10 @@ __all__ = ["ChannelMapper"]
 
 
 class ChannelMapper(nn.Module):
-    """A convolution for each map of the backbone, and convolutions of stride 2 for coarser maps.
+    """A convolution for each feature map of the backbone, and convolutions with stride 2 for coarser levels.
 
-    The first coarser map comes from the last map of the backbone, each further one from the map before it.
-    Parameters are `convs.I.conv`, `convs.I.norm`, `extra_convs.I.conv`, `extra_convs.I.norm`.
+    The first coarser level is computed from the backbone's last feature map, each further one from the
+    previous level. Parameters are `convs.I.conv`, `convs.I.norm`, `extra_convs.I.conv`, `extra_convs.I.norm`.
     """
 
     def __init__(
@@ -38,22 +38,24 @@ class ChannelMapper(nn.Module):
     ):
         """
         Args:
-            input_shapes: the backbone's `output_shape()`, or as much of it as `in_features` needs; the
-                channels count.
-            in_features: names of the maps to take, from high resolution to low.
-            out_channels: channels of every map that comes out.
-            kernel_size: of the convolution of each map of the backbone, odd; its padding keeps the size.
-            stride: of the same convolutions.
-            bias, groups: of all convolutions.
-            dilation: of the same convolutions as `kernel_size`.
-            norm_layer: a module for (N, out_channels, H, W) maps; every convolution gets a copy of its own.
-            activation: a module; every convolution gets a copy of its own.
-            num_outs: how many maps come out; by default as many as there are `input_shapes`. What exceeds
-                `in_features` are coarser maps, made by 3x3 convolutions of stride 2.
+            input_shapes: the backbone's `output_shape()`, or a subset that contains `in_features`; only the
+                channels are used.
+            in_features: names of the feature maps to use, in descending order of resolution.
+            out_channels: channels of every output.
+            kernel_size: kernel size of the convolution on each feature map of the backbone, odd. The padding
+                preserves the size if `stride` is 1.
+            stride: stride of these convolutions.
+            bias: whether all convolutions have a bias.
+            groups: groups of all convolutions.
+            dilation: dilation of the convolutions with `kernel_size`.
+            norm_layer: a module for (N, out_channels, H, W) tensors; every convolution gets its own copy.
+            activation: a module; every convolution gets its own copy.
+            num_outs: number of outputs; by default the number of `input_shapes`. Those beyond
+                `in_features` are coarser levels, computed by 3x3 convolutions with stride 2.
 
         Raises:
-            ValueError: `in_features` that the backbone does not give or without known channels, an even
-                `kernel_size`, or fewer `num_outs` than `in_features`.
+            ValueError: the backbone lacks one of `in_features` or its channels are unknown, `kernel_size`
+                is even, or `num_outs` is below the number of `in_features`.
         """
         super().__init__()
         in_features = list(in_features)
@@ -61,14 +63,16 @@ class ChannelMapper(nn.Module):
         channels: list = [input_shapes[name].channels for name in in_features]
         if None in channels:
             name = in_features[channels.index(None)]
-            raise ValueError(f"ChannelMapper's input_shapes do not say how many channels {name!r} has")
+            raise ValueError(
+                f"ChannelMapper's input_shapes do not specify the number of channels of {name!r}"
+            )
         if kernel_size % 2 == 0:
             raise ValueError(f"ChannelMapper's kernel_size must be odd, got {kernel_size}")
         num_outs = len(input_shapes) if num_outs is None else num_outs
         if num_outs < len(in_features):
             raise ValueError(
                 f"ChannelMapper's num_outs is {num_outs}, but there are {len(in_features)} in_features, "
-                f"{in_features}, and each gives a map"
+                f"{in_features}, and each has an output"
             )
         self.in_features = in_features
         self.out_channels, self.num_outs = out_channels, num_outs
@@ -94,22 +98,22 @@ class ChannelMapper(nn.Module):
         self.extra_convs = nn.ModuleList(conv(c, kernel_size=3, stride=2, padding=1) for c in sources)
 
     def forward(self, inputs):
-        """Compute the maps.
+        """Compute the outputs.
 
         Args:
-            inputs: dict of the backbone's (N, C_f, H_f, W_f) float maps; names beyond `in_features` are
-                left alone.
+            inputs: the backbone's feature maps (N, C_f, H_f, W_f) by name; those not in `in_features` are
+                ignored.
 
         Returns:
-            tuple[Tensor]: `num_outs` maps (N, out_channels, H_f, W_f), high resolution first. A further map
-            has ceil(H / 2) x ceil(W / 2) of the one above it.
+            tuple[Tensor]: `num_outs` tensors (N, out_channels, H_f, W_f), in descending order of resolution.
+            Each coarser level has the size ceil(H / 2) x ceil(W / 2) of the previous one.
 
         Raises:
-            ValueError: the backbone does not give one of `in_features`.
+            ValueError: `inputs` lacks one of `in_features`.
         """
-        maps = take_features(inputs, self.in_features, "ChannelMapper's in_features")
-        outputs = [conv(x) for conv, x in zip(self.convs, maps)]
-        x = maps[-1]
+        features = take_features(inputs, self.in_features, "ChannelMapper's in_features")
+        outputs = [conv(x) for conv, x in zip(self.convs, features)]
+        x = features[-1]
         for conv in self.extra_convs:
             x = conv(x)
             outputs.append(x)

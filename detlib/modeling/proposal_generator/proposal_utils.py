@@ -31,7 +31,7 @@ def top_per_level(scores: list[torch.Tensor], topk: int):
         topk: maximum number per level and image.
 
     Returns:
-        top_scores: (N, T) float32, in descending order within a level.
+        top_scores: (N, T) float32, in descending order in each level.
         indices: L tensors (N, T_l) int64, the rows of the level.
         level_ids: (T,) int64, the level of each prediction.
     """

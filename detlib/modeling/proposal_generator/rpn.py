@@ -64,7 +64,7 @@ class StandardRPNHead(nn.Module):
         conv_dims = list(conv_dims)
         if not conv_dims or any(dim != -1 and dim <= 0 for dim in conv_dims):
             raise ValueError(
-                f"conv_dims (MODEL.RPN.CONV_DIMS) must hold -1 or positive numbers, got {conv_dims}"
+                f"conv_dims (MODEL.RPN.CONV_DIMS) must contain -1 or positive numbers, got {conv_dims}"
             )
         convs: list[nn.Module] = []
         channels = in_channels
