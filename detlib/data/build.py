@@ -251,8 +251,20 @@ def _filter(records: list[dict], names: list[str], filter_empty: bool, min_keypo
     """Apply the two filters; raise ValueError, naming the config key, if nothing is left."""
     quoted = ", ".join(repr(name) for name in names)
     total = len(records)
+    annotations = [a for record in records for a in record.get("annotations", ())]
+    crowds = sum(bool(annotation.get("iscrowd", 0)) for annotation in annotations)
+    if crowds:
+        level = logging.WARNING if crowds > 0.2 * len(annotations) else logging.INFO
+        message = "%d of %d objects of dataset %s are crowd regions (iscrowd 1), which are not trained on"
+        logger.log(level, message, crowds, len(annotations), quoted)
     if filter_empty:
         records = filter_images_with_only_crowd_annotations(records)
+        if not records and crowds:
+            raise ValueError(
+                f"none of the {total} images of dataset {quoted} has an object to train on: all {crowds} are "
+                "crowd regions (iscrowd 1). If they are objects, as with tools that export every mask so, "
+                "read them with ?crowd=objects behind the dataset URI"
+            )
         if not records:
             raise ValueError(
                 f"none of the {total} images of dataset {quoted} has an object, and "

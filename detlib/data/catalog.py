@@ -21,6 +21,7 @@ __all__ = [
     "check_datasets_exist",
     "is_dataset_uri",
     "parse_dataset_uri",
+    "register_path_parser",
     "register_uri_scheme",
 ]
 
@@ -49,6 +50,19 @@ def register_uri_scheme(scheme: str, parse: Callable[[str], DatasetURI]) -> None
         parse: called with the full URI; raises ValueError, naming the faulty part, if it is malformed.
     """
     _URI_SCHEMES[scheme] = parse
+
+
+_path_parsers: list[Callable[[str], DatasetURI | None]] = []
+_PATH_SUFFIXES = (".yaml", ".yml", ".data", ".json", ".csv", ".xml", ".zip")
+
+
+def register_path_parser(parse: Callable[[str], DatasetURI | None]) -> None:
+    """Register a parser of names that are paths of existing folders or files.
+
+    Args:
+        parse: called with the path; returns None if there is nothing that it reads.
+    """
+    _path_parsers.append(parse)
 
 
 class _DatasetCatalog(UserDict):
@@ -202,13 +216,18 @@ _parsed_uris: dict[str, DatasetURI] = {}
 
 
 def _parse(name: str) -> DatasetURI | None:
-    """Return a parsed dataset URI, or None if `name` has no known scheme."""
+    """Return a parsed dataset URI, or None if `name` has no known scheme and is not the path of a dataset."""
     scheme, colon, _ = name.partition(":")
-    if not colon or scheme not in _URI_SCHEMES:
-        return None
-    if name not in _parsed_uris:
-        _parsed_uris[name] = _URI_SCHEMES[scheme](name)
-    return _parsed_uris[name]
+    if name in _parsed_uris:
+        return _parsed_uris[name]
+    parsed = None
+    if colon and scheme in _URI_SCHEMES:
+        parsed = _URI_SCHEMES[scheme](name)
+    elif "/" in name or name.lower().endswith(_PATH_SUFFIXES):
+        parsed = next((found for found in (parse(name) for parse in _path_parsers) if found), None)
+    if parsed is not None:
+        _parsed_uris[name] = parsed
+    return parsed
 
 
 DatasetCatalog = _DatasetCatalog()

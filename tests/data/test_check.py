@@ -115,6 +115,7 @@ COCO = [
         "kept",
     ),
     ("bad-iscrowd", change("annotations.0.iscrowd", "0"), "annotation 1", "has iscrowd '0'"),
+    ("mostly-crowd", change("annotations.0.iscrowd", 1), "ann.json", "kept"),
     ("bad-area", change("annotations.0.area", -3), "annotation 1", "kept"),
     ("bad-box", box(1, 2, 3), "annotation 1", r"has the bbox \[1, 2, 3\]"),
     ("bad-box", box(1, 2, "3", 4), "annotation 1", "has the bbox"),
@@ -325,7 +326,7 @@ def test_float_sizes_and_self_crossing_polygons_are_not_errors(tmp_path):
     content["images"][1].update(width=40.0, height=30.0)
     content["annotations"][0]["segmentation"] = [[2, 3, 10, 12.5, 10, 3, 2, 12.5]]  # a bow tie: its area is 0
     checked = check_dataset(write_coco(tmp_path, content))
-    assert [finding.kind for finding in checked.findings] == ["empty-image"]
+    assert [finding.kind for finding in checked.findings] == ["mostly-crowd", "empty-image"]
     assert [image["width"] for image in checked.repaired["images"]] == [40, 40]
     assert len(checked.repaired["annotations"]) == 3
 

@@ -86,7 +86,7 @@ class Evil:
             {**CONTENT, "boxes": [np.zeros(4)] * 3},
             r"'a' has boxes of shape \(4,\) and logits .*\(2,\)",
         ),
-        (Evil(), "is not a proposal file: it wants to import 'builtins.print'"),
+        (Evil(), "is not a proposal file: it imports 'builtins.print', which is refused"),
     ],
 )
 def test_bad_files(tmp_path, content, message, capsys):

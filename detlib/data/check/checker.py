@@ -388,11 +388,31 @@ class _Checker:
             report("bad-area", f"the area is {area!r}", "set to the area of the box")
             annotation["area"] = box_area
 
+    def _check_crowd_regions(self) -> None:
+        """Report crowd regions, which are not trained on, if they are many. If all are, make them objects."""
+        totals = Counter(_key(annotation["category_id"]) for annotation in self.annotations)
+        crowds = Counter(_key(a["category_id"]) for a in self.annotations if a["iscrowd"])
+        if self.annotations and crowds == totals:
+            self.raw.report(
+                "all-crowd",
+                f"all {len(self.annotations)} objects have iscrowd 1; ?crowd=objects reads them as objects",
+                action="iscrowd set to 0",
+            )
+            for annotation in self.annotations:
+                annotation["iscrowd"] = 0
+            return
+        for key, count in crowds.items():
+            if count > 0.2 * totals[key]:
+                name = self.categories[key]["name"]
+                detail = f"{count} of {totals[key]} objects of {name!r} have iscrowd 1"
+                self.raw.report("mostly-crowd", detail)
+
     def _check_together(self) -> None:
         """Check what concerns all annotations of an image."""
         by_image: defaultdict[Any, list[dict]] = defaultdict(list)
         for annotation in self.annotations:
             by_image[_key(annotation["image_id"])].append(annotation)
+        self._check_crowd_regions()
         for image in self.images.values():
             objects, name = by_image[_key(image["id"])], image["file_name"]
             if not objects:

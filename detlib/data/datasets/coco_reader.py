@@ -9,7 +9,9 @@ from collections import Counter
 from typing import Any, cast
 
 from detlib.data.datasets.coco_rle import rle_runs
+from detlib.data.datasets.image_paths import ImageFinder
 from detlib.structures import BoxMode
+from detlib.utils.file_io import PathManager
 
 __all__ = ["CocoReader"]
 
@@ -53,10 +55,14 @@ class CocoReader:
         self.keys = (*self.KEPT_KEYS, *extra_keys)
         self.empty_boxes = empty_boxes
         self.dropped: Counter[str] = Counter()
+        self.finder = ImageFinder(image_root)
+        self._search = False  # for images whose paths do not exist as they are written
 
     def read(self) -> list[dict]:
         """Return the dicts, sorted by image id."""
         records = {}
+        first = next((image.get("file_name") for image in self.coco["images"]), None)
+        self._search = isinstance(first, str) and not PathManager.isfile(os.path.join(self.image_root, first))
         for image in self.coco["images"]:
             record = self._image(image)
             if record["image_id"] in records:
@@ -109,8 +115,11 @@ class CocoReader:
                 f"{self.json_file}: image {image['file_name']!r} has width {image['width']!r} and height "
                 f"{image['height']!r}; both must be integers above 0."
             )
+        path = os.path.join(self.image_root, image["file_name"])
+        if self._search or "\\" in image["file_name"] or os.path.isabs(image["file_name"]):
+            path = self.finder.find(image["file_name"]) or path
         return {
-            "file_name": os.path.join(self.image_root, image["file_name"]),
+            "file_name": path,
             "height": int(image["height"]),
             "width": int(image["width"]),
             "image_id": image["id"],

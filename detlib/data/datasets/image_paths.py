@@ -76,8 +76,7 @@ class ImageFinder:
         return None
 
     def _log(self, stated: str, path: str) -> None:
-        as_written = os.path.join(self.root, stated)
-        if self._logged or path in (stated, as_written) or os.path.dirname(stated) == "":
+        if self._logged or path == stated or path.endswith("/" + stated):
             return
         self._logged = True
         logger.warning("The image %r does not exist under this path; using %r", stated, path)

@@ -16,6 +16,7 @@ from detlib.utils.file_io import PathManager
 from detlib.utils.suggest import suggest
 
 __all__ = [
+    "CROWD",
     "EMPTY_BOXES",
     "FOLDER_HINTS",
     "FORMATS",
@@ -49,6 +50,12 @@ EMPTY_BOXES = URIOption(
     "empty_boxes",
     "`drop` leaves out boxes without area, with a warning; by default they are an error",
     ("error", "drop"),
+)
+
+CROWD = URIOption(
+    "crowd",
+    "`objects` trains on crowd regions (`iscrowd: 1`) as on other objects, for tools that mark every mask so",
+    ("regions", "objects"),
 )
 
 
@@ -112,6 +119,13 @@ class ParsedURI(ABC):
             FileNotFoundError, ValueError: There is nothing to read.
         """
         return raw_from_records(self.uri)
+
+    def treat_crowd(self, dicts: list[dict]) -> list[dict]:
+        """Apply the option `CROWD` to a loaded dataset, and return it."""
+        if self.values["crowd"] == "objects":
+            for annotation in (a for record in dicts for a in record["annotations"]):
+                annotation["iscrowd"] = 0
+        return dicts
 
     def error(self, text: str) -> ValueError:
         """Return a ValueError that names the URI."""
@@ -184,6 +198,8 @@ class Format:
         hint: returns what is nearly a dataset of this format in a folder, and what to do, for that message.
         claims: whether a file can only be of this format, by its name or first bytes. Other formats do not
             read such files.
+        uri_of_file: returns the URI of the dataset that a file describes, for names that are paths; None if
+            the file is of another format.
         findings: kinds of findings of this format alone, as in `FINDING_KINDS`.
     """
 
@@ -197,6 +213,7 @@ class Format:
     layout: str = ""
     hint: Callable[[str], str] | None = None
     claims: Callable[[str], bool] | None = None
+    uri_of_file: Callable[[str], str | None] | None = None
     findings: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 

@@ -16,9 +16,11 @@ from detlib.data.datasets.coco import (
     read_categories,
     read_coco_json,
 )
+from detlib.data.datasets.image_paths import split_path
 from detlib.data.datasets.keypoint_names import keypoint_metadata, left_right_pairs
 from detlib.data.datasets.lvis import with_lvis_path
 from detlib.data.formats.base import (
+    CROWD,
     EMPTY_BOXES,
     Candidate,
     Format,
@@ -34,6 +36,8 @@ __all__ = ["CocoURI", "coco_uri", "read_raw_coco", "write_coco"]
 
 logger = logging.getLogger(__name__)
 
+_TRIED_IMAGES = 10  # of a file, to find the folder of its images
+
 
 def coco_uri(json_file: str, image_root: str) -> str:
     """Return the URI of an annotation file and the folder of its images."""
@@ -44,7 +48,7 @@ class CocoURI(ParsedURI):
     """`coco:ANNOTATIONS.json@IMAGE_DIR`; file and folder may contain an @ themselves."""
 
     form = "coco:ANNOTATIONS.json@IMAGE_DIR"
-    options = (EMPTY_BOXES,)
+    options = (CROWD, EMPTY_BOXES)
 
     def __init__(self, uri: str) -> None:
         super().__init__(uri)
@@ -70,8 +74,9 @@ class CocoURI(ParsedURI):
     def load(self) -> list[dict]:
         """Return the dataset in the standard dict format."""
         self.check()
-        return load_coco_json(
-            self.json_file, self.image_root, self.uri, empty_boxes=self.values["empty_boxes"]
+        empty_boxes = self.values["empty_boxes"]
+        return self.treat_crowd(
+            load_coco_json(self.json_file, self.image_root, self.uri, empty_boxes=empty_boxes)
         )
 
     def metadata(self) -> dict[str, Any]:
@@ -127,11 +132,29 @@ def find_coco(path: str) -> list[Candidate]:
     found = []
     for folder, name, coco in _annotation_files(path):
         file, split = os.path.join(folder, name), _split_of(name, folder, path)
-        image_root = _image_folder(coco, path, folder, split)
+        image_root = _image_folder(coco, path, folder, [_subset_of(name), split])
         if image_root is not None:
             shown = os.path.relpath(file, path) if "://" not in path else file
             found.append(Candidate(coco_uri(file, image_root), split, f"found {shown} and its images"))
     return found
+
+
+def _uri_of_file(path: str) -> str | None:
+    """Return the URI of an annotation file whose images are in one of the usual folders."""
+    if not path.endswith(".json") or claimed_by_another_format(path, "coco"):
+        return None
+    folder, name = os.path.split(path)
+    coco = read_coco_json(path)
+    splits = [_subset_of(name), _split_of(name, folder, folder)]
+    for root in (folder, os.path.dirname(folder)):
+        image_root = _image_folder(coco, root, folder, splits)
+        if image_root is not None:
+            return coco_uri(path, image_root)
+    raise FileNotFoundError(
+        f"{path!r} is in COCO's format, but none of its first images, such as "
+        f"{coco['images'][0].get('file_name')!r}, is in the usual folders. Name theirs: "
+        f"coco:{path}@IMAGE_DIR."
+    )
 
 
 def hint_coco(path: str) -> str:
@@ -159,28 +182,37 @@ def _annotation_files(path: str) -> Iterator[tuple[str, str, dict]]:
                 logger.debug("%s is not a COCO annotation file: %s", file, error)
 
 
+def _subset_of(name: str) -> str:
+    """Return the part of a file name that names the subset: "Train" of "instances_Train.json"."""
+    prefixes = r"(?:instances|person_keypoints|annotations?)[_-]"
+    return re.sub(rf"^{prefixes}(?=.)", "", name.removesuffix(".json"), flags=re.IGNORECASE)
+
+
 def _split_of(name: str, folder: str, path: str) -> str:
     found = re.search(r"trainval|train|minival|valid|val|test", name.lower())
     if found:
         return found[0]
     inner = os.path.basename(folder)
-    return inner if folder != path and inner != "annotations" else name.removesuffix(".json")
+    return inner if folder != path and inner != "annotations" else _subset_of(name)
 
 
-def _image_folder(coco: dict, path: str, folder: str, split: str) -> str | None:
-    """Return the first of the usual folders that has the first image of the file; None if none has it."""
-    first = str(coco["images"][0].get("file_name", ""))
-    names = (
-        "images",
-        "data",
-        split,
-        f"images/{split}",
-        f"{split}/images",
-        f"{split}2017",
-        f"images/{split}2017",
-    )
+def _image_folder(coco: dict, path: str, folder: str, splits: list[str]) -> str | None:
+    """Return the first of the usual folders that has an image of the file; None if none has one.
+
+    The first images are tried, as single files may be missing.
+    """
+    forms = ("{}", "images/{}", "{}/images", "{}2017", "images/{}2017")
+    names = ["images", "data", *dict.fromkeys(form.format(split) for split in splits for form in forms)]
     folders = [folder, path, *(os.path.join(path, name) for name in names), os.path.join(folder, "images")]
-    return next((place for place in folders if PathManager.isfile(os.path.join(place, first))), None)
+    stated = [str(image.get("file_name", "")) for image in coco["images"][:_TRIED_IMAGES]]
+    for file_name in stated:
+        parts = split_path(file_name)
+        tails = ["/".join(parts[i:]) for i in range(len(parts))]
+        for tail in dict.fromkeys([file_name, *tails]):
+            for place in folders:
+                if tail and PathManager.isfile(os.path.join(place, tail)):
+                    return place
+    return None
 
 
 def write_coco(source: ConversionSource, out: str, masks: str) -> tuple[str, list[str]]:
@@ -224,6 +256,7 @@ register_format(
         write=write_coco,
         holds_rotated_boxes=True,
         find=find_coco,
+        uri_of_file=_uri_of_file,
         layout="*.json with 'images' and 'categories', here, in annotations/ or in a split's folder",
         hint=hint_coco,
     )

@@ -285,6 +285,7 @@ register_format(
         "default the file's folder. `csv:DIR@SPLIT` reads the CSV file in a split's folder",
         uri_class=CsvURI,
         find=find_csv,
+        uri_of_file=lambda path: f"csv:{path}" if path.endswith(".csv") else None,
         layout="a .csv with the columns filename, class, xmin, ymin, xmax, ymax, here or in a split's folder",
     )
 )

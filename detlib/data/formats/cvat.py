@@ -284,6 +284,7 @@ register_format(
         "of the file or a folder in `DIR`; `cvat:DIR` and `cvat:FILE.xml` read all images",
         uri_class=CvatURI,
         find=find_cvat,
+        uri_of_file=lambda path: f"cvat:{path}" if claims_file(path) else None,
         layout="annotations.xml of CVAT, here or in a split's folder, with images/",
         claims=claims_file,
     )

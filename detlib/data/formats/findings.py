@@ -45,6 +45,8 @@ FINDING_KINDS: dict[str, tuple[str, str]] = {
     "duplicate-annotation-id": ("error", "two annotations have the same id"),
     "duplicate-annotation": ("warning", "two annotations have the same image, category and box"),
     "bad-iscrowd": ("error", "iscrowd is neither 0 nor 1"),
+    "all-crowd": ("error", "all objects are crowd regions (`iscrowd: 1`), which are not trained on"),
+    "mostly-crowd": ("warning", "more than a fifth of a class's objects are crowd regions"),
     "bad-area": ("warning", "the area is not a number above 0"),
     "bad-box": ("error", "a box does not consist of 4 numbers (5 for a rotated box)"),
     "box-not-finite": ("error", "a box has a value that is not finite"),

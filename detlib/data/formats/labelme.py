@@ -31,7 +31,7 @@ from PIL import Image
 
 from detlib.data.datasets.voc_layout import IMAGE_SUFFIXES
 from detlib.data.datasets.yolo_layout import join_path
-from detlib.data.formats.base import EMPTY_BOXES, Candidate, Format, register_format
+from detlib.data.formats.base import CROWD, EMPTY_BOXES, Candidate, Format, register_format
 from detlib.data.formats.findings import RawSet
 from detlib.data.formats.objects import (
     MAX_PIXELS,
@@ -69,7 +69,7 @@ class LabelmeURI(DrawnURI):
     """
 
     form = "labelme:DIR@SPLIT"
-    options = (EMPTY_BOXES,)
+    options = (CROWD, EMPTY_BOXES)
 
     def __init__(self, uri: str) -> None:
         super().__init__(uri)

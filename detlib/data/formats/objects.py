@@ -313,7 +313,8 @@ class DrawnURI(ParsedURI):
         for kind, count in warnings.items():
             logger.warning("%s: left out %d %s", raw.file, count, _LEFT_OUT.get(kind, f"of kind {kind}"))
         logger.info("Loaded %d images from %s", len(records), self.uri)
-        return [*records.values()]
+        dicts = [*records.values()]
+        return self.treat_crowd(dicts) if "crowd" in self.values else dicts
 
     def _annotation(self, annotation: dict, location: str) -> dict | None:
         """Return an annotation in the standard format, or None if it is left out."""

@@ -13,9 +13,10 @@ from detlib.data.datasets.roboflow import (
     roboflow_splits,
     without_root_category,
 )
-from detlib.data.formats.base import EMPTY_BOXES, Candidate, Format, ParsedURI, register_format
+from detlib.data.formats.base import CROWD, EMPTY_BOXES, Candidate, Format, ParsedURI, register_format
 from detlib.data.formats.coco import read_raw_coco
 from detlib.data.formats.findings import RawSet
+from detlib.utils.file_io import PathManager
 
 __all__ = ["RoboflowURI"]
 
@@ -24,7 +25,7 @@ class RoboflowURI(ParsedURI):
     """`roboflow:DIR@SPLIT`. The category that stands for the entire dataset is not a class."""
 
     form = "roboflow:DIR@SPLIT"
-    options = (EMPTY_BOXES,)
+    options = (CROWD, EMPTY_BOXES)
 
     def __init__(self, uri: str) -> None:
         super().__init__(uri)
@@ -38,7 +39,8 @@ class RoboflowURI(ParsedURI):
     def load(self) -> list[dict]:
         """Return the dataset in the standard dict format."""
         self.check()
-        return load_roboflow(self.dirname, self.split, self.uri, empty_boxes=self.values["empty_boxes"])
+        empty_boxes = self.values["empty_boxes"]
+        return self.treat_crowd(load_roboflow(self.dirname, self.split, self.uri, empty_boxes=empty_boxes))
 
     def metadata(self) -> dict[str, Any]:
         """Return the classes from the annotation file."""
@@ -57,10 +59,14 @@ class RoboflowURI(ParsedURI):
 
 def find_roboflow(path: str) -> list[Candidate]:
     """Find the splits of an export in a folder."""
-    return [
+    found = [
         Candidate(f"roboflow:{path}@{split}", split, f"found {split}/{ANNOTATION_FILE}")
         for split in roboflow_splits(path)
     ]
+    if not found and PathManager.isfile(os.path.join(path, ANNOTATION_FILE)):
+        parent, name = os.path.split(path.rstrip("/"))
+        found = [Candidate(f"roboflow:{parent or '.'}@{name}", name, f"found {ANNOTATION_FILE}")]
+    return found
 
 
 register_format(

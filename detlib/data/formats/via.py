@@ -324,6 +324,7 @@ register_format(
         "folder in `DIR`; `via:DIR` and `via:FILE.json` read the files there",
         uri_class=ViaURI,
         find=find_via,
+        uri_of_file=lambda path: f"via:{path}" if claims_file(path) else None,
         layout="a JSON file of VIA (via_region_data.json, via_project.json), here or in a split's folder",
         claims=claims_file,
     )

@@ -104,6 +104,14 @@ def find_yolo(path: str) -> list[Candidate]:
     return [Candidate(f"yolo:{config.file}@{split}", split, "found YOLO labels") for split in config.splits]
 
 
+def _uri_of_file(path: str) -> str | None:
+    """Return the URI of the only split that a file describes, or of "train"."""
+    if not path.endswith((".yaml", ".yml", ".data")):
+        return None
+    splits = [*read_yolo_config(path).splits]
+    return f"yolo:{path}@{splits[0] if len(splits) == 1 else 'train'}"
+
+
 def read_registered_yolo(metadata: Metadata) -> RawSet | None:
     """Read a dataset registered by `register_yolo` for the checker."""
     if not metadata.get("yaml_file"):
@@ -359,6 +367,7 @@ register_format(
         read_registered=read_registered_yolo,
         write=write_yolo,
         find=find_yolo,
+        uri_of_file=_uri_of_file,
         layout="data.yaml (or another .yaml with 'names' and 'train', 'val' or 'test'), obj.data, or "
         "classes.txt or _darknet.labels with images and labels",
         findings={

@@ -8,6 +8,7 @@ from detlib.config import get_cfg
 from detlib.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
 from detlib.data.build import images_per_epoch
 from detlib.data.catalog import check_datasets_exist
+from detlib.data.check import check_dataset
 from detlib.data.datasets import load_roboflow, register_roboflow
 from detlib.data.detection_utils import read_image
 from tests.data.small_datasets import (
@@ -139,3 +140,105 @@ def test_images_without_objects_are_counted(tmp_path, filter_empty, logged, log)
     loader = build_detection_train_loader(cfg)
     assert images_per_epoch(loader) == 2 - filter_empty
     assert log.text.count("DATALOADER.FILTER_EMPTY_ANNOTATIONS") == 1 and logged in log.text
+
+
+def test_dir_one_level_above_or_below_the_dataset(tmp_path):
+    write_yolo(tmp_path / "birds")
+    expected = DatasetCatalog.get(f"yolo:{tmp_path}/birds/data.yaml@train")
+    for path in (tmp_path, tmp_path / "birds/images/train"):
+        assert DatasetCatalog.get(f"dir:{path}") == expected
+    uri = write_roboflow(tmp_path / "fish", "valid")
+    assert DatasetCatalog.get(f"dir:{tmp_path}/fish/valid") == DatasetCatalog.get(uri)
+
+
+@pytest.mark.parametrize(
+    ("annotations", "image"),
+    [
+        ("annotations/instances_default.json", "images/default/a.jpg"),  # CVAT
+        ("annotations/instances_default.json", "images/a.jpg"),
+        ("annotations/instances_Train.json", "images/Train/a.jpg"),
+        ("annotations/instances_Train.json", "Train/a.jpg"),
+        ("_annotations.json", "a.jpg"),
+        ("annotations/person_keypoints_val2017.json", "val2017/a.jpg"),
+    ],
+)
+def test_dir_finds_the_images_of_coco_files(tmp_path, annotations, image):
+    write(tmp_path / annotations, json.dumps(coco_content()))
+    write(tmp_path / image, make_image())
+    assert DatasetCatalog.get(f"dir:{tmp_path}")[0]["file_name"] == str(tmp_path / image)
+
+
+def test_missing_first_image_does_not_hide_a_coco_dataset(tmp_path):
+    write_coco(tmp_path, images=("b.jpg",))
+    assert [r["file_name"] for r in DatasetCatalog.get(f"dir:{tmp_path}")][1] == f"{tmp_path}/images/b.jpg"
+
+
+@pytest.mark.parametrize("stated", [r"images\a.jpg", r"C:\data\images\a.jpg", "/content/set/images/a.jpg"])
+def test_coco_paths_of_another_machine(tmp_path, stated, log):
+    content = coco_content()
+    content["images"][0]["file_name"] = stated
+    content["images"][1]["file_name"] = stated.replace("a.jpg", "b.jpg")
+    write_coco(tmp_path, content)
+    expected = [f"{tmp_path}/images/{name}.jpg" for name in "ab"]
+    for uri in (f"coco:{tmp_path}/ann.json@{tmp_path}/images", f"dir:{tmp_path}"):
+        assert [record["file_name"] for record in DatasetCatalog.get(uri)] == expected
+    assert log.text.count("does not exist under this path") == 2  # once for each loading
+
+
+@pytest.mark.parametrize("name", ["", "/data.yaml"])
+def test_plain_paths_are_datasets(tmp_path, name):
+    uri = write_yolo(tmp_path)
+    check_datasets_exist(f"{tmp_path}{name}")
+    assert DatasetCatalog.get(f"{tmp_path}{name}") == DatasetCatalog.get(uri)
+    assert MetadataCatalog.get(f"{tmp_path}{name}").thing_classes == CLASSES
+
+
+def test_plain_path_of_a_coco_file(tmp_path):
+    uri = write_coco(tmp_path)
+    assert DatasetCatalog.get(f"{tmp_path}/ann.json") == DatasetCatalog.get(uri)
+    (tmp_path / "images").rename(tmp_path / "photographs")
+    with pytest.raises(
+        FileNotFoundError, match=r"none of its first images, such as 'a.jpg'.*ann.json@IMAGE_DIR"
+    ):
+        DatasetCatalog.get(f"{tmp_path}/./ann.json")
+
+
+def test_unknown_names_that_are_no_paths_are_still_key_errors(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "birds").mkdir()
+    for name in ("birds", "birds_train", "no/such/folder", "no.json"):
+        with pytest.raises(KeyError, match="is not registered"):
+            DatasetCatalog.get(name)
+    assert MetadataCatalog.get("birds").as_dict() == {"name": "birds"}
+
+
+def crowd_content():
+    content = coco_content()
+    for annotation in content["annotations"]:
+        annotation["iscrowd"] = 1
+    return content
+
+
+def test_objects_that_are_all_crowd_regions_are_reported_and_can_be_used(tmp_path, log):
+    uri = write_coco(tmp_path, crowd_content())
+    cfg = get_cfg()
+    cfg.DATASETS.TRAIN = (uri,)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
+    cfg.DATALOADER.NUM_WORKERS = 0
+    with pytest.raises(ValueError, match=r"all 3 are crowd regions .*\?crowd=objects"):
+        build_detection_train_loader(cfg)
+    checked = check_dataset(uri)
+    assert [f.kind for f in checked.findings if f.severity == "error"] == ["all-crowd"]
+    assert [a["iscrowd"] for a in checked.repaired["annotations"]] == [0, 0, 0]
+    for name in (f"{uri}?crowd=objects", f"dir:{tmp_path}?crowd=objects"):
+        cfg.DATASETS.TRAIN = (name,)
+        assert images_per_epoch(build_detection_train_loader(cfg)) == 1
+        assert [a["iscrowd"] for a in DatasetCatalog.get(name)[0]["annotations"]] == [0, 0, 0]
+    assert "crowd regions (iscrowd 1), which are not trained on" in log.text
+
+
+def test_options_of_dir_are_those_of_the_format(tmp_path):
+    write_voc(tmp_path)
+    assert DatasetCatalog.get(f"dir:{tmp_path}?one_based=1")
+    with pytest.raises(ValueError, match="no option 'crowd', only one_based, empty_boxes"):
+        DatasetCatalog.get(f"dir:{tmp_path}?crowd=objects")

@@ -82,7 +82,11 @@ def test_coco_uri_expands_the_home_folder(folder, monkeypatch):
             FileNotFoundError,
             "the image folder '.*/no' does not exist",
         ),
-        ("coco:FOLDER/ann.json@FOLDER/images?empty=1", ValueError, "no option 'empty', only empty_boxes"),
+        (
+            "coco:FOLDER/ann.json@FOLDER/images?empty=1",
+            ValueError,
+            "no option 'empty', only crowd, empty_boxes",
+        ),
         ("coco:FOLDER/ann.json@FOLDER/images?empty_boxes=x", ValueError, "'error' or 'drop', not 'x'"),
         ("shapes:train?num", ValueError, "'num' is not of the form key=value"),
         ("shapes:train?nun=3", ValueError, "no option 'nun', only num, size, .* Did you mean 'num'"),
@@ -140,5 +144,12 @@ def test_malformed_keypoint_names_are_refused_and_dropped_by_the_checker(tmp_pat
 
 def test_error_for_a_file_in_place_of_a_folder(tmp_path):
     (tmp_path / "set.zip").write_bytes(b"PK")
-    with pytest.raises(FileNotFoundError, match="set.zip' is a file, not a folder"):
+    with pytest.raises(
+        ValueError, match=r"is a zip archive. Unpack it with: unzip .*set.zip -d .*set\nThen read dir:"
+    ):
         check_datasets_exist(f"dir:{tmp_path}/set.zip@train")
+    with pytest.raises(ValueError, match="is a zip archive"):
+        check_datasets_exist(f"{tmp_path}/set.zip")
+    (tmp_path / "set.txt").write_bytes(b"PK")
+    with pytest.raises(FileNotFoundError, match="set.txt' is a file, not a folder"):
+        check_datasets_exist(f"dir:{tmp_path}/set.txt@train")
