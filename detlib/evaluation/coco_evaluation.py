@@ -195,7 +195,7 @@ class COCOEvaluator(DatasetEvaluator):
         if predictions is None:
             return {}
         if not predictions:
-            self._logger.warning("%s has received no predictions.", type(self).__name__)
+            self._logger.warning("%s received no predictions.", type(self).__name__)
             return {}
         if self._output_dir:
             PathManager.mkdirs(self._output_dir)
