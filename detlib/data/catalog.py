@@ -235,7 +235,7 @@ MetadataCatalog = _MetadataCatalog()
 
 
 def is_dataset_uri(name: str) -> bool:
-    """Whether `name` is a dataset URI, and not a registered name.
+    """Return whether `name` is a dataset URI, and not a registered name.
 
     Raises:
         ValueError: It is a dataset URI, but malformed.
@@ -286,7 +286,7 @@ def _unknown_dataset(name: str) -> str:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """Whether two metadata values are equal. Arrays are compared by shape and content."""
+    """Return whether two metadata values are equal. Arrays are compared by shape and content."""
     same = a == b
     return bool(same.all()) and a.shape == b.shape if hasattr(same, "all") else bool(same)
 

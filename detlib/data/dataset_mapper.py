@@ -194,7 +194,7 @@ class DatasetMapper:
 
     @property
     def takes_others(self) -> bool:
-        """Whether `MapDataset` has to pass a function that draws further records."""
+        """Return whether `MapDataset` has to pass a function that draws further records."""
         return bool(self.mixing)
 
     def _read(self, dataset_dict: dict) -> Sample:

@@ -143,7 +143,7 @@ def _upright(image: Image.Image, file_name: str) -> Image.Image:
         orientation = image.getexif().get(_EXIF_ORIENTATION)
     except (SyntaxError, ValueError, KeyError, TypeError, EOFError, struct.error) as error:
         logger.warning(
-            "%s: cannot read the EXIF data (%s); assuming that the image is upright", file_name, error
+            "%s: cannot read the EXIF data (%s); assuming that the image is not rotated", file_name, error
         )
         return image
     method = _UPRIGHT.get(cast(int, orientation))

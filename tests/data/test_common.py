@@ -41,7 +41,7 @@ def test_dataset_from_list_gives_copies():
 
 
 def private_memory() -> int:
-    """Bytes that this process shares with no other."""
+    """Return the number of bytes that this process shares with no other."""
     with open("/proc/self/smaps_rollup") as f:
         return sum(int(kb) * 1024 for kb in re.findall(r"Private_\w+: +(\d+) kB", f.read()))
 

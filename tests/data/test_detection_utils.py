@@ -21,7 +21,7 @@ def rgb():
 
 @pytest.fixture
 def metadata():
-    """Makes metadata under names that are forgotten afterwards."""
+    """Register metadata under names that are removed afterwards."""
     names = []
 
     def make(name, **kwargs):
@@ -67,7 +67,7 @@ def test_convert_image_to_rgb_is_the_way_back(rgb):
 
 
 @pytest.mark.parametrize(
-    "orientation, upright",
+    "orientation, rotated_back",
     [
         (1, lambda a: a),
         (2, lambda a: a[:, ::-1]),
@@ -79,11 +79,11 @@ def test_convert_image_to_rgb_is_the_way_back(rgb):
         (8, lambda a: np.rot90(a, 1)),
     ],
 )
-def test_read_image_turns_by_exif(tmp_path, rgb, orientation, upright):
+def test_read_image_turns_by_exif(tmp_path, rgb, orientation, rotated_back):
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = save(tmp_path / "turned.png", rgb, exif=exif)
-    np.testing.assert_array_equal(utils.read_image(path, "RGB"), upright(rgb))
+    np.testing.assert_array_equal(utils.read_image(path, "RGB"), rotated_back(rgb))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -58,7 +58,7 @@ def test_own_labels_of_things(records):
 
 
 def test_padding_and_cropping(records):
-    """What is padded has no label, and things that leave are no instances."""
+    """Padding has no label, and objects that are cut off entirely are not instances."""
     out = make([T.PadTransform(0, 0, 10, 20)])(records[0])
     assert (out["sem_seg"][64:] == 255).all() and (out["sem_seg"][:, 64:] == 255).all()
     assert not out["instances"].gt_masks.tensor[:, :, 64:].any()

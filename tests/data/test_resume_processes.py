@@ -55,7 +55,7 @@ def take(loader, count):
 
 
 def run(folder, stops):
-    """What each process does: a whole run, and runs that stop and go on from the main process's state."""
+    """Run in each process: a full run, and runs that stop and resume from the state of the main process."""
     found = {"whole": take(make_loader(5, 0), TAKEN)}
     for stop, workers in stops:
         first = make_loader(5, workers)

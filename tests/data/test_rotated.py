@@ -115,7 +115,7 @@ def test_image_and_box_turn_alike():
 
 @pytest.fixture
 def rotated_set(tmp_path):
-    """An annotation file with rotated boxes, one axis-aligned box, and an image without objects."""
+    """Write an annotation file with rotated boxes, one axis-aligned box, and an image without objects."""
     for name in ("a.png", "b.png"):
         Image.fromarray(np.full((HEIGHT, WIDTH, 3), 90, np.uint8)).save(tmp_path / name)
     size = {"height": HEIGHT, "width": WIDTH}
@@ -219,7 +219,7 @@ def test_annotations_to_instances_rotated():
         {"bbox": [70, 50, 90, 70], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 1},
     ]
     instances = utils.annotations_to_instances_rotated(annos, (HEIGHT, WIDTH))
-    # Upright boxes are cut at the borders, others not.
+    # Axis-aligned boxes are clipped to the image, others are not.
     torch.testing.assert_close(
         instances.gt_boxes.tensor, torch.tensor([[10, 10, 30, 8, 20.0], [75, 55, 10, 10, 0]])
     )

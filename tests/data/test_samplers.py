@@ -25,7 +25,7 @@ def take(sampler, n):
 
 @pytest.fixture
 def among(monkeypatch):
-    """Makes samplers believe to be of some rank."""
+    """Make samplers see a given rank."""
 
     def set_rank(rank, world_size):
         monkeypatch.setattr(comm, "get_rank", lambda: rank)

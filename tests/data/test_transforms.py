@@ -156,7 +156,7 @@ def test_color_transforms_change_colours_only(image):
 
 
 def star(seed, n=14, size=40):
-    """A concave polygon around the middle of a square, reaching beyond it here and there."""
+    """Return a concave polygon around the middle of a square, reaching beyond it here and there."""
     rng = np.random.default_rng(seed)
     angle = np.sort(rng.uniform(0, 2 * np.pi, n))
     radius = rng.uniform(0.1, 0.75, n) * size

@@ -20,7 +20,7 @@ HEIGHT, WIDTH = 60, 84
 
 
 def make(kind, draw):
-    """A transform with drawn arguments, for images of HEIGHT x WIDTH."""
+    """Draw a transform at random, for images of HEIGHT x WIDTH."""
     u = lambda low, high: draw(st.integers(low, high))  # noqa: E731
     if kind == "resize":
         return T.ResizeTransform(HEIGHT, WIDTH, u(30, 150), u(30, 150))
@@ -72,7 +72,7 @@ def cases(draw, kind):
 
 
 def same_but_for_outline(first, second, tolerance=1.6):
-    """Pixels farther than the tolerance from either's outline agree."""
+    """Check that pixels farther than the tolerance from both outlines agree."""
     first, second = first.astype(np.uint8), second.astype(np.uint8)
     size = 2 * int(np.ceil(tolerance)) + 1
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size))
@@ -87,7 +87,7 @@ def size_after(transform):
 
 
 def tolerance_of(transform):
-    """The outline's width grows where pixels do."""
+    """Return the tolerance, which grows with the size of pixels."""
     ends = transform.apply_coords(np.array([[0.0, 0.0], [WIDTH, 0.0], [0.0, HEIGHT]]))
     growth = max(np.linalg.norm(ends[1] - ends[0]) / WIDTH, np.linalg.norm(ends[2] - ends[0]) / HEIGHT)
     return 1.3 * max(growth, 1.0)
@@ -140,7 +140,7 @@ def test_masks_polygons_boxes_and_points(kind, data):
 def test_rotated_boxes_and_semantic_maps(kind, data):
     transform = make(kind, data.draw)
     box = np.array([[40.0, 28.0, 30.0, 14.0, data.draw(st.integers(-180, 180))]])
-    if kind in ("resize", "lsj"):  # a rectangle stays one only upright
+    if kind in ("resize", "lsj"):  # a rectangle stays one only without rotation
         box[0, 4] = 90 * (box[0, 4] // 90)
 
     def corners(box):

@@ -23,7 +23,7 @@ _TOLERANCE = 1.0
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is an int or a float, and not a bool."""
+    """Return whether a value is an int or a float, and not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -115,7 +115,7 @@ def _polygon_fault(polygon: list) -> tuple[str, str]:
 
 
 def _on_one_line(polygon: list) -> bool:
-    """Whether all points are on one line. A self-crossing polygon may have area 0, too."""
+    """Return whether all points are on one line. A self-crossing polygon may have area 0, too."""
     x0, y0 = polygon[:2]
     offsets = [(x - x0, y - y0) for x, y in zip(polygon[0::2], polygon[1::2])]
     far = max(offsets, key=lambda offset: offset[0] ** 2 + offset[1] ** 2)

@@ -30,7 +30,7 @@ class CityscapesLabel:
 
     @property
     def ignored(self) -> bool:
-        """Whether the evaluation ignores the label and its pixels."""
+        """Return whether the evaluation ignores the label and its pixels."""
         return self.train_id is None
 
 

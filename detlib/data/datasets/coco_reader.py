@@ -246,7 +246,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _all_finite(values: list) -> bool:
-    """Whether all values are finite numbers. Testing the built-in sum is many times faster than a loop."""
+    """Return whether all values are finite numbers. Testing the built-in sum is many times faster than a loop."""
     try:
         return math.isfinite(sum(values))
     except TypeError:
@@ -254,6 +254,6 @@ def _all_finite(values: list) -> bool:
 
 
 def _has_extent(polygon: list[float]) -> bool:
-    """Whether a polygon is more than a point or a horizontal or vertical line."""
+    """Return whether a polygon is more than a point or a horizontal or vertical line."""
     x, y = polygon[0::2], polygon[1::2]
     return min(x) < max(x) and min(y) < max(y)

@@ -102,7 +102,7 @@ def yolo_metadata(config: YoloConfig, split: str, *, rotated: bool = True) -> di
 
 
 def has_oriented_boxes(config: YoloConfig, rows: Iterable[list[tuple[int, list[str]]]]) -> bool:
-    """Whether all lines are four points: oriented boxes, as CVAT, Roboflow and Ultralytics write them.
+    """Return whether all lines are four points: oriented boxes, as CVAT, Roboflow and Ultralytics write them.
 
     Args:
         config: has the keypoints; poses are not oriented boxes.

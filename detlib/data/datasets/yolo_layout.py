@@ -117,7 +117,7 @@ def _read_yaml(yaml_file: str) -> YoloConfig:
     try:
         data = yaml.safe_load(text)
         if isinstance(data, dict) and "names" in data:
-            # As they are written: "yes" and "007" are names, not a truth value and a number.
+            # As they are written: "yes" and "007" are names, not a boolean and a number.
             data["names"] = yaml.load(text, Loader=yaml.BaseLoader)["names"]
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"Dataset file {yaml_file!r} is not valid YAML: {error}") from error

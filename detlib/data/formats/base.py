@@ -242,7 +242,7 @@ def register_format(new: Format) -> Format:
 
 
 def claimed_by_another_format(path: str, name: str) -> bool:
-    """Whether a file can only be of a format other than `name`."""
+    """Return whether a file can only be of a format other than `name`."""
     return any(f.claims(path) for f in FORMATS.values() if f.claims is not None and f.name != name)
 
 

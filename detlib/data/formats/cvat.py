@@ -119,7 +119,7 @@ class CvatURI(DrawnURI):
         return _read_images(file, images, listed, self._makes_rotated_boxes(root))
 
     def _makes_rotated_boxes(self, root: ElementTree.Element) -> bool:
-        """Whether all objects get rotated boxes: some are rotated, and none has a polygon or mask."""
+        """Return whether all objects get rotated boxes: some are rotated, and none has a polygon or mask."""
         if self.values["boxes"] != "rotated":
             return False
         shapes = [
@@ -136,7 +136,7 @@ def _find_file(folder: str) -> str | None:
 
 
 def claims_file(path: str) -> bool:
-    """Whether a file is CVAT's, by its first bytes."""
+    """Return whether a file is CVAT's, by its first bytes."""
     if not path.endswith(".xml"):
         return False
     with PathManager.open(path, "rb") as file:

@@ -132,7 +132,7 @@ def _find_files(folder: str) -> list[str]:
 
 
 def claims_file(path: str) -> bool:
-    """Whether a file is in labelme's format, by its first bytes."""
+    """Return whether a file is in labelme's format, by its first bytes."""
     if not path.endswith(".json"):
         return False
     with PathManager.open(path, "rb") as file:

@@ -284,7 +284,7 @@ def _number(shape: dict, key: str) -> float:
 
 
 def claims_file(path: str) -> bool:
-    """Whether a file is VIA's, by its first bytes."""
+    """Return whether a file is VIA's, by its first bytes."""
     if not path.endswith(".json"):
         return False
     with PathManager.open(path, "rb") as file:

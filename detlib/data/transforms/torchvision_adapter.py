@@ -87,7 +87,7 @@ class TorchvisionTransform(Transform):
 
     @property
     def mirrors(self) -> bool:
-        """Whether left and right are swapped."""
+        """Return whether left and right are swapped."""
         origin, along_x, along_y = self.apply_coords(np.array([[1.0, 1.0], [2.0, 1.0], [1.0, 2.0]]))
         x, y = along_x - origin, along_y - origin
         return bool(x[0] * y[1] - x[1] * y[0] < 0 and x[0] < 0)
