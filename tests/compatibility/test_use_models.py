@@ -216,7 +216,7 @@ def test_training_on_keypoints():
         points = torch.rand(len(x), NUM_KEYPOINTS, 3)
         corners = x.gt_boxes.tensor[:, None]
         points[..., :2] = corners[..., :2] + points[..., :2] * (corners[..., 2:] - corners[..., :2])
-        points[..., 2] = torch.arange(NUM_KEYPOINTS) % 3  # not labelled, hidden, visible
+        points[..., 2] = torch.arange(NUM_KEYPOINTS) % 3  # not labeled, hidden, visible
         x.gt_keypoints = Keypoints(points)
     with EventStorage():
         losses = model(batch)

@@ -78,7 +78,7 @@ def ids(loader, n):
 
 
 def error_of(loader):
-    """Return the exception that ends the loading of 12 batches. Its traceback no longer keeps the workers alive."""
+    """Return the exception that ends the loading of 12 batches, without references to the workers."""
     try:
         ids(loader, 12)
     except Exception as error:

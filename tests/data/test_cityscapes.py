@@ -78,7 +78,7 @@ def test_instances(split, from_json, to_polygons):
         for mask in masks:
             best = max(found[key], key=lambda a: (pixels(a) & mask).sum())
             wrong = (pixels(best) != mask).sum()
-            limit = 0.12 if from_json else 0.3 if to_polygons else 0  # outlines run through pixels' centres
+            limit = 0.12 if from_json else 0.3 if to_polygons else 0  # outlines run through pixel centers
             assert wrong <= limit * mask.sum()
             rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
             box = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]

@@ -246,7 +246,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _all_finite(values: list) -> bool:
-    """Return whether all values are finite numbers. Testing the built-in sum is many times faster than a loop."""
+    """Return whether all values are finite numbers. The built-in sum is many times faster than a loop."""
     try:
         return math.isfinite(sum(values))
     except TypeError:

@@ -1,6 +1,6 @@
 """Where the files of a dataset with VOC's XML are.
 
-The layout of Pascal VOC, and those that labelling tools write:
+The layout of Pascal VOC, and those that labeling tools write:
 
 DIR/ImageSets/Main/SPLIT.txt           one image name per line; without such lists all XML files are one split
 DIR/Annotations/NAME.xml               or annotations, annots, labels, xml, or next to the images

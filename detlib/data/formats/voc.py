@@ -1,4 +1,4 @@
-"""Pascal VOC's XML, one file for each image, in VOC's folders or in those of labelling tools."""
+"""Pascal VOC's XML, one file for each image, in VOC's folders or in those of labeling tools."""
 
 from __future__ import annotations
 

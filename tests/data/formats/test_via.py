@@ -111,8 +111,8 @@ def test_class_is_the_usual_attribute_or_the_chosen_one(tmp_path):
     uri = write_via(tmp_path, region(TRIANGLE, color="red", label="wren"))
     assert MetadataCatalog.get(uri).thing_classes == ["wren"]
     assert MetadataCatalog.get(uri + "?attribute=color").thing_classes == ["red"]
-    with pytest.raises(ValueError, match="no region has the attribute 'colour', only 'color', 'label'"):
-        DatasetCatalog.get(uri + "?attribute=colour")
+    with pytest.raises(ValueError, match="no region has the attribute 'colr', only 'color', 'label'"):
+        DatasetCatalog.get(uri + "?attribute=colr")
     uri = write_via(tmp_path / "b", region(TRIANGLE, color="red", size="big"))
     with pytest.raises(ValueError, match=r"attributes 'color', 'size'; specify .* \?attribute=color"):
         MetadataCatalog.get(uri)
