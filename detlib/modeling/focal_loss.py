@@ -9,20 +9,20 @@ from torch.nn import functional as F
 __all__ = ["focal_loss_sum"]
 
 
-def _loss(wrongness: torch.Tensor, gamma: float) -> torch.Tensor:
-    """Return the unweighted loss of a logit that is off by `wrongness` towards the wrong side."""
-    return torch.sigmoid(wrongness).pow_(gamma).mul_(F.softplus(wrongness))
+def _loss(x: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Return the unweighted loss. `x` is the logit of a negative entry, or minus that of a positive one."""
+    return torch.sigmoid(x).pow_(gamma).mul_(F.softplus(x))
 
 
-def _slope(wrongness: torch.Tensor, gamma: float) -> torch.Tensor:
-    """Return the derivative of `_loss` with respect to `wrongness`."""
-    p = torch.sigmoid(wrongness)
-    inner = F.softplus(wrongness).mul_(1 - p).mul_(gamma).add_(p)
+def _slope(x: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Return the derivative of `_loss` with respect to `x`."""
+    p = torch.sigmoid(x)
+    inner = F.softplus(x).mul_(1 - p).mul_(gamma).add_(p)
     return p.pow_(gamma).mul_(inner)
 
 
 class _FocalLossSum(torch.autograd.Function):
-    """Saves the logits alone for the backward pass; autograd would save five tensors of that size."""
+    """Saves only the logits for the backward pass; autograd would save five tensors of that size."""
 
     @staticmethod
     def forward(ctx, logits, labels, weights, gamma):
