@@ -111,6 +111,14 @@ def test_private_names_are_listed_among_the_sharp_edges():
     assert sorted(name for name in used if name not in page) == []
 
 
+def test_names_among_the_sharp_edges_are_in_the_code():
+    page = (ROOT / "docs" / "sharp_edges.md").read_text()
+    code = "\n".join(path.read_text() for path in FILES)
+    names = re.findall(r"`([A-Za-z_]\w*_\w+|[A-Z][a-z]+[A-Z]\w+)`", page)
+    assert len(names) > 20
+    assert [name for name in names if not re.search(rf"\b{name}\b", code)] == []
+
+
 def test_paths_names_and_links_are_found():
     text = (
         "[a](docs/a.md#some-part) `detlib/ops/nms.py` `s3://detlib/x` `detlib/my_op.py`\n"
