@@ -5,6 +5,7 @@ other entries of the file ("optimizer", "trainer", "iteration", "__author__", "m
 reader executes code from the file, unless the file is trusted.
 """
 
+import errno
 import logging
 import os
 import pickle
@@ -16,9 +17,14 @@ import numpy as np
 import torch
 
 from detlib.utils.atomic_write import write_bytes_atomically
-from detlib.utils.safe_pickle import NUMPY_STAND_INS, load_plain_pickle, resolve_stand_ins
+from detlib.utils.safe_pickle import (
+    NUMPY_STAND_INS,
+    check_hash_costs,
+    load_plain_pickle,
+    resolve_stand_ins,
+)
 
-__all__ = ["read_checkpoint", "to_plain_types", "write_checkpoint"]
+__all__ = ["CheckpointError", "read_checkpoint", "to_plain_types", "write_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +32,44 @@ logger = logging.getLogger(__name__)
 _OLD_TORCH_MAGIC = (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19",)
 # torch.save does not compress, and weights that were compressed by other means do not shrink much.
 _LARGEST_EXPANSION = 20
-_UNRELATED_TO_CONTENT = (OSError, MemoryError)
+_ZIP_MAGIC = b"PK\x03\x04"
+# Parsers raise these when the content makes them seek to an impossible position.
+_ERRNO_OF_PARSERS = (None, errno.EINVAL, errno.EOVERFLOW)
+_TEXT_BYTES = {*range(0x20, 0x7F), *b"\t\r\n"}
+_CONFIG = (
+    "a config: pass it as --config-file, and set MODEL.WEIGHTS to a checkpoint. For the weights of a config of "
+    "the model zoo, use detlib.model_zoo.get_checkpoint_url(config)"
+)
+# Position and first bytes of other formats.
+_OTHER_FORMATS = (
+    (0, b"\x89HDF", "an HDF5 file, as Keras writes it"),
+    (0, b"\x1f\x8b", "a gzip archive: unpack it first"),
+    (0, b"BZh", "a bzip2 archive: unpack it first"),
+    (0, b"\xfd7zXZ", "an xz archive: unpack it first"),
+    (0, b"7z\xbc\xaf", "a 7z archive: unpack it first"),
+    (0, b"\x28\xb5\x2f\xfd", "a zstd archive: unpack it first"),
+    (257, b"ustar", "a tar archive: unpack it first"),
+    (0, b"\x93NUMPY", "a single numpy array"),
+    (0, b"\x89PNG", "a PNG image"),
+    (0, b"\xff\xd8\xff", "a JPEG image"),
+    (4, b"TFL3", "a TensorFlow Lite model"),
+)
+_OTHER_ENDINGS = {
+    ".yaml": _CONFIG,
+    ".yml": _CONFIG,
+    ".py": _CONFIG,
+    ".json": "a JSON file",
+    ".onnx": "an ONNX model",
+    ".engine": "a TensorRT engine",
+    ".pb": "a TensorFlow graph",
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint file that cannot be loaded: it is damaged, has another format, or would run code.
+
+    The message has the path of the file.
+    """
 
 
 def read_checkpoint(path: str, *, trust: bool = False) -> dict[str, Any]:
@@ -38,24 +81,52 @@ def read_checkpoint(path: str, *, trust: bool = False) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file would run code, is broken, or is not a checkpoint.
+        OSError: if the file cannot be read, for example for lack of permission.
+        CheckpointError: a ValueError, if the file would run code, is damaged, or is not a checkpoint. The
+            message names the file and its format, if that is a known one.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"Checkpoint file {path} does not exist")
-    reader = _reader(path)
-    if trust and reader is not _read_safetensors:
-        logger.warning("Checkpoint file %s is trusted: it may run any code", path)
-        reader = _TRUSTING_READERS[reader]
-    content = reader(path)
+        hint = ": it is a folder" if os.path.isdir(path) else ""
+        raise FileNotFoundError(f"Checkpoint file {path} does not exist{hint or _config_hint(path)}")
+    content = _content(path, trust)
     if not isinstance(content, Mapping):
-        raise ValueError(f"Checkpoint file {path} holds a {type(content).__name__} instead of a dict")
+        raise CheckpointError(f"Checkpoint file {path} holds a {type(content).__name__} instead of a dict")
     content = _with_model_entry(dict(content), path)
     if not isinstance(content["model"], Mapping):
-        raise ValueError(
+        raise CheckpointError(
             f"Checkpoint file {path} holds a {type(content['model']).__name__} under 'model' "
             "instead of a dict of names and arrays"
         )
+    for name in content["model"]:
+        if not isinstance(name, str):
+            raise CheckpointError(f"Checkpoint file {path} has the parameter name {name!r}, not a string")
     return content
+
+
+def _content(path: str, trust: bool) -> Any:
+    """Read a file, and turn whatever its parser raises into a CheckpointError."""
+    try:
+        reader = _reader(path)
+        if trust and reader is not _read_safetensors:
+            logger.warning("Checkpoint file %s is trusted: it may run any code", path)
+            reader = _TRUSTING_READERS[reader]
+        return reader(path)
+    except CheckpointError:
+        raise
+    except MemoryError as e:
+        raise MemoryError(f"Checkpoint file {path} needs more memory than is available: {e}") from e
+    except Exception as e:  # the parser of a damaged file can raise any exception
+        if isinstance(e, OSError) and e.errno not in _ERRNO_OF_PARSERS:
+            e.filename = path
+            raise
+        raise _broken(path, f"{type(e).__name__}: {_first_sentences(str(e))}") from e
+
+
+def _broken(path: str, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"Checkpoint file {path} is broken: {reason}. It has {os.path.getsize(path)} bytes; an interrupted "
+        "download or copy leaves such a file, so get it again"
+    )
 
 
 def _with_model_entry(content: dict[str, Any], path: str) -> dict[str, Any]:
@@ -74,7 +145,7 @@ def _with_model_entry(content: dict[str, Any], path: str) -> dict[str, Any]:
     # A bare state dict, as torch.save(model.state_dict()) writes it.
     others = [k for k, v in content.items() if not isinstance(v, torch.Tensor | np.ndarray | np.generic)]
     if others or not content:
-        raise ValueError(
+        raise CheckpointError(
             f"Checkpoint file {path} has neither a 'model' entry nor only arrays; "
             f"entries that are not arrays: {', '.join(map(repr, others[:8])) or 'none, it is empty'}"
         )
@@ -84,14 +155,49 @@ def _with_model_entry(content: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 def _reader(path: str) -> Callable[[str], Any]:
-    """Return the reader for a file. The content decides, since extensions are often wrong."""
-    if path.endswith(".safetensors"):
-        return _read_safetensors
+    """Return the reader for a file. The content decides, since extensions are often wrong.
+
+    Raises:
+        CheckpointError: if the file is empty or has another format.
+    """
     with open(path, "rb") as f:
-        start = f.read(16)
-    if path.endswith(".pkl") and not start.startswith((b"PK\x03\x04", *_OLD_TORCH_MAGIC)):
-        return _read_pickle
-    return _read_torch
+        start = f.read(512)
+    if not start:
+        raise CheckpointError(f"Checkpoint file {path} is empty: its download or copy failed; get it again")
+    if start.startswith(_ZIP_MAGIC) or start.startswith(_OLD_TORCH_MAGIC):
+        return _read_torch
+    if path.endswith(".safetensors") or start[8:10] == b'{"':
+        return _read_safetensors
+    if kind := _other_format(path, start):
+        raise CheckpointError(
+            f"Checkpoint file {path} is {kind}. A checkpoint is a file of torch.save (.pth), a pickle of "
+            "arrays (.pkl) or a .safetensors file"
+        )
+    return _read_pickle if path.endswith(".pkl") or start.startswith(b"\x80") else _read_torch
+
+
+def _other_format(path: str, start: bytes) -> str:
+    """Return what the file is, if its first bytes or its extension show another format; otherwise ""."""
+    for position, magic, kind in _OTHER_FORMATS:
+        if start[position:].startswith(magic):
+            return kind
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype html", b"<html", b"<head")):
+        return "a web page, such as the error or login page of a server: download the file itself"
+    if text.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS, not the file itself: run 'git lfs pull'"
+    ending = os.path.splitext(path)[1].lower()
+    if ending in _OTHER_ENDINGS:
+        return _OTHER_ENDINGS[ending]
+    if ending != ".pkl" and not set(start) - _TEXT_BYTES:
+        return f"a text file, which begins with {start[:40].decode('latin1')!r}"
+    return ""
+
+
+def _config_hint(path: str) -> str:
+    """Return what to do about the path of a config instead of a checkpoint."""
+    ending = os.path.splitext(path)[1].lower()
+    return f". It is {_CONFIG}" if _OTHER_ENDINGS.get(ending) == _CONFIG else ""
 
 
 def _read_pickle(path: str) -> Any:
@@ -100,41 +206,66 @@ def _read_pickle(path: str) -> Any:
         try:
             return load_plain_pickle(f)
         except pickle.UnpicklingError as e:
-            raise ValueError(f"Checkpoint file {path} cannot be loaded: {e}") from e
-        except _UNRELATED_TO_CONTENT:
-            raise
-        except Exception as e:  # a broken pickle can raise any exception
-            raise ValueError(f"Checkpoint file {path} is broken: {e}") from e
+            if e.__cause__ is not None:  # the unpickler failed, as opposed to a refusal
+                raise _broken(path, str(e)) from e
+            raise CheckpointError(f"Checkpoint file {path} cannot be loaded: {e}") from e
 
 
 def _read_torch(path: str) -> Any:
     """Read a file of `torch.save` with tensors, numpy arrays and scalars, and plain containers."""
-    _refuse_zip_bombs(path)
+    _check_before_torch(path)
     try:
         with torch.serialization.safe_globals(list(NUMPY_STAND_INS)):
             return resolve_stand_ins(torch.load(path, map_location="cpu", weights_only=True))
     except pickle.UnpicklingError as e:
-        raise ValueError(
+        raise CheckpointError(
             f"Checkpoint file {path} cannot be loaded: it is broken, or has Python objects other than "
             "tensors, numpy arrays and plain containers, which could run code. Message of PyTorch: "
             f"{_first_sentences(str(e))}"
         ) from e
-    except _UNRELATED_TO_CONTENT:
-        raise
-    except Exception as e:  # a broken pickle can raise any exception
-        raise ValueError(f"Checkpoint file {path} is broken: {e}") from e
 
 
-def _refuse_zip_bombs(path: str) -> None:
-    """Raise a ValueError for a zip file with entries far larger than the file."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        size = sum(entry.file_size for entry in archive.infolist())
+def _check_before_torch(path: str) -> None:
+    """Refuse files that would make `torch.load` hang or fill the memory, and other zip archives."""
+    with open(path, "rb") as f:
+        is_zip = f.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
+        f.seek(0)
+        try:
+            if not is_zip:
+                # Magic number, version, system, content and names of storages. The storages follow.
+                for _ in range(5):
+                    check_hash_costs(f)
+                return
+            if not zipfile.is_zipfile(f):
+                raise _broken(path, "the end of the zip archive is missing")
+            with zipfile.ZipFile(f) as archive:
+                _check_archive(path, archive)
+        except pickle.UnpicklingError as e:
+            raise CheckpointError(f"Checkpoint file {path} cannot be loaded: {e}") from e
+
+
+def _check_archive(path: str, archive: zipfile.ZipFile) -> None:
+    """Refuse archives that expand far beyond their size, are not from `torch.save`, or have slow keys."""
+    entries = archive.infolist()
+    size = sum(entry.file_size for entry in entries)
     if size > _LARGEST_EXPANSION * os.path.getsize(path):
-        raise ValueError(
+        raise CheckpointError(
             f"Checkpoint file {path} is refused: its {os.path.getsize(path)} bytes would expand to {size}"
         )
+    names = [entry.filename for entry in entries]
+    pickles = [name for name in names if name.rpartition("/")[2] == "data.pkl"]
+    if any(name.rpartition("/")[2] == "constants.pkl" for name in names):
+        kind = (
+            "is a TorchScript program, not a checkpoint: save the state_dict() of its model with torch.save"
+        )
+    elif not pickles:
+        kind = f"is a zip archive of {', '.join(names[:3]) or 'nothing'} ..., not a file of torch.save"
+    else:
+        for name in pickles:
+            with archive.open(name) as content:
+                check_hash_costs(content)
+        return
+    raise CheckpointError(f"Checkpoint file {path} {kind}")
 
 
 def _read_safetensors(path: str) -> Any:
@@ -147,7 +278,7 @@ def _read_safetensors(path: str) -> Any:
         content = {"model": safetensors.torch.load_file(path)}
         return content | {"matching_heuristics": True} if "matching_heuristics" in notes else content
     except safetensors.SafetensorError as e:
-        raise ValueError(f"Checkpoint file {path} is broken: {e}") from e
+        raise _broken(path, str(e)) from e
 
 
 def _read_any_pickle(path: str) -> Any:
@@ -168,7 +299,7 @@ _TRUSTING_READERS: dict[Callable[[str], Any], Callable[[str], Any]] = {
 def _first_sentences(message: str) -> str:
     """Return the part of PyTorch's message on what was refused, without its advice on unsafe loading."""
     blamed = [line.strip() for line in message.splitlines() if "Unsupported" in line or "GLOBAL" in line]
-    return " ".join(blamed) or message.strip().splitlines()[0]
+    return " ".join(blamed) or message.strip().partition("\n")[0]
 
 
 def write_checkpoint(path: str, content: Mapping[str, Any]) -> None:

@@ -98,8 +98,21 @@ def evaluate(text: str) -> Any:
     if len(text) > _MAX_LENGTH:
         raise ValueError(f"The expression is longer than {_MAX_LENGTH} characters.")
     try:
-        return _Evaluator().visit(ast.parse(text.strip(), mode="eval").body, {})
+        value = _Evaluator().visit(ast.parse(text.strip(), mode="eval").body, {})
+        _check_size(value, {})
+        return value
     except SyntaxError as error:
         raise ValueError(f"The expression {text!r} is not valid: {error.msg}.") from error
     except (RecursionError, MemoryError, ArithmeticError, ValueError) as error:
         raise ValueError(f"The expression {text!r} cannot be evaluated: {error}.") from error
+
+
+def _check_size(value: Any, sizes: dict[int, int]) -> int:
+    """Return the number of values in nested lists, where a shared list counts once per occurrence."""
+    if not isinstance(value, (list, tuple)):
+        return 1
+    if id(value) not in sizes:
+        sizes[id(value)] = 1 + sum(_check_size(item, sizes) for item in value)
+        if sizes[id(value)] > _MAX_STEPS:
+            raise ValueError(f"it has more than {_MAX_STEPS} values")
+    return sizes[id(value)]

@@ -91,14 +91,18 @@ class _Session:
         return self._done[identity]
 
     def _run(self, path: str, asked_by: str | None) -> dict[str, Any]:
-        with PathManager.open(path, "r") if "://" in path else open(path, encoding="utf-8") as file:
+        with PathManager.open(path, "rb") if "://" in path else open(path, "rb") as file:
             source = file.read()
+        by = f", which {asked_by!r} imports" if asked_by else ""
         try:
             code = compile(source, path, "exec", dont_inherit=True)
         except SyntaxError as error:
-            by = f", which {asked_by!r} imports" if asked_by else ""
             error.msg = f"{error.msg}, in the config file {path!r}{by}"
             raise
+        except (ValueError, MemoryError, RecursionError) as error:  # null bytes, or deeper than the parser
+            raise SyntaxError(
+                f"{str(error) or 'nested too deeply'}, in the config file {path!r}{by}"
+            ) from error
 
         def import_(name, globals=None, locals=None, fromlist=(), level=0):
             if level == 0:

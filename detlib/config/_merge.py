@@ -75,7 +75,10 @@ def _coerce(value: Any, old: Any, key: str, where: str) -> Any:
     if old is None or value is None or got is expected and expected not in (list, tuple):
         return value
     if expected is float and got is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise ValueError(f"Config key {key}{where} got an int of {len(str(value))} digits.") from error
     if expected in (list, tuple):
         if got in (list, tuple):
             nested = type(old[0]) if old and all(type(x) is type(old[0]) for x in old) else None

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import yaml
 
 from detlib.config._expression import evaluate
 from detlib.utils.file_io import PathManager
+from detlib.utils.safe_yaml import PlainLoader, load_plain_yaml
 from detlib.utils.suggest import near_names
 
 __all__ = ["BASE_KEY", "missing_config", "parse_yaml", "read_yaml", "read_yaml_with_bases"]
@@ -18,17 +18,18 @@ __all__ = ["BASE_KEY", "missing_config", "parse_yaml", "read_yaml", "read_yaml_w
 BASE_KEY = "_BASE_"
 _PYTHON_TAG = "tag:yaml.org,2002:python/"
 _EVAL_TAG = _PYTHON_TAG + "object/apply:eval"
+_MAX_CHAIN = 50
 
 logger = logging.getLogger(__name__)
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(PlainLoader):
     """A loader of plain data and of the one Python tag in published configs, which `evaluate` handles."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key, _ in node.value:
-            if key.value in seen and isinstance(key.value, str):
+            if isinstance(key.value, str) and key.value in seen:
                 line = key.start_mark.line + 1
                 logger.warning(
                     "%s, line %d: key %r appears twice; the last value is used", self.name, line, key.value
@@ -61,34 +62,20 @@ def _refuse_python(loader: _Loader, suffix: str, node: yaml.Node) -> Any:
 
 _Loader.add_constructor(_EVAL_TAG, _construct_eval)
 _Loader.add_multi_constructor(_PYTHON_TAG, _refuse_python)
-# YAML 1.1 reads 1e-3 as a string, since it has no decimal point. Read it as a number.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
 
 
-def parse_yaml(text: str, name: str = "<string>") -> dict[str, Any]:
+def parse_yaml(text: str | bytes, name: str = "<string>") -> dict[str, Any]:
     """Parse a YAML mapping. An empty text gives an empty dict.
 
     Args:
-        text: the YAML.
+        text: the YAML; see `load_plain_yaml`.
         name: name of the source, for messages.
 
     Raises:
-        ValueError: if `text` is not valid YAML, is not a mapping, or has a tag of a Python object.
+        ValueError: if `text` is not valid YAML, is not a mapping, has a tag of a Python object, or its aliases
+            expand to far more values than it has.
     """
-    loader = _Loader(text)
-    loader.name = name
-    try:
-        data = loader.get_single_data()
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        position = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ValueError(f"{name}{position}: {error.problem or error.context}.") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{name}: this is not valid YAML: {error}") from error
-    finally:
-        loader.dispose()
+    data = load_plain_yaml(text, name, _Loader)
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -126,7 +113,10 @@ def missing_config(path: str, asked_by: str | None = None) -> FileNotFoundError:
         path: the missing file.
         asked_by: the config that has `path` as its base.
     """
-    near = list(dict.fromkeys(_near_paths(path)))[:3]
+    try:
+        near = list(dict.fromkeys(_near_paths(path)))[:3]
+    except (OSError, ValueError):  # the path is too long, or a folder cannot be read
+        near = []
     by = f", which {asked_by!r} names as its {BASE_KEY}" if asked_by else ""
     hint = (
         f" Did you mean {' or '.join(map(repr, near))}?"
@@ -149,11 +139,7 @@ def read_yaml(path: str, asked_by: str | None = None) -> dict[str, Any]:
     """
     if "://" not in path and not os.path.isfile(path):
         raise missing_config(path, asked_by)
-    with (
-        PathManager.open(path, "r", encoding="utf-8")
-        if "://" not in path
-        else PathManager.open(path, "r") as f
-    ):
+    with PathManager.open(path, "rb") as f:
         return parse_yaml(f.read(), path)
 
 
@@ -176,7 +162,14 @@ def _overlay(upper: dict[str, Any], lower: dict[str, Any], path: str, prefix: st
                 )
             _overlay(value, lower[key], path, f"{prefix}{key}.")
         else:
-            lower[key] = value
+            lower[key] = _unshared(value)
+
+
+def _unshared(value: Any) -> Any:
+    """Copy dicts and lists, each occurrence by itself, so that a later merge changes one place only."""
+    if isinstance(value, dict):
+        return {key: _unshared(item) for key, item in value.items()}
+    return [_unshared(item) for item in value] if isinstance(value, list) else value
 
 
 def _keys(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -186,33 +179,48 @@ def _keys(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield from _keys(value, f"{prefix}{key}.")
 
 
-def read_yaml_with_bases(path: str, _chain: tuple[str, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
+def read_yaml_with_bases(path: str) -> tuple[dict[str, Any], dict[str, str]]:
     """Read a YAML config and merge it over the configs that its key `_BASE_` names.
 
     `_BASE_` is a path or a list of paths. Later bases override earlier ones, and the file itself overrides
-    all of them. Paths are relative to the file, absolute, below ``~``, or URLs.
+    all of them. Paths are relative to the file, absolute, below ``~``, or URLs. Each file is read once.
 
     Returns:
         The merged mapping, and the file that each of its dotted keys comes from.
 
     Raises:
         FileNotFoundError: if the file or a base does not exist.
-        ValueError: if a file is not a valid config, or the bases form a cycle.
+        ValueError: if a file is not a valid config, the bases form a cycle, or more than 50 follow each
+            other.
     """
-    path = os.fspath(path)
-    identity = path if "://" in path else os.path.realpath(path)
-    if identity in _chain:
-        raise ValueError(f"Circular {BASE_KEY}: {' -> '.join((*_chain, identity))}")
-    own = read_yaml(path, asked_by=_chain[-1] if _chain else None)
+    return _with_bases(os.fspath(path), (), {})
+
+
+def _with_bases(path: str, chain: tuple[str, ...], done: dict[str, Any]) -> tuple[dict, dict[str, str]]:
+    """Read and merge one file. `chain` has the files that lead to it, `done` the results by file."""
+    try:
+        identity = path if "://" in path else os.path.realpath(path)
+    except (OSError, ValueError) as error:
+        by = f", which {chain[-1]!r} names as its {BASE_KEY}" if chain else ""
+        raise ValueError(f"There is no config file {path!r}{by}: {error}") from error
+    if identity in chain:
+        raise ValueError(f"Circular {BASE_KEY}: {' -> '.join((*chain, identity))}")
+    if identity in done:
+        return done[identity]
+    if len(chain) >= _MAX_CHAIN:
+        raise ValueError(f"{path}: {BASE_KEY} leads from {chain[0]!r} over more than {_MAX_CHAIN} files.")
+    own = read_yaml(path, asked_by=chain[-1] if chain else None)
     bases = own.pop(BASE_KEY, [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise ValueError(f"{path}: {BASE_KEY} must be a path or a list of paths, got {bases!r}.")
     merged: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    for base in bases:
-        tree, base_origins = read_yaml_with_bases(_resolve(base, path), (*_chain, identity))
+    # Of a base that is named twice, the last mention decides.
+    for base in reversed(dict.fromkeys(reversed(bases))):
+        tree, base_origins = _with_bases(_resolve(base, path), (*chain, identity), done)
         _overlay(tree, merged, path)
         origins |= base_origins
     _overlay(own, merged, path)
-    return merged, origins | dict.fromkeys(_keys(own), path)
+    done[identity] = merged, origins | dict.fromkeys(_keys(own), path)
+    return done[identity]

@@ -107,6 +107,7 @@ class LazyConfig:
             ValueError: if the file has another extension, or is not valid YAML.
         """
         from omegaconf import DictConfig, ListConfig, OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
 
         filename = os.fspath(filename)
         ending = os.path.splitext(filename)[1]
@@ -130,7 +131,10 @@ class LazyConfig:
                 for name, value in variables.items()
                 if isinstance(value, (DictConfig, ListConfig, dict)) and not name.startswith("_")
             }
-        return OmegaConf.create(variables, flags={"allow_objects": True})
+        try:
+            return OmegaConf.create(variables, flags={"allow_objects": True})
+        except (OmegaConfBaseException, RecursionError) as error:
+            raise ValueError(f"{filename!r} is not a lazy config: {error}") from error
 
     @staticmethod
     def apply_overrides(cfg: Any, overrides: list[str]) -> Any:

@@ -6,10 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
 from detlib.config import LazyConfig
 from detlib.utils.file_io import PathManager
+from detlib.utils.safe_yaml import load_plain_yaml
 
 __all__ = [
     "dataset_names",
@@ -35,10 +34,10 @@ def read_config(output_dir: str) -> Mapping[str, Any] | None:
     path = os.path.join(output_dir, "config.yaml")
     if not PathManager.isfile(path):
         return None
-    with PathManager.open(path) as file:
+    with PathManager.open(path, "rb") as file:
         try:
-            config = yaml.safe_load(file)
-        except yaml.YAMLError as error:
+            config = load_plain_yaml(file.read(), "config.yaml")
+        except ValueError as error:
             raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(config, Mapping):
         raise ValueError(f"{path} contains a {type(config).__name__}; a config must be a mapping.")

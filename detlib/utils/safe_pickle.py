@@ -13,18 +13,28 @@ import math
 import pickle
 import pickletools
 import re
+import sys
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
-__all__ = ["NUMPY_STAND_INS", "load_plain_pickle", "resolve_stand_ins"]
+__all__ = ["NUMPY_STAND_INS", "check_hash_costs", "load_plain_pickle", "resolve_stand_ins"]
 
 _SHORT_TEXT = 1000
 _PLAIN_DTYPE = re.compile(r"[biufcSU]\d+")
 _PUTS = {"PUT", "BINPUT", "LONG_BINPUT"}
+_GETS = {"GET", "BINGET", "LONG_BINGET"}
 _REFUSED_OPCODES = {"EXT1", "EXT2", "EXT4", "PERSID", "BINPERSID"}
+_MUTABLE = {"EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET"}
+_IMMUTABLE = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET"}
+_CALLS = {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "INST", "OBJ"}
+# Hashing the keys of a pickle may take this many steps, see `check_hash_costs`.
+_FREE_HASH_COST = 1_000_000
+_HASH_COST_PER_OPCODE = 10
+_HUGE = 1 << 60
+_MAX_DIMENSIONS = 64
 
 
 class _PickledDtype:
@@ -97,7 +107,8 @@ def _checked_parts(data: Any, dtype: Any, shape: Any, order: str) -> tuple:
         data, bytes | bytearray | memoryview | _PickledText
     ):
         raise pickle.UnpicklingError("a pickled numpy array is malformed")
-    if not isinstance(shape, tuple) or not all(isinstance(n, int) and n >= 0 for n in shape):
+    legal = isinstance(shape, tuple) and len(shape) <= _MAX_DIMENSIONS
+    if not legal or not all(isinstance(n, int) and 0 <= n <= sys.maxsize for n in shape):
         raise pickle.UnpicklingError(f"a pickled numpy array has the malformed shape {shape!r}")
     if len(data) != math.prod(shape) * dtype.dtype.itemsize:
         raise pickle.UnpicklingError(
@@ -158,7 +169,9 @@ class _PickledTensor(_Later):
         """Replace ``torch._utils._rebuild_tensor_v2``."""
         if not isinstance(storage, _PickledStorage) or len(size) != len(stride):
             raise pickle.UnpicklingError("a pickled tensor is malformed")
-        if not all(isinstance(n, int) and n >= 0 for n in (offset, *size, *stride)):
+        if len(size) > _MAX_DIMENSIONS:
+            raise pickle.UnpicklingError(f"a pickled tensor has {len(size)} dimensions")
+        if not all(isinstance(n, int) and 0 <= n <= sys.maxsize for n in (offset, *size, *stride)):
             raise pickle.UnpicklingError(
                 f"a pickled tensor has size {size!r}, stride {stride!r}, offset {offset!r}"
             )
@@ -279,17 +292,132 @@ def load_plain_pickle(file: BinaryIO) -> Any:
 
 
 def _scan(file: BinaryIO) -> None:
-    """Refuse opcodes that plain data do not need, and memo indices beyond the length of the pickle.
+    """Refuse opcodes that plain data do not need, memo indices beyond the pickle, and keys slow to hash.
 
     The unpickler would allocate a table of the size of the largest index.
     """
+    costs = _HashCosts()
     for count, (opcode, argument, position) in enumerate(pickletools.genops(file)):
-        if opcode.name in _REFUSED_OPCODES:
-            raise pickle.UnpicklingError(f"it has the opcode {opcode.name} at {position}, which is refused")
-        if opcode.name in _PUTS and argument is not None and argument > count + 1:
+        name = opcode.name
+        if name in _REFUSED_OPCODES:
+            raise pickle.UnpicklingError(f"it has the opcode {name} at {position}, which is refused")
+        if name in _PUTS and argument is not None and argument > count + 1:
             raise pickle.UnpicklingError(
                 f"its memo entry {argument} at {position} is refused: it is out of order"
             )
+        costs.step(opcode, argument, count)
+
+
+def check_hash_costs(file: BinaryIO) -> None:
+    """Raise unless the keys of the pickle that starts at the position of `file` can be hashed quickly.
+
+    The hash of a tuple visits the tuples in it once per occurrence. 60 nested tuples, each of which has the
+    previous one twice, are a pickle of 200 bytes and take centuries to hash. The file is read up to the end
+    of the pickle.
+
+    Raises:
+        pickle.UnpicklingError: if hashing would take far more steps than the pickle has opcodes, or the
+            pickle is malformed.
+    """
+    costs = _HashCosts()
+    try:
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+            costs.step(opcode, argument, count)
+    except pickle.UnpicklingError:
+        raise
+    except Exception as e:
+        raise pickle.UnpicklingError(f"it is malformed ({type(e).__name__}: {e})") from e
+
+
+class _Cost:
+    """The costs of an object on the unpickler's stack."""
+
+    __slots__ = ("content", "hash")
+
+    def __init__(self, hash: int = 1, content: int = 1):
+        self.hash = hash
+        """Number of steps to hash the object; 1 if it cannot be hashed."""
+        self.content = content
+        """The same for an immutable copy of the object, with the lists in it as tuples."""
+
+
+_CHEAP = _Cost()
+_MARK = object()
+
+
+class _HashCosts:
+    """The unpickler's stack with costs in place of objects, and the sum of the costs of all keys."""
+
+    def __init__(self) -> None:
+        self._stack: list[Any] = []
+        self._memo: dict[int, Any] = {}
+        self._spent = 0
+
+    def step(self, opcode: Any, argument: Any, count: int) -> None:
+        """Apply an opcode, the `count`-th of the pickle."""
+        name, stack = opcode.name, self._stack
+        if name == "MEMOIZE":
+            self._memo[len(self._memo)] = stack[-1]
+        elif name in _PUTS:
+            self._memo[argument] = stack[-1]
+        elif name in _GETS:
+            stack.append(self._memo[argument])
+        elif name == "DUP":
+            stack.append(stack[-1])
+        elif name == "MARK":
+            stack.append(_MARK)
+        elif not opcode.stack_before:
+            if opcode.stack_after:
+                stack.append(_Cost() if name in _MUTABLE else _CHEAP)
+        else:
+            self._reduce(opcode, name)
+            if self._spent > _FREE_HASH_COST + _HASH_COST_PER_OPCODE * count:
+                raise pickle.UnpicklingError("its keys are nested tuples that would take too long to hash")
+
+    def _reduce(self, opcode: Any, name: str) -> None:
+        """Apply an opcode that takes objects from the stack."""
+        stack, items = self._stack, self._pop(opcode)
+        hashed: list[_Cost] = []
+        if name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"):
+            container, *items = items
+            if name != "BUILD":
+                container.content = min(container.content + sum(i.content for i in items), _HUGE)
+            stack.append(container)
+            hashed = items if name == "ADDITEMS" else items[::2] if name.startswith("SETITEM") else []
+        elif opcode.stack_after:
+            content = min(1 + sum(item.content for item in items), _HUGE)
+            if name in _IMMUTABLE:
+                stack.append(_Cost(min(1 + sum(item.hash for item in items), _HUGE), content))
+                hashed = items if name == "FROZENSET" else []
+            elif name in _CALLS:  # the result may be a set, a dict, or a tuple of the arguments
+                stack.append(_Cost(content, content))
+                hashed = [_Cost(content)] if content > len(items) + 1 else []
+            else:
+                stack.append(_Cost(1, content))
+                hashed = items[::2] if name == "DICT" else []
+        self._spent += sum(item.hash for item in hashed)
+
+    def _pop(self, opcode: Any) -> list[Any]:
+        """Take the objects that an opcode takes, in their order, and the mark between them if it has one."""
+        stack = self._stack
+        before = opcode.stack_before
+        below = len(before)
+        items: list[Any] = []
+        if before[-1] is pickletools.stackslice:
+            start = len(stack) - 1
+            while stack[start] is not _MARK:
+                start -= 1
+            items = stack[start + 1 :]
+            del stack[start:]
+            below = before.index(pickletools.markobject)
+        elif stack and stack[-1] is _MARK:  # POP may take a mark
+            below = 1
+        if below > len(stack):
+            raise pickle.UnpicklingError(f"{opcode.name} finds too few objects on the stack")
+        if below:
+            items = stack[len(stack) - below :] + items
+            del stack[len(stack) - below :]
+        return items
 
 
 def resolve_stand_ins(value: Any) -> Any:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from detlib.checkpoint import Checkpointer, DetectionCheckpointer
-from detlib.checkpoint.formats import read_checkpoint, write_checkpoint
+from detlib.checkpoint.formats import CheckpointError, read_checkpoint, write_checkpoint
 
 
 def small_model():
@@ -132,6 +132,122 @@ def test_zip_bomb_is_refused(tmp_path):
                 bomb.writestr(entry.filename, source.read(entry))
     with pytest.raises(ValueError, match=r"refused: its \d+ bytes would expand to \d{7}"):
         read_checkpoint(str(tmp_path / "bomb.pth"))
+
+
+def mutated(rng, data):
+    """Cut, change, remove, repeat or clear a part of a file."""
+    data = bytearray(data)
+    start, length = rng.integers(len(data)), rng.integers(1, 60)
+    match rng.integers(5):
+        case 0:
+            del data[start:]
+        case 1:
+            data[start : start + length % 8] = rng.bytes(length % 8)
+        case 2:
+            del data[start : start + length]
+        case 3:
+            data[start : start + length] = data[: 2 * length]
+        case 4:
+            data[start : start + length] = bytes(length)
+    return bytes(data)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("count", [60, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["zip.pth", "old torch.pth", "pickle.pkl", "weights.safetensors"])
+def test_damaged_file_fails_with_one_error_type_and_its_name(tmp_path, kind, count):
+    intact, damaged = tmp_path / kind, tmp_path / f"damaged {kind}"
+    if kind == "weights.safetensors":
+        write_checkpoint(str(intact), {"model": small_model().state_dict()})
+    else:
+        content = {"model": as_arrays(small_model()), "iteration": np.int64(3)}
+        write(intact, content, os.path.splitext(kind)[0])
+    rng = np.random.default_rng(0)
+    failed = 0
+    for _ in range(count):
+        damaged.write_bytes(mutated(rng, intact.read_bytes()))
+        try:
+            read_checkpoint(str(damaged))
+        except CheckpointError as error:
+            assert str(damaged) in str(error)
+            failed += 1
+    assert failed > count / 3
+
+
+def test_other_formats_are_recognized(tmp_path):
+    archive = io.BytesIO()
+    np.savez(archive, a=np.zeros(2))
+    script = io.BytesIO()
+    with zipfile.ZipFile(script, "w") as file:
+        file.writestr("m/data.pkl", pickle.dumps(1))
+        file.writestr("m/constants.pkl", pickle.dumps(1))
+    whole = io.BytesIO()
+    torch.save({"model": {}}, whole)
+    cases = {
+        "empty.pth": (b"", "is empty"),
+        "page.pkl": (b"\n<!DOCTYPE html><html>", "is a web page"),
+        "lfs.pth": (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
+        "keras.pth": (b"\x89HDF\r\n\x1a\n", "HDF5"),
+        "arrays.pth": (archive.getvalue(), "zip archive of a.npy"),
+        "script.pth": (script.getvalue(), "TorchScript"),
+        "cut.pth": (whole.getvalue()[:-30], "is broken: the end of the zip archive is missing"),
+        "net.onnx": (b"\x08\x07", "ONNX"),
+        "notes.pth": (b"learning rate 0.01", "is a text file, which begins with 'learning rate"),
+        "cfg.yaml": (b"MODEL: {}", "is a config: pass it as --config-file, and set MODEL.WEIGHTS"),
+        "cfg.py": (b"model = 1", "is a config"),
+    }
+    for name, (content, message) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match=message) as error:
+            DetectionCheckpointer(small_model()).load(str(tmp_path / name))
+        assert name in str(error.value)
+    with pytest.raises(FileNotFoundError, match="R_50.yaml.*get_checkpoint_url"):
+        read_checkpoint("COCO-Detection/R_50.yaml")
+    # A wrong extension does not matter.
+    write(tmp_path / "pickle.pth", {"model": as_arrays(small_model())}, "pickle")
+    write_checkpoint(str(tmp_path / "a.safetensors"), {"model": small_model().state_dict()})
+    (tmp_path / "a.safetensors").rename(tmp_path / "safe.pth")
+    for name in ("pickle.pth", "safe.pth"):
+        assert set(read_checkpoint(str(tmp_path / name))["model"]) == set(small_model().state_dict())
+
+
+def test_trusted_file_that_is_damaged_is_named(tmp_path):
+    torch.save({"model": small_model().state_dict()}, tmp_path / "a.pth")
+    (tmp_path / "a.pth").write_bytes((tmp_path / "a.pth").read_bytes()[:400])
+    with pytest.raises(CheckpointError, match="a.pth is broken"):
+        read_checkpoint(str(tmp_path / "a.pth"), trust=True)
+
+
+def test_parameter_names_must_be_strings(tmp_path):
+    torch.save({"model": {3: torch.zeros(1)}}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="a.pth has the parameter name 3"):
+        read_checkpoint(str(tmp_path / "a.pth"))
+
+
+def nested_tuples():
+    value = (1,)
+    for _ in range(60):
+        value = (value, value)
+    return pickle.dumps(value, protocol=2)[2:-1]
+
+
+@pytest.mark.parametrize("kind", ["pickle", "zip", "old torch"])
+def test_keys_that_take_long_to_hash_are_refused(tmp_path, kind):
+    program = b"\x80\x02}" + nested_tuples() + b"Ns."
+    path = tmp_path / ("a.pkl" if kind == "pickle" else "a.pth")
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("a/data.pkl", program)
+            file.writestr("a/version", "3")
+    elif kind == "old torch":
+        torch.save({}, path, _use_new_zipfile_serialization=False)
+        empty = pickle.dumps({}, protocol=2)
+        assert empty in path.read_bytes()
+        path.write_bytes(path.read_bytes().replace(empty, program))
+    else:
+        path.write_bytes(program)
+    with pytest.raises(CheckpointError, match="a.p.*would take too long to hash"):
+        read_checkpoint(str(path))
 
 
 def test_file_that_is_not_a_checkpoint_fails(tmp_path):

@@ -2,7 +2,7 @@ import logging
 
 import pytest
 
-from detlib.config import CfgNode, get_cfg
+from detlib.config import CfgNode, LazyConfig, get_cfg
 from detlib.config._expression import evaluate
 
 RETINANET_SIZES = "[[x, x * 2**(1.0/3), x * 2**(2.0/3) ] for x in [32, 64, 128, 256, 512 ]]"
@@ -120,6 +120,73 @@ def test_invalid_file_fails(write):
     fails(write("f.yaml", "VERSION: two"), ValueError, "f.yaml", "VERSION", "'two'")
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"A: \x01", ["'\\x01' at position 3"]),
+        (b"A: \xff\xfe", ["not utf-8 text"]),
+        (b"SOLVER:\n  MAX_ITER: " + b"9" * 5000, ["line 2", "a number of 5000 digits"]),
+        (b"SOLVER:\n  BASE_LR: 1" + b"0" * 400, ["SOLVER.BASE_LR", "401 digits"]),
+        (b"A: 1" + b":1" * 600, ["line 1", "digits"]),
+        (b"SOLVER: &a\n  X: *a", ["the anchor itself"]),
+        (b"DATASETS:\n  TRAIN: &a [*a]", ["line 2", "the anchor itself"]),
+        (b"? [1, 2]\n: 3", ["unhashable"]),
+        (b"A: 2020-99-99", ["line 1", "'2020-99-99' is not a valid timestamp"]),
+        (b"A: 0x_", ["'0x_' is not a valid int"]),
+        (b"A: !!bool x", ["'x' is not a valid bool"]),
+        (b"A: !!int ''", ["'' is not a valid int"]),
+        (b"A: !!timestamp x", ["'x' is not a valid timestamp"]),
+        (b'_BASE_: "a\\0b"', ["_BASE_", "null byte"]),
+    ],
+)
+def test_damaged_file_fails_with_its_name(tmp_path, content, words):
+    path = tmp_path / "damaged.yaml"
+    path.write_bytes(content)
+    fails(path, ValueError, "damaged.yaml", *words)
+
+
+def test_file_in_utf_16_is_read(tmp_path):
+    (tmp_path / "a.yaml").write_bytes("SOLVER: {MAX_ITER: 5}".encode("utf-16"))
+    assert merged(tmp_path / "a.yaml").SOLVER.MAX_ITER == 5
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{} [*a{n}, *a{n}, *a{n}, *a{n}, *a{n}, *a{n}, *a{n}, *a{n}, *a{n}]",
+        "{} {{a: *a{n}, b: *a{n}, c: *a{n}}}",
+        "{} {{<<: [*a{n}, *a{n}, *a{n}, *a{n}], x{n}: 1}}",
+    ],
+)
+def test_aliases_that_expand_without_bound_are_refused(write, text):
+    lines = ["a0: &a0 {x: 1}"] + [text.format(f"a{n + 1}: &a{n + 1}", n=n) for n in range(40)]
+    path = write("bomb.yaml", "\n".join(lines))
+    fails(path, ValueError, "bomb.yaml", "aliases would expand")
+    with pytest.raises(ValueError, match=r"bomb.yaml.*aliases would expand"):
+        LazyConfig.load(path)
+
+
+def test_value_shared_by_an_alias_is_overridden_in_one_section_only(write):
+    write("base.yaml", "SOLVER: {EMA: &ema {ENABLED: false}, AMP: *ema}")
+    cfg = merged(write("a.yaml", "_BASE_: base.yaml\nSOLVER: {AMP: {ENABLED: true}}"))
+    assert cfg.SOLVER.AMP.ENABLED and not cfg.SOLVER.EMA.ENABLED
+
+
+def test_each_file_of_a_tree_of_bases_is_read_once(write):
+    write("c0.yaml", "SEED: 0\nVIS_PERIOD: 7")
+    for i in range(1, 40):
+        write(f"c{i}.yaml", f"_BASE_: [c{i - 1}.yaml, c{max(0, i - 2)}.yaml, c{i - 1}.yaml]\nSEED: {i}")
+    cfg = merged(write("a.yaml", "_BASE_: c39.yaml"))
+    assert (cfg.SEED, cfg.VIS_PERIOD) == (39, 7)
+
+
+def test_chain_of_too_many_bases_fails(write):
+    for i in range(60):
+        write(f"c{i}.yaml", f"_BASE_: c{i + 1}.yaml")
+    write("c60.yaml", "SEED: 1")
+    fails(write("c.yaml", "_BASE_: c0.yaml"), ValueError, "c.yaml", "more than 50 files")
+
+
 @pytest.mark.parametrize("allow_unsafe", [True, False])
 def test_eval_tag_is_evaluated_as_arithmetic(write, allow_unsafe):
     text = f'MODEL:\n  ANCHOR_GENERATOR:\n    SIZES: !!python/object/apply:eval ["{RETINANET_SIZES}"]\n'
@@ -160,9 +227,18 @@ def test_error_names_the_refused_tag(write):
     )
 
 
+def nested_comprehensions(depth):
+    """Return an expression whose value has 9 ** depth items, which are shared lists."""
+    text = "[1]"
+    for _ in range(depth):
+        text = f"[[x, x, x, x, x, x, x, x, x] for x in {text}]"
+    return text
+
+
 @pytest.mark.parametrize(
     "text",
     [
+        nested_comprehensions(3),
         RETINANET_SIZES,
         "[x * y for x in [1, 2] for y in (3, 4)]",
         "[[a, b] for a in [1, 2] for b in [a, a + 1]]",
@@ -210,6 +286,7 @@ def test_evaluate_agrees_with_python(text):
         "-" * 1500 + "1",
         "(" * 900 + ")" * 900,
         "1" * 2001,
+        nested_comprehensions(10),
     ],
 )
 def test_evaluate_refuses_everything_else(text):

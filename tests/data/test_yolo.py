@@ -354,6 +354,12 @@ def test_class_names_are_read_as_written(tmp_path):
             "'names' must list the classes, got a list",
         ),
         ("names: [a]\ntrain: " + "[" * 2000, "not valid YAML"),
+        (
+            "a0: &a0 [x]\n"
+            + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 20))
+            + "names: [a]\ntrain: *a19\n",
+            "not valid YAML.*aliases would expand",
+        ),
     ],
 )
 def test_hostile_data_yaml_is_refused_quickly(tmp_path, text, message):

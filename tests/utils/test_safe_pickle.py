@@ -210,6 +210,56 @@ def test_shared_nested_lists_are_not_expanded():
     assert value[0] is value[1]
 
 
+def _nested_tuples(depth):
+    value = (1,)
+    for _ in range(depth):
+        value = (value, value)
+    return value
+
+
+def _program(value, protocol=4):
+    """Return the pickle of a value without its header and STOP."""
+    data = pickle.dumps(value, protocol=protocol)
+    assert protocol < 4 or data[2:3] == b"\x95"  # a frame of 9 bytes
+    return data[11 if protocol >= 4 else 2 : -1]
+
+
+@pytest.mark.parametrize(
+    "start_end",
+    [
+        (b"}", b"Ns."),
+        (b"}(", b"Nu."),
+        (b"(", b"Nd."),
+        (b"\x8f(", b"\x90."),
+        (b"(", b"\x91."),
+        (b"cbuiltins\nset\n](", b"e\x85R."),
+        (b"cbuiltins\ndict\n](](", b"Nee\x85R."),
+        (b"ccollections\nOrderedDict\n(](](", b"NeetR."),
+    ],
+)
+def test_keys_that_take_long_to_hash_are_refused(start_end):
+    start, end = start_end
+    value = _load(b"\x80\x04" + start + _program(_nested_tuples(3)) + end)
+    assert _nested_tuples(3) in value
+    with pytest.raises(pickle.UnpicklingError, match="too long to hash"):
+        _load(b"\x80\x04" + start + _program(_nested_tuples(60)) + end)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_shared_tuples_that_are_not_keys_are_read(protocol):
+    value = _load(pickle.dumps({"a": _nested_tuples(60), (1, 2): {(3, (4, 5)), frozenset([6])}}, protocol))
+    assert value["a"][0] is value["a"][1] and value[1, 2] == {(3, (4, 5)), frozenset([6])}
+    many = {(i, (i, i)): [(i,)] for i in range(2000)}
+    assert _load(pickle.dumps(many, protocol)) == many
+
+
+def test_shape_of_many_dimensions_is_refused():
+    program = pickle.dumps(np.arange(7, dtype=np.int64), protocol=2)
+    shape = b"(" + b"K\x07" * 70_000 + b"t"
+    with pytest.raises(pickle.UnpicklingError, match="shape"):
+        _load(program.replace(b"K\x07\x85", shape))
+
+
 def test_pickle_cannot_modify_the_stand_ins():
     # BUILD with (None, {name: value}) sets attributes of the object on the stack, here a stand-in.
     program = b"\x80\x02cnumpy\nndarray\nN}U\x05buildK\x01s\x86b."

@@ -23,6 +23,7 @@ import yaml
 
 from detlib.data.datasets.image_paths import ImageFinder
 from detlib.utils.file_io import PathManager, is_remote
+from detlib.utils.safe_yaml import load_plain_yaml
 from detlib.utils.suggest import suggest
 
 __all__ = [
@@ -115,12 +116,12 @@ def _read_text(path: str) -> str:
 def _read_yaml(yaml_file: str) -> YoloConfig:
     text = _read_text(yaml_file)
     try:
-        data = yaml.safe_load(text)
-        if isinstance(data, dict) and "names" in data:
-            # As they are written: "yes" and "007" are names, not a boolean and a number.
-            data["names"] = yaml.load(text, Loader=yaml.BaseLoader)["names"]
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        data = load_plain_yaml(text, os.path.basename(yaml_file))
+    except ValueError as error:
         raise ValueError(f"Dataset file {yaml_file!r} is not valid YAML: {error}") from error
+    if isinstance(data, dict) and "names" in data:
+        # As they are written: "yes" and "007" are names, not a boolean and a number.
+        data["names"] = yaml.load(text, Loader=yaml.BaseLoader).get("names", data["names"])
     if not isinstance(data, dict):
         raise ValueError(
             f"Dataset file {yaml_file!r} must hold keys such as 'train', 'val' and 'names', not a "
