@@ -37,8 +37,8 @@ _ZIP_MAGIC = b"PK\x03\x04"
 _ERRNO_OF_PARSERS = (None, errno.EINVAL, errno.EOVERFLOW)
 _TEXT_BYTES = {*range(0x20, 0x7F), *b"\t\r\n"}
 _CONFIG = (
-    "a config: pass it as --config-file, and set MODEL.WEIGHTS to a checkpoint. For the weights of a config of "
-    "the model zoo, use detlib.model_zoo.get_checkpoint_url(config)"
+    "a config: pass it as --config-file, and set MODEL.WEIGHTS to a checkpoint. For the weights of a config "
+    "of the model zoo, use detlib.model_zoo.get_checkpoint_url(config)"
 )
 # Position and first bytes of other formats.
 _OTHER_FORMATS = (

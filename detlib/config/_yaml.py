@@ -72,8 +72,8 @@ def parse_yaml(text: str | bytes, name: str = "<string>") -> dict[str, Any]:
         name: name of the source, for messages.
 
     Raises:
-        ValueError: if `text` is not valid YAML, is not a mapping, has a tag of a Python object, or its aliases
-            expand to far more values than it has.
+        ValueError: if `text` is not valid YAML, is not a mapping, has a tag of a Python object, or its
+            aliases expand to far more values than it has.
     """
     data = load_plain_yaml(text, name, _Loader)
     if data is None:

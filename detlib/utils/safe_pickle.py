@@ -15,7 +15,7 @@ import pickletools
 import re
 import sys
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 import torch
@@ -308,7 +308,7 @@ def _scan(file: BinaryIO) -> None:
         costs.step(opcode, argument, count)
 
 
-def check_hash_costs(file: BinaryIO) -> None:
+def check_hash_costs(file: IO[bytes]) -> None:
     """Raise unless the keys of the pickle that starts at the position of `file` can be hashed quickly.
 
     The hash of a tuple visits the tuples in it once per occurrence. 60 nested tuples, each of which has the
