@@ -7,7 +7,7 @@ Shape legend: N images, C input channels, O output channels, H and W of the inpu
 groups of input channels that share their offsets, kH and kW of the kernel.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import cast
 
@@ -22,6 +22,13 @@ from detlib.ops._library import (
     in_layout_of,
     torchvision_ops,
 )
+
+# Limit of stride, padding and dilation. Sums of them and of offsets below _FAR_OUTSIDE fit into 32 bits.
+_MAX_STEP = 2**20
+_FAR_OUTSIDE = 2.0**29
+_MAX_INDEX = 2**31 - 1
+# Number of samples that the formula computes at a time.
+_MAX_SAMPLES = 2**28
 
 
 def deform_conv2d(
@@ -42,7 +49,8 @@ def deform_conv2d(
     autocast.
 
     torchvision's kernel runs on the CPU and on CUDA. Plain PyTorch is used if torchvision is missing, for
-    empty tensors, and on CUDA with `torch.use_deterministic_algorithms(True)`.
+    empty tensors, for an image with more than 2**31 samples on the CPU, and on CUDA with
+    `torch.use_deterministic_algorithms(True)`. An output with an offset that is not finite is nan.
 
     Args:
         input: (N, C, H, W) floating point.
@@ -50,7 +58,8 @@ def deform_conv2d(
             (in row-major order) first y, then x.
         weight: (O, C / groups, kH, kW) floating point; the groups of the convolution follow from its shape.
         bias: (O,) floating point, or None.
-        stride: step between outputs in input pixels; an int, or a pair for y and x.
+        stride: step between outputs in input pixels; an int, or a pair for y and x. It, the padding and the
+            dilation are at most 2**20.
         padding: zero padding of the input on each side; an int or a pair.
         dilation: step between taps in input pixels; an int or a pair.
         mask: (N, G * kH * kW, H', W') floating point, the factor of each tap (version 2), or None.
@@ -71,10 +80,7 @@ def deform_conv2d(
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     bias, mask = (None if t is None else t.to(dtype) for t in (bias, mask))
     with torch.autocast(input.device.type, enabled=False):
-        run: Callable = reference_deform_conv2d
-        if _can_use_torchvision(input):
-            run = cast(ModuleType, torchvision_ops()[0]).deform_conv2d
-        output = run(
+        output = _run(
             input.to(dtype), offset.to(dtype), weight.to(dtype), bias, stride, padding, dilation, mask
         )
     # Like other convolutions, keep the layout: the next one is fast only if it does not have to convert.
@@ -85,9 +91,33 @@ def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
     pair = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(pair) != 2 or not all(isinstance(v, (int, torch.SymInt)) for v in pair):
         raise ValueError(f"{name} must be an int or a pair of ints, got {value!r}")
-    if min(pair) < least:
-        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    if min(pair) < least or max(pair) > _MAX_STEP:
+        raise ValueError(f"{name} must be from {least} to {_MAX_STEP}, got {value!r}")
     return pair
+
+
+def _run(input, offset, weight, bias, stride, padding, dilation, mask) -> torch.Tensor:
+    """Compute `deform_conv2d` with torchvision's kernel where it is safe, else in plain PyTorch."""
+    if not _can_use_torchvision(input):
+        return reference_deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
+    run = cast(ModuleType, torchvision_ops()[0]).deform_conv2d
+    if input.device.type != "cpu":
+        return run(input, offset, weight, bias, stride, padding, dilation, mask)
+    # The CPU kernel computes indices into its inputs and its buffer of samples in 32 bits.
+    num_images, taps = input.shape[0], weight.shape[2] * weight.shape[3]
+    largest = max(input.shape[1] * taps * offset.shape[2] * offset.shape[3], input[0].numel())
+    if isinstance(largest, int) and largest * num_images > _MAX_INDEX:
+        if num_images == 1:
+            return reference_deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
+        masks: Iterable = [None] * num_images if mask is None else mask.split(1)
+        parts = zip(input.split(1), offset.split(1), masks)
+        outputs = [_run(x, o, weight, bias, stride, padding, dilation, m) for x, o, m in parts]
+        return torch.cat(outputs)
+    # It reads outside of the input at a position that is not a number. An output whose offsets are not finite
+    # becomes nan, as in the formula.
+    legal = offset.where(offset.abs() < _FAR_OUTSIDE, _FAR_OUTSIDE)
+    output = run(input, legal, weight, bias, stride, padding, dilation, mask)
+    return output + (offset.detach() * 0).sum(dim=1, keepdim=True)
 
 
 def _output_size(size, kernel, stride, padding, dilation) -> tuple[int, int]:
@@ -151,6 +181,23 @@ def reference_deform_conv2d(input, offset, weight, bias, stride, padding, dilati
 
     The tensors must have the same dtype; stride, padding and dilation are pairs.
     """
+    height, width = offset.shape[2:]
+    samples_per_row = input.shape[0] * input.shape[1] * weight.shape[2] * weight.shape[3] * width
+    rows = height
+    if isinstance(samples_per_row, int) and samples_per_row * height > _MAX_SAMPLES:
+        rows = max(1, _MAX_SAMPLES // samples_per_row)
+    parts = []
+    for first in range(0, height, rows):
+        part = slice(first, first + rows)
+        moved = padding[0] - first * stride[0], padding[1]
+        mask_part = None if mask is None else mask[:, :, part]
+        parts.append(_rows_of_output(input, offset[:, :, part], weight, stride, moved, dilation, mask_part))
+    output = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    return output if bias is None else output + bias[:, None, None]
+
+
+def _rows_of_output(input, offset, weight, stride, padding, dilation, mask):
+    """Compute some rows of the output without bias; the first one begins at -padding."""
     (num_images, channels, height, width), (num_outputs, group_channels, *kernel) = input.shape, weight.shape
     size, taps = offset.shape[2:], kernel[0] * kernel[1]
     groups, offset_groups = channels // group_channels, offset.shape[1] // (2 * taps)
@@ -169,5 +216,4 @@ def reference_deform_conv2d(input, offset, weight, bias, stride, padding, dilati
     # (N * G, taps * H' * W', C / G) becomes (N, groups, C / groups * taps, H' * W').
     samples = samples.transpose(1, 2).reshape(num_images, groups, group_channels * taps, size[0] * size[1])
     output = weight.reshape(groups, num_outputs // groups, group_channels * taps) @ samples
-    output = output.reshape(num_images, num_outputs, *size)
-    return output if bias is None else output + bias[:, None, None]
+    return output.reshape(num_images, num_outputs, *size)

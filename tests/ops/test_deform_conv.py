@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from detlib.ops import deform_conv2d
+from detlib.ops import deform_conv, deform_conv2d
 from detlib.ops.deform_conv import reference_deform_conv2d
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -189,8 +189,8 @@ def test_can_be_exported():
         ("weight", lambda t: t[0], "weight must have shape"),
         ("bias", lambda t: t[1:], r"bias must have shape \(12,\), got \(11,\)"),
         ("mask", lambda t: t[:, 1:], r"mask must have shape \(2, 9, 4, 5\), got \(2, 8, 4, 5\)"),
-        ("stride", lambda t: 0, "stride must be at least 1, got 0"),
-        ("padding", lambda t: (0, -1), r"padding must be at least 0, got \(0, -1\)"),
+        ("stride", lambda t: 0, "stride must be from 1 to 1048576, got 0"),
+        ("padding", lambda t: (0, -1), r"padding must be from 0 to 1048576, got \(0, -1\)"),
         ("dilation", lambda t: (1, 1, 1), r"dilation must be an int or a pair of ints, got \(1, 1, 1\)"),
     ],
 )
@@ -209,3 +209,45 @@ def test_torchvision_kernel_is_used_if_available(monkeypatch):
     assert len(calls) == 1
     deform_conv2d(**arguments(*SETTINGS[0], num_images=0))
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e9, -3e9, 1e30, 2.0**31, -(2.0**31)])
+@pytest.mark.parametrize("channels", [slice(0, None, 2), slice(1, None, 2), slice(3, 4), slice(None)])
+def test_offsets_that_are_huge_or_not_finite_give_the_values_of_the_formula(value, channels):
+    given = arguments(*SETTINGS[0])
+    given["offset"][:, channels, 1:3] = value
+    given["input"].requires_grad_()
+    output = deform_conv2d(**given)
+    torch.testing.assert_close(output, reference_deform_conv2d(**given), equal_nan=True)
+    assert output[:, :, 1:3].isnan().all() == (not math.isfinite(value))
+    assert not output[:, :, 0].isnan().any()
+    output.nan_to_num().sum().backward()
+    assert given["input"].grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["stride", "padding", "dilation"])
+@pytest.mark.parametrize("value", [2**20 + 1, 2**31, 2**32, 10**30])
+def test_huge_scalar_arguments_fail(name, value):
+    given = arguments(*SETTINGS[0])
+    with pytest.raises(ValueError, match=f"{name} must be from . to 1048576"):
+        deform_conv2d(**given | {name: value})
+
+
+def test_large_padding_and_dilation_are_exact():
+    size = 2**20
+    given = arguments(*SETTINGS[0])
+    given |= {"padding": size, "dilation": size, "offset": torch.zeros(2, 18, 6, 7, dtype=torch.float64)}
+    given["mask"] = torch.ones(2, 9, 6, 7, dtype=torch.float64)
+    # Only the middle tap reads inside of the input.
+    middle = F.conv2d(given["input"], given["weight"][:, :, 1:2, 1:2], given["bias"])
+    torch.testing.assert_close(deform_conv2d(**given), middle)
+
+
+@pytest.mark.parametrize("limit", [1, 3000])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_too_many_samples_for_the_kernel_are_computed_in_parts(monkeypatch, setting, limit):
+    given = arguments(*setting)
+    expected = deform_conv2d(**given)
+    monkeypatch.setattr(deform_conv, "_MAX_INDEX", limit)
+    monkeypatch.setattr(deform_conv, "_MAX_SAMPLES", limit)
+    torch.testing.assert_close(deform_conv2d(**given), expected)
