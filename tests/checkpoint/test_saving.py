@@ -1,5 +1,6 @@
 """Atomic saving, saving in the background, and removal of old files."""
 
+import errno
 import logging
 import os
 import subprocess
@@ -163,3 +164,59 @@ def test_unfinished_files_of_a_killed_process_are_removed(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         checkpointer.resume_or_load("", resume=True)
     assert sorted(os.listdir(tmp_path)) == ["a.pth", "last_checkpoint"]
+
+
+FULL_DISK = """
+import resource, sys
+import torch
+from detlib.checkpoint import DetectionCheckpointer
+
+limit, name, folder, in_background = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4] == "True"
+checkpointer = DetectionCheckpointer(torch.nn.Linear(300, 300), folder, async_save=in_background)
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+checkpointer.save(name)
+checkpointer.wait()
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="only POSIX limits the size of files")
+@pytest.mark.parametrize("limit", [100, 20_000])
+@pytest.mark.parametrize(
+    ("name", "in_background"), [("model", False), ("model", True), ("m.safetensors", False)]
+)
+def test_last_line_names_the_file_and_the_reason_if_it_cannot_grow(tmp_path, limit, name, in_background):
+    command = [sys.executable, "-c", FULL_DISK, str(limit), name, str(tmp_path), str(in_background)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    last = result.stderr.strip().splitlines()[-1]
+    assert result.returncode == 1
+    assert last.startswith(
+        "OSError: [Errno 27] The file exceeds the size limit of the process or file system"
+    )
+    assert str(tmp_path / name) in last and os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_error_of_torch_after_a_failed_write_names_the_file_and_the_reason(tmp_path, monkeypatch, code):
+    def save(content, file):
+        try:
+            raise OSError(code, os.strerror(code))
+        finally:
+            raise RuntimeError("unexpected pos 896 vs 790")
+
+    monkeypatch.setattr(torch, "save", save)
+    reason = "disk is full" if code == errno.ENOSPC else "disk quota is used up"
+    with pytest.raises(OSError, match=f"{reason}: {os.strerror(code)}: '.*model.pth'") as error:
+        Checkpointer(torch.nn.Linear(1, 1), str(tmp_path)).save("model")
+    assert error.value.errno == code and os.listdir(tmp_path) == []
+
+
+def test_error_that_the_caller_handles_is_not_the_reason_of_a_failed_save(tmp_path, monkeypatch):
+    def save(content, file):
+        raise TypeError("wrong type")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(TypeError, match="wrong type"):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            Checkpointer(torch.nn.Linear(1, 1), str(tmp_path)).save("model")
