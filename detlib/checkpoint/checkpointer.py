@@ -23,6 +23,8 @@ __all__ = ["Checkpointer", "IncompatibleKeys", "PeriodicCheckpointer"]
 
 logger = logging.getLogger(__name__)
 
+_LONGEST_NAME = 255
+
 
 class IncompatibleKeys(NamedTuple):
     """The differences between the parameters of a file and those of a model."""
@@ -168,7 +170,8 @@ class Checkpointer:
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if the file is not a checkpoint, or would run code.
+            ValueError: if the file is not a checkpoint, would run code, or has parameters or states that
+                cannot be loaded. The message names the file.
             KeyError: if a name in `checkpointables` is unknown.
         """
         if not path:
@@ -178,7 +181,10 @@ class Checkpointer:
         logger.info("Loading checkpoint %s", path)
         checkpoint = self._load_file(path, trust)
         self.report = LoadReport(path)
-        incompatible = self._load_model(checkpoint)
+        try:
+            incompatible = self._load_model(checkpoint)
+        except (AttributeError, RuntimeError, TypeError, ValueError) as e:
+            raise ValueError(f"Checkpoint file {path} cannot be loaded: {e}") from e
         if incompatible is not None:
             self.report.missing_keys, self.report.unexpected_keys, self.report.incorrect_shapes = incompatible
             self.report.log()
@@ -188,10 +194,21 @@ class Checkpointer:
                 raise KeyError(f"The checkpointer has no object '{key}', only {list(self.checkpointables)}")
             if key in checkpoint:
                 logger.info("Loading the state of '%s' from %s", key, path)
-                self.checkpointables[key].load_state_dict(checkpoint.pop(key))
+                self._load_state(key, checkpoint.pop(key))
             else:
                 logger.warning("%s has no state of '%s', which keeps its initial state", path, key)
         return checkpoint
+
+    def _load_state(self, key: str, state: Any) -> None:
+        """Load the state of an object, which fails in many ways if the state is of something else."""
+        assert self.report is not None, "`load` creates the report first"
+        try:
+            self.checkpointables[key].load_state_dict(state)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
+            reason = str(e) if isinstance(e, (RuntimeError, ValueError)) else f"{type(e).__name__}: {e}"
+            raise ValueError(
+                f"The state of '{key}' in checkpoint file {self.report.path} cannot be loaded: {reason}"
+            ) from e
 
     def has_checkpoint(self) -> bool:
         """Return whether `save_dir` has a last checkpoint."""
@@ -199,11 +216,21 @@ class Checkpointer:
         return self.path_manager.exists(self._mark_path)
 
     def get_checkpoint_file(self) -> str:
-        """Return the path of the last checkpoint in `save_dir`, or "" if there is none."""
+        """Return the path of the last checkpoint in `save_dir`, or "" if there is none.
+
+        Raises:
+            ValueError: if the mark does not hold the name of a file in `save_dir`.
+        """
         if not self.has_checkpoint():
             return ""
-        with self.path_manager.open(self._mark_path, "r") as f:
-            return os.path.join(self.save_dir, f.read().strip())
+        with self.path_manager.open(self._mark_path, "rb") as f:
+            name = f.read(_LONGEST_NAME + 1).decode("utf-8", "replace").strip()
+        if not _is_file_name(name):
+            raise ValueError(
+                f"{self._mark_path} must hold the name of a file in its folder, got {name[:80]!r}. Write the "
+                "name of the checkpoint to resume from into it, or remove it"
+            )
+        return os.path.join(self.save_dir, name)
 
     def get_all_checkpoint_files(self) -> list[str]:
         """Return the paths of all ``.pth`` files in `save_dir`, sorted by name."""
@@ -247,10 +274,12 @@ class Checkpointer:
     def _load_model(self, checkpoint: dict[str, Any]) -> IncompatibleKeys:
         """Remove "model" from `checkpoint` and copy the tensors with matching shapes to the model."""
         state = {name: _to_tensor(value, name) for name, value in checkpoint.pop("model").items()}
-        old_names = {id(value): name for name, value in state.items()}
-        state = strip_common_prefix(state, "module.")
-        state = self._rename_keys(state, checkpoint)
         own = {name: value for name, value in self.model.state_dict().items() if has_shape(value)}
+        old_names = {id(value): name for name, value in state.items()}
+        state, prefix = strip_common_prefix(state, own)
+        if prefix:
+            logger.info("Removed the prefix '%s' that all names in the checkpoint have", prefix)
+        state = self._rename_keys(state, checkpoint)
         wrong = [
             (name, tuple(value.shape), tuple(own[name].shape))
             for name, value in state.items()
@@ -258,6 +287,7 @@ class Checkpointer:
         ]
         for name, _, _ in wrong:
             del state[name]
+        _check_values({name: value for name, value in state.items() if name in own}, own)
         local = state
         if is_sharded(self.model):
             local = {name: shard_like(x, own[name]) if name in own else x for name, x in state.items()}
@@ -267,7 +297,7 @@ class Checkpointer:
         assert self.report is not None, "`load` creates the report before it loads the model"
         self.report.loaded = [name for name in own if name in state]
         before = {name: old_names.get(id(state[name]), name) for name in self.report.loaded}
-        self.report.renamed = {name: old for name, old in before.items() if old != name}
+        self.report.renamed = {name: old for name, old in before.items() if old != prefix + name}
         unexpected = [old_names.get(id(state[name]), name) for name in result.unexpected_keys]
         return IncompatibleKeys(missing, unexpected, wrong)
 
@@ -358,8 +388,11 @@ class PeriodicCheckpointer:
         return {"recent_checkpoints": [os.path.basename(path) for path in self.recent_checkpoints]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        folder = self.checkpointer.save_dir
-        self.recent_checkpoints = [os.path.join(folder, name) for name in state_dict["recent_checkpoints"]]
+        names = state_dict["recent_checkpoints"]
+        if not all(isinstance(name, str) and _is_file_name(name) for name in names):
+            # These files are removed later.
+            raise ValueError(f"recent_checkpoints must be names of files without folders, got {names}")
+        self.recent_checkpoints = [os.path.join(self.checkpointer.save_dir, name) for name in names]
 
 
 def has_shape(value: Any) -> bool:
@@ -367,12 +400,52 @@ def has_shape(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and not nn.parameter.is_lazy(value)
 
 
+def _is_file_name(name: str) -> bool:
+    """Return whether a name is that of a file in a folder, and does not lead out of the folder."""
+    legal = 0 < len(name) <= _LONGEST_NAME and name.isprintable() and name not in (".", "..")
+    return legal and not set(name) & set("/\\:")
+
+
+def _check_values(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> None:
+    """Warn of values that are not finite.
+
+    Raises:
+        ValueError: if an array is complex and the parameter is not.
+    """
+    broken = []
+    for name, value in state.items():
+        if not has_shape(value):
+            continue
+        if value.is_complex() and not own[name].is_complex():
+            raise ValueError(
+                f"'{name}' has the complex type {value.dtype}, but the model's has {own[name].dtype}"
+            )
+        # The sum needs no memory, and is finite if all values are, unless it overflows.
+        if value.is_floating_point() and not value.sum().isfinite() and not value.isfinite().all():
+            # Masks of attention may have infinite values in the model, too.
+            if value.isnan().any() or own[name].isfinite().all():
+                broken.append(name)
+    if broken:
+        logger.warning(
+            "%d of the loaded parameters and buffers have values that are NaN or infinite, so the results "
+            "will be wrong; perhaps the training run that saved them diverged: %s",
+            len(broken),
+            ", ".join(broken[:5]) + (" ..." if len(broken) > 5 else ""),
+        )
+
+
 def _to_tensor(value: Any, name: str) -> Any:
     """Convert an array of a ``.pkl`` file to a tensor. Each entry becomes a separate object."""
     if isinstance(value, torch.Tensor):
         return value.detach()
     if isinstance(value, np.ndarray | np.generic):
-        return torch.as_tensor(np.asarray(value))
+        array = np.asarray(value)
+        if not array.dtype.isnative:
+            array = array.astype(array.dtype.newbyteorder("="))
+        try:
+            return torch.as_tensor(array)
+        except TypeError as e:
+            raise ValueError(f"its entry '{name}' has the type {array.dtype}, which is not a number") from e
     if not name.endswith("_extra_state"):
-        raise ValueError(f"The checkpoint's entry '{name}' is a {type(value).__name__}, not an array")
+        raise ValueError(f"its entry '{name}' is a {type(value).__name__}, not an array")
     return value

@@ -1,9 +1,10 @@
 """Matching of parameter names in a file to those in a model, and the report of the loaded parameters."""
 
 import logging
+import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,13 +16,41 @@ logger = logging.getLogger(__name__)
 _MIN_MATCHED = 0.5
 # `LoadReport`: warn if at most this fraction of the model was loaded.
 _FEW = 0.1
+# `LoadReport`: the console shows this many lines of a list.
+_CONSOLE_LINES = 8
 
 
-def strip_common_prefix(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Remove `prefix`, such as "module." of a parallel wrapper, if every name starts with it."""
-    if state and all(name.startswith(prefix) for name in state):
-        return {name[len(prefix) :]: value for name, value in state.items()}
-    return dict(state)
+# Wrappers of parallel training and torch.compile, and the names under which training frameworks keep a model.
+_WRAPPERS = ("module.", "_orig_mod.")
+_OWNERS = ("model.", "detector.", "ema.")
+# `torch.optim.swa_utils.AveragedModel` counts its updates next to the parameters.
+_COUNTER = "n_averaged"
+
+
+def strip_common_prefix(state: Mapping[str, Any], own: Container[str]) -> tuple[dict[str, Any], str]:
+    """Remove a prefix that all names of a file share, such as "module.", if the model has the other names.
+
+    Args:
+        state: the arrays of the file, by name.
+        own: the names in the model.
+
+    Returns:
+        The arrays by their new names, and the prefix: one of "module.", "_orig_mod.", "model.", "detector.",
+        "ema." or several of them, or "". If no prefix leads to names of the model, as for weights of
+        another library, "module." and "_orig_mod." are removed.
+    """
+    names = [name for name in state if name != _COUNTER] if len(state) > 1 else list(state)
+    common = os.path.commonprefix(names) if len(names) > 1 else "".join(names)
+    candidates = [""]
+    while prefix := next((p for p in _WRAPPERS + _OWNERS if common.startswith(candidates[-1] + p)), ""):
+        candidates.append(candidates[-1] + prefix)
+    best = max(candidates, key=lambda prefix: sum(name[len(prefix) :] in own for name in names))
+    if not any(name[len(best) :] in own for name in names):
+        wrappers = (c for c in candidates if not any(part in c for part in _OWNERS))
+        best = max(wrappers, key=len)
+    if not best:
+        return dict(state), ""
+    return {name[len(best) :]: state[name] for name in names}, best
 
 
 def match_by_longest_suffix(
@@ -133,49 +162,47 @@ class LoadReport:
     """(name, shape in the file, shape in the model)."""
 
     def log(self) -> None:
-        """Log the report, with one message per category and the names of a module on one line."""
+        """Log the report, with one message per category and the names of a module on one line.
+
+        If there is a log file, the console shows the first lines of a long message only.
+        """
         total = len(self.loaded) + len(self.missing_keys) + len(self.incorrect_shapes)
         if len(self.loaded) <= _FEW * total:
             logger.warning("%s", self._almost_nothing(total))
         elif not (self.missing_keys or self.unexpected_keys or self.incorrect_shapes):
             logger.info("All %d parameters and buffers of the model were loaded from %s", total, self.path)
         else:
-            logger.info("Loaded from %s:\n%s", self.path, self._by_part())
+            _log_lines(logging.INFO, f"Loaded from {self.path}:", self._by_part())
         if self.renamed:
             pairs = Counter(
                 (theirs.rpartition(".")[0], ours.rpartition(".")[0]) for ours, theirs in self.renamed.items()
             )
-            lines = "\n".join(f"  {theirs or '(no module)'} -> {ours}" for theirs, ours in pairs)
-            logger.info("%d of them have different names in the file:\n%s", len(self.renamed), lines)
+            lines = [f"  {theirs or '(no module)'} -> {ours}" for theirs, ours in pairs]
+            _log_lines(logging.INFO, f"{len(self.renamed)} of them have different names in the file:", lines)
         if self.incorrect_shapes:
-            lines = "\n".join(
+            lines = [
                 f"  {name}: {theirs} in the file, {ours} in the model"
                 for name, theirs, ours in self.incorrect_shapes
+            ]
+            title = (
+                f"Not loaded from {self.path}, since the shapes differ (for example, because the number of "
+                "classes does). These keep their initial values:"
             )
-            logger.warning(
-                "Not loaded from %s, since the shapes differ (for example, because the number of classes "
-                "does). These keep their initial values:\n%s",
-                self.path,
-                lines,
-            )
+            _log_lines(logging.WARNING, title, lines)
         if self.missing_keys:
-            logger.warning(
-                "Missing in %s. These keep their initial values:\n%s",
-                self.path,
-                group_by_module(self.missing_keys),
-            )
+            title = f"Missing in {self.path}. These keep their initial values:"
+            _log_lines(logging.WARNING, title, group_by_module(self.missing_keys).split("\n"))
         if self.unexpected_keys:
-            logger.warning(
-                "In %s but not in the model:\n%s", self.path, group_by_module(self.unexpected_keys)
-            )
+            title = f"In {self.path} but not in the model:"
+            _log_lines(logging.WARNING, title, group_by_module(self.unexpected_keys).split("\n"))
 
-    def _by_part(self) -> str:
-        """Return the number of loaded parameters of each part of the model, one part per line."""
+    def _by_part(self) -> list[str]:
+        """Return the number of loaded parameters of each part of the model, one line per part."""
         loaded = Counter(map(_part, self.loaded))
         other = Counter(map(_part, self.missing_keys))
         other.update(_part(name) for name, _, _ in self.incorrect_shapes)
         parts = dict.fromkeys([*loaded, *other])
-        return "\n".join(f"  {part}: {loaded[part]} of {loaded[part] + other[part]}" for part in parts)
+        return [f"  {part}: {loaded[part]} of {loaded[part] + other[part]}" for part in parts]
 
     def _almost_nothing(self, total: int) -> str:
         theirs, ours = self.unexpected_keys[:3], self.missing_keys[:3]
@@ -186,6 +213,16 @@ class LoadReport:
             "model under shorter names, add '?matching_heuristics=True' to its path. For weights of another "
             "library, add an option such as '?convert=torchvision'."
         )
+
+
+def _log_lines(level: int, title: str, lines: list[str]) -> None:
+    """Log all lines, but only the first ones to the console if there is a log file."""
+    console = lines
+    if len(lines) > _CONSOLE_LINES:
+        hidden = len(lines) - _CONSOLE_LINES + 1
+        console = [*lines[: _CONSOLE_LINES - 1], f"  ... and {hidden} more lines in the log file"]
+    extra = {"console_message": "\n".join([title, *console])}
+    logger.log(level, "%s", "\n".join([title, *lines]), extra=extra)
 
 
 def _part(name: str) -> str:

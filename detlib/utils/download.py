@@ -78,7 +78,10 @@ def download(
     timeout: float = 30.0,
     attempts: int = 6,
 ) -> None:
-    """Download `url` to the local `path`, unless the file exists.
+    """Download `url` to the local `path`, unless the file exists and is undamaged.
+
+    The size and the sha256 sum of a download are recorded in ``PATH.sha256``. An existing file is compared
+    with this record and with the checksum, once per process and change of the file.
 
     Args:
         url: an http, https or ftp URL.
@@ -92,15 +95,23 @@ def download(
         DownloadError: if the download fails, the checksum is wrong, or `$DETLIB_OFFLINE` is set. The message
             has the URL and the path for a manual download.
     """
-    if os.path.isfile(path):
+    checksum = checksum or checksum_in_name(os.path.basename(path))
+    damage = _damage(path, checksum)
+    if damage == "":
         return
     by_hand = f"You can download it manually to {path}"
-    if is_offline():
+    if damage is not None:
+        if is_offline():
+            raise DownloadError(
+                f"The cached file {path} of {url} is damaged: {damage}. $DETLIB_OFFLINE disables downloads. "
+                f"{by_hand}."
+            )
+        logger.warning("The cached file %s is damaged: %s. Downloading %s again", path, damage, url)
+    elif is_offline():
         raise DownloadError(f"{url} is not in the cache, and $DETLIB_OFFLINE disables downloads. {by_hand}.")
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    checksum = checksum or checksum_in_name(os.path.basename(path))
     with _only_process(path):
-        if os.path.isfile(path):  # another process was faster
+        if _damage(path, checksum) == "":  # another process was faster
             return
         part = _Part(path)
         try:
@@ -118,6 +129,36 @@ def download(
         except (OSError, http.client.HTTPException) as e:
             raise DownloadError(f"Could not download {url}: {_reason(e)}. {by_hand}.") from e
         part.finish()
+
+
+_undamaged: set[tuple[str, int, int]] = set()
+"""Path, size and time of change of the files that were checked."""
+
+
+def _damage(path: str, checksum: Checksum | None) -> str | None:
+    """Return what is wrong with an existing file; "" for nothing, None if there is no file.
+
+    The file is compared with `checksum`, and with the size and sum that were recorded with its download.
+    """
+    if not os.path.isfile(path):
+        return None
+    status = os.stat(path)
+    state = (os.path.abspath(path), status.st_size, status.st_mtime_ns)
+    if state in _undamaged:
+        return ""
+    try:
+        with open(f"{path}.sha256") as f:
+            digest, size = f.read().split()
+        recorded = Checksum("sha256", digest)
+        if status.st_size != int(size):
+            return f"it has {status.st_size} bytes instead of {size}"
+    except (OSError, ValueError):  # a file that was put there by hand, or by another library
+        recorded = None
+    for expected in filter(None, (checksum, recorded)):
+        if (found := expected.of(path)) != expected.prefix:
+            return f"its {expected.algorithm} sum begins with {found[:12]} instead of {expected.prefix[:12]}"
+    _undamaged.add(state)
+    return ""
 
 
 def is_offline() -> bool:
@@ -196,8 +237,15 @@ class _Part:
     def finish(self) -> None:
         """Move the finished file to its path."""
         with open(self.path, "rb+") as f:
+            digest = hashlib.file_digest(f, "sha256").hexdigest()
             os.fsync(f.fileno())
+        record = f"{self.final}.sha256"
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(record)  # the record of an older file
+        size = self.size()
         os.replace(self.path, self.final)
+        with open(record, "w") as f:
+            f.write(f"{digest} {size}\n")
         self.forget()
 
 

@@ -88,7 +88,7 @@ def setup_logger(
     present = {getattr(handler, "detlib_key", None) for handler in logger.handlers}
 
     def add(key: str, stream: IO[str] | None, color: bool) -> None:
-        handler = logging.StreamHandler(stream) if stream is not None else _StdoutHandler()
+        handler = logging.StreamHandler(stream) if stream is not None else _StdoutHandler(logger)
         handler.detlib_key = key  # type: ignore[union-attr]  # an attribute of our own
         handler.setLevel(logging.DEBUG)
         handler.setFormatter(_Formatter(name, abbrev_name, color))
@@ -105,13 +105,21 @@ def setup_logger(
 
 
 class _StdoutHandler(logging.StreamHandler):
-    """A handler that writes to the current sys.stdout (notebooks and tests replace it), above a live line."""
+    """A handler that writes to the current sys.stdout (notebooks and tests replace it), above a live line.
 
-    def __init__(self) -> None:
+    A record may have a shorter text for the console in the attribute `console_message`, which is used if the
+    logger also has a file.
+    """
+
+    def __init__(self, owner: logging.Logger) -> None:
         super().__init__(sys.stdout)
+        self._owner = owner
 
     def emit(self, record: logging.LogRecord) -> None:
         # Progress that a live line shows (see CommonMetricPrinter) goes to the files only.
+        short = getattr(record, "console_message", None)
+        if short is not None and len(self._owner.handlers) > 1:
+            record = logging.makeLogRecord(record.__dict__ | {"msg": short, "args": ()})
         if not (live_line.is_shown() and getattr(record, "is_progress", False)):
             with live_line.hidden():
                 super().emit(record)

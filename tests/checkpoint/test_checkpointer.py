@@ -254,3 +254,39 @@ def test_object_store_can_be_saved_to_and_resumed_from(tmp_path, monkeypatch):
     assert checkpointer.get_all_checkpoint_files() == [f"{folder}/model_0000001.pth"]
     assert checkpointer.resume_or_load("")["iteration"] == 1
     assert torch.equal(model.weight, again.weight)
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil.pth", "/etc/passwd", "a/../../evil.pth", "..", "", "C:\\x.pth", "a\0b", "x" * 5000]
+)
+def test_last_checkpoint_must_not_lead_out_of_its_folder(tmp_path, name):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    torch.save({"model": _Tiny().state_dict()}, tmp_path / "evil.pth")
+    (folder / "last_checkpoint").write_text(name)
+    checkpointer = DetectionCheckpointer(_Tiny(), str(folder))
+    with pytest.raises(ValueError, match="last_checkpoint must hold the name of a file in its folder"):
+        checkpointer.resume_or_load("", resume=True)
+
+
+def test_last_checkpoint_that_is_not_text_fails(tmp_path):
+    (tmp_path / "last_checkpoint").write_bytes(b"\xff\xfe\0")
+    with pytest.raises(ValueError, match="last_checkpoint must hold"):
+        DetectionCheckpointer(_Tiny(), str(tmp_path)).get_checkpoint_file()
+
+
+@pytest.mark.parametrize("name", ["../precious.pth", "/precious.pth", 3])
+def test_checkpoint_cannot_have_files_outside_of_its_folder_removed(tmp_path, name):
+    checkpointer = Checkpointer(_Tiny(), str(tmp_path))
+    periodic = PeriodicCheckpointer(checkpointer, period=1, max_to_keep=1)
+    with pytest.raises(ValueError, match="recent_checkpoints must be names of files"):
+        periodic.load_state_dict({"recent_checkpoints": [name]})
+
+
+@pytest.mark.parametrize("state", [{}, 3, {"state": {}, "param_groups": [{"lr": 1, "params": [9, 9, 9]}]}])
+def test_error_of_a_state_that_does_not_fit_names_the_file(tmp_path, state):
+    torch.save({"model": _Tiny().state_dict(), "optimizer": state}, tmp_path / "a.pth")
+    model = _Tiny()
+    checkpointer = DetectionCheckpointer(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="state of 'optimizer' in checkpoint file .*a.pth cannot be loaded"):
+        checkpointer.load(str(tmp_path / "a.pth"))

@@ -14,6 +14,7 @@ from torch import nn
 
 from detlib.checkpoint import Checkpointer, DetectionCheckpointer
 from detlib.checkpoint.formats import CheckpointError, read_checkpoint, write_checkpoint
+from detlib.utils.logger import setup_logger
 
 
 def small_model():
@@ -358,3 +359,95 @@ assert model.p7[0] == 7
         ratio = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         # Less than the file itself would mean that the measurement is wrong.
         assert 0.9 < ratio < 1.3, f"{name}: {ratio:.2f}"
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["module.", "model.", "detector.", "_orig_mod.", "ema.", "module.model.", "model._orig_mod.detector."],
+)
+def test_prefix_of_all_names_is_removed_where_the_model_has_the_rest(tmp_path, caplog, prefix):
+    model = small_model()
+    state = {f"{prefix}{name}": value for name, value in model.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "a.ckpt")
+    other = changed(small_model())
+    info, _, report = logged(caplog, other, str(tmp_path / "a.ckpt"))
+    assert equal(model, other) and not report.renamed
+    assert f"Removed the prefix '{prefix}'" in info and "All 4 parameters" in info
+
+
+def test_prefix_is_kept_where_the_model_has_it(tmp_path):
+    inner = small_model()
+    model = nn.ModuleDict({"model": inner})
+    torch.save({"model": model.state_dict()}, tmp_path / "a.pth")
+    other = nn.ModuleDict({"model": changed(small_model())})
+    DetectionCheckpointer(other).load(str(tmp_path / "a.pth"))
+    assert equal(model, other)
+    # Not all names have the prefix.
+    torch.save({"model": inner.state_dict() | {"model.x": torch.ones(1)}}, tmp_path / "a.pth")
+    checkpointer = DetectionCheckpointer(changed(inner))
+    checkpointer.load(str(tmp_path / "a.pth"))
+    assert len(checkpointer.report.loaded) == 4 and checkpointer.report.unexpected_keys == ["model.x"]
+
+
+def test_averaged_model_of_torch_is_read(tmp_path):
+    model = small_model()
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    torch.save(averaged.state_dict(), tmp_path / "a.pth")
+    other = changed(small_model())
+    DetectionCheckpointer(other).load(str(tmp_path / "a.pth"))
+    assert equal(model, other)
+
+
+def test_values_that_are_not_finite_are_reported(tmp_path, caplog):
+    state = small_model().state_dict()
+    state["head.bias"][1] = float("nan")
+    state["backbone.bias"][1] = float("inf")
+    torch.save({"model": state}, tmp_path / "a.pth")
+    _, warning, _ = logged(caplog, small_model(), str(tmp_path / "a.pth"))
+    assert "2 of the loaded parameters and buffers have values that are NaN or infinite" in warning
+    assert "backbone.bias, head.bias" in warning
+    _, warning, _ = logged(caplog, small_model(), str(tmp_path / "a.pth?matching_heuristics=True"))
+    assert "head.bias" in warning
+
+
+def test_infinite_values_are_not_reported_where_the_model_has_them(tmp_path, caplog):
+    model = small_model()
+    model.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
+    torch.save({"model": model.state_dict()}, tmp_path / "a.pth")
+    assert logged(caplog, model, str(tmp_path / "a.pth"))[1] == ""
+
+
+def test_arrays_that_are_not_real_numbers_fail(tmp_path):
+    def fails(value, message):
+        path = tmp_path / "a.pkl"
+        path.write_bytes(pickle.dumps({"model": as_arrays(small_model()) | {"head.bias": value}}))
+        with pytest.raises(ValueError, match=f"a.pkl cannot be loaded: .*'head.bias' .*{message}"):
+            DetectionCheckpointer(small_model()).load(str(path))
+
+    fails(np.zeros(2, np.complex64), "complex type torch.complex64")
+    fails(np.array(["a", "b"]), "type <U1, which is not a number")
+    fails([1.0], "is a list, not an array")
+
+
+def test_big_endian_arrays_are_read(tmp_path):
+    model = small_model()
+    arrays = {name: value.astype(">f4") for name, value in as_arrays(model).items()}
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"model": arrays}))
+    other = changed(small_model())
+    DetectionCheckpointer(other).load(str(tmp_path / "a.pkl"))
+    assert equal(model, other)
+
+
+def test_long_report_is_complete_in_the_log_file_and_short_on_the_console(tmp_path, capsys):
+    model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(40)])
+    torch.save({"model": {f"{i}.weight": torch.ones(2, 2) for i in range(20)}}, tmp_path / "a.pth")
+    log = setup_logger(str(tmp_path), name="detlib")
+    try:
+        DetectionCheckpointer(model).load(str(tmp_path / "a.pth"))
+    finally:
+        for handler in list(log.handlers):
+            log.removeHandler(handler)
+    console, file = capsys.readouterr().out, (tmp_path / "log.txt").read_text()
+    assert "39.{bias, weight}" in file and "  19.bias" in file and "more lines" not in file
+    assert "39.{bias, weight}" not in console and "  ... and 33 more lines in the log file" in console
+    assert console.count("\n") < 25 < file.count("\n")

@@ -97,7 +97,9 @@ def ranges(server):
 
 
 def leftovers(path):
-    return sorted(p.name for p in path.parent.iterdir() if p.name != path.name and p.suffix != ".lock")
+    return sorted(
+        p.name for p in path.parent.iterdir() if p.name != path.name and p.suffix not in (".lock", ".sha256")
+    )
 
 
 def test_existing_file_is_not_downloaded_again(server, tmp_path):
@@ -206,6 +208,30 @@ def test_wrong_checksum_raises_after_one_retry(server, tmp_path, name):
     with pytest.raises(DownloadError, match="different file under this name"):
         download(f"{server.url}/{name}", str(path))
     assert not path.exists() and not leftovers(path)
+
+
+@pytest.mark.parametrize("name", ["file.bin", f"model_final_{MD5[:6]}.pkl"])
+@pytest.mark.parametrize("change", ["cut", "changed"])
+def test_damaged_file_in_the_cache_is_downloaded_again(server, tmp_path, monkeypatch, caplog, name, change):
+    path = tmp_path / name
+    download(f"{server.url}/{name}", str(path))
+    damaged = CONTENT[:-1] if change == "cut" else b"x" + CONTENT[1:]
+    path.write_bytes(damaged)
+    os.utime(path, (1, 1))  # some file systems have a coarse clock
+    monkeypatch.setenv("DETLIB_OFFLINE", "1")
+    words = "bytes instead of 300000" if change == "cut" else "sum begins with"
+    with pytest.raises(DownloadError, match=f"{name} of .* is damaged: .*{words}.*DETLIB_OFFLINE"):
+        download(f"{server.url}/{name}", str(path))
+    assert path.read_bytes() == damaged and len(server.requests) == 1
+    monkeypatch.delenv("DETLIB_OFFLINE")
+    download(f"{server.url}/{name}", str(path))
+    assert path.read_bytes() == CONTENT and len(server.requests) == 2
+    # A file that was put there by hand has the checksum in its name only.
+    for file in tmp_path.iterdir():
+        file.unlink()
+    path.write_bytes(b"mine")
+    download(f"{server.url}/{name}", str(path))
+    assert path.read_bytes() == (b"mine" if name == "file.bin" else CONTENT)
 
 
 def test_offline_raises_unless_the_file_exists(server, tmp_path, monkeypatch):
