@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any, cast
 
+from detlib.config._targets import trust_target
 from detlib.config.instantiate import join_path
 from detlib.utils.registry import dotted_path
 
@@ -89,10 +90,12 @@ def _plain_mapping(value: Mapping, path: str, refused: list[str]) -> dict[str, A
 def _name(value: Any, path: str, refused: list[str]) -> str | None:
     """Return the dotted path of a class or function, or add it to `refused` if it has none."""
     try:
-        return dotted_path(value)
+        name = dotted_path(value)
     except ValueError as error:
         refused.append(f"{path} ({str(error).removesuffix('.')})")
         return None
+    trust_target(name)  # Python code put the object into the config
+    return name
 
 
 def as_python(cfg: Any, prefix: str) -> str:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from detlib.utils.registry import locate
+from detlib.config._targets import is_allowed, locate_target
 from detlib.utils.suggest import suggest
 
 __all__ = ["apply_override", "parse_override"]
@@ -224,9 +224,14 @@ def _check_key(node: Any, key: Any, text: str, path: list[str | int], *, may_be_
 def _arguments(target: Any) -> list[str]:
     """Return the argument names of a node's target, or an empty list if they cannot be found out."""
     if isinstance(target, str):
+        if not is_allowed(target):  # its module is not imported
+            return []
         try:
-            target = locate(target)
-        except ImportError:  # it may exist on another machine; `instantiate` reports it otherwise
+            target = locate_target(target)
+        except (
+            ImportError,
+            ValueError,
+        ):  # it may exist on another machine; `instantiate` reports it otherwise
             return []
     if not callable(target):
         return []

@@ -8,6 +8,7 @@ from typing import Any
 
 from yacs.config import CfgNode as _YacsNode
 
+from detlib.config._targets import locate_target
 from detlib.utils.registry import dotted_path, locate
 from detlib.utils.suggest import suggest
 
@@ -38,6 +39,7 @@ def instantiate(cfg: Any) -> Any:
         TypeError: if a target is not callable, or does not accept the arguments. The message lists similar
             names.
         ImportError: if the dotted path of a target does not exist.
+        ValueError: if the dotted path of a target is not below an allowed package, see `allow_packages`.
         Exception: any exception of a target, with a note that names the target and the path of its node.
     """
     return _build(cfg, _path_of(cfg))
@@ -82,6 +84,7 @@ def _build(cfg: Any, path: str) -> Any:
 def _call(node: Mapping[str, Any], path: str) -> Any:
     """Call the target of one node."""
     target = _find_target(node["_target_"], path)
+    by_name = target is locate and isinstance(node["_target_"], str)
     recursive = node.get("_recursive_", True)
     arguments = {
         key: _build(value, join_path(path, key)) if recursive else value
@@ -89,6 +92,8 @@ def _call(node: Mapping[str, Any], path: str) -> Any:
         if key not in ("_target_", "_partial_", "_recursive_")
     }
     positional = list(arguments.pop("_args_", ()))
+    if by_name:  # a class or function as a value
+        target = locate_target
     if node.get("_partial_", False):
         return partial(target, *positional, **arguments)
     try:
@@ -108,10 +113,12 @@ def _find_target(target: Any, path: str) -> Callable:
     target = _build(target, join_path(path, "_target_"))
     if isinstance(target, str):
         try:
-            target = locate(target)
+            target = locate_target(target)
         except ImportError as error:
             error.add_note(f"It is the _target_{_at(path)}")
             raise
+        except ValueError as error:
+            raise ValueError(f"_target_{_at(path)}: {error}") from error
     if not callable(target):
         raise TypeError(f"_target_{_at(path)} must be a callable or the dotted path of one, got {target!r}.")
     return target

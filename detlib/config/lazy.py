@@ -11,7 +11,8 @@ A lazy config file builds trees of `LazyCall` nodes, which `instantiate` turns i
     train.max_iter = 10000
 
 Such a file is a program that `LazyConfig.load` runs, so load only files that you trust. YAML files hold only
-data, and loading them runs no code.
+data, and loading them runs no code. `instantiate` calls what their nodes name by a dotted path, which must be
+below detlib, torch, torchvision or a package that you allow with `allow_packages`, also in overrides.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ import yaml
 from detlib.config._lazy_files import as_config, run_config_file
 from detlib.config._lazy_text import as_plain_data, as_python
 from detlib.config._override import apply_override
+from detlib.config._targets import trust_target
 from detlib.config._yaml import read_yaml
 from detlib.utils.atomic_write import write_bytes_atomically
 from detlib.utils.registry import dotted_path
@@ -55,6 +57,8 @@ class LazyCall:
         if not (callable(target) or isinstance(target, (str, Mapping))):
             raise TypeError(f"LazyCall takes a callable or the dotted path of one, got {target!r}.")
         self._target = target
+        if isinstance(target, str):
+            trust_target(target)
 
     def __call__(self, **kwargs: Any) -> Any:
         """Return the node for a call with these keyword arguments."""
@@ -62,7 +66,10 @@ class LazyCall:
 
         # OmegaConf would treat the dataclass itself as the schema of the node.
         is_dataclass = isinstance(self._target, type) and dataclasses.is_dataclass(self._target)
-        target = dotted_path(self._target) if is_dataclass else self._target
+        target = self._target
+        if is_dataclass:
+            target = dotted_path(target)
+            trust_target(target)
         content: dict = {**kwargs, "_target_": target}
         return DictConfig(content=content, flags={"allow_objects": True})
 

@@ -1,12 +1,14 @@
 """Tests of `instantiate`."""
 
 import functools
+import os
+import sys
 
 import pytest
 from omegaconf import OmegaConf
 from torch import nn
 
-from detlib.config import CfgNode, LazyCall, instantiate
+from detlib.config import CfgNode, LazyCall, LazyConfig, _targets, allow_packages, instantiate
 from detlib.layers import ShapeSpec
 
 
@@ -101,3 +103,92 @@ def test_wrong_target_fails():
     assert "config path 'a'" in info.value.__notes__[0]
     with pytest.raises(TypeError, match="_target_ at config path 'a' must be a callable.*got 3"):
         instantiate({"a": {"_target_": 3}})
+
+
+HOSTILE = [
+    "os.system",
+    "builtins.eval",
+    "subprocess.call",
+    "torch.os.system",
+    "torch.sys.exit",
+    "torch.load",
+    "torch.hub.load",
+    "torch.serialization.load",
+    "torch.utils.cpp_extension.load",
+    "torch.ops.load_library",
+    "torch.jit.load",
+    "torch.storage.io.open",
+    "detlib.config.LazyConfig.load",
+    "detlib.config.lazy.LazyConfig.load",
+    "detlib.model_zoo.get_config",
+    "detlib.engine.launch",
+    "detlib.utils.registry.importlib.import_module",
+    "detlib.utils.file_io.os.remove",
+    "torchx.Model",
+]
+
+
+@pytest.mark.parametrize("target", HOSTILE)
+@pytest.mark.parametrize("form", ["yaml", "override", "located", "interpolation"])
+def test_dotted_path_outside_of_the_allowed_packages_is_refused(tmp_path, target, form):
+    path = tmp_path / "a.yaml"
+    if form == "override":
+        cfg = OmegaConf.create({"model": {"_target_": "torch.nn.ReLU"}})
+        LazyConfig.apply_overrides(cfg, [f"model._target_={target}"])
+    else:
+        node = {
+            "yaml": f"{{_target_: {target}}}",
+            "located": f"{{_target_: {{_target_: detlib.utils.registry.locate, name: {target}}}}}",
+            "interpolation": "{_target_: '${name}'}",
+        }[form]
+        path.write_text(f"name: {target}\nmodel: {node}\n")
+        cfg = LazyConfig.load(str(path))
+    with pytest.raises(ValueError, match="is refused"):
+        instantiate(cfg.model)
+
+
+def test_module_of_a_refused_target_is_not_imported(tmp_path, monkeypatch):
+    (tmp_path / "danger_zone.py").write_text("def f(x=1):\n    return x\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    cfg = OmegaConf.create({"model": {"_target_": "danger_zone.f"}})
+    with pytest.raises(KeyError, match=r"has no 'x'.*Write \+model.x=... to add it"):
+        LazyConfig.apply_overrides(cfg, ["model.x=3"])
+    with pytest.raises(
+        ValueError, match=r"at config path 'model': 'danger_zone.f' .*ALLOWED_PACKAGES=danger_zone"
+    ):
+        instantiate(cfg)
+    assert "danger_zone" not in sys.modules
+    monkeypatch.setenv("DETLIB_ALLOWED_PACKAGES", "other, danger_zone")
+    LazyConfig.apply_overrides(cfg, ["model.x=3"])
+    assert instantiate(cfg.model) == 3
+    monkeypatch.delenv("DETLIB_ALLOWED_PACKAGES")
+    monkeypatch.setattr(_targets, "_packages", set(_targets._packages))
+    allow_packages("danger_zone")
+    assert instantiate(cfg.model) == 3
+    with pytest.raises(ValueError, match="dotted path, got 'a b'"):
+        allow_packages("a b")
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "torch.nn.Linear",
+        "torch.relu",
+        "torch.nn.functional.gelu",
+        "torch.Tensor.view",
+        "torch.optim.SGD",
+        "torchvision.models.resnet18",
+        "detlib.modeling.FPN",
+        "fvcore.common.param_scheduler.CosineParamScheduler",
+        "builtins.dict",
+        "functools.partial",
+    ],
+)
+def test_allowed_targets_are_found(target):
+    assert callable(instantiate({"_target_": "detlib.utils.registry.locate", "name": target}))
+
+
+def test_paths_in_python_code_need_no_permission(monkeypatch):
+    monkeypatch.setattr(_targets, "_trusted", set())
+    assert instantiate(LazyCall("os.path.join")(_args_=["a", "b"])) == "a/b"
+    assert instantiate({"_target_": os.path.basename, "p": "a/b"}) == "b"
