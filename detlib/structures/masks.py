@@ -21,6 +21,8 @@ __all__ = [
     "BitMasks",
     "PolygonMasks",
     "ROIMasks",
+    "bounded_polygons",
+    "clip_polygon",
     "polygon_area",
     "polygons_to_bitmask",
     "rasterize_polygons_within_box",
@@ -28,6 +30,10 @@ __all__ = [
 
 # Size of the buffer in which `BitMasks.crop_and_resize` converts masks to floating point: 256 MiB.
 _MAX_FLOATS = 2**26
+# `bounded_polygons`: number of steps along its edges with which a polygon is rasterized without clipping, and
+# the largest coordinates with which clipping is exact enough.
+_FREE_STEPS = 2**21
+_FARTHEST = 1e12
 
 
 def polygon_area(x, y):
@@ -45,13 +51,95 @@ def polygons_to_bitmask(polygons: list[np.ndarray], height: int, width: int) -> 
 
     Returns:
         (height, width) bool array.
+
+    Raises:
+        ValueError: if a coordinate is NaN or infinite.
     """
     if len(polygons) == 0:
+        return np.zeros((height, width), dtype=bool)
+    polygons = bounded_polygons(polygons, height, width)
+    if len(polygons) == 0 or height * width == 0:
         return np.zeros((height, width), dtype=bool)
     import pycocotools.mask as mask_util
 
     rle = mask_util.merge(mask_util.frPyObjects(polygons, height, width))
     return mask_util.decode(rle).astype(bool)
+
+
+def bounded_polygons(polygons: list[np.ndarray], height: int, width: int) -> list[np.ndarray]:
+    """Clip polygons that reach far beyond an image, so that rasterizing them is safe and fast.
+
+    pycocotools walks along the edges in steps of a fifth of a pixel, and crashes on long ones. Polygons that
+    are inside the image, or not too far outside, are returned unchanged and keep their exact pixels.
+
+    Args:
+        polygons: flat coordinate vectors of at least 6 numbers.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
+
+    Returns:
+        The polygons, without those that do not touch the image.
+
+    Raises:
+        ValueError: if a coordinate is NaN or infinite.
+    """
+    bounded = []
+    margin = height + width + 1
+    for k, polygon in enumerate(polygons):
+        polygon = np.asarray(polygon, dtype=np.float64)
+        near = _FREE_STEPS + 5 * len(polygon) * margin
+        # The first comparison is fast and true for nearly all polygons.
+        if not np.abs(polygon).max() <= near / (5 * len(polygon)):
+            if not np.isfinite(polygon).all():
+                raise ValueError(f"Polygon {k} has coordinates that are NaN or infinite")
+            points = polygon.clip(-_FARTHEST, _FARTHEST).reshape(-1, 2)
+            edges = np.abs(np.diff(points, axis=0, append=points[:1]))
+            if 5 * edges.max(axis=1).sum() <= near:
+                bounded.append(polygon)
+                continue
+            polygon = clip_polygon(points, -margin, -margin, width + margin, height + margin).ravel()
+            if len(polygon) < 6:
+                continue
+        bounded.append(polygon)
+    return bounded
+
+
+def _clip_half_plane(points: np.ndarray, axis: int, limit: float, sign: int) -> np.ndarray:
+    """Do one step of Sutherland-Hodgman: clip a polygon to ``sign * (coordinate - limit) >= 0``."""
+    if len(points) == 0:
+        return points
+    distance = (points[:, axis] - limit) * sign
+    following, next_distance = np.roll(points, -1, axis=0), np.roll(distance, -1)
+    inside = distance >= 0
+    crosses = inside != (next_distance >= 0)
+    span = np.where(crosses, distance - next_distance, 1.0)
+    cuts = points + (distance / span)[:, None] * (following - points)
+    cuts[:, axis] = limit
+    candidates = np.stack([points, cuts], axis=1).reshape(-1, 2)
+    return candidates[np.stack([inside, crosses], axis=1).reshape(-1)]
+
+
+def clip_polygon(points: np.ndarray, x0: float, y0: float, x1: float, y1: float) -> np.ndarray:
+    """Clip a polygon to a rectangle (Sutherland and Hodgman, 1974).
+
+    A concave polygon that is cut into several parts remains one polygon, whose parts are joined by edges
+    along the border of the rectangle; area and rasterized mask equal those of the parts.
+
+    Args:
+        points: (P, 2) float, xy.
+        x0, y0, x1, y1: the rectangle.
+
+    Returns:
+        (Q, 2) float64 array; Q = 0 if the clipped polygon has no area.
+    """
+    points = np.array(points, dtype=np.float64).reshape(-1, 2)
+    for axis, limit, sign in ((0, x0, 1), (0, x1, -1), (1, y0, 1), (1, y1, -1)):
+        points = _clip_half_plane(points, axis, limit, sign)
+    if len(points) < 3:
+        return np.zeros((0, 2))
+    x, y = (points - points[0]).T
+    area = 0.5 * abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))
+    return points if area > 1e-9 else np.zeros((0, 2))
 
 
 def rasterize_polygons_within_box(
@@ -69,11 +157,20 @@ def rasterize_polygons_within_box(
 
     Returns:
         (M, M) bool tensor.
+
+    Raises:
+        ValueError: if the box or a polygon has coordinates that are NaN or infinite.
     """
     x0, y0, x1, y1 = np.asarray(box, dtype=np.float64)
+    if not np.isfinite([x0, y0, x1, y1]).all():
+        raise ValueError(f"The box of a mask must be finite, got {[x0, y0, x1, y1]}")
+    x0, y0, x1, y1 = np.clip([x0, y0, x1, y1], -_FARTHEST, _FARTHEST)
     # Boxes of zero width or height would make the scale infinite.
     scale = mask_size / np.maximum([x1 - x0, y1 - y0], 0.1)
-    moved = [((polygon.reshape(-1, 2) - (x0, y0)) * scale).ravel() for polygon in polygons]
+    moved = [
+        ((polygon.clip(-_FARTHEST, _FARTHEST).reshape(-1, 2) - (x0, y0)) * scale).ravel()
+        for polygon in polygons
+    ]
     return torch.from_numpy(polygons_to_bitmask(moved, mask_size, mask_size))
 
 
@@ -240,8 +337,8 @@ class PolygonMasks:
                 absolute pixels (tensor, array or list).
 
         Raises:
-            ValueError: the nesting is wrong, or a polygon has fewer than 6 or an odd number of
-                coordinates; the message names object and polygon.
+            ValueError: the nesting is wrong, a polygon has fewer than 6 or an odd number of coordinates, or
+                one is NaN or infinite; the message names object and polygon.
         """
         if not isinstance(polygons, (list, tuple)):
             raise ValueError(
@@ -364,6 +461,8 @@ def _to_polygons(polygons: Any, index: int) -> list[np.ndarray]:
                 f"Object {index}, polygon {k}: a polygon needs an even number of coordinates, at least 6, "
                 f"got {len(array)}"
             )
+        if not np.isfinite(array).all():
+            raise ValueError(f"Object {index}, polygon {k}: the coordinates must not be NaN or infinite")
         converted.append(array)
     return converted
 

@@ -7,7 +7,12 @@ import torch
 import torchvision
 
 from detlib.structures import BitMasks, Boxes, PolygonMasks, ROIMasks
-from detlib.structures.masks import polygon_area, polygons_to_bitmask, rasterize_polygons_within_box
+from detlib.structures.masks import (
+    bounded_polygons,
+    polygon_area,
+    polygons_to_bitmask,
+    rasterize_polygons_within_box,
+)
 from tests.builders import circle_polygon, random_boxes
 
 SQUARE = np.array([10.0, 20.0, 30.0, 20.0, 30.0, 50.0, 10.0, 50.0])
@@ -213,3 +218,70 @@ class TestROIMasks:
         assert len(masks.to("meta")) == 3
         with pytest.raises(ValueError, match=r"\(N, M, M\), got \(4, 4\)"):
             ROIMasks(torch.rand(4, 4))
+
+
+FAR = [1e5, 1e7, 1e9, 3e9, 1e18, 1e30, 1e308]
+
+
+class TestPolygonsFarOutsideOfTheImage:
+    @pytest.mark.parametrize("far", FAR)
+    def test_mask_is_that_of_a_nearby_polygon(self, far):
+        for shape in ([0, 0, 1, 0, 1, 1], [-1, -1, 1, -1, 1, 1, -1, 1], [1, 0, 0, 1, -1, 0, 0, -1]):
+            near, distant = (np.array(shape, np.float64) * size for size in (1000, far))
+            expected = polygons_to_bitmask([near], 50, 60)
+            np.testing.assert_array_equal(polygons_to_bitmask([distant], 50, 60), expected)
+            assert expected.any()
+        # One corner is far away, the other part of the polygon is not.
+        flat = [10.0, 20.0, far, 20.0, far, 30.0, 10.0, 30.0]
+        expected = np.zeros((50, 60), bool)
+        expected[20:30, 10:] = True
+        np.testing.assert_array_equal(polygons_to_bitmask([np.array(flat)], 50, 60), expected)
+
+    @pytest.mark.parametrize("far", FAR)
+    def test_polygon_that_does_not_touch_the_image_is_empty(self, far):
+        polygon = np.array([far, far, 1.1 * far, far, far, 1.1 * far])
+        assert not polygons_to_bitmask([polygon], 50, 60).any()
+        assert not polygons_to_bitmask([-polygon], 50, 60).any()
+
+    @pytest.mark.parametrize("far", FAR)
+    def test_crop_and_bit_mask(self, far):
+        masks = PolygonMasks([[[0, 0, far, 0, far, far]], [[-far, -far, far, -far, far, far, -far, far]]])
+        crops = masks.crop_and_resize(torch.tensor([[0.0, 0.0, 14.0, 14.0], [3.0, 3.0, 9.0, 9.0]]), 14)
+        near = [np.array([0.0, 0.0, 99.0, 0.0, 99.0, 99.0])]
+        assert np.array_equal(crops[0], polygons_to_bitmask(near, 14, 14)) and crops[1].all()
+        bits = BitMasks.from_polygon_masks(masks, 20, 30).tensor
+        assert np.array_equal(bits[0], polygons_to_bitmask(near, 20, 30)) and bits[1].all()
+
+    @pytest.mark.parametrize("far", FAR)
+    def test_huge_box_crops_to_an_almost_empty_mask(self, far):
+        masks = PolygonMasks([[SQUARE]])
+        for box in ([0, 0, far, far], [-far, -far, far, far], [far, far, 0, 0]):
+            crop = rasterize_polygons_within_box(masks.polygons[0], np.array(box), 14)
+            assert crop.shape == (14, 14) and crop.sum() <= 4
+
+    def test_many_long_edges_take_bounded_time(self):
+        zigzag = np.tile([-1e6, 0.0, 1e6, 9.0], 5000) + np.arange(20000) % 7
+        assert len(bounded_polygons([zigzag], 50, 60)[0]) < 50_000
+        assert np.abs(bounded_polygons([zigzag], 50, 60)[0]).max() <= 171
+
+    def test_large_polygons_near_the_image_are_unchanged(self):
+        rng = np.random.default_rng(0)
+        for polygon in (SQUARE, rng.uniform(-50, 150, 20_000), rng.uniform(-3e4, 3e4, 20)):
+            assert np.array_equal(bounded_polygons([polygon], 100, 100)[0], polygon)
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+    def test_coordinates_that_are_not_finite_fail(self, value):
+        polygon = np.array([0, 0, 9, 0, 9, value])
+        with pytest.raises(ValueError, match="Object 1, polygon 1: .* NaN or infinite"):
+            PolygonMasks([[SQUARE], [SQUARE, polygon]])
+        with pytest.raises(ValueError, match="Polygon 0 has coordinates that are NaN or infinite"):
+            polygons_to_bitmask([polygon], 20, 20)
+        with pytest.raises(ValueError, match="box of a mask must be finite"):
+            rasterize_polygons_within_box([SQUARE], np.array([0, 0, value, 9]), 14)
+
+    @pytest.mark.parametrize("far", FAR)
+    def test_bit_masks_and_roi_masks_accept_huge_boxes(self, far):
+        far = min(far, 1e30)
+        box = torch.tensor([[-far, -far, far, far]])
+        assert BitMasks(torch.ones(1, 20, 30)).crop_and_resize(box, 14).shape == (1, 14, 14)
+        assert ROIMasks(torch.ones(1, 14, 14)).to_bitmasks(box, 20, 30).tensor.all()

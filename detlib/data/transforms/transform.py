@@ -24,6 +24,7 @@ from PIL import Image
 
 from detlib.ops import resize_image
 from detlib.ops._library import has_native_kernel
+from detlib.structures.masks import clip_polygon
 
 __all__ = [
     "ColorTransform",
@@ -449,44 +450,6 @@ class PILColorTransform(ColorTransform):
 
     def apply_image(self, img: np.ndarray) -> np.ndarray:
         return np.asarray(self.op(Image.fromarray(img)))
-
-
-def _clip_half_plane(points: np.ndarray, axis: int, limit: float, sign: int) -> np.ndarray:
-    """Do one step of Sutherland-Hodgman: clip a polygon to ``sign * (coordinate - limit) >= 0``."""
-    if len(points) == 0:
-        return points
-    distance = (points[:, axis] - limit) * sign
-    following, next_distance = np.roll(points, -1, axis=0), np.roll(distance, -1)
-    inside = distance >= 0
-    crosses = inside != (next_distance >= 0)
-    span = np.where(crosses, distance - next_distance, 1.0)
-    cuts = points + (distance / span)[:, None] * (following - points)
-    cuts[:, axis] = limit
-    candidates = np.stack([points, cuts], axis=1).reshape(-1, 2)
-    return candidates[np.stack([inside, crosses], axis=1).reshape(-1)]
-
-
-def clip_polygon(points: np.ndarray, x0: float, y0: float, x1: float, y1: float) -> np.ndarray:
-    """Clip a polygon to a rectangle (Sutherland and Hodgman, 1974).
-
-    A concave polygon that is cut into several parts remains one polygon, whose parts are joined by edges
-    along the border of the rectangle; area and rasterized mask equal those of the parts.
-
-    Args:
-        points: (P, 2) float, xy.
-        x0, y0, x1, y1: the rectangle.
-
-    Returns:
-        (Q, 2) float64 array; Q = 0 if the clipped polygon has no area.
-    """
-    points = np.array(points, dtype=np.float64).reshape(-1, 2)
-    for axis, limit, sign in ((0, x0, 1), (0, x1, -1), (1, y0, 1), (1, y1, -1)):
-        points = _clip_half_plane(points, axis, limit, sign)
-    if len(points) < 3:
-        return np.zeros((0, 2))
-    x, y = (points - points[0]).T
-    area = 0.5 * abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))
-    return points if area > 1e-9 else np.zeros((0, 2))
 
 
 class CropTransform(fvt.CropTransform):
