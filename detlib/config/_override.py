@@ -138,6 +138,16 @@ def _scalar(text: str) -> Any:
 
 def apply_override(cfg: Any, text: str) -> None:
     """Apply one override to `cfg`, a DictConfig, in place. See `LazyConfig.apply_overrides`."""
+    from omegaconf.errors import GrammarParseError
+
+    try:
+        _apply(cfg, text)
+    except GrammarParseError as error:  # an interpolation
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{text!r}: the interpolation is not valid: {reason}.") from error
+
+
+def _apply(cfg: Any, text: str) -> None:
     from omegaconf import OmegaConf
 
     mark, path, value = parse_override(text)

@@ -13,6 +13,7 @@ from fvcore.transforms import transform as fvt
 from fvcore.transforms.transform import HFlipTransform, Transform, TransformList
 
 from detlib.data.catalog import MetadataCatalog
+from detlib.data.datasets.coco_rle import decode_rle
 from detlib.data.image_io import (
     ImageReadError,
     SizeMismatchError,
@@ -88,15 +89,6 @@ _POINTWISE = {
 }
 # These also clip polygons, which changes the number of points.
 _CROPS = {T.CropTransform, fvt.CropTransform}
-
-
-def decode_rle(rle: dict) -> np.ndarray:
-    """Return a COCO RLE (compressed, or with counts as a list) as an (H, W) uint8 array of 0 and 1."""
-    import pycocotools.mask as mask_util
-
-    if isinstance(rle["counts"], list):
-        rle = mask_util.frPyObjects(rle, *rle["size"])
-    return mask_util.decode(rle)
 
 
 def transform_instance_annotations(
@@ -420,9 +412,12 @@ def _to_masks(segmentations: list, image_size: tuple[int, int], mask_format: str
 
 
 def _to_bitmask(segmentation, image_size: tuple[int, int], index: int) -> np.ndarray:
-    if isinstance(segmentation, list):
-        return polygons_to_bitmask(segmentation, *image_size)
-    mask = decode_rle(segmentation) if isinstance(segmentation, dict) else segmentation
+    try:
+        if isinstance(segmentation, list):
+            return polygons_to_bitmask(segmentation, *image_size)
+        mask = decode_rle(segmentation) if isinstance(segmentation, dict) else segmentation
+    except ValueError as error:
+        raise ValueError(f"the mask of instance {index}: {error}") from error
     if not isinstance(mask, np.ndarray) or mask.ndim != 2:
         raise ValueError(
             f"the mask of instance {index} must be a list of polygons, an RLE dict or an (H, W) array, got "

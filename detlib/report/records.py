@@ -5,6 +5,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 from detlib.utils.file_io import PathManager
 
@@ -57,6 +58,8 @@ def parse_evaluation(name: str) -> EvaluationName | None:
         metric, of_class = "min(IoU, B-Iou)", found["metric"].partition(")")[2].removeprefix("-")
     return EvaluationName(found["dataset"] or "", found["task"], metric, of_class)
 
+
+_MAX_INTEGER = 2**63  # larger ones may be too large for a float
 
 Series = tuple[list[int], list[float]]
 
@@ -179,13 +182,19 @@ def read_records(path: str) -> Records:
 def _parse(line: str) -> tuple[int, dict[str, float]] | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(record, dict) or type(record.get("iteration")) is not int:
+        return None
+    if abs(record["iteration"]) > _MAX_INTEGER:
         return None
     scalars = {
         name: float(value)
         for name, value in record.items()
-        if name != "iteration" and isinstance(value, (int, float)) and not isinstance(value, bool)
+        if name != "iteration" and (isinstance(value, float) or _is_integer(value))
     }
     return record["iteration"], scalars
+
+
+def _is_integer(value: Any) -> bool:
+    return type(value) is int and abs(value) <= _MAX_INTEGER

@@ -354,3 +354,10 @@ def test_to_py_writes_assignments_and_calls():
         """
     )
     assert LazyConfig.to_py(cfg, prefix="").startswith("train.amp.enabled = False\n")
+
+
+def test_override_with_a_malformed_interpolation_is_named():
+    cfg = LazyConfig.apply_overrides(OmegaConf.create({"a": "${b}", "b": 1}), ["a=2"])
+    assert cfg.a == 2
+    with pytest.raises(ValueError, match=r"'a=\$\{\.\.b': the interpolation is not valid"):
+        LazyConfig.apply_overrides(OmegaConf.create({"a": "${b}", "b": 1}), ["a=${..b"])

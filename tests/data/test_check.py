@@ -1,5 +1,6 @@
 """One broken dataset for each kind of fault: what the checker reports, and what loaders do (docs/data.md)."""
 
+import io
 import json
 import re
 import subprocess
@@ -117,9 +118,16 @@ COCO = [
     ("bad-iscrowd", change("annotations.0.iscrowd", "0"), "annotation 1", "has iscrowd '0'"),
     ("mostly-crowd", change("annotations.0.iscrowd", 1), "ann.json", "kept"),
     ("bad-area", change("annotations.0.area", -3), "annotation 1", "kept"),
+    ("bad-area", change("annotations.0.area", 10**400), "annotation 1", "kept"),
+    ("category-broken", change("categories.0.id", 10**400), "ann.json", "integer as 'id'"),
+    ("image-wrong-type", change("images.1.id", 10**400), "'b.jpg'", "integer of up to 64 bits"),
+    ("size-mismatch", change("images.1.width", 10**400), "'b.jpg'", "above 0, up to 1000000"),
     ("bad-box", box(1, 2, 3), "annotation 1", r"has the bbox \[1, 2, 3\]"),
     ("bad-box", box(1, 2, "3", 4), "annotation 1", "has the bbox"),
-    ("box-not-finite", box(NAN, 2, 3, 4), "annotation 1", "has a box that is not finite"),
+    ("box-not-finite", box(NAN, 2, 3, 4), "annotation 1", "has a box that is not of finite"),
+    ("box-not-finite", box(1e9, 2, 3, 4), "annotation 1", "finite numbers up to 10000000"),
+    ("box-not-finite", box(10**400, 2, 3, 4), "annotation 1", "finite numbers up to 10000000"),
+    ("box-not-finite", box(1, 2, 1e308, 1e308), "annotation 1", "finite numbers up to 10000000"),
     ("box-no-area", box(1, 2, 0, 4), "annotation 1", "has a box without area"),
     ("box-no-area", box(9, 2, -4, 4), "annotation 1", "has a box without area"),
     ("box-outside", box(50, 2, 4, 4), "annotation 1", "kept"),
@@ -139,10 +147,14 @@ COCO = [
         "annotation 1",
         "polygon with values that are not finite",
     ),
+    ("polygon-not-finite", polygon(1e9, 1e9, 5, 5, -1e9, 5), "annotation 1", "polygon with values that"),
+    ("polygon-not-finite", polygon(1, 1, 5, 5, 10**400, 5), "annotation 1", "polygon with values that"),
     ("polygon-no-area", polygon(1, 1, 5, 1, 9, 1), "annotation 1", "left out"),
     ("polygon-sticks-out", polygon(2, 3, 10, 3, 2, 39), "annotation 1", "kept"),
     ("rle-broken", rle([30, 40], [610, 5, 580]), "annotation 3", "broken RLE mask: the runs cover 1195"),
     ("rle-broken", rle([30, 40], "~~~"), "annotation 3", "broken RLE mask"),
+    ("rle-broken", rle([30, 40], [10**400, 5]), "annotation 3", "broken RLE mask: a run is"),
+    ("rle-broken", rle([10**6, 10**6], [10**12]), "annotation 3", "broken RLE mask: the size is"),
     ("rle-wrong-size", rle([40, 30], [610, 5, 585]), "annotation 3", r"RLE mask of \[height, width\]"),
     ("rle-empty", rle([30, 40], [1200]), "annotation 3", "kept"),
     ("mask-box-mismatch", box(2, 3, 30, 20), "annotation 1", "kept"),
@@ -150,6 +162,7 @@ COCO = [
     ("keypoint-length", keypoints(1, 2, 2), "annotation 1", "has 1 keypoints, but its category names 2"),
     ("keypoint-length", keypoints(1, 2, 2, 4), "annotation 1", "not triples"),
     ("keypoint-not-finite", keypoints(1, NAN, 2, 0, 0, 0), "annotation 1", "not finite numbers"),
+    ("keypoint-not-finite", keypoints(1, 10**400, 2, 0, 0, 0), "annotation 1", "not finite numbers"),
     ("keypoint-visibility", keypoints(1, 2, 3, 0, 0, 0), "annotation 1", "kept"),
     ("keypoint-outside", keypoints(1, 2, 2, 90, 9, 2), "annotation 1", "kept"),
     ("keypoint-count", keypoints(1, 2, 2, 3, 3, 2, num_keypoints=1), "annotation 1", "kept"),
@@ -383,3 +396,43 @@ def test_command_runs_as_a_module(tmp_path):
     command = [sys.executable, "-m", "detlib.data.check", uri]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0 and "2 images, 2 annotations" in done.stdout and not done.stderr
+
+
+def test_deep_json_is_a_finding_and_an_error_of_the_loader(tmp_path):
+    uri = write_coco(tmp_path)
+    (tmp_path / "ann.json").write_text("[" * 100000 + "]" * 100000)
+    checked = check_dataset(uri)
+    assert [f.kind for f in checked.findings] == ["bad-file"] and "nested too deeply" in str(
+        checked.findings[0]
+    )
+    with pytest.raises(ValueError, match="ann.json.*nested too deeply"):
+        DatasetCatalog.get(uri)
+
+
+def test_sizes_beyond_every_image_are_found_without_reading_images(tmp_path):
+    for size in (10**400, 1e308, float("inf"), float("nan")):
+        content = coco_content()
+        content["images"][1]["width"] = size
+        checked = check_dataset(write_coco(tmp_path, content), images=False)
+        assert "image-wrong-type" in {f.kind for f in checked.findings}
+        assert [image["file_name"] for image in checked.repaired["images"]] == ["a.jpg"]
+
+
+def test_names_that_the_terminal_cannot_show_are_printed_escaped(tmp_path, monkeypatch):
+    content = coco_content()
+    content["categories"][0]["name"] = "owl \udcff"
+    uri = write_coco(tmp_path, content)
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr("sys.stdout", stream)
+    assert main([uri]) == 0
+    stream.flush()
+    assert b"owl \\udcff" in stream.buffer.getvalue()
+
+
+def test_null_characters_in_file_names_are_missing_images(tmp_path):
+    content = coco_content()
+    content["images"][1]["file_name"] = "b\0.jpg"
+    uri = write_coco(tmp_path, content)
+    assert "missing-image" in {f.kind for f in check_dataset(uri).findings}
+    with pytest.raises(ValueError, match="b.*jpg.*must be a path"):
+        use(uri)

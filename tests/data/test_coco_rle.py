@@ -37,6 +37,10 @@ def test_runs_equal_those_of_a_loop(shape, share):
     [
         ({"counts": [6]}, "the size is None"),
         ({"size": [2, 3.0], "counts": [6]}, r"the size is \[2, 3.0\]"),
+        ({"size": [2, 3], "counts": [-1, 7]}, "a run is shorter than 0"),
+        ({"size": [2, 3], "counts": [2**31, 6]}, "or longer than any mask"),
+        ({"size": [0, 3], "counts": []}, "both must be in 1"),
+        ({"size": [2**16, 2**16], "counts": [2**32]}, "below 2.31"),
         ({"size": [2, 3], "counts": [5]}, "cover 5 pixels, .* has 6"),
         ({"size": [2, 3], "counts": [8, -2]}, "shorter than 0"),
         ({"size": [2, 3], "counts": [2.5, 3.5]}, "not integers"),

@@ -189,6 +189,14 @@ def test_keypoints_by_config(record):
         ({"segmentation": 5}, "annotation 0 of image file .*a.png: segmentation of type int"),
         ({"segmentation": "delete"}, "a.png: 'segmentation' is missing in instance 0"),
         ({"segmentation": [[1, 2, 3]]}, "annotation 0 of image file .*a.png"),
+        (
+            {"segmentation": [[1, 2, 3, 4, 5, np.nan]]},
+            "a.png: Object 0, polygon 0: a coordinate is not finite",
+        ),
+        (
+            {"segmentation": [[1, 2, 3, 4, 5, 1e308]]},
+            "a.png: Object 0, polygon 0: a coordinate is not finite",
+        ),
     ],
 )
 def test_faulty_annotations_are_named(record, change, message):
@@ -199,6 +207,34 @@ def test_faulty_annotations_are_named(record, change, message):
         record["annotations"][0][key] = value
     with pytest.raises(ValueError, match=message):
         DatasetMapper(True, augmentations=[], image_format="RGB", use_instance_mask=True)(record)
+
+
+@pytest.mark.parametrize(
+    "segmentation, message",
+    [
+        ([[1, 2, 3, 4, 5, np.inf]], "not finite"),
+        ({"size": [20, 30], "counts": [-5, 605]}, "a run is shorter than 0"),
+        ({"size": [20, 30], "counts": "~~~~"}, "not valid compressed runs"),
+        ({"size": [20, 30], "counts": [10**30]}, "longer than any mask"),
+    ],
+)
+def test_masks_that_crash_native_code_are_named(record, segmentation, message):
+    record["annotations"][1]["segmentation"] = segmentation
+    mapper = DatasetMapper(
+        True, augmentations=[], image_format="RGB", use_instance_mask=True, instance_mask_format="bitmask"
+    )
+    with pytest.raises(ValueError, match=f"a.png: .*{message}"):
+        mapper(record)
+
+
+@pytest.mark.parametrize("mask_format", ["polygon", "bitmask"])
+def test_polygons_far_outside_the_image_are_cut_off(record, mask_format):
+    record["annotations"][0]["segmentation"] = [[-1e9, -1e9, 1e9, -1e9, 1e9, 1e9, -1e9, 1e9]]
+    mapper = DatasetMapper(
+        True, augmentations=[], image_format="RGB", use_instance_mask=True, instance_mask_format=mask_format
+    )
+    masks = mapper(record)["instances"].gt_masks
+    assert masks.crop_and_resize(torch.tensor([[2.0, 3, 12, 11], [0, 0, 9, 9]]), 28)[0].all()
 
 
 def test_wrong_size_is_named(record):

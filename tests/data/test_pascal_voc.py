@@ -106,6 +106,8 @@ def test_box_of_one_pixel_has_an_area_if_one_based(folder, caplog, monkeypatch):
         (xml(("owl", (5, 1, 4, 4))), "'owl' has a box without area"),
         (xml(("owl", (1, "x", 4, 4))), "'owl' has the box .*'x'"),
         ("<annotation><object><name>owl</name></object></annotation>", "'owl' has the box .*None"),
+        (xml(size="<size><width>inf</width><height>3</height></size>"), "the size is"),
+        (xml(size="<size><width>1e308</width><height>3</height></size>"), "must be at most 1000000"),
         (xml(size="<size><width>4px</width><height>3</height></size>"), "the size is"),
         ("<annotation>", "not valid XML"),
     ],

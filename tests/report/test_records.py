@@ -28,6 +28,14 @@ def test_truncated_lines_are_skipped(tmp_path):
     assert records.series("total_loss") == ([19, 39], [2.0 / 20, 2.0 / 40])
 
 
+def test_lines_that_no_number_type_holds_are_skipped(tmp_path):
+    huge = "1" + "0" * 400
+    lines = ["[" * 100000, f'{{"iteration": {huge}}}', f'{{"iteration": 3, "a": {huge}, "b": 2}}']
+    (tmp_path / "metrics.json").write_text("\n".join(lines) + "\n")
+    records = read_records(tmp_path / "metrics.json")
+    assert records.by_iteration == {3: {"b": 2.0}} and records.skipped_lines == [1, 2]
+
+
 def test_resumed_run_replaces_earlier_lines(tmp_path):
     first = [record(i, source=1) for i in (9, 19, 29, 39)]
     # Resumed from iteration 20 with another logging period; then killed and resumed again.

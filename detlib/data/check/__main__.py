@@ -92,13 +92,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _print(*lines: str) -> None:
+    """Print lines to standard output, whose encoding may lack characters of names and file paths."""
+    encoding = sys.stdout.encoding or "utf-8"
+    for line in lines:
+        print(line.encode(encoding, "backslashreplace").decode(encoding))
+
+
 def _write(checked: Checked, path: str) -> None:
     folder = os.path.dirname(path)
     if folder:
         PathManager.mkdirs(folder)
     with PathManager.open(path, "w") as file:
         file.write(json.dumps(checked.repaired))
-    print(f"The repaired dataset is in {path}; its URI is {coco_uri(path, checked.image_root)}")
+    _print(f"The repaired dataset is in {path}; its URI is {coco_uri(path, checked.image_root)}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -115,19 +122,18 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {message}", file=sys.stderr)
         return 2
     if checked.note:
-        print(checked.note)
+        _print(checked.note)
     limit = 0 if args.all else 20
-    for line in format_findings(checked, limit):
-        print(line)
+    _print(*format_findings(checked, limit))
     num_warnings = len(checked.findings) - checked.num_errors
-    print(f"\n{checked.num_images} images, {checked.num_annotations} annotations in {checked.file}")
+    _print(f"\n{checked.num_images} images, {checked.num_annotations} annotations in {checked.file}")
     if checked.findings:
-        print(f"\n{kind_table(checked)}")
+        _print(f"\n{kind_table(checked)}")
     if checked.repaired.get("categories"):
-        print(f"\nValid objects:\n{class_table(checked)}")
-    print(f"\n{checked.num_errors} errors, {num_warnings} warnings")
+        _print(f"\nValid objects:\n{class_table(checked)}")
+    _print(f"\n{checked.num_errors} errors, {num_warnings} warnings")
     if args.fix:
-        print("", *format_repairs(checked, limit), sep="\n")
+        _print("", *format_repairs(checked, limit))
         try:
             _write(checked, args.fix)
         except OSError as error:

@@ -6,11 +6,11 @@ it cannot be kept.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, cast
 
 from detlib.data.datasets.coco_rle import rle_runs
+from detlib.data.datasets.file_values import are_coordinates, is_coordinate
 
 __all__ = ["check_box", "check_keypoints", "check_segmentation"]
 
@@ -40,7 +40,7 @@ def check_box(annotation: dict, size: Size, report: Report) -> dict | None:
     if not isinstance(box, list) or len(box) not in (4, 5) or not all(map(is_number, box)):
         report("bad-box", f"the bbox is {box!r}", _DROP)
         return None
-    if not all(map(math.isfinite, box)):
+    if not are_coordinates(box):
         report("box-not-finite", f"the bbox is {box}", _DROP)
         return None
     if not (box[2] > 0 and box[3] > 0):
@@ -103,7 +103,7 @@ def check_segmentation(annotation: dict, size: Size, report: Report) -> dict | N
 def _polygon_fault(polygon: list) -> tuple[str, str]:
     """Return kind and detail of a polygon's fault; empty if there is none."""
     shown = f"{polygon[:8]}{'...' if len(polygon) > 8 else ''}"
-    if not all(is_number(value) and math.isfinite(value) for value in polygon):
+    if not all(map(is_coordinate, polygon)):
         return "polygon-not-finite", shown
     if len(polygon) % 2:
         return "polygon-odd", f"{len(polygon)} values: {shown}"
@@ -184,7 +184,7 @@ def check_keypoints(annotation: dict, size: Size, wanted: int | None, report: Re
         named = f", the category names {wanted} keypoints" if wanted else ""
         report("keypoint-length", f"{count} values{named}", _DROP)
         return None
-    if not all(is_number(value) and math.isfinite(value) for value in keypoints):
+    if not all(map(is_coordinate, keypoints)):
         report("keypoint-not-finite", f"{keypoints[:9]}", _DROP)
         return None
     keypoints = annotation["keypoints"] = list(keypoints)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import math
 import os
 import struct
 import sys
@@ -20,6 +19,7 @@ from PIL import Image
 
 from detlib.data.catalog import DatasetCatalog, MetadataCatalog, parse_dataset_uri
 from detlib.data.check.annotation_checks import check_box, check_keypoints, check_segmentation, is_number
+from detlib.data.datasets.file_values import MAX_COORDINATE, is_id, is_side
 from detlib.data.datasets.keypoint_names import check_keypoint_names
 from detlib.data.formats.base import FORMATS, ParsedURI
 from detlib.data.formats.findings import Finding, RawSet, raw_from_records
@@ -112,8 +112,8 @@ def _read_image_file(path: str) -> _ImageFile:
     try:
         with PathManager.open(path, "rb") as file:
             data = file.read()
-    except (FileNotFoundError, IsADirectoryError):
-        return _ImageFile("missing-image", f"{path} does not exist")
+    except (FileNotFoundError, IsADirectoryError, ValueError):  # the last for a null character
+        return _ImageFile("missing-image", f"{path!r} does not exist")
     except OSError as error:
         return _ImageFile("unreadable-image", f"{path}: {error}")
     checksum = (len(data), zlib.crc32(data))
@@ -196,7 +196,7 @@ class _Checker:
     def _check_categories(self, categories: list) -> None:
         names: dict[str, Any] = {}
         for category in categories:
-            valid = isinstance(category, dict) and type(category.get("id")) is int
+            valid = isinstance(category, dict) and is_id(category.get("id"), (int,))
             if not valid or not isinstance(category.get("name"), str):
                 self.raw.report("category-broken", f"{category!r}"[:200], action="category dropped")
                 continue
@@ -225,8 +225,7 @@ class _Checker:
                 self.raw.report("image-broken", f"{detail} has no id or no file name", action=_DROP_IMAGE)
                 continue
             name, key = str(image["file_name"]), _key(image["id"])
-            id_is_valid = isinstance(image["id"], int | str) and not isinstance(image["id"], bool)
-            if not isinstance(image["file_name"], str) or not id_is_valid:
+            if not isinstance(image["file_name"], str) or not is_id(image["id"]):
                 detail = f"the id is {image['id']!r}, the file name {image['file_name']!r}"
                 self.raw.report("image-wrong-type", detail, image=name, action=_DROP_IMAGE)
                 self.all_images.add(key)
@@ -291,7 +290,7 @@ class _Checker:
         if None in stated:
             if self.raw.states_sizes and name not in self.reported:
                 self.raw.report("image-broken", detail, image=name, action=action)
-        elif not all(is_number(number) and float(number).is_integer() for number in stated):
+        elif not all(is_number(number) and (number <= 0 or is_side(number)) for number in stated):
             self.raw.report("image-wrong-type", detail, image=name, action=action)
         else:
             self.raw.report("image-size-not-positive", detail, image=name, action=action)
@@ -300,7 +299,7 @@ class _Checker:
         """Drop images whose size is still invalid, as no image file was read."""
         for key, image in list(self.images.items()):
             stated: tuple[Any, Any] = image.get("width"), image.get("height")
-            if all(is_number(number) and float(number).is_integer() and number > 0 for number in stated):
+            if all(map(is_side, stated)):
                 image["width"], image["height"] = map(int, stated)
             else:
                 self._report_size(image, _DROP_IMAGE)
@@ -384,7 +383,7 @@ class _Checker:
     def _check_area(self, annotation: dict, report: Any) -> None:
         box_area = annotation["bbox"][2] * annotation["bbox"][3]
         area = annotation.setdefault("area", box_area)
-        if not is_number(area) or not math.isfinite(area) or area <= 0:
+        if not is_number(area) or not 0 < area <= MAX_COORDINATE**2:
             report("bad-area", f"the area is {area!r}", "set to the area of the box")
             annotation["area"] = box_area
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from detlib.data.catalog import DatasetCatalog, Metadata, MetadataCatalog
 from detlib.data.datasets.coco_reader import CocoReader
+from detlib.data.datasets.file_values import is_id, read_json
 from detlib.structures import BoxMode
 from detlib.utils.file_io import PathManager
 
@@ -76,11 +77,7 @@ def read_coco_json(json_file: str) -> dict:
     path = PathManager.get_local_path(json_file)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"Annotation file {json_file!r} does not exist.")
-    with open(path, "rb") as file:
-        try:
-            coco = json.loads(file.read())  # from bytes, it also reads UTF-16 and byte order marks
-        except ValueError as error:
-            raise ValueError(f"Annotation file {json_file!r} is not valid JSON: {error}") from error
+    coco = read_json(json_file, local=path)
     if not isinstance(coco, dict):
         raise ValueError(
             f"Annotation file {json_file!r} must hold a JSON object with 'images', 'annotations' and "
@@ -173,7 +170,7 @@ def read_categories(categories: list[dict], json_file: str) -> tuple[list[str], 
     for category in categories:
         if "id" not in category or "name" not in category:
             raise ValueError(f"{json_file}: category {category!r} has no 'id' or no 'name'.")
-        if type(category["id"]) is not int or not isinstance(category["name"], str):
+        if not is_id(category["id"], (int,)) or not isinstance(category["name"], str):
             raise ValueError(
                 f"{json_file}: category {category!r} must have an integer as 'id' and a string as 'name'."
             )

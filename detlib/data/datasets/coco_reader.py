@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections import Counter
 from typing import Any, cast
 
 from detlib.data.datasets.coco_rle import rle_runs
+from detlib.data.datasets.file_values import (
+    MAX_COORDINATE,
+    MAX_SIDE,
+    are_coordinates,
+    is_id,
+    is_path,
+    is_side,
+)
 from detlib.data.datasets.image_paths import ImageFinder
 from detlib.structures import BoxMode
 from detlib.utils.file_io import PathManager
@@ -16,6 +23,8 @@ from detlib.utils.file_io import PathManager
 __all__ = ["CocoReader"]
 
 logger = logging.getLogger(__name__)
+
+_COORDINATES = f"finite numbers up to {MAX_COORDINATE}"
 
 
 class CocoReader:
@@ -46,9 +55,9 @@ class CocoReader:
         self.image_root = image_root
         self.coco = coco
         self.id_map = id_map
-        self.category_ids = {category.get("id") for category in coco["categories"]}
+        self.category_ids = {_key(category.get("id")) for category in coco["categories"]}
         self.num_keypoints = {
-            category.get("id"): len(category["keypoints"])
+            _key(category.get("id")): len(category["keypoints"])
             for category in coco["categories"]
             if isinstance(category.get("keypoints"), list)
         }
@@ -104,16 +113,17 @@ class CocoReader:
                 f"{self.json_file}: image {image.get('file_name', image.get('id'))!r} has no "
                 f"{' and no '.join(map(repr, missing))}."
             )
-        if not isinstance(image["file_name"], str) or not isinstance(image["id"], int | float | str):
+        valid_id = is_id(image["id"], (int, float, str, bool))  # `_check_ids` refuses float and bool
+        if not is_path(image["file_name"]) or not valid_id:
             raise ValueError(
                 f"{self.json_file}: image {image['file_name']!r} has the id {image['id']!r}; the file name "
-                "must be a string, the id an integer or a string."
+                "must be a path, the id an integer of up to 64 bits or a string."
             )
         sizes = image["height"], image["width"]
-        if not all(_is_number(size) and size > 0 and float(size).is_integer() for size in sizes):
+        if not all(map(is_side, sizes)):
             raise ValueError(
                 f"{self.json_file}: image {image['file_name']!r} has width {image['width']!r} and height "
-                f"{image['height']!r}; both must be integers above 0."
+                f"{image['height']!r}; both must be integers above 0, up to {MAX_SIDE}."
             )
         path = os.path.join(self.image_root, image["file_name"])
         if self._search or "\\" in image["file_name"] or os.path.isabs(image["file_name"]):
@@ -164,8 +174,8 @@ class CocoReader:
         keypoints = annotation["keypoints"]
         if not isinstance(keypoints, list) or len(keypoints) % 3:
             raise self._error(record, annotation, "has keypoints that are not triples of x, y, visibility")
-        if not _all_finite(keypoints):
-            raise self._error(record, annotation, "has keypoints that are not finite numbers")
+        if not are_coordinates(keypoints):
+            raise self._error(record, annotation, f"has keypoints that are not {_COORDINATES}")
         wanted = self.num_keypoints.get(annotation["category_id"])
         if keypoints and wanted and len(keypoints) != 3 * wanted:
             raise self._error(
@@ -185,8 +195,8 @@ class CocoReader:
                 "height, angle in degrees] for a rotated box",
             )
         if box[2] > 0 and box[3] > 0:
-            if not _all_finite(box):
-                raise self._error(record, annotation, f"has a box that is not finite: {box}")
+            if not are_coordinates(box):
+                raise self._error(record, annotation, f"has a box that is not of {_COORDINATES}: {box}")
             return True
         if self.empty_boxes == "error":
             raise self._error(
@@ -206,8 +216,8 @@ class CocoReader:
             raise self._error(
                 record, annotation, "has a segmentation that is neither polygons nor an RLE mask"
             )
-        if not all(map(_all_finite, segmentation)):
-            raise self._error(record, annotation, "has a polygon with values that are not finite numbers")
+        if not all(map(are_coordinates, segmentation)):
+            raise self._error(record, annotation, f"has a polygon with values that are not {_COORDINATES}")
         return [p for p in segmentation if len(p) % 2 == 0 and len(p) >= 6 and _has_extent(p)]
 
     def _rle(self, record: dict, annotation: dict) -> dict:
@@ -243,14 +253,6 @@ def _key(value: Any) -> Any:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _all_finite(values: list) -> bool:
-    """Return whether all values are finite numbers. The built-in sum is many times faster than a loop."""
-    try:
-        return math.isfinite(sum(values))
-    except TypeError:
-        return False
 
 
 def _has_extent(polygon: list[float]) -> bool:

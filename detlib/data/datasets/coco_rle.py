@@ -11,7 +11,11 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["rle_runs"]
+from detlib.data.datasets.file_values import MAX_SIDE, is_side
+
+__all__ = ["decode_rle", "rle_runs"]
+
+_MAX_PIXELS = 2**31  # pycocotools counts in 32 bits
 
 
 def rle_runs(rle: Any) -> np.ndarray:
@@ -29,9 +33,13 @@ def rle_runs(rle: Any) -> np.ndarray:
     size, counts = rle.get("size"), rle.get("counts")
     if not isinstance(size, list | tuple) or [type(number) for number in size] != [int, int]:
         raise ValueError(f"the size is {size!r}, not [height, width]")
+    if not all(map(is_side, size)) or size[0] * size[1] >= _MAX_PIXELS:
+        raise ValueError(f"the size is {size}; both must be in 1..{MAX_SIDE}, and their product below 2^31")
     if isinstance(counts, list):
         if not all(type(number) is int for number in counts):
             raise ValueError("the counts are not integers")
+        if not all(0 <= number < _MAX_PIXELS for number in counts):
+            raise ValueError("a run is shorter than 0 or longer than any mask")
         runs = np.asarray(counts, dtype=np.int64)
     elif isinstance(counts, str | bytes):
         runs = _decompress(counts)
@@ -61,3 +69,18 @@ def _decompress(counts: str | bytes) -> np.ndarray:
     values[1::2] = np.cumsum(values[1::2])
     values[2::2] = np.cumsum(values[2::2])
     return values
+
+
+def decode_rle(rle: dict) -> np.ndarray:
+    """Return a COCO RLE (compressed, or with counts as a list) as an (H, W) uint8 array of 0 and 1.
+
+    Raises:
+        ValueError: it is malformed, which would crash pycocotools.
+    """
+    import pycocotools.mask as mask_util
+
+    rle_runs(rle)
+
+    if isinstance(rle["counts"], list):
+        rle = mask_util.frPyObjects(rle, *rle["size"])
+    return mask_util.decode(rle)

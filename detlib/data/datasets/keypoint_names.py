@@ -57,6 +57,11 @@ def keypoint_metadata(categories: list[dict], json_file: str) -> dict[str, Any]:
     pairs = left_right_pairs(names)
     warn_of_no_pairs(names, pairs, f"{json_file} has no keypoints named left and right")
     skeleton = category.get("skeleton") or []
+    if not isinstance(skeleton, list):
+        raise ValueError(
+            f"{json_file}: category {category['name']!r}: 'skeleton' must be a list of pairs, not "
+            f"{skeleton!r}."
+        )
     valid = [line for line in skeleton if _is_connection(line, len(names))]
     if len(valid) < len(skeleton):
         logger.warning(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import math
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from typing import cast
 
 from detlib.data.catalog import DatasetCatalog, MetadataCatalog
+from detlib.data.datasets.file_values import MAX_COORDINATE, MAX_SIDE, are_coordinates
 from detlib.data.datasets.voc_layout import IMAGE_SUFFIXES, find_voc_split, parse_xml
 from detlib.data.image_io import read_image_size
 from detlib.structures import BoxMode
@@ -141,8 +141,10 @@ def _image_size(root: ElementTree.Element, xml_file: str, image_file: str) -> tu
     texts = [root.findtext("size/width"), root.findtext("size/height")]
     try:
         width, height = (int(float(text)) if text else 0 for text in texts)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:  # the latter for infinity
         raise ValueError(f"{xml_file}: the size is {texts}, not two numbers.") from error
+    if max(width, height) > MAX_SIDE:
+        raise ValueError(f"{xml_file}: the size is {texts}; width and height must be at most {MAX_SIDE}.")
     if width > 0 and height > 0:
         return width, height
     return read_image_size(image_file)
@@ -167,8 +169,10 @@ def _read_object(
         box = [float(cast(str, text)) for text in texts]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{xml_file}: object {name!r} has the box {texts}, not four numbers.") from error
-    if not all(map(math.isfinite, box)):
-        raise ValueError(f"{xml_file}: object {name!r} has a box that is not finite: {texts}.")
+    if not are_coordinates(box):
+        raise ValueError(
+            f"{xml_file}: object {name!r} has a box that is not finite or beyond {MAX_COORDINATE}: {texts}."
+        )
     is_inverted = box[2] < box[0] or box[3] < box[1]
     if is_inverted and empty_boxes == "error":
         raise ValueError(

@@ -82,7 +82,7 @@ def without_root_category(coco: dict) -> dict:
     annotations.
     """
     categories = coco.get("categories") or []
-    parents = {category.get("supercategory") for category in categories if category.get("id") != 0}
+    parents = [category.get("supercategory") for category in categories if category.get("id") != 0]
     root = [
         category
         for category in categories

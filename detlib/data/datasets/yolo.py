@@ -8,7 +8,6 @@ points, they are oriented boxes. Coordinates are normalized by the size of the i
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -16,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from detlib.data.catalog import DatasetCatalog, MetadataCatalog
+from detlib.data.datasets.file_values import MAX_COORDINATE, are_coordinates
 from detlib.data.datasets.keypoint_names import left_right_pairs, warn_of_no_pairs
 from detlib.data.datasets.rotated_corners import fit_rotated_box
 from detlib.data.datasets.yolo_labels import LabelFinder, find_labels, label_file_of
@@ -292,8 +292,8 @@ def row_to_annotation(words: list[str], size: tuple[int, int], config: YoloConfi
         values = [float(word) for word in words[1:]]
     except ValueError as error:
         raise ValueError(f"{where}: {error}.") from error
-    if not all(map(math.isfinite, values)):
-        raise ValueError(f"{where}: a value is not finite.")
+    if not are_coordinates(values):
+        raise ValueError(f"{where}: a value is not finite, or beyond {MAX_COORDINATE}.")
     width, height = size
     annotation: dict[str, Any] = {"category_id": class_index, "bbox_mode": BoxMode.XYXY_ABS}
     if config.kpt_shape is not None:

@@ -16,6 +16,7 @@ from detlib.data.datasets.coco import (
     read_categories,
     read_coco_json,
 )
+from detlib.data.datasets.file_values import read_json
 from detlib.data.datasets.image_paths import split_path
 from detlib.data.datasets.keypoint_names import keypoint_metadata, left_right_pairs
 from detlib.data.datasets.lvis import with_lvis_path
@@ -103,10 +104,9 @@ def read_raw_coco(json_file: str, image_root: str) -> RawSet:
     """Read an annotation file for the checker. Its content is not checked."""
     raw = RawSet(json_file, image_root)
     try:
-        with PathManager.open(json_file, "rb") as file:
-            content = json.loads(file.read())
+        content = read_json(json_file)
     except ValueError as error:
-        raw.report("bad-file", f"not valid JSON: {error}")
+        raw.report("bad-file", str(error))
         return raw
     if not isinstance(content, dict):
         raw.report("bad-file", f"must hold a JSON object, not a {type(content).__name__}")

@@ -18,12 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 from typing import Any
 
+from detlib.data.datasets.file_values import MAX_FILE_BYTES
 from detlib.data.datasets.image_paths import ImageFinder
 from detlib.data.datasets.voc_layout import IMAGE_SUFFIXES
 from detlib.data.formats.base import EMPTY_BOXES, Candidate, Format, register_format
 from detlib.data.formats.findings import RawSet
 from detlib.data.formats.objects import (
-    MAX_FILE_BYTES,
     DrawnObject,
     DrawnURI,
     RawSetBuilder,

@@ -21,15 +21,13 @@ from typing import Any
 
 import numpy as np
 
+from detlib.data.datasets.file_values import MAX_COORDINATE, MAX_PIXELS, MAX_SIDE
 from detlib.data.datasets.image_paths import ImageFinder
 from detlib.data.datasets.rotated_corners import corners, normalize_angle
 from detlib.data.datasets.voc_layout import parse_xml
 from detlib.data.formats.base import EMPTY_BOXES, Candidate, Format, register_format
 from detlib.data.formats.findings import RawSet
 from detlib.data.formats.objects import (
-    MAX_COORDINATE,
-    MAX_PIXELS,
-    MAX_SIDE,
     ROTATED_BOXES,
     DrawnObject,
     DrawnURI,

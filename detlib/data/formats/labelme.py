@@ -29,13 +29,12 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 
+from detlib.data.datasets.file_values import MAX_FILE_BYTES, MAX_PIXELS, MAX_SIDE, read_json
 from detlib.data.datasets.voc_layout import IMAGE_SUFFIXES
 from detlib.data.datasets.yolo_layout import join_path
 from detlib.data.formats.base import CROWD, EMPTY_BOXES, Candidate, Format, register_format
 from detlib.data.formats.findings import RawSet
 from detlib.data.formats.objects import (
-    MAX_PIXELS,
-    MAX_SIDE,
     DrawnObject,
     DrawnURI,
     RawSetBuilder,
@@ -43,7 +42,6 @@ from detlib.data.formats.objects import (
     check_points,
     find_split_folder,
     read_class_list,
-    read_json,
     subfolders,
 )
 from detlib.data.formats.writing import ConversionSource, write_text
@@ -163,7 +161,7 @@ def read_labelme_file(file: str) -> dict:
     Raises:
         ValueError: It is too large, not JSON, or has no list of shapes.
     """
-    content = read_json(file)
+    content = read_json(file, max_bytes=MAX_FILE_BYTES)
     if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
         raise ValueError(f"Annotation file {file!r} is not in labelme's format: it has no list 'shapes'.")
     return content

@@ -6,7 +6,6 @@ loads what such a reader returns, so that loader and checker read a file in the 
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from detlib.data.datasets.file_values import MAX_COORDINATE, MAX_PIXELS
 from detlib.data.datasets.rotated_corners import RotatedBox
 from detlib.data.datasets.voc_layout import IMAGE_SUFFIXES, read_lines
 from detlib.data.formats.base import ParsedURI, URIOption
@@ -26,10 +26,6 @@ from detlib.structures import BoxMode
 from detlib.utils.file_io import PathManager
 
 __all__ = [
-    "MAX_COORDINATE",
-    "MAX_FILE_BYTES",
-    "MAX_PIXELS",
-    "MAX_SIDE",
     "ROTATED_BOXES",
     "DrawnObject",
     "DrawnURI",
@@ -38,17 +34,11 @@ __all__ = [
     "check_points",
     "find_split_folder",
     "read_class_list",
-    "read_json",
     "subfolders",
 ]
 
 logger = logging.getLogger(__name__)
 
-# Bounds on what a file may state, so that the work on it is bounded by its size.
-MAX_COORDINATE = 10**7
-MAX_SIDE = 10**6
-MAX_FILE_BYTES = 2**30
-MAX_PIXELS = 2**28  # of an image with masks: these are decoded at the size of the image
 _ELLIPSE_POINTS = 64
 _SPLIT_ALIASES = {"val": ("valid", "validation"), "valid": ("val",), "validation": ("valid", "val")}
 # Files that are not asked whether they are folders, which is slow in an object store.
@@ -378,19 +368,3 @@ def read_class_list(dirname: str) -> list[str]:
     path = os.path.join(dirname, "labels.txt")
     lines = read_lines(path) if PathManager.isfile(path) else []
     return [name for name in dict.fromkeys(lines) if name not in _NOT_CLASSES]
-
-
-def read_json(file: str) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        ValueError: It is too large, or not JSON.
-    """
-    with PathManager.open(file, "rb") as opened:
-        data = opened.read(MAX_FILE_BYTES + 1)
-    if len(data) > MAX_FILE_BYTES:
-        raise ValueError(f"Annotation file {file!r} has more than {MAX_FILE_BYTES} bytes.")
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"Annotation file {file!r} is not valid JSON: {error}") from error

@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 from typing import Any
 
+from detlib.data.datasets.file_values import MAX_FILE_BYTES, read_json
 from detlib.data.datasets.image_paths import ImageFinder
 from detlib.data.formats.base import EMPTY_BOXES, Candidate, Format, URIOption, register_format
 from detlib.data.formats.findings import RawSet
@@ -31,7 +32,6 @@ from detlib.data.formats.objects import (
     ShapeError,
     find_split_folder,
     read_class_list,
-    read_json,
     subfolders,
 )
 from detlib.data.image_io import read_image_size
@@ -152,7 +152,7 @@ def read_via_file(file: str) -> dict[str, dict]:
     Raises:
         ValueError: The file is not JSON, or is not VIA's.
     """
-    content = read_json(file)
+    content = read_json(file, max_bytes=MAX_FILE_BYTES)
     table = content.get("_via_img_metadata", content) if isinstance(content, dict) else None
     if not isinstance(table, dict) or not all(
         isinstance(entry, dict) and isinstance(entry.get("filename"), str) and "regions" in entry
@@ -242,6 +242,8 @@ def _add_regions(builder: RawSetBuilder, file: str, entry: dict, image: dict, at
                 value = _attributes(region).get(attribute)
                 detail = f"has no single class in {attribute!r}: {value!r}"
                 raise ShapeError("annotation-broken", detail[:200])
+            if not isinstance(region, dict):
+                raise ShapeError("annotation-broken", f"is a {type(region).__name__}")
             found = DrawnObject(label, location)
             _add_shape(found, region.get("shape_attributes"))
             builder.add_object(image, found, location)

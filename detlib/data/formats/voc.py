@@ -170,11 +170,11 @@ def _read_size(raw: RawSet, root: ElementTree.Element, xml_file: str, image: dic
         raw.report("image-without-size", "the image's own size is used", **where)
         return
     try:
-        width, height = (float(text or 0) for text in texts)
-    except ValueError:
+        width, height = (int(float(text or 0)) for text in texts)
+    except (ValueError, OverflowError):  # the latter for infinity
         raw.report("image-wrong-type", f"the size is {texts}", **where)
         return
-    image["width"], image["height"] = int(width), int(height)
+    image["width"], image["height"] = width, height
 
 
 def _read_objects(

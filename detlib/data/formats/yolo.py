@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import yaml
 
 from detlib.data.catalog import Metadata
+from detlib.data.datasets.file_values import MAX_COORDINATE, are_coordinates
 from detlib.data.datasets.yolo import (
     SLACK,
     has_oriented_boxes,
@@ -223,9 +223,9 @@ def _fault(words: list[str], config: YoloConfig) -> tuple[str, str]:
             return "keypoint-length", f"{num + 1} values, but kpt_shape {config.kpt_shape} needs {wanted + 1}"
     elif num != 4 and (num < 6 or num % 2):
         return "bad-label-line", f"{num + 1} values; there must be 5, or a class and at least 3 points"
-    if not all(map(math.isfinite, values)):
+    if not are_coordinates(values):
         bad = "polygon-not-finite" if num != 4 and config.kpt_shape is None else "box-not-finite"
-        return bad, f"{line!r} has a value that is not finite"
+        return bad, f"{line!r} has a value that is not finite, or beyond {MAX_COORDINATE}"
     coordinates = values[1:5] if config.kpt_shape is not None else values[1:]
     if not all(-SLACK <= value <= 1 + SLACK for value in coordinates):
         return "not-normalized", f"not all of {line!r} are in 0..1; are these pixels?"

@@ -212,3 +212,11 @@ def test_conversion_to_coco_keeps_the_objects(tmp_path):
     )
     before = load(uri)
     assert load(convert_dataset(uri, "coco", f"{tmp_path}/out")) == before
+
+
+def test_regions_that_are_not_objects_are_named_in_a_dataset_with_one_class(tmp_path):
+    uri = write_via(tmp_path, region(TRIANGLE), "region", [1])
+    found = [f for f in check_dataset(uri).findings if f.kind == "annotation-broken"]
+    assert [f.annotation for f in found] == ["a.jpg, region 2 (object)", "a.jpg, region 3 (object)"]
+    with pytest.raises(ValueError, match="via_region_data.json.*region 2.*is a str"):
+        DatasetCatalog.get(uri)
