@@ -191,11 +191,7 @@ def test_keypoints_by_config(record):
         ({"segmentation": [[1, 2, 3]]}, "annotation 0 of image file .*a.png"),
         (
             {"segmentation": [[1, 2, 3, 4, 5, np.nan]]},
-            "a.png: Object 0, polygon 0: a coordinate is not finite",
-        ),
-        (
-            {"segmentation": [[1, 2, 3, 4, 5, 1e308]]},
-            "a.png: Object 0, polygon 0: a coordinate is not finite",
+            "a.png: Object 0, polygon 0: .* NaN or infinite",
         ),
     ],
 )
@@ -212,7 +208,7 @@ def test_faulty_annotations_are_named(record, change, message):
 @pytest.mark.parametrize(
     "segmentation, message",
     [
-        ([[1, 2, 3, 4, 5, np.inf]], "not finite"),
+        ([[1, 2, 3, 4, 5, np.inf]], "NaN or infinite"),
         ({"size": [20, 30], "counts": [-5, 605]}, "a run is shorter than 0"),
         ({"size": [20, 30], "counts": "~~~~"}, "not valid compressed runs"),
         ({"size": [20, 30], "counts": [10**30]}, "longer than any mask"),
