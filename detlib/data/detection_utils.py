@@ -13,7 +13,6 @@ from fvcore.transforms import transform as fvt
 from fvcore.transforms.transform import HFlipTransform, Transform, TransformList
 
 from detlib.data.catalog import MetadataCatalog
-from detlib.data.datasets.coco_rle import decode_rle
 from detlib.data.image_io import (
     ImageReadError,
     SizeMismatchError,
@@ -45,6 +44,7 @@ from detlib.structures import (
     RotatedBoxes,
     polygons_to_bitmask,
 )
+from detlib.structures.rle import decode_rle
 
 __all__ = [
     "ImageReadError",

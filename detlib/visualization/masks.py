@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from detlib.structures import BitMasks, PolygonMasks, polygons_to_bitmask
+from detlib.structures.rle import decode_rle
 
 __all__ = ["GenericMask", "PanopticSegments", "find_contours", "to_generic_masks"]
 
@@ -102,17 +103,13 @@ def to_generic_masks(masks: Any, height: int, width: int) -> list[GenericMask]:
 
 
 def _decode_run_lengths(rle: dict, height: int, width: int) -> np.ndarray:
-    import pycocotools.mask as mask_util
-
     if "counts" not in rle or "size" not in rle:
         raise ValueError(f'A run-length encoded mask needs "counts" and "size", got {sorted(rle)}')
     if tuple(rle["size"]) != (height, width):
         raise ValueError(
             f"The mask must have the image size {(height, width)} (H, W), got size {tuple(rle['size'])}"
         )
-    if isinstance(rle["counts"], list):
-        rle = mask_util.frPyObjects(rle, height, width)
-    return mask_util.decode(rle)
+    return decode_rle({"size": [int(height), int(width)], "counts": rle["counts"]})
 
 
 class PanopticSegments:

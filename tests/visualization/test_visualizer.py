@@ -352,6 +352,11 @@ class TestDatasetDict:
 
 
 class TestParts:
+    @pytest.mark.parametrize("counts", [[5], [10**9], [-5, 3005], [10**400], b"\xff\xff", "zzzz"])
+    def test_malformed_rle_fails(self, counts):
+        with pytest.raises(ValueError, match="run|counts"):
+            GenericMask({"size": [50, 60], "counts": counts}, 50, 60)
+
     def test_generic_mask(self):
         square = [np.array([10.0, 10.0, 30.0, 10.0, 30.0, 40.0, 10.0, 40.0])]
         mask = GenericMask(square, 60, 50)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
-from detlib.data.datasets.coco_rle import rle_runs
 from detlib.data.datasets.file_values import are_coordinates, is_coordinate
+from detlib.structures.rle import rle_runs
 
 __all__ = ["check_box", "check_keypoints", "check_segmentation"]
 

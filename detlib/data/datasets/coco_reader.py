@@ -7,7 +7,6 @@ import os
 from collections import Counter
 from typing import Any, cast
 
-from detlib.data.datasets.coco_rle import rle_runs
 from detlib.data.datasets.file_values import (
     MAX_COORDINATE,
     MAX_SIDE,
@@ -18,6 +17,7 @@ from detlib.data.datasets.file_values import (
 )
 from detlib.data.datasets.image_paths import ImageFinder
 from detlib.structures import BoxMode
+from detlib.structures.rle import rle_runs
 from detlib.utils.file_io import PathManager
 
 __all__ = ["CocoReader"]

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from detlib.data.datasets.file_values import MAX_SIDE, is_side
-
 __all__ = ["decode_rle", "rle_runs"]
 
+_MAX_SIDE = 10**6
 _MAX_PIXELS = 2**31  # pycocotools counts in 32 bits
 
 
@@ -33,8 +32,8 @@ def rle_runs(rle: Any) -> np.ndarray:
     size, counts = rle.get("size"), rle.get("counts")
     if not isinstance(size, list | tuple) or [type(number) for number in size] != [int, int]:
         raise ValueError(f"the size is {size!r}, not [height, width]")
-    if not all(map(is_side, size)) or size[0] * size[1] >= _MAX_PIXELS:
-        raise ValueError(f"the size is {size}; both must be in 1..{MAX_SIDE}, and their product below 2^31")
+    if not all(1 <= side <= _MAX_SIDE for side in size) or size[0] * size[1] >= _MAX_PIXELS:
+        raise ValueError(f"the size is {size}; both must be in 1..{_MAX_SIDE}, and their product below 2^31")
     if isinstance(counts, list):
         if not all(type(number) is int for number in counts):
             raise ValueError("the counts are not integers")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as mask_utils
 
-from detlib.data.datasets.coco_rle import rle_runs
+from detlib.structures.rle import rle_runs
 
 
 def runs_of(mask):
