@@ -31,11 +31,16 @@ from detlib.engine import (
     launch,
 )
 from detlib.engine.checks import check_datasets, check_weights
-from detlib.engine.distributed.environment import should_resume
+from detlib.engine.distributed.environment import info_from_environment, should_resume
 from detlib.engine.distributed.slurm import submit
 from detlib.engine.ema import load_for_inference
 from detlib.engine.hooks.visualization import write_prediction_images
 from detlib.engine.options import RunSettings
+from detlib.engine.output_folder import (
+    OutputFolderInUseError,
+    check_output_folder,
+    lock_output_folder,
+)
 from detlib.evaluation import verify_results
 from detlib.report import write_report
 from detlib.utils import comm
@@ -69,8 +74,16 @@ def log_results(results: Mapping, title: str = "Results") -> None:
 def main(args: Namespace) -> Mapping | None:
     """Train or evaluate. Every process runs this function."""
     cfg = make_config(args)
-    default_setup(cfg, args)
     settings = RunSettings.from_config(cfg)
+    if args.eval_only:
+        return _run_here(cfg, args, settings)
+    # Before the setup, which writes the config and the log.
+    with lock_output_folder(settings.output_dir):
+        return _run_here(cfg, args, settings)
+
+
+def _run_here(cfg: CfgNode | Mapping[str, Any], args: Namespace, settings: RunSettings) -> Mapping | None:
+    default_setup(cfg, args)
     is_yaml = isinstance(cfg, CfgNode)
     trainer_class = DefaultTrainer if is_yaml else LazyTrainer
     if args.eval_only:
@@ -117,6 +130,12 @@ def run_as_job(args: Namespace, argv: list[str], settings: RunSettings) -> None:
     print(f"Submitted job {job.job_id}; its logs go to {job.paths.folder}")
 
 
+def writes_output(args: Namespace) -> bool:
+    """Return whether this process or one that it starts is the main process."""
+    info = info_from_environment()
+    return args.machine_rank == 0 and (info is None or info.rank == 0)
+
+
 def run(argv: list[str] | None = None) -> None:
     """Parse the command line and start the processes."""
     argv = sys.argv[1:] if argv is None else argv
@@ -130,6 +149,8 @@ def run(argv: list[str] | None = None) -> None:
         check_weights(cfg)
         if args.slurm:
             return run_as_job(args, argv, settings)
+        if writes_output(args):
+            check_output_folder(settings.output_dir, is_for_training=not args.eval_only)
     except (ImportError, OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
         fail(error.args[0] if isinstance(error, KeyError) and error.args else error, 2)
     try:
@@ -142,7 +163,7 @@ def run(argv: list[str] | None = None) -> None:
             args=(args,),
             timeout=datetime.timedelta(seconds=settings.timeout),
         )
-    except ProcessFailedError as error:
+    except (OutputFolderInUseError, ProcessFailedError) as error:
         fail(error, 1)
 
 

@@ -26,6 +26,7 @@ from detlib.engine.divergence import learning_rate_advice
 from detlib.engine.ema import EMA_ENTRY, WeightAverage
 from detlib.engine.freezing import freeze_by_name
 from detlib.engine.options import RunSettings
+from detlib.engine.output_folder import lock_output_folder
 from detlib.engine.resume_state import gather_process_state, load_process_state
 from detlib.engine.train_loop import AMPTrainer, HookBase, SimpleTrainer, TrainerBase
 from detlib.engine.validation import validation_results
@@ -350,8 +351,11 @@ class ConfigTrainer(TrainerBase):
 
         Raises:
             FloatingPointError: if a loss becomes infinite or NaN.
+            OutputFolderInUseError: if another process trains in the output folder.
+            OSError: if the output folder cannot be written to.
         """
-        super().train(self.start_iter, self.max_iter)
+        with lock_output_folder(self.output_dir):
+            super().train(self.start_iter, self.max_iter)
         return cast(dict, self._last_eval_results) if comm.is_main_process() else None
 
     def before_train(self) -> None:

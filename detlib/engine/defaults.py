@@ -20,6 +20,7 @@ from detlib.engine.distributed.ddp import create_ddp_model
 from detlib.engine.distributed.slurm import add_slurm_arguments
 from detlib.engine.ema import load_for_inference
 from detlib.engine.options import RunSettings
+from detlib.engine.output_folder import check_output_folder
 from detlib.evaluation.test_time_augmentation import GeneralizedRCNNWithTTA
 from detlib.modeling import build_model
 from detlib.utils import comm
@@ -121,12 +122,17 @@ def default_setup(cfg: CfgNode | Mapping[str, Any], args: Any) -> None:
             The number of classes of a CfgNode is set from the training data, unless the config sets it
             (see `detlib.engine.checks.set_num_classes`).
         args: the parsed command line. It is logged, and its ``eval_only`` is used.
+
+    Raises:
+        OSError: if the output folder cannot be written to.
+        OutputFolderInUseError: if another process trains in it, unless ``args.eval_only`` is set.
     """
     from detlib.utils.collect_env import collect_env_info  # slow to import, and only needed here
 
     settings = RunSettings.from_config(cfg)
     output_dir = settings.output_dir
     if comm.is_main_process() and output_dir:
+        check_output_folder(output_dir, is_for_training=not getattr(args, "eval_only", False))
         PathManager.mkdirs(output_dir)
     rank = comm.get_rank()
     setup_logger(output_dir, distributed_rank=rank, name="fvcore")

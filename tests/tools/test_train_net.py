@@ -79,6 +79,21 @@ def test_config_error_prints_one_line_and_exits_with_2(script, tmp_path, capsys,
     assert not (tmp_path / "out").exists()
 
 
+def test_output_folder_that_is_a_file_or_in_use_prints_one_line(script, tmp_path, capsys):
+    config, out = _write_config(tmp_path), tmp_path / "out"
+    out.write_text("")
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    (locked / ".training_lock").write_text('{"host": "node7", "pid": 12, "processes": 1}')
+    for folder, message in ((out, "must be a folder"), (locked, "process 12 on host node7")):
+        with pytest.raises(SystemExit) as stop:
+            script.run(["--config-file", config, "OUTPUT_DIR", str(folder)])
+        assert stop.value.code == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 and "OUTPUT_DIR" in lines[0] and message in lines[0]
+    assert len(list(locked.iterdir())) == 1
+
+
 def test_script_runs_as_a_program():
     result = subprocess.run(
         [sys.executable, str(_SCRIPT), "--config-file", "/no/such.yaml"],
