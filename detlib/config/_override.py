@@ -45,10 +45,13 @@ def parse_value(text: str) -> Any:
     ``${..num_classes}``.
 
     Raises:
-        ValueError: if a bracket or quote is not closed.
+        ValueError: if a bracket or quote is not closed, or brackets are nested too deeply.
     """
     reader = _Reader(text)
-    value = reader.value(ends="")
+    try:
+        value = reader.value(ends="")
+    except RecursionError as error:
+        raise ValueError(f"The value {text[:40]!r} ... is nested too deeply.") from error
     if reader.rest():  # such as "[a] b" or "'a' b", which only begins like a list or a quoted string
         return text.strip()
     return value
@@ -132,7 +135,10 @@ def _scalar(text: str) -> Any:
         except ValueError:
             return float(text)
     if re.fullmatch(r"[-+]?0[xXoObB]\w+", text):
-        return ast.literal_eval(text)
+        try:
+            return ast.literal_eval(text)
+        except (SyntaxError, ValueError):  # "0b12" is a text
+            return text
     return text
 
 

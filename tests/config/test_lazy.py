@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from detlib.config import LazyCall, LazyConfig, instantiate
+from detlib.config._override import parse_value
 from detlib.layers import ShapeSpec
 
 
@@ -231,6 +232,15 @@ class TestOverrides:
         LazyConfig.apply_overrides(cfg, [f"a={text}"])
         got = OmegaConf.to_container(cfg, resolve=False)["a"]
         assert got == value and type(got) is type(value)
+
+    @pytest.mark.parametrize("text", ["0b12", "0xg", "0o9", "+0x_"])
+    def test_text_that_only_begins_like_a_number_is_a_text(self, text):
+        assert parse_value(text) == text
+
+    @pytest.mark.parametrize("text", ["[" * 5000, "{a: " * 5000])
+    def test_value_that_is_nested_too_deeply_fails(self, text):
+        with pytest.raises(ValueError, match="nested too deeply"):
+            parse_value(text)
 
     def test_path_syntax(self, cfg):
         result = LazyConfig.apply_overrides(
