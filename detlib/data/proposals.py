@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from fvcore.transforms.transform import Transform
 
+from detlib.data.datasets.file_values import MAX_COORDINATE, is_id
 from detlib.structures import Boxes, BoxMode, Instances, RotatedBoxes
 from detlib.utils.file_io import PathManager
 from detlib.utils.safe_pickle import load_plain_pickle
@@ -119,21 +120,58 @@ def _read(proposal_file: str) -> tuple[Sequence, Sequence, Sequence, BoxMode]:
             f"{proposal_file} is not a proposal file: it must have {', '.join(_KEYS)}, but has {found}."
         )
     ids, boxes, logits = (content[key] for key in _KEYS)
+    mode = _box_mode(proposal_file, content.get("bbox_mode", BoxMode.XYXY_ABS))
     _check_lengths(proposal_file, ids, boxes, logits)
-    mode = BoxMode(int(content.get("bbox_mode", BoxMode.XYXY_ABS)))
-    return [i.item() if isinstance(i, np.generic) else i for i in ids], boxes, logits, mode
+    ids = [i.item() if isinstance(i, np.generic) else i for i in ids]
+    columns = 5 if mode == BoxMode.XYWHA_ABS else 4
+    for image_id, image_boxes, image_logits in zip(ids, boxes, logits):
+        _check_image(proposal_file, image_id, image_boxes, image_logits, columns)
+    return ids, boxes, logits, mode
+
+
+def _box_mode(proposal_file: str, value: Any) -> BoxMode:
+    try:
+        return BoxMode(int(value))
+    except (TypeError, ValueError, OverflowError) as error:
+        legal = ", ".join(f"{mode.value} ({mode.name})" for mode in BoxMode)
+        raise ValueError(f"{proposal_file}: bbox_mode must be one of {legal}, not {value!r:.100}.") from error
 
 
 def _check_lengths(proposal_file: str, ids: Any, boxes: Any, logits: Any) -> None:
+    for key, values in zip(_KEYS, (ids, boxes, logits)):
+        if not isinstance(values, list | tuple | np.ndarray) or getattr(values, "ndim", 1) == 0:
+            raise ValueError(
+                f"{proposal_file}: {key!r} must be a list with one entry for each image, not a "
+                f"{type(values).__name__}."
+            )
     if not len(ids) == len(boxes) == len(logits):
         raise ValueError(
             f"{proposal_file}: ids, boxes and objectness_logits must have one entry for each image, but have "
             f"{len(ids)}, {len(boxes)} and {len(logits)}."
         )
-    for image_id, image_boxes, image_logits in zip(ids, boxes, logits):
-        shape = np.shape(image_boxes)
-        if len(shape) != 2 or shape[1] not in (4, 5) or np.shape(image_logits) != shape[:1]:
-            raise ValueError(
-                f"{proposal_file}: image {image_id!r} has boxes of shape {shape} and logits of shape "
-                f"{np.shape(image_logits)}; they must be (P, 4) or (P, 5), and (P,)."
-            )
+
+
+def _check_image(proposal_file: str, image_id: Any, boxes: Any, logits: Any, columns: int) -> None:
+    """Check the proposals of an image: (P, `columns`) boxes and (P,) logits of finite numbers."""
+    if not is_id(image_id):
+        raise ValueError(
+            f"{proposal_file}: image ids must be strings or integers of up to 64 bits, not a "
+            f"{type(image_id).__name__}."
+        )
+    found = f"{proposal_file}: image {image_id!r} has"
+    try:
+        boxes, logits = np.asarray(boxes), np.asarray(logits)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{found} boxes or logits that are not arrays: {error}.") from error
+    if boxes.ndim != 2 or boxes.shape[1] not in (4, 5) or logits.shape != boxes.shape[:1]:
+        raise ValueError(
+            f"{found} boxes of shape {boxes.shape} and logits of shape {logits.shape}; they must be (P, 4) "
+            "or (P, 5), and (P,)."
+        )
+    if boxes.shape[1] != columns:
+        raise ValueError(f"{found} boxes of {boxes.shape[1]} numbers; in its bbox_mode they have {columns}.")
+    # The comparison is False for NaN.
+    if boxes.dtype.kind not in "iuf" or not (np.abs(boxes) <= MAX_COORDINATE).all():
+        raise ValueError(f"{found} boxes with values that are not finite numbers up to {MAX_COORDINATE}.")
+    if logits.dtype.kind not in "iuf" or np.isnan(logits).any():
+        raise ValueError(f"{found} logits that are not numbers.")

@@ -86,11 +86,25 @@ class Evil:
             {**CONTENT, "boxes": [np.zeros(4)] * 3},
             r"'a' has boxes of shape \(4,\) and logits .*\(2,\)",
         ),
+        ({**CONTENT, "ids": 7}, "'ids' must be a list with one entry for each image, not a int"),
+        ({**CONTENT, "ids": ["a", 7, None]}, "image ids must be strings or integers .*, not a NoneType"),
+        ({**CONTENT, "ids": ["a", 7, 10**400]}, "image ids must be strings or integers of up to 64 bits"),
+        ({**CONTENT, "boxes": [[[1, 2], [3]]] * 3}, "'a' has boxes or logits that are not arrays"),
+        (
+            {**CONTENT, "boxes": [np.full((2, 4), np.nan)] * 3},
+            "'a' has boxes with values that are not finite",
+        ),
+        ({**CONTENT, "boxes": [np.full((2, 4), 1e308)] * 3}, "finite numbers up to 10000000"),
+        ({**CONTENT, "boxes": [np.full((2, 4), "x")] * 3}, "'a' has boxes with values that are not finite"),
+        ({**CONTENT, "boxes": [np.zeros((2, 5))] * 3}, "'a' has boxes of 5 numbers; in its bbox_mode .* 4"),
+        ({**CONTENT, "objectness_logits": [np.full(2, np.nan)] * 3}, "'a' has logits that are not numbers"),
+        ({**CONTENT, "bbox_mode": [1]}, r"bbox_mode must be one of 0 \(XYXY_ABS\), .*, not \[1\]"),
+        ({**CONTENT, "bbox_mode": 77}, "bbox_mode must be one of .*, not 77"),
         (Evil(), "is not a proposal file: it imports 'builtins.print', which is refused"),
     ],
 )
 def test_bad_files(tmp_path, content, message, capsys):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"proposals.pkl.*{message}"):
         load(write(tmp_path, content))
     assert "executed" not in capsys.readouterr().out
 

@@ -1,8 +1,10 @@
 """Seeded mutations of small valid files. Each function takes bytes and a generator, and returns bytes."""
 
 import json
+import pickle
 import re
 
+import numpy as np
 import yaml
 
 # Values as they are written in JSON. Each has brought down a reader at some time.
@@ -83,7 +85,7 @@ _TEXT_VALUES = [
     "1, " * 2000 + "1",
 ]
 _YAML_VALUES = [
-    *(v for v in _JSON_VALUES if len(v) < 20000),
+    *(v for v in _JSON_VALUES if len(v) < 6000),
     *(
         "&a [*a]",
         "*undefined",
@@ -105,7 +107,7 @@ _YAML_VALUES = [
         ".nan",
         ".inf",
     ),
-    "[" * 3000 + "]" * 3000,
+    "[" * 300 + "]" * 300,
     "&a [x,x,x,x,x,x,x,x,x]",
     "[&a [x,x,x,x,x,x,x,x,x], &b [*a,*a,*a,*a,*a,*a,*a,*a,*a], &c [*b,*b,*b,*b,*b,*b,*b,*b,*b], "
     "&d [*c,*c,*c,*c,*c,*c,*c,*c,*c], &e [*d,*d,*d,*d,*d,*d,*d,*d,*d], &f [*e,*e,*e,*e,*e,*e,*e,*e,*e], "
@@ -247,3 +249,40 @@ def mutate_yaml_text(data, rng):
     word = rng.choice([*re.finditer(r"(?<=: )[^\s{\[][^,}\]\n]*|(?<=[\[{,] )[^,:}\]\n]+|\w+(?=:)", text)])
     text = text[: word.start()] + rng.choice(_YAML_VALUES) + text[word.end() :]
     return text.encode("utf-8", "surrogatepass")
+
+
+_OBJECTS = [
+    *(None, True, -1, 0, 10**400, 2**63, 1e308, float("nan"), 1j, "", "1", "\ud800", b"\xff"),
+    *([], {}, (), [[]], [1], {"a": 1}, np.zeros(0), np.zeros((3, 5)), np.array(3), np.array(["x", "y"])),
+    *(np.full((1, 4), np.nan), np.full((3, 4), 1e308), np.full((1, 4), 2**62), np.zeros((2, 3, 4))),
+    *(np.zeros((3, 4), dtype=complex), np.int64(-1), np.float32("inf")),
+]
+
+
+def mutate_pickle(data, rng):
+    """Unpickle, replace or drop a value, and pickle again; sometimes change bytes instead."""
+    if rng.random() < 0.4:
+        return mutate_bytes(data, rng)
+    value = pickle.loads(data)
+    for _ in range(rng.choice([1, 1, 2])):
+        container = rng.choice(_containers(value))
+        key = rng.choice([*container]) if isinstance(container, dict) else rng.randrange(len(container))
+        kind = rng.randrange(8)
+        if kind == 0:
+            del container[key]
+        elif kind == 1 and isinstance(container, dict):
+            container[rng.choice(["", 1, None, ("a",), "a" * 999])] = container.pop(key)
+        else:
+            container[key] = rng.choice(_OBJECTS)
+        if not value:
+            break
+    return pickle.dumps(value, protocol=rng.choice([0, 2, 4]))
+
+
+def mutate_safetensors(data, rng):
+    """Change a value of the JSON header; sometimes change bytes instead."""
+    if rng.random() < 0.4:
+        return mutate_bytes(data, rng)
+    size = int.from_bytes(data[:8], "little")
+    header = mutate_json(data[8 : 8 + size], rng)
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]

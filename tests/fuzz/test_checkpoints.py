@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from detlib.checkpoint.formats import read_checkpoint
-from detlib.data.proposals import load_proposals_into_dataset
+from detlib.data.proposals import load_proposals_into_dataset, transform_proposals
+from detlib.data.transforms import HFlipTransform
 from tests.fuzz import mutations
 from tests.fuzz.engine import Target, fuzz_tests
 
@@ -54,14 +55,19 @@ def _read(name):
 
 
 def _load_proposals(folder):
-    load_proposals_into_dataset([{"image_id": 1}, {"image_id": 2}], os.path.join(folder, "proposals.pkl"))
+    """Load proposals and transform them as the mapper does."""
+    path = os.path.join(folder, "proposals.pkl")
+    for record in load_proposals_into_dataset([{"image_id": 1}, {"image_id": 2}], path):
+        transform_proposals(record, (20, 30), HFlipTransform(30), proposal_topk=100)
+        boxes = record["proposals"].proposal_boxes.tensor
+        assert torch.isfinite(boxes).all()
 
 
 _BYTES = mutations.mutate_bytes
 TARGETS = [
     Target("pth", _write_pth, ("model.pth",), _BYTES, _read("model.pth"), 400),
     Target("legacy-pth", _write_legacy_pth, ("model.pth",), _BYTES, _read("model.pth"), 400),
-    Target("pkl", _write_pkl, ("model.pkl",), _BYTES, _read("model.pkl"), 400),
+    Target("pkl", _write_pkl, ("model.pkl",), mutations.mutate_pickle, _read("model.pkl"), 400),
     Target(
         "safetensors",
         _write_safetensors,
@@ -70,7 +76,7 @@ TARGETS = [
         _read("model.safetensors"),
         count=400,
     ),
-    Target("proposals", _write_proposals, ("proposals.pkl",), _BYTES, _load_proposals, 400),
+    Target("proposals", _write_proposals, ("proposals.pkl",), mutations.mutate_pickle, _load_proposals, 400),
 ]
 
 test_damaged_files_are_refused_or_read, test_damaged_files_for_five_minutes = fuzz_tests(TARGETS)
