@@ -17,6 +17,7 @@ below detlib, torch, torchvision or a package that you allow with `allow_package
 
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -33,6 +34,55 @@ from detlib.utils.registry import dotted_path
 from detlib.utils.suggest import suggest
 
 __all__ = ["LazyCall", "LazyConfig"]
+
+
+_REFERENCE = re.compile(r"\$\{([^${}]*)\}")
+# Number of values and characters that the interpolations of a YAML file may expand to.
+_MAX_EXPANDED = 1_000_000
+
+
+def _check_interpolations(tree: dict[str, Any], filename: str, num_characters: int) -> None:
+    """Raise a ValueError if values such as "${a}${a}" would double the size of a config again and again."""
+    sizes: dict[tuple, int] = {}
+    limit = _MAX_EXPANDED + 10 * num_characters
+
+    def find(path: tuple) -> Any:
+        value: Any = tree
+        for key in path:
+            value = value[int(key) if isinstance(value, list) else key]
+        return value
+
+    def size(path: tuple) -> int:
+        """Return the size of the value at a path with its interpolations resolved; 0 for a missing one."""
+        if path not in sizes:
+            sizes[path] = 0  # for a reference to itself, which OmegaConf reports when it resolves it
+            try:
+                value = find(path)
+            except (LookupError, TypeError, ValueError):
+                return 0
+            if isinstance(value, dict | list):
+                keys = value if isinstance(value, dict) else range(len(value))
+                sizes[path] = 1 + sum(size((*path, key)) for key in keys)
+            else:
+                references = _REFERENCE.findall(value) if isinstance(value, str) else ()
+                sizes[path] = len(str(value)) + sum(size(_referred(path, text)) for text in references)
+            if sizes[path] > limit:
+                where = ".".join(map(str, path)) or "it"
+                raise ValueError(f"{filename}: the interpolations in {where} expand to {sizes[path]} values")
+        return sizes[path]
+
+    try:
+        size(())
+    except RecursionError as error:
+        raise ValueError(f"{filename}: the interpolations follow each other too deeply") from error
+
+
+def _referred(path: tuple, reference: str) -> tuple:
+    """Return the path that ``${reference}`` in the value at `path` leads to."""
+    parts = reference.strip().replace("[", ".").replace("]", "")
+    dots = len(parts) - len(parts.lstrip("."))
+    below = path[: max(0, len(path) - dots)] if dots else ()
+    return (*below, *filter(None, parts.split(".")))
 
 
 class LazyCall:
@@ -111,7 +161,8 @@ class LazyConfig:
             ImportError: if a relative import fails. The message names both files.
             KeyError: if a name in `keys` does not exist.
             SyntaxError: if the file, or a file that it imports, is not valid Python.
-            ValueError: if the file has another extension, or is not valid YAML.
+            ValueError: if the file has another extension, is not valid YAML, or its interpolations expand to
+                far more than the file.
         """
         from omegaconf import DictConfig, ListConfig, OmegaConf
         from omegaconf.errors import OmegaConfBaseException
@@ -122,6 +173,7 @@ class LazyConfig:
             variables = run_config_file(filename)
         elif ending in (".yaml", ".yml"):
             variables = read_yaml(filename)
+            _check_interpolations(variables, filename, len(str(variables)))
         else:
             raise ValueError(f"A lazy config file must end in .py, .yaml or .yml, got {filename!r}.")
         if keys is not None:

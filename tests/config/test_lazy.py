@@ -174,6 +174,29 @@ class TestLoad:
         with pytest.raises(ValueError, match="refused"):
             LazyConfig.load(write("b.yaml", "a: !!python/object/apply:os.getcwd []\n"))
 
+    @pytest.mark.parametrize(
+        "line",
+        [
+            "a{next}: ${{a{n}}}${{a{n}}}${{a{n}}}",
+            "a{next}: {{x: '${{a{n}}}', y: '${{a{n}}}'}}",
+            "a{next}: ['${{a{n}}}', '${{..a{n}}}']",
+            "a{next}: {{x: '${{..a{n}}}', y: '${{a{n}}}'}}",
+        ],
+    )
+    def test_interpolations_that_expand_without_bound_are_refused(self, write, line):
+        lines = ["a0: {x: 1}"] + [line.format(n=n, next=n + 1) for n in range(40)]
+        with pytest.raises(ValueError, match=r"bomb.yaml: the interpolations in a\d+.* expand to \d+ values"):
+            LazyConfig.load(str(write("bomb.yaml", "\n".join(lines))))
+
+    def test_usual_interpolations_are_read(self, write):
+        text = (
+            "n: 3\nm: {a: '${n}', b: ['${..a}', '${m.b[0]}'], c: '${.c}', d: '${x.y}', e: '${oc.env:HOME}'}\n"
+        )
+        cfg = LazyConfig.load(
+            str(write("a.yaml", text + "\n".join(f"p{i}: '${{n}}/${{n}}'" for i in range(99))))
+        )
+        assert cfg.m.b[1] == 3 and cfg.p7 == "3/3"
+
     def test_load_rel_is_relative_to_the_calling_file(self, zoo, tmp_path):
         script = zoo(
             "script.py", "from detlib.config import LazyConfig as C\ndef f(p, k): return C.load_rel(p, k)"
