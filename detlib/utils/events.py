@@ -283,6 +283,22 @@ class EventStorage:
         """Return how many values of `name` belong to the `window_size` iterations up to its last one."""
         return self.history(name).count_within(window_size)
 
+    def state_dict(self, window_size: int = 20) -> dict[str, list]:
+        """Return the values of the last `window_size` iterations by name, as pairs of value and iteration."""
+        first = self._iter - window_size
+        recent = {
+            name: [[*pair] for pair in history.values()[-2 * window_size :] if pair[1] > first]
+            for name, history in self._history.items()
+        }
+        return {name: pairs for name, pairs in recent.items() if pairs}
+
+    def load_state_dict(self, state_dict: dict[str, list]) -> None:
+        """Add the values of an earlier run, for medians. They are not written again."""
+        for name, pairs in state_dict.items():
+            own, self._history[name] = self._history[name].values(), ScalarHistory()
+            for value, iteration in [*pairs, *own]:
+                self._history[name].update(value, iteration)
+
     def clear_images(self) -> None:
         """Drop the images; a writer calls this after writing them."""
         self._images = []

@@ -1,5 +1,7 @@
 """An interrupted run ends with the same parameters as an uninterrupted one, bit for bit."""
 
+import json
+
 import pytest
 import torch
 
@@ -80,3 +82,21 @@ def test_a_run_killed_before_its_final_checkpoint_saves_it_on_resume(tmp_path):
     one, two = (torch.load(tmp_path / name / "model_final.pth") for name in ("uninterrupted", "parts"))
     assert one["iteration"] == two["iteration"] == 0
     assert all(torch.equal(value, two["model"][name]) for name, value in one["model"].items())
+
+
+def test_smoothed_metrics_after_a_resume_equal_those_of_an_uninterrupted_run(tmp_path):
+    overrides = {"SOLVER__CHECKPOINT_PERIOD": 1, "SOLVER__MAX_ITER": 4, "DATASETS__TEST": ()}
+    overrides |= {"TRAIN__LOG_PERIOD": 1, "TRAIN__WRITERS": ("json",)}
+    uninterrupted = train(tiny_cfg(tmp_path / "uninterrupted", **overrides), resume=False)
+    make_interrupted_run(uninterrupted, tmp_path / "parts", iteration=1)
+    resumed = train(tiny_cfg(tmp_path / "parts", **overrides), resume=True)
+    assert resumed.start_iter == 2
+    rows = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.json").read_text().splitlines()]
+        for name in ("uninterrupted", "parts")
+    ]
+    assert [row["iteration"] for row in rows[1]] == [2, 3]
+    for one, two in zip(rows[0][2:], rows[1], strict=True):
+        losses = [name for name in one if "loss" in name or "/" in name]
+        assert len(losses) > 5
+        assert {name: one[name] for name in losses} == {name: two[name] for name in losses}

@@ -324,6 +324,10 @@ class EvalHook(HookBase):
         del self._func
 
 
+# Checkpoints keep the metrics of this many iterations; the writers' windows are 20 iterations by default.
+_KEPT_METRICS = 50
+
+
 class PeriodicWriter(HookBase):
     """A hook that calls each writer every `period` steps, at each evaluation and after the last step."""
 
@@ -344,8 +348,19 @@ class PeriodicWriter(HookBase):
         self._writers = writers
         self._period = period
         self._eval_period = eval_period
+        self._recent: dict[str, list] = {}
+
+    def state_dict(self) -> dict:
+        """Return the metrics of the last iterations, because the writers smooth them."""
+        return {"recent": self.trainer.storage.state_dict(_KEPT_METRICS)}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Restore the metrics when training starts."""
+        self._recent = state_dict["recent"]
 
     def before_train(self) -> None:
+        self.trainer.storage.load_state_dict(self._recent)
+        self._recent = {}
         for writer in self._writers:
             writer.start()
         if self.trainer.storage.latest():  # results of a missed evaluation, which the next would replace
