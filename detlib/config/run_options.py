@@ -102,6 +102,7 @@ class RunOptions:
         None,
         0.0,
         "number of epochs; if above 0, it sets `MAX_ITER` and scales `STEPS` and `WARMUP_ITERS` accordingly",
+        minimum=0,
     )
     fast_dev_run: bool = _option(
         None,
@@ -129,6 +130,7 @@ class RunOptions:
         16,
         "batch size of an update, over all processes",
         lazy_default=0,
+        minimum=0,
     )
     accum_steps: int = _option(
         "SOLVER.ACCUM_STEPS",
@@ -225,6 +227,7 @@ class RunOptions:
         None,
         0,
         "epochs between two checkpoints; if above 0, it replaces the number of steps",
+        minimum=0,
     )
     checkpoint_keep: int | None = _option(
         "SOLVER.CHECKPOINT_KEEP_LAST",
@@ -248,6 +251,7 @@ class RunOptions:
         "train.eval_epochs",
         0.0,
         "epochs between two evaluations, fractions allowed; if above 0, it replaces the number of steps",
+        minimum=0,
     )
     val_loss: tuple[str, ...] = _option(
         "TEST.VAL_LOSS",

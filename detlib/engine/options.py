@@ -6,10 +6,11 @@ depend on the type of config.
 
 import dataclasses
 import logging
+import math
 import numbers
 import types
 import typing
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +82,7 @@ class RunSettings(RunOptions):
             values.
         """
         is_yaml = isinstance(cfg, CfgNode)
+        _check_optimizer(cfg)
         hints = typing.get_type_hints(cls)
         values: dict[str, Any] = {}
         for name, declaration in _DECLARATIONS.items():
@@ -92,6 +94,8 @@ class RunSettings(RunOptions):
                 continue  # the field's own default
             values[name] = _plain(try_get_key(cfg, key, default=default), hints[name])
         if is_yaml:
+            if values["images_per_step"] == 0:
+                raise ValueError("SOLVER.IMS_PER_BATCH must be at least 1, got 0")
             if isinstance(values["val_loss"], str):
                 values["val_loss"] = (values["val_loss"],)
         else:
@@ -165,6 +169,8 @@ def _check(declaration: Declaration, value: Any, hint: Any) -> None:
         hint = typing.get_args(hint)[0]
     if hint in _TYPE_NAMES and not _is_a(value, hint):
         raise TypeError(f"{declaration.name} must be {_TYPE_NAMES[hint]}, got {value!r}")
+    if hint is float and not math.isfinite(value):
+        raise ValueError(f"{declaration.name} must be finite, got {value}")
     if declaration.choices and value not in declaration.choices:
         raise ValueError(f"{declaration.name} must be one of {declaration.choices}, got {value!r}")
     low, high = declaration.minimum, declaration.below
@@ -172,6 +178,29 @@ def _check(declaration: Declaration, value: Any, hint: Any) -> None:
         raise ValueError(f"{declaration.name} must be in [{low}, {high}), got {value}")
     if low is not None and value < low:
         raise ValueError(f"{declaration.name} must be at least {low}, got {value}")
+
+
+def _check_optimizer(cfg: CfgNode | Mapping[str, Any]) -> None:
+    """Check the numbers of SOLVER, or of the lazy config's ``optimizer``."""
+    if isinstance(cfg, CfgNode):
+        prefix, node = "SOLVER", cfg.SOLVER
+    else:
+        prefix, node = "optimizer", cfg.get("optimizer") or {}
+    for path, value in _numbers(prefix, node):
+        key = path.rpartition(".")[2].lower()
+        if key in ("lr", "base_lr", "base_lr_end", "momentum", "weight_decay") and not value >= 0:
+            raise ValueError(f"{path} must be at least 0, got {value}")
+        # A norm may be the maximum norm.
+        if not math.isfinite(value) and key != "norm_type":
+            raise ValueError(f"{path} must be finite, got {value}")
+
+
+def _numbers(path: str, node: Any) -> Iterator[tuple[str, float]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(f"{path}.{key}", value)
+        elif _is_a(value, float):
+            yield f"{path}.{key}", value
 
 
 def _is_a(value: Any, kind: Any) -> bool:

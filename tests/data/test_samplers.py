@@ -113,6 +113,8 @@ def test_repeat_factors_from_category_frequency():
     # Frequencies 4/5, 1/5, 1/5 against a threshold of 0.45.
     torch.testing.assert_close(make(dicts, 0.45), torch.tensor([1, 1, 1.5, 1.5, 1]))
     torch.testing.assert_close(make(dicts, 0.45, sqrt=False), torch.tensor([1, 1, 2.25, 2.25, 1]))
+    # A record without annotations counts as one without objects.
+    torch.testing.assert_close(make([*dicts[:-1], {}], 0.45), torch.tensor([1, 1, 1.5, 1.5, 1]))
 
 
 @pytest.mark.parametrize("size, world_size", [(10, 1), (10, 3), (2, 4), (8, 4)])

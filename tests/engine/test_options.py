@@ -1,5 +1,6 @@
 """The settings of a run: declared once, read from YAML and lazy configs, checked and documented."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,17 @@ def test_documented_options_are_the_declared_ones():
         ),
         ({"SOLVER__EARLY_STOP__PATIENCE": 3}, "Early stopping after 3 evaluations needs a metric"),
         ({"SOLVER__MAX_ITER": 0}, r"SOLVER.MAX_ITER \(train.max_iter\) must be at least 1, got 0"),
+        ({"SOLVER__MAX_ITER": -5}, r"SOLVER.MAX_ITER \(train.max_iter\) must be at least 1, got -5"),
+        ({"SOLVER__IMS_PER_BATCH": 0}, "SOLVER.IMS_PER_BATCH must be at least 1, got 0"),
+        ({"SOLVER__IMS_PER_BATCH": -2}, r"SOLVER.IMS_PER_BATCH \(.*\) must be at least 0, got -2"),
+        ({"SOLVER__MAX_EPOCHS": math.inf}, "SOLVER.MAX_EPOCHS must be finite, got inf"),
+        ({"SOLVER__MAX_EPOCHS": -1.0}, "SOLVER.MAX_EPOCHS must be at least 0, got -1"),
+        ({"TEST__EVAL_EPOCHS": math.nan}, r"TEST.EVAL_EPOCHS \(train.eval_epochs\) must be finite, got nan"),
+        ({"SOLVER__BASE_LR": math.inf}, "SOLVER.BASE_LR must be finite, got inf"),
+        ({"SOLVER__BASE_LR": math.nan}, "SOLVER.BASE_LR must be at least 0, got nan"),
+        ({"SOLVER__BASE_LR": -0.1}, "SOLVER.BASE_LR must be at least 0, got -0.1"),
+        ({"SOLVER__WEIGHT_DECAY": math.inf}, "SOLVER.WEIGHT_DECAY must be finite, got inf"),
+        ({"SOLVER__CLIP_GRADIENTS__CLIP_VALUE": math.inf}, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE must be finite"),
         ({"SOLVER__CHECKPOINT_KEEP_LAST": -1}, r"SOLVER.CHECKPOINT_KEEP_LAST \(.*max_to_keep\).*, got -1"),
         ({"TRAIN__STRATEGY": "dpp"}, r"TRAIN.STRATEGY \(train.strategy\) must be one of .*'fsdp'.*'dpp'"),
         (
@@ -139,6 +151,20 @@ def test_illegal_values_raise_an_error_that_names_the_key(tmp_path, change, mess
 def test_wrong_types_raise_an_error_that_names_the_key(change, message):
     with pytest.raises(TypeError, match=message):
         RunSettings.from_config({"train": _lazy_train(change)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": math.inf}, "optimizer.lr must be finite, got inf"),
+        ({"lr": -1.0}, "optimizer.lr must be at least 0, got -1.0"),
+        ({"params": {"base_lr": math.nan}}, "optimizer.params.base_lr must be at least 0, got nan"),
+        ({"weight_decay": math.inf}, "optimizer.weight_decay must be finite, got inf"),
+    ],
+)
+def test_illegal_numbers_of_a_lazy_optimizer_raise_an_error_that_names_the_entry(change, message):
+    with pytest.raises(ValueError, match=message):
+        RunSettings.from_config({"train": _lazy_train({}), "optimizer": change})
 
 
 def test_misspelled_entries_of_lazy_configs_are_reported(caplog):

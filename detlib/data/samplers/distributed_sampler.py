@@ -219,14 +219,17 @@ class RepeatFactorTrainingSampler(EndlessSampler):
         images that contain c.
 
         Args:
-            dataset_dicts: annotated dataset in the standard format.
+            dataset_dicts: annotated dataset in the standard format. A record without annotations has no
+                objects.
             repeat_thresh: categories at least this frequent are not repeated.
             sqrt: whether to take the square root.
 
         Returns:
             (N,) float32 tensor.
         """
-        categories = [{anno["category_id"] for anno in record["annotations"]} for record in dataset_dicts]
+        categories = [
+            {anno["category_id"] for anno in record.get("annotations", ())} for record in dataset_dicts
+        ]
         images_with = Counter(itertools.chain.from_iterable(categories))
         factor = {}
         for category, count in images_with.items():
