@@ -3,8 +3,10 @@
 from detlib.checkpoint.catalog import ModelCatalog
 from detlib.checkpoint.checkpointer import Checkpointer, IncompatibleKeys, PeriodicCheckpointer
 from detlib.checkpoint.detection_checkpoint import DetectionCheckpointer
+from detlib.checkpoint.formats import CheckpointError
 
 __all__ = [
+    "CheckpointError",
     "Checkpointer",
     "DetectionCheckpointer",
     "IncompatibleKeys",

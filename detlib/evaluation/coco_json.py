@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,13 @@ from detlib.data.catalog import Metadata
 from detlib.data.datasets.coco import convert_to_coco_dict, read_coco_json
 from detlib.ops import encode_rle, paste_masks_to_rle
 from detlib.structures import BoxMode, Instances, ROIMasks, RotatedBoxes
+from detlib.structures.masks import bounded_polygons
+from detlib.structures.rle import rle_runs
 
 __all__ = ["GroundTruth", "instances_to_coco_json", "load_ground_truth"]
 
+# Polygons with larger coordinates are clipped.
+_FAR = 1e5
 _HIGHEST_ID = 2**53  # faster-coco-eval converts ids to float64
 
 
@@ -136,7 +141,11 @@ def complete_ground_truth(coco: dict) -> GroundTruth:
             "iscrowd": int(annotation.get("iscrowd", 0)),
         }
         if with_masks:
-            complete["segmentation"] = _good_mask(annotation.get("segmentation"))
+            try:
+                complete["segmentation"] = _good_mask(annotation.get("segmentation"), *sizes[image_id])
+            except ValueError as error:
+                number = annotation.get("id", len(annotations) + 1)
+                raise ValueError(f"Image {image_id!r}, annotation {number!r}: {error}") from error
         if not _is_area(complete.get("area")):
             complete["area"] = _area(complete, *sizes[image_id])
         if num_values:  # an object without keypoints is one without labeled keypoints
@@ -155,10 +164,20 @@ def complete_ground_truth(coco: dict) -> GroundTruth:
     return GroundTruth(completed, numbers, "annotations" in coco)
 
 
-def _good_mask(segmentation: Any) -> list | dict:
-    """Return a mask that both backends accept: an RLE, or polygons of at least three points, perhaps none."""
+def _good_mask(segmentation: Any, height: int, width: int) -> list | dict:
+    """Return a mask that both backends accept: an RLE, or polygons of at least three points, perhaps none.
+
+    Raises:
+        ValueError: a coordinate is NaN or infinite, or the RLE is malformed. The backends would crash.
+    """
     if isinstance(segmentation, list):
-        return [polygon for polygon in segmentation if len(polygon) >= 6 and len(polygon) % 2 == 0]
+        polygons = [polygon for polygon in segmentation if len(polygon) >= 6 and len(polygon) % 2 == 0]
+        # The sum is NaN if a value is; minimum and maximum may pass over it.
+        if all(-_FAR <= min(p) and max(p) <= _FAR and math.isfinite(sum(p)) for p in polygons):
+            return polygons
+        return [polygon.tolist() for polygon in bounded_polygons(polygons, height, width)]
+    if segmentation:
+        rle_runs(segmentation)
     return segmentation or []
 
 

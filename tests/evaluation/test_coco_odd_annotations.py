@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from detlib.evaluation import COCOEvaluator
+from detlib.evaluation.coco_json import complete_ground_truth
 from tests.evaluation.coco_cases import SIZE, feed, make_coco, make_predictions, reference
 
 
@@ -112,3 +113,25 @@ def test_repeated_class_names_get_a_number(tmp_path, coco):
     results = evaluate(tmp_path, coco, outputs, ("bbox",))["bbox"]
     found = [results["AP-owl"], results["AP-owl (2)"], results["AP-class8"]]
     np.testing.assert_allclose(found, expected, atol=1e-9)
+
+
+def ground_truth_with(segmentation):
+    box = {"id": 7, "image_id": 1, "category_id": 1, "bbox": [0, 0, 9, 9], "segmentation": segmentation}
+    image = {"id": 1, "height": 50, "width": 60}
+    return complete_ground_truth({"images": [image], "categories": [{"id": 1}], "annotations": [box]})
+
+
+@pytest.mark.parametrize("far", [1e9, 3e9, 1e30])
+def test_polygon_far_outside_of_the_image_is_clipped(far):
+    near = ground_truth_with([[0, 0, 1000, 0, 1000, 1000]]).coco["annotations"][0]
+    annotation = ground_truth_with([[0, 0, far, 0, far, far]]).coco["annotations"][0]
+    assert annotation["area"] == near["area"] > 1000
+    assert max(annotation["segmentation"][0]) < 200 and near["segmentation"] == [[0, 0, 1000, 0, 1000, 1000]]
+
+
+@pytest.mark.parametrize(
+    "segmentation", [[[0, 0, 9, 0, 9, math.nan]], {"size": [50, 60], "counts": [5]}, {"size": [50, 60]}]
+)
+def test_mask_that_would_crash_the_metric_is_named(segmentation):
+    with pytest.raises(ValueError, match="Image 1, annotation 7: "):
+        ground_truth_with(segmentation)
