@@ -3,7 +3,7 @@
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from detlib.config import LazyConfig
@@ -59,7 +59,9 @@ def setting(config: Mapping[str, Any] | None, *paths: str, default: Any = None) 
 def dataset_names(config: Mapping[str, Any] | None) -> tuple[str, ...]:
     """Return the names of the test datasets of a YAML or lazy config."""
     names = setting(config, "DATASETS.TEST", "dataloader.test.dataset.names", default=())
-    return (names,) if isinstance(names, str) else tuple(map(str, names))
+    if isinstance(names, str):
+        return (names,)
+    return tuple(map(str, names)) if isinstance(names, Sequence) else ()
 
 
 def max_iter(config: Mapping[str, Any] | None) -> int | None:

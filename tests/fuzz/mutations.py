@@ -201,7 +201,7 @@ def mutate_xml(data, rng):
     text = data.decode()
     places = [*re.finditer(r'(?<==")[^"]*(?=")|(?<=>)[^<>]+(?=<)', text)]
     place = rng.choice(places)
-    kind = rng.randrange(10)
+    kind = rng.randrange(20)
     if kind == 0:
         tag = rng.choice([*re.finditer(r"<[^<>]+>", text)])
         text = text[: tag.start()] + text[tag.end() :]

@@ -65,9 +65,9 @@ def _load_proposals(folder):
 
 _BYTES = mutations.mutate_bytes
 TARGETS = [
-    Target("pth", _write_pth, ("model.pth",), _BYTES, _read("model.pth"), 400),
-    Target("legacy-pth", _write_legacy_pth, ("model.pth",), _BYTES, _read("model.pth"), 400),
-    Target("pkl", _write_pkl, ("model.pkl",), mutations.mutate_pickle, _read("model.pkl"), 400),
+    Target("pth", _write_pth, ("model.pth",), _BYTES, _read("model.pth"), 300),
+    Target("legacy-pth", _write_legacy_pth, ("model.pth",), _BYTES, _read("model.pth"), 300),
+    Target("pkl", _write_pkl, ("model.pkl",), mutations.mutate_pickle, _read("model.pkl"), 300),
     Target(
         "safetensors",
         _write_safetensors,
@@ -76,7 +76,7 @@ TARGETS = [
         _read("model.safetensors"),
         count=400,
     ),
-    Target("proposals", _write_proposals, ("proposals.pkl",), mutations.mutate_pickle, _load_proposals, 400),
+    Target("proposals", _write_proposals, ("proposals.pkl",), mutations.mutate_pickle, _load_proposals, 300),
 ]
 
 test_damaged_files_are_refused_or_read, test_damaged_files_for_five_minutes = fuzz_tests(TARGETS)

@@ -140,7 +140,9 @@ def _write_yolo(folder):
 
 
 TARGETS = [
-    _target("coco", _write_coco, ("ann.json",), mutations.mutate_json, "coco:{0}/ann.json@{0}/images"),
+    _target(
+        "coco", _write_coco, ("ann.json",), mutations.mutate_json, "coco:{0}/ann.json@{0}/images", count=200
+    ),
     _target("voc", small_datasets.write_voc, ("Annotations/a.xml",), mutations.mutate_xml, "voc:{0}@train"),
     _target(
         "voc-list",
@@ -171,7 +173,7 @@ TARGETS = [
         ("train-annotations-bbox.csv", "class-descriptions-boxable.csv"),
         mutations.mutate_text,
         "csv:{0}/train-annotations-bbox.csv",
-        count=50,
+        count=40,
     ),
     _target(
         "roboflow",
@@ -179,7 +181,7 @@ TARGETS = [
         ("train/_annotations.coco.json",),
         mutations.mutate_json,
         "roboflow:{0}@train",
-        count=50,
+        count=40,
     ),
 ]
 

@@ -45,16 +45,16 @@ def _mutate_lines(data, rng):
 
 
 TARGETS = [
-    Target("metrics", _write, ("metrics.json",), _mutate_lines, _read_metrics, count=300),
-    Target("report-metrics", _write, ("metrics.json",), _mutate_lines, _report, count=3),
-    Target("report-config", _write, ("config.yaml",), mutations.mutate_yaml, _report, count=3),
+    Target("metrics", _write, ("metrics.json",), _mutate_lines, _read_metrics, count=200),
+    Target("report-metrics", _write, ("metrics.json",), _mutate_lines, _report, count=2),
+    Target("report-config", _write, ("config.yaml",), mutations.mutate_yaml, _report, count=2),
     Target(
         "report-results",
         _write,
         ("inference/coco_instances_results.json", "ground_truth.json"),
         mutations.mutate_json,
         _report,
-        count=4,
+        count=2,
     ),
 ]
 

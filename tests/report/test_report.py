@@ -14,6 +14,7 @@ from detlib.report import make_report, write_report
 from detlib.report.__main__ import main
 from detlib.report.detection_plots import pr_curve, shown_classes
 from detlib.report.detections import find_predictions, load_detections
+from detlib.report.run import dataset_names
 from detlib.report.training_plots import smooth
 from tests.report.run_folder import ground_truth_and_results, make_run, record
 from tests.report.test_page import check_page
@@ -281,3 +282,8 @@ def test_command_line(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="none of metrics.json"):
         make_report(str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("names", [5, 1e308, None, True, {}])
+def test_datasets_of_a_wrong_type_in_the_config_are_none(names):
+    assert dataset_names({"DATASETS": {"TEST": names}}) == ()
