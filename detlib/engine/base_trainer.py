@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from detlib.checkpoint import DetectionCheckpointer
+from detlib.data.build import images_per_epoch
 from detlib.engine import hooks
 from detlib.engine.distributed.activation_checkpointing import add_activation_checkpoints
 from detlib.engine.distributed.ddp import (
@@ -22,7 +23,7 @@ from detlib.engine.distributed.ddp import (
     gathered_parameters,
     shard_model,
 )
-from detlib.engine.divergence import learning_rate_advice
+from detlib.engine.divergence import learning_rate_advice, length_advice
 from detlib.engine.ema import EMA_ENTRY, WeightAverage
 from detlib.engine.freezing import freeze_by_name
 from detlib.engine.options import RunSettings
@@ -120,6 +121,11 @@ class ConfigTrainer(TrainerBase):
                 optimizer, settings.images_per_step, facts_of(model).reference_lr_per_image
             ),
         }
+        images = images_per_epoch(data_loader)
+        too_long = length_advice(settings.max_iter, settings.images_per_step, images)
+        # Before the first step: a run that diverges or overfits wastes hours.
+        for advice in filter(None, [step_options["advice"], too_long]):
+            logger.warning(advice)
         if settings.precision:
             precision = getattr(torch, settings.precision)
             self._trainer = AMPTrainer(wrapped, data_loader, optimizer, precision=precision, **step_options)

@@ -24,11 +24,17 @@ __all__ = [
     "find_non_finite_parameters",
     "format_losses",
     "learning_rate_advice",
+    "length_advice",
     "losses_to_floats",
     "zero_fused_momentum",
 ]
 
 _MAX_IMAGES = 64
+
+# The longest published schedules have 100 passes over COCO. A run on a few images may need more.
+_MAX_PASSES = 1000
+_FITTING_PASSES = 100
+_MIN_ITERATIONS = 1000
 
 _ADVICE = (
     "The parameters were not saved after this. Common causes: a learning rate too high for the batch size, "
@@ -198,6 +204,33 @@ def learning_rate_advice(optimizer: torch.optim.Optimizer, images_per_step: int,
     return (
         f"The learning rate {rate:g} is high for {images_per_step} images per step: the published schedules "
         f"use {lr_per_image * 16:g} for 16, which scales to {fitting:g} here (SOLVER.BASE_LR)."
+    )
+
+
+def length_advice(max_iter: int, images_per_step: int, images_per_epoch: int | None) -> str:
+    """Suggest a number of iterations if a run passes over a small dataset very often.
+
+    Args:
+        max_iter: number of steps of the run.
+        images_per_step: number of images of one update over all processes; 0 if unknown.
+        images_per_epoch: number of training images; None if unknown.
+
+    Returns:
+        A sentence, or "".
+    """
+    if not images_per_epoch or images_per_step < 1:
+        return ""
+    passes = max_iter * images_per_step / images_per_epoch
+    if passes <= _MAX_PASSES:
+        return ""
+    fitting = max(_MIN_ITERATIONS, -(-_FITTING_PASSES * images_per_epoch // images_per_step))
+    if fitting >= max_iter:
+        return ""
+    return (
+        f"{max_iter} iterations of {images_per_step} images are {passes:.0f} passes over the "
+        f"{images_per_epoch} training images. For so few images about {fitting} iterations are enough: SOLVER.MAX_ITER "
+        f"(train.max_iter) {fitting}, with SOLVER.STEPS and WARMUP_ITERS (lr_multiplier) scaled accordingly, "
+        f"or SOLVER.MAX_EPOCHS {fitting * images_per_step / images_per_epoch:.0f}, which scales them."
     )
 
 

@@ -223,10 +223,17 @@ def test_number_of_classes_is_not_checked_for_proposal_networks(tmp_path):
     DefaultTrainer(cfg)
 
 
+def test_unfit_learning_rate_and_length_are_reported_before_the_first_step(tmp_path, caplog):
+    DefaultTrainer(tiny_cfg(tmp_path, SOLVER__BASE_LR=0.5, SOLVER__MAX_ITER=270000, DATASETS__TEST=()))
+    warnings_ = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert any("The learning rate 0.5 is high for 2 images per step" in text for text in warnings_)
+    assert any("270000 iterations of 2 images are" in text for text in warnings_)
+
+
 def test_a_diverging_run_ends_with_learning_rate_advice(tmp_path, caplog):
     trainer = DefaultTrainer(tiny_cfg(tmp_path, SOLVER__BASE_LR=1e12, SOLVER__MAX_ITER=20))
     advice = "is high for 2 images per step"
-    assert advice not in caplog.text
+    assert caplog.text.count(advice) == 1
     with pytest.raises(
         FloatingPointError, match=r"iteration \d+: (?s:.*)Learning rate: 1e\+12(?s:.*)\.png"
     ) as error:

@@ -3,6 +3,7 @@
 import itertools
 import logging
 import random
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 from detlib.config import get_cfg
 from detlib.engine import AMPTrainer, SimpleTrainer
 from detlib.engine.base_trainer import seed_rng
-from detlib.engine.divergence import learning_rate_advice
+from detlib.engine.divergence import learning_rate_advice, length_advice
 from detlib.solver import build_optimizer
 
 
@@ -226,3 +227,21 @@ def test_each_gradient_is_clipped_to_the_norm(norm_type):
     optimizer.step()
     for param, old, gradient in zip(model.parameters(), before, expected):
         torch.testing.assert_close(old - param, gradient)
+
+
+@pytest.mark.parametrize(
+    ("max_iter", "images_per_step", "images", "advice"),
+    [
+        (270000, 1, 24, "11250 passes over the 24 training images.*MAX_ITER .* 2400.*MAX_EPOCHS 100"),
+        (270000, 16, 24, "180000 passes .*MAX_ITER .* 1000,.*MAX_EPOCHS 667"),
+        (270000, 16, 118000, ""),
+        (1000, 16, 8, ""),
+        (270000, 0, 24, ""),
+        (270000, 16, None, ""),
+    ],
+)
+def test_thousands_of_passes_over_few_images_are_reported_with_a_fitting_length(
+    max_iter, images_per_step, images, advice
+):
+    actual = length_advice(max_iter, images_per_step, images)
+    assert re.search(advice, actual) if advice else actual == ""

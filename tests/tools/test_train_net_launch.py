@@ -97,7 +97,7 @@ def test_killed_process_does_not_change_the_result(tmp_path, count):
     printed = process.communicate(timeout=500)[0]
     print(f"killed with {killed_at} iterations saved")
     assert process.returncode == 0, printed[-3000:]
-    assert "This is a restart number 1 (TORCHELASTIC_RESTART_COUNT)" in printed or killed_at == 0
+    assert "Restart 1 (TORCHELASTIC_RESTART_COUNT)" in printed or killed_at == 0
     _assert_equal_models(out, tmp_path / "reference")
     assert not remaining_processes()
 
