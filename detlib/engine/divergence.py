@@ -228,8 +228,8 @@ def length_advice(max_iter: int, images_per_step: int, images_per_epoch: int | N
         return ""
     return (
         f"{max_iter} iterations of {images_per_step} images are {passes:.0f} passes over the "
-        f"{images_per_epoch} training images. For so few images about {fitting} iterations are enough: SOLVER.MAX_ITER "
-        f"(train.max_iter) {fitting}, with SOLVER.STEPS and WARMUP_ITERS (lr_multiplier) scaled accordingly, "
+        f"{images_per_epoch} training images. For so few images about {fitting} iterations are enough: "
+        f"SOLVER.MAX_ITER (train.max_iter) {fitting}, with STEPS and WARMUP_ITERS (lr_multiplier) scaled, "
         f"or SOLVER.MAX_EPOCHS {fitting * images_per_step / images_per_epoch:.0f}, which scales them."
     )
 
