@@ -24,7 +24,7 @@ from detlib.engine.output_folder import check_output_folder
 from detlib.evaluation.test_time_augmentation import GeneralizedRCNNWithTTA
 from detlib.modeling import build_model
 from detlib.utils import comm
-from detlib.utils.env import seed_all_rng
+from detlib.utils.env import limit_threads, seed_all_rng
 from detlib.utils.events import EventWriter
 from detlib.utils.file_io import PathManager
 from detlib.utils.logger import setup_logger
@@ -138,6 +138,7 @@ def default_setup(cfg: CfgNode | Mapping[str, Any], args: Any) -> None:
     setup_logger(output_dir, distributed_rank=rank, name="fvcore")
     logger = setup_logger(output_dir, distributed_rank=rank)
     logger.info("Process %d of %d", rank, comm.get_world_size())
+    limit_threads()
     logger.info("Environment:\n%s", collect_env_info())
     logger.info("Command line arguments: %s", args)
     if isinstance(cfg, CfgNode):

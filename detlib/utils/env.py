@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import random
 import time
@@ -10,11 +11,54 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-__all__ = ["resolve_device", "seed_all_rng", "seeded"]
+__all__ = ["available_cpus", "limit_threads", "resolve_device", "seed_all_rng", "seeded"]
 
 logger = logging.getLogger(__name__)
 
 _announced: set[str] = set()
+
+
+def available_cpus(cgroup: str = "/sys/fs/cgroup/cpu.max") -> int:
+    """Return how many CPUs this process may use: its affinity and the quota of its container count.
+
+    Args:
+        cgroup: the file with quota and period of the container (cgroup v2).
+    """
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open(cgroup) as f:
+            quota, period = f.read().split()
+        if quota != "max":
+            count = min(count, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError, ZeroDivisionError):
+        pass  # no container, or cgroup v1
+    return max(1, count)
+
+
+def limit_threads() -> None:
+    """Use no more threads than there are CPUs for this process, and warn if others use these CPUs.
+
+    OMP_NUM_THREADS, if set, is kept.
+    """
+    cpus = available_cpus()
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cpus:
+        logger.info("Using %d threads instead of %d, as many as CPUs", cpus, torch.get_num_threads())
+        torch.set_num_threads(cpus)
+    try:
+        load = os.getloadavg()[0]
+    except (AttributeError, OSError):  # not on this system
+        return
+    # The load is that of the machine, of which a container may have only a part.
+    machine = os.cpu_count() or 1
+    if load > 1.5 * machine:
+        logger.warning(
+            "This machine is overcommitted: a load of %.1f on %d CPUs before training. Steps on the CPU and "
+            "data loading will be slow. Fewer threads (OMP_NUM_THREADS=1), a passive wait policy "
+            "(OMP_WAIT_POLICY=passive, now %s) and fewer data loader workers help",
+            load,
+            machine,
+            os.environ.get("OMP_WAIT_POLICY", "not set"),
+        )
 
 
 def seed_all_rng(seed: int | None = None) -> int:
