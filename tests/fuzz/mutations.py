@@ -1,5 +1,6 @@
 """Seeded mutations of small valid files. Each function takes bytes and a generator, and returns bytes."""
 
+import copy
 import json
 import pickle
 import re
@@ -273,7 +274,7 @@ def mutate_pickle(data, rng):
         elif kind == 1 and isinstance(container, dict):
             container[rng.choice(["", 1, None, ("a",), "a" * 999])] = container.pop(key)
         else:
-            container[key] = rng.choice(_OBJECTS)
+            container[key] = copy.deepcopy(rng.choice(_OBJECTS))
         if not value:
             break
     return pickle.dumps(value, protocol=rng.choice([0, 2, 4]))
