@@ -46,8 +46,11 @@ def rle_runs(rle: Any) -> np.ndarray:
         raise ValueError(f"the counts are a {type(counts).__name__}, not a list or string")
     if (runs < 0).any():
         raise ValueError("a run is shorter than 0")
-    if runs.sum() != size[0] * size[1]:
-        raise ValueError(f"the runs cover {runs.sum()} pixels, the size {size} has {size[0] * size[1]}")
+    # Longer runs might overflow, so that their sum is right nevertheless.
+    if (runs > size[0] * size[1]).any() or runs.sum() != size[0] * size[1]:
+        raise ValueError(
+            f"the runs cover {sum(runs.tolist())} pixels, the size {size} has {size[0] * size[1]}"
+        )
     return runs
 
 

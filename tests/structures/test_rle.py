@@ -59,3 +59,16 @@ def test_malformed_rle_is_refused(rle, message):
         return
     with pytest.raises(ValueError, match=message):
         rle_runs(rle)
+
+
+def test_runs_whose_sum_overflows_to_the_size_are_refused():
+    def compress(run):  # 5 bits per character, the last without the sixth bit
+        codes = [run >> 5 * i & 31 for i in range(13)]
+        while codes[-1] == (31 if codes[-2] & 16 else 0):
+            codes.pop()
+        return "".join(chr(48 + (code | 32 * (i < len(codes) - 1))) for i, code in enumerate(codes))
+
+    large = 2**59 - 1  # 32 times it and 38 more are 2**64 + 6
+    counts = compress(large) * 3 + "0" * 29 + compress(38 - large)
+    with pytest.raises(ValueError, match=f"the runs cover {2**64 + 6} pixels"):
+        rle_runs({"size": [2, 3], "counts": counts})
