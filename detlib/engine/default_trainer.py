@@ -27,6 +27,7 @@ from detlib.engine.checks import (
     set_num_classes,
 )
 from detlib.engine.evaluators import default_evaluator
+from detlib.engine.freezing import log_model
 from detlib.engine.options import RunSettings, set_iterations
 from detlib.evaluation import (
     DatasetEvaluator,
@@ -140,7 +141,7 @@ class DefaultTrainer(ConfigTrainer):
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """Build the model on its device."""
         model = build_model(cfg)
-        logger.info("Model:\n%s", model)
+        log_model(model)
         return model
 
     @classmethod

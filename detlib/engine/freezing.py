@@ -1,4 +1,4 @@
-"""Freezing of model parameters by name."""
+"""Freezing of model parameters by name, and a summary of what is frozen."""
 
 import fnmatch
 import logging
@@ -10,7 +10,7 @@ from torch import nn
 from detlib.layers import FrozenBatchNorm2d
 from detlib.utils.suggest import near_names
 
-__all__ = ["freeze_by_name"]
+__all__ = ["freeze_by_name", "log_model"]
 
 logger = logging.getLogger(__name__)
 
@@ -104,3 +104,18 @@ def _freeze_norms(model: nn.Module, frozen: set[str], patterns: list[str]) -> in
 def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
     """Replace ``module.train``, so that ``model.train()`` leaves a layer in eval mode."""
     return type(module).train(module, False)
+
+
+def log_model(model: nn.Module) -> None:
+    """Log the printed model to the log file, and a summary of its parts to the console."""
+    rows = [_summary(type(model).__name__, model)]
+    rows += [_summary(f"  {name}: {type(part).__name__}", part) for name, part in model.named_children()]
+    summary = "\n".join(["Model (the log file has all layers):", *rows])
+    logger.info("Model:\n%s\n%s", "\n".join(rows), model, extra={"console_message": summary})
+
+
+def _summary(title: str, module: nn.Module) -> str:
+    parameters = list(module.parameters())
+    count = sum(p.numel() for p in parameters)
+    frozen = sum(p.numel() for p in parameters if not p.requires_grad)
+    return f"{title}, {count:,} parameters" + (f", {frozen:,} of them frozen" if frozen else "")

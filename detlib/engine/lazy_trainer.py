@@ -15,6 +15,7 @@ from detlib.data import MetadataCatalog
 from detlib.data.build import images_per_epoch
 from detlib.data.detection_utils import as_names
 from detlib.engine.base_trainer import ConfigTrainer
+from detlib.engine.freezing import log_model
 from detlib.engine.options import RunSettings, warn_about_unknown_entries
 from detlib.engine.train_loop import HookBase
 from detlib.evaluation import inference_on_dataset, print_csv_format
@@ -121,7 +122,7 @@ class LazyTrainer(ConfigTrainer):
             logger.warning("train.device = %r: %s", device, e)
             device = resolve_device("auto")
         model = instantiate(cfg.model).to(device)
-        logger.info("Model:\n%s", model)
+        log_model(model)
         return model
 
     def build_hooks(self) -> list[HookBase | None]:

@@ -186,6 +186,8 @@ def _check_optimizer(cfg: CfgNode | Mapping[str, Any]) -> None:
         prefix, node = "SOLVER", cfg.SOLVER
     else:
         prefix, node = "optimizer", cfg.get("optimizer") or {}
+        if isinstance(node.get("lr"), str):
+            raise TypeError(f"optimizer.lr must be a number, got {node['lr']!r}")
     for path, value in _numbers(prefix, node):
         key = path.rpartition(".")[2].lower()
         if key in ("lr", "base_lr", "base_lr_end", "momentum", "weight_decay") and not value >= 0:

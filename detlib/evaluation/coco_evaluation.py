@@ -33,7 +33,7 @@ from detlib.evaluation.evaluator import DatasetEvaluator
 from detlib.structures import Boxes, BoxMode, Instances, RotatedBoxes
 from detlib.utils import comm
 from detlib.utils.file_io import PathManager, safe_name
-from detlib.utils.logger import create_small_table
+from detlib.utils.logger import create_small_table, log_first_n
 
 __all__ = ["COCOEvaluator", "evaluate_box_proposals", "instances_to_coco_json"]
 
@@ -93,9 +93,11 @@ class COCOEvaluator(DatasetEvaluator):
         """
         self._logger = logging.getLogger(__name__)
         if isinstance(tasks, CfgNode):
-            self._logger.warning(
+            log_first_n(
+                logging.WARNING,
                 "COCOEvaluator(name, cfg, ...) is deprecated: pass tasks, max_dets_per_image and "
-                "kpt_oks_sigmas instead of the config."
+                "kpt_oks_sigmas instead of the config.",
+                name=__name__,
             )
             kpt_oks_sigmas = kpt_oks_sigmas or tasks.TEST.KEYPOINT_OKS_SIGMAS
             max_dets_per_image = max_dets_per_image or tasks.TEST.DETECTIONS_PER_IMAGE

@@ -1,11 +1,13 @@
 import logging
+from collections import OrderedDict
 
 import pytest
 import torch
 from torch import nn
 
-from detlib.engine.freezing import freeze_by_name
+from detlib.engine.freezing import freeze_by_name, log_model
 from detlib.layers import FrozenBatchNorm2d
+from detlib.utils.logger import setup_logger
 from tests.builders import small_config
 from tests.modeling.architectures import architecture_batch, build_architecture
 
@@ -68,3 +70,18 @@ def test_a_pattern_without_match_raises_an_error_with_similar_names():
     with pytest.raises(TypeError, match="list of patterns, got 'head'"):
         freeze_by_name(model, "head")
     assert small_config().MODEL.FREEZE == []
+
+
+def test_console_shows_a_summary_of_the_model_and_the_file_all_layers(tmp_path, capsys):
+    model = nn.Sequential(OrderedDict(body=nn.Linear(2, 3), head=nn.Sequential(nn.Linear(3, 4))))
+    model.body.requires_grad_(False)
+    setup_logger(str(tmp_path))
+    log_model(model)
+    lines = [
+        "Sequential, 25 parameters, 9 of them frozen",
+        "  body: Linear, 9 parameters, 9 of them frozen",
+        "  head: Sequential, 16 parameters",
+    ]
+    console, file = capsys.readouterr().out, (tmp_path / "log.txt").read_text()
+    assert console.splitlines()[1:] == lines and "in_features" not in console
+    assert "\n".join(lines) in file and "Linear(in_features=3, out_features=4" in file

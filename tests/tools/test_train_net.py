@@ -79,6 +79,22 @@ def test_config_error_prints_one_line_and_exits_with_2(script, tmp_path, capsys,
     assert not (tmp_path / "out").exists()
 
 
+def test_wrong_value_in_a_lazy_config_prints_one_line(script, tmp_path, capsys):
+    config = str(_SCRIPT.parents[1] / "configs" / "Quickstart" / "fcos_R_18_FPN_shapes.py")
+    for override, message in (
+        ("train.max_iter=abc", "train.max_iter) must be an integer, got 'abc'"),
+        ("train.max_iter=-5", "train.max_iter) must be at least 1, got -5"),
+        ("optimizer.lr=inf", "optimizer.lr must be finite"),
+        ("optimizer.lr=fast", "optimizer.lr must be a number, got 'fast'"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            script.run(["--config-file", config, override, f"train.output_dir={tmp_path / 'out'}"])
+        assert stop.value.code == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 and message in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
 def test_output_folder_that_is_a_file_or_in_use_prints_one_line(script, tmp_path, capsys):
     config, out = _write_config(tmp_path), tmp_path / "out"
     out.write_text("")
