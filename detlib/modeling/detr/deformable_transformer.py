@@ -248,7 +248,7 @@ class DeformableDetrTransformer(DeformableTransformer):
             best = self.best_proposals(enc_class[..., 0])
             proposals = enc_boxes.take_along_dim(best[:, :, None], dim=1).detach()
             references = proposals.sigmoid()
-            embedded = self.get_proposal_pos_embed(proposals, self.embed_dim // 2)
+            embedded = self.get_proposal_pos_embed(proposals, self.embed_dim // 2).to(memory.dtype)
             query_pos, query = self.pos_trans_norm(self.pos_trans(embedded)).chunk(2, dim=2)
         else:
             query_pos, query = cast(torch.Tensor, query_embed).expand(len(memory), -1, -1).chunk(2, dim=2)

@@ -67,7 +67,8 @@ class DINOTransformerDecoder(DeformableDecoder):
 
     def query_pos(self, references: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
         """Return the embedding of the references; see `DeformableDecoder.query_pos`."""
-        return self.ref_point_head(get_sine_pos_embed(references, self.embed_dim // 2))
+        embedding = get_sine_pos_embed(references, self.embed_dim // 2)  # float32 in half-precision models
+        return self.ref_point_head(embedding.to(self.norm.weight.dtype))
 
     def state(self, query: torch.Tensor) -> torch.Tensor:
         """Return the normalized queries."""

@@ -169,7 +169,10 @@ class MetaArchitecture(nn.Module):
         """
         mean, std = self.pixel_mean, self.pixel_std
         _check_batch(batched_inputs, mean.shape[0])
-        images = [(move_device_like(item["image"], mean) - mean) / std for item in batched_inputs]
+        # A float32 image makes float32 results in a model of half precision, so the result is cast.
+        images = [
+            ((move_device_like(item["image"], mean) - mean) / std).to(mean.dtype) for item in batched_inputs
+        ]
         batch = ImageList.from_tensors(
             images,
             getattr(self.backbone, "size_divisibility", 0),
