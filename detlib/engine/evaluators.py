@@ -1,5 +1,6 @@
 """The default evaluator of a dataset."""
 
+import logging
 import os
 from collections.abc import Callable
 
@@ -19,10 +20,12 @@ from detlib.evaluation import (
     RotatedCOCOEvaluator,
     SemSegEvaluator,
 )
-from detlib.modeling import facts_of
+from detlib.modeling import MetaArchitecture, facts_of
 from detlib.utils.file_io import safe_name
 
 __all__ = ["default_evaluator"]
+
+logger = logging.getLogger(__name__)
 
 
 def _coco(cfg: CfgNode, dataset_name: str, folder: str, metric: type = COCOEvaluator) -> DatasetEvaluator:
@@ -107,6 +110,30 @@ def _chosen(cfg: CfgNode, dataset_name: str) -> list[Callable[..., DatasetEvalua
     return [build for build in builders if outputs & _NEEDS[build]]
 
 
+def _warn_of_unmeasured(cfg: CfgNode, dataset_name: str, builders: list[Callable]) -> None:
+    """Warn if the model segments semantically, but the dataset has no ground truth to measure it with."""
+    outputs = facts_of(cfg).outputs(cfg)
+    if outputs == MetaArchitecture.outputs(cfg):  # the model does not state its outputs
+        return
+    measured = set().union(*(_NEEDS.get(build, set()) for build in builders))
+    unmeasured = sorted((outputs & {"sem_seg", "panoptic_seg"}) - measured)
+    metadata = MetadataCatalog.get(dataset_name)
+    if not unmeasured or (metadata.get("label_divisor") and unmeasured == ["sem_seg"]):
+        return
+    missing = [] if metadata.get("stuff_classes") else ["stuff_classes"]
+    if "panoptic_seg" in unmeasured:
+        missing += [key for key in ("panoptic_json", "panoptic_root") if not metadata.get(key)]
+    logger.warning(
+        "%s predicts %s, which is not evaluated on dataset %r: its evaluator_type is %r, not 'sem_seg' or "
+        "'coco_panoptic_seg'%s. The semantic ground truth is 'sem_seg_file_name' of its records.",
+        cfg.MODEL.META_ARCHITECTURE,
+        " and ".join(unmeasured),
+        dataset_name,
+        metadata.get("evaluator_type"),
+        f", and its metadata has no {', '.join(missing)}" if missing else "",
+    )
+
+
 def default_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     """Build the evaluator of one dataset for the `evaluator_type` in its metadata.
 
@@ -120,6 +147,7 @@ def default_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         ValueError: if the dataset has another number of classes than the model.
     """
     builders = _chosen(cfg, dataset_name)
+    _warn_of_unmeasured(cfg, dataset_name, builders)
     check_num_classes(cfg, dataset_name)
     folder = os.path.join(cfg.OUTPUT_DIR, "inference")
     if len(as_names(cfg.DATASETS.TEST)) > 1:  # they would overwrite each other's files

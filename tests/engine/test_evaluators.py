@@ -1,11 +1,13 @@
 """The default evaluators for a dataset and a model."""
 
+import re
+
 import pytest
 
 from detlib.data import MetadataCatalog
 from detlib.engine import DefaultTrainer
 from detlib.engine.checks import check_num_classes
-from detlib.engine.evaluators import default_evaluator
+from detlib.engine.evaluators import _chosen, _warn_of_unmeasured, default_evaluator
 from detlib.engine.hooks.visualization import write_prediction_images
 from detlib.evaluation import (
     CityscapesInstanceEvaluator,
@@ -52,6 +54,43 @@ ALL = [COCOEvaluator, SemSegEvaluator, COCOPanopticEvaluator]
 )
 def test_default_evaluators_match_dataset_and_model(tmp_path, model, task, overrides, expected):
     assert kinds(default_evaluator(config(model, tmp_path, **overrides), SHAPES + task)) == expected
+
+
+@pytest.mark.parametrize(
+    "model, task, expected",
+    [
+        (
+            PANOPTIC,
+            "instances",
+            "predicts panoptic_seg and sem_seg, .* metadata has no panoptic_json",
+        ),
+        (PANOPTIC, "panoptic", None),
+        (SEMANTIC, "stuff", None),
+        (MASK_RCNN, "instances", None),
+    ],
+)
+def test_semantic_predictions_without_ground_truth_are_reported(tmp_path, caplog, model, task, expected):
+    with caplog.at_level("WARNING", logger="detlib.engine.evaluators"):
+        default_evaluator(config(model, tmp_path), SHAPES + task)
+    found = [r.getMessage() for r in caplog.records if "not evaluated" in r.getMessage()]
+    assert len(found) == (expected is not None)
+    assert expected is None or re.search(expected, found[0])
+
+
+def test_missing_stuff_classes_are_named(tmp_path, caplog):
+    name = "things_without_stuff"
+    MetadataCatalog.get(name).set(evaluator_type="coco_panoptic_seg", label_divisor=1000)
+    MetadataCatalog.get(name + "_only").set(evaluator_type="coco", thing_classes=["a", "b", "c"])
+    cfg = config(PANOPTIC, tmp_path)
+    try:
+        for dataset in (name, name + "_only"):
+            _warn_of_unmeasured(cfg, dataset, _chosen(cfg, dataset))
+    finally:
+        MetadataCatalog.remove(name)
+        MetadataCatalog.remove(name + "_only")
+    (message,) = [r.getMessage() for r in caplog.records if "not evaluated" in r.getMessage()]
+    assert "'things_without_stuff_only'" in message
+    assert "metadata has no stuff_classes, panoptic_json, panoptic_root" in message
 
 
 def test_data_without_label_images_get_no_semantic_evaluator(tmp_path):
