@@ -305,7 +305,7 @@ def test_metadata_tools(metadata):
     torch.testing.assert_close(utils.get_fed_loss_cls_weights("utils_lvis", 0.5), torch.tensor([2.0, 3.0]))
 
 
-def test_crop_around_an_instance_holds_its_centre():
+def test_crop_around_an_instance_contains_its_center():
     np.random.seed(0)
     anno = make_annotation()  # center (7, 8)
     for _ in range(200):

@@ -54,7 +54,7 @@ def test_plain_and_cropped(record):
     assert record["annotations"][0]["keypoints"] and len(record["annotations"]) == 2
 
 
-def test_masks_and_colours(record):
+def test_masks_and_color_order(record):
     record, pixels = record
     mapper = DetrDatasetMapper([T.NoOpTransform()], None, mask_on=True, img_format="BGR")
     out = mapper(record)

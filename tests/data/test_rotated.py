@@ -134,7 +134,7 @@ def rotated_set(tmp_path):
     return path
 
 
-def test_coco_files_and_addresses(rotated_set, tmp_path):
+def test_rotated_coco_file_is_read_by_uri_and_converted_back(rotated_set, tmp_path):
     uri = f"coco:{rotated_set}@{tmp_path}"
     first, second = DatasetCatalog.get(uri)
     modes = [annotation["bbox_mode"] for annotation in first["annotations"]]

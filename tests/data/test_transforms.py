@@ -143,7 +143,7 @@ def test_extent_inside_is_a_crop_and_outside_is_filled(image):
     np.testing.assert_allclose(zoom.apply_coords(np.array([[4.0, 6.0], [14.0, 26.0]])), [[0, 0], [50, 60]])
 
 
-def test_color_transforms_change_colours_only(image):
+def test_color_transforms_change_only_colors(image):
     color = T.ColorTransform(lambda img: 255 - img)
     np.testing.assert_array_equal(color.apply_image(image), 255 - image)
     np.testing.assert_array_equal(color.apply_coords(points()), points())

@@ -160,7 +160,7 @@ def test_extent(image):
         assert abs((x0 + x1) / 2 - 22) <= 11 and abs((y0 + y1) / 2 - 15) <= 7.5
 
 
-def test_colours(image):
+def test_colors(image):
     w = 0.5
     as_float = image.astype(np.float64)
     gray = as_float @ [0.299, 0.587, 0.114]
