@@ -68,9 +68,10 @@ class ImageReadError(OSError, ValueError):
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:
-    """Reduce an image of 16 bits to its upper 8, as OpenCV does; return others unchanged.
+    """Reduce an image of 16 bits to its upper 8, as OpenCV does, and scale floats in [0, 1] to [0, 255].
 
-    Pillow's own conversion clips at 255, which makes nearly all pixels white.
+    Others are returned unchanged. Pillow's own conversion clips 16 bits at 255, which makes nearly all pixels
+    white, and truncates floats, which makes nearly all pixels of an image in [0, 1] black.
 
     Raises:
         ValueError: if the values are 32-bit integers or floats that are not all in [0, 255].
@@ -81,6 +82,8 @@ def to_8_bits(image: Image.Image) -> Image.Image:
         low, high = cast(tuple[float, float], image.getextrema())
         if not (low >= 0 and high <= 255):
             raise ValueError(f"its values (mode {image.mode!r}) are in [{low}, {high}], not in [0, 255]")
+        if image.mode == "F" and high <= 1:
+            return Image.fromarray(np.rint(np.asarray(image) * 255).astype(np.uint8))
     return image
 
 
@@ -161,7 +164,7 @@ def _decode_by_opencv(file_name: str, format: str | None) -> np.ndarray | None:
     """Return (H, W, 3) uint8, or None if Pillow has to decode the image.
 
     This is the case for formats other than RGB and BGR, for files that OpenCV does not support, and for
-    truncated JPEGs, of which OpenCV silently returns a part.
+    truncated JPEGs, of which OpenCV silently returns a part, and for TIFFs of floats, which it truncates.
     """
     import cv2
 
@@ -171,8 +174,13 @@ def _decode_by_opencv(file_name: str, format: str | None) -> np.ndarray | None:
         data = handle.read()
     if len(data) == 0 or (data[:2] == b"\xff\xd8" and data.rfind(b"\xff\xd9", -4096) < 0):
         return None
+    buffer = np.frombuffer(data, dtype=np.uint8)
     try:
-        image = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR)
+        if data[:2] in (b"II", b"MM"):
+            raw = cv2.imdecode(buffer, cv2.IMREAD_UNCHANGED)
+            if raw is not None and raw.dtype.kind == "f":
+                return None
+        image = cv2.imdecode(buffer, cv2.IMREAD_COLOR)
     except cv2.error:  # the image exceeds its size limits; Pillow raises a clearer error
         return None
     return image if image is None or format == "BGR" else image[:, :, ::-1]

@@ -107,6 +107,15 @@ def test_16_bits_become_the_upper_8(tmp_path, suffix, decoder):
     assert image.tolist() == [[[v] * 3 for v in row] for row in ([0, 0, 1], [15, 117, 255])]
 
 
+@pytest.mark.parametrize("decoder", ["pil", "opencv"])
+def test_float_tiff_in_0_to_1_is_scaled_to_8_bits(tmp_path, decoder):
+    path = str(tmp_path / "a.tif")
+    Image.fromarray(np.array([[0, 0.2, 0.5, 1]], dtype=np.float32)).save(path)
+    assert utils.read_image(path, "RGB", decoder).tolist() == [[[v] * 3 for v in (0, 51, 128, 255)]]
+    Image.fromarray(np.array([[0, 1, 2, 200]], dtype=np.float32)).save(path)
+    assert utils.read_image(path, "RGB", decoder).tolist() == [[[v] * 3 for v in (0, 1, 2, 200)]]
+
+
 @pytest.mark.parametrize("values", [[[0, 70000]], [[-1, 5]], [[0.5, 300.0]]])
 def test_values_that_8_bits_cannot_hold_are_refused(tmp_path, values):
     array = np.array(values)
