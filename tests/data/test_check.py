@@ -436,3 +436,68 @@ def test_null_characters_in_file_names_are_missing_images(tmp_path):
     assert "missing-image" in {f.kind for f in check_dataset(uri).findings}
     with pytest.raises(ValueError, match="b.*jpg.*must be a path"):
         use(uri)
+
+
+TRIANGLE = [2.0, 3.0, 10.0, 3.0, 2.0, 12.5]
+RLE = {"size": [30, 40], "counts": [610, 5, 585]}
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "expected"),
+    [
+        (box(2, 3, 0, 0), "box-no-area", {"bbox": [2, 3, 8, 9.5]}),
+        (box(2, NAN, 4, 4), "box-not-finite", {"bbox": [2, 3, 8, 9.5]}),
+        (box("2", "3", "8", "9.5"), "bad-box", {"bbox": [2, 3, 8, 9.5]}),
+        (change("annotations.0.bbox", None), "annotation-broken", {"bbox": [2, 3, 8, 9.5]}),
+        (change("annotations.0.bbox", []), "bad-box", {"bbox": [2, 3, 8, 9.5]}),
+        (change("annotations.0.image_id", "1"), "unknown-image", {"image_id": 1}),
+        (change("annotations.0.category_id", "7"), "unknown-category", {"category_id": 7}),
+        (change("annotations.0.segmentation", TRIANGLE), "bad-segmentation", {"segmentation": [TRIANGLE]}),
+        (
+            change("annotations.0.segmentation", [[2.0, 3.0], [10.0, 3.0], [2.0, 12.5]]),
+            "bad-segmentation",
+            {"segmentation": [TRIANGLE]},
+        ),
+        (
+            change("annotations.0.segmentation", [[[2.0, 3.0], [10.0, 3.0], [2.0, 12.5]]]),
+            "bad-segmentation",
+            {"segmentation": [TRIANGLE]},
+        ),
+        (polygon(*map(str, TRIANGLE)), "bad-segmentation", {"segmentation": [TRIANGLE]}),
+    ],
+)
+def test_fix_repairs_what_is_certain(tmp_path, change, kind, expected):
+    content = coco_content()
+    change(content)
+    checked = check_dataset(write_coco(tmp_path, content))
+    assert kind in {f.kind for f in checked.findings}
+    assert len(checked.repaired["annotations"]) == 3
+    first = checked.repaired["annotations"][0]
+    assert {key: first[key] for key in expected} == expected
+
+
+def test_fix_takes_the_box_from_an_rle_mask(tmp_path):
+    content = coco_content()
+    content["annotations"][2]["bbox"] = None
+    checked = check_dataset(write_coco(tmp_path, content))
+    # The runs are in column order: pixels 610 to 614 are column 20, rows 10 to 14.
+    assert checked.repaired["annotations"][2]["bbox"] == [20, 10, 1, 5]
+
+
+def test_fix_reads_ids_and_sizes_that_are_texts(tmp_path):
+    content = coco_content()
+    for category in content["categories"]:
+        category["id"] = str(category["id"])
+    content["images"][0].update(width="40", height="30")
+    checked = check_dataset(write_coco(tmp_path, content), images=False)
+    assert {"category-broken", "image-wrong-type"} <= {f.kind for f in checked.findings}
+    assert [category["id"] for category in checked.repaired["categories"]] == [3, 5, 7]
+    assert checked.repaired["images"][0]["width"] == 40 and len(checked.repaired["annotations"]) == 3
+
+
+def test_fix_changes_paths_of_another_machine(tmp_path):
+    content = coco_content()
+    content["images"][0]["file_name"] = r"C:\data\images\a.jpg"
+    checked = check_dataset(write_coco(tmp_path, content))
+    assert "image-path" in {f.kind for f in checked.findings} and not checked.num_errors
+    assert [image["file_name"] for image in checked.repaired["images"]] == ["a.jpg", "b.jpg"]

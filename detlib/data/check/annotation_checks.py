@@ -27,30 +27,102 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def as_numbers(values: Any) -> list | None:
+    """Return a list of numbers, or of texts that are numbers, as numbers; None for anything else."""
+    if not isinstance(values, list):
+        return None
+    numbers: list = []
+    for value in values:
+        if isinstance(value, str):
+            try:
+                value = float(value)
+            except ValueError:
+                return None
+        if not is_number(value):
+            return None
+        numbers.append(value)
+    return numbers
+
+
 def check_box(annotation: dict, size: Size, report: Report) -> dict | None:
     """Check `bbox`: (x, y, width, height), or (center x, center y, width, height, angle)."""
-    if annotation.get("bbox") is None:
-        extent = _polygon_extent(annotation.get("segmentation"))
+    kind, detail = _box_fault(annotation.get("bbox"))
+    if kind == "bad-box" and (numbers := as_numbers(annotation["bbox"])) is not None:
+        if not _box_fault(numbers)[0]:
+            report(kind, detail, "texts read as numbers")
+            annotation["bbox"], kind = numbers, ""
+    if kind:
+        extent = _mask_extent(annotation.get("segmentation"))
         if extent is None:
-            report("annotation-broken", "there is no 'bbox'", _DROP)
+            report(kind, detail, _DROP)
             return None
-        report("annotation-broken", "there is no 'bbox'", "box set to the extent of the polygons")
+        report(kind, detail, "box set to the extent of the mask")
         annotation["bbox"] = [extent[0], extent[1], extent[2] - extent[0], extent[3] - extent[1]]
     box = annotation["bbox"]
-    if not isinstance(box, list) or len(box) not in (4, 5) or not all(map(is_number, box)):
-        report("bad-box", f"the bbox is {box!r}", _DROP)
-        return None
-    if not are_coordinates(box):
-        report("box-not-finite", f"the bbox is {box}", _DROP)
-        return None
-    if not (box[2] > 0 and box[3] > 0):
-        report("box-no-area", f"the bbox is {box}", _DROP)
-        return None
     if min(box[2], box[3]) < 1:
         report("box-below-one-pixel", f"the bbox is {box}")
     if size is None:
         return annotation
     return _compare_box_with_image(annotation, size, report)
+
+
+def _box_fault(box: Any) -> tuple[str, str]:
+    """Return kind and detail of a box's fault; empty if there is none."""
+    if box is None:
+        return "annotation-broken", "there is no 'bbox'"
+    shown = f"the bbox is {box!r}"[:200]
+    if not isinstance(box, list) or len(box) not in (4, 5) or not all(map(is_number, box)):
+        return "bad-box", shown
+    if not are_coordinates(box):
+        return "box-not-finite", shown
+    if not (box[2] > 0 and box[3] > 0):
+        return "box-no-area", shown
+    return "", ""
+
+
+def _mask_extent(segmentation: Any) -> list[float] | None:
+    """Return the extent [x0, y0, x1, y1] of valid polygons or of an RLE mask, or None."""
+    if not isinstance(segmentation, dict):
+        return _polygon_extent(_as_flat_polygons(segmentation) or segmentation)
+    try:
+        runs = rle_runs(segmentation)
+    except ValueError:
+        return None
+    if not runs[1::2].any():
+        return None
+    from pycocotools import mask as mask_utils
+
+    rle = segmentation
+    if isinstance(rle["counts"], list):
+        rle = mask_utils.frPyObjects(rle, *rle["size"])
+    x, y, width, height = mask_utils.toBbox(rle).tolist()
+    return [x, y, x + width, y + height]
+
+
+def _as_flat_polygons(segmentation: Any) -> list | None:
+    """Return polygons that tools write in another form as lists (x0, y0, x1, y1, ...), or None.
+
+    The forms are a single flat list, points as pairs, and numbers as texts.
+    """
+    if not isinstance(segmentation, list) or not segmentation:
+        return None
+    if all(is_number(value) or isinstance(value, str) for value in segmentation):
+        segmentation = [segmentation]
+    elif all(_is_pair(point) for point in segmentation) and len(segmentation) >= 3:
+        segmentation = [[value for point in segmentation for value in point]]
+    flat = []
+    for polygon in segmentation:
+        if isinstance(polygon, list) and polygon and all(_is_pair(point) for point in polygon):
+            polygon = [value for point in polygon for value in point]
+        numbers = as_numbers(polygon)
+        if numbers is None:
+            return None
+        flat.append(numbers)
+    return flat
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and as_numbers(value) is not None
 
 
 def _compare_box_with_image(annotation: dict, size: tuple[float, float], report: Report) -> dict | None:
@@ -83,6 +155,10 @@ def check_segmentation(annotation: dict, size: Size, report: Report) -> dict | N
         return annotation
     if isinstance(segmentation, dict):
         return _check_rle(annotation, size, report)
+    flat = _as_flat_polygons(segmentation)
+    if flat is not None and flat != segmentation and not all(_polygon_fault(p)[0] for p in flat):
+        report("bad-segmentation", f"{segmentation!r}"[:100], "read as lists of numbers x0, y0, x1, y1, ...")
+        annotation["segmentation"] = segmentation = flat
     if not isinstance(segmentation, list) or not all(isinstance(p, list) for p in segmentation):
         report("bad-segmentation", f"the segmentation is a {type(segmentation).__name__}", _DROP)
         return None

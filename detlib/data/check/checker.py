@@ -10,7 +10,7 @@ import sys
 import time
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,8 +18,14 @@ from typing import Any
 from PIL import Image
 
 from detlib.data.catalog import DatasetCatalog, MetadataCatalog, parse_dataset_uri
-from detlib.data.check.annotation_checks import check_box, check_keypoints, check_segmentation, is_number
+from detlib.data.check.annotation_checks import (
+    check_box,
+    check_keypoints,
+    check_segmentation,
+    is_number,
+)
 from detlib.data.datasets.file_values import MAX_COORDINATE, is_id, is_side
+from detlib.data.datasets.image_paths import ImageFinder
 from detlib.data.datasets.keypoint_names import check_keypoint_names
 from detlib.data.formats.base import FORMATS, ParsedURI
 from detlib.data.formats.findings import Finding, RawSet, raw_from_records
@@ -149,6 +155,10 @@ def _key(value: Any) -> Any:
     return value if isinstance(value, int | float | str) and not isinstance(value, bool) else repr(value)
 
 
+def _is_integer_text(value: Any) -> bool:
+    return isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 19
+
+
 class _Checker:
     """The passes over one dataset. Each pass refers to what the earlier passes found valid."""
 
@@ -196,6 +206,10 @@ class _Checker:
     def _check_categories(self, categories: list) -> None:
         names: dict[str, Any] = {}
         for category in categories:
+            if isinstance(category, dict) and _is_integer_text(category.get("id")):
+                detail = f"the id of {category.get('name')!r} is the text {category['id']!r}"
+                self.raw.report("category-broken", detail, action="read as a number")
+                category = {**category, "id": int(category["id"])}
             valid = isinstance(category, dict) and is_id(category.get("id"), (int,))
             if not valid or not isinstance(category.get("name"), str):
                 self.raw.report("category-broken", f"{category!r}"[:200], action="category dropped")
@@ -237,7 +251,12 @@ class _Checker:
             if name in files:
                 self.raw.report("duplicate-file-name", f"ids {files[name]!r} and {key!r}", image=name)
             files[name] = key
-            self.images[key] = dict(image)
+            image = self.images[key] = dict(image)
+            texts = [side for side in ("width", "height") if _is_integer_text(image.get(side))]
+            if texts:
+                detail = f"width and height are {image.get('width')!r} and {image.get('height')!r}"
+                self.raw.report("image-wrong-type", detail, image=name, action="read as numbers")
+                image.update({side: int(image[side]) for side in texts})
         if len({type(key) for key in self.images}) > 1:
             self.raw.report(
                 "mixed-image-ids", "some are numbers, others strings", action="all ids turned into strings"
@@ -248,6 +267,15 @@ class _Checker:
     def _check_image_files(self) -> None:
         seen: dict[tuple, str] = {}
         root, images = self.raw.image_root, list(self.images.items())
+        finder = ImageFinder(root)
+        for _, image in images:
+            name = image["file_name"]
+            if not PathManager.isfile(os.path.join(root, name)):
+                found = finder.find(name)
+                if found is not None:
+                    image["file_name"] = os.path.relpath(found, root)
+                    action = f"path changed to {image['file_name']!r}"
+                    self.raw.report("image-path", f"found as {found}", image=name, action=action)
         paths = (os.path.join(root, image["file_name"]) for _, image in images)
         for (key, image), image_file in zip(images, _read_image_files(paths)):
             name = image["file_name"]
@@ -326,13 +354,21 @@ class _Checker:
 
     def _check_annotation(self, annotation: dict, location: str, ids: set, boxes: dict) -> dict | None:
         """Return the repaired annotation, or None if it is dropped."""
-        image_key, category_key = _key(annotation.get("image_id")), _key(annotation.get("category_id"))
+        image_key = self._known_key(annotation.get("image_id"), self.all_images)
+        category_key = self._known_key(annotation.get("category_id"), self.categories)
         image, category = self.images.get(image_key), self.categories.get(category_key)
         name = image["file_name"] if image else ""
 
         def report(kind: str, detail: str, action: str = "") -> None:
             self.raw.report(kind, detail, image=name, annotation=location, action=action)
 
+        for key, found, kind in (
+            ("image_id", image_key, "unknown-image"),
+            ("category_id", category_key, "unknown-category"),
+        ):
+            if found != _key(annotation.get(key)):
+                report(kind, f"{key} is {annotation[key]!r}, listed is {found!r}", f"{found!r} used")
+                annotation[key] = found
         missing = [key for key in ("image_id", "category_id") if annotation.get(key) is None]
         if missing:
             report("annotation-broken", f"there is no {' and no '.join(map(repr, missing))}", _DROP)
@@ -362,6 +398,14 @@ class _Checker:
             return None
         boxes[same] = location
         return repaired
+
+    def _known_key(self, value: Any, known: Container) -> Any:
+        """Return the key of an id. If it is not known, but is as a text or as a number, return that."""
+        key = _key(value)
+        if key in known:
+            return key
+        other = int(value) if _is_integer_text(value) else str(value) if type(value) is int else key
+        return other if other in known else key
 
     def _check_id(self, annotation: dict, ids: set, report: Any) -> None:
         key = _key(annotation.get("id"))

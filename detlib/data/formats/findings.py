@@ -33,6 +33,10 @@ FINDING_KINDS: dict[str, tuple[str, str]] = {
     "mixed-image-ids": ("error", "some image ids are numbers, others strings"),
     "duplicate-file-name": ("warning", "two images have the same file"),
     "duplicate-image": ("warning", "two image files have the same content"),
+    "image-path": (
+        "warning",
+        "an image does not exist under its path, which may be of another machine, but below the image folder",
+    ),
     "missing-image": ("error", "the image file does not exist"),
     "unreadable-image": ("error", "the file cannot be read as an image"),
     "truncated-image": ("error", "the image file ends too early"),
