@@ -412,6 +412,27 @@ def _check_num_classes(cfg, dataset_dicts: list[dict]) -> None:
         logger.warning("%s is %d, but dataset %r has %d classes", key, num_classes, name, len(class_names))
 
 
+def _check_masks_and_keypoints(cfg, dataset_dicts: list[dict]) -> None:
+    """Raise ValueError if the config trains a head for which some objects have no ground truth."""
+    for key, what, switch in (
+        ("segmentation", "mask", "MODEL.MASK_ON"),
+        ("keypoints", "keypoints", "MODEL.KEYPOINT_ON"),
+    ):
+        if not getattr(cfg.MODEL, switch.removeprefix("MODEL.")):
+            continue
+        total, lacking = 0, []
+        for record in dataset_dicts:
+            objects = [a for a in record.get("annotations", ()) if not a.get("iscrowd", 0)]
+            total += len(objects)
+            lacking += [record.get("file_name") for a in objects if a.get(key) is None or len(a[key]) == 0]
+        if lacking:
+            raise ValueError(
+                f"{len(lacking)} of {total} objects have no {what} ({key!r}), the first one in {lacking[0]}, "
+                f"but {switch} is True. Set {switch} to False to train without, or leave such objects out of "
+                "the annotations"
+            )
+
+
 def _load_train_sets(cfg) -> tuple[list | Dataset, list]:
     """Return the training data as one dataset, and its parts if the sampler needs them."""
     names = as_names(cfg.DATASETS.TRAIN)
@@ -450,6 +471,7 @@ def _train_loader_from_config(cfg, mapper=None, *, dataset=None, sampler=None) -
             log_images_without_objects(dataset)
         if mapper is None and isinstance(dataset, list):  # a custom mapper may change category ids
             _check_num_classes(cfg, dataset)
+            _check_masks_and_keypoints(cfg, dataset)
     if mapper is None:
         _check_proposals(cfg, dataset, "TRAIN")
         mapper = DatasetMapper(cfg, True)

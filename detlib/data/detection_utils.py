@@ -371,15 +371,15 @@ def annotations_to_instances(
     Args:
         annos: transformed annotations in the standard format.
         image_size: (height, width).
-        mask_format: "polygon" or "bitmask".
+        mask_format: "polygon" or "bitmask". Images with a mask that is not polygons get BitMasks anyway.
 
     Returns:
         Instances with ``gt_boxes`` (Boxes), ``gt_classes`` ((R,) int64) and, if the annotations have them,
         ``gt_masks`` (PolygonMasks or BitMasks) and ``gt_keypoints`` (Keypoints).
 
     Raises:
-        ValueError: if a mask does not fit ``mask_format``, or only some of the instances have masks or
-            keypoints.
+        ValueError: if a mask is neither polygons, RLE nor an array, or only some of the instances have masks
+            or keypoints.
     """
     boxes = _boxes_of(annos, BoxMode.XYXY_ABS)
     fields: dict[str, Any] = {"gt_classes": _classes_of(annos)}
@@ -397,16 +397,10 @@ def annotations_to_instances(
 
 
 def _to_masks(segmentations: list, image_size: tuple[int, int], mask_format: str) -> PolygonMasks | BitMasks:
-    if mask_format == "polygon":
-        for i, segmentation in enumerate(segmentations):
-            if not isinstance(segmentation, list):
-                raise ValueError(
-                    f"the mask of instance {i} is not a list of polygons but {type(segmentation).__name__}; "
-                    "for masks in RLE format set INPUT.MASK_FORMAT to 'bitmask'"
-                )
-        return PolygonMasks(segmentations)
-    if mask_format != "bitmask":
+    if mask_format not in ("polygon", "bitmask"):
         raise ValueError(f"mask_format must be 'polygon' or 'bitmask', got {mask_format!r}")
+    if mask_format == "polygon" and all(isinstance(segmentation, list) for segmentation in segmentations):
+        return PolygonMasks(segmentations)
     masks = [_to_bitmask(segmentation, image_size, i) for i, segmentation in enumerate(segmentations)]
     return BitMasks(torch.from_numpy(np.stack(masks)))
 

@@ -304,6 +304,29 @@ def test_empty_images_are_dropped_and_it_is_said(records, register, caplog):
     assert len(B.get_detection_dataset_dicts(register("build_unlabeled", unlabeled))) == 12
 
 
+@pytest.mark.parametrize(
+    ("switch", "key", "value"),
+    [("MASK_ON", "segmentation", [[1, 1, 6, 1, 6, 5]]), ("KEYPOINT_ON", "keypoints", [2, 3, 2] * 17)],
+)
+def test_objects_without_masks_or_keypoints_raise_before_training(records, register, switch, key, value):
+    names = [f"point {i}" for i in range(17)]
+    metadata = {"thing_classes": ["a", "b"], "keypoint_names": names, "keypoint_flip_map": []}
+    cfg = make_cfg(register("build_fields", records, **metadata))
+    cfg.MODEL[switch] = True
+    cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE = 0
+    for record in records[1:]:
+        record["annotations"][0][key] = value
+    with pytest.raises(
+        ValueError, match=rf"1 of 12 objects have no .*'{key}'.*0.png, but MODEL.{switch} is True"
+    ):
+        B.build_detection_train_loader(cfg)
+    records[0]["annotations"] = [annotation(iscrowd=1), annotation(**{key: value})]
+    B.build_detection_train_loader(cfg)
+    records[1]["annotations"][0][key] = []
+    with pytest.raises(ValueError, match=rf"1 of 12 objects.*MODEL.{switch}"):
+        B.build_detection_train_loader(cfg)
+
+
 def test_nothing_left_is_an_error(records, register):
     empty = [{**record, "annotations": []} for record in records]
     name = register("build_all_empty", empty, thing_classes=["a", "b"])

@@ -276,10 +276,21 @@ def test_annotations_to_instances():
     assert empty.gt_boxes.tensor.shape == (0, 4) and len(empty) == 0 and not empty.has("gt_masks")
 
 
+def test_image_with_an_rle_mask_gets_bitmasks_for_all_objects():
+    mask = np.zeros((20, 30), dtype=np.uint8)
+    mask[1:3, 4:9] = 1
+    rle = mask_util.encode(np.asfortranarray(mask))
+    square = [[2.0, 4.0, 12.0, 4.0, 12.0, 12.0, 2.0, 12.0]]
+    annotations = [make_annotation(segmentation=square), make_annotation(segmentation=rle)]
+    masks = utils.annotations_to_instances(annotations, (20, 30), "polygon").gt_masks
+    assert isinstance(masks, BitMasks)
+    expected = np.zeros((20, 30), dtype=bool)
+    expected[4:12, 2:12] = True
+    np.testing.assert_array_equal(masks.tensor.numpy(), [expected, mask.astype(bool)])
+
+
 def test_annotations_to_instances_refuses():
     mask = np.ones((20, 30), dtype=np.uint8)
-    with pytest.raises(ValueError, match="INPUT.MASK_FORMAT to 'bitmask'"):
-        utils.annotations_to_instances([make_annotation(segmentation=mask)], (20, 30), "polygon")
     with pytest.raises(ValueError, match="'polygon' or 'bitmask', got 'rle'"):
         utils.annotations_to_instances([make_annotation(segmentation=mask)], (20, 30), "rle")
     mixed = [make_annotation(segmentation=mask), make_annotation()]

@@ -76,6 +76,16 @@ def test_loss_equals_the_formula(kind, agnostic):
         assert channels_with_grad.nonzero().tolist() == [[0, 2], [1, 0], [2, 1]]
 
 
+def test_polygons_and_bit_masks_may_be_in_one_batch():
+    torch.manual_seed(0)
+    polygons, bits = foreground("polygon"), foreground("bitmask")
+    logits = torch.randn(sum(map(len, polygons)), 3, 28, 28)
+    with EventStorage():
+        expected = [mask_rcnn_loss(logits, instances) for instances in (polygons, bits)]
+        mixed = mask_rcnn_loss(logits, [polygons[0], *bits[1:]])
+    assert torch.isfinite(mixed) and min(expected) - 0.01 <= mixed <= max(expected) + 0.01
+
+
 def test_images_without_regions_do_not_change_the_loss():
     with_empty = [Instances((9, 9)), *foreground(), Instances((9, 9))]
     for x in (with_empty[0], with_empty[-1]):

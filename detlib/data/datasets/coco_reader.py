@@ -163,7 +163,7 @@ class CocoReader:
                     "annotations without a polygon that has an extent and at least three points"
                 ] += 1
                 return None
-        if result.get("keypoints", ()) is None:
+        if result.get("keypoints", ()) in (None, []):  # some tools write this for objects without
             del result["keypoints"]
         if "keypoints" in result:
             result["keypoints"] = self._keypoints(record, annotation)
