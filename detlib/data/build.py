@@ -25,7 +25,7 @@ from detlib.data.common import (
 )
 from detlib.data.dataset_mapper import DatasetMapper
 from detlib.data.detection_utils import as_names, check_metadata_consistency
-from detlib.data.proposals import load_proposals_into_dataset
+from detlib.data.proposals import check_proposals, load_proposals_into_dataset
 from detlib.data.samplers.distributed_sampler import (
     EndlessSampler,
     InferenceSampler,
@@ -453,16 +453,6 @@ def _load_train_sets(cfg) -> tuple[list | Dataset, list]:
     return ConcatDataset(parts), parts
 
 
-def _check_proposals(cfg, dataset: list | Dataset, key: str) -> None:
-    """Raise ValueError if a model without a proposal generator would get no proposals."""
-    if cfg.MODEL.LOAD_PROPOSALS and isinstance(dataset, list):
-        if any("proposal_boxes" not in record for record in dataset):
-            raise ValueError(
-                f"MODEL.LOAD_PROPOSALS is True, but DATASETS.PROPOSAL_FILES_{key} is empty and the dicts "
-                f"have no 'proposal_boxes': name one file for each of DATASETS.{key}"
-            )
-
-
 def _train_loader_from_config(cfg, mapper=None, *, dataset=None, sampler=None) -> dict:
     parts: list = []
     if dataset is None:
@@ -473,7 +463,7 @@ def _train_loader_from_config(cfg, mapper=None, *, dataset=None, sampler=None) -
             _check_num_classes(cfg, dataset)
             _check_masks_and_keypoints(cfg, dataset)
     if mapper is None:
-        _check_proposals(cfg, dataset, "TRAIN")
+        check_proposals(cfg, dataset, "TRAIN")
         mapper = DatasetMapper(cfg, True)
     if sampler is None and not isinstance(dataset, IterableDataset):
         sampler = build_train_sampler(cfg, dataset, parts)
@@ -552,7 +542,7 @@ def _test_loader_from_config(cfg, dataset_name, mapper=None) -> dict:
         proposal_files = [files[name] for name in names if name in files] or None
     dataset = get_detection_dataset_dicts(names, filter_empty=False, proposal_files=proposal_files)
     if mapper is None:
-        _check_proposals(cfg, dataset, "TEST")
+        check_proposals(cfg, dataset, "TEST")
     streams = isinstance(dataset, IterableDataset)
     return {
         "dataset": dataset,

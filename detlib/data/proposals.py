@@ -14,7 +14,7 @@ from detlib.structures import Boxes, BoxMode, Instances, RotatedBoxes
 from detlib.utils.file_io import PathManager
 from detlib.utils.safe_pickle import load_plain_pickle
 
-__all__ = ["load_proposals_into_dataset", "transform_proposals"]
+__all__ = ["check_proposals", "load_proposals_into_dataset", "transform_proposals"]
 
 logger = logging.getLogger(__name__)
 
@@ -175,3 +175,22 @@ def _check_image(proposal_file: str, image_id: Any, boxes: Any, logits: Any, col
         raise ValueError(f"{found} boxes with values that are not finite numbers up to {MAX_COORDINATE}.")
     if logits.dtype.kind not in "iuf" or np.isnan(logits).any():
         raise ValueError(f"{found} logits that are not numbers.")
+
+
+def check_proposals(cfg: Any, dataset: Any, key: str) -> None:
+    """Check that a model without a proposal generator gets proposals.
+
+    Args:
+        cfg: the config.
+        dataset: list of dicts in the standard format; other datasets are not checked.
+        key: "TRAIN" or "TEST", for the message.
+
+    Raises:
+        ValueError: A dict has no "proposal_boxes".
+    """
+    if cfg.MODEL.LOAD_PROPOSALS and isinstance(dataset, list):
+        if any("proposal_boxes" not in record for record in dataset):
+            raise ValueError(
+                f"MODEL.LOAD_PROPOSALS is True, but DATASETS.PROPOSAL_FILES_{key} is empty and the dicts "
+                f"have no 'proposal_boxes': name one file for each of DATASETS.{key}"
+            )

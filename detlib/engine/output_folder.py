@@ -177,7 +177,9 @@ def _identity() -> dict[str, Any]:
 
 
 def _is_ours(holder: dict[str, Any] | None) -> bool:
-    return bool(holder) and (holder.get("host"), holder.get("pid")) == (socket.gethostname(), os.getpid())
+    if not holder:
+        return False
+    return (holder.get("host"), holder.get("pid")) == (socket.gethostname(), os.getpid())
 
 
 def _may_be_alive(holder: dict[str, Any]) -> bool:
