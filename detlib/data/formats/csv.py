@@ -28,11 +28,11 @@ from detlib.data.formats.objects import (
     DrawnURI,
     RawSetBuilder,
     ShapeError,
+    find_image,
     find_split_folder,
     read_class_list,
     subfolders,
 )
-from detlib.data.image_io import read_image_size
 from detlib.utils.file_io import PathManager
 
 __all__ = ["CsvURI"]
@@ -192,7 +192,7 @@ def read_raw_csv(file: str, images: str, classes: list[str]) -> RawSet:
         groups.setdefault(row["filename"], []).append((number, row))
     finder = ImageFinder(images, ("", "images", "data"))
     with ThreadPoolExecutor(8) as pool:  # in an object store, most of the time is waiting
-        found = list(pool.map(_find_image, repeat(finder), groups))
+        found = list(pool.map(_find_with_suffix, repeat(finder), groups))
     for (name, rows), (path, size, fault) in zip(groups.items(), found):
         if path is None or size is None:
             kind = "missing-image" if path is None else "unreadable-image"
@@ -211,17 +211,13 @@ def read_raw_csv(file: str, images: str, classes: list[str]) -> RawSet:
     return builder.finish(classes)
 
 
-def _find_image(finder: ImageFinder, name: str) -> tuple[str | None, tuple[int, int] | None, str]:
-    """Return path and size of an image, and what is wrong if one of them is None."""
-    has_suffix = name.lower().endswith(IMAGE_SUFFIXES)
-    names = [name] if has_suffix else [name, *(name + suffix for suffix in IMAGE_SUFFIXES)]
-    path = next((found for found in map(finder.find, names) if found is not None), None) if name else None
-    if path is None:
-        return None, None, f"{os.path.join(finder.root, name)} does not exist"
-    try:
-        return path, read_image_size(path), ""
-    except (OSError, ValueError) as error:
-        return path, None, str(error)
+def _find_with_suffix(finder: ImageFinder, name: str) -> tuple[str | None, tuple[int, int] | None, str]:
+    """Return what `find_image` does for an image whose suffix may be left out."""
+    result = find_image(finder, name)
+    if result[0] is None and name and not name.lower().endswith(IMAGE_SUFFIXES):
+        found = (find_image(finder, name + suffix) for suffix in IMAGE_SUFFIXES)
+        return next((other for other in found if other[0] is not None), result)
+    return result
 
 
 def _parse_row(row: dict[str, str], location: str, size: tuple[int, int]) -> DrawnObject | None:

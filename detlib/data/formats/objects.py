@@ -18,10 +18,12 @@ from typing import Any
 import numpy as np
 
 from detlib.data.datasets.file_values import MAX_COORDINATE, MAX_PIXELS
+from detlib.data.datasets.image_paths import ImageFinder
 from detlib.data.datasets.rotated_corners import RotatedBox
 from detlib.data.datasets.voc_layout import IMAGE_SUFFIXES, read_lines
 from detlib.data.formats.base import ParsedURI, URIOption
 from detlib.data.formats.findings import RawSet, split_common_folder
+from detlib.data.image_io import read_image_size
 from detlib.structures import BoxMode
 from detlib.utils.file_io import PathManager
 
@@ -32,6 +34,7 @@ __all__ = [
     "RawSetBuilder",
     "ShapeError",
     "check_points",
+    "find_image",
     "find_split_folder",
     "read_class_list",
     "subfolders",
@@ -329,6 +332,17 @@ _LEFT_OUT = {
     "shape-without-area": "points and lines, which have no area",
     "box-no-area": "objects whose box has no area",
 }
+
+
+def find_image(finder: ImageFinder, name: str) -> tuple[str | None, tuple[int, int] | None, str]:
+    """Return path and size (width, height) of an image, and what is wrong if one of them is None."""
+    path = finder.find(name)
+    if path is None:
+        return None, None, f"{os.path.join(finder.root, name)} does not exist"
+    try:
+        return path, read_image_size(path), ""
+    except (OSError, ValueError) as error:
+        return path, None, str(error)
 
 
 def subfolders(path: str) -> list[str]:

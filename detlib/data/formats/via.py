@@ -30,11 +30,11 @@ from detlib.data.formats.objects import (
     DrawnURI,
     RawSetBuilder,
     ShapeError,
+    find_image,
     find_split_folder,
     read_class_list,
     subfolders,
 )
-from detlib.data.image_io import read_image_size
 from detlib.utils.file_io import PathManager
 from detlib.utils.suggest import suggest
 
@@ -206,7 +206,7 @@ def read_raw_via(tables: dict[str, dict[str, dict]], attribute: str, classes: li
         finder = ImageFinder(os.path.dirname(file))
         with ThreadPoolExecutor(8) as pool:  # in an object store, most of the time is waiting
             names = [entry["filename"] for entry in table.values()]
-            images = list(pool.map(_find_image, repeat(finder), names))
+            images = list(pool.map(find_image, repeat(finder), names))
         for entry, (path, size, fault) in zip(table.values(), images):
             name = entry["filename"]
             if path is None or size is None:
@@ -216,17 +216,6 @@ def read_raw_via(tables: dict[str, dict[str, dict]], attribute: str, classes: li
             image = builder.add_image(os.path.splitext(name)[0], path, size)
             _add_regions(builder, file, entry, image, attribute)
     return builder.finish(classes)
-
-
-def _find_image(finder: ImageFinder, name: str) -> tuple[str | None, tuple[int, int] | None, str]:
-    """Return path and size of an image, and what is wrong if one of them is None."""
-    path = finder.find(name)
-    if path is None:
-        return None, None, f"{os.path.join(finder.root, name)} does not exist"
-    try:
-        return path, read_image_size(path), ""
-    except (OSError, ValueError) as error:
-        return path, None, str(error)
 
 
 def _add_regions(builder: RawSetBuilder, file: str, entry: dict, image: dict, attribute: str) -> None:
