@@ -290,7 +290,7 @@ def test_new_iterators_leave_no_workers_behind(records, grouping):
     assert len(multiprocessing.active_children()) == before
 
 
-def test_empty_images_are_dropped_and_it_is_said(records, register, caplog):
+def test_dropped_empty_images_are_counted_in_the_log(records, register, caplog):
     crowd = {**records[0], "image_id": "crowd", "annotations": [annotation(iscrowd=1)]}
     empty = {**records[0], "image_id": "empty", "annotations": []}
     name = register("build_filter", [*records, crowd, empty], thing_classes=["a", "b"])

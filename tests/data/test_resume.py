@@ -110,7 +110,7 @@ def test_two_epochs_draw_other_numbers():
     assert len(set(drawn)) == 40
 
 
-def test_records_without_sizes_are_told():
+def test_records_without_sizes_raise():
     records = [{"image_id": i} for i in range(4)]
 
     def build():
@@ -128,7 +128,7 @@ def add_size(record):
     return record | {"width": 4, "height": 3}
 
 
-def test_a_sampler_of_the_users_begins_anew(caplog):
+def test_custom_sampler_without_state_restarts_from_its_first_index(caplog):
     own = torch.utils.data.SequentialSampler(RECORDS)
     made = B.build_batch_data_loader(RECORDS, own, 2)
     batches = iter(made)

@@ -97,7 +97,7 @@ def test_lists_and_transforms_of_users():
     np.testing.assert_allclose(moved, [30, 40, 20, 10, 60], atol=1e-9)
 
 
-def test_image_and_box_turn_alike():
+def test_image_and_box_rotate_by_the_same_angle():
     """A painted box is found where its transformed box is."""
     box = np.array([40.0, 30, 30, 12, 25])
     image = np.zeros((HEIGHT, WIDTH, 3), np.uint8)

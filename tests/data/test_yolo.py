@@ -369,7 +369,7 @@ def test_hostile_data_yaml_is_refused_quickly(tmp_path, text, message):
         DatasetCatalog.get(uri)
 
 
-def test_files_of_macos_are_no_images(tmp_path):
+def test_hidden_files_of_macos_are_not_images(tmp_path):
     uri = write_yolo(tmp_path)
     write(f"{tmp_path}/images/train/._a.jpg", b"\0\5\x16\7")
     assert len(DatasetCatalog.get(uri)) == 2

@@ -58,7 +58,7 @@ def test_lines_of_one_iteration_are_put_together(tmp_path):
     assert records.by_iteration[19]["lr"] == 0.5 and records.by_iteration[19]["total_loss"] == 0.1
 
 
-def test_what_is_no_number_is_no_point_of_a_curve(tmp_path):
+def test_values_that_are_not_numbers_are_left_out_of_curves(tmp_path):
     records = read(
         tmp_path, record(0, total_loss=math.nan), record(1, total_loss=math.inf), record(2, note="text")
     )

@@ -203,7 +203,7 @@ def test_plain_path_of_a_coco_file(tmp_path):
         DatasetCatalog.get(f"{tmp_path}/./ann.json")
 
 
-def test_unknown_names_that_are_no_paths_are_still_key_errors(tmp_path, monkeypatch):
+def test_unknown_name_that_is_not_a_path_is_a_key_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "birds").mkdir()
     for name in ("birds", "birds_train", "no/such/folder", "no.json"):
