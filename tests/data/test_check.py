@@ -501,3 +501,25 @@ def test_fix_changes_paths_of_another_machine(tmp_path):
     checked = check_dataset(write_coco(tmp_path, content))
     assert "image-path" in {f.kind for f in checked.findings} and not checked.num_errors
     assert [image["file_name"] for image in checked.repaired["images"]] == ["a.jpg", "b.jpg"]
+
+
+def test_boxes_that_state_their_center_are_one_error_of_the_dataset(tmp_path):
+    content = coco_content()
+    corners = [(x, 2.0 * i, 8.0, 6.0) for i, x in enumerate((3.0, 6.0, 9.0, 12.0, 15.0))]
+    content["annotations"] = [
+        {
+            "id": i,
+            "image_id": 1,
+            "category_id": 7,
+            "bbox": [x + w / 2, y + h / 2, w, h],
+            "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]],
+        }
+        for i, (x, y, w, h) in enumerate(corners)
+    ]
+    checked = check_dataset(write_coco(tmp_path, content))
+    assert [f.kind for f in checked.findings if f.severity == "error"] == ["center-boxes"]
+    assert "mask-box-mismatch" not in {f.kind for f in checked.findings}
+    assert [tuple(a["bbox"]) for a in checked.repaired["annotations"]] == corners
+    for annotation, box in zip(content["annotations"], corners):
+        annotation["bbox"] = list(box)
+    assert not check_dataset(write_coco(tmp_path, content)).num_errors

@@ -233,3 +233,13 @@ def test_objects_with_different_numbers_of_keypoints(tmp_path):
     for to in ("yolo", "coco"):
         with pytest.raises(ValueError, match="a.jpg has 2 keypoints, but the metadata names 3"):
             convert_dataset(start, to, f"{tmp_path}/{to}2")
+
+
+@pytest.mark.parametrize("to", ["yolo", "labelme"])
+def test_boxes_within_a_pixel_of_their_polygons_do_not_cost_the_polygons(tmp_path, log, to):
+    content = coco_content()
+    content["annotations"][0]["bbox"] = [2.9, 3, 7.1, 9.5]
+    uri = convert_dataset(write_coco(tmp_path / "start", content), to, f"{tmp_path}/out")
+    first = DatasetCatalog.get(uri)[0]["annotations"][0]
+    assert first["segmentation"] == [[2, 3, 10, 3, 2, 12.5]]
+    assert "1 boxes become the extent of their masks" in log.text

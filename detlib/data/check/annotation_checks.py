@@ -12,7 +12,7 @@ from typing import Any, cast
 from detlib.data.datasets.file_values import are_coordinates, is_coordinate
 from detlib.structures.rle import rle_runs
 
-__all__ = ["check_box", "check_keypoints", "check_segmentation"]
+__all__ = ["check_box", "check_keypoints", "check_segmentation", "states_center"]
 
 Size = tuple[float, float] | None  # width and height of the image, if known
 Report = Callable[..., None]  # kind, detail, action
@@ -230,6 +230,27 @@ def _compare_with_box(annotation: dict, report: Report) -> None:
         report(
             "mask-box-mismatch", f"the box is {corners}, the extent of the polygons {extent} (x0, y0, x1, y1)"
         )
+
+
+def states_center(annotation: Any) -> bool | None:
+    """Return whether the first two numbers of a box are its center, as its polygons show.
+
+    Returns:
+        True if the box fits its polygons only so, False if it does not; None without a box or polygons.
+    """
+    if not isinstance(annotation, dict) or _box_fault(annotation.get("bbox"))[0]:
+        return None
+    x, y, width, height = annotation["bbox"][:4]
+    segmentation = annotation.get("segmentation")
+    extent = _polygon_extent(segmentation) if len(annotation["bbox"]) == 4 else None
+    if extent is None:
+        return None
+
+    def fits(left: float, top: float) -> bool:
+        corners = (left, top, left + width, top + height)
+        return max(abs(a - b) for a, b in zip(corners, extent)) <= max(2.0, 0.05 * max(width, height))
+
+    return fits(x - width / 2, y - height / 2) and not fits(x, y)
 
 
 def _check_rle(annotation: dict, size: Size, report: Report) -> dict | None:

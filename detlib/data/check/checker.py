@@ -23,6 +23,7 @@ from detlib.data.check.annotation_checks import (
     check_keypoints,
     check_segmentation,
     is_number,
+    states_center,
 )
 from detlib.data.datasets.file_values import MAX_COORDINATE, is_id, is_side
 from detlib.data.datasets.image_paths import ImageFinder
@@ -36,6 +37,7 @@ __all__ = ["Checked", "check_dataset", "read_raw"]
 
 _DROP_IMAGE = "image dropped"
 _DROP = "annotation dropped"
+_MIN_CENTER_BOXES = 3  # fewer may be wrong by chance
 _PROGRESS_SECONDS = 5.0  # between two lines of progress
 
 
@@ -157,6 +159,14 @@ def _key(value: Any) -> Any:
 
 def _is_integer_text(value: Any) -> bool:
     return isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 19
+
+
+def _from_center(annotation: Any) -> Any:
+    """Return a copy of an annotation whose box, if it has one, states the corner instead of the center."""
+    box = annotation.get("bbox") if isinstance(annotation, dict) else None
+    if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
+        return annotation
+    return {**annotation, "bbox": [box[0] - box[2] / 2, box[1] - box[3] / 2, *box[2:]]}
 
 
 class _Checker:
@@ -334,6 +344,7 @@ class _Checker:
                 del self.images[key]
 
     def _check_annotations(self, annotations: list) -> None:
+        annotations = self._move_center_boxes(annotations)
         ids: set = set()
         used: set = set()
         boxes: dict[tuple, str] = {}
@@ -398,6 +409,19 @@ class _Checker:
             return None
         boxes[same] = location
         return repaired
+
+    def _move_center_boxes(self, annotations: list) -> list:
+        """Report boxes that state their center, if most boxes with polygons do, and return them mended."""
+        found = [states_center(annotation) for annotation in annotations]
+        count, total = found.count(True), len(found) - found.count(None)
+        if count < _MIN_CENTER_BOXES or count < 0.8 * total:
+            return annotations
+        self.raw.report(
+            "center-boxes",
+            f"{count} of {total} boxes fit their polygons only if their first two numbers are the center",
+            action="all boxes moved by half of their size",
+        )
+        return [_from_center(annotation) for annotation in annotations]
 
     def _known_key(self, value: Any, known: Container) -> Any:
         """Return the key of an id. If it is not known, but is as a text or as a number, return that."""

@@ -72,6 +72,10 @@ FINDING_KINDS: dict[str, tuple[str, str]] = {
     "rle-wrong-size": ("error", "an RLE mask has another size than the image"),
     "rle-empty": ("warning", "an RLE mask has no pixel"),
     "mask-box-mismatch": ("warning", "a box differs much from the extent of its polygons"),
+    "center-boxes": (
+        "error",
+        "the boxes of the dataset state their center, not their corner, as their polygons show",
+    ),
     "mixed-masks": ("warning", "some objects of an image have masks, others have none"),
     "keypoint-length": ("error", "keypoints are not triples, or not as many as the category names"),
     "keypoint-not-finite": ("error", "a keypoint has a value that is not a finite number up to 10 million"),

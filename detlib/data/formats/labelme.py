@@ -54,8 +54,6 @@ __all__ = ["LabelmeURI", "read_raw_labelme", "write_labelme"]
 logger = logging.getLogger(__name__)
 
 _WITHOUT_AREA = ("point", "line", "linestrip", "points")
-# A polygon also stands for the box. Its extent may differ from the box by this, in pixels.
-_SAME_BOX = 0.011
 
 
 class LabelmeURI(DrawnURI):
@@ -362,7 +360,7 @@ def write_labelme(source: ConversionSource, out: str, masks: str) -> tuple[str, 
 
 def _shapes_of(source: ConversionSource, annotation: dict, masks: str) -> list[dict]:
     """Return type and points of an object's shapes."""
-    x0, y0, x1, y1 = box = source.box(annotation)
+    x0, y0, x1, y1 = source.box(annotation)
     segmentation = annotation.get("segmentation")
     if segmentation is not None and len(segmentation) and masks != "boxes":
         if isinstance(segmentation, dict):
@@ -372,7 +370,8 @@ def _shapes_of(source: ConversionSource, annotation: dict, masks: str) -> list[d
             shapes = [{"shape_type": "polygon", "points": polygon.tolist()} for polygon in polygons]
             points = np.concatenate(polygons)
             extent = [*points.min(axis=0).tolist(), *points.max(axis=0).tolist()]
-        if masks == "polygons" or max(abs(a - b) for a, b in zip(extent, box)) <= _SAME_BOX:
+        if masks == "polygons" or source.is_extent(annotation, extent):
+            source.count_moved_box(annotation, extent)
             return shapes
     if segmentation is not None:
         source.count_lost("objects lose their segmentation")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +14,9 @@ from detlib.structures import BoxMode
 from detlib.utils.file_io import PathManager
 
 __all__ = ["ConversionSource", "format_number", "write_text"]
+
+# Tools write coordinates with two digits or more.
+_ROUNDING = 0.011
 
 
 @dataclass
@@ -48,6 +52,18 @@ class ConversionSource:
         """Count objects that lose something in the new format."""
         if number:
             self.lost[what] += number
+
+    def is_extent(self, annotation: dict, extent: Sequence[float]) -> bool:
+        """Return whether the box of an object is the extent [x0, y0, x1, y1] of its mask, up to a pixel."""
+        return self._offset(annotation, extent) <= 1.0
+
+    def count_moved_box(self, annotation: dict, extent: Sequence[float]) -> None:
+        """Count an object whose box becomes the extent of its mask, if they differ."""
+        moves = _ROUNDING < self._offset(annotation, extent)
+        self.count_lost("boxes become the extent of their masks, from which they differ", moves)
+
+    def _offset(self, annotation: dict, extent: Sequence[float]) -> float:
+        return max(abs(a - b) for a, b in zip(extent, self.box(annotation)))
 
     def count_lost_difficult(self) -> None:
         """Count the objects marked as difficult, for formats that have no such mark.

@@ -38,9 +38,6 @@ __all__ = ["YoloURI", "read_raw_yolo", "write_yolo"]
 
 logger = logging.getLogger(__name__)
 
-# In this format a polygon also stands for the box. Its extent may differ from the box by this, in pixels.
-_SAME_BOX = 0.011
-
 
 class YoloURI(ParsedURI):
     """`yolo:DATA.yaml@SPLIT`, `yolo:obj.data@SPLIT`, `yolo:DIR@SPLIT` or `yolo:DIR`."""
@@ -279,7 +276,9 @@ def _use_polygons(source: ConversionSource, masks: str) -> bool:
     if masks == "polygons":
         source.count_lost("objects have no polygon and are written as boxes", having.count(False))
         return True
-    moved = sum(not has_polygon or not _box_is_extent(source, a) for a, has_polygon in zip(objects, having))
+    moved = sum(
+        not has_polygon or not source.is_extent(a, _extent(a)) for a, has_polygon in zip(objects, having)
+    )
     if moved:
         logger.warning(
             "Boxes are written, not polygons: %d of %d objects would get another box or have no polygon. "
@@ -290,11 +289,11 @@ def _use_polygons(source: ConversionSource, masks: str) -> bool:
     return not moved
 
 
-def _box_is_extent(source: ConversionSource, annotation: dict) -> bool:
+def _extent(annotation: dict) -> tuple[float, float, float, float]:
+    """Return the extent (x0, y0, x1, y1) of an object's polygons."""
     values = annotation["segmentation"]
     x, y = [v for p in values for v in p[0::2]], [v for p in values for v in p[1::2]]
-    extent = (min(x), min(y), max(x), max(y))
-    return max(abs(a - b) for a, b in zip(extent, source.box(annotation))) <= _SAME_BOX
+    return min(x), min(y), max(x), max(y)
 
 
 def _label_line(
@@ -309,6 +308,7 @@ def _label_line(
     box = [(x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height]
     segmentation = annotation.get("segmentation")
     if with_polygons and isinstance(segmentation, list) and segmentation:
+        source.count_moved_box(annotation, _extent(annotation))
         values = [float(v) / size[i % 2] for i, v in enumerate(_join_polygons(segmentation))]
     elif keypoints:
         points = annotation.get("keypoints")
