@@ -4,6 +4,7 @@ Formats are the names of Pillow's modes ("RGB", "L", ...) and two more: "BGR", a
 point YUV of ITU-R BT.601 with Y in [0, 1].
 """
 
+import io
 import logging
 import struct
 from typing import cast
@@ -177,11 +178,14 @@ def _decode_by_opencv(file_name: str, format: str | None) -> np.ndarray | None:
     buffer = np.frombuffer(data, dtype=np.uint8)
     try:
         if data[:2] in (b"II", b"MM"):
-            raw = cv2.imdecode(buffer, cv2.IMREAD_UNCHANGED)
-            if raw is not None and raw.dtype.kind == "f":
-                return None
+            with Image.open(io.BytesIO(data)) as header:
+                if header.mode == "F":
+                    return None
         image = cv2.imdecode(buffer, cv2.IMREAD_COLOR)
-    except cv2.error:  # the image exceeds its size limits; Pillow raises a clearer error
+    except (
+        cv2.error,
+        *_PIL_ERRORS,
+    ):  # for example, the image exceeds its size limits; Pillow raises a clearer error
         return None
     return image if image is None or format == "BGR" else image[:, :, ::-1]
 

@@ -225,7 +225,7 @@ class TrainerBase:
         for name, state in state_dict.get("hooks", {}).items():
             if name in hooks:
                 cast(Any, hooks[name]).load_state_dict(state)
-            elif name != "PeriodicWriter":  # of the main process only
+            elif comm.is_main_process():  # some hooks run in this process only
                 logger.warning("The checkpoint has a state for the hook '%s', which is not registered", name)
 
     def _named_hooks(self) -> list[tuple[str, HookBase]]:

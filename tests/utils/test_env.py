@@ -37,9 +37,15 @@ def test_threads_are_limited_and_an_overcommitted_machine_is_reported(monkeypatc
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("given", "expected"), [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
-def test_waiting_threads_are_passive_unless_the_user_decides(given, expected):
-    program = "import os, detlib; print(os.environ['OMP_WAIT_POLICY'])"
+@pytest.mark.parametrize(
+    ("load", "given", "expected"),
+    [(1e6, {}, "passive"), (0.0, {}, "None"), (1e6, {"OMP_WAIT_POLICY": "active"}, "active")],
+)
+def test_waiting_threads_are_passive_on_a_busy_machine_unless_the_user_decides(load, given, expected):
+    program = (
+        f"import os; os.getloadavg = lambda: ({load}, 0.0, 0.0); import detlib; "
+        "print(os.environ.get('OMP_WAIT_POLICY'))"
+    )
     variables = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | given
     done = subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True)
     assert done.stdout.strip() == expected

@@ -278,17 +278,16 @@ class _Checker:
         seen: dict[tuple, str] = {}
         root, images = self.raw.image_root, list(self.images.items())
         finder = ImageFinder(root)
-        for _, image in images:
-            name = image["file_name"]
-            if not PathManager.isfile(os.path.join(root, name)):
-                found = finder.find(name)
-                if found is not None:
-                    image["file_name"] = os.path.relpath(found, root)
-                    action = f"path changed to {image['file_name']!r}"
-                    self.raw.report("image-path", f"found as {found}", image=name, action=action)
         paths = (os.path.join(root, image["file_name"]) for _, image in images)
         for (key, image), image_file in zip(images, _read_image_files(paths)):
             name = image["file_name"]
+            found = finder.find(name) if image_file.fault == "missing-image" else None
+            if found is not None:
+                image_file = _read_image_file(found)
+                image["file_name"] = os.path.relpath(found, root)
+                action = f"path changed to {image['file_name']!r}"
+                self.raw.report("image-path", f"found as {found}", image=name, action=action)
+                name = image["file_name"]
             if image_file.fault:
                 self.raw.report(image_file.fault, image_file.detail, image=name, action=_DROP_IMAGE)
                 del self.images[key]

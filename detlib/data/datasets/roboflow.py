@@ -12,6 +12,7 @@ from typing import Any
 from detlib.data.catalog import DatasetCatalog, MetadataCatalog
 from detlib.data.datasets.coco import load_coco_content, read_categories, read_coco_json
 from detlib.data.datasets.keypoint_names import keypoint_metadata
+from detlib.data.datasets.split_names import split_names
 from detlib.utils.file_io import PathManager
 
 __all__ = [
@@ -26,7 +27,6 @@ __all__ = [
 ]
 
 ANNOTATION_FILE = "_annotations.coco.json"
-_ALIASES = {"val": ("valid", "validation"), "valid": ("val",), "validation": ("valid", "val")}
 
 
 def register_roboflow(
@@ -56,7 +56,7 @@ def find_roboflow_split(dirname: str, split: str) -> str:
     Raises:
         FileNotFoundError: No such folder has annotations; the message lists the existing splits.
     """
-    for name in (split, *_ALIASES.get(split, ())):
+    for name in split_names(split):
         folder = os.path.join(dirname, name)
         if PathManager.isfile(os.path.join(folder, ANNOTATION_FILE)):
             return folder

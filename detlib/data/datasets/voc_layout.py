@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from detlib.data.datasets.image_paths import split_path
+from detlib.data.datasets.split_names import split_names
 from detlib.utils.file_io import PathManager
 
 __all__ = [
@@ -44,7 +45,6 @@ ALL = "all"
 _LISTS = ("ImageSets/Main", "ImageSets")
 _XML_FOLDERS = ("annotations", "annotation", "annots", "labels", "label", "xml", "xmls")
 _IMAGE_FOLDERS = ("jpegimages", "images", "image", "imgs", "img")
-_ALIASES = {"val": ("valid", "validation"), "valid": ("val",), "validation": ("valid", "val")}
 
 # The lists of one class that VOC has give each image a flag: whether it shows such an object.
 _FLAGS = (["1"], ["-1"], ["0"])
@@ -194,7 +194,7 @@ def find_voc_split(dirname: str, split: str = "") -> VocSplit:
         names = _xml_names(xml_folder)
         return VocSplit(names, xml_folder, xml_folder, _image_folders(dirname, xml_folder))
     splits = _split_folders(dirname)
-    for name in (split, *_ALIASES.get(split, ())):
+    for name in split_names(split):
         if name in splits:
             folder, images = splits[name]
             return VocSplit(_xml_names(folder), folder, folder, images)

@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from detlib.data.datasets.image_paths import ImageFinder
+from detlib.data.datasets.split_names import split_names
 from detlib.utils.file_io import PathManager, is_remote
 from detlib.utils.safe_yaml import load_plain_yaml
 from detlib.utils.suggest import suggest
@@ -44,7 +45,6 @@ _OTHER_NAMES = ("valid", "validation", "train2017", "val2017", "test2017")
 _MAX_CLASSES = 100_000
 _MAX_KEYPOINTS = 1000
 _MAX_DESCRIPTION = 2**26  # bytes of a data.yaml or a list of classes
-_ALIASES = {"val": ("valid", "validation"), "valid": ("val",), "validation": ("val",)}
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class YoloConfig:
         Raises:
             ValueError: The split does not exist; the message lists the existing splits.
         """
-        for name in (split, *_ALIASES.get(split, ())):
+        for name in split_names(split):
             if name in self.splits:
                 return name
         existing = ", ".join(self.splits) or "none"
@@ -238,9 +238,8 @@ def _shorten(value: Any) -> str:
 
 
 def _splits(data: dict, yaml_file: str) -> dict[str, list[str]]:
-    aliases = [alias for group in _ALIASES.values() for alias in group]
     splits = {}
-    for key in dict.fromkeys((*_SPLITS, *aliases)):
+    for key in dict.fromkeys((*_SPLITS, *split_names("val"))):
         paths = data.get(key)
         if not paths:
             continue

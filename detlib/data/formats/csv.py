@@ -16,7 +16,6 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
-from typing import Any
 
 from detlib.data.datasets.file_values import MAX_FILE_BYTES
 from detlib.data.datasets.image_paths import ImageFinder
@@ -30,7 +29,6 @@ from detlib.data.formats.objects import (
     ShapeError,
     find_image,
     find_split_folder,
-    read_class_list,
     subfolders,
 )
 from detlib.utils.file_io import PathManager
@@ -77,36 +75,21 @@ class CsvURI(DrawnURI):
         """Raise FileNotFoundError if the file or the folder of the images does not exist."""
         self._source()
 
-    def metadata(self) -> dict[str, Any]:
-        """Return the classes."""
-        return {"evaluator_type": "coco", "thing_classes": self._class_names()}
-
-    def _class_folder(self) -> str:
+    def folder(self) -> str:
+        """Return the folder of labels.txt."""
         return os.path.dirname(self.path) if PathManager.isfile(self.path) else self.path
 
-    def _class_names(self) -> list[str]:
-        file, _ = self._source()
-        files = [file]
+    def find_classes(self) -> list[str]:
+        """Return the sorted class names of the file, or of all files in DIR."""
+        files = [self.path]
         if not PathManager.isfile(self.path):
             folders = [self.path, *(os.path.join(self.path, name) for name in subfolders(self.path))]
             files = [found for folder in folders for found in _csv_files(folder)]
-        listed = read_class_list(self._class_folder())
-        names = listed or sorted({row["class"] for found in files for _, row in read_rows(found)} - {""})
-        if not names:
-            raise ValueError(f"{file!r} has no object.")
-        return names
+        return sorted({row["class"] for file in files for _, row in read_rows(file)} - {""})
 
-    def class_source(self) -> str:
-        """Return where the class names are from."""
-        return f"{self._class_folder()}/labels.txt"
-
-    def read_for_loading(self) -> RawSet:
-        """Read the dataset with the classes of all splits."""
-        return read_raw_csv(*self._source(), self._class_names())
-
-    def read_raw(self) -> RawSet:
-        """Read the dataset for the checker."""
-        return read_raw_csv(*self._source(), read_class_list(self._class_folder()))
+    def read(self, classes: list[str]) -> RawSet:
+        """Read the file."""
+        return read_raw_csv(*self._source(), classes)
 
 
 def _read_text(file: str, limit: int = MAX_FILE_BYTES) -> str:
@@ -132,7 +115,7 @@ def _parse(file: str, text: str) -> Iterator[list[str]]:
 def _columns(header: list[str]) -> dict[str, int]:
     """Return the index of each known column; {} if one that is needed is missing."""
     lower = [name.strip().lower() for name in header]
-    found = {name: lower.index(name) for name in (*_BOX, "width", "height", "isgroupof") if name in lower}
+    found = {name: lower.index(name) for name in (*_BOX, "isgroupof") if name in lower}
     for name, aliases in _NAMES.items():
         used = [alias for alias in aliases if alias in lower]
         if used:

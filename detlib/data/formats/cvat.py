@@ -17,7 +17,6 @@ import math
 import os
 import re
 import xml.etree.ElementTree as ElementTree
-from typing import Any
 
 import numpy as np
 
@@ -34,7 +33,6 @@ from detlib.data.formats.objects import (
     RawSetBuilder,
     ShapeError,
     find_split_folder,
-    read_class_list,
     subfolders,
 )
 from detlib.utils.file_io import PathManager
@@ -46,7 +44,8 @@ _NO_AREA = {
     "polyline": "is a polyline, which has no area",
     "skeleton": "is a skeleton, which has no area; export keypoints as COCO Keypoints",
 }
-_SHAPES = {"box", "polygon", "ellipse", "mask", "cuboid", *_NO_AREA}
+_AREAS = {"box", "polygon", "ellipse", "mask", "cuboid"}
+_SHAPES = _AREAS | {*_NO_AREA}
 _NAME = "annotations.xml"
 
 
@@ -87,22 +86,29 @@ class CvatURI(DrawnURI):
         """Raise FileNotFoundError if the folder, the file or the subset do not exist."""
         self._source()
 
-    def metadata(self) -> dict[str, Any]:
-        """Return the classes, and the evaluator for rotated boxes if there are such."""
-        raw = self.read_raw()
-        names = [category["name"] for category in raw.content["categories"]]
-        if not names:
-            raise ValueError(f"Dataset URI {self.uri!r}: {raw.file} has neither labels nor objects.")
-        is_rotated = any(len(a["bbox"]) == 5 for a in raw.content["annotations"])
-        return {"evaluator_type": "rotated_coco" if is_rotated else "coco", "thing_classes": names}
+    def folder(self) -> str:
+        """Return the folder of labels.txt, that of the annotation file."""
+        return os.path.dirname(self._source()[0])
 
-    def class_source(self) -> str:
-        """Return where the class names are from."""
-        return f"the labels of the task, and {os.path.dirname(self._source()[0])}/labels.txt"
+    def evaluator_type(self) -> str:
+        """Return the type of the evaluator, which depends on the shapes."""
+        return "rotated_coco" if self._makes_rotated_boxes(self._root()) else "coco"
 
-    def read_raw(self) -> RawSet:
-        """Read the dataset for the checker."""
+    def find_classes(self) -> list[str]:
+        """Return the labels of the task, or without these the sorted labels of all shapes."""
+        root = self._root()
+        shapes = (shape for image in root.iter("image") for shape in image if shape.tag in _AREAS)
+        return _task_labels(root) or sorted({shape.get("label", "").strip() for shape in shapes} - {""})
+
+    def read(self, classes: list[str]) -> RawSet:
+        """Read the images of the subset."""
         file, subset = self._source()
+        root = self._root()
+        images = [image for image in root.iter("image") if subset in ("", image.get("subset"))]
+        return _read_images(file, images, classes or _task_labels(root), self._makes_rotated_boxes(root))
+
+    def _root(self) -> ElementTree.Element:
+        file, _ = self._source()
         root = parse_xml(file)
         if root.tag != "annotations":
             raise ValueError(f"Annotation file {file!r} is not CVAT's: its root is <{root.tag[:100]}>.")
@@ -111,18 +117,13 @@ class CvatURI(DrawnURI):
                 f"Annotation file {file!r} is in the format 'CVAT for video', which has no images. Export "
                 "the task as 'CVAT for images 1.1', or as 'COCO 1.0'."
             )
-        folder = os.path.dirname(file)
-        listed = read_class_list(folder) or _task_labels(root)
-        images = [image for image in root.iter("image") if subset in ("", image.get("subset"))]
-        return _read_images(file, images, listed, self._makes_rotated_boxes(root))
+        return root
 
     def _makes_rotated_boxes(self, root: ElementTree.Element) -> bool:
         """Return whether all objects get rotated boxes: some are rotated, and none has a polygon or mask."""
         if self.values["boxes"] != "rotated":
             return False
-        shapes = [
-            shape for image in root.iter("image") for shape in image if shape.tag in _SHAPES - {*_NO_AREA}
-        ]
+        shapes = [shape for image in root.iter("image") for shape in image if shape.tag in _AREAS]
         return all(shape.tag == "box" for shape in shapes) and any(
             shape.get("rotation", "0") not in ("0", "0.0", "0.00") for shape in shapes
         )

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from detlib.data.datasets.rotated_corners import fit_rotated_box
 from detlib.data.datasets.voc_layout import IMAGE_SUFFIXES, read_lines
@@ -26,7 +25,6 @@ from detlib.data.formats.objects import (
     ShapeError,
     check_points,
     find_split_folder,
-    read_class_list,
     subfolders,
 )
 from detlib.data.image_io import read_image_size
@@ -65,41 +63,24 @@ class DotaURI(DrawnURI):
         """Raise FileNotFoundError if the folder, the split or its files do not exist."""
         _find_files(self._folder())
 
-    def metadata(self) -> dict[str, Any]:
-        """Return the classes; without labels.txt this reads all files in DIR."""
-        self.check()
-        is_rotated = self.values["boxes"] == "rotated"
-        return {
-            "evaluator_type": "rotated_coco" if is_rotated else "coco",
-            "thing_classes": self._class_names(),
-        }
+    def folder(self) -> str:
+        """Return the folder of labels.txt."""
+        return self.dirname
 
-    def _class_names(self) -> list[str]:
-        listed = read_class_list(self.dirname)
-        if listed:
-            return listed
+    def evaluator_type(self) -> str:
+        """Return the type of the evaluator, which depends on the option `boxes`."""
+        return "rotated_coco" if self.values["boxes"] == "rotated" else "coco"
+
+    def find_classes(self) -> list[str]:
+        """Return the sorted names in all files in DIR."""
         folders = [self.dirname, *(os.path.join(self.dirname, name) for name in subfolders(self.dirname))]
         files = [file for folder in folders if _label_folders(folder) for file in _find_files(folder)]
         with ThreadPoolExecutor(8) as pool:  # in an object store, most of the time is waiting
             rows = [row for found in pool.map(_read_rows, files) for _, row in found]
-        names = sorted({row[8] for row in rows if len(row) in (9, 10)})
-        if not names:
-            raise ValueError(f"The files in {self.dirname!r} have no object.")
-        return names
+        return sorted({row[8] for row in rows if len(row) in (9, 10)})
 
-    def class_source(self) -> str:
-        """Return where the class names are from."""
-        return f"{self.dirname}/labels.txt"
-
-    def read_for_loading(self) -> RawSet:
-        """Read the dataset with the classes of all splits."""
-        return self._read(self._class_names())
-
-    def read_raw(self) -> RawSet:
-        """Read the dataset for the checker."""
-        return self._read(read_class_list(self.dirname))
-
-    def _read(self, classes: list[str]) -> RawSet:
+    def read(self, classes: list[str]) -> RawSet:
+        """Read the split."""
         return read_raw_dota(self._folder(), classes, rotated=self.values["boxes"] == "rotated")
 
 

@@ -41,7 +41,6 @@ from detlib.data.formats.objects import (
     ShapeError,
     check_points,
     find_split_folder,
-    read_class_list,
     subfolders,
 )
 from detlib.data.formats.writing import ConversionSource, write_text
@@ -78,32 +77,18 @@ class LabelmeURI(DrawnURI):
         """Raise FileNotFoundError if the folder, the split or its files do not exist."""
         _find_files(self._folder())
 
-    def metadata(self) -> dict[str, Any]:
-        """Return the classes; without labels.txt this reads all files in DIR."""
-        self.check()
-        return {"evaluator_type": "coco", "thing_classes": self._class_names()}
+    def folder(self) -> str:
+        """Return the folder of labels.txt."""
+        return self.dirname
 
-    def _class_names(self) -> list[str]:
-        listed = read_class_list(self.dirname)
-        if listed:
-            return listed
+    def find_classes(self) -> list[str]:
+        """Return the sorted labels of all files in DIR."""
         with ThreadPoolExecutor(8) as pool:  # in an object store, most of the time is waiting
-            names = sorted(set().union(*pool.map(_read_labels, _find_files(self.dirname))))
-        if not names:
-            raise ValueError(f"The files in {self.dirname!r} have no object.")
-        return names
+            return sorted(set().union(*pool.map(_read_labels, _find_files(self.dirname))))
 
-    def class_source(self) -> str:
-        """Return where the class names are from."""
-        return f"{self.dirname}/labels.txt"
-
-    def read_for_loading(self) -> RawSet:
-        """Read the dataset with the classes of all splits."""
-        return read_raw_labelme(self._folder(), self._class_names())
-
-    def read_raw(self) -> RawSet:
-        """Read the dataset for the checker."""
-        return read_raw_labelme(self._folder(), read_class_list(self.dirname))
+    def read(self, classes: list[str]) -> RawSet:
+        """Read the split."""
+        return read_raw_labelme(self._folder(), classes)
 
 
 def _read_labels(file: str) -> set[str]:

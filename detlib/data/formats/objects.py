@@ -20,6 +20,7 @@ import numpy as np
 from detlib.data.datasets.file_values import MAX_COORDINATE, MAX_PIXELS
 from detlib.data.datasets.image_paths import ImageFinder
 from detlib.data.datasets.rotated_corners import RotatedBox
+from detlib.data.datasets.split_names import split_names
 from detlib.data.datasets.voc_layout import IMAGE_SUFFIXES, read_lines
 from detlib.data.formats.base import ParsedURI, URIOption
 from detlib.data.formats.findings import RawSet, split_common_folder
@@ -43,7 +44,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _ELLIPSE_POINTS = 64
-_SPLIT_ALIASES = {"val": ("valid", "validation"), "valid": ("val",), "validation": ("valid", "val")}
 # Files that are not asked whether they are folders, which is slow in an object store.
 _NOT_FOLDERS = (".json", ".txt", ".xml", ".csv", *IMAGE_SUFFIXES)
 # labelme's own names in labels.txt that are not classes.
@@ -258,20 +258,49 @@ class RawSetBuilder:
 class DrawnURI(ParsedURI):
     """Base class of formats that are loaded by their lenient reader.
 
-    The options of a subclass include `EMPTY_BOXES`.
+    The classes are the lines of labels.txt in the dataset's folder, or without that file those that
+    `find_classes` finds. The options of a subclass include `EMPTY_BOXES`.
     """
 
     @abstractmethod
-    def read_raw(self) -> RawSet:
-        """Read the dataset for the checker, whatever is wrong with it."""
-
-    def read_for_loading(self) -> RawSet:
-        """Read the dataset with the classes of `metadata`. By default `read_raw` does."""
-        return self.read_raw()
+    def folder(self) -> str:
+        """Return the folder of labels.txt."""
 
     @abstractmethod
-    def class_source(self) -> str:
-        """Return where the class names are from, for the message about a label that is not among them."""
+    def find_classes(self) -> list[str]:
+        """Return the class names of all splits, so that these agree on them; [] if there are none."""
+
+    @abstractmethod
+    def read(self, classes: list[str]) -> RawSet:
+        """Read the dataset, whatever is wrong with it.
+
+        Args:
+            classes: the class names in order; empty to use the sorted labels of the objects.
+        """
+
+    def evaluator_type(self) -> str:
+        """Return the type of the dataset's evaluator."""
+        return "coco"
+
+    def class_names(self) -> list[str]:
+        """Return the class names in order.
+
+        Raises:
+            ValueError: There are none.
+        """
+        names = read_class_list(self.folder()) or self.find_classes()
+        if not names:
+            raise ValueError(f"Dataset URI {self.uri!r}: there is no object with a class.")
+        return names
+
+    def metadata(self) -> dict[str, Any]:
+        """Return classes and evaluator; without labels.txt this reads the annotations of all splits."""
+        self.check()
+        return {"evaluator_type": self.evaluator_type(), "thing_classes": self.class_names()}
+
+    def read_raw(self) -> RawSet:
+        """Read the dataset for the checker."""
+        return self.read(read_class_list(self.folder()))
 
     def load(self) -> list[dict]:
         """Return the dataset in the standard dict format.
@@ -280,7 +309,7 @@ class DrawnURI(ParsedURI):
             FileNotFoundError: There are no files, or an image does not exist.
             ValueError: The annotations are malformed. The message names file and object.
         """
-        raw = self.read_for_loading()
+        raw = self.read(self.class_names())
         warnings: Counter[str] = Counter()
         for finding in raw.findings:
             if finding.severity == "error":
@@ -312,9 +341,9 @@ class DrawnURI(ParsedURI):
     def _annotation(self, annotation: dict, location: str) -> dict | None:
         """Return an annotation in the standard format, or None if it is left out."""
         if isinstance(annotation["category_id"], str):
-            raise ValueError(
-                f"{location}: the label {annotation['category_id']!r} is not in {self.class_source()}."
-            )
+            listed = bool(read_class_list(self.folder()))
+            source = f"{self.folder()}/labels.txt" if listed else "the list of labels in the annotations"
+            raise ValueError(f"{location}: the label {annotation['category_id']!r} is not in {source}.")
         box = annotation["bbox"]
         if min(box[2:4]) <= 0:
             if self.values["empty_boxes"] == "drop":
@@ -366,7 +395,7 @@ def find_split_folder(uri: ParsedURI, dirname: str, split: str, has_data: Callab
     uri.require_folder(dirname)
     if not split:
         return dirname
-    for name in (split, *_SPLIT_ALIASES.get(split, ())):
+    for name in split_names(split):
         folder = os.path.join(dirname, name)
         if PathManager.isdir(folder):
             return folder

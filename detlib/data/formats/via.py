@@ -32,7 +32,6 @@ from detlib.data.formats.objects import (
     ShapeError,
     find_image,
     find_split_folder,
-    read_class_list,
     subfolders,
 )
 from detlib.utils.file_io import PathManager
@@ -87,30 +86,24 @@ class ViaURI(DrawnURI):
         """Raise FileNotFoundError if the folder, the split or its files do not exist."""
         self._files()
 
-    def metadata(self) -> dict[str, Any]:
-        """Return the classes; without labels.txt this reads all files in DIR."""
-        return {"evaluator_type": "coco", "thing_classes": self._class_names()}
-
-    def _class_folder(self) -> str:
+    def folder(self) -> str:
+        """Return the folder of labels.txt."""
         return os.path.dirname(self.dirname) if PathManager.isfile(self.dirname) else self.dirname
 
-    def _class_names(self) -> list[str]:
-        listed = read_class_list(self._class_folder())
-        if listed:
-            return listed
-        tables = [read_via_file(file) for file in self._files(all_splits=True)]
+    def find_classes(self) -> list[str]:
+        """Return the sorted values of the class attribute in all files in DIR."""
+        tables = self._tables(all_splits=True)
         attribute = self._attribute(tables)
-        names = {_label(region, attribute) for table in tables for region in _all_regions(table)}
-        classes = sorted(name for name in names if name)
-        if not classes:
-            raise ValueError(f"Dataset URI {self.uri!r}: the files have no object with a class.")
-        return classes
+        names = {_label(region, attribute) for table in tables.values() for region in _all_regions(table)}
+        return sorted(names - {""})
 
-    def _attribute(self, tables: list[dict]) -> str:
+    def _tables(self, all_splits: bool = False) -> dict[str, dict[str, dict]]:
+        return {file: read_via_file(file) for file in self._files(all_splits)}
+
+    def _attribute(self, tables: dict[str, dict[str, dict]]) -> str:
         """Return the attribute that holds the class; "" if no region has any attribute."""
-        counts = Counter(
-            name for table in tables for region in _all_regions(table) for name in _attributes(region)
-        )
+        regions = (region for table in tables.values() for region in _all_regions(table))
+        counts = Counter(name for region in regions for name in _attributes(region))
         wanted = self.values.get("attribute")
         if wanted:
             if wanted not in counts:
@@ -128,22 +121,10 @@ class ViaURI(DrawnURI):
             )
         return str((usual or [*counts] or [""])[0])
 
-    def class_source(self) -> str:
-        """Return where the class names are from."""
-        return f"{self._class_folder()}/labels.txt"
-
-    def read_for_loading(self) -> RawSet:
-        """Read the dataset with the classes of all splits."""
-        return self._read(self._class_names())
-
-    def read_raw(self) -> RawSet:
-        """Read the dataset for the checker."""
-        return self._read(read_class_list(self._class_folder()))
-
-    def _read(self, classes: list[str]) -> RawSet:
-        files = self._files()
-        tables = {file: read_via_file(file) for file in files}
-        return read_raw_via(tables, self._attribute([*tables.values()]), classes)
+    def read(self, classes: list[str]) -> RawSet:
+        """Read the split; the class attribute is that of all splits."""
+        attribute = self._attribute(self._tables(all_splits=True))
+        return read_raw_via(self._tables(), attribute, classes)
 
 
 def read_via_file(file: str) -> dict[str, dict]:

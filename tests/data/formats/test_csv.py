@@ -15,15 +15,6 @@ OPEN_IMAGES = (
 )
 
 
-@pytest.fixture(autouse=True)
-def forget():
-    before = MetadataCatalog.list()
-    yield
-    for name in MetadataCatalog.list():
-        if name not in before:
-            MetadataCatalog.remove(name)
-
-
 def write_csv(root, *lines, header=HEADER, file="_annotations.csv", images=("a.jpg",)):
     write(f"{root}/{file}", "\n".join([header, *lines]) + "\n")
     for name in images:

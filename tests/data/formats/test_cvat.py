@@ -11,15 +11,6 @@ from detlib.structures import BoxMode
 from tests.data.small_datasets import SIZE, make_image, write
 
 
-@pytest.fixture(autouse=True)
-def forget():
-    before = MetadataCatalog.list()
-    yield
-    for name in MetadataCatalog.list():
-        if name not in before:
-            MetadataCatalog.remove(name)
-
-
 def tag(name, label="owl", **attributes):
     values = " ".join(f'{key}="{value}"' for key, value in {"label": label, **attributes}.items())
     return f'<{name} {values} occluded="0" z_order="0"></{name}>'
@@ -174,7 +165,7 @@ def test_invalid_shapes_are_findings_and_errors(tmp_path, shape, kind, message, 
 
 def test_unknown_labels_missing_images_and_bad_sizes_are_errors(tmp_path):
     uri = write_cvat(tmp_path / "a", image(box(1, 2, 9, 9, label="emu")))
-    with pytest.raises(ValueError, match="'emu' is not in the labels of the task"):
+    with pytest.raises(ValueError, match="'emu' is not in the list of labels in the annotations"):
         DatasetCatalog.get(uri)
     assert "unknown-category" in [f.kind for f in check_dataset(uri).findings]
     with pytest.raises(FileNotFoundError, match=r"b\.jpg is not in .*images"):

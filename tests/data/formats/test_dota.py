@@ -14,15 +14,6 @@ TURNED = "20.0 7.9289322 27.0710678 15.0 20.0 22.0710678 12.9289322 15.0 ship 0"
 PLAIN = "5.0 6.0 20.0 6.0 20.0 25.0 5.0 25.0 plane 1"
 
 
-@pytest.fixture(autouse=True)
-def forget():
-    before = MetadataCatalog.list()
-    yield
-    for name in MetadataCatalog.list():
-        if name not in before:
-            MetadataCatalog.remove(name)
-
-
 def write_dota(root, *lines, name="P0001", image=True, labels="labelTxt"):
     write(f"{root}/{labels}/{name}.txt", HEADER + "\n".join(lines) + "\n")
     if image:

@@ -13,15 +13,6 @@ from detlib.structures import BoxMode
 from tests.data.small_datasets import SIZE, make_image, write
 
 
-@pytest.fixture(autouse=True)
-def forget():
-    before = MetadataCatalog.list()
-    yield
-    for name in MetadataCatalog.list():
-        if name not in before:
-            MetadataCatalog.remove(name)
-
-
 def polygon(*points):
     x, y = zip(*points)
     return {"name": "polygon", "all_points_x": [*x], "all_points_y": [*y]}
@@ -220,3 +211,10 @@ def test_regions_that_are_not_objects_are_named_in_a_dataset_with_one_class(tmp_
     assert [f.annotation for f in found] == ["a.jpg, region 2 (object)", "a.jpg, region 3 (object)"]
     with pytest.raises(ValueError, match="via_region_data.json.*region 2.*is a str"):
         DatasetCatalog.get(uri)
+
+
+def test_class_attribute_is_that_of_all_splits(tmp_path):
+    write_via(tmp_path / "train", region(TRIANGLE, bird="wren"))
+    write_via(tmp_path / "val", region(TRIANGLE))
+    with pytest.raises(ValueError, match="region 1.*no single class in 'bird'"):
+        DatasetCatalog.get(f"via:{tmp_path}@val")
