@@ -182,10 +182,8 @@ def _decode_by_opencv(file_name: str, format: str | None) -> np.ndarray | None:
                 if header.mode == "F":
                     return None
         image = cv2.imdecode(buffer, cv2.IMREAD_COLOR)
-    except (
-        cv2.error,
-        *_PIL_ERRORS,
-    ):  # for example, the image exceeds its size limits; Pillow raises a clearer error
+    except (cv2.error, *_PIL_ERRORS):
+        # For example, the image exceeds a size limit. Pillow raises a clearer error.
         return None
     return image if image is None or format == "BGR" else image[:, :, ::-1]
 
